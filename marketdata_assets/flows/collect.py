@@ -1,0 +1,281 @@
+"""Collect: ask the venue for a span in pages until its answers agree, and account for every row and every hole.
+
+Pages overlap by one bar, so that each page's end is witnessed by the next. Whatever is contradicted, refused by a rule
+or missing is asked for again: a bar is believed when answers about it agree, a hole when two answers delivered both
+its neighbours and nothing between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import polars as pl
+
+from marketdata_assets.errors import MarketDataError
+from marketdata_assets.lake.ledger import Account, Gap, LoggedFetch, logged
+from marketdata_assets.model.bar import NAMES, empty_bars
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.window import Timeframe, Window, iso
+from marketdata_assets.quality.agree import Agreement, agree
+from marketdata_assets.quality.gaps import holes, merged, runs, without
+from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
+from marketdata_assets.sources.base import Fetched
+from marketdata_assets.toolbox import Toolbox
+
+ROUNDS = 7
+ASKS_DISPUTED = 4
+ASKS_MISSING = 2
+STORED = -1
+"""The answer number of bars that are stored already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What the venue said about a span.
+
+    `bars` are new or replace stored ones. `through` is the end of what has been asked for. `answers[i]` is the index
+    in `fetches` of the request that gave answer i.
+    """
+
+    bars: pl.DataFrame = field(default_factory=empty_bars)
+    rejected: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=REJECTED_SCHEMA))
+    gaps: tuple[Gap, ...] = ()
+    account: Account = field(default_factory=Account)
+    fetches: tuple[LoggedFetch, ...] = ()
+    answers: tuple[int, ...] = ()
+    retries: int = 0
+    waited: float = 0.0
+    through: datetime = datetime.min.replace(tzinfo=UTC)
+
+
+async def collect(
+    toolbox: Toolbox, market: Market, timeframe: Timeframe, wanted: Window, stored: pl.DataFrame, known: Sequence[Gap]
+) -> Collected:
+    """Ask for all bars of `wanted` that are neither stored nor settled as a gap. No request when nothing is lacking."""
+    if not _lacking(stored["open_time"], timeframe, wanted, known):
+        return Collected(gaps=tuple(known), through=wanted.end)
+    now = await toolbox.venue_now(market, wanted.end + timeframe.width)
+    listed = await _listed(toolbox, market, timeframe, stored)
+    asked = Window(max(wanted.start, listed or wanted.start), max(wanted.start, min(wanted.end, timeframe.floor(now))))
+    lacking = _lacking(stored["open_time"], timeframe, asked, known)
+    if not lacking:
+        return Collected(gaps=tuple(known), through=asked.end)
+    inquiry = _Inquiry(toolbox, market, timeframe, asked, stored, list(known), now)
+    return await inquiry.run(lacking)
+
+
+def _lacking(opens: pl.Series, timeframe: Timeframe, window: Window, gaps: Iterable[Gap]) -> list[Window]:
+    """The windows of which no bar is among `opens` and which no settled gap explains."""
+    settled = [gap.window for gap in gaps if gap.settled]
+    return [rest for hole in holes(opens, timeframe, window) for rest in without(hole, settled)]
+
+
+async def _listed(toolbox: Toolbox, market: Market, timeframe: Timeframe, stored: pl.DataFrame) -> datetime | None:
+    """The market's first bar, on this timeframe's grid; asked twice once, and only believed when both answers agree."""
+    listed = toolbox.ledger.listed(market)
+    if listed is None and stored.is_empty():
+        base = toolbox.settings.venues[market.venue].base
+        source = toolbox.source(market)
+        first, second = [await source.first_open(market, base) for _ in range(2)]
+        if first is not None and first == second:
+            toolbox.ledger.set_listed(market, first, f"first bar of {base.name}, told twice")
+            listed = first
+    return timeframe.floor(listed) if listed else None
+
+
+@dataclass(slots=True)
+class _Inquiry:
+    """One span under inquiry: all answers so far, and what still has to be asked."""
+
+    toolbox: Toolbox
+    market: Market
+    timeframe: Timeframe
+    asked: Window
+    stored: pl.DataFrame
+    known: list[Gap]
+    now: datetime
+    answers: list[Fetched] = field(default_factory=list)
+    kept: list[pl.DataFrame] = field(default_factory=list)
+    rejected: list[pl.DataFrame] = field(default_factory=list)
+    reach: list[tuple[datetime, datetime]] = field(default_factory=list)
+    received: int = 0
+    asks: Counter[Window] = field(default_factory=Counter)
+
+    async def run(self, lacking: list[Window]) -> Collected:
+        queue = self._pages(lacking)
+        for _ in range(ROUNDS):
+            self.asks.update(queue)
+            await self._ask(queue)
+            agreement = self._agreement()
+            queue = self._doubts(agreement)
+            if not queue:
+                break
+        return self._settle(agreement)
+
+    # ------------------------------------------------------------------------------------------ asking
+    def _pages(self, lacking: list[Window]) -> list[Window]:
+        """Pages over what is lacking, each with the next bar as its witness, and a stored bar before it if there is one."""
+        size = max(1, self.toolbox.source(self.market).page_size - 2)
+        near = merged(lacking, size, self.timeframe)
+        return [self._fenced(page) for window in near for page in window.pages(self.timeframe, size)]
+
+    def _fenced(self, window: Window) -> Window:
+        """One bar more on both sides, as far as the venue's clock allows."""
+        step = self.timeframe.width
+        last = self.timeframe.floor(self.now)
+        first = window.start - step if window.start > self.asked.start else window.start
+        return Window(first, max(window.end, min(window.end + step, last)))
+
+    async def _ask(self, queue: list[Window]) -> None:
+        turns, source = self.toolbox.turns(self.market), self.toolbox.source(self.market)
+
+        async def one(window: Window) -> Fetched:
+            async with turns:
+                fetched = await source.fetch(self.market, self.timeframe, window)
+            self.toolbox.progress(fetched.rows.height, len(fetched.requests))
+            return fetched
+
+        tasks = [asyncio.create_task(one(window)) for window in queue]
+        try:
+            fetched = await asyncio.gather(*tasks)
+        except MarketDataError as error:
+            await _cancel(tasks)
+            error.requests = (*(r for f in self.answers for r in f.requests), *error.requests)
+            raise
+        self._judge(fetched)
+
+    def _judge(self, fetched: Sequence[Fetched]) -> None:
+        """Split the rows of new answers; the witnesses beyond the span are looked at, and not counted."""
+        first = len(self.answers)
+        self.answers.extend(fetched)
+        frames = [asked_columns(f.rows, first + i, f.asked) for i, f in enumerate(fetched)]
+        kept, rejected = split(pl.concat(frames), self.timeframe, self.now)
+        spans = kept.group_by("answer").agg(pl.col("open_time").min().alias("a"), pl.col("open_time").max().alias("b"))
+        self.reach.extend((a, b) for _, a, b in spans.sort("answer").iter_rows())
+        beyond = (pl.col("open_time") < self.asked.start) | (pl.col("open_time") >= self.asked.end)
+        witness = beyond & pl.col("open_time").is_between(self.asked.start - self.timeframe.width, self.asked.end, closed="both")
+        inside = Split(kept.filter(~witness), rejected.filter(~witness.fill_null(False)))
+        self.kept.append(inside.kept)
+        self.rejected.append(inside.rejected)
+        self.received += inside.kept.height + inside.rejected.height
+
+    # ------------------------------------------------------------------------------------------ doubting
+    def _agreement(self) -> Agreement:
+        fresh = pl.concat(self.kept)
+        old = self.stored.join(fresh.select("open_time").unique(), on="open_time", how="semi")
+        return agree(pl.concat([fresh, old.select(pl.lit(STORED, pl.Int64).alias("answer"), *NAMES)]))
+
+    def _holes(self, agreement: Agreement) -> list[Window]:
+        """What is neither stored, nor believed, nor settled before."""
+        opens = pl.concat([self.stored["open_time"], agreement.bars["open_time"]]).unique().sort()
+        return _lacking(opens, self.timeframe, self.asked, self.known)
+
+    def _refused(self) -> pl.DataFrame:
+        """Rejected rows by the bar they stand for, with how many answers gave each of them."""
+        rows = pl.concat(self.rejected)
+        grid = pl.col("open_time").dt.truncate(self.timeframe.every)
+        return rows.group_by(grid.alias("open_time"), "fields").agg(pl.col("answer").n_unique().alias("votes"))
+
+    def _insisted(self) -> list[Window]:
+        """Bars that the venue delivered broken, the same way, in two answers."""
+        return runs(self._refused().filter(pl.col("votes") > 1)["open_time"].drop_nulls().to_list(), self.timeframe)
+
+    def _explained(self, hole: Window) -> int:
+        """How many answers delivered both neighbours of a hole and nothing between."""
+        return sum(a < hole.start and b >= hole.end for a, b in self.reach)
+
+    def _doubts(self, agreement: Agreement) -> list[Window]:
+        """The windows to ask again: pages with a contradiction, and what surrounds holes that are not explained yet."""
+        disputed = agreement.open["open_time"].unique().to_list()
+        pages = {w for w in self.asks for moment in disputed if w.start <= moment < w.end}
+        insisted = self._insisted()
+        doubtful = [
+            self._fenced(rest)
+            for hole in self._holes(agreement)
+            for rest in without(hole, [*insisted, *runs(disputed, self.timeframe)])
+            if self._explained(rest) < 2
+        ]
+        again = [w for w in self._sized(doubtful) if self.asks[w] < ASKS_MISSING]
+        if not self.received:
+            again = again[-1:]  # a span without a single row is not asked for page by page once more
+        return sorted({w for w in pages if self.asks[w] < ASKS_DISPUTED} | set(again))
+
+    def _sized(self, windows: list[Window]) -> list[Window]:
+        """Windows joined into as few requests as the venue allows."""
+        source = self.toolbox.source(self.market)
+        joined = merged(windows, source.page_size, self.timeframe)
+        if source.skips_gaps:
+            return joined
+        return [page for window in joined for page in window.pages(self.timeframe, source.page_size)]
+
+    # ------------------------------------------------------------------------------------------ settling
+    def _settle(self, agreement: Agreement) -> Collected:
+        stored = pl.col("answer") == STORED
+        lost = pl.concat([agreement.outvoted, agreement.open]).filter(~stored)
+        fresh = pl.concat([*self.rejected, reject(lost, "conflict")])
+        replaced = reject(agreement.outvoted.filter(stored), "replaced")
+        bars = agreement.bars.join(self.stored, on=NAMES, how="anti", nulls_equal=True)
+        account = Account(self.received, bars.height, self._repeated(agreement), fresh.height)
+        fetches, answers = self._log()
+        return Collected(
+            bars=bars.sort("open_time"),
+            rejected=pl.concat([fresh, replaced]),
+            gaps=tuple(self._gaps(agreement)),
+            account=account,
+            fetches=fetches,
+            answers=answers,
+            retries=sum(len(f.requests) - 1 for f in self.answers),
+            waited=sum(f.waited for f in self.answers),
+            through=self.asked.end,
+        )
+
+    def _repeated(self, agreement: Agreement) -> int:
+        """Rows that only said again what is believed, counted from the rows themselves."""
+        same = pl.concat(self.kept).join(agreement.bars, on=NAMES, how="semi", nulls_equal=True).height
+        new = agreement.bars.join(self.stored, on=NAMES, how="anti", nulls_equal=True).height
+        return same - new
+
+    def _gaps(self, agreement: Agreement) -> list[Gap]:
+        gaps = [gap for gap in self.known if gap.settled]
+        broken = self._refused()["open_time"].drop_nulls().to_list() + agreement.open["open_time"].to_list()
+        quarantined = runs(broken, self.timeframe)
+        for hole in self._holes(agreement):
+            rest = without(hole, quarantined)
+            gaps += [self._gap(w, "quarantined", 1) for w in without(hole, rest)]
+            gaps += [self._unexplained(w) for w in rest]
+        return sorted(gaps)
+
+    def _unexplained(self, window: Window) -> Gap:
+        answers = self._explained(window)
+        if answers > 1:
+            return self._gap(window, "no_bars", answers)
+        earlier = max((gap.answers for gap in self.known if gap.window & window), default=0)
+        return self._gap(window, "unanswered", earlier + 1)
+
+    def _gap(self, window: Window, reason: str, answers: int) -> Gap:
+        about = [f for f in self.answers if f.asked & window]
+        evidence = "; ".join(f"asked {f.asked} at {_moment(f)}, {f.rows.height} rows" for f in about[-2:])
+        return Gap(window, window.count(self.timeframe), reason, answers, evidence)
+
+    def _log(self) -> tuple[tuple[LoggedFetch, ...], tuple[int, ...]]:
+        fetches: list[LoggedFetch] = []
+        answers = []
+        for fetched in self.answers:
+            fetches += logged(fetched.requests, fetched.asked)
+            answers.append(len(fetches) - 1)
+        return tuple(fetches), tuple(answers)
+
+
+def _moment(fetched: Fetched) -> str:
+    return iso(datetime.fromtimestamp(int(fetched.requests[-1].asked_at), UTC)) if fetched.requests else "?"
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Fetched]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+

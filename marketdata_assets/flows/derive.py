@@ -1,0 +1,97 @@
+"""Derive: all rollups of a partition in one step from one read, touching only what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import polars as pl
+
+from marketdata_assets.lake.ledger import State
+from marketdata_assets.lake.tables import raw, rollup
+from marketdata_assets.model.bar import empty_bars
+from marketdata_assets.model.window import Partition, Timeframe, Window, month_of
+from marketdata_assets.toolbox import Toolbox
+from marketdata_assets.transforms.rollup import roll_up
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """The rollups of one partition: the bars now stored by timeframe, and how many rows each write changed."""
+
+    partition: Partition
+    frames: dict[Timeframe, pl.DataFrame]
+    changed: dict[Timeframe, int]
+
+
+def derive(toolbox: Toolbox, partitions: Sequence[Partition]) -> Iterator[Derived]:
+    """Roll up each partition from the raw bars that are stored. A partition without raw bars gives no rollups."""
+    for partition in partitions:
+        yield _derive(toolbox, partition, toolbox.settings.rolled(partition.market))
+        after = neighbour(partition, +1)
+        state = _state(toolbox, after)
+        if state is not None and state.rolled is not None:
+            _derive(toolbox, after, _straddling(toolbox, after))
+
+
+def neighbour(partition: Partition, step: int) -> Partition:
+    """The same market one month later (+1) or earlier (-1)."""
+    moment = partition.month.end if step > 0 else partition.month.start - timedelta(days=1)
+    return Partition(partition.market, month_of(moment))
+
+
+def _straddling(toolbox: Toolbox, partition: Partition) -> list[Timeframe]:
+    """The timeframes whose first bar here began in the month before."""
+    return [tf for tf in toolbox.settings.rolled(partition.market) if partition.opens(tf).start < partition.month.start]
+
+
+def _derive(toolbox: Toolbox, partition: Partition, timeframes: Sequence[Timeframe]) -> Derived:
+    base = toolbox.settings.venues[partition.market.venue].base
+    state = _state(toolbox, partition)
+    if state is None or state.bytes is None or not timeframes:
+        return Derived(partition, {}, {})
+    bars = toolbox.lake.read(raw(base), partition)
+    before, start = _tail(toolbox, partition, base)
+    joined = pl.concat([before, empty_bars() if bars is None else bars])
+    frames = roll_up(joined, base, timeframes, Window(start or state.start, state.through))
+    owned = {tf: partition.opens(tf) for tf in timeframes}
+    frames = {tf: f.filter(pl.col("open_time").is_between(owned[tf].start, owned[tf].end, closed="left")) for tf, f in frames.items()}
+    changed = _write(toolbox, partition, frames, owned)
+    if len(timeframes) == len(toolbox.settings.rolled(partition.market)) and state.digest:
+        toolbox.ledger.set_rolled(raw(base), partition, state.digest)
+    return Derived(partition, frames, changed)
+
+
+def _tail(toolbox: Toolbox, partition: Partition, base: Timeframe) -> tuple[pl.DataFrame, datetime | None]:
+    """The last days of the month before, and since when there is no span that was not asked for."""
+    first = min((partition.opens(tf).start for tf in toolbox.settings.rolled(partition.market)), default=partition.month.start)
+    earlier = neighbour(partition, -1)
+    state = _state(toolbox, earlier)
+    if first >= partition.month.start or state is None or state.through < partition.month.start:
+        return empty_bars(), None
+    bars = toolbox.lake.read(raw(base), earlier)
+    if bars is None:
+        return empty_bars(), None
+    return bars.filter(pl.col("open_time") >= first), max(first, state.start)
+
+
+def _state(toolbox: Toolbox, partition: Partition) -> State | None:
+    return toolbox.ledger.state(raw(toolbox.settings.venues[partition.market.venue].base), partition)
+
+
+def _write(
+    toolbox: Toolbox, partition: Partition, frames: dict[Timeframe, pl.DataFrame], owned: dict[Timeframe, Window]
+) -> dict[Timeframe, int]:
+    if toolbox.settings.rollups == "duckdb":
+        changed = toolbox.warehouse.replace(partition.market, frames, owned)
+        return {tf: changed[tf.name] for tf in frames}
+    return {tf: _write_object(toolbox, partition, tf, frame) for tf, frame in frames.items()}
+
+
+def _write_object(toolbox: Toolbox, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame) -> int:
+    stored = toolbox.lake.read(rollup(timeframe), partition)
+    if stored is not None and stored.equals(frame):
+        return 0
+    toolbox.lake.write(rollup(timeframe), partition, frame)
+    return frame.height

@@ -1,0 +1,88 @@
+"""Plan: what a backfill would do, and what it would cost, before anything runs. Sends no request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from marketdata_assets.flows.ingest import wanted_window
+from marketdata_assets.lake.tables import raw, rollup
+from marketdata_assets.model.bar import empty_bars
+from marketdata_assets.model.window import Partition, Timeframe
+from marketdata_assets.quality.gaps import holes, without
+from marketdata_assets.settings import Venue
+from marketdata_assets.toolbox import Toolbox
+
+PAGE = {"binance": 998, "binanceus": 998}
+PER_MINUTE = {"binance": 3000, "binanceus": 600}
+DEFAULT_PAGE, DEFAULT_PER_MINUTE = 298, 60
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One partition that needs work: bars to fetch, about how many requests that takes, and why."""
+
+    partition: Partition
+    bars: int
+    requests: int
+    reason: str
+
+
+def plan(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[Task]:
+    """The partitions that are missing, open or not rolled up, in the order given."""
+    return [task for partition in partitions if (task := _task(toolbox, partition)) is not None]
+
+
+def minutes(tasks: Sequence[Task], venue: Venue) -> float:
+    """How long the venue's limit makes these requests take, at the least."""
+    per_minute = venue.requests_per_minute or PER_MINUTE.get(venue.name, DEFAULT_PER_MINUTE)
+    return sum(task.requests for task in tasks if task.partition.market.venue == venue.name) / per_minute
+
+
+def _task(toolbox: Toolbox, partition: Partition) -> Task | None:
+    venue = toolbox.settings.venues[partition.market.venue]
+    lacking = {tf: _lacking(toolbox, tf, partition) for tf in venue.fetched}
+    bars = sum(lacking.values())
+    page = PAGE.get(venue.name, DEFAULT_PAGE)
+    requests = sum(math.ceil(n / page) for n in lacking.values())
+    state = toolbox.ledger.state(raw(venue.base), partition)
+    if bars:
+        return Task(partition, bars, requests, _reason(state is not None, state.error if state else None))
+    if state is None or _rolled(toolbox, partition, state.rolled, state.digest):
+        return None
+    return Task(partition, 0, 0, "rollups are not up to date")
+
+
+def _reason(known: bool, error: str | None) -> str:
+    if error:
+        return f"failed: {error}"
+    return "open, or holds a gap that may still be filled" if known else "missing"
+
+
+def _lacking(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> int:
+    """Bars that a backfill would ask for. Reads the object only where the ledger cannot say."""
+    table, wanted = raw(timeframe), wanted_window(toolbox, timeframe, partition)
+    if not wanted:
+        return 0
+    state = toolbox.ledger.state(table, partition)
+    there = state is not None and state.bytes is not None and toolbox.lake.size(table, partition) == state.bytes
+    if state is None or not there:
+        return wanted.count(timeframe)
+    if state.complete and state.start <= wanted.start and wanted.end <= state.through:
+        return 0
+    stored = toolbox.lake.read(table, partition)
+    opens = (empty_bars() if stored is None else stored)["open_time"]
+    settled = [gap.window for gap in toolbox.ledger.gaps(table, partition) if gap.settled]
+    return sum(rest.count(timeframe) for hole in holes(opens, timeframe, wanted) for rest in without(hole, settled))
+
+
+def _rolled(toolbox: Toolbox, partition: Partition, rolled: str | None, digest: str | None) -> bool:
+    timeframes = toolbox.settings.rolled(partition.market)
+    if not timeframes:
+        return True
+    if rolled is None or rolled != digest:
+        return False
+    if toolbox.settings.rollups == "duckdb":
+        return toolbox.warehouse.exists
+    return all(toolbox.lake.size(rollup(tf), partition) is not None for tf in timeframes)

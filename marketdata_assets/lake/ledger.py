@@ -1,0 +1,379 @@
+"""The ledger (SQLite, WAL): what neither the lake nor Dagster holds.
+
+Fetch log, watermarks, gap evidence, quarantine, attempts and failures per partition, and what all processes of an
+instance share of a venue: its limiter, its pauses, its circuit breaker. All moments in it are seconds since 1970, or
+ISO text in UTC where a person reads them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from marketdata_assets.errors import StoreFailed
+from marketdata_assets.lake.tables import Table
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.window import Partition, Timeframe, Window, iso, parse_time
+
+BREAKER_LIMIT = 30
+BREAKER_FIRST, BREAKER_LONGEST = 30.0, 600.0
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS venues (
+    venue TEXT PRIMARY KEY, next_at REAL NOT NULL DEFAULT 0, paused_until REAL NOT NULL DEFAULT 0,
+    failures INTEGER NOT NULL DEFAULT 0, opened INTEGER NOT NULL DEFAULT 0, broken_until REAL NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS markets (
+    market TEXT PRIMARY KEY, listed TEXT NOT NULL, evidence TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS partitions (
+    tbl TEXT NOT NULL, market TEXT NOT NULL, month TEXT NOT NULL,
+    start TEXT NOT NULL, through TEXT NOT NULL, complete INTEGER NOT NULL, rows INTEGER NOT NULL,
+    bytes INTEGER, digest TEXT, rolled TEXT,
+    attempts INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0, error TEXT,
+    account TEXT, updated_at TEXT NOT NULL,
+    PRIMARY KEY (tbl, market, month));
+CREATE TABLE IF NOT EXISTS gaps (
+    tbl TEXT NOT NULL, market TEXT NOT NULL, month TEXT NOT NULL, start TEXT NOT NULL, "end" TEXT NOT NULL,
+    bars INTEGER NOT NULL, reason TEXT NOT NULL, answers INTEGER NOT NULL, evidence TEXT NOT NULL,
+    PRIMARY KEY (tbl, market, start));
+CREATE TABLE IF NOT EXISTS quarantine (
+    id INTEGER PRIMARY KEY, tbl TEXT NOT NULL, market TEXT NOT NULL, month TEXT NOT NULL, open_time TEXT,
+    reasons TEXT NOT NULL, fields TEXT NOT NULL, source TEXT NOT NULL, fetch_id INTEGER, seen INTEGER NOT NULL DEFAULT 1,
+    first_seen TEXT NOT NULL, last_seen TEXT NOT NULL,
+    UNIQUE (tbl, market, month, open_time, reasons, fields));
+CREATE TABLE IF NOT EXISTS fetches (
+    id INTEGER PRIMARY KEY, tbl TEXT NOT NULL, market TEXT NOT NULL, start TEXT NOT NULL, "end" TEXT NOT NULL,
+    asked_at REAL NOT NULL, seconds REAL NOT NULL, outcome TEXT NOT NULL, status INTEGER, rows INTEGER, error TEXT);
+CREATE INDEX IF NOT EXISTS fetches_by_market ON fetches (market, asked_at);
+"""
+
+
+class Gap(NamedTuple):
+    """A window of open times without bars. `reason` is one of `no_bars`, `quarantined`, `unanswered`.
+
+    `no_bars`: the venue delivered both neighbours and nothing between, in two answers. `quarantined`: what it
+    delivered broke a rule. `unanswered`: nobody knows yet; asked again until `answers` reaches GIVE_UP_AFTER.
+    """
+
+    window: Window
+    bars: int
+    reason: str
+    answers: int
+    evidence: str
+
+    @property
+    def settled(self) -> bool:
+        """True when the venue is not asked for it again on every run."""
+        return self.reason != "unanswered" or self.answers >= GIVE_UP_AFTER
+
+
+GIVE_UP_AFTER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the ledger knows of one partition of a raw table: `[start, through)` has been asked for."""
+
+    start: datetime
+    through: datetime
+    complete: bool
+    rows: int
+    bytes: int | None
+    digest: str | None
+    rolled: str | None
+    attempts: int
+    failures: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One ingest, in rows: received = stored + identical + quarantined."""
+
+    received: int = 0
+    stored: int = 0
+    identical: int = 0
+    quarantined: int = 0
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every row is accounted for."""
+        return self.received == self.stored + self.identical + self.quarantined
+
+
+class LoggedFetch(NamedTuple):
+    """One row of the fetch log."""
+
+    window: Window
+    asked_at: float
+    seconds: float
+    outcome: str
+    status: int | None
+    rows: int | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """All that one ingest of a partition writes down, in one transaction."""
+
+    table: Table
+    partition: Partition
+    state: State
+    account: Account
+    gaps: Sequence[Gap]
+    fetches: Sequence[LoggedFetch]
+    rejected: pl.DataFrame
+    answers: Sequence[int]
+    now: datetime
+
+
+class Ledger:
+    """One SQLite file in the state folder, shared by all processes of an instance. Raises StoreFailed."""
+
+    def __init__(self, state: Path) -> None:
+        self._folder = state
+        self._file = state / "ledger.db"
+        self._local = threading.local()
+        try:
+            (state / "locks").mkdir(parents=True, exist_ok=True)
+            with self._transaction() as db:
+                db.executescript(_SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreFailed(f"{self._file} cannot be opened ({error}); mend the folder or set another `state:`") from None
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        db: sqlite3.Connection | None = getattr(self._local, "db", None)
+        if db is None:
+            db = sqlite3.connect(self._file, timeout=60, isolation_level=None)
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=NORMAL")
+            self._local.db = db
+        return db
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        db = self._db
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield db
+            if db.in_transaction:
+                db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise StoreFailed(f"{self._file} cannot be read ({error})") from None
+
+    @contextmanager
+    def lock(self, partition: Partition, wait: bool = True) -> Iterator[bool]:
+        """Hold a partition against all other processes; false when `wait` is off and somebody else holds it."""
+        with (self._folder / "locks" / f"{partition.market.key}_{partition.month_key}").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    # ------------------------------------------------------------------------------ venues, shared (VenueState)
+    def reserve(self, venue: str, now: float, requests_per_minute: int | None) -> float:
+        """A place in the queue: at most `requests_per_minute` in any 60 s, with bursts of one second's worth."""
+        if requests_per_minute is None:
+            return now
+        burst = max(1.0, requests_per_minute / 60)
+        interval = 60 / max(requests_per_minute - burst, requests_per_minute / 2)
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO venues (venue) VALUES (?)", (venue,))
+            (queued,) = db.execute("SELECT next_at FROM venues WHERE venue = ?", (venue,)).fetchone()
+            next_at = max(queued, now) + interval
+            db.execute("UPDATE venues SET next_at = ? WHERE venue = ?", (next_at, venue))
+        return float(next_at - burst * interval)
+
+    def pause(self, venue: str, until: float) -> None:
+        """No request of any process before `until`."""
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO venues (venue) VALUES (?)", (venue,))
+            db.execute("UPDATE venues SET paused_until = max(paused_until, ?) WHERE venue = ?", (until, venue))
+
+    def paused_until(self, venue: str) -> float:
+        """The moment the venue asked for; 0 when it did not."""
+        found = self._rows("SELECT paused_until FROM venues WHERE venue = ?", venue)
+        return float(found[0][0]) if found else 0.0
+
+    def record(self, venue: str, ok: bool, now: float) -> None:
+        """Count failures in a row; at BREAKER_LIMIT the breaker opens, each time longer. A success closes it."""
+        found = self._rows("SELECT failures FROM venues WHERE venue = ?", venue)
+        if ok and (not found or found[0][0] == 0):
+            return
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO venues (venue) VALUES (?)", (venue,))
+            if ok:
+                db.execute("UPDATE venues SET failures = 0, opened = 0, broken_until = 0 WHERE venue = ?", (venue,))
+                return
+            db.execute("UPDATE venues SET failures = failures + 1 WHERE venue = ?", (venue,))
+            failures, opened, until = db.execute("SELECT failures, opened, broken_until FROM venues WHERE venue = ?", (venue,)).fetchone()
+            if failures >= BREAKER_LIMIT and until <= now:
+                stay = min(BREAKER_LONGEST, BREAKER_FIRST * 2.0**opened)
+                db.execute("UPDATE venues SET opened = opened + 1, broken_until = ? WHERE venue = ?", (now + stay, venue))
+
+    def broken_until(self, venue: str, now: float) -> float:
+        """0 when requests may go. When an open breaker's time is up, one caller is let through to try."""
+        found = self._rows("SELECT broken_until FROM venues WHERE venue = ?", venue)
+        if not found or found[0][0] == 0:
+            return 0.0
+        with self._transaction() as db:
+            (until,) = db.execute("SELECT broken_until FROM venues WHERE venue = ?", (venue,)).fetchone()
+            if 0 < until <= now:
+                db.execute("UPDATE venues SET broken_until = ? WHERE venue = ?", (now + BREAKER_FIRST, venue))
+                return 0.0
+        return float(until)
+
+    # ------------------------------------------------------------------------------ markets and partitions
+    def listed(self, market: Market) -> datetime | None:
+        """The open time of the market's first bar ever, where the venue told it twice."""
+        found = self._rows("SELECT listed FROM markets WHERE market = ?", market.key)
+        return parse_time(found[0][0]) if found else None
+
+    def set_listed(self, market: Market, listed: datetime, evidence: str) -> None:
+        """Remember a market's first bar."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO markets VALUES (?, ?, ?)", (market.key, iso(listed), evidence))
+
+    def states(self, table: Table, market: Market) -> dict[str, State]:
+        """What is known of a market's partitions, by month key."""
+        found = self._rows(f"SELECT month, {_STATE} FROM partitions WHERE tbl = ? AND market = ?", table.name, market.key)
+        return {month: _state(*rest) for month, *rest in found}
+
+    def state(self, table: Table, partition: Partition) -> State | None:
+        """What is known of one partition."""
+        found = self._rows(
+            f"SELECT {_STATE} FROM partitions WHERE tbl = ? AND market = ? AND month = ?", *_where(table, partition)
+        )
+        return _state(*found[0]) if found else None
+
+    def gaps(self, table: Table, partition: Partition) -> list[Gap]:
+        """The gaps of one partition, in order."""
+        found = self._rows(
+            'SELECT start, "end", bars, reason, answers, evidence FROM gaps WHERE tbl = ? AND market = ? AND month = ? ORDER BY start',
+            *_where(table, partition),
+        )
+        return [Gap(Window(parse_time(a), parse_time(b)), *rest) for a, b, *rest in found]
+
+    def gap_totals(self, table: Table, market: Market) -> dict[tuple[str, str], int]:
+        """Bars missing by (month key, reason)."""
+        found = self._rows(
+            "SELECT month, reason, sum(bars) FROM gaps WHERE tbl = ? AND market = ? GROUP BY month, reason", table.name, market.key
+        )
+        return {(month, reason): int(bars) for month, reason, bars in found}
+
+    def commit(self, entry: Entry) -> None:
+        """Write down one ingest, whole or not at all."""
+        where, now, s = _where(entry.table, entry.partition), iso(entry.now), entry.state
+        with self._transaction() as db:
+            ids = _log_fetches(db, entry.table, entry.partition.market, entry.fetches)
+            db.execute("DELETE FROM gaps WHERE tbl = ? AND market = ? AND month = ?", where)
+            db.executemany(
+                "INSERT OR REPLACE INTO gaps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [(*where, iso(g.window.start), iso(g.window.end), *g[1:]) for g in entry.gaps],
+            )
+            _quarantine(db, entry, ids, now)
+            db.execute(
+                "INSERT OR REPLACE INTO partitions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*where, iso(s.start), iso(s.through), s.complete, s.rows, s.bytes, s.digest, s.rolled, s.attempts, s.failures,
+                 s.error, json.dumps(asdict(entry.account)), now),
+            )  # fmt: skip
+
+    def fail(self, table: Table, partition: Partition, wanted: Window, error: str, fetches: Sequence[LoggedFetch], now: datetime) -> None:
+        """Write down an ingest that failed: what is stored stays as it was."""
+        where = _where(table, partition)
+        with self._transaction() as db:
+            _log_fetches(db, table, partition.market, fetches)
+            db.execute(
+                "INSERT INTO partitions VALUES (?, ?, ?, ?, ?, 0, 0, NULL, NULL, NULL, 1, 1, ?, NULL, ?) ON CONFLICT DO UPDATE SET"
+                " attempts = attempts + 1, failures = failures + 1, error = excluded.error, updated_at = excluded.updated_at",
+                (*where, iso(wanted.start), iso(wanted.start), error, iso(now)),
+            )
+
+    def set_rolled(self, table: Table, partition: Partition, digest: str) -> None:
+        """The rollups of this partition were made from raw bars of this digest."""
+        with self._transaction() as db:
+            db.execute("UPDATE partitions SET rolled = ? WHERE tbl = ? AND market = ? AND month = ?", (digest, *_where(table, partition)))
+
+    def forget_rollups(self) -> None:
+        """All rollups have to be made again (the warehouse file is gone)."""
+        with self._transaction() as db:
+            db.execute("UPDATE partitions SET rolled = NULL WHERE rolled IS NOT NULL")
+
+    def quarantined(self, market: Market | None, window: Window, limit: int = 1000) -> list[dict[str, Any]]:
+        """Rejected rows, oldest first: all fields as text, reasons, source and fetch id."""
+        found = self._rows(
+            "SELECT id, tbl, market, open_time, reasons, fields, source, fetch_id, seen, first_seen, last_seen FROM quarantine"
+            " WHERE (? IS NULL OR market = ?) AND (open_time IS NULL OR (open_time >= ? AND open_time < ?))"
+            " ORDER BY market, open_time, id LIMIT ?",
+            market and market.key, market and market.key, iso(window.start), iso(window.end), limit,
+        )  # fmt: skip
+        names = ("id", "table", "market", "open_time", "reasons", "fields", "source", "fetch_id", "seen", "first_seen", "last_seen")
+        return [{**dict(zip(names, row, strict=True)), "fields": json.loads(row[5])} for row in found]
+
+    def accounts(self) -> list[dict[str, Any]]:
+        """The last account of every partition, for audits."""
+        found = self._rows("SELECT tbl, market, month, rows, account FROM partitions WHERE account IS NOT NULL ORDER BY tbl, market, month")
+        return [{"table": t, "market": m, "month": k, "rows": r, **json.loads(a)} for t, m, k, r, a in found]
+
+    def requests(self) -> list[tuple[Any, ...]]:
+        """Outcomes of the fetch log with their counts."""
+        return self._rows("SELECT outcome, coalesce(error, ''), count(*) FROM fetches GROUP BY 1, 2 ORDER BY 3 DESC")
+
+
+_STATE = "start, through, complete, rows, bytes, digest, rolled, attempts, failures, error"
+
+
+def _state(start: str, through: str, complete: int, *rest: Any) -> State:
+    return State(parse_time(start), parse_time(through), bool(complete), *rest)
+
+
+def _where(table: Table, partition: Partition) -> tuple[str, str, str]:
+    return table.name, partition.market.key, partition.month_key
+
+
+def _log_fetches(db: sqlite3.Connection, table: Table, market: Market, fetches: Sequence[LoggedFetch]) -> list[int]:
+    ids = []
+    for fetch in fetches:
+        cursor = db.execute(
+            'INSERT INTO fetches (tbl, market, start, "end", asked_at, seconds, outcome, status, rows, error) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)',
+            (table.name, market.key, iso(fetch.window.start), iso(fetch.window.end), *fetch[1:]),
+        )
+        ids.append(cursor.lastrowid or 0)
+    return ids
+
+
+def _quarantine(db: sqlite3.Connection, entry: Entry, ids: list[int], now: str) -> None:
+    for answer, open_time, reasons, fields in entry.rejected.select("answer", "open_time", "reasons", "fields").iter_rows():
+        fetch = ids[entry.answers[answer]] if 0 <= answer < len(entry.answers) else None
+        db.execute(
+            "INSERT INTO quarantine (tbl, market, month, open_time, reasons, fields, source, fetch_id, first_seen, last_seen)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET seen = seen + 1, last_seen = excluded.last_seen, fetch_id = excluded.fetch_id",
+            (*_where(entry.table, entry.partition), open_time and iso(open_time), reasons, fields, entry.partition.market.venue, fetch, now, now),
+        )
+
+
+def logged(requests: Sequence[Any], window: Window) -> list[LoggedFetch]:
+    """Requests (as `sources.base.Request`) about one window, as rows of the fetch log."""
+    return [LoggedFetch(window, r.asked_at, r.seconds, r.outcome, r.status, r.rows, r.error) for r in requests]

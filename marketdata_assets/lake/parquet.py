@@ -1,0 +1,248 @@
+"""The lake: one Parquet object per table and partition, on a local disk or in S3, replaced whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import secrets
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+import numpy as np
+import polars as pl
+
+from marketdata_assets.errors import Damaged, StoreFailed
+from marketdata_assets.lake.tables import Table
+from marketdata_assets.model.bar import SCALE
+from marketdata_assets.model.window import Partition
+
+_INT64_DIGITS = 18
+
+
+class Stored(NamedTuple):
+    """One object as it lies there."""
+
+    bytes: int
+    digest: str
+
+
+class Objects(Protocol):
+    """A store of whole objects. Raises StoreFailed; what an object held before survives any failure."""
+
+    def read(self, path: str) -> bytes | None: ...
+    def write(self, path: str, content: bytes) -> None: ...
+    def size(self, path: str) -> int | None: ...
+    def set_aside(self, path: str) -> str: ...
+    def sweep(self) -> int: ...
+
+
+class Lake:
+    """Frames in and out of objects. A decimal column takes the smallest scale that holds its digits, as integers."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self._objects: Objects = _Bucket(location) if location.startswith("s3://") else _Folder(Path(location))
+
+    def write(self, table: Table, partition: Partition, frame: pl.DataFrame) -> Stored:
+        """Replace a partition's object atomically; the same rows always give the same bytes."""
+        content = encode(frame)
+        self._objects.write(table.path(partition), content)
+        return Stored(len(content), hashlib.sha256(content).hexdigest())
+
+    def read(self, table: Table, partition: Partition) -> pl.DataFrame | None:
+        """The partition's rows, sorted by open_time, or None where there is no object. Raises Damaged."""
+        path = table.path(partition)
+        content = self._objects.read(path)
+        return None if content is None else decode(content, table, f"{self.location}/{path}")
+
+    def size(self, table: Table, partition: Partition) -> int | None:
+        """The object's size in bytes, or None where there is none."""
+        return self._objects.size(table.path(partition))
+
+    def set_aside(self, table: Table, partition: Partition) -> str:
+        """Move a damaged object out of the way and return its new name."""
+        return self._objects.set_aside(table.path(partition))
+
+    def sweep(self) -> int:
+        """Remove what writers that died have left behind; how many files."""
+        return self._objects.sweep()
+
+
+def encode(frame: pl.DataFrame) -> bytes:
+    """A frame as Parquet: one row group, zstd, integers delta-packed, decimals at the scale their digits need."""
+    import pyarrow.parquet as pq
+
+    slim = frame.with_columns(_slim(frame, name) for name, dtype in frame.schema.items() if isinstance(dtype, pl.Decimal))
+    packed = [name for name, dtype in slim.schema.items() if _packs(dtype)]
+    sink = io.BytesIO()
+    pq.write_table(
+        slim.to_arrow(),
+        sink,
+        compression="zstd",
+        row_group_size=max(1, frame.height),
+        use_dictionary=False,
+        store_decimal_as_integer=True,
+        column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
+    )
+    return sink.getvalue()
+
+
+def decode(content: bytes, table: Table, name: str) -> pl.DataFrame:
+    """The frame of an object, columns bound by name and in the table's types. Raises Damaged."""
+    try:
+        frame = pl.read_parquet(io.BytesIO(content))
+        return frame.select(pl.col(column.name).cast(column.dtype) for column in table.columns)
+    except (pl.exceptions.PolarsError, OSError, ValueError, BaseException) as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise Damaged(f"{name} is damaged ({type(error).__name__}); `marketdata backfill` fetches it again") from None
+
+
+def _slim(frame: pl.DataFrame, name: str) -> pl.Series:
+    """The column at the smallest decimal scale that holds all its digits, on 18 digits where they fit."""
+    digits = pl.col(name).to_physical()
+    fraction = frame.select((digits % pl.lit(10**SCALE, pl.Int128)).cast(pl.Int64)).to_series().drop_nulls()
+    shared = int(np.gcd.reduce(fraction.to_numpy(), initial=10**SCALE))
+    scale = next(s for s in range(SCALE + 1) if shared % 10 ** (SCALE - s) == 0)
+    largest = max((abs(v) for v in frame.select(digits.min().alias("a"), digits.max().alias("b")).row(0) if v is not None), default=0)
+    precision = _INT64_DIGITS if largest < 10 ** (_INT64_DIGITS + SCALE - scale) else 38
+    return frame[name].cast(pl.Decimal(precision, scale))
+
+
+def _packs(dtype: pl.DataType) -> bool:
+    if isinstance(dtype, pl.Decimal):
+        return dtype.precision <= _INT64_DIGITS
+    return dtype.is_integer() or dtype.is_temporal()
+
+
+# --------------------------------------------------------------------------------- where objects live
+class _Folder:
+    """A local folder. A write goes aside, is synced, then renamed: a reader sees the old object or the new one."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._aside = root, root / ".writing"
+
+    def read(self, path: str) -> bytes | None:
+        try:
+            return (self._root / path).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._failed("read", path, error) from None
+
+    def write(self, path: str, content: bytes) -> None:
+        target = self._root / path
+        aside = self._aside / f"{os.getpid()}-{secrets.token_hex(6)}"
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._aside.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise self._failed("written", path, error) from None
+
+    def size(self, path: str) -> int | None:
+        try:
+            return (self._root / path).stat().st_size
+        except OSError:
+            return None
+
+    def set_aside(self, path: str) -> str:
+        target = self._root / path
+        moved = target.with_name(target.name + ".damaged")
+        try:
+            target.replace(moved)
+        except OSError as error:
+            raise self._failed("moved", path, error) from None
+        return str(moved)
+
+    def sweep(self) -> int:
+        try:
+            left = [p for p in self._aside.iterdir() if not _alive(p.name)]
+        except OSError:
+            return 0
+        for path in left:
+            path.unlink(missing_ok=True)
+        return len(left)
+
+    def _failed(self, verb: str, path: str, error: OSError) -> StoreFailed:
+        return StoreFailed(f"{self._root / path} cannot be {verb}: {error.strerror}; mend the folder or set another `lake:`")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _alive(name: str) -> bool:
+    try:
+        os.kill(int(name.partition("-")[0]), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class _Bucket:
+    """A prefix in S3: one PUT replaces an object whole. Endpoint and keys come from the usual AWS variables."""
+
+    def __init__(self, location: str) -> None:
+        parts = urlsplit(location)
+        self._bucket, self._prefix = parts.netloc, parts.path.strip("/")
+        self._client: Any = None
+
+    def _call(self, verb: str, path: str, **kwargs: Any) -> Any:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            if self._client is None:
+                config = Config(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 5})
+                self._client = boto3.client("s3", config=config)
+            return getattr(self._client, verb)(Bucket=self._bucket, Key=self._key(path), **kwargs)
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404", "NotFound"):
+                return None
+            raise self._failed(path, str(error.response.get("Error", {}).get("Code"))) from None
+        except (BotoCoreError, ValueError) as error:
+            raise self._failed(path, type(error).__name__) from None
+
+    def _key(self, path: str) -> str:
+        return f"{self._prefix}/{path}".lstrip("/")
+
+    def read(self, path: str) -> bytes | None:
+        found = self._call("get_object", path)
+        return None if found is None else bytes(found["Body"].read())
+
+    def write(self, path: str, content: bytes) -> None:
+        if self._call("put_object", path, Body=content) is None:
+            raise self._failed(path, "NoSuchBucket")
+
+    def size(self, path: str) -> int | None:
+        found = self._call("head_object", path)
+        return None if found is None else int(found["ContentLength"])
+
+    def set_aside(self, path: str) -> str:
+        content = self.read(path)
+        if content is not None:
+            self.write(path + ".damaged", content)
+            self._call("delete_object", path)
+        return f"s3://{self._bucket}/{self._key(path)}.damaged"
+
+    def sweep(self) -> int:
+        return 0
+
+    def _failed(self, path: str, code: str) -> StoreFailed:
+        return StoreFailed(f"s3://{self._bucket}/{self._key(path)}: {code}; check the bucket, AWS_ENDPOINT_URL and the AWS keys")

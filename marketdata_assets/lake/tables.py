@@ -1,0 +1,52 @@
+"""The registry of tables: one name is the asset key, the folder, the DuckDB table and the view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from marketdata_assets.model.bar import COLUMNS, ROLLUP_COLUMNS, Column
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.window import Partition, Timeframe
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """`raw` tables hold what a venue sent, `rollup` tables what was made of it."""
+
+    layer: str
+    timeframe: Timeframe
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Dagster's asset key: `raw`, `ohlcv_1m`; in DuckDB the schema and the table."""
+        return self.layer, f"ohlcv_{self.timeframe.name}"
+
+    @property
+    def name(self) -> str:
+        """`raw/ohlcv_1m`"""
+        return "/".join(self.key)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Its columns, in order."""
+        return COLUMNS if self.layer == "raw" else ROLLUP_COLUMNS
+
+    def path(self, partition: Partition) -> str:
+        """The object of one partition, in Hive folders that DuckDB, Polars and pandas read unaided."""
+        return f"{self.name}/{folder(partition.market)}/month={partition.month_key[:7]}/data.parquet"
+
+
+def raw(timeframe: Timeframe) -> Table:
+    """The table of a fetched timeframe."""
+    return Table("raw", timeframe)
+
+
+def rollup(timeframe: Timeframe) -> Table:
+    """The table of a rolled-up timeframe."""
+    return Table("rollup", timeframe)
+
+
+def folder(market: Market) -> str:
+    """A market as a Hive folder: percent-escaped, so that S3, Windows and every reader take it (`%3A` for `:`)."""
+    return "market=" + quote(market.key, safe="")

@@ -1,0 +1,138 @@
+"""The DuckDB warehouse of rollups. One writer at a time: short transactions, and a patient wait for the file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from marketdata_assets.errors import StoreFailed
+from marketdata_assets.lake.tables import Table
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.window import Timeframe, Window
+
+if TYPE_CHECKING:
+    import duckdb
+
+Connect = Callable[[], AbstractContextManager["duckdb.DuckDBPyConnection"]]
+
+
+class Warehouse:
+    """Rollup tables `rollup.ohlcv_<timeframe>`, keyed by `market` and `open_time`, in one file."""
+
+    def __init__(self, path: Path, connect: Connect | None = None, patience: float = 60.0) -> None:
+        self.path = path
+        self._connect = connect or self._open
+        self._patience = patience
+
+    @property
+    def exists(self) -> bool:
+        """Whether the file is there; it can always be rebuilt from the lake."""
+        return self.path.exists()
+
+    def replace(self, market: Market, frames: Mapping[Timeframe, pl.DataFrame], windows: Mapping[Timeframe, Window]) -> dict[str, int]:
+        """Make each table hold exactly these bars of a market inside each timeframe's window, in one transaction.
+
+        Only rows that differ are touched. Returns how many rows each timeframe changed.
+        """
+        changed: dict[str, int] = {}
+        with self._connect() as connection:
+            connection.execute("BEGIN")
+            for timeframe, frame in frames.items():
+                changed[timeframe.name] = _replace(connection, market, timeframe, frame, windows[timeframe])
+            connection.execute("COMMIT")
+        return changed
+
+    def read(self, table: Table, market: Market, window: Window) -> pl.DataFrame:
+        """The bars of a market that open inside the window, sorted; none where the table is not there yet."""
+        if not self.exists:
+            return pl.DataFrame(schema={column.name: column.dtype for column in table.columns})
+        with self._open(read_only=True) as connection:
+            return _select(connection, table, market, window)
+
+    @contextmanager
+    def _open(self, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+        import duckdb
+
+        deadline = time.monotonic() + self._patience
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                connection = duckdb.connect(str(self.path), read_only=read_only, config={"threads": "1"})
+                break
+            except duckdb.IOException as error:
+                held = "lock" in str(error).lower()
+                if not held or time.monotonic() > deadline:
+                    why = "another process holds it" if held else str(error).splitlines()[0][:160]
+                    raise StoreFailed(f"{self.path}: {why}; close that process or set another `duckdb:`") from None
+                _pause()
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+
+def _pause() -> None:
+    import threading
+
+    threading.Event().wait(0.05)
+
+
+def _replace(connection: duckdb.DuckDBPyConnection, market: Market, timeframe: Timeframe, frame: pl.DataFrame, window: Window) -> int:
+    table = Table("rollup", timeframe)
+    _create(connection, table)
+    stored = _select(connection, table, market, window)
+    if stored.equals(frame):
+        return 0
+    first = _first_difference(stored, frame)
+    schema, name = table.key
+    connection.execute(
+        f'DELETE FROM "{schema}"."{name}" WHERE market = ? AND open_time >= ? AND open_time < ?', [market.key, first, window.end]
+    )
+    incoming = frame.filter(pl.col("open_time") >= first).select(pl.lit(market.key).alias("market"), pl.all())
+    connection.register("incoming", incoming.to_arrow())
+    connection.execute(f'INSERT INTO "{schema}"."{name}" BY NAME SELECT * FROM incoming')
+    connection.unregister("incoming")
+    return incoming.height
+
+
+def _create(connection: duckdb.DuckDBPyConnection, table: Table) -> None:
+    schema, name = table.key
+    columns = ", ".join(f'"{column.name}" {_sql_type(column.dtype)}' for column in table.columns)
+    connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{schema}"')
+    connection.execute(f'CREATE TABLE IF NOT EXISTS "{schema}"."{name}" (market VARCHAR, {columns})')
+
+
+def _sql_type(dtype: pl.DataType) -> str:
+    if isinstance(dtype, pl.Decimal):
+        return f"DECIMAL({dtype.precision}, {dtype.scale})"
+    return "TIMESTAMPTZ" if dtype.is_temporal() else "BIGINT"
+
+
+def _select(connection: duckdb.DuckDBPyConnection, table: Table, market: Market, window: Window) -> pl.DataFrame:
+    schema, name = table.key
+    known = connection.execute("SELECT 1 FROM information_schema.tables WHERE table_schema = ? AND table_name = ?", [schema, name]).fetchall()
+    if not known:
+        return pl.DataFrame(schema={column.name: column.dtype for column in table.columns})
+    columns = ", ".join(f'"{column.name}"' for column in table.columns)
+    found = connection.execute(
+        f'SELECT {columns} FROM "{schema}"."{name}" WHERE market = ? AND open_time >= ? AND open_time < ? ORDER BY open_time',
+        [market.key, window.start, window.end],
+    ).to_arrow_table()
+    frame = pl.DataFrame(found)
+    return frame.select(pl.col(column.name).cast(column.dtype) for column in table.columns)
+
+
+def _first_difference(stored: pl.DataFrame, frame: pl.DataFrame) -> object:
+    """The open time of the first row in which two sorted frames differ."""
+    height = min(stored.height, frame.height)
+    same = pl.DataFrame(
+        [stored[c].head(height).eq_missing(frame[c].head(height)).alias(c) for c in frame.columns]
+    ).select(pl.all_horizontal(pl.all()).alias("same"))["same"]
+    at = (~same).arg_max() if height and not same.all() else height
+    opens = [f["open_time"][at] for f in (stored, frame) if at is not None and at < f.height]
+    return min(opens)

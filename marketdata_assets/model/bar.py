@@ -1,0 +1,55 @@
+"""The bar: its columns, their types, and how a number is written as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+SCALE = 12
+DECIMAL = pl.Decimal(38, SCALE)
+TIME = pl.Datetime("us", "UTC")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a bar. `optional` ones are null where the venue does not give them; nothing else may be null."""
+
+    name: str
+    dtype: pl.DataType
+    meaning: str
+    optional: bool = False
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("open_time", TIME, "first moment of the bar, UTC, inclusive; its label"),
+    Column("open", DECIMAL, "first price, in quote currency"),
+    Column("high", DECIMAL, "highest price"),
+    Column("low", DECIMAL, "lowest price"),
+    Column("close", DECIMAL, "last price"),
+    Column("volume", DECIMAL, "traded amount, in base currency"),
+    Column("quote_volume", DECIMAL, "traded amount, in quote currency", optional=True),
+    Column("trades", pl.Int64(), "number of trades", optional=True),
+    Column("taker_buy_volume", DECIMAL, "base amount bought by takers", optional=True),
+    Column("taker_buy_quote_volume", DECIMAL, "quote amount bought by takers", optional=True),
+)
+ROLLUP_COLUMNS: tuple[Column, ...] = (
+    *COLUMNS,
+    Column("vwap", DECIMAL, "quote_volume / volume, cut to 12 decimals; null without volume", optional=True),
+    Column("bars_expected", pl.Int64(), "base bars a full bar of this timeframe holds"),
+    Column("bars_present", pl.Int64(), "base bars this one was made of"),
+)
+NAMES: tuple[str, ...] = tuple(column.name for column in COLUMNS)
+PRICES: tuple[str, ...] = ("open", "high", "low", "close")
+SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in COLUMNS}
+ROLLUP_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in ROLLUP_COLUMNS}
+
+
+def empty_bars() -> pl.DataFrame:
+    """No bars, in the right columns."""
+    return pl.DataFrame(schema=SCHEMA)
+
+
+def decimal_text(column: str) -> pl.Expr:
+    """A decimal column as text without exponent or trailing zeros: `100`, `0.5`, `-1.25`."""
+    return pl.col(column).cast(pl.String).str.strip_chars_end("0").str.strip_chars_end(".")

@@ -1,0 +1,45 @@
+"""A market is a venue and a symbol; its key is the partition key, the folder, the row key and the REST path."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from marketdata_assets.errors import BadInput
+
+_ASSET = r"[A-Za-z0-9][A-Za-z0-9.$]*"
+_SYMBOL = re.compile(rf"{_ASSET}/{_ASSET}(:{_ASSET}(-[A-Za-z0-9-]+)?)?")
+_VENUE = re.compile(r"[a-z][a-z0-9]*")
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Market:
+    """A venue (ccxt id) and a symbol (ccxt's unified symbol).
+
+    Raises BadInput for a symbol that cannot be a unified one: only such names become folders, keys and SQL values.
+    """
+
+    venue: str
+    symbol: str
+
+    def __post_init__(self) -> None:
+        if not _VENUE.fullmatch(self.venue):
+            raise BadInput(f"venue {self.venue!r} is not a ccxt id such as binance or kraken")
+        if len(self.symbol) > 64 or not _SYMBOL.fullmatch(self.symbol):
+            raise BadInput(f"symbol {self.symbol!r} is not a unified symbol such as BTC/USDT or BTC/USDT:USDT")
+
+    @property
+    def key(self) -> str:
+        """`binance:BTC-USDT`; `/` becomes `-` and the `:` of a contract symbol becomes `_`."""
+        return f"{self.venue}:{self.symbol.replace('/', '-').replace(':', '_')}"
+
+    @classmethod
+    def parse(cls, key: str) -> Market:
+        """The market of a key. Exact inverse of `key`; raises BadInput for anything else."""
+        venue, colon, name = key.partition(":")
+        if not colon:
+            raise BadInput(f"market {key!r} is not written like binance:BTC-USDT")
+        return cls(venue, name.replace("-", "/", 1).replace("_", ":", 1))
+
+    def __str__(self) -> str:
+        return self.key

@@ -1,0 +1,1 @@
+"""Is it right? Rules on rows, agreement between answers, gaps between bars. Pure functions on frames."""

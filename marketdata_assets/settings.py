@@ -1,0 +1,347 @@
+"""The universe and every limit, read once by a door and validated there.
+
+`load_settings` reads `data/universe.yaml` (or the file in `MARKETDATA_UNIVERSE`) and the environment: each top-level
+key may also come from `MARKETDATA_<KEY>`, written as the same YAML, and wins over the file. Nothing reads the
+environment at import. Relative paths count from the current folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from marketdata_assets.errors import BadInput
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.window import TIMEFRAMES, Partition, Timeframe, Window, iso, parse_time, partitions_of, timeframe
+
+DEFAULT_FILE = "data/universe.yaml"
+PREFIX = "MARKETDATA_"
+
+
+@dataclass(frozen=True, slots=True)
+class Venue:
+    """What the universe wants of one venue."""
+
+    name: str
+    symbols: tuple[str, ...]
+    since: datetime
+    until: datetime | None = None
+    base: Timeframe = TIMEFRAMES["1m"]
+    reference: tuple[Timeframe, ...] = ()
+    base_url: str | None = None
+    ws_url: str | None = None
+    requests_per_minute: int | None = None
+
+    @property
+    def markets(self) -> tuple[Market, ...]:
+        """Its markets, in the order written."""
+        return tuple(Market(self.name, symbol) for symbol in self.symbols)
+
+    @property
+    def fetched(self) -> tuple[Timeframe, ...]:
+        """The timeframes asked from the venue: the base first, then the references."""
+        return (self.base, *self.reference)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One validated universe. `frozen_now` stops our clock (`MARKETDATA_NOW`), for tests and replays."""
+
+    venues: Mapping[str, Venue]
+    timeframes: tuple[Timeframe, ...]
+    lake: str
+    rollups: str
+    duckdb: Path
+    state: Path
+    frozen_now: datetime | None = None
+    source: str = "settings"
+    _markets: Mapping[str, Market] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        markets = {m.key: m for v in self.venues.values() for m in v.markets}
+        object.__setattr__(self, "_markets", markets)
+
+    @property
+    def markets(self) -> tuple[Market, ...]:
+        """Every market of the universe, in the order written."""
+        return tuple(self._markets.values())
+
+    def now(self) -> datetime:
+        """Our own clock, UTC."""
+        return self.frozen_now or datetime.now(UTC)
+
+    def market(self, key: str) -> Market:
+        """The market of a key; raises BadInput with the nearest known one."""
+        if key in self._markets:
+            return self._markets[key]
+        near = difflib.get_close_matches(key, self._markets, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise BadInput(f"market {key!r} is not in {self.source}{hint}")
+
+    def span(self, market: Market) -> Window:
+        """What is wanted of a market: since its venue's first day, until its last one or our now."""
+        venue = self.venues[market.venue]
+        return Window(venue.since, min(venue.until or self.now(), self.now()))
+
+    def rolled(self, market: Market) -> tuple[Timeframe, ...]:
+        """The timeframes rolled up for a market: those coarser than its base, finest first."""
+        base = self.venues[market.venue].base
+        return tuple(tf for tf in self.timeframes if tf.width > base.width)
+
+    @property
+    def raw_timeframes(self) -> tuple[Timeframe, ...]:
+        """Every timeframe that some venue fetches, finest first."""
+        return _ordered(tf for v in self.venues.values() for tf in v.fetched)
+
+    @property
+    def rollup_timeframes(self) -> tuple[Timeframe, ...]:
+        """Every timeframe that is rolled up for some market, finest first."""
+        return _ordered(tf for market in self.markets for tf in self.rolled(market))
+
+    def partitions(self, markets: Iterable[Market], wanted: Window) -> list[Partition]:
+        """The partitions of these markets that lie in the wanted window and in the universe, oldest first per market."""
+        return [p for m in markets for p in partitions_of(m, self.span(m) & wanted)]
+
+
+def _ordered(timeframes: Iterable[Timeframe]) -> tuple[Timeframe, ...]:
+    return tuple(sorted(set(timeframes), key=lambda tf: tf.width))
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read, check and return the universe. Raises BadInput that names the file, the line and the fix."""
+    env = os.environ if environ is None else environ
+    path = Path(env.get(PREFIX + "UNIVERSE") or DEFAULT_FILE)
+    entries = _read_file(path)
+    for key in _TOP:
+        if text := env.get(PREFIX + key.upper()):
+            entries[key] = _parse(text, f"environment {PREFIX}{key.upper()}")
+    if "venues" not in entries:
+        raise BadInput(f"{path}: there are no venues; write at least `venues: {{binance: {{symbols: [BTC/USDT], since: 2024-01-01}}}}`")
+    values = {key: _TOP[key](entry) for key, entry in entries.items()}
+    now = env.get(PREFIX + "NOW")
+    settings = Settings(**{**_defaults(), **values}, frozen_now=parse_time(now) if now else None, source=str(path))
+    _check_dates(settings, entries["venues"])
+    return settings
+
+
+# --------------------------------------------------------------------------------- YAML with line numbers
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A YAML node and where it stands, so that every complaint can name its line."""
+
+    node: yaml.Node
+    place: str
+
+    def fail(self, what: str) -> BadInput:
+        return BadInput(f"{self.place} line {self.node.start_mark.line + 1}: {what}")
+
+    def text(self) -> str:
+        if not isinstance(self.node, yaml.ScalarNode) or not self.node.value.strip():
+            raise self.fail("one value is expected here")
+        return str(self.node.value).strip()
+
+    def items(self) -> dict[str, _Entry]:
+        if not isinstance(self.node, yaml.MappingNode):
+            raise self.fail("`key: value` lines are expected here")
+        found: dict[str, _Entry] = {}
+        for key, value in self.node.value:
+            name = _Entry(key, self.place).text()
+            if name in found:
+                raise _Entry(key, self.place).fail(f"{name!r} is written twice; keep one")
+            found[name] = _Entry(value, self.place)
+        return found
+
+    def elements(self) -> list[_Entry]:
+        if not isinstance(self.node, yaml.SequenceNode):
+            raise self.fail("a list such as [a, b] is expected here")
+        return [_Entry(node, self.place) for node in self.node.value]
+
+    def known_items(self, known: Iterable[str]) -> dict[str, _Entry]:
+        items, names = self.items(), list(known)
+        for name, entry in items.items():
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+                raise entry.fail(f"unknown key {name!r}; {hint}")
+        return items
+
+
+def _parse(text: str, place: str) -> _Entry:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise BadInput(f"{place} line {line}: not valid YAML ({error.problem})") from None
+    except yaml.YAMLError:
+        raise BadInput(f"{place}: not valid YAML") from None
+    if node is None:
+        raise BadInput(f"{place}: it is empty")
+    return _Entry(node, place)
+
+
+def _read_file(path: Path) -> dict[str, _Entry]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: there is no universe file; write one or name it in {PREFIX}UNIVERSE") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: it cannot be read ({type(error).__name__})") from None
+    return _parse(text, str(path)).known_items(_TOP)
+
+
+# --------------------------------------------------------------------------------- one reader per key
+def _time(entry: _Entry) -> datetime:
+    try:
+        return parse_time(entry.text())
+    except BadInput as error:
+        raise entry.fail(str(error)) from None
+
+
+def _timeframe(entry: _Entry) -> Timeframe:
+    try:
+        return timeframe(entry.text())
+    except BadInput as error:
+        raise entry.fail(str(error)) from None
+
+
+def _timeframes(entry: _Entry) -> tuple[Timeframe, ...]:
+    return _ordered(_timeframe(e) for e in entry.elements())
+
+
+def _url(schemes: tuple[str, ...]) -> Callable[[_Entry], str]:
+    def read(entry: _Entry) -> str:
+        parts = urlsplit(entry.text())
+        if parts.scheme not in schemes or not parts.hostname:
+            raise entry.fail(f"a URL that begins with {' or '.join(s + '://' for s in schemes)} is expected here")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise entry.fail("a URL without user, password or query is expected here; secrets do not belong in it")
+        return entry.text().rstrip("/")
+
+    return read
+
+
+def _rate(entry: _Entry) -> int:
+    text = entry.text()
+    if not text.isdecimal() or int(text) < 1:
+        raise entry.fail("a whole number of requests per minute, 1 or more, is expected here")
+    return int(text)
+
+
+def _choice(*allowed: str) -> Callable[[_Entry], str]:
+    def read(entry: _Entry) -> str:
+        if entry.text() not in allowed:
+            raise entry.fail(f"{entry.text()!r} is not one of {', '.join(allowed)}")
+        return entry.text()
+
+    return read
+
+
+def _path(entry: _Entry) -> Path:
+    return Path(entry.text()).expanduser().absolute()
+
+
+def _lake(entry: _Entry) -> str:
+    text = entry.text()
+    if text.startswith("s3://"):
+        if not urlsplit(text).netloc:
+            raise entry.fail("s3://bucket/prefix is expected here")
+        return text.rstrip("/")
+    if "://" in text:
+        raise entry.fail("a folder or s3://bucket/prefix is expected here")
+    return str(_path(entry))
+
+
+def _symbols(entry: _Entry, venue: str) -> tuple[str, ...]:
+    symbols: list[str] = []
+    for element in entry.elements():
+        try:
+            Market(venue, element.text())
+        except BadInput as error:
+            raise element.fail(str(error)) from None
+        if element.text() in symbols:
+            raise element.fail(f"{element.text()} is written twice; keep one")
+        symbols.append(element.text())
+    if not symbols:
+        raise entry.fail("at least one symbol such as BTC/USDT is expected here")
+    return tuple(symbols)
+
+
+_VENUE: dict[str, Callable[[_Entry], Any]] = {
+    "since": _time,
+    "until": _time,
+    "base": _timeframe,
+    "reference": _timeframes,
+    "base_url": _url(("http", "https")),
+    "ws_url": _url(("ws", "wss")),
+    "requests_per_minute": _rate,
+}
+
+
+def ccxt_venues() -> list[str]:
+    """The ids of all ccxt venues, read from its folder: importing ccxt would cost seconds."""
+    spec = importlib.util.find_spec("ccxt")
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        return []
+    return sorted(p.stem for p in Path(next(iter(folders)), "async_support").glob("[a-z]*.py"))
+
+
+def _venue(name: str, entry: _Entry) -> Venue:
+    known = ccxt_venues()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise entry.fail(f"unknown venue {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    items = entry.known_items(("symbols", *_VENUE))
+    for needed in ("symbols", "since"):
+        if needed not in items:
+            raise entry.fail(f"venue {name} needs `{needed}:`")
+    values = {key: _VENUE[key](item) for key, item in items.items() if key != "symbols"}
+    venue = Venue(name, _symbols(items["symbols"], name), **values)
+    if venue.until is not None and venue.until <= venue.since:
+        raise items["until"].fail(f"until {iso(venue.until)} is not after since {iso(venue.since)}; swap them")
+    if venue.base in venue.reference:
+        raise items["reference"].fail(f"{venue.base.name} is the base already; a reference is another timeframe")
+    return venue
+
+
+def _venues(entry: _Entry) -> dict[str, Venue]:
+    venues = {name: _venue(name, item) for name, item in entry.items().items()}
+    if not venues:
+        raise entry.fail("at least one venue is expected here")
+    return venues
+
+
+def _check_dates(settings: Settings, entry: _Entry) -> None:
+    now = settings.now()
+    for name, item in entry.items().items():
+        if settings.venues[name].since >= now:
+            raise item.items()["since"].fail(f"since {iso(settings.venues[name].since)} lies in the future (now {iso(now)})")
+
+
+_TOP: dict[str, Callable[[_Entry], Any]] = {
+    "venues": _venues,
+    "timeframes": _timeframes,
+    "lake": _lake,
+    "rollups": _choice("duckdb", "parquet"),
+    "duckdb": _path,
+    "state": _path,
+}
+
+
+def _defaults() -> dict[str, Any]:
+    return {
+        "timeframes": tuple(tf for tf in TIMEFRAMES.values() if tf.parent),
+        "lake": str(Path("data/lake").absolute()),
+        "rollups": "duckdb",
+        "duckdb": Path("data/market.duckdb").absolute(),
+        "state": Path("data/state").absolute(),
+    }

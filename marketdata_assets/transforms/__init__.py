@@ -1,0 +1,1 @@
+"""What follows from bars: pure functions from frame to frame."""
