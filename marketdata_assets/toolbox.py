@@ -23,6 +23,13 @@ T = TypeVar("T")
 
 IN_FLIGHT = 8
 
+Tell = Callable[[dict[str, Any]], None]
+"""Hears of progress while work runs: `{"bars": n, "requests": n}`, `{"failed": partition, ...}`, `{"check": ...}`."""
+
+
+def tell_nobody(event: dict[str, Any]) -> None:
+    """For whoever works alone."""
+
 
 class _Loop:
     """One event loop in a thread of its own, so that requests run while the caller works on what has come."""
@@ -48,14 +55,14 @@ class _Loop:
 
 @dataclass(slots=True)
 class Toolbox:
-    """The tools of one process. `progress(bars, requests)` is told of every answer, from the requests' thread."""
+    """The tools of one process. `tell` hears of every answer, from the requests' thread."""
 
     settings: Settings
     ledger: Ledger
     lake: Lake
     warehouse: Warehouse
     policy: Policy
-    progress: Callable[[int, int], None] = field(default=lambda bars, requests: None)
+    tell: Tell = tell_nobody
     _sources: dict[str, Source] = field(default_factory=dict)
     _turns: dict[str, asyncio.Semaphore] = field(default_factory=dict)
     _clocks: dict[str, datetime] = field(default_factory=dict)
@@ -98,11 +105,11 @@ class Toolbox:
 
 
 @contextmanager
-def open_toolbox(settings: Settings, connect: Connect | None = None, policy: Policy | None = None) -> Iterator[Toolbox]:
+def open_toolbox(settings: Settings, connect: Connect | None = None, policy: Policy | None = None, tell: Tell = tell_nobody) -> Iterator[Toolbox]:
     """All tools for these settings. `connect` opens the DuckDB file (Dagster brings its own resource)."""
     ledger = Ledger(settings.state)
     warehouse = Warehouse(settings.duckdb, connect)
-    toolbox = Toolbox(settings, ledger, Lake(settings.lake), warehouse, policy or Policy())
+    toolbox = Toolbox(settings, ledger, Lake(settings.lake), warehouse, policy or Policy(), tell)
     try:
         yield toolbox
     finally:

@@ -42,6 +42,7 @@ def pages(symbol: str, start: int, end: int, interval: str = "1m", now: int = LA
     """Every bar that opens in `[start, end)`, page after page as a client would ask."""
     rows: list[Row] = []
     while page := klines(symbol, interval, start, end - 1, 1000, now):
+        assert page[-1][0] >= start
         rows += page
         start = page[-1][0] + 1
     return rows
@@ -184,7 +185,7 @@ def test_halts_are_shared_and_holes_are_not() -> None:
 
 
 def test_quiet_stretches_are_flat() -> None:
-    """A minute without volume stands at the last price; the stretch is short and the next minute opens there."""
+    """A minute without volume stands at the last price, even where a page begins in the middle of the stretch."""
     rows = pages("SHIBUSDT", ms("2024-03-09"), ms("2024-03-23"))
     quiet = [row for row in rows if row[5] == "0.00000000"]
     assert 3 <= len(runs(row[0] for row in quiet)) <= 14
@@ -192,6 +193,7 @@ def test_quiet_stretches_are_flat() -> None:
     assert all(len(set(row[1:5])) == 1 and {row[7], row[9], row[10]} == {"0.00000000"} for row in quiet)
     closes = {row[0]: row[4] for row in rows}
     assert all(closes.get(row[0] - MINUTE, row[4]) == row[4] for row in quiet)
+    assert all(klines("SHIBUSDT", "1m", row[0], row[0], 1, LATER) == [row] for row in quiet)
 
 
 def test_an_open_bar_grows_into_its_closed_self() -> None:

@@ -136,7 +136,7 @@ class _Inquiry:
         async def one(window: Window) -> Fetched:
             async with turns:
                 fetched = await source.fetch(self.market, self.timeframe, window)
-            self.toolbox.progress(fetched.rows.height, len(fetched.requests))
+            self.toolbox.tell({"bars": fetched.rows.height, "requests": len(fetched.requests)})
             return fetched
 
         tasks = [asyncio.create_task(one(window)) for window in queue]

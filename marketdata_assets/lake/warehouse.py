@@ -119,11 +119,11 @@ def _select(connection: duckdb.DuckDBPyConnection, table: Table, market: Market,
     if not known:
         return pl.DataFrame(schema={column.name: column.dtype for column in table.columns})
     columns = ", ".join(f'"{column.name}"' for column in table.columns)
-    found = connection.execute(
+    found = connection.sql(
         f'SELECT {columns} FROM "{schema}"."{name}" WHERE market = ? AND open_time >= ? AND open_time < ? ORDER BY open_time',
-        [market.key, window.start, window.end],
-    ).to_arrow_table()
-    frame = pl.DataFrame(found)
+        params=[market.key, window.start, window.end],
+    )
+    frame = pl.DataFrame(found.to_arrow_table())
     return frame.select(pl.col(column.name).cast(column.dtype) for column in table.columns)
 
 

@@ -194,7 +194,9 @@ class CcxtSource:
 
     async def close(self) -> None:
         """Give up the connections; the source can be used again afterwards."""
-        session, self._session, self._exchange = self._session, None, None
+        session, exchange, self._session, self._exchange = self._session, self._exchange, None, None
+        if exchange is not None:
+            exchange.session = None  # it is ours: ccxt would warn that nobody closed it
         if session is not None:
             await session.close()
 

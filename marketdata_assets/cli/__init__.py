@@ -1,0 +1,1 @@
+"""The command line. Commands that need no Dagster import none of it; those that do start it as processes."""

@@ -1,0 +1,120 @@
+"""`marketdata backfill`: plan, hand ranges to warm workers, show how far they are, say how it ended."""
+
+from __future__ import annotations
+
+import json
+import selectors
+import subprocess
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from marketdata_assets.cli.processes import dagster_environment, start, stop
+from marketdata_assets.flows.plan import Task
+from marketdata_assets.model.window import Partition
+from marketdata_assets.settings import Settings
+
+WORKERS = 2
+MONTHS_A_RUN = 3
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a backfill went. `exit_code` is the command's."""
+
+    bars: int = 0
+    requests: int = 0
+    runs: int = 0
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    broken_runs: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, else the worst of what happened."""
+        codes = [int(f["exit_code"]) for f in self.failed]
+        if 2 in codes:
+            return 2
+        if 3 in codes:
+            return 3
+        return 1 if self.failed or self.checks or self.broken_runs else 0
+
+
+def ranges(tasks: Sequence[Task]) -> list[tuple[Partition, Partition]]:
+    """Partitions as ranges of one market and at most MONTHS_A_RUN consecutive months; markets take turns."""
+    found: list[list[tuple[Partition, Partition]]] = []
+    for _, group in groupby((task.partition for task in tasks), key=lambda p: p.market):
+        mine: list[list[Partition]] = []
+        for partition in sorted(group):
+            if mine and mine[-1][-1].month.end == partition.month.start and len(mine[-1]) < MONTHS_A_RUN:
+                mine[-1].append(partition)
+            else:
+                mine.append([partition])
+        found.append([(run[0], run[-1]) for run in mine])
+    longest = max((len(f) for f in found), default=0)
+    return [f[i] for i in range(longest) for f in found if i < len(f)]
+
+
+def run_ranges(settings: Settings, spans: Sequence[tuple[Partition, Partition]], show: Callable[[Outcome], None]) -> Outcome:
+    """Do the ranges in worker processes; `show` is called after every message."""
+    outcome, waiting = Outcome(), deque(spans)
+    environment = dagster_environment(settings)
+    with selectors.DefaultSelector() as selector:
+        workers = [_start_worker(environment, selector, first=i == 0) for i in range(min(WORKERS, len(spans)))]
+        try:
+            while selector.get_map():
+                for key, _ in selector.select():
+                    worker = key.data
+                    line = worker.stdout.readline()
+                    if not line:
+                        selector.unregister(worker.stdout)
+                        _mourn(worker, outcome, waiting)
+                        continue
+                    _hear(json.loads(line), worker, outcome, waiting)
+                    show(outcome)
+        finally:
+            for worker in workers:
+                stop(worker)
+    return outcome
+
+
+def _start_worker(environment: dict[str, str], selector: selectors.BaseSelector, first: bool) -> subprocess.Popen[str]:
+    errors = environment["DAGSTER_HOME"] + "/worker.log"
+    with open(errors, "a", encoding="utf-8") as log:
+        worker = start(
+            ["marketdata_assets.defs.worker"], environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.fileno()
+        )
+    selector.register(worker.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
+    return worker
+
+
+def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[tuple[Partition, Partition]]) -> None:
+    if "bars" in event:
+        outcome.bars += event["bars"]
+        outcome.requests += event["requests"]
+    elif "failed" in event:
+        outcome.failed.append(event)
+    elif "check" in event:
+        outcome.checks.append(event)
+    elif "done" in event:
+        outcome.runs += 1
+        known = any(event["done"]["start"] <= f["failed"] <= event["done"]["end"] for f in outcome.failed)
+        if not event["success"] and not known:
+            outcome.broken_runs.append(f"{event['done']['start']} .. {event['done']['end']}: {event['says'].strip()}")
+    if "ready" in event or "done" in event:
+        assert worker.stdin is not None
+        if waiting:
+            first, last = waiting.popleft()
+            worker.stdin.write(json.dumps({"start": first.key, "end": last.key}) + "\n")
+        else:
+            worker.stdin.write("end\n")
+        worker.stdin.flush()
+
+
+def _mourn(worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[tuple[Partition, Partition]]) -> None:
+    code = worker.wait()
+    if code != 0:
+        outcome.broken_runs.append(f"a worker ended with code {code}; its log is worker.log in the state folder")
+        waiting.clear()

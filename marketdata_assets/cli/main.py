@@ -1,0 +1,303 @@
+"""The `marketdata` command. Exit codes: 0 done, 1 a check failed or something is missing, 2 bad input, 3 unreachable."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from marketdata_assets.errors import BadInput, MarketDataError, StoreFailed
+from marketdata_assets.model.window import Window, iso, parse_time, timeframe
+from marketdata_assets.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from marketdata_assets.flows.plan import Task
+    from marketdata_assets.model.market import Market
+    from marketdata_assets.toolbox import Toolbox
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+quarantine = typer.Typer(no_args_is_help=True, help="Rows that a rule refused, with their reasons.")
+app.add_typer(quarantine, name="quarantine")
+out = Console()
+err = Console(stderr=True)
+
+Markets = Annotated[list[str] | None, typer.Option("--market", "-m", help="A market such as binance:BTC-USDT; again for more. Default: all.")]
+Start = Annotated[str | None, typer.Option("--start", help="First day or moment, UTC, inclusive.")]
+End = Annotated[str | None, typer.Option("--end", help="Last day or moment, UTC, exclusive.")]
+Format = Annotated[str, typer.Option("--format", help="table or json")]
+
+
+def main() -> None:
+    """Run the command; a person's mistake or an unreachable venue is one line, never a traceback."""
+    try:
+        app()
+    except MarketDataError as error:
+        err.print(f"[red]error:[/red] {_plain(str(error))}", highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("stopped; run it again to go on")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+# --------------------------------------------------------------------------------- what every command does first
+@contextmanager
+def _toolbox() -> Iterator[tuple[Settings, Toolbox]]:
+    from marketdata_assets.toolbox import open_toolbox
+
+    settings = load_settings()
+    with open_toolbox(settings) as toolbox:
+        yield settings, toolbox
+
+
+def _chosen(settings: Settings, keys: list[str] | None) -> list[Market]:
+    return [settings.market(key) for key in keys] if keys else list(settings.markets)
+
+
+def _window(settings: Settings, start: str | None, end: str | None) -> Window:
+    first = min(venue.since for venue in settings.venues.values())
+    window = Window(parse_time(start) if start else first, parse_time(end) if end else settings.now())
+    if start and window.start > settings.now():
+        raise BadInput(f"--start {start} lies in the future; it is now {iso(settings.now())}")
+    if not window:
+        raise BadInput(f"the window {iso(window.start)} .. {iso(window.end)} is empty; --start must come before --end")
+    return window
+
+
+def _one_of(value: str, *allowed: str) -> str:
+    if value not in allowed:
+        raise BadInput(f"--format {value} is not one of {', '.join(allowed)}")
+    return value
+
+
+# --------------------------------------------------------------------------------- backfill, plan
+@app.command()
+def backfill(market: Markets = None, start: Start = None, end: End = None) -> None:
+    """Fetch, check and roll up what is missing or open in that span, through Dagster."""
+    from marketdata_assets.flows.plan import plan as plan_flow
+
+    with _toolbox() as (settings, toolbox):
+        toolbox.lake.sweep()
+        if settings.rollups == "duckdb" and not toolbox.warehouse.exists:
+            toolbox.ledger.forget_rollups()
+        partitions = settings.partitions(_chosen(settings, market), _window(settings, start, end))
+        tasks = plan_flow(toolbox, partitions)
+        if not tasks:
+            out.print(f"nothing to do: all {len(partitions)} partitions are complete")
+            raise typer.Exit(0)
+        code = _backfill(settings, tasks)
+    raise typer.Exit(code)
+
+
+def _backfill(settings: Settings, tasks: list[Task]) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from marketdata_assets.cli.backfill import ranges, run_ranges
+
+    total = sum(task.bars for task in tasks)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("bars"),
+        TextColumn("{task.fields[requests]} requests"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=err) as progress:
+        bar = progress.add_task(f"{len(tasks)} partitions", total=total, requests=0)
+        outcome = run_ranges(settings, ranges(tasks), lambda o: progress.update(bar, completed=min(o.bars, total), requests=o.requests))
+    for failure in outcome.failed:
+        err.print(f"[red]failed[/red] {failure['failed']}: {_plain(failure['says'])}", highlight=False)
+    for check in outcome.checks:
+        err.print(f"[yellow]check[/yellow] {check['check']} {check['partition']}: {_plain(check['says'])}", highlight=False)
+    for run in outcome.broken_runs:
+        err.print(f"[red]run failed[/red] {_plain(run)}", highlight=False)
+    out.print(f"{outcome.bars} bars received in {outcome.requests} requests, {len(tasks)} partitions in {outcome.runs} runs")
+    return outcome.exit_code
+
+
+@app.command()
+def plan(market: Markets = None, start: Start = None, end: End = None, format: Format = "table") -> None:
+    """What a backfill would do: partitions, requests and minutes, before anything runs."""
+    from marketdata_assets.flows.plan import minutes
+    from marketdata_assets.flows.plan import plan as plan_flow
+
+    _one_of(format, "table", "json")
+    with _toolbox() as (settings, toolbox):
+        tasks = plan_flow(toolbox, settings.partitions(_chosen(settings, market), _window(settings, start, end)))
+        needed = sum(minutes(tasks, venue) for venue in settings.venues.values())
+    total = {"partitions": len(tasks), "bars": sum(t.bars for t in tasks), "requests": sum(t.requests for t in tasks), "minutes": round(needed, 2)}
+    rows = [{"partition": t.partition.key, "bars": t.bars, "requests": t.requests, "reason": t.reason} for t in tasks]
+    if format == "json":
+        _print_json({**total, "tasks": rows})
+        return
+    _print_table(rows, ["partition", "bars", "requests", "reason"])
+    out.print("{partitions} partitions, {bars} bars, {requests} requests, at least {minutes} minutes".format(**total))
+
+
+# --------------------------------------------------------------------------------- bars, coverage, quarantine
+@app.command()
+def bars(
+    market: Annotated[str, typer.Argument(help="A market such as binance:BTC-USDT")],
+    timeframe_: Annotated[str, typer.Argument(metavar="TIMEFRAME", help="1m 5m 15m 30m 1h 4h 12h 1d 1w")],
+    start: Start = None,
+    end: End = None,
+    format: Annotated[str, typer.Option("--format", help="table, csv, json or parquet")] = "table",
+    file: Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the terminal.")] = None,
+) -> None:
+    """Print the stored bars of a market."""
+    from marketdata_assets.flows.read import read_bars
+
+    _one_of(format, "table", "csv", "json", "parquet")
+    if format == "parquet" and file is None:
+        raise BadInput("--format parquet needs --out FILE")
+    with _toolbox() as (settings, toolbox):
+        found = read_bars(toolbox, settings.market(market), timeframe(timeframe_), _window(settings, start, end))
+    _write_bars(found, format, file)
+
+
+def _write_bars(found: pl.DataFrame, format: str, file: Path | None) -> None:
+    if format == "table":
+        _print_table(_as_text(found).to_dicts(), found.columns)
+        return
+    if format == "parquet":
+        from marketdata_assets.lake.parquet import encode
+
+        content = encode(found)
+    elif format == "csv":
+        content = _as_text(found).write_csv().encode()
+    else:
+        content = (json.dumps(_as_text(found).to_dicts()) + "\n").encode()
+    if file is None:
+        sys.stdout.buffer.write(content)
+        sys.stdout.flush()
+        return
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise StoreFailed(f"{file} cannot be written: {error.strerror}; choose another --out") from None
+
+
+def _as_text(found: pl.DataFrame) -> pl.DataFrame:
+    """Times as ISO, decimals as their exact digits; counts stay numbers, null stays null."""
+    import polars as pl
+
+    from marketdata_assets.model.bar import decimal_text
+
+    return found.with_columns(
+        pl.col("open_time").dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        *(decimal_text(name) for name, dtype in found.schema.items() if isinstance(dtype, pl.Decimal)),
+    )
+
+
+@app.command()
+def coverage(market: Markets = None, format: Format = "table") -> None:
+    """Explain every expected bar of each market, in 1m bars: the parts sum to what is expected."""
+    from marketdata_assets.flows.read import coverage as coverage_flow
+
+    _one_of(format, "table", "json")
+    with _toolbox() as (settings, toolbox):
+        rows = [c.as_dict() for c in coverage_flow(toolbox, _chosen(settings, market))]
+    _print_json(rows) if format == "json" else _print_table(rows, list(rows[0]))
+
+
+@quarantine.command("list")
+def quarantine_list(
+    market: Annotated[str | None, typer.Option("--market", "-m", help="Only this market.")] = None,
+    start: Start = None,
+    end: End = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many rows.")] = 100,
+    format: Format = "table",
+) -> None:
+    """Rejected rows: all fields as they were sent, the rules they broke, and the request that brought them."""
+    _one_of(format, "table", "json")
+    with _toolbox() as (settings, toolbox):
+        rows = toolbox.ledger.quarantined(settings.market(market) if market else None, _window(settings, start, end), limit)
+    if format == "json":
+        _print_json(rows)
+        return
+    names = ["market", "table", "open_time", "reasons", "fetch_id", "seen", "fields"]
+    _print_table([{**row, "fields": json.dumps(row["fields"])} for row in rows], names)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
+    table = Table(*names, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*("" if row[name] is None else _plain(str(row[name])) for name in names))
+    (out if out.is_terminal else Console(width=max(80, 24 * len(names)))).print(table)
+
+
+# --------------------------------------------------------------------------------- servers
+Port = Annotated[int, typer.Option(min=0, max=65535, help="TCP port on 127.0.0.1.")]
+
+
+@app.command()
+def sandbox(port: Port = 18081) -> None:
+    """Run the sandbox exchange: synthetic markets in Binance's wire format on 127.0.0.1, until Ctrl-C."""
+    from marketdata_assets.sources.sandbox import SandboxExchange, serve
+
+    serve(SandboxExchange(), port, ready=lambda url: out.print(f"sandbox exchange at {url}  (base_url: {url})", highlight=False))
+
+
+@app.command()
+def dev(port: Port = 3000) -> None:
+    """Serve the Dagster UI and run its daemon on your universe, until Ctrl-C."""
+    from marketdata_assets.cli.serve import serve_ui
+
+    serve_ui(load_settings(), port, say=_say)
+
+
+@app.command()
+def demo(
+    ui: Annotated[bool, typer.Option("--ui/--no-ui", help="Serve the UI afterwards, until Ctrl-C.")] = True,
+    port: Port = 3000,
+    folder: Annotated[Path, typer.Option(help="Where the demo keeps its universe, lake and state.")] = Path("data/demo"),
+) -> None:
+    """The main job on the sandbox exchange: two markets fetched through ccxt, checked and rolled up, then the UI."""
+    from marketdata_assets.cli.serve import demo_universe, run_sandbox, serve_ui
+
+    with run_sandbox() as url:
+        settings = demo_universe(folder, url)
+        _say(f"sandbox exchange at {url}, universe in {settings.source}")
+        code = _demo(settings)
+        if ui:
+            serve_ui(settings, port, say=_say)
+    raise typer.Exit(code)
+
+
+def _demo(settings: Settings) -> int:
+    from marketdata_assets.flows.plan import plan as plan_flow
+    from marketdata_assets.flows.read import coverage as coverage_flow
+    from marketdata_assets.toolbox import open_toolbox
+
+    with open_toolbox(settings) as toolbox:
+        window = _window(settings, None, None)
+        tasks = plan_flow(toolbox, settings.partitions(settings.markets, window))
+        code = _backfill(settings, tasks) if tasks else 0
+        rows = [c.as_dict() for c in coverage_flow(toolbox, settings.markets)]
+        _print_table(rows, list(rows[0]))
+        _say(f"{len(toolbox.ledger.quarantined(None, window))} rows in quarantine; every check result stands in the UI")
+    return code
+
+
+def _say(text: str) -> None:
+    out.print(text, highlight=False)
+
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""The code location: everything Dagster shows, built from the universe."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from marketdata_assets.defs.jobs import build_definitions
+from marketdata_assets.settings import load_settings
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """What `workspace.yaml` loads."""
+    return build_definitions(load_settings())

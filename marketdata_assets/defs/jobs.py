@@ -1,0 +1,42 @@
+"""Everything together: assets, checks, the job that does one range, and who may do what at the same time."""
+
+from __future__ import annotations
+
+import warnings
+
+import dagster as dg
+from dagster_duckdb import DuckDBResource
+
+from marketdata_assets.defs.assets import FETCH_POOL, WAREHOUSE_POOL, raw_asset, rollup_assets
+from marketdata_assets.defs.partitions import market_months
+from marketdata_assets.settings import Settings
+from marketdata_assets.toolbox import Tell, tell_nobody
+
+INGEST = "ingest"
+POOLS = {FETCH_POOL: 4, WAREHOUSE_POOL: 1}
+"""Steps at once, over all runs: venues have their own limiter, a DuckDB file has one writer."""
+
+
+def build_definitions(settings: Settings, tell: Tell = tell_nobody) -> dg.Definitions:
+    """All assets, checks and jobs for one universe. `tell` hears of progress, failures and red checks."""
+    with warnings.catch_warnings():
+        # partitioned checks are in preview, backfill policies in beta: both are relied on and tested here
+        for category in (dg.PreviewWarning, dg.BetaWarning):
+            warnings.simplefilter("ignore", category)
+        grid = market_months(settings)
+        assets = [raw_asset(settings, timeframe, grid, tell) for timeframe in settings.raw_timeframes]
+        if settings.rollup_timeframes:
+            assets.append(rollup_assets(settings, grid, tell))
+        job = dg.define_asset_job(INGEST, selection=dg.AssetSelection.all(), description="Fetch, check and roll up partitions.")
+        return dg.Definitions(
+            assets=assets,
+            jobs=[job],
+            resources={"warehouse": DuckDBResource(database=str(settings.duckdb))},
+            executor=dg.in_process_executor,
+        )
+
+
+def limit_pools(instance: dg.DagsterInstance) -> None:
+    """Give each pool its slots; Dagster keeps them in the instance and not in dagster.yaml."""
+    for pool, slots in POOLS.items():
+        instance.event_log_storage.set_concurrency_slots(pool, slots)

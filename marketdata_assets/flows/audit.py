@@ -1,0 +1,158 @@
+"""Audit: the checks of one partition, computed from what is stored and not from what was meant to be stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import polars as pl
+
+from marketdata_assets.flows.derive import Derived, neighbour
+from marketdata_assets.flows.ingest import Ingested
+from marketdata_assets.lake.ledger import Gap
+from marketdata_assets.lake.tables import raw
+from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA
+from marketdata_assets.model.window import Partition, Timeframe, Window, iso
+from marketdata_assets.quality.gaps import holes, without
+from marketdata_assets.quality.split import asked_columns, split
+from marketdata_assets.toolbox import Toolbox
+
+Row = dict[str, str | int]
+SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check of one partition. `blocking` findings stop what is made from the partition."""
+
+    check: str
+    passed: bool
+    says: str
+    blocking: bool = False
+    numbers: dict[str, int] = field(default_factory=dict)
+    table: Sequence[Row] = ()
+
+
+RAW_CHECKS: dict[str, str] = {
+    "ohlc": "Every stored bar keeps every rule of the table (prices, volumes, grid, window). If red: `marketdata quarantine list`, then materialize the partition again.",
+    "duplicates": "No open_time is stored twice. If red: materialize the partition again; it is rebuilt from the venue.",
+    "gaps": "Every bar that is not stored is explained by evidence. If red: materialize the partition again; holes at a page's edge are asked again, three times in all.",
+    "accounting": "Rows received = stored + identical + quarantined. If red: it is a defect of ours; please report the partition's metadata.",
+}
+BLOCKING = ("ohlc", "duplicates", "accounting")
+
+
+def audit_raw(done: Ingested) -> list[Finding]:
+    """The checks of a raw partition, in the order of RAW_CHECKS."""
+    broken = _broken(done)
+    repeated = done.bars.height - done.bars["open_time"].n_unique()
+    unexplained = _unexplained(done)
+    account = done.account
+    return [
+        Finding("ohlc", not broken, f"{len(broken)} bars break a rule", True, {"broken": len(broken)}, broken[:SHOWN]),
+        Finding("duplicates", repeated == 0, f"{repeated} open times are stored twice", True, {"duplicates": repeated}),
+        Finding("gaps", not unexplained, _gap_words(unexplained, done.gaps, done.timeframe), False, _gap_numbers(unexplained, done), _gap_table(unexplained, done)),
+        Finding("accounting", account.balanced, "received = stored + identical + quarantined", True,
+                {"received": account.received, "stored": account.stored, "identical": account.identical, "quarantined": account.quarantined}),
+    ]  # fmt: skip
+
+
+def _broken(done: Ingested) -> list[Row]:
+    sent = done.bars.with_columns(
+        pl.col("open_time").dt.epoch("ms"), *(pl.col(n).cast(pl.String) for n in NAMES if n not in ("open_time", "trades"))
+    )
+    refused = split(asked_columns(sent, 0, done.wanted), done.timeframe, done.wanted.end).rejected
+    return [{"open_time": iso(t), "reasons": r, "fields": f} for _, t, r, f in refused.iter_rows()]
+
+
+def _unexplained(done: Ingested) -> list[Window]:
+    explained = [gap.window for gap in done.gaps if gap.settled]
+    first = done.bars["open_time"][0] if done.bars.height else done.wanted.start
+    window = Window(max(done.wanted.start, first) if done.complete else done.wanted.start, done.wanted.end)
+    found = [rest for hole in holes(done.bars["open_time"], done.timeframe, window) for rest in without(hole, explained)]
+    return found if done.bars.height or not done.complete else []
+
+
+def _gap_words(unexplained: Sequence[Window], gaps: Sequence[Gap], timeframe: Timeframe) -> str:
+    open_bars = sum(w.count(timeframe) for w in unexplained)
+    return f"{open_bars} bars are missing without an explanation, {sum(g.bars for g in gaps if g.settled)} with one"
+
+
+def _gap_numbers(unexplained: Sequence[Window], done: Ingested) -> dict[str, int]:
+    numbers = {"expected": done.wanted.count(done.timeframe), "present": done.bars.height}
+    for gap in done.gaps:
+        numbers[gap.reason] = numbers.get(gap.reason, 0) + gap.bars
+    return {**numbers, "unexplained": sum(w.count(done.timeframe) for w in unexplained)}
+
+
+def _gap_table(unexplained: Sequence[Window], done: Ingested) -> list[Row]:
+    known: list[Row] = [
+        {"from": iso(g.window.start), "until": iso(g.window.end), "bars": g.bars, "reason": g.reason, "evidence": g.evidence} for g in done.gaps
+    ]
+    asked = {str(row["from"]) for row in known}
+    rest: list[Row] = [
+        {"from": iso(w.start), "until": iso(w.end), "bars": w.count(done.timeframe), "reason": "not fetched yet", "evidence": ""}
+        for w in unexplained
+        if iso(w.start) not in asked
+    ]
+    return (known + rest)[:SHOWN]
+
+
+# --------------------------------------------------------------------------------- rollups
+def audit_rollup(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> list[Finding]:
+    """`complete`, and `matches_native` where the venue's own bars of that timeframe are stored."""
+    partition = derived.partition
+    frame = derived.frames.get(timeframe, pl.DataFrame(schema=ROLLUP_SCHEMA))
+    findings = [_complete(toolbox, partition, timeframe, frame)]
+    if timeframe in toolbox.settings.venues[partition.market.venue].reference:
+        findings.append(_matches_native(toolbox, partition, timeframe, frame))
+    return findings
+
+
+def _complete(toolbox: Toolbox, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame) -> Finding:
+    """Every bar that holds fewer base bars than a full one must owe it to bars the venue never had."""
+    short = frame.filter(pl.col("bars_present") < pl.col("bars_expected"))
+    absent = _absent_bars(toolbox, partition, timeframe) if short.height else pl.DataFrame(schema={"open_time": frame.schema["open_time"], "absent": pl.Int64})
+    judged = short.join(absent, on="open_time", how="left").with_columns(pl.col("absent").fill_null(0))
+    unexplained = judged.filter(pl.col("bars_present") + pl.col("absent") < pl.col("bars_expected"))
+    rows: list[Row] = [{"open_time": iso(t), "expected": e, "present": p} for t, e, p in unexplained.select("open_time", "bars_expected", "bars_present").iter_rows()]
+    numbers = {"bars": frame.height, "short": short.height, "unexplained": unexplained.height}
+    return Finding("complete", not rows, f"{short.height} bars are made of fewer than they could, {len(rows)} without an explanation", False, numbers, rows[:SHOWN])
+
+
+def _absent_bars(toolbox: Toolbox, partition: Partition, timeframe: Timeframe) -> pl.DataFrame:
+    """How many base bars each bucket lacks because the venue has none, by the ledger's evidence."""
+    base = toolbox.settings.venues[partition.market.venue].base
+    gaps = [g.window for p in (neighbour(partition, -1), partition) for g in toolbox.ledger.gaps(raw(base), p) if g.reason == "no_bars"]
+    listed = toolbox.ledger.listed(partition.market)
+    if listed:
+        gaps.append(Window(timeframe.floor(listed), base.floor(listed)))
+    opens = [pl.datetime_range(g.start, g.end, base.width, closed="left", eager=True, time_zone="UTC") for g in gaps if g]
+    if not opens:
+        return pl.DataFrame(schema={"open_time": pl.Datetime("us", "UTC"), "absent": pl.Int64})
+    missing = pl.DataFrame({"open_time": pl.concat(opens).cast(pl.Datetime("us", "UTC"))})
+    return missing.group_by(pl.col("open_time").dt.truncate(timeframe.every)).agg(pl.len().cast(pl.Int64).alias("absent"))
+
+
+def _matches_native(toolbox: Toolbox, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame) -> Finding:
+    """Our rollup beside the venue's own bars: all columns that the venue gives, digit for digit."""
+    stored = toolbox.lake.read(raw(timeframe), partition)
+    native = frame.select(NAMES).clear() if stored is None else stored
+    ours = frame.select(NAMES)
+    both = ours.join(native, on="open_time", how="full", coalesce=True, suffix="_native")
+    if ours.height and native.height:  # the newest bars may be there on one side only
+        end = min(ours["open_time"][-1], native["open_time"][-1])
+        start = max(ours["open_time"][0], native["open_time"][0])
+        both = both.filter(pl.col("open_time").is_between(start, end))
+    values = [name for name in NAMES if name != "open_time" and native[name].null_count() < max(1, native.height)]
+    differs = [(~pl.col(name).eq_missing(pl.col(name + "_native"))).alias("differs_" + name) for name in values]
+    judged = both.with_columns(differs).filter(pl.any_horizontal("differs_" + name for name in values)) if values else both
+    rows: list[Row] = [_difference(row, values) for row in judged.head(SHOWN).iter_rows(named=True)]
+    numbers = {"compared": both.height, "different": judged.height}
+    return Finding("matches_native", judged.is_empty(), f"{judged.height} of {both.height} bars differ from the venue's own", False, numbers, rows)
+
+
+def _difference(row: dict[str, object], values: Sequence[str]) -> Row:
+    found = {name: f"{row[name]} / {row[name + '_native']}" for name in values if row["differs_" + name]}
+    moment = row["open_time"]
+    return {"open_time": str(moment), "ours / the venue's": ", ".join(f"{name} {text}" for name, text in found.items())}
