@@ -27,7 +27,7 @@ $(READY): requirements.lock pyproject.toml
 	touch $(READY)
 
 lock:  ## pin all versions anew (needs uv)
-	uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --no-emit-find-links --python-version 3.11 --extra test pyproject.toml --output-file requirements.lock
+	uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --no-emit-find-links --universal --python-version 3.11 --extra test pyproject.toml --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) data/demo data/state data/lake data/market.duckdb*

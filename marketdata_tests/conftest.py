@@ -1,0 +1,92 @@
+"""What tests share: universes in temporary folders, the sandbox exchange, the replay of real bars where it is present."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from marketdata_assets.settings import Settings, load_settings
+from marketdata_assets.sources.guards import Policy
+from marketdata_assets.sources.sandbox import SandboxExchange, running
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+needs_shared = pytest.mark.skipif(not (SHARED / "marketdata").is_dir(), reason="../shared with the real bars is absent")
+
+# 2024-01-10 00:00 UTC: after the sandbox's halt on the 8th
+SANDBOX_NOW = 1704844800000
+
+
+async def no_sleep(seconds: float) -> None:
+    """Tests never wait."""
+
+
+IMPATIENT = Policy(backoff=0.0, sleep=no_sleep)
+
+
+@pytest.fixture
+def sandbox() -> Iterator[tuple[SandboxExchange, str]]:
+    """A sandbox exchange whose clock stands at 2024-01-10 00:00 UTC, and its base_url."""
+    exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
+    with running(exchange) as url:
+        yield exchange, url
+
+
+Universe = Callable[..., Settings]
+
+
+@pytest.fixture
+def universe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Universe:
+    """`universe(base_url, symbols=..., since=..., until=..., now=..., venue=..., extra=...)`: write and load one.
+
+    Everything lies below tmp_path, and MARKETDATA_UNIVERSE points at it, so that processes started by the test see it.
+    """
+
+    def make(
+        base_url: str,
+        symbols: str = "[BTC/USDT]",
+        since: str = "2024-01-01",
+        until: str | None = None,
+        now: str | None = None,
+        venue: str = "binance",
+        extra: str = "",
+        rollups: str = "duckdb",
+        lake: str | None = None,
+    ) -> Settings:
+        lines = ["venues:", f"  {venue}:", f"    symbols: {symbols}", f"    since: {since}", f"    base_url: {base_url}"]
+        lines += [f"    until: {until}"] if until else []
+        lines += [f"    {line}" for line in extra.splitlines()]
+        lines += [f"lake: {lake or tmp_path / 'lake'}", f"rollups: {rollups}", f"duckdb: {tmp_path / 'market.duckdb'}", f"state: {tmp_path / 'state'}"]
+        file = tmp_path / "universe.yaml"
+        file.write_text("\n".join(lines) + "\n")
+        monkeypatch.setenv("MARKETDATA_UNIVERSE", str(file))
+        if now:
+            monkeypatch.setenv("MARKETDATA_NOW", now)
+        return load_settings()
+
+    return make
+
+
+@pytest.fixture
+def replay() -> Iterator[Callable[..., Any]]:
+    """`replay(now, **config)`: the loopback exchange with real bars of Binance, Kraken and Coinbase (needs ../shared)."""
+    if not (SHARED / "marketdata").is_dir():
+        pytest.skip("../shared with the real bars is absent")
+    sys.path.insert(0, str(SHARED / "bench"))
+    from exchange_server import Running  # type: ignore[import-not-found]
+
+    started = []
+
+    def start(now: str, **config: Any) -> Any:
+        server = Running([str(SHARED / "marketdata")], now=now, **{"weight_limit": 10**9, **config})
+        started.append(server)
+        return server.__enter__()
+
+    yield start
+    for server in started:
+        server.__exit__(None, None, None)
+    sys.path.remove(str(SHARED / "bench"))
