@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import yaml
 
@@ -127,22 +127,30 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     if "venues" not in entries:
         raise BadInput(f"{path}: there are no venues; write at least `venues: {{binance: {{symbols: [BTC/USDT], since: 2024-01-01}}}}`")
     values = {key: _TOP[key](entry) for key, entry in entries.items()}
-    now = env.get(PREFIX + "NOW")
-    settings = Settings(**{**_defaults(), **values}, frozen_now=parse_time(now) if now else None, source=str(path))
+    settings = Settings(**{**_defaults(), **values}, frozen_now=_frozen_now(env), source=str(path))
     _check_dates(settings, entries["venues"])
     return settings
+
+
+def _frozen_now(env: Mapping[str, str]) -> datetime | None:
+    text = env.get(PREFIX + "NOW")
+    try:
+        return parse_time(text) if text else None
+    except BadInput as error:
+        raise BadInput(f"environment {PREFIX}NOW: {error}") from None
 
 
 # --------------------------------------------------------------------------------- YAML with line numbers
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A YAML node and where it stands, so that every complaint can name its line."""
+    """A YAML node, the key it stands under and where that is, so that every complaint can name its line."""
 
     node: yaml.Node
     place: str
+    key: yaml.Node | None = None
 
     def fail(self, what: str) -> BadInput:
-        return BadInput(f"{self.place} line {self.node.start_mark.line + 1}: {what}")
+        return BadInput(f"{self.place} line {(self.key or self.node).start_mark.line + 1}: {what}")
 
     def text(self) -> str:
         if not isinstance(self.node, yaml.ScalarNode) or not self.node.value.strip():
@@ -157,7 +165,7 @@ class _Entry:
             name = _Entry(key, self.place).text()
             if name in found:
                 raise _Entry(key, self.place).fail(f"{name!r} is written twice; keep one")
-            found[name] = _Entry(value, self.place)
+            found[name] = _Entry(value, self.place, key)
         return found
 
     def elements(self) -> list[_Entry]:
@@ -219,14 +227,25 @@ def _timeframes(entry: _Entry) -> tuple[Timeframe, ...]:
 
 def _url(schemes: tuple[str, ...]) -> Callable[[_Entry], str]:
     def read(entry: _Entry) -> str:
-        parts = urlsplit(entry.text())
+        wrong = entry.fail(f"a URL that begins with {' or '.join(s + '://' for s in schemes)} is expected here")
+        parts = _public(entry, wrong)
         if parts.scheme not in schemes or not parts.hostname:
-            raise entry.fail(f"a URL that begins with {' or '.join(s + '://' for s in schemes)} is expected here")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise entry.fail("a URL without user, password or query is expected here; secrets do not belong in it")
+            raise wrong
         return entry.text().rstrip("/")
 
     return read
+
+
+def _public(entry: _Entry, wrong: BadInput) -> SplitResult:
+    """The parts of a URL that holds no secret; `wrong` is raised for what is no URL."""
+    try:
+        parts = urlsplit(entry.text())
+        _ = parts.port  # raises for what is no port
+    except ValueError:
+        raise wrong from None
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise entry.fail("a URL without user, password or query is expected here; secrets do not belong in it")
+    return parts
 
 
 def _rate(entry: _Entry) -> int:
@@ -251,12 +270,11 @@ def _path(entry: _Entry) -> Path:
 
 def _lake(entry: _Entry) -> str:
     text = entry.text()
-    if text.startswith("s3://"):
-        if not urlsplit(text).netloc:
-            raise entry.fail("s3://bucket/prefix is expected here")
+    wrong = entry.fail("a folder or s3://bucket/prefix is expected here")
+    if text.startswith("s3://") and _public(entry, wrong).netloc:
         return text.rstrip("/")
     if "://" in text:
-        raise entry.fail("a folder or s3://bucket/prefix is expected here")
+        raise wrong
     return str(_path(entry))
 
 

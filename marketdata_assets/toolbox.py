@@ -105,7 +105,9 @@ class Toolbox:
 
 
 @contextmanager
-def open_toolbox(settings: Settings, connect: Connect | None = None, policy: Policy | None = None, tell: Tell = tell_nobody) -> Iterator[Toolbox]:
+def open_toolbox(
+    settings: Settings, connect: Connect | None = None, policy: Policy | None = None, tell: Tell = tell_nobody
+) -> Iterator[Toolbox]:
     """All tools for these settings. `connect` opens the DuckDB file (Dagster brings its own resource)."""
     ledger = Ledger(settings.state)
     warehouse = Warehouse(settings.duckdb, connect)

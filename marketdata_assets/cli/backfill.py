@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from marketdata_assets.cli.processes import dagster_environment, start, stop
@@ -17,7 +18,7 @@ from marketdata_assets.model.window import Partition
 from marketdata_assets.settings import Settings
 
 WORKERS = 2
-MONTHS_A_RUN = 3
+MONTHS_A_RUN = 2
 
 
 @dataclass(slots=True)
@@ -62,7 +63,7 @@ def run_ranges(settings: Settings, spans: Sequence[tuple[Partition, Partition]],
     outcome, waiting = Outcome(), deque(spans)
     environment = dagster_environment(settings)
     with selectors.DefaultSelector() as selector:
-        workers = [_start_worker(environment, selector, first=i == 0) for i in range(min(WORKERS, len(spans)))]
+        workers = [_start_worker(environment, selector) for _ in range(min(WORKERS, len(spans)))]
         try:
             while selector.get_map():
                 for key, _ in selector.select():
@@ -80,12 +81,9 @@ def run_ranges(settings: Settings, spans: Sequence[tuple[Partition, Partition]],
     return outcome
 
 
-def _start_worker(environment: dict[str, str], selector: selectors.BaseSelector, first: bool) -> subprocess.Popen[str]:
-    errors = environment["DAGSTER_HOME"] + "/worker.log"
-    with open(errors, "a", encoding="utf-8") as log:
-        worker = start(
-            ["marketdata_assets.defs.worker"], environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.fileno()
-        )
+def _start_worker(environment: dict[str, str], selector: selectors.BaseSelector) -> subprocess.Popen[str]:
+    with Path(environment["DAGSTER_HOME"], "worker.log").open("a", encoding="utf-8") as log:
+        worker = start(["marketdata_assets.defs.worker"], environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.fileno())
     selector.register(worker.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
     return worker
 

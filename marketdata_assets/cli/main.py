@@ -30,7 +30,9 @@ app.add_typer(quarantine, name="quarantine")
 out = Console()
 err = Console(stderr=True)
 
-Markets = Annotated[list[str] | None, typer.Option("--market", "-m", help="A market such as binance:BTC-USDT; again for more. Default: all.")]
+Markets = Annotated[
+    list[str] | None, typer.Option("--market", "-m", help="A market such as binance:BTC-USDT; again for more. Default: all.")
+]
 Start = Annotated[str | None, typer.Option("--start", help="First day or moment, UTC, inclusive.")]
 End = Annotated[str | None, typer.Option("--end", help="Last day or moment, UTC, exclusive.")]
 Format = Annotated[str, typer.Option("--format", help="table or json")]
@@ -136,7 +138,12 @@ def plan(market: Markets = None, start: Start = None, end: End = None, format: F
     with _toolbox() as (settings, toolbox):
         tasks = plan_flow(toolbox, settings.partitions(_chosen(settings, market), _window(settings, start, end)))
         needed = sum(minutes(tasks, venue) for venue in settings.venues.values())
-    total = {"partitions": len(tasks), "bars": sum(t.bars for t in tasks), "requests": sum(t.requests for t in tasks), "minutes": round(needed, 2)}
+    total = {
+        "partitions": len(tasks),
+        "bars": sum(t.bars for t in tasks),
+        "requests": sum(t.requests for t in tasks),
+        "minutes": round(needed, 2),
+    }
     rows = [{"partition": t.partition.key, "bars": t.bars, "requests": t.requests, "reason": t.reason} for t in tasks]
     if format == "json":
         _print_json({**total, "tasks": rows})
@@ -296,7 +303,6 @@ def _demo(settings: Settings) -> int:
 
 def _say(text: str) -> None:
     out.print(text, highlight=False)
-
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.settings import Settings
@@ -30,11 +31,12 @@ def dagster_environment(settings: Settings) -> dict[str, str]:
     return {**os.environ, "DAGSTER_HOME": str(home), "DAGSTER_DISABLE_TELEMETRY": "yes", "PYTHONWARNINGS": "ignore"}
 
 
-def start(arguments: list[str], environment: dict[str, str], **options: int) -> subprocess.Popen[str]:
+def start(arguments: list[str], environment: dict[str, str], **options: Any) -> subprocess.Popen[str]:
     """A child in a session of its own that ends when we do, however we end."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments], env=environment, start_new_session=True, preexec_fn=_die_with_parent, text=True, **options
-    )  # fmt: skip
+    command = [sys.executable, "-m", *arguments]
+    options |= {"env": environment, "start_new_session": True, "preexec_fn": _die_with_parent}
+    child: subprocess.Popen[str] = subprocess.Popen(command, text=True, **options)
+    return child
 
 
 def _die_with_parent() -> None:
@@ -56,15 +58,15 @@ def stop(process: subprocess.Popen[str], patience: float = 10.0) -> None:
 
 
 @contextmanager
-def dagster_ui(settings: Settings, port: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """The web server and the daemon, until the block ends."""
+def dagster_ui(settings: Settings, port: int, await_ready: Callable[[subprocess.Popen[str]], None]) -> Iterator[subprocess.Popen[str]]:
+    """The web server, and once it is ready the daemon, until the block ends; yields the web server."""
     environment = dagster_environment(settings)
     workspace = str(ROOT / "workspace.yaml")
-    children: list[subprocess.Popen[str]] = []
+    children = [start(["dagster_webserver", "-w", workspace, "-h", "127.0.0.1", "-p", str(port)], environment)]
     try:
-        children.append(start(["dagster_webserver", "-w", workspace, "-h", "127.0.0.1", "-p", str(port)], environment))
+        await_ready(children[0])
         children.append(start(["dagster._daemon", "run", "-w", workspace], environment))
-        yield children
+        yield children[0]
     finally:
         for child in children:
             stop(child)

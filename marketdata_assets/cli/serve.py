@@ -23,13 +23,12 @@ def serve_ui(settings: Settings, port: int, say: Callable[[str], None]) -> None:
     """Web server and daemon until Ctrl-C or until one of them ends."""
     _check_free(port)
     say(f"starting the UI at http://127.0.0.1:{port} (Ctrl-C ends it) ...")
-    with dagster_ui(settings, port) as children:
-        try:
-            _await_http(f"http://127.0.0.1:{port}/server_info", children)
+    try:
+        with dagster_ui(settings, port, lambda child: _await_http(f"http://127.0.0.1:{port}/server_info", child)) as server:
             say(f"UI ready at http://127.0.0.1:{port}")
-            children[0].wait()
-        except KeyboardInterrupt:
-            say("stopping")
+            server.wait()
+    except KeyboardInterrupt:
+        say("stopped")
 
 
 def _check_free(port: int) -> None:
@@ -41,23 +40,19 @@ def _check_free(port: int) -> None:
             raise BadInput(f"port {port} is taken; choose another with --port") from None
 
 
-def _await_http(url: str, children: list[subprocess.Popen[str]]) -> None:
+def _await_http(url: str, child: subprocess.Popen[str]) -> None:
     for _ in range(_STARTUP * 4):
-        if any(child.poll() is not None for child in children):
-            raise StoreFailed("the UI ended while starting; its messages stand above")
         try:
             with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - loopback, written here
                 return
         except OSError:
-            children[0].poll()
-            _pause(0.25)
-    raise StoreFailed(f"the UI did not answer within {_STARTUP} s")
-
-
-def _pause(seconds: float) -> None:
-    import threading
-
-    threading.Event().wait(seconds)
+            pass
+        try:
+            child.wait(0.25)
+        except subprocess.TimeoutExpired:
+            continue
+        raise StoreFailed("a server ended while starting; its messages stand above")
+    raise StoreFailed(f"{url} did not answer within {_STARTUP} s")
 
 
 @contextmanager
@@ -66,7 +61,7 @@ def run_sandbox() -> Iterator[str]:
     port = _free_port()
     child = start(["marketdata_assets.cli.main", "sandbox", "--port", str(port)], dict(os.environ), stdout=subprocess.DEVNULL)
     try:
-        _await_http(f"http://127.0.0.1:{port}/api/v3/ping", [child])
+        _await_http(f"http://127.0.0.1:{port}/api/v3/ping", child)
         yield f"http://127.0.0.1:{port}/binance"
     finally:
         stop(child)

@@ -2,7 +2,6 @@
 
 # no postponed annotations here: Dagster reads them at definition time
 
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

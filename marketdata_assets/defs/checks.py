@@ -15,7 +15,9 @@ from marketdata_assets.model.window import Partition
 from marketdata_assets.settings import Settings
 from marketdata_assets.toolbox import Tell
 
-COMPLETE = "Every bar made of fewer base bars than it could hold owes that to the venue, by evidence. If red: materialize the raw partitions it names."
+COMPLETE = (
+    "Every bar made of fewer base bars than it could hold owes that to the venue, by evidence. If red: materialize the raw partition again."
+)
 MATCHES = "Our rollup equals the venue's own bar in every column it gives. If red: the table names the bars and both values."
 
 
@@ -42,7 +44,9 @@ class Results:
         self._failed: dict[Partition, MarketDataError] = {}
         self._findings: dict[str, list[Finding]] = defaultdict(list)
 
-    def add(self, partition: Partition, metadata: Mapping[str, Any], findings: Sequence[Finding], error: MarketDataError | None = None) -> None:
+    def add(
+        self, partition: Partition, metadata: Mapping[str, Any], findings: Sequence[Finding], error: MarketDataError | None = None
+    ) -> None:
         """One partition: what it is now, what its checks found, or why it failed."""
         if error is not None:
             self._failed[partition] = error
@@ -81,7 +85,7 @@ class Results:
             partition=partition.key,
             severity=_severity(finding),
             description=finding.says,
-            metadata={k: dg.MetadataValue.int(v) for k, v in finding.numbers.items()} | _table(finding),
+            metadata={**finding.numbers, **_table(finding)},
             blocking=finding.blocking,
         )
 
@@ -105,7 +109,7 @@ def _severity(finding: Finding) -> dg.AssetCheckSeverity:
     return dg.AssetCheckSeverity.ERROR if finding.blocking else dg.AssetCheckSeverity.WARN
 
 
-def _table(finding: Finding) -> dict[str, dg.MetadataValue[Any]]:
+def _table(finding: Finding) -> dict[str, Any]:
     if not finding.table:
         return {}
     return {"rows": dg.MetadataValue.table([dg.TableRecord(dict(row)) for row in finding.table])}

@@ -9,12 +9,15 @@ started it is killed, it stops at once. Everything it stores is atomic, so that 
 
 from __future__ import annotations
 
+import fcntl
+import importlib
 import json
 import os
 import queue
 import socket
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -33,13 +36,29 @@ def main() -> None:
     tell = _Channel()
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
     settings = load_settings()
-    with dg.DagsterInstance.get() as instance:
-        end_dead_runs(instance)
-        limit_pools(instance)
+    with _open_instance() as instance:
         job = build_definitions(settings, tell).get_job_def(INGEST)
+        _warm_up()
         tell({"ready": True})
         while (line := lines.get()) is not None:
             _run(job, instance, settings, json.loads(line), tell)
+
+
+def _open_instance() -> dg.DagsterInstance:
+    """The instance in DAGSTER_HOME, opened by one process at a time: two that create its tables at once would fail."""
+    with Path(os.environ["DAGSTER_HOME"], "opening.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        instance = dg.DagsterInstance.get()
+        end_dead_runs(instance)
+        limit_pools(instance)
+        return instance
+
+
+def _warm_up() -> None:
+    """Import now what the first range would wait for."""
+    importlib.import_module("ccxt.async_support")
+    importlib.import_module("marketdata_assets.quality.contract")
+    importlib.import_module("pyarrow.parquet")
 
 
 def _run(job: dg.JobDefinition, instance: dg.DagsterInstance, settings: Settings, span: dict[str, str], tell: _Channel) -> None:
@@ -59,7 +78,7 @@ def end_dead_runs(instance: dg.DagsterInstance) -> int:
     ended = 0
     for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
         host, _, pid = run.tags.get(PROCESS_TAG, "").rpartition(":")
-        if host != socket.gethostname() or os.path.exists(f"/proc/{pid}"):
+        if host != socket.gethostname() or Path("/proc", pid).exists():
             continue
         instance.report_run_failed(run, "its process was killed")
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import polars as pl
 
 from marketdata_assets.flows.derive import Derived, neighbour
 from marketdata_assets.flows.ingest import Ingested
-from marketdata_assets.lake.ledger import Gap
+from marketdata_assets.lake.ledger import Account, Gap
 from marketdata_assets.lake.tables import raw
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA
 from marketdata_assets.model.window import Partition, Timeframe, Window, iso
@@ -34,27 +34,43 @@ class Finding:
 
 
 RAW_CHECKS: dict[str, str] = {
-    "ohlc": "Every stored bar keeps every rule of the table (prices, volumes, grid, window). If red: `marketdata quarantine list`, then materialize the partition again.",
+    "ohlc": (
+        "Every stored bar keeps every rule of the table (prices, volumes, grid, window). "
+        "If red: see `marketdata quarantine list`, then materialize the partition again."
+    ),
     "duplicates": "No open_time is stored twice. If red: materialize the partition again; it is rebuilt from the venue.",
-    "gaps": "Every bar that is not stored is explained by evidence. If red: materialize the partition again; holes at a page's edge are asked again, three times in all.",
-    "accounting": "Rows received = stored + identical + quarantined. If red: it is a defect of ours; please report the partition's metadata.",
+    "gaps": (
+        "Every bar that is not stored is explained by evidence. If red: materialize the partition again; "
+        "a hole at a page's edge is asked for in three runs, then settled."
+    ),
+    "accounting": ("Rows received = stored + identical + quarantined. If red: it is a defect of ours; please report the metadata."),
 }
 BLOCKING = ("ohlc", "duplicates", "accounting")
 
 
 def audit_raw(done: Ingested) -> list[Finding]:
     """The checks of a raw partition, in the order of RAW_CHECKS."""
+    return [_ohlc(done), _duplicates(done), _gaps(done), _accounting(done.account)]
+
+
+def _ohlc(done: Ingested) -> Finding:
     broken = _broken(done)
+    return Finding("ohlc", not broken, f"{len(broken)} bars break a rule", True, {"broken": len(broken)}, broken[:SHOWN])
+
+
+def _duplicates(done: Ingested) -> Finding:
     repeated = done.bars.height - done.bars["open_time"].n_unique()
+    return Finding("duplicates", repeated == 0, f"{repeated} open times are stored twice", True, {"duplicates": repeated})
+
+
+def _gaps(done: Ingested) -> Finding:
     unexplained = _unexplained(done)
-    account = done.account
-    return [
-        Finding("ohlc", not broken, f"{len(broken)} bars break a rule", True, {"broken": len(broken)}, broken[:SHOWN]),
-        Finding("duplicates", repeated == 0, f"{repeated} open times are stored twice", True, {"duplicates": repeated}),
-        Finding("gaps", not unexplained, _gap_words(unexplained, done.gaps, done.timeframe), False, _gap_numbers(unexplained, done), _gap_table(unexplained, done)),
-        Finding("accounting", account.balanced, "received = stored + identical + quarantined", True,
-                {"received": account.received, "stored": account.stored, "identical": account.identical, "quarantined": account.quarantined}),
-    ]  # fmt: skip
+    words = _gap_words(unexplained, done.gaps, done.timeframe)
+    return Finding("gaps", not unexplained, words, False, _gap_numbers(unexplained, done), _gap_table(unexplained, done))
+
+
+def _accounting(account: Account) -> Finding:
+    return Finding("accounting", account.balanced, "received = stored + identical + quarantined", True, asdict(account))
 
 
 def _broken(done: Ingested) -> list[Row]:
@@ -87,7 +103,8 @@ def _gap_numbers(unexplained: Sequence[Window], done: Ingested) -> dict[str, int
 
 def _gap_table(unexplained: Sequence[Window], done: Ingested) -> list[Row]:
     known: list[Row] = [
-        {"from": iso(g.window.start), "until": iso(g.window.end), "bars": g.bars, "reason": g.reason, "evidence": g.evidence} for g in done.gaps
+        {"from": iso(g.window.start), "until": iso(g.window.end), "bars": g.bars, "reason": g.reason, "evidence": g.evidence}
+        for g in done.gaps
     ]
     asked = {str(row["from"]) for row in known}
     rest: list[Row] = [
@@ -112,12 +129,26 @@ def audit_rollup(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> li
 def _complete(toolbox: Toolbox, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame) -> Finding:
     """Every bar that holds fewer base bars than a full one must owe it to bars the venue never had."""
     short = frame.filter(pl.col("bars_present") < pl.col("bars_expected"))
-    absent = _absent_bars(toolbox, partition, timeframe) if short.height else pl.DataFrame(schema={"open_time": frame.schema["open_time"], "absent": pl.Int64})
+    absent = (
+        _absent_bars(toolbox, partition, timeframe)
+        if short.height
+        else pl.DataFrame(schema={"open_time": frame.schema["open_time"], "absent": pl.Int64})
+    )
     judged = short.join(absent, on="open_time", how="left").with_columns(pl.col("absent").fill_null(0))
     unexplained = judged.filter(pl.col("bars_present") + pl.col("absent") < pl.col("bars_expected"))
-    rows: list[Row] = [{"open_time": iso(t), "expected": e, "present": p} for t, e, p in unexplained.select("open_time", "bars_expected", "bars_present").iter_rows()]
+    rows: list[Row] = [
+        {"open_time": iso(t), "expected": e, "present": p}
+        for t, e, p in unexplained.select("open_time", "bars_expected", "bars_present").iter_rows()
+    ]
     numbers = {"bars": frame.height, "short": short.height, "unexplained": unexplained.height}
-    return Finding("complete", not rows, f"{short.height} bars are made of fewer than they could, {len(rows)} without an explanation", False, numbers, rows[:SHOWN])
+    return Finding(
+        "complete",
+        not rows,
+        f"{short.height} bars are made of fewer than they could, {len(rows)} without an explanation",
+        False,
+        numbers,
+        rows[:SHOWN],
+    )
 
 
 def _absent_bars(toolbox: Toolbox, partition: Partition, timeframe: Timeframe) -> pl.DataFrame:
@@ -149,7 +180,9 @@ def _matches_native(toolbox: Toolbox, partition: Partition, timeframe: Timeframe
     judged = both.with_columns(differs).filter(pl.any_horizontal("differs_" + name for name in values)) if values else both
     rows: list[Row] = [_difference(row, values) for row in judged.head(SHOWN).iter_rows(named=True)]
     numbers = {"compared": both.height, "different": judged.height}
-    return Finding("matches_native", judged.is_empty(), f"{judged.height} of {both.height} bars differ from the venue's own", False, numbers, rows)
+    return Finding(
+        "matches_native", judged.is_empty(), f"{judged.height} of {both.height} bars differ from the venue's own", False, numbers, rows
+    )
 
 
 def _difference(row: dict[str, object], values: Sequence[str]) -> Row:

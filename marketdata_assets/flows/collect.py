@@ -19,7 +19,7 @@ from marketdata_assets.errors import MarketDataError
 from marketdata_assets.lake.ledger import Account, Gap, LoggedFetch, logged
 from marketdata_assets.model.bar import NAMES, empty_bars
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import Timeframe, Window, iso
+from marketdata_assets.model.window import EPOCH, Timeframe, Window, iso
 from marketdata_assets.quality.agree import Agreement, agree
 from marketdata_assets.quality.gaps import holes, merged, runs, without
 from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
@@ -49,7 +49,7 @@ class Collected:
     answers: tuple[int, ...] = ()
     retries: int = 0
     waited: float = 0.0
-    through: datetime = datetime.min.replace(tzinfo=UTC)
+    through: datetime = EPOCH
 
 
 async def collect(
@@ -278,4 +278,3 @@ async def _cancel(tasks: Sequence[asyncio.Task[Fetched]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-

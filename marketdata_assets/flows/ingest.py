@@ -120,7 +120,7 @@ def _finish(toolbox: Toolbox, prepared: _Prepared, future: Future[Collected]) ->
         fetches = logged(error.requests, prepared.wanted)
         toolbox.ledger.fail(prepared.table, prepared.partition, prepared.wanted, str(error), fetches, toolbox.settings.now())
         retries = len(error.requests)
-        failed = _ingested(prepared, prepared.stored, prepared.gaps, Account(), prepared.state and prepared.state.bytes or 0, False)
+        failed = _ingested(prepared, prepared.stored, prepared.gaps, Account(), (prepared.state and prepared.state.bytes) or 0, False)
         return replace(failed, requests=retries, retries=retries, error=error)
 
 

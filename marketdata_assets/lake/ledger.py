@@ -23,7 +23,7 @@ import polars as pl
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.lake.tables import Table
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import Partition, Timeframe, Window, iso, parse_time
+from marketdata_assets.model.window import Partition, Window, iso, parse_time
 
 BREAKER_LIMIT = 30
 BREAKER_FIRST, BREAKER_LONGEST = 30.0, 600.0
@@ -50,6 +50,8 @@ CREATE TABLE IF NOT EXISTS quarantine (
     reasons TEXT NOT NULL, fields TEXT NOT NULL, source TEXT NOT NULL, fetch_id INTEGER, seen INTEGER NOT NULL DEFAULT 1,
     first_seen TEXT NOT NULL, last_seen TEXT NOT NULL,
     UNIQUE (tbl, market, month, open_time, reasons, fields));
+-- the constraint above takes every null for another one
+CREATE UNIQUE INDEX IF NOT EXISTS quarantine_content ON quarantine (tbl, market, month, coalesce(open_time, ''), reasons, fields);
 CREATE TABLE IF NOT EXISTS fetches (
     id INTEGER PRIMARY KEY, tbl TEXT NOT NULL, market TEXT NOT NULL, start TEXT NOT NULL, "end" TEXT NOT NULL,
     asked_at REAL NOT NULL, seconds REAL NOT NULL, outcome TEXT NOT NULL, status INTEGER, rows INTEGER, error TEXT);
@@ -148,8 +150,8 @@ class Ledger:
             (state / "locks").mkdir(parents=True, exist_ok=True)
             with self._transaction() as db:
                 db.executescript(_SCHEMA)
-        except (OSError, sqlite3.Error) as error:
-            raise StoreFailed(f"{self._file} cannot be opened ({error}); mend the folder or set another `state:`") from None
+        except OSError as error:
+            raise self._failed("opened", error) from None
 
     @property
     def _db(self) -> sqlite3.Connection:
@@ -163,27 +165,37 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        db = self._db
-        db.execute("BEGIN IMMEDIATE")
         try:
-            yield db
-            if db.in_transaction:
-                db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+            db = self._db
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                if db.in_transaction:
+                    db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise self._failed("written", error) from None
 
     def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         try:
             return self._db.execute(sql, values).fetchall()
         except sqlite3.Error as error:
-            raise StoreFailed(f"{self._file} cannot be read ({error})") from None
+            raise self._failed("read", error) from None
+
+    def _failed(self, verb: str, error: Exception) -> StoreFailed:
+        return StoreFailed(f"{self._file} cannot be {verb} ({error}); mend the folder or set another `state:`")
 
     @contextmanager
     def lock(self, partition: Partition, wait: bool = True) -> Iterator[bool]:
         """Hold a partition against all other processes; false when `wait` is off and somebody else holds it."""
-        with (self._folder / "locks" / f"{partition.market.key}_{partition.month_key}").open("w") as handle:
+        try:
+            handle = (self._folder / "locks" / f"{partition.market.key}_{partition.month_key}").open("w")
+        except OSError as error:
+            raise self._failed("locked", error) from None
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -193,10 +205,10 @@ class Ledger:
 
     # ------------------------------------------------------------------------------ venues, shared (VenueState)
     def reserve(self, venue: str, now: float, requests_per_minute: int | None) -> float:
-        """A place in the queue: at most `requests_per_minute` in any 60 s, with bursts of one second's worth."""
+        """A place in the queue: at most `requests_per_minute` in any 60 s, with bursts of a quarter second's worth."""
         if requests_per_minute is None:
             return now
-        burst = max(1.0, requests_per_minute / 60)
+        burst = max(1.0, requests_per_minute / 240)
         interval = 60 / max(requests_per_minute - burst, requests_per_minute / 2)
         with self._transaction() as db:
             db.execute("INSERT OR IGNORE INTO venues (venue) VALUES (?)", (venue,))
@@ -228,19 +240,23 @@ class Ledger:
                 return
             db.execute("UPDATE venues SET failures = failures + 1 WHERE venue = ?", (venue,))
             failures, opened, until = db.execute("SELECT failures, opened, broken_until FROM venues WHERE venue = ?", (venue,)).fetchone()
-            if failures >= BREAKER_LIMIT and until <= now:
+            if failures == BREAKER_LIMIT or (failures > BREAKER_LIMIT and until <= now):
                 stay = min(BREAKER_LONGEST, BREAKER_FIRST * 2.0**opened)
                 db.execute("UPDATE venues SET opened = opened + 1, broken_until = ? WHERE venue = ?", (now + stay, venue))
 
     def broken_until(self, venue: str, now: float) -> float:
-        """0 when requests may go. When an open breaker's time is up, one caller is let through to try."""
+        """0 when requests may go. When an open breaker's time is up, one caller is let through to try.
+
+        It tries on its last failure: one more, and the breaker opens again, for longer.
+        """
         found = self._rows("SELECT broken_until FROM venues WHERE venue = ?", venue)
         if not found or found[0][0] == 0:
             return 0.0
         with self._transaction() as db:
             (until,) = db.execute("SELECT broken_until FROM venues WHERE venue = ?", (venue,)).fetchone()
             if 0 < until <= now:
-                db.execute("UPDATE venues SET broken_until = ? WHERE venue = ?", (now + BREAKER_FIRST, venue))
+                last = BREAKER_LIMIT - 1
+                db.execute("UPDATE venues SET broken_until = ?, failures = ? WHERE venue = ?", (now + BREAKER_FIRST, last, venue))
                 return 0.0
         return float(until)
 
@@ -262,9 +278,7 @@ class Ledger:
 
     def state(self, table: Table, partition: Partition) -> State | None:
         """What is known of one partition."""
-        found = self._rows(
-            f"SELECT {_STATE} FROM partitions WHERE tbl = ? AND market = ? AND month = ?", *_where(table, partition)
-        )
+        found = self._rows(f"SELECT {_STATE} FROM partitions WHERE tbl = ? AND market = ? AND month = ?", *_where(table, partition))
         return _state(*found[0]) if found else None
 
     def gaps(self, table: Table, partition: Partition) -> list[Gap]:
@@ -324,9 +338,9 @@ class Ledger:
         """Rejected rows, oldest first: all fields as text, reasons, source and fetch id."""
         found = self._rows(
             "SELECT id, tbl, market, open_time, reasons, fields, source, fetch_id, seen, first_seen, last_seen FROM quarantine"
-            " WHERE (? IS NULL OR market = ?) AND (open_time IS NULL OR (open_time >= ? AND open_time < ?))"
-            " ORDER BY market, open_time, id LIMIT ?",
-            market and market.key, market and market.key, iso(window.start), iso(window.end), limit,
+            " WHERE (? IS NULL OR market = ?) AND (open_time IS NULL OR (rtrim(open_time, 'Z') >= ? AND rtrim(open_time, 'Z') < ?))"
+            " ORDER BY market, rtrim(open_time, 'Z'), id LIMIT ?",
+            market and market.key, market and market.key, iso(window.start)[:-1], iso(window.end)[:-1], limit,
         )  # fmt: skip
         names = ("id", "table", "market", "open_time", "reasons", "fields", "source", "fetch_id", "seen", "first_seen", "last_seen")
         return [{**dict(zip(names, row, strict=True)), "fields": json.loads(row[5])} for row in found]
@@ -356,7 +370,8 @@ def _log_fetches(db: sqlite3.Connection, table: Table, market: Market, fetches: 
     ids = []
     for fetch in fetches:
         cursor = db.execute(
-            'INSERT INTO fetches (tbl, market, start, "end", asked_at, seconds, outcome, status, rows, error) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)',
+            'INSERT INTO fetches (tbl, market, start, "end", asked_at, seconds, outcome, status, rows, error)'
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (table.name, market.key, iso(fetch.window.start), iso(fetch.window.end), *fetch[1:]),
         )
         ids.append(cursor.lastrowid or 0)
@@ -370,7 +385,16 @@ def _quarantine(db: sqlite3.Connection, entry: Entry, ids: list[int], now: str) 
             "INSERT INTO quarantine (tbl, market, month, open_time, reasons, fields, source, fetch_id, first_seen, last_seen)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET seen = seen + 1, last_seen = excluded.last_seen, fetch_id = excluded.fetch_id",
-            (*_where(entry.table, entry.partition), open_time and iso(open_time), reasons, fields, entry.partition.market.venue, fetch, now, now),
+            (
+                *_where(entry.table, entry.partition),
+                open_time and iso(open_time),
+                reasons,
+                fields,
+                entry.partition.market.venue,
+                fetch,
+                now,
+                now,
+            ),
         )
 
 

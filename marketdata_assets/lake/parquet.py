@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
@@ -31,11 +32,25 @@ class Stored(NamedTuple):
 class Objects(Protocol):
     """A store of whole objects. Raises StoreFailed; what an object held before survives any failure."""
 
-    def read(self, path: str) -> bytes | None: ...
-    def write(self, path: str, content: bytes) -> None: ...
-    def size(self, path: str) -> int | None: ...
-    def set_aside(self, path: str) -> str: ...
-    def sweep(self) -> int: ...
+    def read(self, path: str) -> bytes | None:
+        """The object's content; None where there is none."""
+        ...
+
+    def write(self, path: str, content: bytes) -> None:
+        """Replace it whole."""
+        ...
+
+    def size(self, path: str) -> int | None:
+        """Its size in bytes; None where there is none."""
+        ...
+
+    def set_aside(self, path: str) -> str:
+        """Rename it; the new name."""
+        ...
+
+    def sweep(self) -> int:
+        """Remove what dead writers left; how many."""
+        ...
 
 
 class Lake:
@@ -145,7 +160,8 @@ class _Folder:
             aside.replace(target)
             _sync_folder(target.parent)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink()
             raise self._failed("written", path, error) from None
 
     def size(self, path: str) -> int | None:
@@ -211,7 +227,8 @@ class _Bucket:
             if self._client is None:
                 config = Config(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 5})
                 self._client = boto3.client("s3", config=config)
-            return getattr(self._client, verb)(Bucket=self._bucket, Key=self._key(path), **kwargs)
+            found = getattr(self._client, verb)(Bucket=self._bucket, Key=self._key(path), **kwargs)
+            return {**found, "Body": bytes(found["Body"].read())} if "Body" in found else found
         except ClientError as error:
             if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404", "NotFound"):
                 return None
@@ -224,7 +241,7 @@ class _Bucket:
 
     def read(self, path: str) -> bytes | None:
         found = self._call("get_object", path)
-        return None if found is None else bytes(found["Body"].read())
+        return None if found is None else bytes(found["Body"])
 
     def write(self, path: str, content: bytes) -> None:
         if self._call("put_object", path, Body=content) is None:

@@ -40,18 +40,22 @@ class Warehouse:
         Only rows that differ are touched. Returns how many rows each timeframe changed.
         """
         changed: dict[str, int] = {}
-        with self._connect() as connection:
-            connection.execute("BEGIN")
-            for timeframe, frame in frames.items():
-                changed[timeframe.name] = _replace(connection, market, timeframe, frame, windows[timeframe])
-            connection.execute("COMMIT")
+        with self._translated(), self._connect() as connection:
+            try:
+                connection.execute("BEGIN")
+                for timeframe, frame in frames.items():
+                    changed[timeframe.name] = _replace(connection, market, timeframe, frame, windows[timeframe])
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.close()  # rolls back; who lent the connection may keep it open after an exception
+                raise
         return changed
 
     def read(self, table: Table, market: Market, window: Window) -> pl.DataFrame:
         """The bars of a market that open inside the window, sorted; none where the table is not there yet."""
         if not self.exists:
             return pl.DataFrame(schema={column.name: column.dtype for column in table.columns})
-        with self._open(read_only=True) as connection:
+        with self._translated(), self._open(read_only=True) as connection:
             return _select(connection, table, market, window)
 
     @contextmanager
@@ -59,21 +63,36 @@ class Warehouse:
         import duckdb
 
         deadline = time.monotonic() + self._patience
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 connection = duckdb.connect(str(self.path), read_only=read_only, config={"threads": "1"})
                 break
-            except duckdb.IOException as error:
-                held = "lock" in str(error).lower()
-                if not held or time.monotonic() > deadline:
-                    why = "another process holds it" if held else str(error).splitlines()[0][:160]
-                    raise StoreFailed(f"{self.path}: {why}; close that process or set another `duckdb:`") from None
+            except duckdb.Error as error:
+                if not any(sign in str(error) for sign in _HELD):
+                    raise
+                if time.monotonic() > deadline:
+                    raise StoreFailed(f"{self.path}: another process holds it; close that process or set another `duckdb:`") from None
                 _pause()
         try:
             yield connection
         finally:
             connection.close()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        import duckdb
+
+        try:
+            yield
+        except (duckdb.Error, OSError) as error:
+            why = str(error).splitlines()[0][:160]
+            fix = "mend the folder, set another `duckdb:`, or move the file away: it is made anew"
+            raise StoreFailed(f"{self.path}: {why}; {fix}") from None
+
+
+_HELD = ("Could not set lock", "different configuration than existing connections")
+"""What DuckDB says when another process, or another thread of this one, has the file open."""
 
 
 def _pause() -> None:
@@ -88,16 +107,20 @@ def _replace(connection: duckdb.DuckDBPyConnection, market: Market, timeframe: T
     stored = _select(connection, table, market, window)
     if stored.equals(frame):
         return 0
-    first = _first_difference(stored, frame)
+    stale = stored.join(frame, on=frame.columns, how="anti", nulls_equal=True)
+    fresh = frame.join(stored, on=frame.columns, how="anti", nulls_equal=True)
     schema, name = table.key
+    connection.register("stale", stale.to_arrow())
+    connection.register("fresh", fresh.select(pl.lit(market.key).alias("market"), pl.all()).to_arrow())
+    inside = "market = ? AND open_time >= ? AND open_time < ?"
     connection.execute(
-        f'DELETE FROM "{schema}"."{name}" WHERE market = ? AND open_time >= ? AND open_time < ?', [market.key, first, window.end]
+        f'DELETE FROM "{schema}"."{name}" WHERE {inside} AND open_time IN (SELECT open_time FROM stale)',
+        [market.key, window.start, window.end],
     )
-    incoming = frame.filter(pl.col("open_time") >= first).select(pl.lit(market.key).alias("market"), pl.all())
-    connection.register("incoming", incoming.to_arrow())
-    connection.execute(f'INSERT INTO "{schema}"."{name}" BY NAME SELECT * FROM incoming')
-    connection.unregister("incoming")
-    return incoming.height
+    connection.execute(f'INSERT INTO "{schema}"."{name}" BY NAME SELECT * FROM fresh')
+    connection.unregister("stale")
+    connection.unregister("fresh")
+    return pl.concat([stale["open_time"], fresh["open_time"]]).n_unique()
 
 
 def _create(connection: duckdb.DuckDBPyConnection, table: Table) -> None:
@@ -115,7 +138,9 @@ def _sql_type(dtype: pl.DataType) -> str:
 
 def _select(connection: duckdb.DuckDBPyConnection, table: Table, market: Market, window: Window) -> pl.DataFrame:
     schema, name = table.key
-    known = connection.execute("SELECT 1 FROM information_schema.tables WHERE table_schema = ? AND table_name = ?", [schema, name]).fetchall()
+    known = connection.execute(
+        "SELECT 1 FROM information_schema.tables WHERE table_schema = ? AND table_name = ?", [schema, name]
+    ).fetchall()
     if not known:
         return pl.DataFrame(schema={column.name: column.dtype for column in table.columns})
     columns = ", ".join(f'"{column.name}"' for column in table.columns)
@@ -125,14 +150,3 @@ def _select(connection: duckdb.DuckDBPyConnection, table: Table, market: Market,
     )
     frame = pl.DataFrame(found.to_arrow_table())
     return frame.select(pl.col(column.name).cast(column.dtype) for column in table.columns)
-
-
-def _first_difference(stored: pl.DataFrame, frame: pl.DataFrame) -> object:
-    """The open time of the first row in which two sorted frames differ."""
-    height = min(stored.height, frame.height)
-    same = pl.DataFrame(
-        [stored[c].head(height).eq_missing(frame[c].head(height)).alias(c) for c in frame.columns]
-    ).select(pl.all_horizontal(pl.all()).alias("same"))["same"]
-    at = (~same).arg_max() if height and not same.all() else height
-    opens = [f["open_time"][at] for f in (stored, frame) if at is not None and at < f.height]
-    return min(opens)

@@ -35,7 +35,7 @@ COLUMNS: tuple[Column, ...] = (
 )
 ROLLUP_COLUMNS: tuple[Column, ...] = (
     *COLUMNS,
-    Column("vwap", DECIMAL, "quote_volume / volume, cut to 12 decimals; null without volume", optional=True),
+    Column("vwap", DECIMAL, "quote_volume / volume, rounded to 12 decimals; null without volume", optional=True),
     Column("bars_expected", pl.Int64(), "base bars a full bar of this timeframe holds"),
     Column("bars_present", pl.Int64(), "base bars this one was made of"),
 )

@@ -24,9 +24,9 @@ class Market:
 
     def __post_init__(self) -> None:
         if not _VENUE.fullmatch(self.venue):
-            raise BadInput(f"venue {self.venue!r} is not a ccxt id such as binance or kraken")
+            raise BadInput(f"venue {self.venue[:100]!r} is not a ccxt id such as binance or kraken")
         if len(self.symbol) > 64 or not _SYMBOL.fullmatch(self.symbol):
-            raise BadInput(f"symbol {self.symbol!r} is not a unified symbol such as BTC/USDT or BTC/USDT:USDT")
+            raise BadInput(f"symbol {self.symbol[:100]!r} is not a unified symbol such as BTC/USDT or BTC/USDT:USDT")
 
     @property
     def key(self) -> str:
@@ -36,10 +36,11 @@ class Market:
     @classmethod
     def parse(cls, key: str) -> Market:
         """The market of a key. Exact inverse of `key`; raises BadInput for anything else."""
-        venue, colon, name = key.partition(":")
-        if not colon:
-            raise BadInput(f"market {key!r} is not written like binance:BTC-USDT")
-        return cls(venue, name.replace("-", "/", 1).replace("_", ":", 1))
+        venue, _, name = key.partition(":")
+        found = cls(venue, name.replace("-", "/", 1).replace("_", ":", 1)) if "-" in name else None
+        if found is None or found.key != key:
+            raise BadInput(f"market {key[:100]!r} is not written like binance:BTC-USDT")
+        return found
 
     def __str__(self) -> str:
         return self.key

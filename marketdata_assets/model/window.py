@@ -11,6 +11,7 @@ from marketdata_assets.model.market import Market
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
+_LAST_YEAR = 9998  # the end of a later month is no moment any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,9 @@ def parse_time(text: str) -> datetime:
     """An ISO date or time, UTC where it names no zone; raises BadInput."""
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):
         raise BadInput(f"{text!r} is not a date such as 2024-03-01 or a time such as 2024-03-01T12:00:00Z") from None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def iso(moment: datetime) -> str:
@@ -141,11 +142,11 @@ class Partition:
     @classmethod
     def parse(cls, key: str) -> Partition:
         """The partition of a Dagster key; raises BadInput."""
-        market, _, month = key.partition("|")
-        start = parse_time(month)
-        if month_of(start).start != start:
-            raise BadInput(f"partition {key!r}: {month} is not the first day of a month")
-        return cls(Market.parse(market), month_of(start))
+        name, _, month = key.partition("|")
+        market, start = Market.parse(name), parse_time(month)
+        if start.date().replace(day=1).isoformat() != month or start.year > _LAST_YEAR:
+            raise BadInput(f"partition {key!r}: {month} is not the first day of a month, written like 2024-03-01")
+        return cls(market, month_of(start))
 
     def opens(self, tf: Timeframe) -> Window:
         """The open times of the bars that belong here: a bar belongs to the month of its last minute.

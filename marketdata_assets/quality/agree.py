@@ -33,9 +33,7 @@ def agree(kept: pl.DataFrame) -> Agreement:
         return Agreement(kept.select(NAMES).sort("open_time"), 0, kept.clear(), kept.clear())
     single, several = kept.filter(~repeated), kept.filter(repeated)
     variants = several.group_by(NAMES).agg(pl.col("answer").n_unique().alias("votes"))
-    ranked = variants.with_columns(
-        pl.col("votes").max().over("open_time").alias("most"), pl.len().over("open_time").alias("rivals")
-    )
+    ranked = variants.with_columns(pl.col("votes").max().over("open_time").alias("most"), pl.len().over("open_time").alias("rivals"))
     leading = pl.col("votes") == pl.col("most")
     alone = leading.sum().over("open_time") == 1
     won = leading & ((pl.col("rivals") == 1) | ((pl.col("most") > 1) & alone))

@@ -18,15 +18,13 @@ def holes(opens: pl.Series, timeframe: Timeframe, window: Window) -> list[Window
     inside = opens.filter((opens >= first) & (opens < last))
     edges = pl.concat([pl.Series([first - timeframe.width], dtype=opens.dtype), inside, pl.Series([last], dtype=opens.dtype)])
     wide = edges.diff() > timeframe.width
-    return [
-        Window(edges[i - 1] + timeframe.width, edges[i]) for i in wide.fill_null(False).arg_true().to_list()
-    ]
+    return [Window(edges[i - 1] + timeframe.width, edges[i]) for i in wide.fill_null(False).arg_true().to_list()]
 
 
 def without(window: Window, cuts: Iterable[Window]) -> list[Window]:
     """What remains of a window when others are cut out of it, in order."""
     rest, start = [], window.start
-    for cut in sorted(cuts):
+    for cut in sorted(filter(None, cuts)):
         if cut.end <= start or cut.start >= window.end:
             continue
         if cut.start > start:

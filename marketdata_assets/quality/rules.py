@@ -42,18 +42,37 @@ def rules(timeframe: Timeframe, closed_before: datetime) -> tuple[Rule, ...]:
     slack = vwap_high.abs() * 1e-6 + 1e-6
     return (
         Rule("null", "a value that must be there is missing", _any(pl.col(SENT + n).is_null() for n in _REQUIRED)),
-        Rule("not_a_number", "NaN, infinite or text that is no number", _any(_unreadable(n) for n in _TEXTS)),
+        Rule("not_a_number", "NaN, infinite, text that is no number, or no moment", _any(_unreadable(n) for n in ("open_time", *_TEXTS))),
         Rule("too_precise", f"more than {SCALE} decimals", _any(_too_precise(n) for n in _TEXTS)),
         Rule("non_positive_price", "a price of zero or below", _any(pl.col(n) <= 0 for n in PRICES)),
         Rule("negative_volume", "a volume or count below zero", _any(pl.col(n) < 0 for n in VOLUMES)),
         Rule("high_below", "high below open, close or low", pl.col("high") < highest),
         Rule("low_above", "low above open, close or high", pl.col("low") > lowest),
-        Rule("vwap_outside", "quote_volume / volume outside [low, high]", ~real["quote_volume"].is_between(vwap_low - slack, vwap_high + slack)),
-        Rule("taker_above_total", "takers bought more than was traded", _any((pl.col("taker_buy_volume") > pl.col("volume"), pl.col("taker_buy_quote_volume") > pl.col("quote_volume")))),
+        Rule(
+            "vwap_outside",
+            "quote_volume / volume outside [low, high]",
+            ~real["quote_volume"].is_between(vwap_low - slack, vwap_high + slack),
+        ),
+        Rule(
+            "taker_above_total",
+            "takers bought more than was traded",
+            _any((pl.col("taker_buy_volume") > pl.col("volume"), pl.col("taker_buy_quote_volume") > pl.col("quote_volume"))),
+        ),
         Rule("off_grid", "an open time that is no multiple of the timeframe", offset != 0),
         Rule("outside_window", "an open time that was not asked for", ~inside),
         Rule("unclosed", "a bar that the venue's clock has not closed", ~closed),
     )
+
+
+def _more_decimals() -> str:
+    """A pattern for texts with more decimals than SCALE: `0.1234567890123`, `0.12345e-8`, `1e-13`."""
+    plain = rf"\.[0-9]{{{SCALE}}}[0-9]*[1-9]"
+    shifted = (rf"\.[0-9]{{{SCALE - shift}}}[0-9]*[1-9]0*[eE]-0*{shift}$" for shift in range(1, SCALE + 1))
+    far = "|".join(str(shift) for shift in range(SCALE + 1, 100))
+    return "|".join((plain, *shifted, rf"[1-9][0-9.]*[eE]-0*({far}|[1-9][0-9]{{2,}})$"))
+
+
+_MORE_DECIMALS = _more_decimals()
 
 
 def _any(expressions: Iterable[pl.Expr]) -> pl.Expr:
@@ -65,4 +84,4 @@ def _unreadable(name: str) -> pl.Expr:
 
 
 def _too_precise(name: str) -> pl.Expr:
-    return pl.col(SENT + name).str.contains(rf"\.\d{{{SCALE}}}\d*[1-9]")
+    return pl.col(SENT + name).str.contains(_MORE_DECIMALS)

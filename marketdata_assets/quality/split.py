@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 import polars as pl
 
 from marketdata_assets.model.bar import NAMES, SCHEMA, TIME
-from marketdata_assets.model.window import Timeframe, Window
+from marketdata_assets.model.window import Timeframe, Window, to_ms
 from marketdata_assets.quality.rules import SENT, rules
 
 REJECTED_SCHEMA: dict[str, pl.DataType] = {
@@ -17,6 +17,8 @@ REJECTED_SCHEMA: dict[str, pl.DataType] = {
     "reasons": pl.String(),
     "fields": pl.String(),
 }
+_MOMENTS = (to_ms(datetime.min.replace(tzinfo=UTC)), to_ms(datetime.max.replace(tzinfo=UTC)))
+"""Beyond these milliseconds nothing is a moment: microseconds sent for milliseconds, or a number that wraps around."""
 
 
 class Split(NamedTuple):
@@ -40,9 +42,7 @@ def split(rows: pl.DataFrame, timeframe: Timeframe, closed_before: datetime) -> 
     kept = (judged.filter(~broken) if refused.height else judged).select("answer", *NAMES)
     if refused.is_empty():
         return Split(kept, pl.DataFrame(schema=REJECTED_SCHEMA))
-    reasons = pl.concat_str(
-        [pl.when("broken_" + rule.name).then(pl.lit(rule.name)) for rule in table], separator=" ", ignore_nulls=True
-    )
+    reasons = pl.concat_str([pl.when("broken_" + rule.name).then(pl.lit(rule.name)) for rule in table], separator=" ", ignore_nulls=True)
     fields = pl.struct(pl.col(SENT + name).cast(pl.String).alias(name) for name in NAMES).struct.json_encode()
     return Split(kept, refused.select("answer", "open_time", reasons.alias("reasons"), fields.alias("fields")))
 
@@ -65,5 +65,5 @@ def reject(bars: pl.DataFrame, reason: str) -> pl.DataFrame:
 def _typed(name: str, dtype: pl.DataType) -> pl.Expr:
     sent = pl.col(SENT + name)
     if name == "open_time":
-        return (sent * 1000).cast(TIME, strict=False).alias(name)
+        return pl.when(sent.is_between(*_MOMENTS)).then(sent * 1000).cast(TIME, strict=False).alias(name)
     return sent.cast(dtype, strict=False).alias(name)

@@ -299,30 +299,36 @@ def _rebased(urls: Any, base_url: str, hostname: str) -> Any:
 @contextmanager
 def _translated(venue: str, answer: _Answer) -> Iterator[None]:
     """Turn whatever ccxt, aiohttp or a strange answer raises into our tree: retry, wait or give up."""
-    from ccxt.base import errors as ccxt
+    from ccxt.base.errors import BaseError
 
     try:
         yield
     except (RequestFailed, BadInput) as error:
-        error.args = (f"{venue}: {error}",) if not str(error).startswith(venue) else error.args
+        if not str(error).startswith(venue):
+            error.args = (f"{venue}: {error}",)
         raise
     except TimeoutError:
         raise Retry(f"{venue}: no whole answer within the deadline") from None
-    except (ccxt.DDoSProtection, ccxt.RateLimitExceeded):
-        seconds = _retry_after(answer)
-        raise Wait(f"{venue}: HTTP {answer.status}, it asks to wait {seconds:g} s", seconds) from None
-    except ccxt.RequestTimeout:
-        raise Retry(f"{venue}: no whole answer within the deadline") from None
-    except ccxt.OperationFailed as error:
-        if answer.status in (403, 404, 405):
-            raise VenueRefused(f"{venue}: HTTP {answer.status}, the address does not serve this API; check base_url") from None
-        raise Retry(f"{venue}: {_reason(error, answer)}") from None
-    except (ccxt.BadRequest, ccxt.AuthenticationError, ccxt.NotSupported, ccxt.ArgumentsRequired) as error:
-        raise VenueRefused(f"{venue}: {_reason(error, answer)}") from None
-    except (ccxt.BaseError, aiohttp.ClientError, OSError) as error:
+    except BaseError as error:
+        raise _verdict(venue, error, answer) from None
+    except (aiohttp.ClientError, OSError) as error:
         raise Retry(f"{venue}: {_reason(error, answer)}") from None
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise Garbled(f"{venue}: the answer has not the documented shape ({type(error).__name__})") from None
+
+
+def _verdict(venue: str, error: Exception, answer: _Answer) -> MarketDataError:
+    """What a ccxt error means: wait, give up, or (all that may pass) try again."""
+    from ccxt.base import errors as ccxt
+
+    if isinstance(error, ccxt.DDoSProtection | ccxt.RateLimitExceeded):
+        seconds = _retry_after(answer)
+        return Wait(f"{venue}: HTTP {answer.status}, it asks to wait {seconds:g} s", seconds)
+    if isinstance(error, ccxt.OperationFailed) and answer.status in (403, 404, 405):
+        return VenueRefused(f"{venue}: HTTP {answer.status}, the address does not serve this API; check base_url")
+    if isinstance(error, ccxt.BadRequest | ccxt.AuthenticationError | ccxt.NotSupported | ccxt.ArgumentsRequired):
+        return VenueRefused(f"{venue}: {_reason(error, answer)}")
+    return Retry(f"{venue}: {_reason(error, answer)}")
 
 
 def _reason(error: Exception, answer: _Answer) -> str:

@@ -31,7 +31,7 @@ def roll_up(bars: pl.DataFrame, base: Timeframe, timeframes: Sequence[Timeframe]
     """Bars of `base` (model.bar.SCHEMA, sorted, one market) to every timeframe (model.bar.ROLLUP_SCHEMA).
 
     Only buckets that lie wholly inside `whole`, the window that has been asked for, are returned: an open bar, or one
-    that reaches before the first day, is not a bar yet. `vwap` is cut (not rounded) to 12 decimals.
+    that reaches before the first day, is not a bar yet. `vwap` is rounded to 12 decimals, half to even.
     """
     finest = bars.with_columns(pl.lit(1, pl.Int64).alias("bars_present"), pl.col("open_time").set_sorted())
     made: dict[Timeframe, pl.DataFrame] = {base: finest}
