@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ Format = Annotated[str, typer.Option("--format", help="table or json")]
 
 def main() -> None:
     """Run the command; a person's mistake or an unreachable venue is one line, never a traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)  # whoever ends us politely gets the same clean-up as Ctrl-C
     try:
         app()
     except MarketDataError as error:
@@ -50,6 +52,10 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _plain(text: str) -> str:

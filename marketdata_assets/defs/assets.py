@@ -15,6 +15,7 @@ from marketdata_assets.flows.audit import audit_raw, audit_rollup
 from marketdata_assets.flows.derive import Derived, derive
 from marketdata_assets.flows.ingest import Ingested, ingest
 from marketdata_assets.lake.tables import Table, raw, rollup
+from marketdata_assets.model.bar import Column
 from marketdata_assets.model.window import Timeframe, iso
 from marketdata_assets.settings import Settings
 from marketdata_assets.toolbox import Tell, open_toolbox
@@ -29,7 +30,7 @@ def asset_key(table: Table) -> dg.AssetKey:
 
 def _spec(table: Table, settings: Settings, deps: Sequence[Table], description: str, kinds: set[str]) -> dg.AssetSpec:
     columns = [
-        dg.TableColumn(c.name, str(c.dtype), c.meaning, constraints=dg.TableColumnConstraints(nullable=c.optional)) for c in table.columns
+        dg.TableColumn(c.name, _type_name(c), c.meaning, constraints=dg.TableColumnConstraints(nullable=c.optional)) for c in table.columns
     ]
     return dg.AssetSpec(
         asset_key(table),
@@ -40,6 +41,12 @@ def _spec(table: Table, settings: Settings, deps: Sequence[Table], description: 
         owners=["team:marketdata"],
         metadata={"dagster/column_schema": dg.TableSchema(columns=columns), "dagster/table_name": table.name},
     )
+
+
+def _type_name(column: Column) -> str:
+    if column.name == "open_time":
+        return "timestamp UTC"
+    return "bigint" if column.dtype.is_integer() else "decimal(38, 12)"
 
 
 def raw_asset(settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitionsDefinition, tell: Tell) -> dg.AssetsDefinition:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
 
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.flows.audit import BLOCKING, RAW_CHECKS, Finding
-from marketdata_assets.lake.tables import Table
-from marketdata_assets.model.window import Partition
+from marketdata_assets.flows.freshness import ERROR_BARS, WARN_BARS, Freshness, freshness
+from marketdata_assets.lake.tables import Table, raw
+from marketdata_assets.model.window import MINUTE, Partition, Timeframe, iso
 from marketdata_assets.settings import Settings
-from marketdata_assets.toolbox import Tell
+from marketdata_assets.toolbox import Tell, open_toolbox
 
 COMPLETE = (
     "Every bar made of fewer base bars than it could hold owes that to the venue, by evidence. If red: materialize the raw partition again."
@@ -33,6 +35,39 @@ def check_specs(table: Table, settings: Settings, grid: dg.MultiPartitionsDefini
     if any(table.timeframe in venue.reference for venue in settings.venues.values()):
         words["matches_native"] = MATCHES
     return [dg.AssetCheckSpec(name, asset=key, description=text, partitions_def=grid) for name, text in words.items()]
+
+
+def freshness_check(settings: Settings, timeframe: Timeframe) -> dg.AssetChecksDefinition:
+    """`freshness` of a raw asset: one result for all its markets, from the newest bar on disk."""
+    key = list(raw(timeframe).key)
+    words = (
+        f"The newest stored bar of every market is at most {WARN_BARS} bars (warning) or {ERROR_BARS} bars (error) behind. "
+        "If red: materialize the open month of the markets it names."
+    )
+
+    @dg.asset_check(asset=dg.AssetKey(key), name="freshness", description=words)
+    def check() -> dg.AssetCheckResult:
+        with open_toolbox(settings) as toolbox:
+            return _freshness_result(freshness(toolbox, timeframe, settings.markets))
+
+    return check
+
+
+def _freshness_result(found: Sequence[Freshness]) -> dg.AssetCheckResult:
+    late = sorted((f for f in found if f.late), key=lambda f: f.lag, reverse=True)
+    rows = [
+        dg.TableRecord(
+            {"market": f.market.key, "newest bar ends": iso(f.through) if f.through else "none", "minutes behind": f.lag // MINUTE}
+        )
+        for f in sorted(found, key=lambda f: f.lag, reverse=True)
+    ]
+    worst = max((f.lag for f in found), default=timedelta(0))
+    return dg.AssetCheckResult(
+        passed=not late,
+        severity=dg.AssetCheckSeverity.ERROR if any(f.stale for f in found) else dg.AssetCheckSeverity.WARN,
+        description=f"{len(late)} of {len(found)} markets are late",
+        metadata={"late": len(late), "most_minutes_behind": worst // MINUTE, "markets": dg.MetadataValue.table(rows) if rows else "none"},
+    )
 
 
 class Results:

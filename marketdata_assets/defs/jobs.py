@@ -8,6 +8,7 @@ import dagster as dg
 from dagster_duckdb import DuckDBResource
 
 from marketdata_assets.defs.assets import FETCH_POOL, WAREHOUSE_POOL, raw_asset, rollup_assets
+from marketdata_assets.defs.checks import freshness_check
 from marketdata_assets.defs.partitions import market_months
 from marketdata_assets.settings import Settings
 from marketdata_assets.toolbox import Tell, tell_nobody
@@ -27,9 +28,12 @@ def build_definitions(settings: Settings, tell: Tell = tell_nobody) -> dg.Defini
         assets = [raw_asset(settings, timeframe, grid, tell) for timeframe in settings.raw_timeframes]
         if settings.rollup_timeframes:
             assets.append(rollup_assets(settings, grid, tell))
-        job = dg.define_asset_job(INGEST, selection=dg.AssetSelection.all(), description="Fetch, check and roll up partitions.")
+        checks = [freshness_check(settings, timeframe) for timeframe in settings.raw_timeframes]
+        partitioned = dg.AssetSelection.all() - dg.AssetSelection.checks(*checks)
+        job = dg.define_asset_job(INGEST, selection=partitioned, description="Fetch, check and roll up partitions.")
         return dg.Definitions(
             assets=assets,
+            asset_checks=checks,
             jobs=[job],
             resources={"warehouse": DuckDBResource(database=str(settings.duckdb))},
             executor=dg.in_process_executor,
