@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 from dagster_duckdb import DuckDBResource
 
-from marketdata_assets.defs.checks import Results, check_specs
+from marketdata_assets.defs.checks import Results, check_specs, failure_told
 from marketdata_assets.defs.partitions import partitions_of_run
 from marketdata_assets.defs.pictures import sparkline
 from marketdata_assets.flows.audit import audit_raw, audit_rollup
@@ -70,7 +70,7 @@ def raw_asset(settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitions
     def fetch(context: dg.AssetExecutionContext) -> Iterator[Any]:
         partitions = partitions_of_run(context)
         results = Results(context, asset_key(table), tell)
-        with open_toolbox(settings, tell=tell) as toolbox:
+        with failure_told(tell, partitions), open_toolbox(settings, tell=tell) as toolbox:
             for done in ingest(toolbox, timeframe, partitions):
                 results.add(done.partition, _raw_metadata(done), audit_raw(done), done.error)
         yield from results.finish()
@@ -96,7 +96,7 @@ def rollup_assets(settings: Settings, grid: dg.MultiPartitionsDefinition, tell: 
     def roll_up(context: dg.AssetExecutionContext, warehouse: DuckDBResource) -> Iterator[Any]:
         partitions = partitions_of_run(context)
         results = {tf: Results(context, asset_key(t), tell) for tf, t in tables.items()}
-        with open_toolbox(settings, warehouse.get_connection) as toolbox:
+        with failure_told(tell, partitions), open_toolbox(settings, warehouse.get_connection) as toolbox:
             for derived in derive(toolbox, partitions):
                 for tf, result in results.items():
                     result.add(derived.partition, _rollup_metadata(derived, tf), audit_rollup(toolbox, derived, tf))

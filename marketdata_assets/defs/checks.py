@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -138,6 +139,16 @@ class Results:
             description=bad[0].says if bad else None,
             metadata={"partitions": len(findings), "failed": len(bad), **totals},
         )
+
+
+@contextmanager
+def failure_told(tell: Tell, partitions: Sequence[Partition]) -> Iterator[None]:
+    """An error of ours becomes Dagster's Failure, one line without a traceback of our code."""
+    try:
+        yield
+    except MarketDataError as error:
+        tell({"failed": partitions[0].key, "says": str(error), "exit_code": error.exit_code})
+        raise dg.Failure(str(error), allow_retries=False) from None
 
 
 def _severity(finding: Finding) -> dg.AssetCheckSeverity:

@@ -53,6 +53,9 @@ class _Prepared:
     note: str | None = None
 
 
+_Started = tuple[_Prepared, Future[Collected], ExitStack]
+
+
 def wanted_window(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> Window:
     """The open times the universe wants of a partition: whole bars between since and until (or our now)."""
     venue = toolbox.settings.venues[partition.market.venue]
@@ -69,7 +72,7 @@ def ingest(toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partitio
     processes one at a time: whoever comes second finds the work done.
     """
     table = raw(timeframe)
-    ahead: tuple[_Prepared, Future[Collected], ExitStack] | None = None
+    ahead: _Started | None = None
     for i, partition in enumerate(partitions):
         prepared, future, held = ahead or _start(toolbox, table, partition, wait=True)
         ahead = _try_start(toolbox, table, partitions[i + 1]) if i + 1 < len(partitions) else None
@@ -78,7 +81,7 @@ def ingest(toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partitio
     # a consumer that stops early leaves a request under way: closing the toolbox ends it
 
 
-def _try_start(toolbox: Toolbox, table: Table, partition: Partition) -> tuple[_Prepared, Future[Collected], ExitStack] | None:
+def _try_start(toolbox: Toolbox, table: Table, partition: Partition) -> _Started | None:
     started = _start(toolbox, table, partition, wait=False)
     return started if started[2] is not _BUSY else None
 
@@ -86,7 +89,7 @@ def _try_start(toolbox: Toolbox, table: Table, partition: Partition) -> tuple[_P
 _BUSY = ExitStack()
 
 
-def _start(toolbox: Toolbox, table: Table, partition: Partition, wait: bool) -> tuple[_Prepared, Future[Collected], ExitStack]:
+def _start(toolbox: Toolbox, table: Table, partition: Partition, wait: bool) -> _Started:
     held = ExitStack()
     if not held.enter_context(toolbox.ledger.lock(partition, wait)):
         held.close()
@@ -94,11 +97,21 @@ def _start(toolbox: Toolbox, table: Table, partition: Partition, wait: bool) -> 
         return _Prepared(partition, table, partition.month, empty_bars(), [], None), nothing, _BUSY
     try:
         prepared = _prepare(toolbox, table, partition)
+    except MarketDataError as error:
+        return _failed_start(table, partition, error, held)
+    try:
         work = collect(toolbox, partition.market, table.timeframe, prepared.wanted, prepared.stored, prepared.gaps)
         return prepared, toolbox.submit(work), held
     except BaseException:
         held.close()
         raise
+
+
+def _failed_start(table: Table, partition: Partition, error: MarketDataError, held: ExitStack) -> _Started:
+    """What lies there cannot even be looked at: the partition fails, the others go on."""
+    future: Future[Collected] = Future()
+    future.set_exception(error)
+    return _Prepared(partition, table, Window(partition.month.start, partition.month.start), empty_bars(), [], None), future, held
 
 
 def _prepare(toolbox: Toolbox, table: Table, partition: Partition) -> _Prepared:

@@ -1,0 +1,92 @@
+"""kill -9 at random moments of a backfill: nothing lost, doubled or half-written, and readable at every moment between.
+
+MARKETDATA_TEST_KILLS sets how many kills (default 3); the seed is printed by pytest when the test fails.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from marketdata_assets.flows.read import coverage, read_bars
+from marketdata_assets.model.window import TIMEFRAMES, Window, parse_time
+from marketdata_assets.settings import Settings
+from marketdata_assets.sources.sandbox import SandboxExchange, truth
+from marketdata_assets.toolbox import open_toolbox
+from marketdata_tests.conftest import Universe
+
+KILLS = int(os.environ.get("MARKETDATA_TEST_KILLS", "3"))
+SPAN = Window(parse_time("2023-11-01"), parse_time("2024-01-01"))
+SYMBOLS = {"BTC/USDT": "BTCUSDT", "ETH/USDT": "ETHUSDT"}
+DAGSTER_STATUS = """
+import dagster as dg
+with dg.DagsterInstance.get() as instance:
+    print(sorted({run.status.value for run in instance.get_runs()}))
+"""
+
+
+def start_backfill() -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "marketdata_assets.cli.main", "backfill"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def kill_after_first_request(exchange: SandboxExchange, delay: float, at_worker: bool) -> None:
+    """Start a backfill, wait until it asks for bars, let it work for `delay` seconds, then kill it or a worker of it."""
+    before = bar_requests(exchange)
+    process = start_backfill()
+    while process.poll() is None and bar_requests(exchange) == before:
+        threading.Event().wait(0.02)
+    try:
+        process.wait(delay)
+    except subprocess.TimeoutExpired:
+        victims = children(process.pid) if at_worker else [process.pid]
+        os.kill(victims[0] if victims else process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def bar_requests(exchange: SandboxExchange) -> int:
+    return sum("klines" in seen.path for seen in exchange.requests)
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def assert_readable_and_true(settings: Settings, whole: bool) -> None:
+    """What is stored equals the truth where it is; all of it when `whole`."""
+    with open_toolbox(settings) as toolbox:
+        for market in settings.markets:
+            for name in ("1m", "1h", "1d"):
+                expected = truth(SYMBOLS[market.symbol], name, SPAN)
+                found = read_bars(toolbox, market, TIMEFRAMES[name], SPAN).select(expected.columns)
+                there = expected if whole else expected.join(found.select("open_time"), on="open_time", how="semi")
+                assert found.equals(there), f"{market} {name}"
+
+
+@pytest.mark.timeout(120 + 40 * KILLS)
+def test_kill_at_random_moments(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path) -> None:
+    exchange, url = sandbox
+    settings = universe(url, symbols="[BTC/USDT, ETH/USDT]", since="2023-11-01", until="2024-01-01", extra="reference: [1h]")
+    dice = random.Random(seed := random.randrange(10**6))
+    print(f"seed {seed}")
+    for _ in range(KILLS):
+        kill_after_first_request(exchange, dice.uniform(0, 4), at_worker=dice.random() < 0.3)
+        assert_readable_and_true(settings, whole=False)
+    last = start_backfill()
+    _, errors = last.communicate(timeout=120)
+    assert last.returncode == 0, errors.decode()
+    assert_readable_and_true(settings, whole=True)
+    assert not list((tmp_path / "lake" / ".writing").iterdir())
+    with open_toolbox(settings) as toolbox:
+        assert all(row["received"] == row["stored"] + row["identical"] + row["quarantined"] for row in toolbox.ledger.accounts())
+        assert all(c.not_fetched == 0 for c in coverage(toolbox, settings.markets))
+    environment = {**os.environ, "DAGSTER_HOME": str(tmp_path / "state" / "dagster")}
+    status = subprocess.run([sys.executable, "-W", "ignore", "-c", DAGSTER_STATUS], env=environment, capture_output=True, text=True, check=True)
+    assert set(status.stdout.strip("[]\n").replace("'", "").split(", ")) <= {"SUCCESS", "FAILURE"}
