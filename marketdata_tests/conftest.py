@@ -60,7 +60,12 @@ def universe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Universe:
         lines = ["venues:", f"  {venue}:", f"    symbols: {symbols}", f"    since: {since}", f"    base_url: {base_url}"]
         lines += [f"    until: {until}"] if until else []
         lines += [f"    {line}" for line in extra.splitlines()]
-        lines += [f"lake: {lake or tmp_path / 'lake'}", f"rollups: {rollups}", f"duckdb: {tmp_path / 'market.duckdb'}", f"state: {tmp_path / 'state'}"]
+        lines += [
+            f"lake: {lake or tmp_path / 'lake'}",
+            f"rollups: {rollups}",
+            f"duckdb: {tmp_path / 'market.duckdb'}",
+            f"state: {tmp_path / 'state'}",
+        ]
         file = tmp_path / "universe.yaml"
         file.write_text("\n".join(lines) + "\n")
         monkeypatch.setenv("MARKETDATA_UNIVERSE", str(file))
@@ -89,4 +94,5 @@ def replay() -> Iterator[Callable[..., Any]]:
     yield start
     for server in started:
         server.__exit__(None, None, None)
+        server.loop.close()  # Running leaves it open, and warnings are errors
     sys.path.remove(str(SHARED / "bench"))

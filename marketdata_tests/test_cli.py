@@ -184,16 +184,18 @@ def test_state_that_cannot_be_written(sandbox: tuple[SandboxExchange, str], univ
     assert "set another `state:`" in says(done)
 
 
-HOLD = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); c.execute('CREATE TABLE t (i INT)'); print('held', flush=True); sys.stdin.readline()"
+HOLD = """
+import duckdb, sys
+connection = duckdb.connect(sys.argv[1])
+connection.execute("CREATE TABLE t (i INT)")
+print("held", flush=True)
+sys.stdin.readline()
+"""
 
 
-def test_duckdb_held_by_another_process_is_waited_for(
-    sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path
-) -> None:
+def test_duckdb_held_by_another_process_is_waited_for(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path) -> None:
     settings = universe(sandbox[1], since="2024-01-01", until="2024-01-03")
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(settings.duckdb)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(settings.duckdb)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     backfill = subprocess.Popen([sys.executable, "-m", "marketdata_assets.cli.main", "backfill"], stderr=subprocess.PIPE, text=True)
@@ -223,7 +225,7 @@ def test_two_backfills_at_once_are_one(sandbox: tuple[SandboxExchange, str], uni
 def test_no_secret_anywhere(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path) -> None:
     canary = "CANARY-5f1c9a"
     universe(sandbox[1], symbols="[BTC/USDT, NOPE/USDT]", since="2024-01-01", until="2024-01-02")
-    secrets = {name: canary for name in ("AWS_SECRET_ACCESS_KEY", "BINANCE_APIKEY", "BINANCE_SECRET", "MARKETDATA_API_KEY")}
+    secrets = dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "BINANCE_APIKEY", "BINANCE_SECRET", "MARKETDATA_API_KEY"), canary)
     texts = [says(marketdata("backfill", **secrets))]
     file = tmp_path / "universe.yaml"
     file.write_text(file.read_text().replace("/binance", f"/binance?apikey={canary}"))
@@ -245,6 +247,7 @@ def test_every_command_has_help() -> None:
 def test_commands_without_dagster_import_neither_dagster_nor_ccxt() -> None:
     code = (
         "import sys, marketdata_assets.cli.main, marketdata_assets.flows.read, marketdata_assets.flows.plan, marketdata_assets.toolbox;"
-        "heavy = {'dagster', 'ccxt', 'pandera', 'pyarrow', 'duckdb', 'boto3', 'aiohttp'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+        "heavy = {'dagster', 'ccxt', 'pandera', 'pyarrow', 'duckdb', 'boto3', 'aiohttp'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,6 +1,6 @@
 """kill -9 at random moments of a backfill: nothing lost, doubled or half-written, and readable at every moment between.
 
-MARKETDATA_TEST_KILLS sets how many kills (default 3); the seed is printed by pytest when the test fails.
+MARKETDATA_TEST_KILLS sets how many kills (default 3), MARKETDATA_TEST_SEED at which moments.
 """
 
 from __future__ import annotations
@@ -74,8 +74,7 @@ def assert_readable_and_true(settings: Settings, whole: bool) -> None:
 def test_kill_at_random_moments(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path) -> None:
     exchange, url = sandbox
     settings = universe(url, symbols="[BTC/USDT, ETH/USDT]", since="2023-11-01", until="2024-01-01", extra="reference: [1h]")
-    dice = random.Random(seed := random.randrange(10**6))
-    print(f"seed {seed}")
+    dice = random.Random(os.environ.get("MARKETDATA_TEST_SEED"))
     for _ in range(KILLS):
         kill_after_first_request(exchange, dice.uniform(0, 4), at_worker=dice.random() < 0.3)
         assert_readable_and_true(settings, whole=False)
@@ -88,5 +87,7 @@ def test_kill_at_random_moments(sandbox: tuple[SandboxExchange, str], universe: 
         assert all(row["received"] == row["stored"] + row["identical"] + row["quarantined"] for row in toolbox.ledger.accounts())
         assert all(c.not_fetched == 0 for c in coverage(toolbox, settings.markets))
     environment = {**os.environ, "DAGSTER_HOME": str(tmp_path / "state" / "dagster")}
-    status = subprocess.run([sys.executable, "-W", "ignore", "-c", DAGSTER_STATUS], env=environment, capture_output=True, text=True, check=True)
+    status = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", DAGSTER_STATUS], env=environment, capture_output=True, text=True, check=True
+    )
     assert set(status.stdout.strip("[]\n").replace("'", "").split(", ")) <= {"SUCCESS", "FAILURE"}

@@ -174,9 +174,7 @@ def test_halts_are_shared_and_holes_are_not() -> None:
     """One halt of 80 minutes on the 8th for all; beside it each symbol misses its own few minutes."""
     month = Window(datetime(2024, 3, 1, tzinfo=UTC), datetime(2024, 4, 1, tzinfo=UTC))
     every = set(range(ms("2024-03-01"), ms("2024-04-01"), MINUTE))
-    missing = {
-        symbol: every - set(truth(symbol, "1m", month)["open_time"].dt.epoch("ms").to_list()) for symbol in LISTINGS
-    }
+    missing = {symbol: every - set(truth(symbol, "1m", month)["open_time"].dt.epoch("ms").to_list()) for symbol in LISTINGS}
     halt = set(range(ms("2024-03-08T02:00"), ms("2024-03-08T03:20"), MINUTE))
     assert set.intersection(*missing.values()) == halt
     holes = {symbol: runs(times - halt) for symbol, times in missing.items()}
@@ -219,10 +217,7 @@ def test_truth_is_what_the_wire_says(interval: str) -> None:
     rows = pages("SOLUSDT", ms("2024-03-03T13:07"), ms("2024-03-13T17:33"), interval)
     assert dict(frame.schema) == SCHEMA and sum(frame.null_count().row(0)) == 0
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
-    wire = [
-        (epoch + timedelta(milliseconds=r[0]), *map(Decimal, r[1:6]), Decimal(r[7]), r[8], *map(Decimal, r[9:11]))
-        for r in rows
-    ]
+    wire = [(epoch + timedelta(milliseconds=r[0]), *map(Decimal, r[1:6]), Decimal(r[7]), r[8], *map(Decimal, r[9:11])) for r in rows]
     assert [c.name for c in COLUMNS][5:8] == ["volume", "quote_volume", "trades"]
     assert frame.rows() == wire and len(wire) > 0
 
@@ -407,9 +402,7 @@ def test_ccxt_takes_it_for_binance() -> None:
     async def visit(url: str) -> tuple[dict[str, Any], list[Row], int]:
         binance = ccxt.binance({"options": {"fetchMarkets": {"types": ["spot"]}, "fetchCurrencies": False}})
         api = binance.urls["api"].items()
-        binance.urls["api"] = {
-            name: re.sub(r"^https?://[^/]+", url, link) if isinstance(link, str) else link for name, link in api
-        }
+        binance.urls["api"] = {name: re.sub(r"^https?://[^/]+", url, link) if isinstance(link, str) else link for name, link in api}
         try:
             markets = await binance.load_markets()
             query = {"symbol": "SHIBUSDT", "interval": "1m", "startTime": ms("2024-03-08T01:59"), "limit": 2}

@@ -37,7 +37,7 @@ def main() -> None:
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
     settings = load_settings()
     with _open_instance() as instance:
-        job = build_definitions(settings, tell).get_job_def(INGEST)
+        job = build_definitions(settings, tell).resolve_job_def(INGEST)
         _warm_up()
         tell({"ready": True})
         while (line := lines.get()) is not None:

@@ -1,0 +1,142 @@
+"""What tests about fetching and storing do over and over, by other means than the code under test."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import ssl
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from aiohttp import web
+from polars.testing import assert_frame_equal
+
+from marketdata_assets.flows.derive import Derived, derive
+from marketdata_assets.flows.ingest import Ingested, ingest
+from marketdata_assets.model.bar import SCHEMA
+from marketdata_assets.model.window import TIMEFRAMES, Partition, Window, parse_time
+from marketdata_assets.settings import Settings
+from marketdata_assets.sources.guards import Policy
+from marketdata_assets.sources.sandbox import SandboxExchange, Seen
+from marketdata_assets.toolbox import open_toolbox
+
+
+class SkippingClock:
+    """Our clock, which jumps over every sleep: pauses are kept, and nobody waits."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def clock(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def policy(self, **limits: Any) -> Policy:
+        return Policy(sleep=self.sleep, clock=self.clock, **limits)
+
+
+def at(text: str) -> datetime:
+    return parse_time(text)
+
+
+def ms(text: str) -> int:
+    return int(at(text).timestamp() * 1000)
+
+
+def window(start: str, end: str) -> Window:
+    return Window(at(start), at(end))
+
+
+def partitions(settings: Settings) -> list[Partition]:
+    """All that the universe asks for."""
+    return [p for market in settings.markets for p in settings.partitions([market], settings.span(market))]
+
+
+def run_ingest(
+    settings: Settings, policy: Policy | None = None, wanted: Sequence[Partition] | None = None, timeframe: str = "1m"
+) -> list[Ingested]:
+    """One ingest in a toolbox of its own, as a process of its own would do it."""
+    with open_toolbox(settings, policy=policy or SkippingClock().policy()) as toolbox:
+        return list(ingest(toolbox, TIMEFRAMES[timeframe], partitions(settings) if wanted is None else wanted))
+
+
+def run_derive(settings: Settings) -> list[Derived]:
+    with open_toolbox(settings) as toolbox:
+        return list(derive(toolbox, partitions(settings)))
+
+
+def lake_files(settings: Settings) -> dict[str, bytes]:
+    """Every object of the lake, byte for byte."""
+    root = Path(settings.lake)
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def raw_file(settings: Settings, month: str = "2024-01") -> Path:
+    """The one raw 1m object of a month."""
+    (found,) = Path(settings.lake).glob(f"raw/ohlcv_1m/*/month={month}/data.parquet")
+    return found
+
+
+def stored_bars(settings: Settings, market: str = "binance%3ABTC-USDT", timeframe: str = "1m") -> pl.DataFrame:
+    """What lies in the raw objects of a market, read with polars alone."""
+    files = sorted(Path(settings.lake).glob(f"raw/ohlcv_{timeframe}/market={market}/month=*/data.parquet"))
+    frames = [pl.read_parquet(file.read_bytes()).cast(SCHEMA) for file in files]  # type: ignore[arg-type]
+    return pl.concat(frames) if frames else pl.DataFrame(schema=SCHEMA)
+
+
+def assert_bars(found: pl.DataFrame, expected: pl.DataFrame) -> None:
+    """The same bars in all nine columns, in the same order."""
+    assert expected.height > 0
+    assert_frame_equal(found.select(expected.columns), expected, check_exact=True)
+
+
+def bar_requests(exchange: SandboxExchange) -> list[Seen]:
+    """The klines requests that asked for bars, without those that asked for the listing date."""
+    return [seen for seen in exchange.requests if seen.path.endswith("klines") and seen.query.get("startTime") != "0"]
+
+
+def quarantined(settings: Settings) -> list[dict[str, Any]]:
+    with open_toolbox(settings) as toolbox:
+        return toolbox.ledger.quarantined(None, window("1970-01-01", "2100-01-01"), limit=100_000)
+
+
+def logged_requests(settings: Settings) -> dict[str, int]:
+    """Outcomes in the fetch log."""
+    with open_toolbox(settings) as toolbox:
+        found = sorted((row[0], row[2]) for row in toolbox.ledger.requests())
+    return {outcome: sum(n for _, n in group) for outcome, group in itertools.groupby(found, key=lambda pair: pair[0])}
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@contextmanager
+def serving(handler: Handler, tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """Any HTTP server on a free port of loopback, in a thread of this process; gives its base URL."""
+    loop = asyncio.new_event_loop()
+
+    async def start() -> tuple[web.AppRunner, int]:
+        app = web.Application()
+        app.router.add_route("*", "/{tail:.*}", handler)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        return runner, runner.addresses[0][1]
+
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    runner, port = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    try:
+        yield f"http{'s' if tls else ''}://127.0.0.1:{port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

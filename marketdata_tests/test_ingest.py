@@ -1,0 +1,750 @@
+"""Ingest, derive, plan, read and coverage, end to end on the sandbox exchange: exact, explained, and never asked twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from aiohttp import web
+
+from marketdata_assets.errors import BadInput, VenueDown, VenueRefused
+from marketdata_assets.flows.derive import derive
+from marketdata_assets.flows.ingest import ingest
+from marketdata_assets.flows.plan import Task, plan
+from marketdata_assets.flows.read import Coverage, coverage, read_bars
+from marketdata_assets.lake.tables import raw
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.window import TIMEFRAMES, Partition, Timeframe, Window, month_of
+from marketdata_assets.settings import Settings
+from marketdata_assets.sources.sandbox import LISTINGS, SandboxExchange, running, truth
+from marketdata_assets.toolbox import open_toolbox
+from marketdata_tests.conftest import Universe, universe
+from marketdata_tests.steps import (
+    SkippingClock,
+    assert_bars,
+    at,
+    bar_requests,
+    lake_files,
+    logged_requests,
+    ms,
+    partitions,
+    quarantined,
+    raw_file,
+    run_derive,
+    run_ingest,
+    stored_bars,
+    window,
+)
+
+MINUTE = TIMEFRAMES["1m"]
+BTC = Market("binance", "BTC/USDT")
+MONTHS = window("2024-01-01", "2024-03-01")
+NOW = ms("2024-03-02")
+Tamper = Callable[[web.Request, list[list[Any]]], Any]
+
+
+@contextmanager
+def exchange_at(now: int | list[int] = NOW, tamper: Any = None) -> Iterator[tuple[SandboxExchange, str]]:
+    """A sandbox exchange; a list holds a clock that the test moves."""
+    exchange = SandboxExchange(now=lambda: now if isinstance(now, int) else now[0], weight_limit=10**9, tamper=tamper)
+    with running(exchange) as url:
+        yield exchange, url
+
+
+def planned(settings: Settings) -> list[Task]:
+    with open_toolbox(settings) as toolbox:
+        return plan(toolbox, partitions(settings))
+
+
+def covered(settings: Settings) -> list[Coverage]:
+    """Coverage of every market; that its parts sum to what is expected is checked each time."""
+    with open_toolbox(settings) as toolbox:
+        found = coverage(toolbox, settings.markets)
+    for one in found:
+        parts = {name: n for name, n in one.as_dict().items() if name not in ("market", "expected")}
+        assert sum(int(n) for n in parts.values()) == one.expected
+        assert min(int(n) for n in parts.values()) >= 0
+    return found
+
+
+def read(settings: Settings, market: Market, timeframe: Timeframe, span: Window) -> pl.DataFrame:
+    with open_toolbox(settings) as toolbox:
+        return read_bars(toolbox, market, timeframe, span)
+
+
+def whole(symbol: str, timeframe: Timeframe, span: Window) -> pl.DataFrame:
+    """The true bars that lie wholly inside the span."""
+    bars = truth(symbol, timeframe.name, span)
+    return bars.filter(pl.col("open_time") + timeframe.width <= span.end)
+
+
+def everything_is_true(settings: Settings, span: Window) -> None:
+    """All markets, all timeframes, nine columns, read back from the lake and from the rollups."""
+    for market in settings.markets:
+        for timeframe in (MINUTE, *settings.rolled(market)):
+            found, expected = read(settings, market, timeframe, span), whole(market.symbol.replace("/", ""), timeframe, span)
+            if expected.is_empty() and timeframe != MINUTE:
+                assert found.is_empty()
+            else:
+                assert_bars(found, expected)
+
+
+# ------------------------------------------------------------------------------------- two months of three markets
+
+
+@dataclass
+class Two:
+    """Two closed months as one ingest left them, with the requests that it took."""
+
+    exchange: SandboxExchange
+    settings: Settings
+    tasks: list[Task]
+    done: list[Any]
+    bar_requests: int
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+    folder = tmp_path_factory.mktemp("two")
+    with exchange_at() as (exchange, url), pytest.MonkeyPatch.context() as patch:
+        settings = universe.__wrapped__(folder, patch)(url, "[BTC/USDT, ADA/USDT]", until="2024-03-01")
+        tasks = planned(settings)
+        assert exchange.requests == []
+        done = run_ingest(settings)
+        asked = len(bar_requests(exchange))
+        run_derive(settings)
+        yield Two(exchange, settings, tasks, done, asked)
+
+
+def test_two_months_are_exact(two: Two) -> None:
+    """Every bar of every timeframe; the halt of the 8th and the holes are holes, and no bar is made up."""
+    everything_is_true(two.settings, MONTHS)
+    for market in ("BTC", "ADA"):
+        bars = stored_bars(two.settings, f"binance%3A{market}-USDT")
+        assert bars.filter(pl.col("open_time").is_between(at("2024-01-08T02:00"), at("2024-01-08T03:19"))).is_empty()
+
+
+def test_every_row_is_accounted_for(two: Two) -> None:
+    for done in two.done:
+        account = done.account
+        assert done.error is None
+        assert done.complete
+        assert account.balanced
+        assert account.stored == done.bars.height
+        assert account.received == account.stored + account.identical
+        assert account.quarantined == 0
+
+
+def test_every_missing_bar_has_its_evidence(two: Two) -> None:
+    """Halts and holes are `no_bars`, told by two answers, with what was asked and when; they are all and nothing else."""
+    for done in two.done:
+        expected = set(range(ms(str(done.wanted.start)[:19]), ms(str(done.wanted.end)[:19]), 60_000))
+        missing = expected - set(done.bars["open_time"].dt.epoch("ms").to_list())
+        told: set[int] = set()
+        for gap in done.gaps:
+            assert (gap.reason, gap.answers >= 2, gap.settled) == ("no_bars", True, True)
+            assert "asked [" in gap.evidence
+            assert " rows" in gap.evidence
+            assert gap.bars == gap.window.count(MINUTE)
+            told |= set(range(ms(str(gap.window.start)[:19]), ms(str(gap.window.end)[:19]), 60_000))
+        assert told == missing
+        assert len(missing) >= 80
+
+
+def test_coverage_sums_and_is_right(two: Two) -> None:
+    for found, symbol in zip(covered(two.settings), ("BTCUSDT", "ADAUSDT"), strict=True):
+        present = truth(symbol, "1m", MONTHS).height
+        assert (found.expected, found.present, found.missing_at_source) == (60 * 1440, present, 60 * 1440 - present)
+
+
+def test_the_plan_was_right(two: Two) -> None:
+    """Partitions, bars and requests were told before; holes cost a few requests more."""
+    assert [task.partition.key for task in two.tasks] == [done.partition.key for done in two.done]
+    assert [task.bars for task in two.tasks] == [done.bars.height + sum(gap.bars for gap in done.gaps) for done in two.done]
+    told = sum(task.requests for task in two.tasks)
+    holes = sum(len(done.gaps) for done in two.done)
+    assert told <= two.bar_requests <= told + holes
+    assert planned(two.settings) == []
+
+
+def test_the_fetch_log_is_what_the_exchange_saw(two: Two) -> None:
+    assert logged_requests(two.settings) == {"answered": two.bar_requests}
+    assert sum(done.requests for done in two.done) == two.bar_requests
+
+
+def test_a_second_ingest_asks_nothing(two: Two) -> None:
+    """Not one request of any kind; the files and the accounts of rows stay what they are."""
+    before = lake_files(two.settings)
+    two.exchange.requests.clear()
+    for done, first in zip(run_ingest(two.settings), two.done, strict=True):
+        assert (done.error, done.complete, done.requests) == (None, True, 0)
+        assert done.bars.equals(first.bars)
+        assert done.gaps == first.gaps
+    assert [sum(derived.changed.values()) for derived in run_derive(two.settings)] == [0] * 4
+    assert two.exchange.requests == []
+    assert lake_files(two.settings) == before
+    assert planned(two.settings) == []
+
+
+def test_a_partition_outside_the_universe_asks_nothing(two: Two) -> None:
+    """A month before `since` or after `until`: nothing to do, nothing made up, coverage as before."""
+    before = covered(two.settings)
+    two.exchange.requests.clear()
+    months = [Partition(BTC, month_of(at(text))) for text in ("2023-11-01", "2024-04-01")]
+    for done in run_ingest(two.settings, wanted=months):
+        assert (done.error, done.bars.height, done.gaps, done.requests) == (None, 0, (), 0)
+    assert two.exchange.requests == []
+    assert covered(two.settings) == before
+
+
+# ----------------------------------------------------------------------------------------------------- the open month
+
+
+def test_the_open_month_is_refreshed_in_place(universe: Universe) -> None:
+    """From minute to minute and hour to hour: one request each, only new rows, and only the rollups they close."""
+    clock = [ms("2024-01-09T06:31:30")]
+    with exchange_at(clock) as (exchange, url):
+        settings = universe(url, since="2024-01-07", until="2024-02-01", now="2024-01-31")
+        run_ingest(settings)
+        run_derive(settings)
+        for text, closed in (
+            ("06:31:59", {}),
+            ("06:32", {}),
+            ("06:35:01", {"5m": 1}),
+            ("06:45", {"5m": 2, "15m": 1}),
+            ("08:00:10", {"5m": 15, "15m": 5, "30m": 3, "1h": 2, "4h": 1}),
+        ):
+            clock[0] = ms(f"2024-01-09T{text}")
+            exchange.requests.clear()
+            (done,) = run_ingest(settings)
+            (derived,) = run_derive(settings)
+            end = MINUTE.floor(at(f"2024-01-09T{text}"))
+            assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", Window(at("2024-01-07"), end)))
+            assert done.account.balanced
+            assert not done.complete
+            assert len(bar_requests(exchange)) == (0 if text == "06:31:59" else 1)
+            assert done.account.received <= done.account.stored + 1
+            assert {timeframe.name: rows for timeframe, rows in derived.changed.items() if rows} == closed
+        everything_is_true(settings, window("2024-01-07", "2024-01-09T08:00"))
+        assert exchange.requests[-1].path.endswith("klines")
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "moments"),
+    [
+        ("2024-01-07T12:00", "2024-01-09", ["08T02:00:30", "08T02:40", "08T03:10", "08T03:20", "08T03:21", "08T05:00", "10T00:00"]),
+        ("2024-01-31T12:00", "2024-02-01T12:00", ["31T23:59:30", "32T00:00", "32T00:00:59", "32T00:01", "32T13:00"]),
+    ],
+    ids=["halt", "month"],
+)
+def test_the_clock_passes(universe: Universe, since: str, until: str, moments: list[str]) -> None:
+    """A halt, and the end of a month, each in the middle of the refreshes."""
+    clock = [0]
+    with exchange_at(clock) as (_, url):
+        settings = universe(url, since=since, until=until, now="2024-02-02")
+        for moment in moments:
+            clock[0] = ms(f"2024-01-{moment}") if moment[:2] != "32" else ms(f"2024-02-01{moment[2:]}")
+            found = run_ingest(settings)
+            run_derive(settings)
+            assert all(done.error is None and done.account.balanced for done in found)
+            assert covered(settings)[0].missing_at_source <= 80
+        assert all(done.complete for done in found)
+        everything_is_true(settings, window(since, until))
+
+
+def unfinished(moment: int, times: int) -> Tamper:
+    """The bar of that moment is told as it stood half a minute earlier, so many times."""
+    left = [times]
+
+    async def tamper(request: web.Request, rows: list[list[Any]]) -> Any:
+        if request.query.get("startTime") == "0" or left[0] == 0 or not any(row[0] == moment for row in rows):
+            return None
+        left[0] -= 1
+        return [row if row[0] != moment else [*row[:4], row[1], "0.00001000", row[6], row[1][:4], 1, "0", "0", "0"] for row in rows]
+
+    return tamper
+
+
+def test_a_bar_that_was_stored_wrong_is_replaced(universe: Universe) -> None:
+    """The newest bar came unfinished: the next refresh sees it, asks once more, and replaces it everywhere."""
+    clock, wrong = [ms("2024-01-09T06:35")], ms("2024-01-09T06:34")
+    with exchange_at(clock) as (exchange, url):
+
+        async def tamper(request: web.Request, rows: list[list[Any]]) -> Any:
+            return [row if row[0] != wrong else [*row[:4], row[1], *row[5:]] for row in rows]
+
+        exchange.tamper = tamper
+        settings = universe(url, since="2024-01-09", until="2024-02-01", now="2024-01-31")
+        run_ingest(settings)
+        run_derive(settings)
+        was = stored_bars(settings)["close"][-1]
+        exchange.tamper = None
+        clock[0] += 10 * 60_000
+        exchange.requests.clear()
+        (done,) = run_ingest(settings)
+        run_derive(settings)
+        assert done.account.balanced
+        assert len(bar_requests(exchange)) == 2
+        everything_is_true(settings, window("2024-01-09", "2024-01-09T06:45"))
+        (row,) = quarantined(settings)
+        assert (row["open_time"], row["reasons"], row["fields"]["close"]) == ("2024-01-09T06:34:00Z", "replaced", str(was))
+
+
+def test_one_strange_answer_replaces_nothing(universe: Universe) -> None:
+    """The stored bar and the second answer agree against the first."""
+    clock = [ms("2024-01-09T06:35")]
+    with exchange_at(clock) as (exchange, url):
+        settings = universe(url, since="2024-01-09", until="2024-02-01", now="2024-01-31")
+        run_ingest(settings)
+        clock[0] += 10 * 60_000
+        exchange.tamper = unfinished(ms("2024-01-09T06:34"), 1)
+        (done,) = run_ingest(settings)
+        assert done.account.balanced
+        assert done.account.quarantined == 1
+        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T06:45")))
+
+
+# --------------------------------------------------------------------------------------------------------- listing dates
+
+
+def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
+    """SHIB is listed on 2021-05-10 at 11:30: the month before costs no bar request, and both say `not_listed`."""
+    assert str(LISTINGS["SHIBUSDT"].listed) == "2021-05-10 11:30:00+00:00"
+    with exchange_at(ms("2021-07-01")) as (exchange, url):
+        settings = universe(url, "[SHIB/USDT]", since="2021-04-01", until="2021-06-01")
+        april, may = run_ingest(settings)
+        run_derive(settings)
+        span = window("2021-05-10", "2021-06-01")
+        assert (april.error, april.bars.height, april.complete) == (None, 0, True)
+        assert min(int(seen.query["startTime"]) for seen in bar_requests(exchange)) == ms("2021-05-10T11:30")
+        assert len(bar_requests(exchange)) <= 33 + len(may.gaps)
+        (found,) = covered(settings)
+        present = truth("SHIBUSDT", "1m", span).height
+        early = (at("2021-05-10T11:30") - at("2021-04-01")) // timedelta(minutes=1)
+        assert (found.present, found.not_listed, found.not_fetched) == (present, early, 0)
+        assert found.missing_at_source == 61 * 1440 - present - early
+        for timeframe in (MINUTE, *settings.rolled(settings.markets[0])):
+            bars = read(settings, settings.markets[0], timeframe, window("2021-04-01", "2021-06-01"))
+            assert_bars(bars, whole("SHIBUSDT", timeframe, window("2021-04-01", "2021-06-01")))
+        exchange.requests.clear()
+        run_ingest(settings)
+        assert [seen for seen in exchange.requests if seen.path.endswith("klines")] == []
+        assert planned(settings) == []
+
+
+@pytest.mark.xfail(
+    strict=True, reason="collect._listed asks only while nothing is stored: a listing date not told at first is never learnt"
+)
+def test_one_bad_answer_about_the_listing_is_made_good(universe: Universe) -> None:
+    """The first answer was empty: the next run asks again, and the bars before the listing are explained."""
+    bad = [1]
+
+    async def tamper(request: web.Request, rows: list[list[Any]]) -> Any:
+        if request.query.get("startTime") == "0" and bad[0]:
+            bad[0] -= 1
+            return []
+        return None
+
+    with exchange_at(ms("2021-07-01"), tamper) as (_, url):
+        settings = universe(url, "[SHIB/USDT]", since="2021-05-09", until="2021-05-12")
+        for _ in range(4):
+            run_ingest(settings)
+        (found,) = covered(settings)
+        assert found.not_listed == 1440 + 11 * 60 + 30
+
+
+# ------------------------------------------------------------------------------------------------------ holes that remain
+
+
+def without(first: str, end: str, times: list[int]) -> Tamper:
+    """Bars of that span are left out of the next answers."""
+    a, b = ms(first), ms(end)
+
+    async def tamper(request: web.Request, rows: list[list[Any]]) -> Any:
+        if times[0] == 0 or not any(a <= row[0] < b for row in rows):
+            return None
+        times[0] -= 1
+        return [row for row in rows if not a <= row[0] < b]
+
+    return tamper
+
+
+def test_an_unanswered_hole_is_asked_for_in_three_runs(universe: Universe) -> None:
+    """The end of the span is never delivered: nobody knows whether it exists. After three runs it is given up."""
+    with exchange_at(tamper=without("2024-01-05T20:00", "2024-02-01", [10**6])) as (exchange, url):
+        settings = universe(url, since="2024-01-05", until="2024-01-06")
+        asked, told = [], []
+        for _ in range(5):
+            exchange.requests.clear()
+            (done,) = run_ingest(settings)
+            asked.append(len(bar_requests(exchange)))
+            told.append([(gap.bars, gap.reason, gap.answers, done.complete) for gap in done.gaps])
+            assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T20:00")))
+        assert told == [[(240, "unanswered", n, n == 3)] for n in (1, 2, 3, 3, 3)]
+        assert all(1 <= n <= 4 for n in asked[:3])
+        assert asked[3:] == [0, 0]
+        (found,) = covered(settings)
+        assert (found.present, found.missing_at_source, found.not_fetched) == (1200, 240, 0)
+        assert planned(settings)[0].reason == "rollups are not up to date"
+
+
+def test_an_unanswered_hole_is_filled_when_it_is_answered(universe: Universe) -> None:
+    left = [10**6]
+    with exchange_at(tamper=without("2024-01-05T20:00", "2024-02-01", left)) as (_, url):
+        settings = universe(url, since="2024-01-05", until="2024-01-06")
+        assert not run_ingest(settings)[0].complete
+        assert planned(settings)[0].bars == 240
+        left[0] = 0
+        assert run_ingest(settings)[0].complete
+        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06")))
+
+
+def test_a_hole_that_two_answers_agree_on_is_not_asked_again(universe: Universe) -> None:
+    """Neighbours delivered, nothing between, twice: `no_bars` with its evidence; the third run sends no request."""
+    with exchange_at(tamper=without("2024-01-05T10:00", "2024-01-05T10:30", [10**6])) as (exchange, url):
+        settings = universe(url, since="2024-01-05", until="2024-01-06")
+        (done,) = run_ingest(settings)
+        (gap,) = done.gaps
+        assert (gap.window, gap.bars, gap.reason) == (window("2024-01-05T10:00", "2024-01-05T10:30"), 30, "no_bars")
+        assert "1410 rows" in gap.evidence or "2 rows" in gap.evidence
+        assert len(bar_requests(exchange)) <= 4
+        exchange.requests.clear()
+        run_ingest(settings)
+        assert exchange.requests == []
+
+
+def test_a_hole_that_the_second_answer_fills_is_none(universe: Universe) -> None:
+    with exchange_at(tamper=without("2024-01-05T10:00", "2024-01-05T10:30", [1])) as (_, url):
+        settings = universe(url, since="2024-01-05", until="2024-01-06")
+        (done,) = run_ingest(settings)
+        assert (done.complete, done.gaps) == (True, ())
+        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06")))
+
+
+# --------------------------------------------------------------------------------------------------------- broken files
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    """One byte in the middle of the data."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    file.write_bytes(bytes(content))
+
+
+def other_columns(file: Path) -> None:
+    pl.DataFrame({"a": [1, 2]}).write_parquet(file)
+
+
+def fewer_rows(file: Path) -> None:
+    """A good file as of an older backup."""
+    pl.read_parquet(file.read_bytes()).head(100).write_parquet(file)
+
+
+BREAK: dict[str, Callable[[Path], object]] = {
+    "deleted": Path.unlink,
+    "truncated": truncate,
+    "emptied": lambda file: file.write_bytes(b""),
+    "text": lambda file: file.write_text("open_time,open\n2024-01-05,1\n"),
+    "other_columns": other_columns,
+    "fewer_rows": fewer_rows,
+    "zeroes": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+}
+UNSEEN = "the digest in the ledger is compared with nothing: same size, other bytes, and zstd in Parquet has no checksum"
+
+
+@pytest.mark.parametrize("damage", [*BREAK, pytest.param("flipped", marks=pytest.mark.xfail(strict=True, reason=UNSEEN))])
+def test_a_damaged_file_is_repaired(universe: Universe, damage: str) -> None:
+    """The plan and the coverage say so, reading it is a clear error, and one ingest brings back the same bytes."""
+    with exchange_at() as (_, url):
+        settings = universe(url, since="2024-01-07", until="2024-01-09")
+        run_ingest(settings)
+        run_derive(settings)
+        good = lake_files(settings)
+        (flip if damage == "flipped" else BREAK[damage])(raw_file(settings))
+        if damage not in ("flipped", "zeroes"):
+            assert planned(settings)[0].bars == 2 * 1440
+            (lost,) = covered(settings)
+            assert (lost.present, lost.not_fetched) == (0, 2 * 1440)
+        (done,) = run_ingest(settings)
+        assert done.error is None
+        assert done.complete
+        assert {name: body for name, body in lake_files(settings).items() if "damaged" not in name} == good
+        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-09")))
+        assert (done.note is None) is (damage in ("deleted", "fewer_rows"))
+        assert covered(settings)[0].not_fetched == 0
+        run_derive(settings)
+        assert planned(settings) == []
+
+
+def test_a_damaged_file_with_the_venue_down(universe: Universe) -> None:
+    """What lies there is set aside and not lost; the error is the venue's, and a later run repairs it."""
+
+    async def down(_: web.Request, __: Any) -> web.Response:
+        return web.Response(status=503)
+
+    with exchange_at() as (exchange, url):
+        settings = universe(url, since="2024-01-07", until="2024-01-09")
+        run_ingest(settings)
+        file = raw_file(settings)
+        truncate(file)
+        rest = file.read_bytes()
+        exchange.tamper = down
+        assert type(run_ingest(settings)[0].error) is VenueDown
+        assert rest in lake_files(settings).values()
+        assert covered(settings)[0].not_fetched == 2 * 1440
+        exchange.tamper = None
+        assert run_ingest(settings)[0].complete
+        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-09")))
+
+
+# ---------------------------------------------------------------------------------------------------- several at once
+
+OTHER = """
+import json, sys
+from marketdata_assets.settings import load_settings
+from marketdata_tests.steps import run_ingest
+settings = load_settings()
+print("started", flush=True)
+found = run_ingest(settings)
+print(json.dumps([[done.requests, done.bars.height, done.complete, str(done.error)] for done in found]))
+"""
+
+
+def test_two_processes_and_one_partition(universe: Universe) -> None:
+    """The one that comes second waits while the first one fetches; then it finds the work done and asks nothing."""
+    go = threading.Event()
+
+    async def slow(request: web.Request, _: Any) -> None:
+        while request.query.get("startTime") != "0" and not go.is_set():
+            await asyncio.sleep(0.005)
+
+    with exchange_at(tamper=slow) as (exchange, url):
+        settings = universe(url, since="2024-01-07", until="2024-01-08T12:00")
+        mine: list[Any] = []
+        first = threading.Thread(target=lambda: mine.extend(run_ingest(settings)))
+        first.start()
+        command = [sys.executable, "-W", "error", "-c", OTHER]
+        with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as second:
+            assert second.stdout is not None
+            assert second.stdout.readline() == "started\n"
+            assert mine == []
+            go.set()
+            first.join()
+            theirs = json.loads(second.stdout.read())
+        assert second.returncode == 0
+        rows = 36 * 60 - 80
+        assert [(done.requests > 0, done.bars.height, done.complete) for done in mine] == [(True, rows, True)]
+        assert theirs == [[0, rows, True, "None"]]
+        assert len(bar_requests(exchange)) == mine[0].requests
+        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-08T12:00")))
+
+
+def test_four_threads_and_the_same_partitions(universe: Universe) -> None:
+    """Each ends with the truth, whoever did the work; every page was fetched once."""
+    with exchange_at() as (exchange, url):
+        settings = universe(url, "[BTC/USDT, ETH/USDT]", since="2024-01-05", until="2024-01-07")
+        found: list[Any] = []
+        threads = [threading.Thread(target=lambda: found.append(run_ingest(settings))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [[(done.error, done.complete) for done in one] for one in found] == [[(None, True)] * 2] * 4
+        pages = [(seen.query["symbol"], seen.query["startTime"]) for seen in bar_requests(exchange)]
+        assert len(pages) == len(set(pages)) == sum(done.requests for one in found for done in one)
+        everything = window("2024-01-05", "2024-01-07")
+        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", everything))
+        assert_bars(stored_bars(settings, "binance%3AETH-USDT"), truth("ETHUSDT", "1m", everything))
+
+
+def test_whoever_stops_early_leaves_nothing_locked(universe: Universe) -> None:
+    """After the first of three partitions: the work ahead is dropped, and the next run does it."""
+    with exchange_at() as (_, url):
+        settings = universe(url, "[BTC/USDT, ETH/USDT, ADA/USDT]", since="2024-01-05", until="2024-01-06")
+        with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:
+            results = ingest(toolbox, MINUTE, partitions(settings))
+            assert next(results).complete
+            results.close()
+        assert [done.complete for done in run_ingest(settings)] == [True] * 3
+
+
+@pytest.mark.parametrize("kind", ["unknown_symbol", "refused", "garbled"])
+def test_one_market_that_fails_does_not_stop_the_others(universe: Universe, kind: str) -> None:
+    """The one in the middle fails by name; the two others are stored, and the failure stands in the plan."""
+
+    async def tamper(request: web.Request, _: Any) -> web.Response | None:
+        if request.query["symbol"] != "ETHUSDT" or kind == "unknown_symbol":
+            return None
+        return (
+            web.json_response({"code": -1121, "msg": "Invalid symbol."}, status=400) if kind == "refused" else web.Response(text="<html>")
+        )
+
+    symbol, error = {"unknown_symbol": ("NOPE/USDT", BadInput), "refused": ("ETH/USDT", VenueRefused), "garbled": ("ETH/USDT", VenueDown)}[
+        kind
+    ]
+    with exchange_at(tamper=tamper) as (_, url):
+        settings = universe(url, f"[BTC/USDT, {symbol}, ADA/USDT]", since="2024-01-05", until="2024-01-05T12:00")
+        before, failed, after = run_ingest(settings)
+        run_derive(settings)
+        assert type(failed.error) is error
+        assert (before.complete, failed.complete, after.complete) == (True, False, True)
+        for name in ("BTC", "ADA"):
+            assert_bars(
+                stored_bars(settings, f"binance%3A{name}-USDT"), truth(f"{name}USDT", "1m", window("2024-01-05", "2024-01-05T12:00"))
+            )
+        (task,) = planned(settings)
+        assert task.partition.market.symbol == symbol
+        assert task.reason.startswith("failed: binance")
+        assert [found.not_fetched for found in covered(settings)] == [0, 720, 0]
+        with open_toolbox(settings) as toolbox:
+            state = toolbox.ledger.state(raw(MINUTE), failed.partition)
+        assert state is not None
+        assert (state.attempts, state.failures, state.error) == (1, 1, str(failed.error))
+
+
+# -------------------------------------------------------------------------------------------- universes that change
+
+
+def test_a_universe_that_grows_on_both_sides(universe: Universe) -> None:
+    """Earlier `since`, later `until`: only what is new is asked for."""
+    with exchange_at() as (exchange, url):
+        run_ingest(universe(url, since="2024-01-05T06:00", until="2024-01-05T18:00"))
+        exchange.requests.clear()
+        settings = universe(url, since="2024-01-05", until="2024-01-06")
+        (done,) = run_ingest(settings)
+        run_derive(settings)
+        assert done.complete
+        assert done.account.stored == 720
+        assert len(bar_requests(exchange)) <= 2
+        everything_is_true(settings, window("2024-01-05", "2024-01-06"))
+        assert covered(settings)[0].present == 1440
+
+
+COUNTS_THE_FILE = "read._coverage takes the rows and the gaps of the whole file, also those outside the span that is wanted now"
+
+
+@pytest.mark.parametrize(
+    ("since", "until"),
+    [
+        ("2024-01-06", "2024-01-07"),
+        pytest.param("2024-01-08", "2024-01-10", marks=pytest.mark.xfail(strict=True, reason=COUNTS_THE_FILE)),
+        pytest.param("2024-01-06T12:00", "2024-01-12", marks=pytest.mark.xfail(strict=True, reason=COUNTS_THE_FILE)),
+    ],
+)
+def test_coverage_counts_only_what_is_asked_for(universe: Universe, since: str, until: str) -> None:
+    """Stored: the 5th to the 9th. A universe that now wants another part of the month counts its own bars and holes."""
+    with exchange_at() as (_, url):
+        run_ingest(universe(url, since="2024-01-05", until="2024-01-09"))
+        settings = universe(url, since=since, until=until)
+        (found,) = covered(settings)
+        there = window("2024-01-05", "2024-01-09") & window(since, until)
+        present = truth("BTCUSDT", "1m", there).height
+        assert found.expected == window(since, until).count(MINUTE)
+        assert (found.present, found.missing_at_source) == (present, there.count(MINUTE) - present)
+        assert found.not_fetched == found.expected - there.count(MINUTE)
+
+
+def test_months_in_any_order(universe: Universe) -> None:
+    """February first: its first week looks back into January, and is made when January comes."""
+    with exchange_at() as (_, url):
+        settings = universe(url, since="2024-01-20", until="2024-02-12")
+        january, february = partitions(settings)
+        for partition in (february, january):
+            run_ingest(settings, wanted=[partition])
+            with open_toolbox(settings) as toolbox:
+                list(derive(toolbox, [partition]))
+        everything_is_true(settings, window("2024-01-20", "2024-02-12"))
+        assert planned(settings) == []
+
+
+def test_a_bar_that_comes_late_reaches_the_next_months_week(universe: Universe) -> None:
+    """The last hours of January were not delivered when February's first week was made of what there was."""
+    with exchange_at(tamper=without("2024-01-31T20:00", "2024-02-01T01:00", [10**6])) as (exchange, url):
+        settings = universe(url, since="2024-01-29", until="2024-02-05")
+        january, february = partitions(settings)
+        assert [gap.reason for gap in run_ingest(settings, wanted=[january])[0].gaps] == ["unanswered"]
+        exchange.tamper = None
+        run_ingest(settings, wanted=[february])
+        run_derive(settings)
+        week = TIMEFRAMES["1w"]
+        assert read(settings, BTC, week, window("2024-01-29", "2024-02-05"))["bars_present"].to_list()[0] < 7 * 1440 - 200
+        assert run_ingest(settings, wanted=[january])[0].complete
+        with open_toolbox(settings) as toolbox:
+            list(derive(toolbox, [january]))
+        everything_is_true(settings, window("2024-01-29", "2024-02-05"))
+
+
+@pytest.mark.parametrize("rollups", ["duckdb", "parquet"])
+def test_hourly_base_and_references(universe: Universe, rollups: str) -> None:
+    """`base: 1h` fetches no minutes; coverage still counts minutes; a reference is the venue's own bar."""
+    with exchange_at() as (exchange, url):
+        settings = universe(url, since="2024-01-01", until="2024-02-01", extra="base: 1h\nreference: [1d]", rollups=rollups)
+        for timeframe in ("1h", "1d"):
+            (done,) = run_ingest(settings, timeframe=timeframe)
+            assert done.complete
+            assert done.account.balanced
+            assert_bars(stored_bars(settings, timeframe=timeframe), truth("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")))
+        run_derive(settings)
+        assert {seen.query["interval"] for seen in bar_requests(exchange)} == {"1h", "1d"}
+        for timeframe in settings.rolled(BTC):
+            assert_bars(
+                read(settings, BTC, timeframe, window("2024-01-01", "2024-02-01")),
+                whole("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),
+            )
+        (found,) = covered(settings)
+        hours = truth("BTCUSDT", "1h", window("2024-01-01", "2024-02-01")).height
+        assert (found.expected, found.present, found.missing_at_source) == (31 * 1440, hours * 60, (31 * 24 - hours) * 60)
+        with pytest.raises(BadInput, match="1m"):
+            read(settings, BTC, MINUTE, window("2024-01-01", "2024-02-01"))
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+
+def test_the_plan_follows_what_is_there(universe: Universe) -> None:
+    """Missing, open, failed, deleted, rollups gone: each with its reason and its number of bars."""
+    clock = [ms("2024-01-09T06:00")]
+    with exchange_at(clock) as (exchange, url):
+        settings = universe(url, since="2024-01-09", until="2024-01-20", now="2024-01-09T06:00")
+        assert [(task.bars, task.requests, task.reason) for task in planned(settings)] == [(360, 1, "missing")]
+        run_ingest(settings)
+        assert [(task.bars, task.reason) for task in planned(settings)] == [(0, "rollups are not up to date")]
+        run_derive(settings)
+        assert planned(settings) == []
+        clock[0] = ms("2024-01-09T07:00")
+        settings = universe(url, since="2024-01-09", until="2024-01-20", now="2024-01-09T07:00")
+        (task,) = planned(settings)
+        assert (task.bars, task.requests) == (60, 1)
+        assert "open" in task.reason
+
+        async def refuse(_: web.Request, __: Any) -> web.Response:
+            return web.Response(status=404)
+
+        exchange.tamper = refuse
+        run_ingest(settings)
+        assert planned(settings)[0].reason.startswith("failed: binance: HTTP 404")
+        exchange.tamper = None
+        run_ingest(settings)
+        run_derive(settings)
+        assert planned(settings) == []
+        raw_file(settings).unlink()
+        assert [task.bars for task in planned(settings)] == [420]
+        run_ingest(settings)
+        run_derive(settings)
+        settings.duckdb.unlink()
+        assert [(task.bars, task.reason) for task in planned(settings)] == [(0, "rollups are not up to date")]

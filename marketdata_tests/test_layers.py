@@ -1,0 +1,169 @@
+"""The house keeps its arrows: a room imports only rooms to its left, and every framework has one home (DESIGN.md, section 3)."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import marketdata_assets.errors
+
+PACKAGE = "marketdata_assets"
+ROOT = Path(marketdata_assets.errors.__file__).parent
+MODULES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
+
+_LOW = {"errors", "model"}
+_TOOLS = {"sources", "quality", "transforms", "lake", "notify"}
+_JOINED = _LOW | {"settings"} | _TOOLS | {"toolbox"}
+_DOORS = _JOINED | {"flows"}
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "model": {"errors"},
+    "settings": _LOW,
+    "sources": _LOW | {"settings"},
+    **dict.fromkeys(_TOOLS - {"sources"}, _LOW),
+    "toolbox": _JOINED,
+    "flows": _JOINED,
+    **dict.fromkeys(("defs", "cli", "api", "live"), _DOORS),
+    "definitions": _DOORS | {"defs"},
+}
+"""What each room may import, besides itself."""
+
+HOMES: dict[str, tuple[str, ...]] = {
+    "dagster": ("defs/", "definitions.py"),
+    "dagster_duckdb": ("defs/",),
+    "dagster_aws": ("defs/",),
+    "ccxt": ("sources/ccxt_rest.py",),
+    "duckdb": ("lake/",),
+    "boto3": ("lake/",),
+    "botocore": ("lake/",),
+    "pandera": ("quality/",),
+    "yaml": ("settings.py",),
+    "typer": ("cli/",),
+    "rich": ("cli/",),
+}
+WARM_UPS = {("defs/worker.py", "ccxt.async_support")}
+"""Imported by name and not used: so that the first range does not wait for it."""
+
+CLOCKS = re.compile(r"(^|\.)(datetime\.(now|utcnow|today)|date\.today|time\.(time|time_ns|sleep))$")
+ALLOWED_CLOCKS = {
+    ("settings.py", "datetime.now"): "our clock, unless MARKETDATA_NOW freezes it",
+    ("cli/serve.py", "datetime.now"): "the demo shows the months before today",
+    ("sources/ccxt_rest.py", "datetime.now"): "for venues that tell no time",
+    ("sources/ccxt_rest.py", "time.time"): "when a request was sent, for the fetch log",
+    ("sources/sandbox.py", "time.time_ns"): "the exchange's own clock, unless one comes in by hand",
+    ("sources/guards.py", "time.time"): "the default of a clock that comes in by hand",
+}
+
+
+def imports(source: str, file: str) -> Iterator[str]:
+    """The dotted name of everything a module imports, inside functions too; relative imports resolved."""
+    folder = [PACKAGE, *Path(file).parts[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*(folder[: len(folder) - node.level + 1] if node.level else []), *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
+            yield from (a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str))
+
+
+def wrong_arrows(source: str, file: str) -> list[str]:
+    """The imports that the house forbids to this file."""
+    room, found = Path(file).parts[0].removesuffix(".py"), []
+    for name in imports(source, file):
+        top, _, rest = name.partition(".")
+        if top == PACKAGE:
+            target = rest.partition(".")[0]
+            forbidden = target != room and target not in ARROWS[room]
+        else:
+            forbidden = top in HOMES and not file.startswith(HOMES[top]) and (file, name) not in WARM_UPS
+        found += [f"{file} imports {name}"] if forbidden else []
+    return found
+
+
+def clocks(source: str) -> set[str]:
+    """The clocks a module reads and the sleeps it sleeps, under their own names."""
+    tree = ast.parse(source)
+    aliases = {a.asname: a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names if a.asname}
+    froms = {f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+    chains = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    full = {".".join([aliases.get(first, first), *rest]) for first, *rest in (chain.split(".") for chain in chains)}
+    return {match.group(2) for name in full | froms if (match := CLOCKS.search(name))}
+
+
+def test_every_room_is_in_the_table():
+    assert {Path(file).parts[0].removesuffix(".py") for file in MODULES} <= set(ARROWS)
+
+
+def test_no_arrow_points_right():
+    assert [arrow for file, source in MODULES.items() for arrow in wrong_arrows(source, file)] == []
+
+
+def test_every_module_has_a_docstring():
+    assert [file for file, source in MODULES.items() if not ast.get_docstring(ast.parse(source))] == []
+
+
+def test_clocks_are_read_only_where_a_reason_is_written_down():
+    assert {(file, clock) for file, source in MODULES.items() for clock in clocks(source)} == set(ALLOWED_CLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("model/bar.py", "from marketdata_assets.settings import Settings"),
+        ("model/bar.py", "from marketdata_assets import lake"),
+        ("model/bar.py", "from ..lake import ledger"),
+        ("lake/parquet.py", "import marketdata_assets.quality.rules"),
+        ("lake/parquet.py", "def read():\n    from marketdata_assets.sources.base import Source"),
+        ("lake/parquet.py", "import importlib\nimportlib.import_module('marketdata_assets.sources.base')"),
+        ("quality/rules.py", "from marketdata_assets.settings import Settings"),
+        ("toolbox.py", "from marketdata_assets.flows.plan import plan"),
+        ("flows/plan.py", "from marketdata_assets.cli.main import main"),
+        ("cli/main.py", "from marketdata_assets.defs.assets import raw_asset"),
+        ("defs/assets.py", "from marketdata_assets.definitions import defs"),
+        ("flows/plan.py", "import dagster as dg"),
+        ("cli/main.py", "def run():\n    from dagster import materialize"),
+        ("sources/sandbox.py", "import ccxt.async_support as ccxt"),
+        ("flows/read.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import duckdb"),
+        ("defs/assets.py", "__import__('boto3')"),
+    ],
+)
+def test_an_arrow_that_points_right_is_found(file: str, source: str):
+    assert len(wrong_arrows(source, file)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("sources/ccxt_rest.py", "import ccxt\nfrom marketdata_assets.settings import Venue"),
+        ("lake/warehouse.py", "import duckdb\nfrom .tables import Table\nfrom marketdata_assets.model.bar import NAMES"),
+        ("definitions.py", "import dagster\nfrom marketdata_assets.defs.jobs import build_definitions"),
+        ("settings.py", "import yaml, dataclasses\nfrom marketdata_assets.errors import BadInput"),
+    ],
+)
+def test_an_arrow_that_points_left_is_let_through(file: str, source: str):
+    assert wrong_arrows(source, file) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "clock"),
+    [
+        ("from datetime import datetime, UTC\nnow = datetime.now(UTC)", "datetime.now"),
+        ("import datetime as dt\nnow = dt.datetime.utcnow()", "datetime.utcnow"),
+        ("import time\ndef wait(sleep=time.sleep): ...", "time.sleep"),
+        ("import time as t\nt.sleep(1)", "time.sleep"),
+        ("from time import time\nnow = time()", "time.time"),
+        ("from datetime import date\ntoday = date.today()", "date.today"),
+    ],
+)
+def test_a_clock_is_found(source: str, clock: str):
+    assert clocks(source) == {clock}
+
+
+def test_what_is_no_wall_clock_is_let_through():
+    assert clocks("import time, asyncio\nbegun = time.monotonic() + time.perf_counter()\nsettings.now()\nasyncio.sleep(0)") == set()
