@@ -149,9 +149,9 @@ def main() -> None:
     print(f"bare loop:       {loop:10,.0f} bars/s")
     print(f"without a limit: {wanted / free['work']:10,.0f} bars/s of work, {wanted / free['fetching']:,.0f} while fetching")
     print(free)
-    print(
-        f"with {options.limit}/min:   {paced['work']:.1f} s of work; the limit dictates {least:.1f} s: ratio {paced['work'] / least:.3f}, {paced}"
-    )
+    ratio = paced["work"] / least
+    print(f"with {options.limit}/min: {paced['work']:.1f} s of work, the limit dictates {least:.1f} s: ratio {ratio:.3f}")
+    print(paced)
 
 
 if __name__ == "__main__":

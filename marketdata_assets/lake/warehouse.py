@@ -91,7 +91,7 @@ class Warehouse:
             raise StoreFailed(f"{self.path}: {why}; {fix}") from None
 
 
-_HELD = ("Could not set lock", "different configuration than existing connections")
+_HELD = ("Could not set lock", "different configuration than existing connections", "Unique file handle conflict")
 """What DuckDB says when another process, or another thread of this one, has the file open."""
 
 
