@@ -69,7 +69,7 @@ def test_what_is_written_is_read_and_seen_by_sql(warehouse: Warehouse):
     assert get(warehouse).equals(bars)
     with duckdb.connect(str(warehouse.path), read_only=True) as connection:
         connection.execute("SET TimeZone = 'UTC'")
-        found = connection.execute("SELECT * FROM rollup.ohlcv_1h ORDER BY open_time").to_arrow_table()
+        found = connection.sql("SELECT * FROM rollup.ohlcv_1h ORDER BY open_time").to_arrow_table()
     assert found.column_names == ["market", *ROLLUP_SCHEMA]
     assert set(found["market"].to_pylist()) == {"binance:BTC-USDT"}
     for name in ROLLUP_SCHEMA:
@@ -112,17 +112,16 @@ def test_only_rows_that_differ_are_touched(warehouse: Warehouse):
 
 
 def test_untouched_rows_stay_where_they_are(warehouse: Warehouse):
-    """DuckDB's own row ids: a bar that did not change was not written again."""
-    bars = hours(1)
+    """By DuckDB's own row ids (which hold while somebody keeps the file open): what did not change was not written again."""
+    put(warehouse, hours(1))
+    with duckdb.connect(str(warehouse.path), config={"threads": "1"}) as keeper:
 
-    def row_ids() -> dict[Any, int]:
-        with duckdb.connect(str(warehouse.path)) as connection:
-            return dict(connection.execute("SELECT epoch(open_time) // 3600, rowid FROM rollup.ohlcv_1h").fetchall())
+        def row_ids() -> dict[int, int]:
+            return dict(keeper.execute("SELECT epoch(open_time)::BIGINT // 3600, rowid FROM rollup.ohlcv_1h").fetchall())
 
-    put(warehouse, bars)
-    before = row_ids()
-    put(warehouse, pl.concat([bars[:10], hours(9, 1, start=10), bars[11:]]))
-    after = row_ids()
+        before = row_ids()
+        put(warehouse, pl.concat([hours(1)[:10], hours(9, 1, start=10), hours(1)[11:]]))
+        after = row_ids()
     assert [hour for hour in before if before[hour] != after[hour]] == [START.timestamp() // 3600 + 10]
 
 
@@ -152,6 +151,14 @@ def test_other_markets_windows_and_timeframes_are_left_alone(warehouse: Warehous
     assert get(warehouse, ETH).equals(hours(2))
     assert get(warehouse, window=FEBRUARY.month).equals(later)
     assert warehouse.read(rollup(D1), BTC, ALWAYS).equals(hours(4, 1))
+
+
+def test_columns_are_bound_by_name(warehouse: Warehouse):
+    put(warehouse, hours(1))
+    assert put(warehouse, hours(1).select(reversed(ROLLUP_SCHEMA)).with_columns(pl.lit(1).alias("extra"))) == 0
+    with pytest.raises(pl.exceptions.ColumnNotFoundError):
+        put(warehouse, hours(2).drop("close"))
+    assert get(warehouse).equals(hours(1))
 
 
 def test_rows_outside_the_window_survive(warehouse: Warehouse):

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import datetime
 
 import polars as pl
 
@@ -74,44 +73,36 @@ def ingest(toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partitio
     table = raw(timeframe)
     ahead: _Started | None = None
     for i, partition in enumerate(partitions):
-        prepared, future, held = ahead or _start(toolbox, table, partition, wait=True)
-        ahead = _try_start(toolbox, table, partitions[i + 1]) if i + 1 < len(partitions) else None
+        prepared, future, held = ahead or _start(toolbox, table, partition)
+        ahead = _start_if_free(toolbox, table, partitions[i + 1]) if i + 1 < len(partitions) else None
         with held:
             yield _finish(toolbox, prepared, future)
-    # a consumer that stops early leaves a request under way: closing the toolbox ends it
 
 
-def _try_start(toolbox: Toolbox, table: Table, partition: Partition) -> _Started | None:
-    started = _start(toolbox, table, partition, wait=False)
-    return started if started[2] is not _BUSY else None
+def _start(toolbox: Toolbox, table: Table, partition: Partition) -> _Started:
+    """Hold the partition, see what it lacks, send the requests."""
+    with ExitStack() as held:
+        held.enter_context(toolbox.ledger.lock(partition))
+        return *_ask(toolbox, table, partition), held.pop_all()
 
 
-_BUSY = ExitStack()
+def _start_if_free(toolbox: Toolbox, table: Table, partition: Partition) -> _Started | None:
+    """The same, unless another process holds the partition: waiting for it now could end in a deadlock."""
+    with ExitStack() as held:
+        if not held.enter_context(toolbox.ledger.lock(partition, wait=False)):
+            return None
+        return *_ask(toolbox, table, partition), held.pop_all()
 
 
-def _start(toolbox: Toolbox, table: Table, partition: Partition, wait: bool) -> _Started:
-    held = ExitStack()
-    if not held.enter_context(toolbox.ledger.lock(partition, wait)):
-        held.close()
-        nothing: Future[Collected] = Future()
-        return _Prepared(partition, table, partition.month, empty_bars(), [], None), nothing, _BUSY
+def _ask(toolbox: Toolbox, table: Table, partition: Partition) -> tuple[_Prepared, Future[Collected]]:
     try:
         prepared = _prepare(toolbox, table, partition)
-    except MarketDataError as error:
-        return _failed_start(table, partition, error, held)
-    try:
-        work = collect(toolbox, partition.market, table.timeframe, prepared.wanted, prepared.stored, prepared.gaps)
-        return prepared, toolbox.submit(work), held
-    except BaseException:
-        held.close()
-        raise
-
-
-def _failed_start(table: Table, partition: Partition, error: MarketDataError, held: ExitStack) -> _Started:
-    """What lies there cannot even be looked at: the partition fails, the others go on."""
-    future: Future[Collected] = Future()
-    future.set_exception(error)
-    return _Prepared(partition, table, Window(partition.month.start, partition.month.start), empty_bars(), [], None), future, held
+    except MarketDataError as error:  # what lies there cannot even be looked at
+        failed: Future[Collected] = Future()
+        failed.set_exception(error)
+        return _Prepared(partition, table, Window(partition.month.start, partition.month.start), empty_bars(), [], None), failed
+    work = collect(toolbox, partition.market, table.timeframe, prepared.wanted, prepared.stored, prepared.gaps)
+    return prepared, toolbox.submit(work)
 
 
 def _prepare(toolbox: Toolbox, table: Table, partition: Partition) -> _Prepared:
@@ -182,8 +173,3 @@ def _contracted(bars: pl.DataFrame) -> pl.DataFrame:
     from marketdata_assets.quality.contract import check_bars  # pandera costs seconds: only writers pay
 
     return check_bars(bars)
-
-
-def newest(bars: pl.DataFrame) -> datetime | None:
-    """The open time of the last bar."""
-    return bars["open_time"][-1] if bars.height else None

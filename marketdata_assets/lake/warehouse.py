@@ -103,6 +103,7 @@ def _pause() -> None:
 
 def _replace(connection: duckdb.DuckDBPyConnection, market: Market, timeframe: Timeframe, frame: pl.DataFrame, window: Window) -> int:
     table = Table("rollup", timeframe)
+    frame = frame.select(pl.col(column.name).cast(column.dtype) for column in table.columns)
     _create(connection, table)
     stored = _select(connection, table, market, window)
     if stored.equals(frame):
