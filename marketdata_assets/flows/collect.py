@@ -103,10 +103,11 @@ class _Inquiry:
     rejected: list[pl.DataFrame] = field(default_factory=list)
     reach: list[tuple[datetime, datetime]] = field(default_factory=list)
     received: int = 0
+    unserved: datetime = EPOCH
     asks: Counter[Window] = field(default_factory=Counter)
 
     async def run(self, lacking: list[Window]) -> Collected:
-        queue = self._pages(lacking)
+        queue = await self._served(self._pages(lacking))
         for _ in range(ROUNDS):
             self.asks.update(queue)
             await self._ask(queue)
@@ -122,6 +123,15 @@ class _Inquiry:
         size = max(1, self.toolbox.source(self.market).page_size - 2)
         near = merged(lacking, size, self.timeframe)
         return [self._fenced(page) for window in near for page in window.pages(self.timeframe, size)]
+
+    async def _served(self, pages: list[Window]) -> list[Window]:
+        """The pages a venue can answer. Some keep only their newest bars, or began late: the first answer tells."""
+        if self.toolbox.source(self.market).skips_gaps or len(pages) < 3:
+            return pages
+        self.asks.update(pages[:1])
+        await self._ask(pages[:1])
+        self.unserved = self.answers[0].later or self.asked.start
+        return [page for page in pages[1:] if page.end > self.unserved] or pages[-1:]
 
     def _fenced(self, window: Window) -> Window:
         """One bar more on both sides, as far as the venue's clock allows."""
@@ -192,11 +202,11 @@ class _Inquiry:
         """The windows to ask again: pages with a contradiction, and what surrounds holes that are not explained yet."""
         disputed = agreement.open["open_time"].unique().to_list()
         pages = {w for w in self.asks for moment in disputed if w.start <= moment < w.end}
-        insisted = self._insisted()
+        insisted, unserved = self._insisted(), Window(self.asked.start, self.unserved)
         doubtful = [
             self._fenced(rest)
             for hole in self._holes(agreement)
-            for rest in without(hole, [*insisted, *runs(disputed, self.timeframe)])
+            for rest in without(hole, [*insisted, *runs(disputed, self.timeframe), unserved])
             if self._explained(rest) < 2
         ]
         again = [w for w in self._sized(doubtful) if self.asks[w] < ASKS_MISSING]

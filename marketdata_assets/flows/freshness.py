@@ -17,7 +17,7 @@ WARN_BARS, ERROR_BARS = 10, 60
 
 @dataclass(frozen=True, slots=True)
 class Freshness:
-    """One market: through which moment its bars are stored, and how far that lies behind now or its last wanted day."""
+    """One market: when its newest stored bar ended, and how far that lies behind now or its last wanted day."""
 
     market: Market
     through: datetime | None
@@ -44,6 +44,7 @@ def freshness(toolbox: Toolbox, timeframe: Timeframe, markets: Iterable[Market])
 def _of(toolbox: Toolbox, timeframe: Timeframe, market: Market) -> Freshness:
     span = toolbox.settings.span(market)
     states = toolbox.ledger.states(raw(timeframe), market)
-    through = max((state.through for state in states.values() if state.rows), default=None)
+    newest = max((state.newest for state in states.values() if state.newest), default=None)
+    through = newest + timeframe.width if newest else None
     end = timeframe.floor(span.end)
     return Freshness(market, through, max(timedelta(0), end - (through or span.start)), timeframe)

@@ -138,6 +138,7 @@ def _store(toolbox: Toolbox, prepared: _Prepared, got: Collected) -> Ingested:
     state = State(
         start=prepared.wanted.start,
         through=max(got.through, prepared.wanted.start),
+        newest=bars["open_time"][-1] if bars.height else None,
         complete=complete,
         rows=bars.height,
         bytes=size,

@@ -36,7 +36,7 @@ CREATE TABLE IF NOT EXISTS markets (
     market TEXT PRIMARY KEY, listed TEXT NOT NULL, evidence TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS partitions (
     tbl TEXT NOT NULL, market TEXT NOT NULL, month TEXT NOT NULL,
-    start TEXT NOT NULL, through TEXT NOT NULL, complete INTEGER NOT NULL, rows INTEGER NOT NULL,
+    start TEXT NOT NULL, through TEXT NOT NULL, newest TEXT, complete INTEGER NOT NULL, rows INTEGER NOT NULL,
     bytes INTEGER, digest TEXT, rolled TEXT,
     attempts INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0, error TEXT,
     account TEXT, updated_at TEXT NOT NULL,
@@ -83,10 +83,14 @@ GIVE_UP_AFTER = 3
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What the ledger knows of one partition of a raw table: `[start, through)` has been asked for."""
+    """What the ledger knows of one partition of a raw table.
+
+    `[start, through)` has been asked for; `newest` is the open time of the last bar that is stored.
+    """
 
     start: datetime
     through: datetime
+    newest: datetime | None
     complete: bool
     rows: int
     bytes: int | None
@@ -308,8 +312,8 @@ class Ledger:
             )
             _quarantine(db, entry, ids, now)
             db.execute(
-                "INSERT OR REPLACE INTO partitions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (*where, iso(s.start), iso(s.through), s.complete, s.rows, s.bytes, s.digest, s.rolled, s.attempts, s.failures,
+                "INSERT OR REPLACE INTO partitions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*where, iso(s.start), iso(s.through), s.newest and iso(s.newest), s.complete, s.rows, s.bytes, s.digest, s.rolled, s.attempts, s.failures,
                  s.error, json.dumps(asdict(entry.account)), now),
             )  # fmt: skip
 
@@ -319,7 +323,8 @@ class Ledger:
         with self._transaction() as db:
             _log_fetches(db, table, partition.market, fetches)
             db.execute(
-                "INSERT INTO partitions VALUES (?, ?, ?, ?, ?, 0, 0, NULL, NULL, NULL, 1, 1, ?, NULL, ?) ON CONFLICT DO UPDATE SET"
+                "INSERT INTO partitions VALUES (?, ?, ?, ?, ?, NULL, 0, 0, NULL, NULL, NULL, 1, 1, ?, NULL, ?)"
+                " ON CONFLICT DO UPDATE SET"
                 " attempts = attempts + 1, failures = failures + 1, error = excluded.error, updated_at = excluded.updated_at",
                 (*where, iso(wanted.start), iso(wanted.start), error, iso(now)),
             )
@@ -355,11 +360,11 @@ class Ledger:
         return self._rows("SELECT outcome, coalesce(error, ''), count(*) FROM fetches GROUP BY 1, 2 ORDER BY 3 DESC")
 
 
-_STATE = "start, through, complete, rows, bytes, digest, rolled, attempts, failures, error"
+_STATE = "start, through, newest, complete, rows, bytes, digest, rolled, attempts, failures, error"
 
 
-def _state(start: str, through: str, complete: int, *rest: Any) -> State:
-    return State(parse_time(start), parse_time(through), bool(complete), *rest)
+def _state(start: str, through: str, newest: str | None, complete: int, *rest: Any) -> State:
+    return State(parse_time(start), parse_time(through), parse_time(newest) if newest else None, bool(complete), *rest)
 
 
 def _where(table: Table, partition: Partition) -> tuple[str, str, str]:

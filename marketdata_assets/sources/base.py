@@ -35,6 +35,8 @@ class Fetched:
 
     rows: pl.DataFrame
     asked: Window
+    later: datetime | None = None
+    """The first bar the venue offered instead, where it has none so early."""
     requests: tuple[Request, ...] = field(default=())
     waited: float = 0.0
 

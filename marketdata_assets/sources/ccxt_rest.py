@@ -180,7 +180,7 @@ class CcxtSource:
         if self._klines:
             params = {"startTime": start, "endTime": end - 1, "limit": self._klines.page}
             rows, request = await self._klines_rows(market, timeframe, params)
-            return Fetched(_kline_frame(rows, timeframe), window, (request,))
+            return Fetched(_kline_frame(rows, timeframe), window, requests=(request,))
         limit = window.count(timeframe)
 
         async def ask(exchange: Any) -> list[list[Any]]:
@@ -190,7 +190,8 @@ class CcxtSource:
         answer, request = await self._ask("bars", ask)
         # fetch_ohlcv has no end and some venues no start: what lies outside the page is another page's
         rows = [row for row in answer if not (isinstance(row[0], int) and not start <= row[0] < end)]
-        return Fetched(_ohlcv_frame(rows), window, (request,))
+        later = min((row[0] for row in answer if isinstance(row[0], int) and row[0] >= end), default=None)
+        return Fetched(_ohlcv_frame(rows), window, from_ms(later) if later and not rows else None, (request,))
 
     async def close(self) -> None:
         """Give up the connections; the source can be used again afterwards."""
