@@ -81,9 +81,9 @@ def random_bars(seed: int = 1, count: int = 100) -> pl.DataFrame:
     return frame(random_rows(seed, minutes(count), nulls=0.2))
 
 
-DECIMALS = st.builds(
-    lambda digits, scale: Decimal(digits).scaleb(-scale), st.integers(1, 10**26 - 1), st.integers(0, 12)
-).filter(lambda value: value < 10**25)
+DECIMALS = st.builds(lambda digits, scale: Decimal(digits).scaleb(-scale), st.integers(1, 10**26 - 1), st.integers(0, 12)).filter(
+    lambda value: value < 10**25
+)
 """Positive numbers that DECIMAL(38, 12) holds, with up to 26 digits."""
 
 

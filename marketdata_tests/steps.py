@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
+import json
 import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -140,3 +142,22 @@ def serving(handler: Handler, tls: ssl.SSLContext | None = None) -> Iterator[str
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def coinbase(candles: Callable[[web.Request], Any], now: str) -> Handler:
+    """Coinbase with the one product BTC-USD at that moment; `candles` answers for its bars."""
+    product = {"id": "BTC-USD", "base_currency": "BTC", "quote_currency": "USD", "quote_increment": "0.01", "base_increment": "0.00000001"}
+    answers = {
+        "products": json.dumps([{**product, "status": "online", "trading_disabled": False, "min_market_funds": "1"}]),
+        "currencies": "[]",
+        "time": json.dumps({"iso": now + "Z", "epoch": ms(now) / 1000}),
+    }
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        path = request.path.rpartition("/")[2]
+        if path in answers:
+            return web.Response(text=answers[path], content_type="application/json")
+        found = candles(request)
+        return await found if inspect.isawaitable(found) else found
+
+    return answer

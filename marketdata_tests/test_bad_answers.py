@@ -35,11 +35,13 @@ from marketdata_tests.steps import (
     SkippingClock,
     assert_bars,
     bar_requests,
+    coinbase,
     lake_files,
     logged_requests,
     ms,
     quarantined,
     run_ingest,
+    serving,
     stored_bars,
     window,
 )
@@ -756,3 +758,109 @@ def test_a_failed_run_logs_all_its_requests(stage: Stage) -> None:
     done = stage.ingest()
     assert type(done.error) is VenueDown
     assert sum(logged_requests(stage.settings).values()) - before == done.requests == stage.requests
+
+
+# ------------------------------------------------------------------------------- the same through ccxt's `fetch_ohlcv`
+
+GENERIC = window("2024-01-05", "2024-01-05T10:00")
+KNOWN_END = "2024-01-05T04:00"
+
+
+def candle(second: int) -> list[Any]:
+    """Coinbase's order: time, low, high, open, close, volume; numbers and no text."""
+    cents = 4_200_000 + second // 60 % 977 * 7
+    return [second, (cents - 150) / 100, (cents + 250) / 100, cents / 100, (cents + 99) / 100, second // 60 % 31 / 8]
+
+
+def candles(request: web.Request) -> Rows:
+    """Both ends inclusive, newest first."""
+    start, end = (ms(request.query[name].removesuffix("Z")) // 1000 for name in ("start", "end"))
+    return [candle(second) for second in range(start, end + 1, 60)][::-1]
+
+
+def true_candles(first: str, end: str) -> list[tuple[Any, ...]]:
+    """open_time, open, high, low, close, volume."""
+    rows = [candle(second) for second in range(ms(first) // 1000, ms(end) // 1000, 60)]
+    return [(row[0] * 1000, *(Decimal(str(row[i])) for i in (3, 2, 1, 4, 5))) for row in rows]
+
+
+def stored_candles(settings: Settings) -> list[tuple[Any, ...]]:
+    bars = stored_bars(settings, "coinbaseexchange%3ABTC-USD")
+    return bars.select(pl.col("open_time").dt.epoch("ms"), "open", "high", "low", "close", "volume").rows()
+
+
+WHOLE_GENERIC = (
+    *(
+        fault
+        for fault in REFUSED_WHOLE
+        if fault.name in ("html", "empty_body", "null", "empty_object", "json_string", "nan_literal", "deep_nesting")
+    ),
+    *(
+        fault
+        for fault in REFUSED_WHOLE
+        if fault.name in ("truncated_json", "short_read", "gzip_bomb", "http_500", "http_502_html", "reset")
+    ),
+    Fault("message_200", text('{"message": "service unavailable"}'), "service unavailable|no list|HTTP 200|shape"),
+    Fault("wrapped", lambda _, rows: web.json_response({"candles": rows}), "no list"),
+    Fault("text_rows", lambda _, rows: web.json_response([str(row) for row in rows]), "shape|column|columns"),
+    Fault("null_rows", lambda _, rows: web.json_response([None for _ in rows]), "shape|column|columns"),
+)
+ROWS_GENERIC = (
+    Fault("null_price", each(put(4, None)), "null"),
+    Fault("empty_text", each(put(3, "")), "null|not_a_number"),
+    Fault("words", each(put(1, "n/a")), "not_a_number"),
+    Fault("nan_text", each(put(2, "NaN")), "not_a_number"),
+    Fault("infinity", each(put(2, "Infinity")), "not_a_number"),
+    Fault("negative_volume", each(put(5, -1.5)), "negative_volume"),
+    Fault("zero_price", each(put(1, 0)), "non_positive_price"),
+    Fault("high_below_low", each(lambda row: [row[0], row[2], row[1], *row[3:]]), "high_below"),
+    Fault("short_rows", each(lambda row: row[:4]), "null"),
+    Fault("dict_rows", each(lambda row: {"time": row[0], "low": row[1]}), "null"),
+    Fault("true_for_price", each(put(3, True)), "not_a_number"),
+    Fault("list_for_price", each(put(3, [1])), "not_a_number"),
+    Fault("off_grid", each(put(0, lambda t: t + 28)), "off_grid"),
+)
+
+
+@pytest.fixture
+def generic(universe: Universe) -> Iterator[tuple[Settings, list[Bad | None]]]:
+    """A venue that goes through `fetch_ohlcv`, four of ten hours stored, and how it answers about the rest."""
+    how: list[Any] = [None]
+
+    def answer(request: web.Request) -> Any:
+        found = how[0](request, candles(request)) if how[0] else candles(request)
+        return web.json_response(found) if isinstance(found, list) else found
+
+    with serving(coinbase(answer, "2024-01-06T00:00:30")) as url:
+        known = universe(url, "[BTC/USD]", since="2024-01-05", until=KNOWN_END, now="2024-01-07", venue="coinbaseexchange")
+        assert run_ingest(known)[0].complete
+        yield universe(url, "[BTC/USD]", since="2024-01-05", until="2024-01-05T10:00", now="2024-01-07", venue="coinbaseexchange"), how
+
+
+@ids([*WHOLE_GENERIC, *ROWS_GENERIC])
+def test_fetch_ohlcv(generic: tuple[Settings, list[Bad | None]], fault: Fault) -> None:
+    """For ever: the files are the same and it is named. Then each page once badly: the partition is the truth."""
+    settings, how = generic
+    before = lake_files(settings)
+    how[0] = fault.bad
+    (done,) = run_ingest(settings)
+    assert lake_files(settings) == before
+    assert done.account.balanced
+    if fault in WHOLE_GENERIC:
+        assert type(done.error) is VenueDown
+        assert named(str(done.error), fault), str(done.error)
+    else:
+        assert done.error is None
+        assert named(" ".join(row["reasons"] for row in quarantined(settings)), fault)
+    shutil.rmtree(settings.state)
+    left = [2]
+
+    def twice_only(request: web.Request, rows: Rows) -> Any:
+        left[0] -= 1
+        return fault.bad(request, rows) if left[0] >= 0 else rows
+
+    how[0] = twice_only
+    (done,) = run_ingest(settings)
+    assert done.error is None
+    assert done.account.balanced
+    assert stored_candles(settings) == true_candles("2024-01-05", "2024-01-05T10:00")

@@ -315,6 +315,27 @@ def test_one_strange_answer_replaces_nothing(universe: Universe) -> None:
         assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T06:45")))
 
 
+CLOCK_RULES = "_store takes `through` from the venue's clock of the moment: one early answer, and derive drops the rollups after it"
+
+
+@pytest.mark.parametrize("back", ["2024-01-08T18:00", "1970-01-01", "2023-12-31"])
+@pytest.mark.xfail(strict=True, reason=CLOCK_RULES)
+def test_a_clock_that_goes_back_takes_nothing_away(universe: Universe, back: str) -> None:
+    """The exchange's clock lies once: what is stored and rolled up stays, and the next run goes on."""
+    clock = [ms("2024-01-09T06:00")]
+    with exchange_at(clock) as (_, url):
+        settings = universe(url, since="2024-01-07", until="2024-02-01", now="2024-01-31")
+        for text in ("2024-01-09T06:00", back):
+            clock[0] = ms(text)
+            assert all(done.error is None for done in run_ingest(settings))
+            run_derive(settings)
+            everything_is_true(settings, window("2024-01-07", "2024-01-09T06:00"))
+        clock[0] = ms("2024-01-09T09:00")
+        run_ingest(settings)
+        run_derive(settings)
+        everything_is_true(settings, window("2024-01-07", "2024-01-09T09:00"))
+
+
 # --------------------------------------------------------------------------------------------------------- listing dates
 
 
@@ -365,6 +386,19 @@ def test_one_bad_answer_about_the_listing_is_made_good(universe: Universe) -> No
 
 
 # ------------------------------------------------------------------------------------------------------ holes that remain
+
+
+@pytest.mark.parametrize("edge", ["02:00", "02:01", "02:40", "03:19", "03:20", "03:21"])
+def test_a_halt_at_the_edge_of_a_page(universe: Universe, edge: str) -> None:
+    """The first page ends just before, in, or just after the halt: explained all the same, in one run."""
+    since = at(f"2024-01-08T{edge}") - 998 * MINUTE.width
+    with exchange_at() as (exchange, url):
+        settings = universe(url, since=since.isoformat(), until="2024-01-08T12:00")
+        (done,) = run_ingest(settings)
+        assert done.complete
+        assert [(gap.window, gap.reason) for gap in done.gaps] == [(window("2024-01-08T02:00", "2024-01-08T03:20"), "no_bars")]
+        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", Window(since, at("2024-01-08T12:00"))))
+        assert len(bar_requests(exchange)) <= 4
 
 
 def without(first: str, end: str, times: list[int]) -> Tamper:

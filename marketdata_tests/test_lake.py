@@ -176,7 +176,18 @@ def rewritten(change: Any) -> bytes:
         rewritten(lambda frame: frame.rename({"volume": "amount"})),
         rewritten(lambda frame: frame.with_columns(pl.lit("much").alias("volume"))),
     ],
-    ids=["empty", "text", "only the marks", "a byte short", "half", "a hundred bytes", "overwritten", "no close", "renamed", "text for numbers"],
+    ids=[
+        "empty",
+        "text",
+        "only the marks",
+        "a byte short",
+        "half",
+        "a hundred bytes",
+        "overwritten",
+        "no close",
+        "renamed",
+        "text for numbers",
+    ],
 )
 def test_a_damaged_object_is_told_and_set_aside(place: Place, content: bytes):
     place.put(PATH, content)
@@ -231,7 +242,7 @@ def test_everybody_reads_it_unaided(tmp_path: Path, read: Any):
     assert volumes(read(tmp_path / "raw/ohlcv_1m")) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="objects of one table have different DECIMAL scales: DuckDB rounds to the first one's, the others refuse")
+@pytest.mark.xfail(strict=True, reason="objects of a table differ in DECIMAL scale: DuckDB rounds to the first one's, others refuse")
 @READERS
 def test_everybody_reads_months_of_different_digits_exactly(tmp_path: Path, read: Any):
     """What DESIGN.md promises of the lake: true numbers for DuckDB, Polars and pandas, whatever digits each month has."""
@@ -309,8 +320,8 @@ for frame in itertools.cycle(frames):
 @pytest.fixture
 def frames(tmp_path: Path) -> list[str]:
     """Two frames, as plain files that a lean writer process can read."""
-    for name, frame in (("a", bars(1, 3000)), ("b", bars(2, 500))):
-        frame.write_parquet(tmp_path / name)
+    bars(1, 3000).write_parquet(tmp_path / "a")
+    bars(2, 500).write_parquet(tmp_path / "b")
     return [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
@@ -326,7 +337,7 @@ def test_a_reader_never_sees_half_an_object_whenever_a_writer_is_killed(tmp_path
 
     def is_whole() -> bool:
         found = lake.read(TABLE, JANUARY)
-        return found is not None and any(found.equals(frame) for frame in good)
+        return found is not None and any(found.equals(one) for one in good)
 
     writers = [start_python(WRITER + FOREVER, str(tmp_path / "lake"), *frames) for _ in range(10)]
     try:

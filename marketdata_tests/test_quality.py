@@ -121,7 +121,8 @@ def test_a_clean_row_breaks_none(clean: Row):
 
 
 def test_all_broken_rules_are_named_in_the_order_of_the_table():
-    assert reasons([sent(ASKED.end + timedelta(seconds=1), low="0", volume=None)]) == ["null", "non_positive_price", "off_grid", "outside_window"]
+    found = reasons([sent(ASKED.end + timedelta(seconds=1), low="0", volume=None)])
+    assert found == ["null", "non_positive_price", "off_grid", "outside_window"]
 
 
 @pytest.mark.parametrize("hour", [0, 7, 13, 23])
@@ -140,7 +141,8 @@ def test_the_grid_of_weeks_is_monday(day: str, on_grid: bool):
 
 
 # --------------------------------------------------------------------------------- nothing is bent, nothing is lost
-_NUMERALS = st.text("0123456789.eE+-_ ,", max_size=20) | st.from_regex(r"[+-]?[0-9]{0,4}(\.[0-9]{0,15})?([eE][+-]?[0-9]{1,2})?", fullmatch=True)
+_WRITTEN = st.from_regex(r"[+-]?[0-9]{0,4}(\.[0-9]{0,15})?([eE][+-]?[0-9]{1,2})?", fullmatch=True)
+_NUMERALS = st.text("0123456789.eE+-_ ,", max_size=20) | _WRITTEN
 
 
 @given(st.lists(_NUMERALS | st.floats().map(repr), min_size=1, max_size=30))
@@ -288,7 +290,9 @@ def as_votes(rows: pl.DataFrame) -> list[Vote]:
         ([(-1, 0, 1), (0, 0, 2), (1, 0, 2), (0, 1, 1), (0, 2, 1), (1, 2, 3)], [(0, 2), (1, 1)], 1, [(-1, 0, 1)], [(0, 2, 1), (1, 2, 3)]),
     ],
 )
-def test_agreement_by_hand(votes: list[Vote], believed: list[tuple[int, int]], identical: int, outvoted: list[Vote], still_open: list[Vote]):
+def test_agreement_by_hand(
+    votes: list[Vote], believed: list[tuple[int, int]], identical: int, outvoted: list[Vote], still_open: list[Vote]
+):
     agreement = agree(ballots(votes))
     assert [vote[1:] for vote in as_votes(agreement.bars)] == believed
     assert agreement.identical == identical

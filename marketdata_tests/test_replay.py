@@ -160,7 +160,7 @@ def plant(exchange: Any, seed: int, share: float) -> None:
 def test_bad_answers_among_good_ones(
     replay: Callable[..., Any], universe: Universe, monkeypatch: pytest.MonkeyPatch, seed: int, span: Window, share: float
 ) -> None:
-    """All kinds mixed, 3 % of a month and 15 % of a week: the same bars as without, and every row received is stored, identical or in quarantine."""
+    """All kinds mixed, 3 % of a month and 15 % of a week: the same bars as without, and every row is accounted for."""
     monkeypatch.setattr(ccxt_rest, "CcxtSource", partial(ccxt_rest.CcxtSource, deadline=0.8))
     exchange = replay("2024-02-01T00:02:30Z" if span is JANUARY else "2023-03-28T00:02:30Z")
     plant(exchange, seed, share)

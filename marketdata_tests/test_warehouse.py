@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -369,4 +368,3 @@ def test_the_tables_have_the_columns_of_the_registry(warehouse: Warehouse):
     assert list(types) == ["market", *NAMES, "vwap", "bars_expected", "bars_present"]
     assert {types[name] for name in ("open", "volume", "vwap", "taker_buy_quote_volume")} == {"DECIMAL(38,12)"}
     assert (types["open_time"], types["trades"], types["bars_present"]) == ("TIMESTAMP WITH TIME ZONE", "BIGINT", "BIGINT")
-    assert get(warehouse)["close"].to_list() == [Decimal(v) for v in hours(1)["close"]]

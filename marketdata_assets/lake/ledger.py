@@ -313,8 +313,8 @@ class Ledger:
             _quarantine(db, entry, ids, now)
             db.execute(
                 "INSERT OR REPLACE INTO partitions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (*where, iso(s.start), iso(s.through), s.newest and iso(s.newest), s.complete, s.rows, s.bytes, s.digest, s.rolled, s.attempts, s.failures,
-                 s.error, json.dumps(asdict(entry.account)), now),
+                (*where, iso(s.start), iso(s.through), s.newest and iso(s.newest), s.complete, s.rows, s.bytes, s.digest, s.rolled,
+                 s.attempts, s.failures, s.error, json.dumps(asdict(entry.account)), now),
             )  # fmt: skip
 
     def fail(self, table: Table, partition: Partition, wanted: Window, error: str, fetches: Sequence[LoggedFetch], now: datetime) -> None:
