@@ -20,7 +20,8 @@ from marketdata_assets.model.window import Timeframe, iso
 from marketdata_assets.settings import Settings
 from marketdata_assets.toolbox import Tell, open_toolbox
 
-FETCH_POOL, WAREHOUSE_POOL = "venues", "warehouse"
+WAREHOUSE_POOL = "warehouse"
+"""One step at a time over all runs (dagster.yaml): a DuckDB file has one writer. Venues have a limiter of their own."""
 
 
 def asset_key(table: Table) -> dg.AssetKey:
@@ -65,7 +66,6 @@ def raw_asset(settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitions
         partitions_def=grid,
         backfill_policy=dg.BackfillPolicy.single_run(),
         check_specs=check_specs(table, settings, grid),
-        pool=FETCH_POOL,
     )
     def fetch(context: dg.AssetExecutionContext) -> Iterator[Any]:
         partitions = partitions_of_run(context)

@@ -1,4 +1,4 @@
-"""Everything together: assets, checks, the job that does one range, and who may do what at the same time."""
+"""Everything together: assets, checks, and the job that does one range."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import warnings
 import dagster as dg
 from dagster_duckdb import DuckDBResource
 
-from marketdata_assets.defs.assets import FETCH_POOL, WAREHOUSE_POOL, raw_asset, rollup_assets
+from marketdata_assets.defs.assets import raw_asset, rollup_assets
 from marketdata_assets.defs.checks import freshness_check
 from marketdata_assets.defs.partitions import market_months
 from marketdata_assets.settings import Settings
 from marketdata_assets.toolbox import Tell, tell_nobody
 
 INGEST = "ingest"
-POOLS = {FETCH_POOL: 4, WAREHOUSE_POOL: 1}
-"""Steps at once, over all runs: venues have their own limiter, a DuckDB file has one writer."""
 
 
 def build_definitions(settings: Settings, tell: Tell = tell_nobody) -> dg.Definitions:
@@ -38,9 +36,3 @@ def build_definitions(settings: Settings, tell: Tell = tell_nobody) -> dg.Defini
             resources={"warehouse": DuckDBResource(database=str(settings.duckdb))},
             executor=dg.in_process_executor,
         )
-
-
-def limit_pools(instance: dg.DagsterInstance) -> None:
-    """Give each pool its slots; Dagster keeps them in the instance and not in dagster.yaml."""
-    for pool, slots in POOLS.items():
-        instance.event_log_storage.set_concurrency_slots(pool, slots)

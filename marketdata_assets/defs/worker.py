@@ -22,7 +22,7 @@ from typing import Any
 
 import dagster as dg
 
-from marketdata_assets.defs.jobs import INGEST, build_definitions, limit_pools
+from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
 from marketdata_assets.settings import Settings, load_settings
 
@@ -50,7 +50,6 @@ def _open_instance() -> dg.DagsterInstance:
         fcntl.flock(lock, fcntl.LOCK_EX)
         instance = dg.DagsterInstance.get()
         end_dead_runs(instance)
-        limit_pools(instance)
         return instance
 
 
