@@ -188,7 +188,7 @@ def test_runs_of_killed_processes_are_ended_and_free_their_slots(settings: Setti
     living = instance.create_run_for_job(
         job, tags={"marketdata/process": f"{socket.gethostname()}:{os.getpid()}"}, status=dg.DagsterRunStatus.STARTED
     )
-    assert instance.event_log_storage.initialize_concurrency_limit_to_default("warehouse")
+    instance.event_log_storage.set_concurrency_slots("warehouse", 1)
     assert instance.event_log_storage.claim_concurrency_slot("warehouse", dead.run_id, "rollups").is_claimed
     assert end_dead_runs(instance) == 1
     statuses = {run.run_id: run.status for run in instance.get_runs()}

@@ -21,7 +21,7 @@ from marketdata_assets.settings import Settings
 from marketdata_assets.toolbox import Tell, open_toolbox
 
 WAREHOUSE_POOL = "warehouse"
-"""One step at a time over all runs (dagster.yaml): a DuckDB file has one writer. Venues have a limiter of their own."""
+"""How many runs write rollups at once (dagster.yaml). Within them a lock lets one write; venues have a limiter."""
 
 
 def asset_key(table: Table) -> dg.AssetKey:

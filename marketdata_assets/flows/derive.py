@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 import polars as pl
 
-from marketdata_assets.lake.ledger import State
+from marketdata_assets.lake.ledger import WAREHOUSE, State
 from marketdata_assets.lake.tables import raw, rollup
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.window import Partition, Timeframe, Window, month_of
@@ -84,7 +84,8 @@ def _write(
     toolbox: Toolbox, partition: Partition, frames: dict[Timeframe, pl.DataFrame], owned: dict[Timeframe, Window]
 ) -> dict[Timeframe, int]:
     if toolbox.settings.rollups == "duckdb":
-        changed = toolbox.warehouse.replace(partition.market, frames, owned)
+        with toolbox.ledger.lock(WAREHOUSE):
+            changed = toolbox.warehouse.replace(partition.market, frames, owned)
         return {tf: changed[tf.name] for tf in frames}
     return {tf: _write_object(toolbox, partition, tf, frame) for tf, frame in frames.items()}
 

@@ -82,14 +82,14 @@ def ingest(toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partitio
 def _start(toolbox: Toolbox, table: Table, partition: Partition) -> _Started:
     """Hold the partition, see what it lacks, send the requests."""
     with ExitStack() as held:
-        held.enter_context(toolbox.ledger.lock(partition))
+        held.enter_context(toolbox.ledger.lock(partition.key))
         return *_ask(toolbox, table, partition), held.pop_all()
 
 
 def _start_if_free(toolbox: Toolbox, table: Table, partition: Partition) -> _Started | None:
     """The same, unless another process holds the partition: waiting for it now could end in a deadlock."""
     with ExitStack() as held:
-        if not held.enter_context(toolbox.ledger.lock(partition, wait=False)):
+        if not held.enter_context(toolbox.ledger.lock(partition.key, wait=False)):
             return None
         return *_ask(toolbox, table, partition), held.pop_all()
 

@@ -79,6 +79,7 @@ class Gap(NamedTuple):
 
 
 GIVE_UP_AFTER = 3
+WAREHOUSE = "warehouse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +194,13 @@ class Ledger:
         return StoreFailed(f"{self._file} cannot be {verb} ({error}); mend the folder or set another `state:`")
 
     @contextmanager
-    def lock(self, partition: Partition, wait: bool = True) -> Iterator[bool]:
-        """Hold a partition against all other processes; false when `wait` is off and somebody else holds it."""
+    def lock(self, what: str, wait: bool = True) -> Iterator[bool]:
+        """Hold a partition's key, or WAREHOUSE, against all other processes; the lock ends with its process.
+
+        False when `wait` is off and somebody else holds it.
+        """
         try:
-            handle = (self._folder / "locks" / f"{partition.market.key}_{partition.month_key}").open("w")
+            handle = (self._folder / "locks" / what).open("w")
         except OSError as error:
             raise self._failed("locked", error) from None
         with handle:
