@@ -93,7 +93,7 @@ class FakeVenue:
 
     async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> Fetched:
         request = await self._answer()
-        return Fetched(pl.DataFrame({"open_time": [1]}), window, (request,))
+        return Fetched(pl.DataFrame({"open_time": [1]}), window, requests=(request,))
 
     async def now(self) -> datetime:
         await self._answer()
@@ -286,7 +286,6 @@ def test_a_ban_beyond_our_patience_is_venue_down(world: World, ledger: Ledger) -
     assert world.now == NOON
 
 
-@pytest.mark.xfail(strict=True, reason="Guarded._wait_turn raises without the requests that led there")
 def test_a_ban_beyond_our_patience_tells_its_requests(world: World, ledger: Ledger) -> None:
     """The 503 and the 418 belong in the fetch log."""
     venue = FakeVenue(world, [retry(), Wait("binance: HTTP 418", 7200)])
@@ -296,7 +295,6 @@ def test_a_ban_beyond_our_patience_tells_its_requests(world: World, ledger: Ledg
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 100.0])
-@pytest.mark.xfail(strict=True, reason="waits of one request are neither counted nor summed: it is asked without end")
 def test_a_venue_that_asks_for_patience_for_ever_is_given_up(world: World, ledger: Ledger, seconds: float) -> None:
     """`longest_wait` bounds one request's waiting in all, and a Retry-After of 0 is no invitation to hammer."""
     venue = FakeVenue(world, for_ever(lambda: Wait("binance: HTTP 429", seconds)))
@@ -308,7 +306,6 @@ def test_a_venue_that_asks_for_patience_for_ever_is_given_up(world: World, ledge
 
 
 @pytest.mark.parametrize("seconds", [1e12, float("inf")])
-@pytest.mark.xfail(strict=True, reason="the moment is beyond year 9999: OverflowError, and the ledger keeps the pause for ever")
 def test_an_absurd_retry_after_is_an_error_of_ours(world: World, ledger: Ledger, seconds: float) -> None:
     """One mad header must not stop a venue for good."""
     venue = FakeVenue(world, [Wait("binance: HTTP 429", seconds)])
@@ -417,7 +414,6 @@ def test_the_breaker_stops_retries_that_are_under_way(world: World, ledger: Ledg
     assert 30 <= len(venue.asked) < 30 + 8
 
 
-@pytest.mark.xfail(strict=True, reason="Guarded._wait_turn raises without the requests and without the reason")
 def test_whom_the_breaker_stops_tells_what_happened(world: World, ledger: Ledger) -> None:
     """The failed requests belong in the fetch log, and the reason in the error a person reads."""
     venue = FakeVenue(world, for_ever(retry), takes=0.1)
@@ -509,7 +505,6 @@ def test_the_limiter_holds_over_all_instances(world: World, tmp_path: Path, per_
     assert all(venue.asked for venue in venues)
 
 
-@pytest.mark.xfail(strict=True, reason="places in the queue that pass during a pause are kept and all used the moment it ends")
 def test_the_limiter_holds_after_a_pause(world: World, tmp_path: Path) -> None:
     """Whoever waited through a pause does not start with the others in one heap when it ends."""
     Ledger(tmp_path).pause("binance", NOON + 120)

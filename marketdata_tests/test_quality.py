@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from itertools import pairwise
@@ -21,7 +21,7 @@ from marketdata_assets.model.window import TIMEFRAMES, Timeframe, Window, to_ms
 from marketdata_assets.quality.agree import agree
 from marketdata_assets.quality.contract import check_bars
 from marketdata_assets.quality.gaps import holes, merged, runs, without
-from marketdata_assets.quality.rules import rules
+from marketdata_assets.quality.rules import REQUIRED, rules
 from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
 from marketdata_tests.conftest import needs_shared
 from marketdata_tests.samples import MINUTE, START, Row, at, dump, frame, minutes, random_rows, row
@@ -42,10 +42,12 @@ def sent(open_time: datetime | int | None = NOON, **changes: Any) -> Row:
     return {**texts, "open_time": moment, "trades": values["trades"], **changes}
 
 
-def judge(rows: Iterable[Row], timeframe: Timeframe = M1, asked: Window = ASKED, closed: datetime = LATER) -> Split:
+def judge(
+    rows: Iterable[Row], timeframe: Timeframe = M1, asked: Window = ASKED, closed: datetime = LATER, columns: Sequence[str] = REQUIRED
+) -> Split:
     """Split rows of one answer."""
     frame = pl.DataFrame([{name: r[name] for name in NAMES} for r in rows], schema=SENT_SCHEMA)
-    return split(asked_columns(frame, 3, asked), timeframe, closed)
+    return split(asked_columns(frame, 3, asked), timeframe, closed, columns)
 
 
 def reasons(*args: Any, **kwargs: Any) -> list[str]:
@@ -70,6 +72,7 @@ BROKEN: dict[str, list[Row]] = {
         sent(taker_buy_volume="1e-13"),
         sent(taker_buy_volume="1.00000000000010e-0"),
         sent(taker_buy_volume="0.25E-11"),
+        sent(taker_buy_volume="0.5e-12"),
     ],
     "non_positive_price": [sent(low="0"), sent(low="-0.000000000001")],
     "negative_volume": [sent(taker_buy_volume="-1"), sent(taker_buy_quote_volume="-0.000000000001"), sent(trades=-1)],
@@ -123,6 +126,12 @@ def test_a_clean_row_breaks_none(clean: Row):
 def test_all_broken_rules_are_named_in_the_order_of_the_table():
     found = reasons([sent(ASKED.end + timedelta(seconds=1), low="0", volume=None)])
     assert found == ["null", "non_positive_price", "off_grid", "outside_window"]
+
+
+def test_null_is_broken_in_every_column_that_the_venue_always_gives():
+    for name in ("quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume"):
+        assert reasons([sent(**{name: None})]) == []
+        assert reasons([sent(**{name: None})], columns=NAMES) == ["null"]
 
 
 @pytest.mark.parametrize("hour", [0, 7, 13, 23])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from itertools import groupby
+from pathlib import Path
 from random import Random
 from typing import Any
 
+import duckdb
 import polars as pl
 import pytest
 from hypothesis import given, settings
@@ -18,7 +21,7 @@ from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA, SCHEMA, empty_bars
 from marketdata_assets.model.window import TIMEFRAMES, Timeframe, Window
 from marketdata_assets.transforms.rollup import roll_up
 from marketdata_tests.conftest import needs_shared
-from marketdata_tests.samples import START, Row, at, dump, frame, minutes, random_rows, real_bars, row
+from marketdata_tests.samples import START, Row, at, dump, frame, minutes, random_rows, real_bars, row, start_python
 
 M1, H1, W1 = TIMEFRAMES["1m"], TIMEFRAMES["1h"], TIMEFRAMES["1w"]
 COARSER = [tf for tf in TIMEFRAMES.values() if tf.parent]
@@ -108,6 +111,44 @@ def test_step_by_step_equals_in_one_go(made: tuple[list[Row], Timeframe]):
     assert list(together) == coarser
     for tf in coarser:
         assert roll_up(frame(rows), base, [tf], FOREVER)[tf].equals(together[tf])
+
+
+QUARTER = """
+import os, sys
+import polars as pl
+from marketdata_assets.model.bar import SCHEMA
+from marketdata_assets.model.window import TIMEFRAMES, Window, parse_time
+from marketdata_assets.transforms.rollup import roll_up
+assert pl.thread_pool_size() == int(os.environ["POLARS_MAX_THREADS"])
+whole = Window(parse_time("2024-01-01"), parse_time("2024-04-01"))
+opens = pl.datetime_range(whole.start, whole.end, "1m", closed="left", time_zone="UTC", eager=True)
+i = pl.int_range(pl.len())
+columns = [(i * (7919 + n) % 10007 + 1).cast(dtype).alias(name) for n, (name, dtype) in enumerate(SCHEMA.items()) if n]
+bars = pl.select(opens.alias("open_time")).with_columns(columns).filter(i % 997 > 40)
+for frame in roll_up(bars, TIMEFRAMES["1m"], list(TIMEFRAMES.values())[1:], whole).values():
+    frame.write_parquet(f"{sys.argv[1]}/{frame.height}")
+bars.write_parquet(f"{sys.argv[1]}/bars")
+"""
+
+
+def test_rollups_of_many_bars_are_the_same_for_any_number_of_threads(tmp_path: Path):
+    """A quarter of minutes, more than polars hands to one thread, beside DuckDB's own sums."""
+    running = []
+    for threads in (1, 2, 8):
+        (tmp_path / str(threads)).mkdir()
+        running.append(start_python(QUARTER, str(tmp_path / str(threads)), env={**os.environ, "POLARS_MAX_THREADS": str(threads)}))
+    assert [(process.communicate(), process.returncode) for process in running] == [(("", ""), 0)] * 3
+    for hours in (1, 4, 24):
+        made = [pl.read_parquet(tmp_path / str(threads) / str(91 * 24 // hours)) for threads in (1, 2, 8)]
+        assert made[0].equals(made[1])
+        assert made[0].equals(made[2])
+        found = duckdb.sql(
+            "SELECT first(open ORDER BY open_time), max(high), min(low), last(close ORDER BY open_time),"
+            " sum(volume), sum(quote_volume), sum(trades)::BIGINT, sum(taker_buy_volume), sum(taker_buy_quote_volume), count(*)"
+            f" FROM read_parquet('{tmp_path}/8/bars') GROUP BY epoch(open_time)::BIGINT // {hours * 3600}"
+            f" ORDER BY epoch(open_time)::BIGINT // {hours * 3600}"
+        ).fetchall()
+        assert made[0].select(*NAMES[1:], "bars_present").rows() == found
 
 
 # --------------------------------------------------------------------------------- by hand

@@ -101,12 +101,36 @@ def ask_klines(url: str, **query: object) -> Answer:
 def test_the_data_never_changes() -> None:
     """Pinned rows: a change of the generator would silently change what others compare against."""
     assert klines("BTCUSDT", "1m", ms("2024-03-01"), LATER, 1, LATER) == [
-        [1709251200000, "55688.73000000", "55692.06000000", "55644.54000000", "55677.86000000", "19.87427000"]
-        + [1709251259999, "1106728.36245510", 1491, "14.86688000", "827884.38303480", "0"]
+        [
+            1709251200000,
+            "55688.73000000",
+            "55692.06000000",
+            "55644.54000000",
+            "55677.86000000",
+            "19.87427000",
+            1709251259999,
+            "1106728.36245510",
+            1491,
+            "14.86688000",
+            "827884.38303480",
+            "0",
+        ]
     ]
     assert klines("SHIBUSDT", "1w", ms("2024-03-04"), LATER, 1, LATER) == [
-        [1709510400000, "0.00000955", "0.00000965", "0.00000921", "0.00000923", "500990962073.00000000"]
-        + [1710115199999, "4747157.08447400", 606207, "250756215755.00000000", "2375973.10022135", "0"]
+        [
+            1709510400000,
+            "0.00000955",
+            "0.00000965",
+            "0.00000921",
+            "0.00000923",
+            "500990962073.00000000",
+            1710115199999,
+            "4747157.08447400",
+            606207,
+            "250756215755.00000000",
+            "2375973.10022135",
+            "0",
+        ]
     ]
 
 
@@ -135,10 +159,16 @@ def test_every_minute_is_possible(symbol: str) -> None:
         assert 0 < low <= min(opened, close) <= max(opened, close) <= high
         assert low * volume <= quote <= high * volume
         assert low * taken <= taken_quote <= high * taken
-        assert 0 <= taken <= volume and 0 <= taken_quote <= quote
-        assert not any(price % tick for price in (opened, high, low, close)) and not volume % step and not taken % step
-        assert (volume == 0) == (row[8] == 0) and row[8] <= volume / step
-        assert row[0] % MINUTE == 0 and row[6] == row[0] + MINUTE - 1 and row[11] == "0"
+        assert 0 <= taken <= volume
+        assert 0 <= taken_quote <= quote
+        assert not any(price % tick for price in (opened, high, low, close))
+        assert not volume % step
+        assert not taken % step
+        assert (volume == 0) == (row[8] == 0)
+        assert row[8] <= volume / step
+        assert row[0] % MINUTE == 0
+        assert row[6] == row[0] + MINUTE - 1
+        assert row[11] == "0"
 
 
 def test_prices_are_continuous_and_move() -> None:
@@ -179,7 +209,8 @@ def test_halts_are_shared_and_holes_are_not() -> None:
     assert set.intersection(*missing.values()) == halt
     holes = {symbol: runs(times - halt) for symbol, times in missing.items()}
     assert all(len(run) <= 4 for found in holes.values() for run in found)
-    assert sum(map(len, holes.values())) >= 6 and max(map(len, holes.values())) <= 8
+    assert sum(map(len, holes.values())) >= 6
+    assert max(map(len, holes.values())) <= 8
 
 
 def test_quiet_stretches_are_flat() -> None:
@@ -199,8 +230,11 @@ def test_an_open_bar_grows_into_its_closed_self() -> None:
     opened, done = ms("2024-03-20T12:34"), klines("BTCUSDT", "1m", ms("2024-03-20T12:34"), LATER, 1, LATER)[0]
     states = [klines("BTCUSDT", "1m", opened, LATER, 5, opened + late) for late in (0, 1, 20_000, 59_999, 60_000)]
     assert [len(rows) for rows in states] == [1, 1, 1, 1, 2]
-    assert states[0][0][5] == "0.00000000" and len(set(states[0][0][1:5])) == 1 and states[0][0][8] == 0
-    assert states[1][0][8] > 0 and states[4][0] == done
+    assert states[0][0][5] == "0.00000000"
+    assert len(set(states[0][0][1:5])) == 1
+    assert states[0][0][8] == 0
+    assert states[1][0][8] > 0
+    assert states[4][0] == done
     for before, after in pairwise(rows[0] for rows in states):
         assert all(Decimal(before[i]) <= Decimal(after[i]) for i in (2, 5, 7, 8, 9, 10))
         assert Decimal(before[3]) >= Decimal(after[3])
@@ -215,11 +249,13 @@ def test_truth_is_what_the_wire_says(interval: str) -> None:
     window = Window(datetime(2024, 3, 3, 13, 7, tzinfo=UTC), datetime(2024, 3, 13, 17, 33, tzinfo=UTC))
     frame = truth("SOLUSDT", interval, window)
     rows = pages("SOLUSDT", ms("2024-03-03T13:07"), ms("2024-03-13T17:33"), interval)
-    assert dict(frame.schema) == SCHEMA and sum(frame.null_count().row(0)) == 0
+    assert dict(frame.schema) == SCHEMA
+    assert sum(frame.null_count().row(0)) == 0
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
     wire = [(epoch + timedelta(milliseconds=r[0]), *map(Decimal, r[1:6]), Decimal(r[7]), r[8], *map(Decimal, r[9:11])) for r in rows]
     assert [c.name for c in COLUMNS][5:8] == ["volume", "quote_volume", "trades"]
-    assert frame.rows() == wire and len(wire) > 0
+    assert frame.rows() == wire
+    assert len(wire) > 0
 
 
 def test_truth_needs_no_clock_and_refuses_strangers() -> None:
@@ -256,7 +292,8 @@ def test_pages_follow_binances_rules() -> None:
     with running(SandboxExchange(now=lambda: NOW)) as url:
         opened = NOW // MINUTE * MINUTE
         newest = ask_klines(url).body
-        assert len(newest) == 500 and newest[-1][0] == opened
+        assert len(newest) == 500
+        assert newest[-1][0] == opened
         assert len(ask_klines(url, limit=5000, startTime=0).body) == 1000
         start = ms("2024-03-02T00:00")
         both = ask_klines(url, startTime=start, endTime=start + 3 * MINUTE).body
@@ -292,7 +329,8 @@ def test_errors_are_binances(path: str, query: dict[str, str], status: int, code
     with running(exchange) as url:
         answer = ask(url, f"/api/v3/{path}", **query)
     assert (answer.status, answer.body["code"]) == (status, code)
-    assert set(answer.body) == {"code", "msg"} and answer.headers["Content-Type"].startswith("application/json")
+    assert set(answer.body) == {"code", "msg"}
+    assert answer.headers["Content-Type"].startswith("application/json")
     assert exchange.requests == [(f"/api/v3/{path}", query, status)]
 
 
@@ -302,14 +340,16 @@ def test_exchange_info_knows_its_markets_and_their_listing() -> None:
     with running(SandboxExchange(now=lambda: early, weight_limit=777)) as url:
         info = ask(url, "/api/v3/exchangeInfo").body
         assert {entry["symbol"] for entry in info["symbols"]} == {"BTCUSDT", "ETHUSDT", "DOGEUSDT", "ADAUSDT"}
-        assert info["rateLimits"][0]["rateLimitType"] == "REQUEST_WEIGHT" and info["rateLimits"][0]["limit"] == 777
+        assert info["rateLimits"][0]["rateLimitType"] == "REQUEST_WEIGHT"
+        assert info["rateLimits"][0]["limit"] == 777
         assert info["serverTime"] == early
         assert ask_klines(url, symbol="SHIBUSDT").body["code"] == -1121
         two = ask(url, "/api/v3/exchangeInfo", symbols='["ADAUSDT","BTCUSDT"]').body["symbols"]
         assert [entry["symbol"] for entry in two] == ["ADAUSDT", "BTCUSDT"]
         one = ask(url, "/api/v3/exchangeInfo", symbol="BTCUSDT").body["symbols"][0]
         filters = {entry["filterType"]: entry for entry in one["filters"]}
-        assert filters["PRICE_FILTER"]["tickSize"] == "0.01000000" and filters["LOT_SIZE"]["stepSize"] == "0.00001000"
+        assert filters["PRICE_FILTER"]["tickSize"] == "0.01000000"
+        assert filters["LOT_SIZE"]["stepSize"] == "0.00001000"
 
 
 def test_weight_is_counted_by_the_clock_minute() -> None:
@@ -319,7 +359,8 @@ def test_weight_is_counted_by_the_clock_minute() -> None:
         used = [ask_klines(url, limit=1) for _ in range(3)]
         assert [answer.status for answer in used] == [200, 200, 429]
         assert [answer.headers["X-MBX-USED-WEIGHT-1M"] for answer in used] == ["2", "4", "6"]
-        assert used[2].headers["Retry-After"] == "20" and used[2].body["code"] == -1003
+        assert used[2].headers["Retry-After"] == "20"
+        assert used[2].body["code"] == -1003
         wall[0] = ms("2030-01-01T00:01:00")
         again = ask_klines(url, limit=1)
         assert (again.status, again.headers["X-MBX-USED-WEIGHT-1M"]) == (200, "2")
@@ -356,7 +397,8 @@ def test_tamper_plants_faults() -> None:
     with running(exchange) as url:
         assert ask_klines(url, limit=2).body == klines("BTCUSDT", "1m", None, NOW, 2, NOW)
         doubled = ask_klines(url, limit=3).body
-        assert len(doubled) == 4 and doubled[0] == doubled[1]
+        assert len(doubled) == 4
+        assert doubled[0] == doubled[1]
         assert ask_klines(url, limit=4)[:2] == (502, "bad gateway")
         assert ask_klines(url, limit=5).status == 503
         assert ask(url, "/api/v3/time").status == 200
@@ -370,7 +412,8 @@ def test_the_log_is_bounded() -> None:
         ask(url, "/api/v3/time")
         exchange.requests *= LOG_SIZE
         ask(url, "/api/v3/ping")
-    assert len(exchange.requests) == LOG_SIZE and exchange.requests[-1].path == "/api/v3/ping"
+    assert len(exchange.requests) == LOG_SIZE
+    assert exchange.requests[-1].path == "/api/v3/ping"
 
 
 def test_running_stops_and_says_which_port_is_taken() -> None:
@@ -392,7 +435,8 @@ def test_serve_ends_on_ctrl_c() -> None:
         signal.raise_signal(signal.SIGINT)
 
     serve(SandboxExchange(now=lambda: NOW), 0, ready)
-    assert len(urls) == 1 and urls[0].endswith("/binance")
+    assert len(urls) == 1
+    assert urls[0].endswith("/binance")
 
 
 def test_ccxt_takes_it_for_binance() -> None:
@@ -413,7 +457,9 @@ def test_ccxt_takes_it_for_binance() -> None:
     with running(SandboxExchange(now=lambda: NOW)) as url:
         markets, rows, clock = asyncio.run(visit(url))
     assert {listing.base + "/" + listing.quote for listing in LISTINGS.values()} == set(markets)
-    assert markets["SHIB/USDT"]["precision"]["price"] == 1e-8 and markets["BTC/USDT"]["precision"]["amount"] == 1e-5
+    assert markets["SHIB/USDT"]["precision"]["price"] == 1e-8
+    assert markets["BTC/USDT"]["precision"]["amount"] == 1e-5
     assert all(market["active"] and market["spot"] for market in markets.values())
     assert [row[0] for row in rows] == [ms("2024-03-08T01:59"), ms("2024-03-08T03:20")]
-    assert rows == klines("SHIBUSDT", "1m", ms("2024-03-08T01:59"), NOW, 2, NOW) and clock == NOW
+    assert rows == klines("SHIBUSDT", "1m", ms("2024-03-08T01:59"), NOW, 2, NOW)
+    assert clock == NOW

@@ -34,7 +34,7 @@ venues:
       - BTC/USD
       - BTC/USD:USD
     since: 2023-02-01T12:00:00Z
-timeframes: [1w, 1h, 15m]
+timeframes: [1w, 1h, 15m, 5m]
 lake: s3://bucket/prefix/
 rollups: parquet
 duckdb: {folder}/market.duckdb
@@ -66,7 +66,7 @@ def test_every_key_is_read(load: Any, tmp_path: Path):
     assert binance.requests_per_minute == 3000
     assert (kraken.symbols, kraken.since, kraken.until) == (("BTC/USD", "BTC/USD:USD"), at("2023-02-01T12:00"), None)
     assert (kraken.base.name, kraken.reference, kraken.base_url, kraken.requests_per_minute) == ("1m", (), None, None)
-    assert [tf.name for tf in settings.timeframes] == ["15m", "1h", "1w"]
+    assert [tf.name for tf in settings.timeframes] == ["5m", "15m", "1h", "1w"]
     assert (settings.lake, settings.rollups) == ("s3://bucket/prefix", "parquet")
     assert (settings.duckdb, settings.state) == (tmp_path / "market.duckdb", tmp_path / "state")
     assert settings.now() == settings.frozen_now == at("2024-06-01T12:00")
@@ -119,9 +119,10 @@ def test_the_settings_answer_for_their_markets(load: Any, tmp_path: Path):
     assert [m.key for m in settings.markets] == ["binance:BTC-USDT", "binance:ETH-USDT", "kraken:BTC-USD", "kraken:BTC-USD_USD"]
     assert settings.market("binance:BTC-USDT") == BTC
     assert settings.span(BTC) == Window(at("2024-01-01"), at("2024-02-10"))
-    assert [tf.name for tf in settings.rolled(BTC)] == ["15m", "1h", "1w"]
+    assert [tf.name for tf in settings.rolled(BTC)] == ["15m", "1h", "1w"]  # its base is 5m
+    assert [tf.name for tf in settings.rolled(usd)] == ["5m", "15m", "1h", "1w"]
     assert [tf.name for tf in settings.raw_timeframes] == ["1m", "5m", "1h", "1d"]
-    assert [tf.name for tf in settings.rollup_timeframes] == ["15m", "1h", "1w"]
+    assert [tf.name for tf in settings.rollup_timeframes] == ["5m", "15m", "1h", "1w"]
     wanted = Window(at("2023-12-01"), at("2024-01-15"))
     assert [p.key for p in settings.partitions([BTC, usd], wanted)] == [
         "binance:BTC-USDT|2024-01-01",

@@ -82,7 +82,7 @@ def _broken(done: Ingested) -> list[Row]:
 
 
 def _unexplained(done: Ingested) -> list[Window]:
-    explained = [gap.window for gap in done.gaps if gap.settled]
+    explained = [gap.window for gap in done.gaps if gap.settled or gap.reason == "quarantined"]
     first = done.bars["open_time"][0] if done.bars.height else done.wanted.start
     window = Window(max(done.wanted.start, first) if done.complete else done.wanted.start, done.wanted.end)
     found = [rest for hole in holes(done.bars["open_time"], done.timeframe, window) for rest in without(hole, explained)]

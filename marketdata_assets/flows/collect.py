@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 import polars as pl
 
-from marketdata_assets.errors import MarketDataError
+from marketdata_assets.errors import MarketDataError, VenueRefused
 from marketdata_assets.lake.ledger import Account, Gap, LoggedFetch, logged
 from marketdata_assets.model.bar import NAMES, empty_bars
 from marketdata_assets.model.market import Market
@@ -23,12 +23,14 @@ from marketdata_assets.model.window import EPOCH, Timeframe, Window, iso
 from marketdata_assets.quality.agree import Agreement, agree
 from marketdata_assets.quality.gaps import holes, merged, runs, without
 from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
-from marketdata_assets.sources.base import Fetched
+from marketdata_assets.sources.base import Fetched, Request
 from marketdata_assets.toolbox import Toolbox
 
 ROUNDS = 7
 ASKS_DISPUTED = 4
 ASKS_MISSING = 2
+WITNESSES = 3
+"""How many stored bars before a new span are asked again: a venue that contradicts two in a row is not believed."""
 STORED = -1
 """The answer number of bars that are stored already."""
 
@@ -59,7 +61,7 @@ async def collect(
     if not _lacking(stored["open_time"], timeframe, wanted, known):
         return Collected(gaps=tuple(known), through=wanted.end)
     now = await toolbox.venue_now(market, wanted.end + timeframe.width)
-    listed = await _listed(toolbox, market, timeframe, stored)
+    listed = await _listed(toolbox, market, timeframe, stored, wanted.start)
     asked = Window(max(wanted.start, listed or wanted.start), max(wanted.start, min(wanted.end, timeframe.floor(now))))
     lacking = _lacking(stored["open_time"], timeframe, asked, known)
     if not lacking:
@@ -74,10 +76,10 @@ def _lacking(opens: pl.Series, timeframe: Timeframe, window: Window, gaps: Itera
     return [rest for hole in holes(opens, timeframe, window) for rest in without(hole, settled)]
 
 
-async def _listed(toolbox: Toolbox, market: Market, timeframe: Timeframe, stored: pl.DataFrame) -> datetime | None:
-    """The market's first bar, on this timeframe's grid; asked twice once, and only believed when both answers agree."""
+async def _listed(toolbox: Toolbox, market: Market, timeframe: Timeframe, stored: pl.DataFrame, start: datetime) -> datetime | None:
+    """The market's first bar, on this timeframe's grid; only believed when two answers agree, then never asked again."""
     listed = toolbox.ledger.listed(market)
-    if listed is None and stored.is_empty():
+    if listed is None and (stored.is_empty() or stored["open_time"][0] > start):
         base = toolbox.settings.venues[market.venue].base
         source = toolbox.source(market)
         first, second = [await source.first_open(market, base) for _ in range(2)]
@@ -109,7 +111,6 @@ class _Inquiry:
     async def run(self, lacking: list[Window]) -> Collected:
         queue = await self._served(self._pages(lacking))
         for _ in range(ROUNDS):
-            self.asks.update(queue)
             await self._ask(queue)
             agreement = self._agreement()
             queue = self._doubts(agreement)
@@ -119,19 +120,22 @@ class _Inquiry:
 
     # ------------------------------------------------------------------------------------------ asking
     def _pages(self, lacking: list[Window]) -> list[Window]:
-        """Pages over what is lacking, each with the next bar as its witness, and a stored bar before it if there is one."""
+        """Pages over what is lacking, each with the next bar as its witness, the first with stored bars before it."""
         size = max(1, self.toolbox.source(self.market).page_size - 2)
-        near = merged(lacking, size, self.timeframe)
+        back = (WITNESSES - 1) * self.timeframe.width
+        near = merged((Window(max(self.asked.start, w.start - back), w.end) for w in lacking), size, self.timeframe)
         return [self._fenced(page) for window in near for page in window.pages(self.timeframe, size)]
 
     async def _served(self, pages: list[Window]) -> list[Window]:
         """The pages a venue can answer. Some keep only their newest bars, or began late: the first answer tells."""
         if self.toolbox.source(self.market).skips_gaps or len(pages) < 3:
             return pages
-        self.asks.update(pages[:1])
         await self._ask(pages[:1])
-        self.unserved = self.answers[0].later or self.asked.start
-        return [page for page in pages[1:] if page.end > self.unserved] or pages[-1:]
+        if self.answers[0].later is None:
+            return pages[1:]
+        await self._ask(pages[:1])
+        self.unserved = min(answer.later or self.asked.start for answer in self.answers)
+        return [page for page in pages if page.end > self.unserved] or pages[-1:]
 
     def _fenced(self, window: Window) -> Window:
         """One bar more on both sides, as far as the venue's clock allows."""
@@ -141,6 +145,7 @@ class _Inquiry:
         return Window(first, max(window.end, min(window.end + step, last)))
 
     async def _ask(self, queue: list[Window]) -> None:
+        self.asks.update(queue)
         turns, source = self.toolbox.turns(self.market), self.toolbox.source(self.market)
 
         async def one(window: Window) -> Fetched:
@@ -153,8 +158,7 @@ class _Inquiry:
         try:
             fetched = await asyncio.gather(*tasks)
         except MarketDataError as error:
-            await _cancel(tasks)
-            error.requests = (*(r for f in self.answers for r in f.requests), *error.requests)
+            error.requests = (*(r for f in self.answers for r in f.requests), *await _end(tasks))
             raise
         self._judge(fetched)
 
@@ -163,7 +167,8 @@ class _Inquiry:
         first = len(self.answers)
         self.answers.extend(fetched)
         frames = [asked_columns(f.rows, first + i, f.asked) for i, f in enumerate(fetched)]
-        kept, rejected = split(pl.concat(frames), self.timeframe, self.now)
+        columns = self.toolbox.source(self.market).columns
+        kept, rejected = split(pl.concat(frames), self.timeframe, self.now, columns)
         spans = kept.group_by("answer").agg(pl.col("open_time").min().alias("a"), pl.col("open_time").max().alias("b"))
         self.reach.extend((a, b) for _, a, b in spans.sort("answer").iter_rows())
         beyond = (pl.col("open_time") < self.asked.start) | (pl.col("open_time") >= self.asked.end)
@@ -228,6 +233,7 @@ class _Inquiry:
         lost = pl.concat([agreement.outvoted, agreement.open]).filter(~stored)
         fresh = pl.concat([*self.rejected, reject(lost, "conflict")])
         replaced = reject(agreement.outvoted.filter(stored), "replaced")
+        self._refuse_contradiction(agreement.outvoted.filter(stored)["open_time"])
         bars = agreement.bars.join(self.stored, on=NAMES, how="anti", nulls_equal=True)
         account = Account(self.received, bars.height, self._repeated(agreement), fresh.height)
         fetches, answers = self._log()
@@ -243,6 +249,14 @@ class _Inquiry:
             through=self.asked.end,
         )
 
+    def _refuse_contradiction(self, replaced: pl.Series) -> None:
+        """One stored bar may have been told unfinished. Two in a row that the venue denies: it speaks of something else."""
+        denied = [w for w in runs(replaced.to_list(), self.timeframe) if w.count(self.timeframe) > 1]
+        if denied:
+            error = VenueRefused(f"{self.market.venue}: its answers contradict the stored bars of {denied[0]}; nothing of them is stored")
+            error.requests = tuple(r for answer in self.answers for r in answer.requests)
+            raise error
+
     def _repeated(self, agreement: Agreement) -> int:
         """Rows that only said again what is believed, counted from the rows themselves."""
         same = pl.concat(self.kept).join(agreement.bars, on=NAMES, how="semi", nulls_equal=True).height
@@ -255,16 +269,18 @@ class _Inquiry:
         quarantined = runs(broken, self.timeframe)
         for hole in self._holes(agreement):
             rest = without(hole, quarantined)
-            gaps += [self._gap(w, "quarantined", 1) for w in without(hole, rest)]
+            gaps += [self._again(w, "quarantined") for w in without(hole, rest)]
             gaps += [self._unexplained(w) for w in rest]
         return sorted(gaps)
 
     def _unexplained(self, window: Window) -> Gap:
         answers = self._explained(window)
-        if answers > 1:
-            return self._gap(window, "no_bars", answers)
+        return self._gap(window, "no_bars", answers) if answers > 1 else self._again(window, "unanswered")
+
+    def _again(self, window: Window, reason: str) -> Gap:
+        """A gap to be asked for in later runs; it counts the runs that ended like this one."""
         earlier = max((gap.answers for gap in self.known if gap.window & window), default=0)
-        return self._gap(window, "unanswered", earlier + 1)
+        return self._gap(window, reason, earlier + 1)
 
     def _gap(self, window: Window, reason: str, answers: int) -> Gap:
         about = [f for f in self.answers if f.asked & window]
@@ -284,7 +300,9 @@ def _moment(fetched: Fetched) -> str:
     return iso(datetime.fromtimestamp(int(fetched.requests[-1].asked_at), UTC)) if fetched.requests else "?"
 
 
-async def _cancel(tasks: Sequence[asyncio.Task[Fetched]]) -> None:
+async def _end(tasks: Sequence[asyncio.Task[Fetched]]) -> list[Request]:
+    """Cancel what still runs; all requests of all that have ended, for the fetch log."""
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    return [request for end in ended if isinstance(end, Fetched | MarketDataError) for request in end.requests]

@@ -137,7 +137,7 @@ def _store(toolbox: Toolbox, prepared: _Prepared, got: Collected) -> Ingested:
     complete = got.through >= prepared.wanted.end and all(gap.settled for gap in got.gaps)
     state = State(
         start=prepared.wanted.start,
-        through=max(got.through, prepared.wanted.start),
+        through=max(got.through, prepared.wanted.start, prepared.state.through if prepared.state else got.through),
         newest=bars["open_time"][-1] if bars.height else None,
         complete=complete,
         rows=bars.height,

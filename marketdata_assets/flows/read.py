@@ -11,7 +11,7 @@ from marketdata_assets.errors import BadInput
 from marketdata_assets.lake.ledger import State
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import Timeframe, Window, partitions_of
+from marketdata_assets.model.window import Partition, Timeframe, Window, partitions_of
 from marketdata_assets.toolbox import Toolbox
 
 
@@ -71,33 +71,38 @@ def coverage(toolbox: Toolbox, markets: Iterable[Market]) -> list[Coverage]:
 
 def _coverage(toolbox: Toolbox, market: Market) -> Coverage:
     base = toolbox.settings.venues[market.venue].base
-    table, span = raw(base), toolbox.settings.span(market)
-    states, gaps = toolbox.ledger.states(table, market), toolbox.ledger.gap_totals(table, market)
-    listed = toolbox.ledger.listed(market)
+    span, listed = toolbox.settings.span(market), toolbox.ledger.listed(market)
+    states = toolbox.ledger.states(raw(base), market)
     found = Coverage(market.key)
     for partition in partitions_of(market, span):
         wanted = partition.opens(base) & Window(base.ceil(span.start), base.floor(span.end))
-        expected = wanted.count(base)
-        early = (wanted & Window(wanted.start, base.floor(listed))).count(base) if listed else 0
-        state = states.get(partition.month_key)
-        found.expected += expected
-        found.not_listed += early
-        if state is None or state.bytes is None or toolbox.lake.size(table, partition) != state.bytes:
-            found.not_fetched += expected - early
-            continue
-        _add_partition(found, state, expected - early, {r: n for (m, r), n in gaps.items() if m == partition.month_key})
+        late = Window(max(wanted.start, base.floor(listed)), wanted.end) if listed else wanted
+        found.expected += wanted.count(base)
+        found.not_listed += wanted.count(base) - late.count(base)
+        _add_partition(toolbox, found, raw(base), partition, late, states.get(partition.month_key))
     return _in_minutes(found, base)
 
 
-def _add_partition(found: Coverage, state: State, expected: int, gaps: dict[str, int]) -> None:
-    present = min(state.rows, expected)
-    found.present += present
-    left = expected - present
-    for reason, bars in gaps.items():
-        part = min(bars, left)
-        setattr(found, _PARTS[reason], getattr(found, _PARTS[reason]) + part)
-        left -= part
+def _add_partition(toolbox: Toolbox, found: Coverage, table: Table, partition: Partition, wanted: Window, state: State | None) -> None:
+    """One month's wanted window: what lies in the lake, what the ledger explains, and the rest that was not fetched."""
+    left = wanted.count(table.timeframe)
+    if state is not None and state.bytes is not None and toolbox.lake.size(table, partition) == state.bytes:
+        present = _present(toolbox, table, partition, wanted, state)
+        found.present += present
+        left -= present
+        for gap in toolbox.ledger.gaps(table, partition):
+            part = min(left, (gap.window & wanted).count(table.timeframe))
+            setattr(found, _PARTS[gap.reason], getattr(found, _PARTS[gap.reason]) + part)
+            left -= part
     found.not_fetched += left
+
+
+def _present(toolbox: Toolbox, table: Table, partition: Partition, wanted: Window, state: State) -> int:
+    """Bars inside the window: the ledger's count, or the object's own where it also holds bars that are not wanted now."""
+    if wanted.start <= state.start and (state.newest is None or state.newest < wanted.end):
+        return state.rows
+    bars = toolbox.lake.read(table, partition)
+    return 0 if bars is None else int(bars["open_time"].is_between(wanted.start, wanted.end, closed="left").sum())
 
 
 def _in_minutes(found: Coverage, base: Timeframe) -> Coverage:

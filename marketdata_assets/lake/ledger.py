@@ -63,7 +63,8 @@ class Gap(NamedTuple):
     """A window of open times without bars. `reason` is one of `no_bars`, `quarantined`, `unanswered`.
 
     `no_bars`: the venue delivered both neighbours and nothing between, in two answers. `quarantined`: what it
-    delivered broke a rule. `unanswered`: nobody knows yet; asked again until `answers` reaches GIVE_UP_AFTER.
+    delivered broke a rule. `unanswered`: nobody knows yet. The last two are asked again in later runs, until
+    `answers`, the runs that ended so, reaches GIVE_UP_AFTER.
     """
 
     window: Window
@@ -75,7 +76,7 @@ class Gap(NamedTuple):
     @property
     def settled(self) -> bool:
         """True when the venue is not asked for it again on every run."""
-        return self.reason != "unanswered" or self.answers >= GIVE_UP_AFTER
+        return self.reason == "no_bars" or self.answers >= GIVE_UP_AFTER
 
 
 GIVE_UP_AFTER = 3
@@ -296,13 +297,6 @@ class Ledger:
             *_where(table, partition),
         )
         return [Gap(Window(parse_time(a), parse_time(b)), *rest) for a, b, *rest in found]
-
-    def gap_totals(self, table: Table, market: Market) -> dict[tuple[str, str], int]:
-        """Bars missing by (month key, reason)."""
-        found = self._rows(
-            "SELECT month, reason, sum(bars) FROM gaps WHERE tbl = ? AND market = ? GROUP BY month, reason", table.name, market.key
-        )
-        return {(month, reason): int(bars) for month, reason, bars in found}
 
     def commit(self, entry: Entry) -> None:
         """Write down one ingest, whole or not at all."""

@@ -99,19 +99,21 @@ def encode(frame: pl.DataFrame) -> bytes:
         row_group_size=max(1, frame.height),
         use_dictionary=False,
         store_decimal_as_integer=True,
+        write_page_checksum=True,
         column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
     )
     return sink.getvalue()
 
 
 def decode(content: bytes, table: Table, name: str) -> pl.DataFrame:
-    """The frame of an object, columns bound by name and in the table's types. Raises Damaged."""
+    """The frame of an object, checksums verified, columns bound by name and in the table's types. Raises Damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
-        frame = pl.read_parquet(io.BytesIO(content))
+        frame = pl.DataFrame(pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True).read())
         return frame.select(pl.col(column.name).cast(column.dtype) for column in table.columns)
-    except (pl.exceptions.PolarsError, OSError, ValueError, BaseException) as error:
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, OSError, ValueError) as error:
         raise Damaged(f"{name} is damaged ({type(error).__name__}); `marketdata backfill` fetches it again") from None
 
 

@@ -7,7 +7,7 @@ because `null` and `not_a_number` say so themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -18,7 +18,7 @@ from marketdata_assets.model.window import Timeframe
 
 SENT = "sent_"
 VOLUMES = ("volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume")
-_REQUIRED = tuple(column.name for column in COLUMNS if not column.optional)
+REQUIRED = tuple(column.name for column in COLUMNS if not column.optional)
 _TEXTS = tuple(name for name in NAMES if name not in ("open_time", "trades"))
 
 
@@ -31,8 +31,11 @@ class Rule:
     broken: pl.Expr
 
 
-def rules(timeframe: Timeframe, closed_before: datetime) -> tuple[Rule, ...]:
-    """The rules for rows of one timeframe, asked for in `[asked_start, asked_end)`, when the venue's clock says this."""
+def rules(timeframe: Timeframe, closed_before: datetime, columns: Sequence[str] = REQUIRED) -> tuple[Rule, ...]:
+    """The rules for rows of one timeframe, asked for in `[asked_start, asked_end)`, when the venue's clock says this.
+
+    `columns` are those that the venue always gives.
+    """
     offset = (pl.col("open_time") - timeframe.origin).dt.total_microseconds() % (timeframe.width // timedelta(microseconds=1))
     inside = pl.col("open_time").is_between("asked_start", "asked_end", closed="left")
     closed = pl.col("open_time") + timeframe.width <= closed_before
@@ -41,7 +44,7 @@ def rules(timeframe: Timeframe, closed_before: datetime) -> tuple[Rule, ...]:
     vwap_low, vwap_high = real["low"] * real["volume"], real["high"] * real["volume"]
     slack = vwap_high.abs() * 1e-6 + 1e-6
     return (
-        Rule("null", "a value that must be there is missing", _any(pl.col(SENT + n).is_null() for n in _REQUIRED)),
+        Rule("null", "a value that must be there is missing", _any(pl.col(SENT + n).is_null() for n in columns)),
         Rule("not_a_number", "NaN, infinite, text that is no number, or no moment", _any(_unreadable(n) for n in ("open_time", *_TEXTS))),
         Rule("too_precise", f"more than {SCALE} decimals", _any(_too_precise(n) for n in _TEXTS)),
         Rule("non_positive_price", "a price of zero or below", _any(pl.col(n) <= 0 for n in PRICES)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import polars as pl
 
 from marketdata_assets.model.bar import NAMES, SCHEMA, TIME
 from marketdata_assets.model.window import Timeframe, Window, to_ms
-from marketdata_assets.quality.rules import SENT, rules
+from marketdata_assets.quality.rules import REQUIRED, SENT, rules
 
 REJECTED_SCHEMA: dict[str, pl.DataType] = {
     "answer": pl.Int64(),
@@ -28,14 +29,14 @@ class Split(NamedTuple):
     rejected: pl.DataFrame
 
 
-def split(rows: pl.DataFrame, timeframe: Timeframe, closed_before: datetime) -> Split:
+def split(rows: pl.DataFrame, timeframe: Timeframe, closed_before: datetime, columns: Sequence[str] = REQUIRED) -> Split:
     """Judge rows by every rule. Every row ends in exactly one of the two frames.
 
     `rows` is as `sources.base.Fetched.rows` with the columns of `asked_columns` added; `closed_before` is the venue's
-    clock: a bar is closed when its end is at or before it.
+    clock: a bar is closed when its end is at or before it. Null is broken in each of `columns`.
     """
     typed = rows.rename({name: SENT + name for name in NAMES}).with_columns(_typed(name, dtype) for name, dtype in SCHEMA.items())
-    table = rules(timeframe, closed_before)
+    table = rules(timeframe, closed_before, columns)
     judged = typed.with_columns(rule.broken.fill_null(False).alias("broken_" + rule.name) for rule in table)
     broken = pl.any_horizontal("broken_" + rule.name for rule in table)
     refused = judged.filter(broken)

@@ -50,6 +50,11 @@ class Source(Protocol):
         ...
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a bar that it always gives: null in one of them is broken."""
+        ...
+
+    @property
     def skips_gaps(self) -> bool:
         """True when one request may span more than a page, because the venue counts rows and not time."""
         ...

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -66,6 +68,7 @@ _KLINE_COLUMNS: tuple[tuple[str, int, type], ...] = (
     ("taker_buy_quote_volume", 10, str),
 )
 _CLOSE_TIME, _KLINE_WIDTH = 6, 12
+_OHLCV = ("open_time", "open", "high", "low", "close", "volume")
 _DTYPES = {int: pl.Int64(), str: pl.String()}
 
 
@@ -78,6 +81,7 @@ class _Answer:
 
 
 _ANSWER: ContextVar[_Answer] = ContextVar("answer")
+_BROKEN = object()
 
 
 class _LimitedResponse(aiohttp.ClientResponse):
@@ -110,10 +114,12 @@ class _Strict:
     def parse_json(self, text: str) -> Any:
         try:
             value = self.on_json_response(text)  # type: ignore[attr-defined]
-        except ValueError:
-            if (_ANSWER.get().status or 0) < 400:
-                raise Garbled("the answer is not JSON: it is cut short or broken") from None
-            return None
+        except (ValueError, RecursionError):
+            value = _BROKEN
+        if (_ANSWER.get().status or 0) >= 400:
+            return None if value is _BROKEN else value
+        if value is _BROKEN:
+            raise Garbled("the answer is not JSON: it is cut short or broken")
         if value in ({}, None):
             raise Garbled("the answer holds nothing")
         return value
@@ -152,6 +158,11 @@ class CcxtSource:
         return self._page or DEFAULT_PAGE
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Klines have all nine values, ccxt's bars the first five."""
+        return NAMES if self._klines else _OHLCV
+
+    @property
     def skips_gaps(self) -> bool:
         """Binance counts rows from startTime on, so one request sees both sides of any gap."""
         return self._klines is not None
@@ -170,8 +181,8 @@ class CcxtSource:
         """The first bar ever, where the venue's klines count rows; else None."""
         if self._klines is None:
             return None
-        rows, _ = await self._klines_rows(market, timeframe, {"startTime": 0, "limit": 1})
-        opens = _kline_frame(rows, timeframe)["open_time"].to_list()
+        rows, _ = await self._ask_klines(market, timeframe, {"startTime": 0, "limit": 1})
+        opens = rows["open_time"].to_list()
         return from_ms(opens[0]) if opens and opens[0] is not None else None
 
     async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> Fetched:
@@ -179,36 +190,36 @@ class CcxtSource:
         start, end = to_ms(window.start), to_ms(window.end)
         if self._klines:
             params = {"startTime": start, "endTime": end - 1, "limit": self._klines.page}
-            rows, request = await self._klines_rows(market, timeframe, params)
-            return Fetched(_kline_frame(rows, timeframe), window, requests=(request,))
+            rows, request = await self._ask_klines(market, timeframe, params)
+            return Fetched(rows, window, requests=(request,))
         limit = window.count(timeframe)
 
-        async def ask(exchange: Any) -> list[list[Any]]:
+        async def ask(exchange: Any) -> pl.DataFrame:
             self._known(exchange, market)
-            return list(await exchange.fetch_ohlcv(market.symbol, timeframe.name, start, limit))
+            return _ohlcv_frame(await exchange.fetch_ohlcv(market.symbol, timeframe.name, start, limit))
 
         answer, request = await self._ask("bars", ask)
         # fetch_ohlcv has no end and some venues no start: what lies outside the page is another page's
-        rows = [row for row in answer if not (isinstance(row[0], int) and not start <= row[0] < end)]
-        later = min((row[0] for row in answer if isinstance(row[0], int) and row[0] >= end), default=None)
-        return Fetched(_ohlcv_frame(rows), window, from_ms(later) if later and not rows else None, (request,))
+        rows = answer.filter(pl.col("open_time").is_null() | pl.col("open_time").is_between(start, end, closed="left"))
+        later = answer.filter(pl.col("open_time") >= end)["open_time"].min() if rows.is_empty() else None
+        return Fetched(rows, window, from_ms(later) if isinstance(later, int) else None, (request,))
 
     async def close(self) -> None:
         """Give up the connections; the source can be used again afterwards."""
         session, exchange, self._session, self._exchange = self._session, self._exchange, None, None
         if exchange is not None:
-            exchange.session = None  # it is ours: ccxt would warn that nobody closed it
+            exchange.session = None
         if session is not None:
             await session.close()
 
     # ------------------------------------------------------------------------------------------ requests
-    async def _klines_rows(self, market: Market, timeframe: Timeframe, params: dict[str, int]) -> tuple[Any, Request]:
+    async def _ask_klines(self, market: Market, timeframe: Timeframe, params: dict[str, int]) -> tuple[pl.DataFrame, Request]:
         kind = self._klines
         assert kind is not None
 
-        async def ask(exchange: Any) -> Any:
+        async def ask(exchange: Any) -> pl.DataFrame:
             request = {"symbol": self._known(exchange, market), "interval": timeframe.name, **params}
-            return await getattr(exchange, kind.method)(request)
+            return _kline_frame(await getattr(exchange, kind.method)(request), timeframe)
 
         return await self._ask("bars", ask)
 
@@ -234,13 +245,17 @@ class CcxtSource:
         finally:
             _ANSWER.reset(token)
             self.used_weight = _used_weight(answer) or 0
-        return value, request("answered", rows=len(value) if isinstance(value, list) else None)
+        return value, request("answered", rows=value.height if isinstance(value, pl.DataFrame) else None)
 
     async def _open(self) -> Any:
         async with self._loading:
             if self._exchange is None:
                 exchange = self._create()
-                await self._one("markets", lambda: self._load(exchange))
+                try:
+                    await self._one("markets", lambda: self._load(exchange))
+                except BaseException:
+                    exchange.session = None  # it is ours: ccxt would warn that nobody closed it
+                    raise
                 self._exchange = exchange
         return self._exchange
 
@@ -325,6 +340,8 @@ def _verdict(venue: str, error: Exception, answer: _Answer) -> MarketDataError:
     if isinstance(error, ccxt.DDoSProtection | ccxt.RateLimitExceeded):
         seconds = _retry_after(answer)
         return Wait(f"{venue}: HTTP {answer.status}, it asks to wait {seconds:g} s", seconds)
+    if isinstance(error, ccxt.RequestTimeout):
+        return Retry(f"{venue}: no whole answer within the deadline")
     if isinstance(error, ccxt.OperationFailed) and answer.status in (403, 404, 405):
         return VenueRefused(f"{venue}: HTTP {answer.status}, the address does not serve this API; check base_url")
     if isinstance(error, ccxt.BadRequest | ccxt.AuthenticationError | ccxt.NotSupported | ccxt.ArgumentsRequired):
@@ -342,10 +359,16 @@ def _reason(error: Exception, answer: _Answer) -> str:
 
 
 def _retry_after(answer: _Answer) -> float:
+    """Seconds to wait: the header's seconds or date; DEFAULT_PAUSE where it is missing or makes no sense."""
+    header = answer.headers.get("retry-after", "")
     try:
-        return max(0.0, float(answer.headers.get("retry-after", DEFAULT_PAUSE)))
+        seconds = float(header)
     except ValueError:
-        return DEFAULT_PAUSE
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return DEFAULT_PAUSE
+    return max(0.0, seconds) if math.isfinite(seconds) else DEFAULT_PAUSE
 
 
 def _used_weight(answer: _Answer) -> int | None:
@@ -369,11 +392,14 @@ def _kline_frame(rows: Any, timeframe: Timeframe) -> pl.DataFrame:
     return pl.DataFrame(series)
 
 
-def _series(name: str, values: tuple[Any, ...], kind: type) -> pl.Series:
+def _series(name: str, values: Sequence[Any], kind: type) -> pl.Series:
+    refusal = Garbled(f"column {name} holds something else than {'whole numbers' if kind is int else 'text'}")
+    if not set(map(type, values)) <= {kind, type(None)}:
+        raise refusal
     try:
         return pl.Series(name, values, dtype=_DTYPES[kind], strict=True)
     except (TypeError, pl.exceptions.PolarsError, OverflowError):
-        raise Garbled(f"column {name} holds something else than {'whole numbers' if kind is int else 'text'}") from None
+        raise refusal from None
 
 
 def _check_interval(opens: pl.Series, closes: pl.Series, timeframe: Timeframe) -> None:
@@ -389,10 +415,9 @@ def _ohlcv_frame(rows: list[list[Any]]) -> pl.DataFrame:
     """ccxt's six columns as text; what a venue does not give is null."""
     if any(len(row) < 6 for row in rows):
         raise Garbled("a bar has fewer than six columns")
-    known = ("open_time", "open", "high", "low", "close", "volume")
     columns = list(zip(*(row[:6] for row in rows), strict=True)) or [()] * 6
     series = {"open_time": _series("open_time", columns[0], int)}
-    for name, values in zip(known[1:], columns[1:], strict=True):
+    for name, values in zip(_OHLCV[1:], columns[1:], strict=True):
         series[name] = pl.Series(name, [None if v is None else str(v) for v in values], dtype=pl.String)
     missing = {name: pl.lit(None, pl.Int64() if name == "trades" else pl.String()) for name in NAMES if name not in series}
     return pl.DataFrame(series).with_columns(**missing).select(NAMES)

@@ -21,6 +21,9 @@ from marketdata_assets.sources.base import Fetched, Request, Source
 
 T = TypeVar("T")
 
+LONGEST_PAUSE = 3 * 86400.0
+"""Seconds: the longest ban that Binance gives; a header that says more is not believed."""
+
 
 class VenueState(Protocol):
     """What all processes know of one venue. Moments are our clock, in seconds since 1970."""
@@ -48,9 +51,10 @@ class VenueState(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How patient a guard is. Backoff is exponential, capped, fully jittered; seconds."""
+    """How patient a guard is with one request. Backoff is exponential, capped, fully jittered; seconds."""
 
     attempts: int = 6
+    waits: int = 30
     backoff: float = 0.5
     backoff_cap: float = 20.0
     longest_wait: float = 900.0
@@ -60,7 +64,11 @@ class Policy:
 
     def delay(self, failures: int) -> float:
         """How long to wait after so many failures of one request."""
-        return min(self.backoff_cap, self.backoff * 2.0 ** (failures - 1)) * self.jitter()
+        return self.longest_delay(failures) * self.jitter()
+
+    def longest_delay(self, failures: int) -> float:
+        """The same without jitter."""
+        return min(self.backoff_cap, self.backoff * 2.0 ** (failures - 1))
 
 
 class Guarded:
@@ -76,6 +84,11 @@ class Guarded:
     def page_size(self) -> int:
         """The wrapped source's."""
         return self._source.page_size
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The wrapped source's."""
+        return self._source.columns
 
     @property
     def skips_gaps(self) -> bool:
@@ -102,47 +115,68 @@ class Guarded:
         await self._source.close()
 
     async def _call(self, operation: Callable[[], Awaitable[T]], failed: list[Request], waited: list[float]) -> T:
-        failures = 0
+        failures, waits, patience, last = 0, 0, self._policy.longest_wait, ""
         while True:
-            waited.append(await self._wait_turn())
             try:
+                waited.append(await self._wait_turn(last))
                 value = await operation()
             except Wait as error:
                 failed.extend(error.requests)
-                self._respect(error)
+                last = str(error)
+                waits += 1
+                patience -= self._respect(error, waits)
+                if patience < 0 or waits > self._policy.waits:
+                    until = _moment(self._state.paused_until(self._venue))
+                    raise self._down(f"{error}; no request before {until}: too long to wait for", failed) from None
             except Retry as error:
                 failed.extend(error.requests)
+                last = str(error)
                 failures += 1
                 self._state.record(self._venue, False, self._policy.clock())
                 if failures >= self._policy.attempts:
-                    down = VenueDown(f"{error}; given up after {failures} tries")
-                    down.requests = tuple(failed)
-                    raise down from None
+                    raise self._down(f"{error}; given up after {failures} tries", failed) from None
                 await self._policy.sleep(self._policy.delay(failures))
             except MarketDataError as error:
-                failed.extend(error.requests)
-                error.requests = tuple(failed)
+                error.requests = (*failed, *error.requests)
                 raise
             else:
                 self._state.record(self._venue, True, self._policy.clock())
                 self._mind_weight()
                 return value
 
-    async def _wait_turn(self) -> float:
-        """Wait for the limiter and for every pause the venue asked for; seconds waited. Raises VenueDown."""
+    def _down(self, message: str, failed: list[Request]) -> VenueDown:
+        down = VenueDown(message)
+        down.requests = tuple(failed)
+        return down
+
+    async def _wait_turn(self, last: str) -> float:
+        """Wait for every pause the venue asked for, then for the limiter; seconds waited. Raises VenueDown.
+
+        The place in the queue is taken when no pause is left: places kept through one would all be used at its end.
+        """
         clock, begun = self._policy.clock, self._policy.clock()
+        because = f" (last: {last})" if last else ""
         broken = self._state.broken_until(self._venue, begun)
         if broken:
-            raise VenueDown(f"{self._venue} failed too often; its circuit breaker stays open until {_moment(broken)}")
-        turn = self._state.reserve(self._venue, begun, self._limit)
-        while (until := max(turn, self._state.paused_until(self._venue))) > clock():
-            if until - clock() > self._policy.longest_wait:
-                raise VenueDown(f"{self._venue} wants no request before {_moment(until)}")
-            await self._policy.sleep(until - clock())
-        return clock() - begun
+            raise VenueDown(f"{self._venue} failed too often; its circuit breaker stays open until {_moment(broken)}{because}")
+        while True:
+            if (until := self._state.paused_until(self._venue)) > clock():
+                if until - clock() > self._policy.longest_wait:
+                    raise VenueDown(f"{self._venue} wants no request before {_moment(until)}{because}")
+                await self._policy.sleep(until - clock())
+                continue
+            turn = self._state.reserve(self._venue, clock(), self._limit)
+            if turn > clock():
+                await self._policy.sleep(turn - clock())
+            if self._state.paused_until(self._venue) <= clock():
+                return clock() - begun
 
-    def _respect(self, error: Wait) -> None:
-        self._state.pause(self._venue, self._policy.clock() + error.seconds)
+    def _respect(self, error: Wait, waits: int) -> float:
+        """Pause the venue for all processes as long as it asks, and each time longer where it asks for next to nothing."""
+        least = self._policy.longest_delay(waits) if error.seconds < 1 else 0.0
+        seconds = min(max(error.seconds, least), LONGEST_PAUSE)
+        self._state.pause(self._venue, self._policy.clock() + seconds)
+        return seconds
 
     def _mind_weight(self) -> None:
         """Stop before the venue's own count of this minute reaches its limit: no 429 is ever provoked."""
