@@ -19,7 +19,7 @@ import pandas as pd
 import polars as pl
 
 from marketdata_assets.model.window import TIMEFRAMES, Window
-from marketdata_assets.sources.sandbox import truth
+from marketdata_assets.sources.sandbox_bars import truth
 from marketdata_assets.transforms.rollup import roll_up
 
 YEAR = Window(datetime(2022, 1, 1, tzinfo=UTC), datetime(2023, 1, 1, tzinfo=UTC))

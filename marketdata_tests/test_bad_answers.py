@@ -29,7 +29,8 @@ from marketdata_assets.errors import VenueDown, VenueRefused
 from marketdata_assets.flows.ingest import Ingested
 from marketdata_assets.settings import Settings
 from marketdata_assets.sources import ccxt_rest
-from marketdata_assets.sources.sandbox import SandboxExchange, klines, running, truth
+from marketdata_assets.sources.sandbox import SandboxExchange, running
+from marketdata_assets.sources.sandbox_bars import klines, truth
 from marketdata_tests.conftest import SANDBOX_NOW, Universe
 from marketdata_tests.steps import (
     SkippingClock,

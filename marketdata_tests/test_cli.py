@@ -20,7 +20,8 @@ import pytest
 
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings import Settings
-from marketdata_assets.sources.sandbox import SandboxExchange, truth
+from marketdata_assets.sources.sandbox import SandboxExchange
+from marketdata_assets.sources.sandbox_bars import truth
 from marketdata_tests.conftest import Universe
 
 SPAN = Window(parse_time("2023-12-01"), parse_time("2024-01-10"))

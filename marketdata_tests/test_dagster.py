@@ -24,7 +24,8 @@ from marketdata_assets.defs.worker import end_dead_runs
 from marketdata_assets.lake.tables import raw
 from marketdata_assets.model.window import TIMEFRAMES, Partition, Window, parse_time
 from marketdata_assets.settings import Settings
-from marketdata_assets.sources.sandbox import SandboxExchange, truth
+from marketdata_assets.sources.sandbox import SandboxExchange
+from marketdata_assets.sources.sandbox_bars import truth
 from marketdata_assets.toolbox import open_toolbox
 from marketdata_tests.conftest import Universe
 

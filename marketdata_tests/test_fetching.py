@@ -27,7 +27,8 @@ from marketdata_assets.settings import Venue
 from marketdata_assets.sources import ccxt_rest
 from marketdata_assets.sources.base import Fetched
 from marketdata_assets.sources.ccxt_rest import CcxtSource
-from marketdata_assets.sources.sandbox import SandboxExchange, klines, running, truth
+from marketdata_assets.sources.sandbox import SandboxExchange, running
+from marketdata_assets.sources.sandbox_bars import klines, truth
 from marketdata_tests.conftest import SANDBOX_NOW, Universe, needs_shared
 from marketdata_tests.steps import assert_bars, at, bar_requests, coinbase, ms, run_ingest, serving, stored_bars, window
 

@@ -27,7 +27,8 @@ from marketdata_assets.lake.tables import raw
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import TIMEFRAMES, Partition, Timeframe, Window, month_of
 from marketdata_assets.settings import Settings
-from marketdata_assets.sources.sandbox import LISTINGS, SandboxExchange, running, truth
+from marketdata_assets.sources.sandbox import SandboxExchange, running
+from marketdata_assets.sources.sandbox_bars import LISTINGS, truth
 from marketdata_assets.toolbox import open_toolbox
 from marketdata_tests.conftest import Universe, universe
 from marketdata_tests.steps import (

@@ -18,7 +18,8 @@ import pytest
 from marketdata_assets.flows.read import coverage, read_bars
 from marketdata_assets.model.window import TIMEFRAMES, Window, parse_time
 from marketdata_assets.settings import Settings
-from marketdata_assets.sources.sandbox import SandboxExchange, truth
+from marketdata_assets.sources.sandbox import SandboxExchange
+from marketdata_assets.sources.sandbox_bars import truth
 from marketdata_assets.toolbox import open_toolbox
 from marketdata_tests.conftest import Universe
 

@@ -22,7 +22,8 @@ from aiohttp import web
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.bar import COLUMNS, SCHEMA
 from marketdata_assets.model.window import TIMEFRAMES, Window
-from marketdata_assets.sources.sandbox import LISTINGS, LOG_SIZE, SandboxExchange, klines, running, serve, truth
+from marketdata_assets.sources.sandbox import LOG_SIZE, SandboxExchange, running, serve
+from marketdata_assets.sources.sandbox_bars import LISTINGS, klines, truth
 
 Row = list[Any]
 MINUTE, DAY = 60_000, 86_400_000
