@@ -884,7 +884,6 @@ def test_one_answer_from_another_day_stops_nothing(generic: tuple[Settings, list
     assert stored_candles(settings) == true_candles("2024-01-05", "2024-01-05T22:00")
 
 
-@pytest.mark.xfail(strict=True, reason="_Inquiry._fenced asks for one stored bar after a span: one alone is replaced, two in a row are not")
 @ids(BELIEVABLE[1:])
 def test_always_believable_about_earlier_days(stage: Stage, fault: Fault) -> None:
     """The same when the universe grows to earlier days: the stored bars are then the witnesses on the other side."""

@@ -185,6 +185,8 @@ def test_a_try_that_succeeds_closes_it(ledger: Ledger):
     assert ledger.broken_until("binance", T0 + BREAKER_FIRST + 1) == 0
     fail(ledger, BREAKER_LIMIT - 1, T0 + 100)
     assert ledger.broken_until("binance", T0 + 100) == 0
+    fail(ledger, 1, T0 + 100)
+    assert ledger.broken_until("binance", T0 + 100) == T0 + 100 + BREAKER_FIRST
 
 
 def test_each_try_that_fails_opens_it_for_longer(ledger: Ledger):

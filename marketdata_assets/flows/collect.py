@@ -30,7 +30,7 @@ ROUNDS = 7
 ASKS_DISPUTED = 4
 ASKS_MISSING = 2
 WITNESSES = 3
-"""How many stored bars before a new span are asked again: a venue that contradicts two in a row is not believed."""
+"""How many stored bars beside a new span are asked again: a venue that contradicts two in a row is not believed."""
 STORED = -1
 """The answer number of bars that are stored already."""
 
@@ -120,10 +120,11 @@ class _Inquiry:
 
     # ------------------------------------------------------------------------------------------ asking
     def _pages(self, lacking: list[Window]) -> list[Window]:
-        """Pages over what is lacking, each with the next bar as its witness, the first with stored bars before it."""
+        """Pages over what is lacking and the stored bars around it, each with the next bar as its witness."""
         size = max(1, self.toolbox.source(self.market).page_size - 2)
         back = (WITNESSES - 1) * self.timeframe.width
-        near = merged((Window(max(self.asked.start, w.start - back), w.end) for w in lacking), size, self.timeframe)
+        wide = (Window(w.start - back, w.end + back) & self.asked for w in lacking)
+        near = merged(wide, size, self.timeframe)
         return [self._fenced(page) for window in near for page in window.pages(self.timeframe, size)]
 
     async def _served(self, pages: list[Window]) -> list[Window]:

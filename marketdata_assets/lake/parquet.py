@@ -118,14 +118,17 @@ def decode(content: bytes, table: Table, name: str) -> pl.DataFrame:
 
 
 def _slim(frame: pl.DataFrame, name: str) -> pl.Series:
-    """The column at the smallest decimal scale that holds all its digits, on 18 digits where they fit."""
+    """The column at the smallest decimal scale that holds all its digits, where they fit in 18; else as it is.
+
+    A wide column keeps its scale: DuckDB's union of objects takes 38 digits from a wide one and would cut the others' decimals.
+    """
     digits = pl.col(name).to_physical()
     fraction = frame.select((digits % pl.lit(10**SCALE, pl.Int128)).cast(pl.Int64)).to_series().drop_nulls()
     shared = int(np.gcd.reduce(fraction.to_numpy(), initial=10**SCALE))
     scale = next(s for s in range(SCALE + 1) if shared % 10 ** (SCALE - s) == 0)
     largest = max((abs(v) for v in frame.select(digits.min().alias("a"), digits.max().alias("b")).row(0) if v is not None), default=0)
-    precision = _INT64_DIGITS if largest < 10 ** (_INT64_DIGITS + SCALE - scale) else 38
-    return frame[name].cast(pl.Decimal(precision, scale))
+    fits = largest < 10 ** (_INT64_DIGITS + SCALE - scale)
+    return frame[name].cast(pl.Decimal(_INT64_DIGITS, scale)) if fits else frame[name]
 
 
 def _packs(dtype: pl.DataType) -> bool:
