@@ -109,3 +109,4 @@ def _read(lines: queue.Queue[str | None]) -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # all is closed; taking down the imported libraries would take another second
