@@ -460,6 +460,16 @@ def test_a_hole_that_the_second_answer_fills_is_none(universe: Universe) -> None
         assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06")))
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_empty_answer_about_all_is_not_the_last_word(universe: Universe, times: int) -> None:
+    """A span of one page: an empty list is asked for once more in the same run, and again in the next."""
+    with exchange_at(tamper=without("2024-01-05", "2024-01-06", [times])) as (_, url):
+        settings = universe(url, since="2024-01-05", until="2024-01-05T12:00")
+        assert run_ingest(settings)[0].complete is (times == 1)
+        assert run_ingest(settings)[0].complete
+        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T12:00")))
+
+
 # --------------------------------------------------------------------------------------------------------- broken files
 
 

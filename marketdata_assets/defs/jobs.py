@@ -33,6 +33,8 @@ def build_definitions(settings: Settings, tell: Tell = tell_nobody) -> dg.Defini
             assets=assets,
             asset_checks=checks,
             jobs=[job],
-            resources={"warehouse": DuckDBResource(database=str(settings.duckdb))},
+            resources={
+                "warehouse": DuckDBResource(database=str(settings.duckdb), connection_config={"threads": 1, "memory_limit": "512MB"})
+            },
             executor=dg.in_process_executor,
         )
