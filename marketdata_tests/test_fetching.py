@@ -261,8 +261,10 @@ def test_several_pages_are_in_flight(universe: Universe) -> None:
         peak[0] = max(peak[0], inside[0])
         if inside[0] >= 4:
             four.set()
-        await asyncio.wait_for(four.wait(), 10)
-        inside[0] -= 1
+        try:
+            await asyncio.wait_for(four.wait(), 10)
+        finally:
+            inside[0] -= 1
 
     with running(SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=crowd)) as url:
         settings = universe(url, since="2024-01-01", until="2024-01-09")

@@ -294,7 +294,7 @@ def test_a_ban_beyond_our_patience_tells_its_requests(world: World, ledger: Ledg
     assert outcomes(error.requests) == ["retry", "wait"]
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 1.0, 100.0])
 def test_a_venue_that_asks_for_patience_for_ever_is_given_up(world: World, ledger: Ledger, seconds: float) -> None:
     """`longest_wait` bounds one request's waiting in all, and a Retry-After of 0 is no invitation to hammer."""
     venue = FakeVenue(world, for_ever(lambda: Wait("binance: HTTP 429", seconds)))
