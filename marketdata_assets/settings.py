@@ -10,9 +10,10 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -21,7 +22,7 @@ import yaml
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import TIMEFRAMES, Partition, Timeframe, Window, iso, parse_time, partitions_of, timeframe
+from marketdata_assets.model.window import MINUTE, TIMEFRAMES, Partition, Timeframe, Window, iso, parse_time, partitions_of, timeframe
 
 DEFAULT_FILE = "data/universe.yaml"
 PREFIX = "MARKETDATA_"
@@ -53,8 +54,40 @@ class Venue:
 
 
 @dataclass(frozen=True, slots=True)
+class Automation:
+    """What the sensors and schedules may do by themselves. Minutes and days are of our clock."""
+
+    refresh_minutes: int = 5
+    lookback_days: int | None = None
+    runs: int = 4
+    attempts: int = 3
+    cooldown_minutes: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far a market's newest bar may lie behind before that is a warning, and before it is an error."""
+
+    warn: timedelta
+    error: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """A clock of our own for tests and replays: it stood at `start` at the real moment `since`, and runs `speed` times as fast."""
+
+    start: datetime
+    speed: float = 0.0
+    since: datetime | None = None
+
+    def now(self) -> datetime:
+        """Its moment, UTC."""
+        return self.start + (datetime.now(UTC) - self.since) * self.speed if self.since else self.start
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
-    """One validated universe. `frozen_now` stops our clock (`MARKETDATA_NOW`), for tests and replays."""
+    """One validated universe. `clock` replaces the real one (`MARKETDATA_NOW`), for tests and replays."""
 
     venues: Mapping[str, Venue]
     timeframes: tuple[Timeframe, ...]
@@ -62,7 +95,11 @@ class Settings:
     rollups: str
     duckdb: Path
     state: Path
-    frozen_now: datetime | None = None
+    automation: Automation = Automation()
+    freshness: Mapping[str, Limits] = field(default_factory=dict)
+    alerts: tuple[str, ...] = field(default=(), repr=False)
+    retention_days: int = 14
+    clock: Clock | None = None
     source: str = "settings"
     _markets: Mapping[str, Market] = field(init=False, repr=False, compare=False)
 
@@ -77,7 +114,12 @@ class Settings:
 
     def now(self) -> datetime:
         """Our own clock, UTC."""
-        return self.frozen_now or datetime.now(UTC)
+        return self.clock.now() if self.clock else datetime.now(UTC)
+
+    def limits(self, timeframe: Timeframe) -> Limits:
+        """What counts as late for a timeframe: as written in the universe, else 10 and 60 minutes, or 1 and 3 bars where that is more."""
+        usual = Limits(max(10 * MINUTE, timeframe.width), max(60 * MINUTE, 3 * timeframe.width))
+        return self.freshness.get(timeframe.name, usual)
 
     def market(self, key: str) -> Market:
         """The market of a key; raises BadInput with the nearest known one."""
@@ -127,16 +169,24 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     if "venues" not in entries:
         raise BadInput(f"{path}: there are no venues; write at least `venues: {{binance: {{symbols: [BTC/USDT], since: 2024-01-01}}}}`")
     values = {key: _TOP[key](entry) for key, entry in entries.items()}
-    settings = Settings(**{**_defaults(), **values}, frozen_now=_frozen_now(env), source=str(path))
+    settings = Settings(**{**_defaults(), **values}, clock=_clock(env), source=str(path))
     _check_dates(settings, entries["venues"])
     return settings
 
 
-def _frozen_now(env: Mapping[str, str]) -> datetime | None:
+_MOVING = re.compile(r"(?P<start>\S+) x(?P<speed>[\d.]+) since (?P<since>\S+)")
+
+
+def _clock(env: Mapping[str, str]) -> Clock | None:
+    """`2024-01-10T00:00Z` stands still; `2024-01-10T00:00Z x60 since 2026-11-20T12:00Z` runs."""
     text = env.get(PREFIX + "NOW")
     try:
-        return parse_time(text) if text else None
-    except BadInput as error:
+        if not text:
+            return None
+        if moving := _MOVING.fullmatch(text):
+            return Clock(parse_time(moving["start"]), float(moving["speed"]), parse_time(moving["since"]))
+        return Clock(parse_time(text))
+    except (BadInput, ValueError) as error:
         raise BadInput(f"environment {PREFIX}NOW: {error}") from None
 
 
@@ -248,11 +298,15 @@ def _public(entry: _Entry, wrong: BadInput) -> SplitResult:
     return parts
 
 
-def _rate(entry: _Entry) -> int:
-    text = entry.text()
-    if not text.isdecimal() or int(text) < 1:
-        raise entry.fail("a whole number of requests per minute, 1 or more, is expected here")
-    return int(text)
+def _count(what: str, least: int = 1, most: int = 10**9) -> Callable[[_Entry], int]:
+    def read(entry: _Entry) -> int:
+        text = entry.text()
+        if not text.isdecimal() or not least <= int(text) <= most:
+            bound = f"{least} or more" if most == 10**9 else f"from {least} to {most}"
+            raise entry.fail(f"a whole number of {what}, {bound}, is expected here")
+        return int(text)
+
+    return read
 
 
 def _choice(*allowed: str) -> Callable[[_Entry], str]:
@@ -300,7 +354,7 @@ _VENUE: dict[str, Callable[[_Entry], Any]] = {
     "reference": _timeframes,
     "base_url": _url(("http", "https")),
     "ws_url": _url(("ws", "wss")),
-    "requests_per_minute": _rate,
+    "requests_per_minute": _count("requests per minute"),
 }
 
 
@@ -345,6 +399,33 @@ def _check_dates(settings: Settings, entry: _Entry) -> None:
             raise item.items()["since"].fail(f"since {iso(settings.venues[name].since)} lies in the future (now {iso(now)})")
 
 
+_AUTOMATION: dict[str, Callable[[_Entry], int]] = {
+    "refresh_minutes": _count("minutes", most=59),
+    "lookback_days": _count("days"),
+    "runs": _count("runs"),
+    "attempts": _count("attempts"),
+    "cooldown_minutes": _count("minutes"),
+}
+
+
+def _automation(entry: _Entry) -> Automation:
+    return Automation(**{key: _AUTOMATION[key](item) for key, item in entry.known_items(_AUTOMATION).items()})
+
+
+def _freshness(entry: _Entry) -> dict[str, Limits]:
+    read, found = _count("minutes"), {}
+    for name, item in entry.known_items(TIMEFRAMES).items():
+        limits = item.known_items(("warn", "error"))
+        if set(limits) != {"warn", "error"} or read(limits["warn"]) > read(limits["error"]):
+            raise item.fail("`{warn: minutes, error: minutes}` is expected here, the warning first")
+        found[name] = Limits(read(limits["warn"]) * MINUTE, read(limits["error"]) * MINUTE)
+    return found
+
+
+def _alerts(entry: _Entry) -> tuple[str, ...]:
+    return tuple(element.text() for element in entry.elements())
+
+
 _TOP: dict[str, Callable[[_Entry], Any]] = {
     "venues": _venues,
     "timeframes": _timeframes,
@@ -352,6 +433,10 @@ _TOP: dict[str, Callable[[_Entry], Any]] = {
     "rollups": _choice("duckdb", "parquet"),
     "duckdb": _path,
     "state": _path,
+    "automation": _automation,
+    "freshness": _freshness,
+    "alerts": _alerts,
+    "retention_days": _count("days"),
 }
 
 

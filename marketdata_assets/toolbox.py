@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
+from marketdata_assets.lake.incidents import Incidents
 from marketdata_assets.lake.ledger import Ledger
 from marketdata_assets.lake.parquet import Lake
 from marketdata_assets.lake.warehouse import Connect, Warehouse
@@ -59,6 +60,7 @@ class Toolbox:
 
     settings: Settings
     ledger: Ledger
+    incidents: Incidents
     lake: Lake
     warehouse: Warehouse
     policy: Policy
@@ -111,7 +113,7 @@ def open_toolbox(
     """All tools for these settings. `connect` opens the DuckDB file (Dagster brings its own resource)."""
     ledger = Ledger(settings.state)
     warehouse = Warehouse(settings.duckdb, connect)
-    toolbox = Toolbox(settings, ledger, Lake(settings.lake), warehouse, policy or Policy(), tell)
+    toolbox = Toolbox(settings, ledger, Incidents(settings.state), Lake(settings.lake), warehouse, policy or Policy(), tell)
     try:
         yield toolbox
     finally:

@@ -114,6 +114,16 @@ def test_what_is_written_is_read(place: Place):
     assert place.names() == [PATH]
 
 
+def test_sizes_of_a_whole_table_at_once(place: Place, monkeypatch: pytest.MonkeyPatch):
+    assert place.lake.sizes(TABLE) == {}
+    partitions = [Partition.parse(f"{market}|2024-{month:02}-01") for market in ("binance:BTC-USDT", "kraken:X-Y_Y") for month in (1, 2, 3)]
+    stored = {(p.market.key, p.month_key): place.lake.write(TABLE, p, bars()).bytes for p in partitions}
+    place.lake.write(rollup(TIMEFRAMES["1h"]), JANUARY, bars())
+    place.lake.set_aside(TABLE, partitions[-1])
+    del stored[partitions[-1].market.key, partitions[-1].month_key]
+    assert place.lake.sizes(TABLE) == stored
+
+
 @settings(max_examples=20)
 @given(st.lists(st.one_of(DECIMALS, st.just(Decimal(0))), min_size=1, max_size=12), st.integers(0, 3))
 def test_every_digit_comes_back(place: Place, values: list[Decimal], missing: int):

@@ -44,13 +44,14 @@ HOMES: dict[str, tuple[str, ...]] = {
     "yaml": ("settings.py",),
     "typer": ("cli/",),
     "rich": ("cli/",),
+    "apprise": ("notify.py",),
 }
 WARM_UPS = {("defs/worker.py", "ccxt.async_support")}
 """Imported by name and not used: so that the first range does not wait for it."""
 
 CLOCKS = re.compile(r"(^|\.)(datetime\.(now|utcnow|today)|date\.today|time\.(time|time_ns|sleep))$")
 ALLOWED_CLOCKS = {
-    ("settings.py", "datetime.now"): "our clock, unless MARKETDATA_NOW freezes it",
+    ("settings.py", "datetime.now"): "our clock, unless MARKETDATA_NOW replaces it",
     ("cli/serve.py", "datetime.now"): "the demo shows the months before today",
     ("sources/ccxt_rest.py", "datetime.now"): "for venues that tell no time",
     ("sources/ccxt_rest.py", "time.time"): "when a request was sent, for the fetch log",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import traceback
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import TIMEFRAMES, Window
-from marketdata_assets.settings import Settings, ccxt_venues, load_settings
+from marketdata_assets.settings import Automation, Limits, Settings, ccxt_venues, load_settings
 from marketdata_tests.samples import BTC, at
 
 CANARY = "CANARY7e57"
@@ -69,7 +70,7 @@ def test_every_key_is_read(load: Any, tmp_path: Path):
     assert [tf.name for tf in settings.timeframes] == ["5m", "15m", "1h", "1w"]
     assert (settings.lake, settings.rollups) == ("s3://bucket/prefix", "parquet")
     assert (settings.duckdb, settings.state) == (tmp_path / "market.duckdb", tmp_path / "state")
-    assert settings.now() == settings.frozen_now == at("2024-06-01T12:00")
+    assert settings.now() == at("2024-06-01T12:00")
 
 
 def test_what_is_not_written_has_the_documented_default(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -82,7 +83,7 @@ def test_what_is_not_written_has_the_documented_default(load: Any, tmp_path: Pat
         tmp_path / "data/market.duckdb",
         tmp_path / "data/state",
     )
-    assert settings.frozen_now is None
+    assert settings.clock is None
 
 
 def test_the_default_file_lies_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -106,6 +107,35 @@ def test_the_default_file_lies_in_the_current_folder(tmp_path: Path, monkeypatch
 )
 def test_a_variable_wins_over_the_file(load: Any, variable: str, text: str, attribute: str, value: Any):
     assert getattr(load(SMALL + "\nlake: /file/lake\nrollups: duckdb\n", **{variable: text}), attribute) == value
+
+
+def test_automation_and_its_defaults(load: Any):
+    assert load(SMALL).automation == Automation(refresh_minutes=5, lookback_days=None, runs=4, attempts=3, cooldown_minutes=2)
+    written = load(SMALL + "\nautomation: {refresh_minutes: 1, lookback_days: 30, runs: 9}\nretention_days: 3\n")
+    assert written.automation == Automation(refresh_minutes=1, lookback_days=30, runs=9, attempts=3, cooldown_minutes=2)
+    assert written.retention_days == 3
+
+
+def test_what_counts_as_late(load: Any):
+    usual = load(SMALL)
+    assert usual.limits(TIMEFRAMES["1m"]) == Limits(timedelta(minutes=10), timedelta(minutes=60))
+    assert usual.limits(TIMEFRAMES["4h"]) == Limits(timedelta(hours=4), timedelta(hours=12))
+    strict = load(SMALL, FRESHNESS="{1m: {warn: 2, error: 5}}")
+    assert strict.limits(TIMEFRAMES["1m"]) == Limits(timedelta(minutes=2), timedelta(minutes=5))
+    assert strict.limits(TIMEFRAMES["4h"]) == usual.limits(TIMEFRAMES["4h"])
+
+
+def test_a_clock_that_runs(load: Any):
+    begun = datetime.now(UTC)
+    clock = load(SMALL, NOW=f"2024-06-01T12:00:00Z x3600 since {begun.isoformat()}").clock
+    passed, real = clock.now() - at("2024-06-01T12:00"), datetime.now(UTC) - begun
+    assert timedelta(0) < passed <= real * 3600
+
+
+def test_secrets_of_alerts_are_not_shown(load: Any):
+    settings = load(SMALL, ALERTS=f"[slack://{CANARY}]")
+    assert settings.alerts == (f"slack://{CANARY}",)
+    assert CANARY not in repr(settings)
 
 
 def test_venues_come_from_a_variable_too(load: Any):
@@ -253,6 +283,15 @@ def test_a_folder_or_bytes_are_no_universe(tmp_path: Path):
         ("VENUES", "{binance: {symbols: [BTC/USDT]}}", "environment MARKETDATA_VENUES line 1: venue binance needs `since:`"),
         ("VENUES", "a:\n  b: 1\n", "environment MARKETDATA_VENUES line 1: unknown venue 'a'"),
         ("NOW", "today", "environment MARKETDATA_NOW: 'today' is not a date"),
+        ("NOW", "2024-01-01 x60 since today", "environment MARKETDATA_NOW: 'today' is not a date"),
+        ("AUTOMATION", "{refresh_minutes: 60}", "environment MARKETDATA_AUTOMATION line 1: a whole number of minutes, from 1 to 59"),
+        ("AUTOMATION", "{attemps: 3}", "environment MARKETDATA_AUTOMATION line 1: unknown key 'attemps'; did you mean 'attempts'?"),
+        ("AUTOMATION", "{attempts: 0}", "environment MARKETDATA_AUTOMATION line 1: a whole number of attempts, 1 or more"),
+        ("FRESHNESS", "{2m: {warn: 1, error: 2}}", "environment MARKETDATA_FRESHNESS line 1: unknown key '2m'"),
+        ("FRESHNESS", "{1m: {warn: 5}}", "environment MARKETDATA_FRESHNESS line 1: `{warn: minutes, error: minutes}` is expected here"),
+        ("FRESHNESS", "{1m: {warn: 5, error: 4}}", "environment MARKETDATA_FRESHNESS line 1: `{warn: minutes, error: minutes}`"),
+        ("RETENTION_DAYS", "-1", "environment MARKETDATA_RETENTION_DAYS line 1: a whole number of days"),
+        ("ALERTS", "slack", "environment MARKETDATA_ALERTS line 1: a list such as [a, b] is expected here"),
     ],
 )
 def test_a_mistake_in_a_variable_names_the_variable(load: Any, variable: str, text: str, says: str):

@@ -7,23 +7,20 @@ ISO text in UTC where a person reads them.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sqlite3
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import polars as pl
 
-from marketdata_assets.errors import StoreFailed
+from marketdata_assets.lake.database import Database
 from marketdata_assets.lake.tables import Table
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import Partition, Window, iso, parse_time
+from marketdata_assets.model.window import Partition, Window, iso, month_of, parse_time
 
 BREAKER_LIMIT = 30
 BREAKER_FIRST, BREAKER_LONGEST = 30.0, 600.0
@@ -56,6 +53,14 @@ CREATE TABLE IF NOT EXISTS fetches (
     id INTEGER PRIMARY KEY, tbl TEXT NOT NULL, market TEXT NOT NULL, start TEXT NOT NULL, "end" TEXT NOT NULL,
     asked_at REAL NOT NULL, seconds REAL NOT NULL, outcome TEXT NOT NULL, status INTEGER, rows INTEGER, error TEXT);
 CREATE INDEX IF NOT EXISTS fetches_by_market ON fetches (market, asked_at);
+CREATE TABLE IF NOT EXISTS asks (
+    market TEXT NOT NULL, month TEXT NOT NULL, attempts INTEGER NOT NULL, asked_at TEXT NOT NULL, parked_at TEXT,
+    reason TEXT NOT NULL, PRIMARY KEY (market, month));
+CREATE TABLE IF NOT EXISTS red_checks (
+    tbl TEXT NOT NULL, market TEXT NOT NULL, month TEXT NOT NULL, name TEXT NOT NULL, blocking INTEGER NOT NULL,
+    says TEXT NOT NULL, times INTEGER NOT NULL DEFAULT 1, since TEXT NOT NULL, PRIMARY KEY (tbl, market, month, name));
+CREATE TABLE IF NOT EXISTS beats (
+    name TEXT PRIMARY KEY, at TEXT NOT NULL);
 """
 
 
@@ -103,6 +108,18 @@ class State:
     error: str | None
 
 
+class Outline(NamedTuple):
+    """A State in few words, for whoever looks at all of them. `start` and `through` are ISO text."""
+
+    start: str
+    through: str
+    complete: int
+    bytes: int | None
+    rolled: int
+    failures: int
+    error: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Account:
     """One ingest, in rows: received = stored + identical + quarantined."""
@@ -116,6 +133,37 @@ class Account:
     def balanced(self) -> bool:
         """Whether every row is accounted for."""
         return self.received == self.stored + self.identical + self.quarantined
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """How often `backfill_missed` asked for a partition, and since when it does not any more."""
+
+    partition: Partition
+    attempts: int
+    asked_at: datetime
+    parked_at: datetime | None
+    reason: str
+
+
+class RedCheck(NamedTuple):
+    """A check that is red now. `times`: how many evaluations in a row."""
+
+    table: str
+    partition: Partition
+    name: str
+    blocking: bool
+    says: str
+    times: int
+    since: datetime
+
+
+class VenueHealth(NamedTuple):
+    """A venue's circuit breaker: failures in a row, and until when it lets nothing through (0: it is closed)."""
+
+    failures: int
+    broken_until: float
+    paused_until: float
 
 
 class LoggedFetch(NamedTuple):
@@ -145,72 +193,10 @@ class Entry:
     now: datetime
 
 
-class Ledger:
-    """One SQLite file in the state folder, shared by all processes of an instance. Raises StoreFailed."""
+class Ledger(Database):
+    """What the instance's processes know of venues, markets and partitions. Raises StoreFailed."""
 
-    def __init__(self, state: Path) -> None:
-        self._folder = state
-        self._file = state / "ledger.db"
-        self._local = threading.local()
-        try:
-            (state / "locks").mkdir(parents=True, exist_ok=True)
-            with self._transaction() as db:
-                db.executescript(_SCHEMA)
-        except OSError as error:
-            raise self._failed("opened", error) from None
-
-    @property
-    def _db(self) -> sqlite3.Connection:
-        db: sqlite3.Connection | None = getattr(self._local, "db", None)
-        if db is None:
-            db = sqlite3.connect(self._file, timeout=60, isolation_level=None)
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=NORMAL")
-            self._local.db = db
-        return db
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            db = self._db
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                if db.in_transaction:
-                    db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            raise self._failed("written", error) from None
-
-    def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        try:
-            return self._db.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
-            raise self._failed("read", error) from None
-
-    def _failed(self, verb: str, error: Exception) -> StoreFailed:
-        return StoreFailed(f"{self._file} cannot be {verb} ({error}); mend the folder or set another `state:`")
-
-    @contextmanager
-    def lock(self, what: str, wait: bool = True) -> Iterator[bool]:
-        """Hold a partition's key, or WAREHOUSE, against all other processes; the lock ends with its process.
-
-        False when `wait` is off and somebody else holds it.
-        """
-        try:
-            handle = (self._folder / "locks" / what).open("w")
-        except OSError as error:
-            raise self._failed("locked", error) from None
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+    schema = _SCHEMA
 
     # ------------------------------------------------------------------------------ venues, shared (VenueState)
     def reserve(self, venue: str, now: float, requests_per_minute: int | None) -> float:
@@ -269,6 +255,11 @@ class Ledger:
                 return 0.0
         return float(until)
 
+    def venue_health(self, venue: str) -> VenueHealth:
+        """What the breaker and the limiter hold against a venue; asking changes nothing."""
+        found = self._rows("SELECT failures, broken_until, paused_until FROM venues WHERE venue = ?", venue)
+        return VenueHealth(*found[0]) if found else VenueHealth(0, 0.0, 0.0)
+
     # ------------------------------------------------------------------------------ markets and partitions
     def listed(self, market: Market) -> datetime | None:
         """The open time of the market's first bar ever, where the venue told it twice."""
@@ -284,6 +275,22 @@ class Ledger:
         """What is known of a market's partitions, by month key."""
         found = self._rows(f"SELECT month, {_STATE} FROM partitions WHERE tbl = ? AND market = ?", table.name, market.key)
         return {month: _state(*rest) for month, *rest in found}
+
+    def outlines(self, table: Table) -> dict[tuple[str, str], Outline]:
+        """What is known of every partition of a table, by market key and month key; made for tens of thousands at once."""
+        columns = "market, month, start, through, complete, bytes, rolled IS NOT NULL AND rolled = digest, failures, error"
+        return {(m, k): Outline(*rest) for m, k, *rest in self._rows(f"SELECT {columns} FROM partitions WHERE tbl = ?", table.name)}
+
+    def stored_span(self, market: Market) -> dict[str, Window]:
+        """By table name: from the first to the last month of which something of a market is stored."""
+        sql = "SELECT tbl, min(month), max(month) FROM partitions WHERE market = ? AND bytes IS NOT NULL GROUP BY tbl"
+        return {t: Window(parse_time(a), month_of(parse_time(b)).end) for t, a, b in self._rows(sql, market.key)}
+
+    def newest(self, table: Table) -> dict[str, tuple[datetime, str, int]]:
+        """By market key: the open time of its newest stored bar, and month key and size of the object that holds it."""
+        columns = "market, max(newest), month, bytes"  # SQLite takes the other columns from the row of the maximum
+        found = self._rows(f"SELECT {columns} FROM partitions WHERE tbl = ? AND newest IS NOT NULL GROUP BY market", table.name)
+        return {market: (parse_time(newest), month, size) for market, newest, month, size in found}
 
     def state(self, table: Table, partition: Partition) -> State | None:
         """What is known of one partition."""
@@ -315,16 +322,31 @@ class Ledger:
                  s.attempts, s.failures, s.error, json.dumps(asdict(entry.account)), now),
             )  # fmt: skip
 
-    def fail(self, table: Table, partition: Partition, wanted: Window, error: str, fetches: Sequence[LoggedFetch], now: datetime) -> None:
-        """Write down an ingest that failed: what is stored stays as it was."""
-        where = _where(table, partition)
+    def fail(
+        self,
+        table: Table,
+        partition: Partition,
+        wanted: Window,
+        error: str,
+        fetches: Sequence[LoggedFetch],
+        now: datetime,
+        forgiven: bool = False,
+    ) -> None:
+        """Write down an ingest that failed: what is stored stays as it was.
+
+        `forgiven`: the partition is not to blame (its venue or a store does not answer), so the failure does not count
+        against it, nor does the last attempt of `backfill_missed`.
+        """
+        where, counts = _where(table, partition), int(not forgiven)
         with self._transaction() as db:
             _log_fetches(db, table, partition.market, fetches)
+            db.execute("UPDATE asks SET attempts = max(0, attempts - ?) WHERE market = ? AND month = ?", (1 - counts, *where[1:]))
             db.execute(
-                "INSERT INTO partitions VALUES (?, ?, ?, ?, ?, NULL, 0, 0, NULL, NULL, NULL, 1, 1, ?, NULL, ?)"
+                "INSERT INTO partitions VALUES (?, ?, ?, ?, ?, NULL, 0, 0, NULL, NULL, NULL, 1, ?, ?, NULL, ?)"
                 " ON CONFLICT DO UPDATE SET"
-                " attempts = attempts + 1, failures = failures + 1, error = excluded.error, updated_at = excluded.updated_at",
-                (*where, iso(wanted.start), iso(wanted.start), error, iso(now)),
+                " attempts = attempts + 1, failures = failures + excluded.failures, error = excluded.error,"
+                " updated_at = excluded.updated_at",
+                (*where, iso(wanted.start), iso(wanted.start), counts, error, iso(now)),
             )
 
     def set_rolled(self, table: Table, partition: Partition, digest: str) -> None:
@@ -353,6 +375,97 @@ class Ledger:
         found = self._rows("SELECT tbl, market, month, rows, account FROM partitions WHERE account IS NOT NULL ORDER BY tbl, market, month")
         return [{"table": t, "market": m, "month": k, "rows": r, **json.loads(a)} for t, m, k, r, a in found]
 
+    # ------------------------------------------------------------------------------ automation
+    def failing(self) -> list[tuple[Partition, int, str]]:
+        """Partitions whose last ingests failed: how many in a row, and why the last one did."""
+        sql = "SELECT market, month, max(failures), error FROM partitions WHERE failures > 0 GROUP BY market, month ORDER BY 1, 2"
+        return [(Partition.parse(f"{m}|{k}"), n, e or "") for m, k, n, e in self._rows(sql)]
+
+    def unsettled(self, table: Table) -> dict[tuple[str, str], list[Window]]:
+        """The gaps that will be asked for again, by market key and month key."""
+        found: dict[tuple[str, str], list[Window]] = defaultdict(list)
+        sql = 'SELECT market, month, start, "end" FROM gaps WHERE tbl = ? AND reason != ? AND answers < ?'
+        for market, month, start, end in self._rows(sql, table.name, "no_bars", GIVE_UP_AFTER):
+            found[market, month].append(Window(parse_time(start), parse_time(end)))
+        return found
+
+    def open_gaps(self) -> dict[str, int]:
+        """By market key: bars that the venue has not answered for yet."""
+        sql = "SELECT market, sum(bars) FROM gaps WHERE reason = 'unanswered' AND answers < ? GROUP BY market"
+        return {market: int(bars) for market, bars in self._rows(sql, GIVE_UP_AFTER)}
+
+    def quarantine_rate(self, since: datetime) -> dict[str, tuple[int, int]]:
+        """By market key: rows that a rule refused since a moment, and rows that requests brought since then."""
+        refused = dict(self._rows("SELECT market, count(*) FROM quarantine WHERE last_seen >= ? GROUP BY market", iso(since)))
+        brought = self._rows("SELECT market, sum(coalesce(rows, 0)) FROM fetches WHERE asked_at >= ? GROUP BY market", since.timestamp())
+        return {market: (int(refused.get(market, 0)), int(rows)) for market, rows in brought}
+
+    def asks(self) -> dict[tuple[str, str], Ask]:
+        """What `backfill_missed` has asked for and not got yet, by market key and month key."""
+        found = self._rows("SELECT market, month, attempts, asked_at, parked_at, reason FROM asks ORDER BY market, month")
+        return {(m, k): _ask(m, k, *rest) for m, k, *rest in found}
+
+    def ask(self, partitions: Iterable[tuple[Partition, str]], now: datetime) -> None:
+        """Count one more attempt for each partition, with the reason it is asked for."""
+        rows = [(p.market.key, p.month_key, iso(now), reason) for p, reason in partitions]
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT INTO asks VALUES (?, ?, 1, ?, NULL, ?) ON CONFLICT DO UPDATE SET"
+                " attempts = attempts + 1, asked_at = excluded.asked_at, reason = excluded.reason",
+                rows,
+            )
+
+    def park(self, partitions: Iterable[tuple[Partition, str]], now: datetime) -> None:
+        """These are not asked for any more, until somebody unparks them."""
+        rows = [(iso(now), reason, p.market.key, p.month_key) for p, reason in partitions]
+        with self._transaction() as db:
+            db.executemany("UPDATE asks SET parked_at = ?, reason = ? WHERE market = ? AND month = ?", rows)
+
+    def forget_asks(self, partitions: Iterable[Partition]) -> int:
+        """The attempts of these are forgotten (they are done, or unparked); how many there were."""
+        with self._transaction() as db:
+            keys = [(p.market.key, p.month_key) for p in partitions]
+            return db.executemany("DELETE FROM asks WHERE market = ? AND month = ?", keys).rowcount if keys else 0
+
+    def set_check(self, table: Table, partition: Partition, name: str, red: tuple[bool, str] | None, now: datetime) -> None:
+        """A check is red (whether it blocks, and what it says), or green (None)."""
+        where = (*_where(table, partition), name)
+        if red is None and not self._rows("SELECT 1 FROM red_checks WHERE tbl = ? AND market = ? AND month = ? AND name = ?", *where):
+            return
+        with self._transaction() as db:
+            if red is None:
+                db.execute("DELETE FROM red_checks WHERE tbl = ? AND market = ? AND month = ? AND name = ?", where)
+                return
+            db.execute(
+                "INSERT INTO red_checks VALUES (?, ?, ?, ?, ?, ?, 1, ?) ON CONFLICT DO UPDATE SET"
+                " times = times + 1, blocking = excluded.blocking, says = excluded.says",
+                (*where, *red, iso(now)),
+            )
+
+    def red_checks(self) -> list[RedCheck]:
+        """Every check that is red now."""
+        columns = "tbl, market, month, name, blocking, says, times, since"
+        found = self._rows(f"SELECT {columns} FROM red_checks ORDER BY tbl, market, month, name")
+        return [RedCheck(t, Partition.parse(f"{m}|{k}"), n, bool(b), s, c, parse_time(a)) for t, m, k, n, b, s, c, a in found]
+
+    def beat(self, name: str, now: datetime) -> None:
+        """Something that must go on for ever has just been done."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO beats VALUES (?, ?)", (name, iso(now)))
+
+    def last_beat(self, name: str) -> datetime | None:
+        """When it was done last."""
+        found = self._rows("SELECT at FROM beats WHERE name = ?", name)
+        return parse_time(found[0][0]) if found else None
+
+    def forget_fetches(self, before: float, dry_run: bool = False) -> int:
+        """Delete the fetch log's rows from before a moment, but for those that quarantine names; how many."""
+        old = "asked_at < ? AND id NOT IN (SELECT fetch_id FROM quarantine WHERE fetch_id IS NOT NULL)"
+        if dry_run:
+            return int(self._rows(f"SELECT count(*) FROM fetches WHERE {old}", before)[0][0])
+        with self._transaction() as db:
+            return db.execute(f"DELETE FROM fetches WHERE {old}", (before,)).rowcount
+
     def requests(self) -> list[tuple[Any, ...]]:
         """Outcomes of the fetch log with their counts."""
         return self._rows("SELECT outcome, coalesce(error, ''), count(*) FROM fetches GROUP BY 1, 2 ORDER BY 3 DESC")
@@ -363,6 +476,11 @@ _STATE = "start, through, newest, complete, rows, bytes, digest, rolled, attempt
 
 def _state(start: str, through: str, newest: str | None, complete: int, *rest: Any) -> State:
     return State(parse_time(start), parse_time(through), parse_time(newest) if newest else None, bool(complete), *rest)
+
+
+def _ask(market: str, month: str, attempts: int, asked_at: str, parked_at: str | None, reason: str) -> Ask:
+    parked = parse_time(parked_at) if parked_at else None
+    return Ask(Partition.parse(f"{market}|{month}"), attempts, parse_time(asked_at), parked, reason)
 
 
 def _where(table: Table, partition: Partition) -> tuple[str, str, str]:

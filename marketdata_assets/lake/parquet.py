@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import secrets
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from marketdata_assets.errors import Damaged, StoreFailed
-from marketdata_assets.lake.tables import Table
+from marketdata_assets.lake.tables import OBJECT, Table, keys_of
 from marketdata_assets.model.bar import SCALE
 from marketdata_assets.model.window import Partition
 
@@ -42,6 +43,10 @@ class Objects(Protocol):
 
     def size(self, path: str) -> int | None:
         """Its size in bytes; None where there is none."""
+        ...
+
+    def sizes(self, prefix: str) -> Iterator[tuple[str, str, int]]:
+        """Every object `<prefix>/<a>/<b>/data.parquet`: a, b and its size."""
         ...
 
     def set_aside(self, path: str) -> str:
@@ -75,6 +80,10 @@ class Lake:
     def size(self, table: Table, partition: Partition) -> int | None:
         """The object's size in bytes, or None where there is none."""
         return self._objects.size(table.path(partition))
+
+    def sizes(self, table: Table) -> dict[tuple[str, str], int]:
+        """The size of every object of a table, by market key and month key: one walk, or one listing in S3."""
+        return {keys_of(market, month): size for market, month, size in self._objects.sizes(table.name)}
 
     def set_aside(self, table: Table, partition: Partition) -> str:
         """Move a damaged object out of the way and return its new name."""
@@ -175,6 +184,14 @@ class _Folder:
         except OSError:
             return None
 
+    def sizes(self, prefix: str) -> Iterator[tuple[str, str, int]]:
+        with suppress(FileNotFoundError), os.scandir(self._root / prefix) as outer:
+            for a in outer:
+                with suppress(NotADirectoryError), os.scandir(a) as inner:
+                    for b in inner:
+                        with suppress(OSError):
+                            yield a.name, b.name, os.stat(f"{b.path}/{OBJECT}").st_size  # noqa: PTH116 - 48,000 of them at once
+
     def set_aside(self, path: str) -> str:
         target = self._root / path
         moved = target.with_name(target.name + ".damaged")
@@ -232,7 +249,8 @@ class _Bucket:
             if self._client is None:
                 config = Config(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 5})
                 self._client = boto3.client("s3", config=config)
-            found = getattr(self._client, verb)(Bucket=self._bucket, Key=self._key(path), **kwargs)
+            named = {"Bucket": self._bucket, "Key": self._key(path), **kwargs}
+            found = getattr(self._client, verb)(**{name: value for name, value in named.items() if value is not None})
             return {**found, "Body": bytes(found["Body"].read())} if "Body" in found else found
         except ClientError as error:
             if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404", "NotFound"):
@@ -255,6 +273,18 @@ class _Bucket:
     def size(self, path: str) -> int | None:
         found = self._call("head_object", path)
         return None if found is None else int(found["ContentLength"])
+
+    def sizes(self, prefix: str) -> Iterator[tuple[str, str, int]]:
+        token: dict[str, str] = {}
+        while True:
+            found = self._call("list_objects_v2", prefix, Prefix=self._key(prefix) + "/", Key=None, **token) or {}
+            for entry in found.get("Contents", ()):
+                *_, a, b, name = entry["Key"].split("/")
+                if name == OBJECT:
+                    yield a, b, int(entry["Size"])
+            if not found.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": found["NextContinuationToken"]}
 
     def set_aside(self, path: str) -> str:
         content = self.read(path)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import quote
+from functools import lru_cache
+from urllib.parse import quote, unquote
 
 from marketdata_assets.model.bar import COLUMNS, ROLLUP_COLUMNS, Column
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import Partition, Timeframe
+
+OBJECT = "data.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class Table:
 
     def path(self, partition: Partition) -> str:
         """The object of one partition, in Hive folders that DuckDB, Polars and pandas read unaided."""
-        return f"{self.name}/{folder(partition.market)}/month={partition.month_key[:7]}/data.parquet"
+        return f"{self.name}/{folder(partition.market)}/month={partition.month_key[:7]}/{OBJECT}"
 
 
 def raw(timeframe: Timeframe) -> Table:
@@ -50,3 +53,13 @@ def rollup(timeframe: Timeframe) -> Table:
 def folder(market: Market) -> str:
     """A market as a Hive folder: percent-escaped, so that S3, Windows and every reader take it (`%3A` for `:`)."""
     return "market=" + quote(market.key, safe="")
+
+
+def keys_of(market_folder: str, month_folder: str) -> tuple[str, str]:
+    """The market key and the month key of two Hive folders: the inverse of `Table.path`."""
+    return _value(market_folder), month_folder.partition("=")[2] + "-01"
+
+
+@lru_cache(maxsize=4096)
+def _value(folder: str) -> str:
+    return unquote(folder.partition("=")[2])

@@ -158,10 +158,10 @@ class Partition:
 
 
 def partitions_of(market: Market, span: Window) -> list[Partition]:
-    """The partitions whose months touch the span, oldest first."""
+    """The partitions whose months touch the span, oldest first; none for an empty one."""
     found = []
     month = month_of(span.start)
-    while month.start < span.end:
+    while span and month.start < span.end:
         found.append(Partition(market, month))
         month = month_of(month.end)
     return found
