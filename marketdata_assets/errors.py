@@ -7,6 +7,7 @@
     |   +-- StoreFailed                     a folder not writable, a full disk, a file somebody holds
     |       +-- Damaged                     what lies there cannot be read as what it should be
     +-- VenueRefused                    1   the venue answered, and the answer is a final no
+    +-- CheckFailed                     1   a blocking check of a partition is red: nothing is made from it
     +-- RequestFailed                   -   one request went wrong; guards decide what follows
         +-- Retry                           passing: network, 5xx, timeout, a garbled or short answer
         |   +-- Garbled                     the answer is not what the venue documents
@@ -55,6 +56,10 @@ class Damaged(StoreFailed):
 
 class VenueRefused(MarketDataError):
     """The venue gave a final no (unknown symbol, forbidden, not offered)."""
+
+
+class CheckFailed(MarketDataError):
+    """A blocking check of a partition is red; what follows from it is not made."""
 
 
 class RequestFailed(MarketDataError):

@@ -486,7 +486,7 @@ def test_a_refusal_once(stage: Stage, fault: Fault) -> None:
 @ids(SLOW)
 def test_slow_once(stage: Stage, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """The deadline is for the whole answer: a drip that never pauses long is given up as well."""
-    monkeypatch.setattr(ccxt_rest, "CcxtSource", partial(ccxt_rest.CcxtSource, deadline=0.5))
+    monkeypatch.setattr(ccxt_rest, "CcxtSource", partial(ccxt_rest.CcxtSource, deadline=2.0))
     stage.plant(fault.bad, times=1)
     done = stage.ingest()
     assert done.error is None

@@ -114,7 +114,7 @@ def test_a_month_of_two_markets(replay: Callable[..., Any], universe: Universe) 
         done = list(ingest(toolbox, MINUTE, partitions(settings)))
         derived = list(derive(toolbox, partitions(settings)))
         for one in done:
-            findings = audit_raw(one)
+            findings = audit_raw(toolbox, one)
             assert [finding.check for finding in findings] == list(RAW_CHECKS)
             assert all(finding.passed for finding in findings)
         for one in derived:

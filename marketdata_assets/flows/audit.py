@@ -10,7 +10,7 @@ import polars as pl
 from marketdata_assets.flows.derive import Derived, neighbour
 from marketdata_assets.flows.ingest import Ingested
 from marketdata_assets.lake.ledger import Account, Gap
-from marketdata_assets.lake.tables import raw
+from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA
 from marketdata_assets.model.window import Partition, Timeframe, Window, iso
 from marketdata_assets.quality.gaps import holes, without
@@ -48,9 +48,17 @@ RAW_CHECKS: dict[str, str] = {
 BLOCKING = ("ohlc", "duplicates", "accounting")
 
 
-def audit_raw(done: Ingested) -> list[Finding]:
-    """The checks of a raw partition, in the order of RAW_CHECKS."""
-    return [_ohlc(done), _duplicates(done), _gaps(done), _accounting(done.account)]
+def audit_raw(toolbox: Toolbox, done: Ingested) -> list[Finding]:
+    """The checks of a raw partition, in the order of RAW_CHECKS; which of them are red stands in the ledger afterwards."""
+    findings = [_ohlc(done), _duplicates(done), _gaps(done), _accounting(done.account)]
+    return _remembered(toolbox, raw(done.timeframe), done.partition, findings)
+
+
+def _remembered(toolbox: Toolbox, table: Table, partition: Partition, findings: list[Finding]) -> list[Finding]:
+    for finding in findings:
+        red = None if finding.passed else (finding.blocking, finding.says)
+        toolbox.ledger.set_check(table, partition, finding.check, red, toolbox.settings.now())
+    return findings
 
 
 def _ohlc(done: Ingested) -> Finding:
@@ -123,7 +131,7 @@ def audit_rollup(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> li
     findings = [_complete(toolbox, partition, timeframe, frame)]
     if timeframe in toolbox.settings.venues[partition.market.venue].reference:
         findings.append(_matches_native(toolbox, partition, timeframe, frame))
-    return findings
+    return _remembered(toolbox, rollup(timeframe), partition, findings)
 
 
 def _complete(toolbox: Toolbox, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame) -> Finding:

@@ -8,11 +8,9 @@ from datetime import datetime, timedelta
 
 from marketdata_assets.lake.tables import raw
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import Timeframe
+from marketdata_assets.model.window import Partition, Timeframe
+from marketdata_assets.settings import Limits
 from marketdata_assets.toolbox import Toolbox
-
-WARN_BARS, ERROR_BARS = 10, 60
-"""How many bars late is a warning, and how many an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,29 +20,32 @@ class Freshness:
     market: Market
     through: datetime | None
     lag: timedelta
-    timeframe: Timeframe
+    limits: Limits
 
     @property
     def late(self) -> bool:
         """Whether this deserves a warning."""
-        return self.through is None or self.lag > WARN_BARS * self.timeframe.width
+        return self.through is None or self.lag > self.limits.warn
 
     @property
     def stale(self) -> bool:
         """Whether this is an error."""
-        return self.through is None or self.lag > ERROR_BARS * self.timeframe.width
+        return self.through is None or self.lag > self.limits.error
 
 
 def freshness(toolbox: Toolbox, timeframe: Timeframe, markets: Iterable[Market]) -> list[Freshness]:
     """Every market whose venue fetches this timeframe, by the newest bar on disk and not by the newest run."""
+    newest = toolbox.ledger.newest(raw(timeframe))
     fetched = [m for m in markets if timeframe in toolbox.settings.venues[m.venue].fetched]
-    return [_of(toolbox, timeframe, market) for market in fetched]
+    return [_of(toolbox, timeframe, market, newest.get(market.key)) for market in fetched]
 
 
-def _of(toolbox: Toolbox, timeframe: Timeframe, market: Market) -> Freshness:
+def _of(toolbox: Toolbox, timeframe: Timeframe, market: Market, newest: tuple[datetime, str, int] | None) -> Freshness:
     span = toolbox.settings.span(market)
-    states = toolbox.ledger.states(raw(timeframe), market)
-    newest = max((state.newest for state in states.values() if state.newest), default=None)
-    through = newest + timeframe.width if newest else None
-    end = timeframe.floor(span.end)
-    return Freshness(market, through, max(timedelta(0), end - (through or span.start)), timeframe)
+    through = None
+    if newest is not None:
+        bar, month, size = newest
+        there = toolbox.lake.size(raw(timeframe), Partition.parse(f"{market.key}|{month}")) == size
+        through = bar + timeframe.width if there else None
+    lag = max(timedelta(0), timeframe.floor(span.end) - (through or span.start))
+    return Freshness(market, through, lag, toolbox.settings.limits(timeframe))

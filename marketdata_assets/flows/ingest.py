@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 
-from marketdata_assets.errors import Damaged, MarketDataError
+from marketdata_assets.errors import Damaged, MarketDataError, Unreachable
 from marketdata_assets.flows.collect import Collected, collect
 from marketdata_assets.lake.ledger import Account, Entry, Gap, State, logged
 from marketdata_assets.lake.tables import Table, raw
@@ -22,8 +22,8 @@ from marketdata_assets.toolbox import Toolbox
 class Ingested:
     """One partition after an ingest: what is stored now, and what it took.
 
-    `wanted` is the window of open times that the universe asks for, `bars` all that is stored of it. `error` is set
-    when the ingest failed; then everything stored is as it was.
+    `wanted` is the window of open times that the universe asks for, as far as the venue's clock has come; `bars` all
+    that is stored of it. `error` is set when the ingest failed; then everything stored is as it was.
     """
 
     partition: Partition
@@ -122,7 +122,8 @@ def _finish(toolbox: Toolbox, prepared: _Prepared, future: Future[Collected]) ->
         return _store(toolbox, prepared, future.result())
     except MarketDataError as error:
         fetches = logged(error.requests, prepared.wanted)
-        toolbox.ledger.fail(prepared.table, prepared.partition, prepared.wanted, str(error), fetches, toolbox.settings.now())
+        forgiven = isinstance(error, Unreachable)
+        toolbox.ledger.fail(prepared.table, prepared.partition, prepared.wanted, str(error), fetches, toolbox.settings.now(), forgiven)
         retries = len(error.requests)
         failed = _ingested(prepared, prepared.stored, prepared.gaps, Account(), (prepared.state and prepared.state.bytes) or 0, False)
         return replace(failed, requests=retries, retries=retries, error=error)
@@ -151,7 +152,8 @@ def _store(toolbox: Toolbox, prepared: _Prepared, got: Collected) -> Ingested:
     now = toolbox.settings.now()
     toolbox.ledger.commit(Entry(table, partition, state, got.account, got.gaps, got.fetches, got.rejected, got.answers, now))
     done = _ingested(prepared, bars, got.gaps, got.account, size or 0, complete)
-    return replace(done, requests=len(got.fetches), retries=got.retries, waited=got.waited)
+    come = Window(prepared.wanted.start, max(prepared.wanted.start, min(prepared.wanted.end, state.through)))
+    return replace(done, wanted=come, requests=len(got.fetches), retries=got.retries, waited=got.waited)
 
 
 def _ingested(prepared: _Prepared, bars: pl.DataFrame, gaps: Sequence[Gap], account: Account, size: int, complete: bool) -> Ingested:

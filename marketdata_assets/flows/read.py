@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime, time, timedelta
 
 import polars as pl
 
@@ -11,21 +12,47 @@ from marketdata_assets.errors import BadInput
 from marketdata_assets.lake.ledger import State
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import Partition, Timeframe, Window, partitions_of
+from marketdata_assets.model.window import TIMEFRAMES, Partition, Timeframe, Window, parse_time, partitions_of
 from marketdata_assets.toolbox import Toolbox
+
+DAY, MIDNIGHT = timedelta(days=1), time(0)
+
+
+def known_market(toolbox: Toolbox, key: str) -> Market:
+    """A market of the universe, or one that was taken out of it and whose bars are still stored. Raises BadInput."""
+    try:
+        return toolbox.settings.market(key)
+    except BadInput:
+        try:
+            former = Market.parse(key)
+        except BadInput:
+            former = None
+        if former is not None and toolbox.ledger.stored_span(former):
+            return former
+        raise
 
 
 def table_of(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Table:
     """Where the bars of a timeframe are: the base as fetched, coarser ones rolled up, else a reference. Raises BadInput."""
-    venue = toolbox.settings.venues[market.venue]
-    if timeframe == venue.base:
+    base, rolled, reference = _timeframes(toolbox, market)
+    if timeframe == base:
         return raw(timeframe)
-    if timeframe in toolbox.settings.rolled(market):
+    if timeframe in rolled:
         return rollup(timeframe)
-    if timeframe in venue.reference:
+    if timeframe in reference:
         return raw(timeframe)
-    known = [tf.name for tf in (venue.base, *toolbox.settings.rolled(market), *venue.reference)]
+    known = [tf.name for tf in (base, *rolled, *reference)]
     raise BadInput(f"{market.key} has no {timeframe.name} bars; it has {' '.join(dict.fromkeys(known))}")
+
+
+def _timeframes(toolbox: Toolbox, market: Market) -> tuple[Timeframe, Sequence[Timeframe], Sequence[Timeframe]]:
+    """The base, what is rolled up from it and the references of a market; of a former one by what is stored."""
+    settings = toolbox.settings
+    if market in settings.markets:
+        venue = settings.venues[market.venue]
+        return venue.base, settings.rolled(market), venue.reference
+    base, *reference = [tf for tf in TIMEFRAMES.values() if raw(tf).name in toolbox.ledger.stored_span(market)]
+    return base, [tf for tf in settings.timeframes if tf.width > base.width], reference
 
 
 def read_bars(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: Window) -> pl.DataFrame:
@@ -33,12 +60,19 @@ def read_bars(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: Wi
     table = table_of(toolbox, market, timeframe)
     if table.layer == "rollup" and toolbox.settings.rollups == "duckdb":
         return toolbox.warehouse.read(table, market, window)
-    span = toolbox.settings.span(market) & Window(window.start, window.end + timeframe.width)
+    span = _stored_span(toolbox, market) & Window(window.start, window.end + timeframe.width)
     frames = [frame for p in partitions_of(market, span) if (frame := toolbox.lake.read(table, p)) is not None]
     if not frames:
         return pl.DataFrame(schema={column.name: column.dtype for column in table.columns})
     inside = pl.col("open_time").is_between(window.start, window.end, closed="left")
     return pl.concat(frames).filter(inside)
+
+
+def _stored_span(toolbox: Toolbox, market: Market) -> Window:
+    if market in toolbox.settings.markets:
+        return toolbox.settings.span(market)
+    spans = toolbox.ledger.stored_span(market).values()
+    return Window(min(span.start for span in spans), max(span.end for span in spans))
 
 
 @dataclass(slots=True)
@@ -103,6 +137,62 @@ def _present(toolbox: Toolbox, table: Table, partition: Partition, wanted: Windo
         return state.rows
     bars = toolbox.lake.read(table, partition)
     return 0 if bars is None else int(bars["open_time"].is_between(wanted.start, wanted.end, closed="left").sum())
+
+
+def daily_coverage(toolbox: Toolbox, table: Table) -> tuple[dict[str, list[float | None]], date]:
+    """By market key, for each day from the date on: which share of the wanted bars is stored or explained, None where none is wanted.
+
+    A rollup covers what its base covers and what was rolled up. Reads the ledger and the lake's listing, no object.
+    """
+    settings = toolbox.settings
+    first = min(venue.since for venue in settings.venues.values())
+    found: dict[str, list[float | None]] = {}
+    for venue in settings.venues.values():
+        source = raw(venue.base if table.layer == "rollup" else table.timeframe)
+        if source.timeframe not in venue.fetched:
+            continue
+        known = _Known(toolbox, source, need_rolled=table.layer == "rollup")
+        for market in venue.markets:
+            days = [None] * (venue.since.date() - first.date()).days
+            found[market.key] = [*days, *(share for p in partitions_of(market, settings.span(market)) for share in known.days(p))]
+    return found, first.date()
+
+
+class _Known:
+    """What ledger and lake know of one raw table, all at once."""
+
+    def __init__(self, toolbox: Toolbox, source: Table, need_rolled: bool) -> None:
+        self._settings, self._source, self._need_rolled = toolbox.settings, source, need_rolled
+        self._outlines, self._sizes = toolbox.ledger.outlines(source), toolbox.lake.sizes(source)
+        self._open_gaps = toolbox.ledger.unsettled(source)
+
+    def days(self, partition: Partition) -> Iterator[float | None]:
+        """The share of each day of a month that the universe wants."""
+        timeframe, span = self._source.timeframe, self._settings.span(partition.market)
+        settled = self._settings.now() - self._settings.limits(timeframe).warn  # what closed since may be on its way
+        wanted, key = partition.month & span & Window(span.start, settled), (partition.market.key, partition.month_key)
+        outline = self._outlines.get(key)
+        there = outline is not None and outline.bytes is not None and self._sizes.get(key) == outline.bytes
+        whole = there and outline is not None and outline.complete and (outline.rolled or not self._need_rolled)
+        if outline is not None and whole and parse_time(outline.start) <= wanted.start and parse_time(outline.through) >= wanted.end:
+            yield from [1.0] * (-(-(wanted.end - wanted.start) // DAY))
+            return
+        if outline is None or not there or (self._need_rolled and not outline.rolled):
+            asked = Window(wanted.start, wanted.start)
+        else:
+            asked = Window(parse_time(outline.start), parse_time(outline.through))
+        day = datetime(wanted.start.year, wanted.start.month, wanted.start.day, tzinfo=UTC)
+        while day < wanted.end:
+            yield self._share(Window(day, day + DAY) & wanted, asked, self._open_gaps.get(key, ()), timeframe)
+            day += DAY
+
+    @staticmethod
+    def _share(day: Window, asked: Window, gaps: Iterable[Window], timeframe: Timeframe) -> float | None:
+        opens = Window(timeframe.ceil(day.start), timeframe.ceil(day.end) if day.end.time() == MIDNIGHT else timeframe.floor(day.end))
+        wanted = opens.count(timeframe)
+        if not wanted:
+            return None
+        return ((opens & asked).count(timeframe) - sum((gap & opens).count(timeframe) for gap in gaps)) / wanted
 
 
 def _in_minutes(found: Coverage, base: Timeframe) -> Coverage:
