@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 
+from marketdata_assets.cli.processes import dagster_environment
 from marketdata_assets.settings import Settings, load_settings
 from marketdata_assets.sources.guards import Policy
 from marketdata_assets.sources.sandbox import SandboxExchange, running
@@ -74,6 +76,15 @@ def universe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Universe:
         return load_settings()
 
     return make
+
+
+@pytest.fixture
+def instance(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
+    """The Dagster instance as `marketdata` sets it up, with our event log, for the test's own universe `settings`."""
+    for name, value in dagster_environment(settings).items():
+        monkeypatch.setenv(name, value)
+    with dg.DagsterInstance.get() as instance:
+        yield instance
 
 
 @pytest.fixture

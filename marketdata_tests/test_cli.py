@@ -18,10 +18,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from marketdata_assets.model.window import Window, parse_time
+from marketdata_assets.flows.alerts import problems, settle
+from marketdata_assets.model.window import Partition, Window, parse_time
 from marketdata_assets.settings import Settings
 from marketdata_assets.sources.sandbox import SandboxExchange
 from marketdata_assets.sources.sandbox_bars import truth
+from marketdata_assets.toolbox import open_toolbox
 from marketdata_tests.conftest import Universe
 
 SPAN = Window(parse_time("2023-12-01"), parse_time("2024-01-10"))
@@ -112,6 +114,9 @@ def stored(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settings
         (["bars", "binance:BTC-USDT", "1m", "--format", "parquet"], 2, "needs --out"),
         (["quarantine", "list", "--market", "x"], 2, "not in"),
         (["coverage", "--market", "x:y"], 2, "not in"),
+        (["parked", "--market", "x:y"], 2, "not in"),
+        (["alerts", "--format", "xml"], 2, "table, json"),
+        (["prune", "--days", "-1"], 2, "0"),
         (["nonsense"], 2, "No such command"),
     ],
 )
@@ -238,9 +243,50 @@ def test_no_secret_anywhere(sandbox: tuple[SandboxExchange, str], universe: Univ
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and canary.encode() in path.read_bytes()]
 
 
+def test_health_alerts_parked_and_prune(stored: Settings) -> None:
+    healthy = json.loads(marketdata("health", "--format", "json").stdout)
+    assert [(h["subject"], h["status"]) for h in healthy] == [
+        ("daemon", "unhealthy"),
+        ("binance", "healthy"),
+        ("binance:BTC-USDT", "unhealthy"),
+    ]
+    assert marketdata("backfill").returncode == 0
+    partition = Partition.parse("binance:BTC-USDT|2024-01-01")
+    with open_toolbox(stored) as toolbox:
+        toolbox.ledger.beat("daemon", stored.now())
+        assert marketdata("health").returncode == 0
+        toolbox.ledger.ask([(partition, "x")], stored.now())
+        toolbox.ledger.park([(partition, "failed: it says no")], stored.now())
+        settle(toolbox, problems(toolbox), lambda key: False)
+    assert marketdata("health").returncode == 1
+    (alert,) = json.loads(marketdata("alerts", "--open", "--format", "json").stdout)
+    assert (alert["title"], alert["severity"], alert["recovered"]) == ("binance:BTC-USDT|2024-01-01 is parked", "error", None)
+    assert "1 incidents, 1 of them open" in says(marketdata("alerts"))
+    (parked,) = json.loads(marketdata("parked", "--format", "json").stdout)
+    assert (parked["partition"], parked["attempts"], parked["reason"]) == (partition.key, 1, "failed: it says no")
+    assert "0 partitions are parked" in says(marketdata("parked", "--start", "2024-01-03"))
+    assert "1 partitions unparked" in says(marketdata("parked", "--unpark"))
+    assert json.loads(marketdata("parked", "--format", "json").stdout) == []
+    would = json.loads(marketdata("prune", "--days", "0", "--dry-run").stdout)
+    assert would["dry_run"]
+    assert (would["runs"], would["logs"], would["fetches"] > 0) == (1, 1, True)
+    done = json.loads(marketdata("prune", "--days", "0").stdout)
+    assert {**done, "dry_run": True, "reclaimed_bytes": 0} == {**would, "reclaimed_bytes": 0}
+    assert json.loads(marketdata("prune", "--days", "0").stdout)["runs"] == 0
+
+
+def test_a_wrong_alert_url_is_told_at_the_start(stored: Settings) -> None:
+    done = marketdata("dev", MARKETDATA_ALERTS="[nonsense://CANARY-5f1c9a]")
+    assert done.returncode == 2
+    assert "alert URL 1 (scheme nonsense)" in says(done)
+    assert "CANARY" not in says(done)
+
+
 def test_every_command_has_help() -> None:
     listed = re.findall(r"^[│ ]+([a-z]+) {2,}", marketdata("--help", COLUMNS="100").stdout, re.M)
-    assert {"backfill", "bars", "coverage", "quarantine", "plan", "sandbox", "dev", "demo"} <= set(listed)
+    assert {"backfill", "bars", "coverage", "quarantine", "plan", "health", "alerts", "parked", "prune", "sandbox", "dev", "demo"} <= set(
+        listed
+    )
     for command in listed:
         assert marketdata(command, "--help").returncode == 0
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import pytest
 
 from marketdata_assets.cli.processes import dagster_environment
 from marketdata_assets.defs.jobs import INGEST, build_definitions
+from marketdata_assets.defs.launcher import end_dead_runs, process_id
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
-from marketdata_assets.defs.worker import end_dead_runs
 from marketdata_assets.lake.tables import raw
 from marketdata_assets.model.window import TIMEFRAMES, Partition, Window, parse_time
 from marketdata_assets.settings import Settings
@@ -42,15 +41,6 @@ def settings(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settin
     return universe(sandbox[1], symbols="[BTC/USDT, ETH/USDT]", since="2023-11-25", until="2023-12-03", extra="reference: [1h]")
 
 
-@pytest.fixture
-def instance(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
-    """The instance as `marketdata` sets it up, with our event log."""
-    for name, value in dagster_environment(settings).items():
-        monkeypatch.setenv(name, value)
-    with dg.DagsterInstance.get() as instance:
-        yield instance
-
-
 def run(settings: Settings, instance: dg.DagsterInstance, start: str, end: str, **options: Any) -> dg.ExecuteInProcessResult:
     job = build_definitions(settings).resolve_job_def(INGEST)
     return job.execute_in_process(instance=instance, tags={RANGE_START: start, RANGE_END: end}, raise_on_error=False, **options)
@@ -69,6 +59,13 @@ def check_results(instance: dg.DagsterInstance, key: dg.AssetKey, check: str) ->
     records = instance.event_log_storage.get_asset_check_execution_history(dg.AssetCheckKey(key, check), limit=100)
     done = [r.event.dagster_event.asset_check_evaluation_data for r in records if r.event and r.event.dagster_event]
     return {evaluation.partition: evaluation.passed for evaluation in reversed(done)}
+
+
+def checked_partitions(settings: Settings, instance: dg.DagsterInstance, key: dg.AssetKey, check: str) -> dict[str, set[str]]:
+    """What the check's grid in the UI shows: partition keys by outcome."""
+    name, grid = dg.AssetCheckKey(key, check), build_definitions(settings).get_repository_def().asset_graph.get(key).partitions_def
+    state = instance.event_log_storage.get_asset_check_state([(name, grid)])[name]
+    return {status.value: set(subset.subset_value.get_partition_keys()) for status, subset in state.subsets.items()}
 
 
 def test_what_the_catalog_shows(settings: Settings) -> None:
@@ -100,6 +97,9 @@ def test_range_run_gives_every_partition_its_own_results(settings: Settings, ins
         assert check_results(instance, RAW, check) == {None: True, BTC_NOV: True, BTC_DEC: True, ETH_NOV: True, ETH_DEC: True}
     for check in ("complete", "matches_native"):
         assert check_results(instance, HOUR, check) == {None: True, BTC_NOV: True, BTC_DEC: True, ETH_NOV: True, ETH_DEC: True}
+    everything = {BTC_NOV, BTC_DEC, ETH_NOV, ETH_DEC}
+    assert checked_partitions(settings, instance, RAW, "ohlc")["SUCCEEDED"] == everything
+    assert checked_partitions(settings, instance, HOUR, "matches_native")["SUCCEEDED"] == everything
     expected = truth("ETHUSDT", "1m", Window(parse_time("2023-11-25"), parse_time("2023-12-01")))
     metadata = latest(instance, RAW, ETH_NOV)
     assert metadata["rows"] == expected.height
@@ -109,7 +109,7 @@ def test_range_run_gives_every_partition_its_own_results(settings: Settings, ins
     assert metadata["requests"] >= expected.height // 1000
     assert {"retries", "seconds_waited_for_limits", "rows_quarantined"} <= set(metadata)
     assert len(metadata["closes"]) < 1000
-    assert metadata["closes"].startswith("![closes](data:image/svg+xml;base64,")
+    assert metadata["closes"].startswith("![closes](data:image/svg+xml")
     assert latest(instance, HOUR, ETH_NOV)["rows"] == 144
 
 
@@ -143,7 +143,9 @@ def test_one_failing_market_leaves_the_others_materialized(
         result = job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
         assert not result.success
         assert instance.get_materialized_partitions(RAW) == {BTC_NOV, BTC_DEC}
-        assert instance.get_materialized_partitions(HOUR) == set()
+        assert instance.get_materialized_partitions(HOUR) == {BTC_NOV, BTC_DEC}
+        assert checked_partitions(settings, instance, RAW, "ohlc")["SUCCEEDED"] == {BTC_NOV, BTC_DEC}
+        assert checked_partitions(settings, instance, HOUR, "complete")["SUCCEEDED"] == {BTC_NOV, BTC_DEC}
     failed = [event for event in heard if "failed" in event]
     assert {event["failed"] for event in failed} == {"binance:NOPE-USDT|2023-11-01", "binance:NOPE-USDT|2023-12-01"}
     assert all("did you mean" in event["says"] and event["exit_code"] == 2 for event in failed)
@@ -162,7 +164,14 @@ def test_a_red_blocking_check_keeps_the_rollups_away(settings: Settings, instanc
     assert not result.success
     assert check_results(instance, RAW, "ohlc")[BTC_NOV] is False
     assert check_results(instance, RAW, "duplicates")[BTC_NOV] is True
+    assert checked_partitions(settings, instance, RAW, "ohlc")["FAILED"] == {BTC_NOV}
     assert latest(instance, HOUR, BTC_NOV) == before
+    result = run(settings, instance, BTC_NOV, ETH_NOV)  # beside a partition that is well
+    assert not result.success
+    assert latest(instance, HOUR, BTC_NOV) == before
+    assert instance.get_materialized_partitions(HOUR) == {BTC_NOV, ETH_NOV}
+    with open_toolbox(settings) as toolbox:
+        assert [(check.name, check.partition.key, check.blocking) for check in toolbox.ledger.red_checks()] == [("ohlc", BTC_NOV, True)]
 
 
 def test_matches_native_names_the_bar_that_differs(settings: Settings, instance: dg.DagsterInstance) -> None:
@@ -180,15 +189,10 @@ def test_matches_native_names_the_bar_that_differs(settings: Settings, instance:
 
 def test_runs_of_killed_processes_are_ended_and_free_their_slots(settings: Settings, instance: dg.DagsterInstance) -> None:
     job = build_definitions(settings).resolve_job_def(INGEST)
-    gone = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    dead = instance.create_run_for_job(
-        job, tags={"marketdata/process": f"{socket.gethostname()}:{gone}"}, status=dg.DagsterRunStatus.STARTED
-    )
-    living = instance.create_run_for_job(
-        job, tags={"marketdata/process": f"{socket.gethostname()}:{os.getpid()}"}, status=dg.DagsterRunStatus.STARTED
-    )
+    gone = process_id(os.getpid()).replace(f":{os.getpid()}:", ":1:")
+    dead = instance.create_run_for_job(job, tags={"marketdata/process": gone}, status=dg.DagsterRunStatus.STARTED)
+    mine = process_id(os.getpid())
+    living = instance.create_run_for_job(job, tags={"marketdata/process": mine}, status=dg.DagsterRunStatus.STARTED)
     instance.event_log_storage.set_concurrency_slots("warehouse", 1)
     assert instance.event_log_storage.claim_concurrency_slot("warehouse", dead.run_id, "rollups").is_claimed
     assert end_dead_runs(instance) == 1

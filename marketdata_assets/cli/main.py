@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from marketdata_assets.flows.plan import Task
+    from marketdata_assets.lake.incidents import Incident
     from marketdata_assets.model.market import Market
     from marketdata_assets.toolbox import Toolbox
 
@@ -169,13 +170,13 @@ def bars(
     file: Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the terminal.")] = None,
 ) -> None:
     """Print the stored bars of a market."""
-    from marketdata_assets.flows.read import read_bars
+    from marketdata_assets.flows.read import known_market, read_bars
 
     _one_of(format, "table", "csv", "json", "parquet")
     if format == "parquet" and file is None:
         raise BadInput("--format parquet needs --out FILE")
     with _toolbox() as (settings, toolbox):
-        found = read_bars(toolbox, settings.market(market), timeframe(timeframe_), _window(settings, start, end))
+        found = read_bars(toolbox, known_market(toolbox, market), timeframe(timeframe_), _window(settings, start, end))
     _write_bars(found, format, file)
 
 
@@ -243,6 +244,100 @@ def quarantine_list(
     _print_table([{**row, "fields": json.dumps(row["fields"])} for row in rows], names)
 
 
+# --------------------------------------------------------------------------------- health, alerts, parked, prune
+@app.command()
+def health(format: Format = "table") -> None:
+    """How every market, every venue and the daemon is, with the reasons. Exit code 1 unless all are healthy."""
+    from marketdata_assets.flows.health import Status
+    from marketdata_assets.flows.health import health as health_flow
+
+    _one_of(format, "table", "json")
+    with _toolbox() as (_, toolbox):
+        found = health_flow(toolbox)
+    rows: list[dict[str, Any]] = [h.as_dict() for h in found]
+    if format == "json":
+        _print_json(rows)
+    else:
+        _print_table([{**row, "reasons": "; ".join(row["reasons"])} for row in rows], ["kind", "subject", "status", "reasons"])
+    raise typer.Exit(0 if all(h.status == Status.HEALTHY for h in found) else 1)
+
+
+@app.command()
+def alerts(
+    open_only: Annotated[bool, typer.Option("--open", help="Only what is not over.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 50,
+    format: Format = "table",
+) -> None:
+    """What went wrong, since when and until when, and whether everybody was told."""
+    _one_of(format, "table", "json")
+    with _toolbox() as (_, toolbox):
+        waiting = toolbox.incidents.undelivered()
+        history = list(toolbox.incidents.open().values())[-limit:] if open_only else toolbox.incidents.history(limit)
+    rows = [_incident_row(incident) for incident in history]
+    if format == "json":
+        _print_json(rows)
+        return
+    _print_table(rows, ["severity", "opened", "recovered", "title"])
+    still = sum(row["recovered"] is None for row in rows)
+    out.print(f"{len(rows)} incidents, {still} of them open", highlight=False)
+    for channel, (count, why) in waiting.items():
+        err.print(f"[yellow]{count} alerts wait[/yellow] for {channel}: {_plain(why)}", highlight=False)
+
+
+def _incident_row(incident: Incident) -> dict[str, Any]:
+    problem = incident.problem
+    recovered = iso(incident.recovered_at) if incident.recovered_at else None
+    return {
+        "severity": problem.severity,
+        "opened": iso(incident.opened_at),
+        "recovered": recovered,
+        "title": problem.title,
+        "body": problem.body,
+        "incident": problem.key,
+    }
+
+
+@app.command()
+def parked(
+    market: Markets = None,
+    start: Start = None,
+    end: End = None,
+    unpark: Annotated[bool, typer.Option("--unpark", help="Let `backfill_missed` ask for them again.")] = False,
+    format: Format = "table",
+) -> None:
+    """Partitions that `backfill_missed` has given up, with the reason of the last attempt."""
+    _one_of(format, "table", "json")
+    with _toolbox() as (settings, toolbox):
+        wanted = {p.key for p in settings.partitions(_chosen(settings, market), _window(settings, start, end))}
+        found = [ask for ask in toolbox.ledger.asks().values() if ask.parked_at and ask.partition.key in wanted]
+        if unpark:
+            toolbox.ledger.forget_asks([ask.partition for ask in found])
+    rows = [
+        {"partition": ask.partition.key, "attempts": ask.attempts, "parked": iso(ask.parked_at), "reason": ask.reason}
+        for ask in found
+        if ask.parked_at
+    ]
+    _print_json(rows) if format == "json" else _print_table(rows, ["partition", "attempts", "parked", "reason"])
+    if format == "table":
+        out.print(f"{len(rows)} partitions {'unparked' if unpark else 'are parked'}", highlight=False)
+
+
+@app.command()
+def prune(
+    days: Annotated[float | None, typer.Option(min=0, help="Keep so many days. Default: `retention_days` of the universe.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove logs of old runs, recovered alerts and old fetch logs; never a materialization or a check result."""
+    from marketdata_assets.cli.processes import answer_of
+    from marketdata_assets.flows.upkeep import forget
+
+    with _toolbox() as (settings, toolbox):
+        keep = settings.retention_days if days is None else days
+        flags = ["--days", str(keep), *(["--dry-run"] if dry_run else [])]
+        gone = answer_of(["marketdata_assets.defs.prune", *flags], settings) | forget(toolbox, keep, dry_run)
+    _print_json(gone)
+
+
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
@@ -270,8 +365,11 @@ def sandbox(port: Port = 18081) -> None:
 def dev(port: Port = 3000) -> None:
     """Serve the Dagster UI and run its daemon on your universe, until Ctrl-C."""
     from marketdata_assets.cli.serve import serve_ui
+    from marketdata_assets.notify import open_channels
 
-    serve_ui(load_settings(), port, say=_say)
+    settings = load_settings()
+    open_channels(settings.state, settings.alerts)  # a wrong URL is told now, not when something burns
+    serve_ui(settings, port, say=_say)
 
 
 @app.command()

@@ -1,23 +1,33 @@
-"""Dagster as processes of ours: its home, its workers, its web server and daemon. Imports no Dagster."""
+"""Dagster as processes of ours: its home, its workers, and the services that are started again when they die. Imports no Dagster."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from marketdata_assets.errors import StoreFailed
+from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
+PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0)
+"""Before a service that died is started again: seconds after the first, second, ... death that came right after its start."""
+_QUICK = 20.0
+_LOOK = 0.5
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 # Three allocators (glibc, jemalloc in polars, Arrow's) each keep what was freed; giving it back saves 100 MB a process.
 _LEAN = {
     "MALLOC_ARENA_MAX": "2",
@@ -37,6 +47,7 @@ def dagster_environment(settings: Settings) -> dict[str, str]:
     return {**_LEAN, **os.environ, "DAGSTER_HOME": str(home), "DAGSTER_DISABLE_TELEMETRY": "yes", "PYTHONWARNINGS": "ignore"}
 
 
+# --------------------------------------------------------------------------------- children
 def start(arguments: list[str], environment: dict[str, str], **options: Any) -> subprocess.Popen[str]:
     """A child in a session of its own that ends when we do, however we end."""
     command = [sys.executable, "-m", *arguments]
@@ -49,30 +60,150 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def stop(process: subprocess.Popen[str], patience: float = 10.0) -> None:
-    """End a child and all that it started."""
-    for kind in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, kind)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
+def stop(*processes: subprocess.Popen[str], patience: float = 15.0) -> None:
+    """End children and all that they started: all are asked at once, then whoever is left is made to."""
+    for process in processes:
+        _signal_group(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + patience
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        _signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answer_of(arguments: list[str], settings: Settings) -> dict[str, Any]:
+    """The one JSON object that a child prints. Raises StoreFailed with its last line when it fails."""
+    child = start(arguments, dagster_environment(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = child.communicate()
+    if child.returncode:
+        raise StoreFailed(f"{arguments[0]} failed: {(err.strip().splitlines() or ['no message'])[-1]}")
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def _signal_group(group: int, kind: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, kind)
+
+
+def _children(pid: int) -> set[int]:
+    """The children of a process, dead ones that nobody has buried included."""
+    found = set[int]()
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found |= {int(child) for child in (task / "children").read_text().split()}
+    return found
+
+
+# --------------------------------------------------------------------------------- services
+@dataclass(slots=True)
+class Service:
+    """A child that is started again when it dies, after growing pauses when it dies right after its start."""
+
+    name: str
+    arguments: list[str]
+    two_processes: bool = False
+    """Whether it works through a child of its own, without which it lives on but serves nobody."""
+    process: subprocess.Popen[str] | None = None
+    _begun: float = 0.0
+    _due: float = 0.0
+    _quick_deaths: int = 0
+    _hollow: int = 0
+
+    def begin(self, environment: dict[str, str]) -> subprocess.Popen[str]:
+        """Start it now."""
+        self._begun, self._hollow = time.monotonic(), -1
+        self.process = start(self.arguments, environment)
+        return self.process
+
+    def tend(self, environment: dict[str, str], say: Callable[[str], None]) -> None:
+        """Notice when it has died, and start it again when its pause is over."""
+        if self.process is not None and self._dead(self.process):
+            self._bury(self.process, say)
+        if self.process is None and time.monotonic() >= self._due:
+            self.begin(environment)
+
+    def _dead(self, process: subprocess.Popen[str]) -> bool:
+        if process.poll() is not None:
+            return True
+        if self.two_processes:  # -1 until its child has been seen; twice without is dead, as a look may miss it
+            alone = not _children(process.pid)
+            self._hollow = 0 if not alone else self._hollow + (self._hollow >= 0)
+        return self._hollow > 1
+
+    def _bury(self, process: subprocess.Popen[str], say: Callable[[str], None]) -> None:
+        code = process.poll()
+        _signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+        self.process = None
+        self._quick_deaths = self._quick_deaths + 1 if time.monotonic() - self._begun < _QUICK else 0
+        how = "lost its own child" if code is None else f"ended with code {code}" if code >= 0 else f"was killed by signal {-code}"
+        if self._quick_deaths > len(PAUSES):
+            raise StoreFailed(f"{self.name} {how}, {self._quick_deaths} times in a row right after its start; its messages stand above")
+        pause = PAUSES[max(0, self._quick_deaths - 1)]
+        self._due = time.monotonic() + pause
+        say(f"{self.name} {how}; starting it again" + (f" in {pause:g} s" if pause else ""))
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """Services that live until the block ends, and nothing of theirs after it. One for a state folder."""
+
+    environment: dict[str, str]
+    say: Callable[[str], None]
+    services: list[Service] = field(default_factory=list)
+    _strangers: set[int] = field(default_factory=set)
+
+    def __enter__(self) -> Supervisor:
+        """What our children leave behind when they are killed becomes ours to bury, instead of the machine's."""
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        self._strangers = _children(os.getpid())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        stop(*(service.process for service in self.services if service.process is not None))
+        for kind, looks in ((signal.SIGTERM, 50), (signal.SIGKILL, 20)):
+            for pid in self._heirs():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, kind)
+            while looks and self._heirs():
+                looks -= 1
+                threading.Event().wait(0.1)
+
+    def begin(self, service: Service) -> subprocess.Popen[str]:
+        """Start a service; from now on it is looked after."""
+        self.services.append(service)
+        return service.begin(self.environment)
+
+    def tend(self) -> NoReturn:
+        """Start again whatever dies, until we are interrupted or one cannot be started."""
+        while True:
+            for service in self.services:
+                service.tend(self.environment, self.say)
+            self._heirs()
+            threading.Event().wait(_LOOK)
+
+    def _heirs(self) -> set[int]:
+        """Living processes that our dead children left to us, such as runs of a daemon that was killed; the dead are buried."""
+        known = {service.process.pid for service in self.services if service.process is not None}
+        heirs = _children(os.getpid()) - self._strangers - known
+        return {pid for pid in heirs if os.waitpid(pid, os.WNOHANG) == (0, 0)}
 
 
 @contextmanager
-def dagster_ui(settings: Settings, port: int, await_ready: Callable[[subprocess.Popen[str]], None]) -> Iterator[subprocess.Popen[str]]:
-    """The web server, and once it is ready the daemon, until the block ends; yields the web server."""
-    environment = dagster_environment(settings)
-    workspace = str(ROOT / "workspace.yaml")
-    children = [start(["dagster_webserver", "-w", workspace, "-h", "127.0.0.1", "-p", str(port)], environment)]
-    try:
-        await_ready(children[0])
-        children.append(start(["dagster._daemon", "run", "-w", workspace], environment))
-        yield children[0]
-    finally:
-        for child in children:
-            stop(child)
+def only_one(environment: dict[str, str], what: str) -> Iterator[None]:
+    """Hold the state folder: two daemons on it would do everything twice. `what` is what the second one reads of us."""
+    home = Path(environment["DAGSTER_HOME"])
+    with (home / "dev.lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read() or "another `marketdata dev`"
+            raise BadInput(f"{holder} already serves {home.parent}; end that one first, or set another `state:`") from None
+        lock.truncate(0)
+        lock.write(f"{what} (process {os.getpid()})")
+        lock.flush()
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,24 +12,51 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from marketdata_assets.cli.processes import dagster_ui, start, stop
+from marketdata_assets.cli.processes import Service, Supervisor, dagster_environment, only_one, start, stop
 from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.settings import PREFIX, Settings, load_settings
 
+_LOCATION = "marketdata_assets"
 _STARTUP = 120
 DEMO_MONTHS = 2
 
 
 def serve_ui(settings: Settings, port: int, say: Callable[[str], None]) -> None:
-    """Web server and daemon until Ctrl-C or until one of them ends."""
-    _check_free(port)
-    say(f"starting the UI at http://127.0.0.1:{port} (Ctrl-C ends it) ...")
+    """Code server, web server and daemon until Ctrl-C; one that dies is started again."""
+    environment, url = dagster_environment(settings), f"http://127.0.0.1:{port}"
+    with only_one(environment, url):
+        _check_free(port)
+        code_port = _free_port()
+        workspace = _workspace(Path(environment["DAGSTER_HOME"]), code_port)
+        say(f"starting the UI at {url} (Ctrl-C ends it) ...")
+        try:
+            with Supervisor(environment, say) as supervisor:
+                _await(lambda: _connect(code_port), supervisor.begin(_code_server(code_port)))
+                web = Service("the web server", ["dagster_webserver", "-w", workspace, "-h", "127.0.0.1", "-p", str(port)])
+                _await(lambda: _get(f"{url}/server_info"), supervisor.begin(web))
+                supervisor.begin(Service("the daemon", ["marketdata_assets.defs.launcher", "run", "-w", workspace]))
+                say(f"UI ready at {url}")
+                supervisor.tend()
+        except KeyboardInterrupt:
+            say("stopped")
+
+
+def _workspace(home: Path, code_port: int) -> str:
+    """Tell web server and daemon where our one code server is; alone, each would start its own."""
+    file = home / "workspace.yaml"
+    address = {"host": "127.0.0.1", "port": code_port, "location_name": _LOCATION}
     try:
-        with dagster_ui(settings, port, lambda child: _await_http(f"http://127.0.0.1:{port}/server_info", child)) as server:
-            say(f"UI ready at http://127.0.0.1:{port}")
-            server.wait()
-    except KeyboardInterrupt:
-        say("stopped")
+        file.write_text(json.dumps({"load_from": [{"grpc_server": address}]}), encoding="utf-8")  # JSON is YAML
+    except OSError as error:
+        raise StoreFailed(f"{file} cannot be written: {error.strerror}; mend the folder or set another `state:`") from None
+    return str(file)
+
+
+def _code_server(port: int) -> Service:
+    """A door that can be reloaded and, behind it, the process with our code; that one ends when the door is silent."""
+    where = ["-h", "127.0.0.1", "-p", str(port), "-m", f"{_LOCATION}.definitions", "--location-name", _LOCATION]
+    how = ["--use-python-environment-entry-point", "--heartbeat-ttl", "10", "--log-level", "warning"]
+    return Service("the code server", ["dagster", "code-server", "start", *where, *how], two_processes=True)
 
 
 def _check_free(port: int) -> None:
@@ -40,19 +68,29 @@ def _check_free(port: int) -> None:
             raise BadInput(f"port {port} is taken; choose another with --port") from None
 
 
-def _await_http(url: str, child: subprocess.Popen[str]) -> None:
-    for _ in range(_STARTUP * 4):
+def _await(probe: Callable[[], None], child: subprocess.Popen[str]) -> None:
+    """Wait until a child of ours answers."""
+    for _ in range(_STARTUP * 10):
         try:
-            with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - loopback, written here
-                return
+            return probe()
         except OSError:
             pass
         try:
-            child.wait(0.25)
+            child.wait(0.1)
         except subprocess.TimeoutExpired:
             continue
         raise StoreFailed("a server ended while starting; its messages stand above")
-    raise StoreFailed(f"{url} did not answer within {_STARTUP} s")
+    raise StoreFailed(f"a server did not answer within {_STARTUP} s; its messages stand above")
+
+
+def _get(url: str) -> None:
+    with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - loopback, written here
+        pass
+
+
+def _connect(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=5):
+        pass
 
 
 @contextmanager
@@ -61,7 +99,7 @@ def run_sandbox() -> Iterator[str]:
     port = _free_port()
     child = start(["marketdata_assets.cli.main", "sandbox", "--port", str(port)], dict(os.environ), stdout=subprocess.DEVNULL)
     try:
-        _await_http(f"http://127.0.0.1:{port}/api/v3/ping", child)
+        _await(lambda: _get(f"http://127.0.0.1:{port}/api/v3/ping"), child)
         yield f"http://127.0.0.1:{port}/binance"
     finally:
         stop(child)

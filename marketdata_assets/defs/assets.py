@@ -2,23 +2,25 @@
 
 # no postponed annotations here: Dagster reads them at definition time
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 from dagster_duckdb import DuckDBResource
 
-from marketdata_assets.defs.checks import Results, check_specs, failure_told
+from marketdata_assets.defs.checks import Results, check_specs, failure_told, finished
 from marketdata_assets.defs.partitions import partitions_of_run
-from marketdata_assets.defs.pictures import sparkline
+from marketdata_assets.defs.pictures import candles, sparkline
+from marketdata_assets.errors import CheckFailed
 from marketdata_assets.flows.audit import audit_raw, audit_rollup
 from marketdata_assets.flows.derive import Derived, derive
 from marketdata_assets.flows.ingest import Ingested, ingest
+from marketdata_assets.flows.read import daily_coverage
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.bar import Column
-from marketdata_assets.model.window import Timeframe, iso
+from marketdata_assets.model.window import Partition, Timeframe, iso
 from marketdata_assets.settings import Settings
-from marketdata_assets.toolbox import Tell, open_toolbox
+from marketdata_assets.toolbox import Tell, Toolbox, open_toolbox
 
 WAREHOUSE_POOL = "warehouse"
 """How many runs write rollups at once (dagster.yaml). Within them a lock lets one write; venues have a limiter."""
@@ -29,7 +31,14 @@ def asset_key(table: Table) -> dg.AssetKey:
     return dg.AssetKey(list(table.key))
 
 
-def _spec(table: Table, settings: Settings, deps: Sequence[Table], description: str, kinds: set[str]) -> dg.AssetSpec:
+def _spec(
+    table: Table,
+    deps: Sequence[Table],
+    description: str,
+    kinds: set[str],
+    skippable: bool = True,
+    freshness_policy: dg.FreshnessPolicy | None = None,
+) -> dg.AssetSpec:
     columns = [
         dg.TableColumn(c.name, _type_name(c), c.meaning, constraints=dg.TableColumnConstraints(nullable=c.optional)) for c in table.columns
     ]
@@ -40,6 +49,8 @@ def _spec(table: Table, settings: Settings, deps: Sequence[Table], description: 
         group_name=table.layer,
         kinds=kinds,
         owners=["team:marketdata"],
+        skippable=skippable,
+        freshness_policy=freshness_policy,
         metadata={"dagster/column_schema": dg.TableSchema(columns=columns), "dagster/table_name": table.name},
     )
 
@@ -58,24 +69,40 @@ def raw_asset(settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitions
         "Materialize a partition to fetch what it lacks; a complete one costs no request. When a check is red, its own "
         "text says what to do; rows refused by a rule are in `marketdata quarantine list`."
     )
+    quiet, limits = _keeps_quiet(settings, timeframe), settings.limits(timeframe)
+    policy = dg.FreshnessPolicy.time_window(fail_window=limits.error, warn_window=limits.warn) if quiet else None
     store = "s3" if settings.lake.startswith("s3://") else "parquet"
 
     @dg.multi_asset(
         name=f"raw_ohlcv_{timeframe.name}",
-        specs=[_spec(table, settings, [], what, {"polars", store, "pandera"})],
+        specs=[_spec(table, [], what, {"polars", store, "pandera"}, quiet, policy)],
         partitions_def=grid,
         backfill_policy=dg.BackfillPolicy.single_run(),
         check_specs=check_specs(table, settings, grid),
     )
     def fetch(context: dg.AssetExecutionContext) -> Iterator[Any]:
         partitions = partitions_of_run(context)
-        results = Results(context, asset_key(table), tell)
+        results = Results(context, asset_key(table), tell, skippable=quiet)
         with failure_told(tell, partitions), open_toolbox(settings, tell=tell) as toolbox:
-            for done in ingest(toolbox, timeframe, partitions):
-                results.add(done.partition, _raw_metadata(done), audit_raw(done), done.error)
-        yield from results.finish()
+            fetch_into(results, toolbox, timeframe, partitions)
+            if results.failed and (good := [p for p in results.good if settings.venues[p.market.venue].base == timeframe]):
+                # this step fails and the next is skipped: those that are well must not wait for the others
+                rollups = {tf: Results(context, asset_key(rollup(tf)), tell) for tf in settings.rollup_timeframes}
+                roll_up_into(rollups, toolbox, good)
+                for rolled in rollups.values():
+                    rolled.log_done()
+        yield from finished([results])
 
     return fetch
+
+
+def _keeps_quiet(settings: Settings, timeframe: Timeframe) -> bool:
+    """Whether a refresh without new bars leaves no event here, so that Dagster's freshness badge tells the truth.
+
+    What it leaves out, Dagster leaves out downstream too: only the one base may do so, never a reference beside it.
+    """
+    wanted_now = any(venue.until is None or venue.until > settings.now() for venue in settings.venues.values())
+    return wanted_now and {venue.base for venue in settings.venues.values()} == {timeframe}
 
 
 def rollup_assets(settings: Settings, grid: dg.MultiPartitionsDefinition, tell: Tell) -> dg.AssetsDefinition:
@@ -83,7 +110,7 @@ def rollup_assets(settings: Settings, grid: dg.MultiPartitionsDefinition, tell: 
     tables = {tf: rollup(tf) for tf in settings.rollup_timeframes}
     deps = [raw(tf) for tf in settings.raw_timeframes]
     kinds = {"polars", "duckdb" if settings.rollups == "duckdb" else "parquet"}
-    specs = [_spec(t, settings, deps, _rollup_words(tf), kinds) for tf, t in tables.items()]
+    specs = [_spec(t, deps, _rollup_words(tf), kinds) for tf, t in tables.items()]
 
     @dg.multi_asset(
         name="rollups",
@@ -95,15 +122,40 @@ def rollup_assets(settings: Settings, grid: dg.MultiPartitionsDefinition, tell: 
     )
     def roll_up(context: dg.AssetExecutionContext, warehouse: DuckDBResource) -> Iterator[Any]:
         partitions = partitions_of_run(context)
-        results = {tf: Results(context, asset_key(t), tell) for tf, t in tables.items()}
+        results = {tf: Results(context, asset_key(t), tell, skippable=True) for tf, t in tables.items()}
         with failure_told(tell, partitions), open_toolbox(settings, warehouse.get_connection) as toolbox:
-            for derived in derive(toolbox, partitions):
-                for tf, result in results.items():
-                    result.add(derived.partition, _rollup_metadata(derived, tf), audit_rollup(toolbox, derived, tf))
-        for result in results.values():
-            yield from result.finish()
+            roll_up_into(results, toolbox, partitions)
+        yield from finished(list(results.values()))
 
     return roll_up
+
+
+def fetch_into(results: Results, toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partition]) -> None:
+    """Ingest and audit the partitions of a raw asset."""
+    for done in ingest(toolbox, timeframe, partitions):
+        findings = audit_raw(toolbox, done) if done.error is None else []
+        results.add(done.partition, _raw_metadata(done), findings, done.error, changed=done.account.stored > 0)
+    results.cover(*daily_coverage(toolbox, raw(timeframe)))
+
+
+def roll_up_into(results: Mapping[Timeframe, Results], toolbox: Toolbox, partitions: Sequence[Partition]) -> None:
+    """Derive and audit the partitions of all rollups; one with a red blocking check fails alone."""
+    if not results:
+        return
+    blocked = {check.partition: check for check in toolbox.ledger.red_checks() if check.blocking}
+    for partition in partitions:
+        if partition in blocked:
+            check = blocked[partition]
+            error = CheckFailed(f"{check.table} {check.name} is red: {check.says}; nothing is rolled up from it")
+            for result in results.values():
+                result.add(partition, {}, [], error)
+    for derived in derive(toolbox, [partition for partition in partitions if partition not in blocked]):
+        for tf, result in results.items():
+            findings = audit_rollup(toolbox, derived, tf)
+            result.add(derived.partition, _rollup_metadata(derived, tf), findings, changed=derived.changed.get(tf, 0) > 0)
+    covered = daily_coverage(toolbox, rollup(next(iter(results))))  # they are made together
+    for result in results.values():
+        result.cover(*covered)
 
 
 def _rollup_words(timeframe: Timeframe) -> str:
@@ -125,6 +177,7 @@ def _raw_metadata(done: Ingested) -> dict[str, Any]:
         "rows_received": done.account.received,
         "rows_quarantined": done.account.quarantined,
         "closes": dg.MetadataValue.md(sparkline(done.bars["close"])),
+        "candles": dg.MetadataValue.md(candles(done.bars)),
         "dagster/partition_row_count": done.bars.height,
     }
     if done.bars.height:

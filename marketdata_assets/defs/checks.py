@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import date, timedelta
 from typing import Any
 
 import dagster as dg
+from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationTargetMaterializationData
 
+from marketdata_assets.defs.pictures import heat_map
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.flows.audit import BLOCKING, RAW_CHECKS, Finding
-from marketdata_assets.flows.freshness import ERROR_BARS, WARN_BARS, Freshness, freshness
-from marketdata_assets.lake.tables import Table, raw
-from marketdata_assets.model.window import MINUTE, Partition, Timeframe, iso
+from marketdata_assets.flows.freshness import Freshness, freshness
+from marketdata_assets.flows.read import daily_coverage
+from marketdata_assets.lake.tables import Table
+from marketdata_assets.model.window import MINUTE, Partition, iso
 from marketdata_assets.settings import Settings
-from marketdata_assets.toolbox import Tell, open_toolbox
+from marketdata_assets.toolbox import Tell, Toolbox, open_toolbox
 
+SHOWN = 200
+"""How many markets a table in a check names, the worst first."""
+INLINE = 8
+"""Markets whose coverage is short enough for Dagster to draw it in its place, and not behind a button."""
 COMPLETE = (
     "Every bar made of fewer base bars than it could hold owes that to the venue, by evidence. If red: materialize the raw partition again."
 )
@@ -38,50 +45,116 @@ def check_specs(table: Table, settings: Settings, grid: dg.MultiPartitionsDefini
     return [dg.AssetCheckSpec(name, asset=key, description=text, partitions_def=grid) for name, text in words.items()]
 
 
-def freshness_check(settings: Settings, timeframe: Timeframe) -> dg.AssetChecksDefinition:
-    """`freshness` of a raw asset: one result for all its markets, from the newest bar on disk."""
-    key = list(raw(timeframe).key)
-    words = (
-        f"The newest stored bar of every market is at most {WARN_BARS} bars (warning) or {ERROR_BARS} bars (error) behind. "
-        "If red: materialize the open month of the markets it names."
-    )
+KIND, REFRESH, MISSED = "marketdata/kind", "refresh", "missed"
+"""A tag of the runs that automation asks for, and its values."""
+FRESHNESS, COVERAGE = "freshness", "coverage"
 
-    @dg.asset_check(asset=dg.AssetKey(key), name="freshness", description=words)
+
+def market_checks(settings: Settings, table: Table) -> list[dg.AssetChecksDefinition]:
+    """The checks of an asset that look at all its markets: `coverage`, and on raw assets `freshness`.
+
+    The sensor `watch_markets` evaluates them without runs; the Execute button does it at once.
+    """
+    found = [_market_check(settings, table, COVERAGE, _coverage_words(table), coverage_result)]
+    if table.layer == "raw":
+        found.append(_market_check(settings, table, FRESHNESS, _freshness_words(settings, table), freshness_result))
+    return found
+
+
+Target = AssetCheckEvaluationTargetMaterializationData
+MarketResult = Callable[[Toolbox, Table], dg.AssetCheckResult]
+
+
+def _market_check(settings: Settings, table: Table, name: str, words: str, evaluate: MarketResult) -> dg.AssetChecksDefinition:
+    @dg.asset_check(asset=dg.AssetKey(list(table.key)), name=name, description=words)
     def check() -> dg.AssetCheckResult:
         with open_toolbox(settings) as toolbox:
-            return _freshness_result(freshness(toolbox, timeframe, settings.markets))
+            return evaluate(toolbox, table)
 
     return check
 
 
-def _freshness_result(found: Sequence[Freshness]) -> dg.AssetCheckResult:
-    late = sorted((f for f in found if f.late), key=lambda f: f.lag, reverse=True)
-    rows = [
-        dg.TableRecord(
-            {"market": f.market.key, "newest bar ends": iso(f.through) if f.through else "none", "minutes behind": f.lag // MINUTE}
-        )
-        for f in sorted(found, key=lambda f: f.lag, reverse=True)
-    ]
+def _freshness_words(settings: Settings, table: Table) -> str:
+    limits = settings.limits(table.timeframe)
+    return (
+        f"The newest stored bar of every market ended at most {limits.warn // MINUTE} (warning) or {limits.error // MINUTE} (error) "
+        "minutes ago. If red: the table names the markets; see `marketdata health`, then run the job `repair` for them."
+    )
+
+
+def _coverage_words(table: Table) -> str:
+    made = "stored, rolled up" if table.layer == "rollup" else "stored"
+    return (
+        f"Every wanted bar of every market is {made} or explained by evidence; the picture shows market by day. "
+        "If red: the sensor `backfill_missed` is at work; its ticks say what it waits for, `marketdata parked` what it gave up."
+    )
+
+
+def freshness_result(toolbox: Toolbox, table: Table) -> dg.AssetCheckResult:
+    """`freshness` now, worst market first."""
+    found = sorted(freshness(toolbox, table.timeframe, toolbox.settings.markets), key=lambda f: f.lag, reverse=True)
+    late, stale = [f for f in found if f.late], [f for f in found if f.stale]
     worst = max((f.lag for f in found), default=timedelta(0))
     return dg.AssetCheckResult(
         passed=not late,
-        severity=dg.AssetCheckSeverity.ERROR if any(f.stale for f in found) else dg.AssetCheckSeverity.WARN,
-        description=f"{len(late)} of {len(found)} markets are late",
-        metadata={"late": len(late), "most_minutes_behind": worst // MINUTE, "markets": dg.MetadataValue.table(rows) if rows else "none"},
+        severity=dg.AssetCheckSeverity.ERROR if stale else dg.AssetCheckSeverity.WARN,
+        description=f"{len(stale)} of {len(found)} markets are stale, {len(late) - len(stale)} are late",
+        metadata={
+            "most_minutes_behind": worst // MINUTE,
+            "stale": len(stale),
+            "late": len(late) - len(stale),
+            "markets": dg.MetadataValue.table([_freshness_row(f) for f in found[:SHOWN]]) if found else "none",
+        },
+    )
+
+
+def _freshness_row(found: Freshness) -> dg.TableRecord:
+    return dg.TableRecord(
+        {
+            "market": found.market.key,
+            "state": "stale" if found.stale else "late" if found.late else "fresh",
+            "newest bar ends": iso(found.through) if found.through else "none",
+            "minutes behind": found.lag // MINUTE,
+            "warning at": found.limits.warn // MINUTE,
+            "error at": found.limits.error // MINUTE,
+        }
+    )
+
+
+def coverage_result(toolbox: Toolbox, table: Table) -> dg.AssetCheckResult:
+    """`coverage` now, with its picture."""
+    rows, first = daily_coverage(toolbox, table)
+    holes = {market: sum(day < 1 for day in days if day is not None) for market, days in rows.items()}
+    bad = {market: days for market, days in holes.items() if days}
+    return dg.AssetCheckResult(
+        passed=not bad,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=f"{len(bad)} of {len(rows)} markets have days that are not whole, {sum(bad.values())} days in all",
+        metadata={
+            "days_not_whole": sum(bad.values()),
+            "markets_not_whole": len(bad),
+            "market_by_day": dg.MetadataValue.md(heat_map(rows, first)),
+        },
     )
 
 
 class Results:
     """Collects the results of one asset in one run, and says them so that every partition has its own."""
 
-    def __init__(self, context: dg.AssetExecutionContext, key: dg.AssetKey, tell: Tell) -> None:
-        self._context, self._key, self._tell = context, key, tell
+    def __init__(self, context: dg.AssetExecutionContext, key: dg.AssetKey, tell: Tell, skippable: bool = False) -> None:
+        self._context, self._key, self._tell, self._skippable = context, key, tell, skippable
         self._done: dict[Partition, Mapping[str, Any]] = {}
         self._failed: dict[Partition, MarketDataError] = {}
-        self._findings: dict[str, list[Finding]] = defaultdict(list)
+        self._findings: dict[str, list[tuple[Partition, Finding]]] = defaultdict(list)
+        self._changed = False
 
     def add(
-        self, partition: Partition, metadata: Mapping[str, Any], findings: Sequence[Finding], error: MarketDataError | None = None
+        self,
+        partition: Partition,
+        metadata: Mapping[str, Any],
+        findings: Sequence[Finding],
+        error: MarketDataError | None = None,
+        changed: bool = True,
     ) -> None:
         """One partition: what it is now, what its checks found, or why it failed."""
         if error is not None:
@@ -90,30 +163,67 @@ class Results:
             self._tell({"failed": partition.key, "says": str(error), "exit_code": error.exit_code})
             return
         self._done[partition] = metadata
+        self._changed |= changed
         for finding in findings:
-            self._findings[finding.check].append(finding)
-            self._context.log_event(self._evaluation(partition, finding))
+            self._findings[finding.check].append((partition, finding))
             if not finding.passed:
                 self._tell({"check": f"{self._key.to_user_string()} {finding.check}", "partition": partition.key, "says": finding.says})
 
-    def finish(self) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
-        """The results of the step. When a partition failed, the others are materialized all the same."""
-        if self._failed:
-            for partition, metadata in self._done.items():
-                event = dg.AssetMaterialization(self._key, partition=partition.key, metadata=dict(metadata))
-                self._context.log_event(event)
-            raise dg.Failure(_failure(self._failed, len(self._done)), allow_retries=False)
+    def cover(self, rows: Mapping[str, Sequence[float | None]], first: date) -> None:
+        """Show the asset's coverage on each materialization: of all markets, or of its own where they are too many to read."""
         for partition, metadata in self._done.items():
-            self._context.add_asset_metadata(dict(metadata), asset_key=self._key, partition_key=partition.key)
-        yield dg.MaterializeResult(asset_key=self._key)
+            shown = rows if len(rows) <= INLINE else {key: days for key, days in rows.items() if key == partition.market.key}
+            self._done[partition] = {**metadata, "coverage": dg.MetadataValue.md(heat_map(shown, first))}
+
+    def finish(self) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
+        """The results of the step, when no partition failed."""
+        if not self._keeps_quiet():
+            for partition, metadata in self._done.items():
+                self._context.add_asset_metadata(dict(metadata), asset_key=self._key, partition_key=partition.key)
+            yield dg.MaterializeResult(asset_key=self._key)
+        self._log_findings()
         for name in self._names():
-            findings = self._findings.get(name, [])
-            yield self._summary(name, findings)
+            yield self._summary(name, [finding for _, finding in self._findings.get(name, [])])
+
+    @property
+    def failed(self) -> bool:
+        """Whether a partition failed."""
+        return bool(self._failed)
+
+    @property
+    def good(self) -> list[Partition]:
+        """The partitions that are stored."""
+        return list(self._done)
+
+    def log_done(self) -> None:
+        """Every stored partition as an event of its own, with its checks."""
+        for partition, metadata in self._done.items():
+            self._context.log_event(dg.AssetMaterialization(self._key, partition=partition.key, metadata=dict(metadata)))
+        self._log_findings()
+
+    def fail(self) -> None:
+        """Raise the failure of the step, if any partition failed."""
+        if self._failed:
+            raise dg.Failure(_failure(self._failed, len(self._done)), allow_retries=False)
+
+    def _keeps_quiet(self) -> bool:
+        """A refresh that stored nothing new says nothing: no badge turns green on a feed that has died."""
+        if self._changed or self._context.run.tags.get(KIND) != REFRESH or not self._skippable:
+            return False
+        shown = self._context.instance.get_materialized_partitions(self._key)
+        return all(partition.key in shown for partition in self._done)
 
     def _names(self) -> list[str]:
         return [check.name for check in self._context.selected_asset_check_keys if check.asset_key == self._key]
 
-    def _evaluation(self, partition: Partition, finding: Finding) -> dg.AssetCheckEvaluation:
+    def _log_findings(self) -> None:
+        """After the materializations: the UI's grid counts a check only if it names the one it judged."""
+        found = newest_materializations(self._context.instance, self._key, [partition.key for partition in self._done])
+        for findings in self._findings.values():
+            for partition, finding in findings:
+                self._context.log_event(self._evaluation(partition, finding, found.get(partition.key)))
+
+    def _evaluation(self, partition: Partition, finding: Finding, target: Target | None) -> dg.AssetCheckEvaluation:
         return dg.AssetCheckEvaluation(
             asset_key=self._key,
             check_name=finding.check,
@@ -123,6 +233,7 @@ class Results:
             description=finding.says,
             metadata={**finding.numbers, **_table(finding)},
             blocking=finding.blocking,
+            target_materialization_data=target,
         )
 
     def _summary(self, name: str, findings: Sequence[Finding]) -> dg.AssetCheckResult:
@@ -135,10 +246,48 @@ class Results:
             check_name=name,
             asset_key=self._key,
             passed=not bad,
-            severity=_severity(bad[0]) if bad else dg.AssetCheckSeverity.WARN,
+            # an error here would keep the rollups of all from being made; those of red partitions fail by themselves
+            severity=_severity(bad[0]) if bad and len(bad) == len(findings) else dg.AssetCheckSeverity.WARN,
             description=bad[0].says if bad else None,
             metadata={"partitions": len(findings), "failed": len(bad), **totals},
         )
+
+
+def newest_materialization(instance: dg.DagsterInstance, key: dg.AssetKey) -> Target | None:
+    """What a check of the whole asset must name as judged."""
+    records = instance.fetch_materializations(key, limit=1).records
+    return _target(records[0]) if records else None
+
+
+def _target(record: dg.EventLogRecord) -> Target:
+    return Target(storage_id=record.storage_id, run_id=record.run_id, timestamp=record.timestamp)
+
+
+def newest_materializations(instance: dg.DagsterInstance, key: dg.AssetKey, partitions: Sequence[str]) -> dict[str, Target]:
+    """What a check of each partition must name as judged."""
+    kind = dg.DagsterEventType.ASSET_MATERIALIZATION
+    ids = instance.event_log_storage.get_latest_storage_id_by_partition(key, kind, set(partitions))
+    if not ids:
+        return {}
+    records = instance.fetch_materializations(dg.AssetRecordsFilter(key, storage_ids=list(ids.values())), limit=len(ids)).records
+    targets = {record.storage_id: _target(record) for record in records}
+    return {partition: targets[id] for partition, id in ids.items() if id in targets}
+
+
+def finished(results: Sequence[Results]) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
+    """The results of a step's assets. When a partition failed, the others are materialized all the same, and the step fails."""
+    if any(result.failed for result in results):
+        log_all(results)
+    for result in results:
+        yield from result.finish()
+
+
+def log_all(results: Sequence[Results]) -> None:
+    """Everything as events; then the first failure, if there is one."""
+    for result in results:
+        result.log_done()
+    for result in results:
+        result.fail()
 
 
 @contextmanager
@@ -147,7 +296,8 @@ def failure_told(tell: Tell, partitions: Sequence[Partition]) -> Iterator[None]:
     try:
         yield
     except MarketDataError as error:
-        tell({"failed": partitions[0].key, "says": str(error), "exit_code": error.exit_code})
+        if partitions:
+            tell({"failed": partitions[0].key, "says": str(error), "exit_code": error.exit_code})
         raise dg.Failure(str(error), allow_retries=False) from None
 
 

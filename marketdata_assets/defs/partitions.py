@@ -19,7 +19,9 @@ def market_months(settings: Settings) -> dg.MultiPartitionsDefinition:
     first = month_of(min(venue.since for venue in settings.venues.values())).start
     ends = [venue.until for venue in settings.venues.values()]
     last = max((end for end in ends if end), default=settings.now()) if all(ends) else settings.now()
-    bounded = settings.frozen_now is not None or all(ends)
+    bounded = settings.clock is not None or all(ends)
+    if settings.clock and settings.clock.speed and not all(ends):
+        last = month_of(last).end + timedelta(days=1)  # a replay may run into the next month
     end = month_of(last - timedelta(microseconds=1)).end if bounded else None
     months = dg.MonthlyPartitionsDefinition(
         start_date=first.strftime("%Y-%m-%d"), end_date=end.strftime("%Y-%m-%d") if end else None, end_offset=0 if end else 1
@@ -49,12 +51,18 @@ def partitions_of_run(context: dg.AssetExecutionContext) -> list[Partition]:
 
 
 def _range(context: dg.AssetExecutionContext, start: str, end: str) -> Sequence[str]:
-    """All keys between two corners of the grid: markets in the grid's order, months in time's."""
     grid = context.assets_def.partitions_def
     assert isinstance(grid, dg.MultiPartitionsDefinition)
+    return partitions_between(grid, start, end) or [start, end]
+
+
+def partitions_between(grid: dg.MultiPartitionsDefinition, start: str, end: str) -> list[str]:
+    """All keys between two corners of the grid: markets in the grid's order, months in time's. None for keys outside it."""
     first, last = Partition.parse(start), Partition.parse(end)
     markets, months = (list(grid.get_partitions_def_for_dimension(d).get_partition_keys()) for d in ("market", "month"))
-    rows = markets[markets.index(first.market.key) : markets.index(last.market.key) + 1]
-    columns = months[months.index(first.month_key) : months.index(last.month_key) + 1]
-    expanded = [f"{market}|{month}" for market in rows for month in columns]
-    return expanded or [start, end]
+    try:
+        rows = markets[markets.index(first.market.key) : markets.index(last.market.key) + 1]
+        columns = months[months.index(first.month_key) : months.index(last.month_key) + 1]
+    except ValueError:
+        return []
+    return [f"{market}|{month}" for market in rows for month in columns]

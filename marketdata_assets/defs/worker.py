@@ -9,25 +9,20 @@ started it is killed, it stops at once. Everything it stores is atomic, so that 
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import os
 import queue
-import socket
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from marketdata_assets.defs.jobs import INGEST, build_definitions
+from marketdata_assets.defs.launcher import PROCESS_TAG, open_instance, process_id
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
 from marketdata_assets.settings import Settings, load_settings
-
-PROCESS_TAG = "marketdata/process"
-_UNFINISHED = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.CANCELING]
 
 
 def main() -> None:
@@ -36,21 +31,12 @@ def main() -> None:
     tell = _Channel()
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
     settings = load_settings()
-    with _open_instance() as instance:
+    with open_instance() as instance:
         job = build_definitions(settings, tell).resolve_job_def(INGEST)
         _warm_up()
         tell({"ready": True})
         while (line := lines.get()) is not None:
             _run(job, instance, settings, json.loads(line), tell)
-
-
-def _open_instance() -> dg.DagsterInstance:
-    """The instance in DAGSTER_HOME, opened by one process at a time: two that create its tables at once would fail."""
-    with Path(os.environ["DAGSTER_HOME"], "opening.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        instance = dg.DagsterInstance.get()
-        end_dead_runs(instance)
-        return instance
 
 
 def _warm_up() -> None:
@@ -61,28 +47,10 @@ def _warm_up() -> None:
 
 
 def _run(job: dg.JobDefinition, instance: dg.DagsterInstance, settings: Settings, span: dict[str, str], tell: _Channel) -> None:
-    tags = {RANGE_START: span["start"], RANGE_END: span["end"], PROCESS_TAG: process_id()}
+    tags = {RANGE_START: span["start"], RANGE_END: span["end"], PROCESS_TAG: process_id(os.getpid())}
     result = job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
     errors = [str(e.event_specific_data.error_display_string) for e in result.all_events if e.is_step_failure]  # type: ignore[union-attr]
     tell({"done": span, "success": result.success, "run": result.run_id, "says": errors[0][:2000] if errors else ""})
-
-
-def process_id() -> str:
-    """This process on this machine, as long as it lives."""
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def end_dead_runs(instance: dg.DagsterInstance) -> int:
-    """Mark runs of killed workers as failed and give their pool slots back; how many there were."""
-    ended = 0
-    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED)):
-        host, _, pid = run.tags.get(PROCESS_TAG, "").rpartition(":")
-        if host != socket.gethostname() or Path("/proc", pid).exists():
-            continue
-        instance.report_run_failed(run, "its process was killed")
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-        ended += 1
-    return ended
 
 
 class _Channel:
