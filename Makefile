@@ -3,14 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+APT := $(if $(filter-out 0,$(shell id -u)),sudo -n) env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: demo test dev lint lock clean
+.PHONY: demo test browser dev lint lock clean
 
 demo: $(READY)  ## the main job on the sandbox exchange, then the UI (UI=0: exit after the summary)
 	$(BIN)/marketdata demo $(if $(filter 0,$(UI)),--no-ui,)
 
-test: $(READY) lint  ## all tests
+test: $(READY) lint browser  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+browser:  ## Chromium for the tests that click in the UI; they are skipped where it cannot be installed
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
+	$(APT) --version >/dev/null 2>&1 && $(APT) -qq update && \
+	$(APT) -qq install -y --no-install-recommends chromium fonts-liberation >/dev/null || \
+	echo "There is no Chromium, and apt-get cannot install it here: the tests that need a browser are skipped."
 
 dev: $(READY)  ## UI and daemon on your universe
 	$(BIN)/marketdata dev
