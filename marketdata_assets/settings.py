@@ -73,6 +73,24 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Delta:
+    """Which tables are published as Delta Lake tables, where, and how many days a version can still be read."""
+
+    location: str
+    timeframes: tuple[Timeframe, ...]
+    history_days: int = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Cold:
+    """Where months go that ended more than `after_days` ago: another place, or another storage class of the same bucket."""
+
+    after_days: int
+    lake: str | None = None
+    storage_class: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Clock:
     """A clock of our own for tests and replays: it stood at `start` at the real moment `since`, and runs `speed` times as fast."""
 
@@ -95,6 +113,11 @@ class Settings:
     rollups: str
     duckdb: Path
     state: Path
+    database: str | None = field(default=None, repr=False)
+    broker: str | None = field(default=None, repr=False)
+    delta: Delta | None = None
+    retention: Mapping[str, int] = field(default_factory=dict)
+    cold: Cold | None = None
     automation: Automation = Automation()
     freshness: Mapping[str, Limits] = field(default_factory=dict)
     alerts: tuple[str, ...] = field(default=(), repr=False)
@@ -120,6 +143,11 @@ class Settings:
         """What counts as late for a timeframe: as written in the universe, else 10 and 60 minutes, or 1 and 3 bars where that is more."""
         usual = Limits(max(10 * MINUTE, timeframe.width), max(60 * MINUTE, 3 * timeframe.width))
         return self.freshness.get(timeframe.name, usual)
+
+    @property
+    def since(self) -> datetime:
+        """The first day that is wanted of any venue."""
+        return min(venue.since for venue in self.venues.values())
 
     def market(self, key: str) -> Market:
         """The market of a key; raises BadInput with the nearest known one."""
@@ -422,6 +450,51 @@ def _freshness(entry: _Entry) -> dict[str, Limits]:
     return found
 
 
+def _service(schemes: tuple[str, ...], example: str) -> Callable[[_Entry], str]:
+    """The URL of a server that may hold a password; no complaint repeats it."""
+
+    def read(entry: _Entry) -> str:
+        wrong = entry.fail(f"a URL such as {example} is expected here")
+        try:
+            parts = urlsplit(entry.text())
+            _ = parts.port
+        except ValueError:
+            raise wrong from None
+        if parts.scheme not in schemes or not (parts.hostname or parts.query):
+            raise wrong
+        if parts.password and not entry.place.startswith("environment"):
+            raise entry.fail("a password does not belong in this file; give the whole URL in the environment instead")
+        return entry.text()
+
+    return read
+
+
+def _delta(entry: _Entry) -> Delta:
+    items = entry.known_items(("location", "timeframes", "history_days"))
+    if not {"location", "timeframes"} <= set(items):
+        raise entry.fail("`{location: folder or s3://bucket/prefix, timeframes: [1m, 1h]}` is expected here")
+    days = {"history_days": _count("days")(items["history_days"])} if "history_days" in items else {}
+    return Delta(_lake(items["location"]), _timeframes(items["timeframes"]), **days)
+
+
+def _retention(entry: _Entry) -> dict[str, int]:
+    known = [f"{layer}/ohlcv_{name}" for layer in ("raw", "rollup") for name in TIMEFRAMES]
+    return {name: _count("days")(item) for name, item in entry.known_items(known).items()}
+
+
+def _cold(entry: _Entry) -> Cold:
+    items = entry.known_items(("after_days", "lake", "storage_class"))
+    if "after_days" not in items or len(items) != 2:
+        raise entry.fail("`{after_days: 365, lake: s3://bucket/prefix}` or `{after_days: 365, storage_class: STANDARD_IA}` is expected here")
+    place = _lake(items["lake"]) if "lake" in items else None
+    kind = _choice(*STORAGE_CLASSES)(items["storage_class"]) if "storage_class" in items else None
+    return Cold(_count("days", least=31)(items["after_days"]), place, kind)
+
+
+STORAGE_CLASSES = ("STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR", "REDUCED_REDUNDANCY")
+"""Those of which every object can be read at once."""
+
+
 def _alerts(entry: _Entry) -> tuple[str, ...]:
     return tuple(element.text() for element in entry.elements())
 
@@ -433,6 +506,11 @@ _TOP: dict[str, Callable[[_Entry], Any]] = {
     "rollups": _choice("duckdb", "parquet"),
     "duckdb": _path,
     "state": _path,
+    "database": _service(("postgresql", "postgres"), "postgresql://user@host:5432/name"),
+    "broker": _service(("redis", "rediss", "amqp", "amqps"), "redis://host:6379/0"),
+    "delta": _delta,
+    "retention": _retention,
+    "cold": _cold,
     "automation": _automation,
     "freshness": _freshness,
     "alerts": _alerts,

@@ -91,6 +91,10 @@ class Toolbox:
             known = self._clocks[market.venue] = await self.source(market).now()
         return known
 
+    def breaker_open(self, venue: str) -> bool:
+        """Whether a venue's circuit breaker lets nothing through now."""
+        return self.ledger.venue_health(venue).broken_until > self.policy.clock()
+
     def close(self) -> None:
         """Close all connections and stop the requests' thread."""
         for source in self._sources.values():

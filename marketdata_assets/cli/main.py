@@ -78,8 +78,7 @@ def _chosen(settings: Settings, keys: list[str] | None) -> list[Market]:
 
 
 def _window(settings: Settings, start: str | None, end: str | None) -> Window:
-    first = min(venue.since for venue in settings.venues.values())
-    window = Window(parse_time(start) if start else first, parse_time(end) if end else settings.now())
+    window = Window(parse_time(start) if start else settings.since, parse_time(end) if end else settings.now())
     if start and window.start > settings.now():
         raise BadInput(f"--start {start} lies in the future; it is now {iso(settings.now())}")
     if not window:

@@ -246,12 +246,10 @@ def watch_incidents(settings: Settings) -> dg.SensorDefinition:
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         with _told(), open_toolbox(settings) as toolbox:
             failed, over, cursor = _ended_runs(context.instance, context.cursor)
-            held = {key: incident.problem for key, incident in toolbox.incidents.open().items()}
-            wrong = [*problems(toolbox), *(p for key, p in failed.items() if key not in over)]
-            opened, recovered = settle(toolbox, wrong, failed_runs_go_on(over))
-            waiting = toolbox.incidents.undelivered()
+            opened, recovered = settle(toolbox, [*problems(toolbox), *failed.values()], failed_runs_go_on(over))
+            still, waiting = len(toolbox.incidents.open()), toolbox.incidents.undelivered()
         context.update_cursor(cursor)
-        says = f"{opened} incidents opened, {recovered} recovered, {len(held) + opened - recovered} are open"
+        says = f"{opened} incidents opened, {recovered} recovered, {still} are open"
         return dg.SkipReason("; ".join([says, *(f"{c}: {n} alerts wait ({why})" for c, (n, why) in waiting.items())]))
 
     return evaluate

@@ -16,7 +16,7 @@ RANGE_END = "dagster/asset_partition_range_end"
 
 def market_months(settings: Settings) -> dg.MultiPartitionsDefinition:
     """Every market x every month since the universe's first day; the open month belongs to it."""
-    first = month_of(min(venue.since for venue in settings.venues.values())).start
+    first = month_of(settings.since).start
     ends = [venue.until for venue in settings.venues.values()]
     last = max((end for end in ends if end), default=settings.now()) if all(ends) else settings.now()
     bounded = settings.clock is not None or all(ends)

@@ -65,8 +65,7 @@ def repair_job(settings: Settings) -> dg.JobDefinition:
 
 def _wanted(settings: Settings, config: RepairConfig) -> list[Partition]:
     markets = [settings.market(config.market)] if config.market else list(settings.markets)
-    first = min(venue.since for venue in settings.venues.values())
-    window = Window(parse_time(config.start) if config.start else first, parse_time(config.end) if config.end else settings.now())
+    window = Window(parse_time(config.start) if config.start else settings.since, parse_time(config.end) if config.end else settings.now())
     partitions = settings.partitions(markets, window)
     if not partitions:
         raise dg.Failure(f"nothing of {window} is wanted by the universe; start must come before end", allow_retries=False)
@@ -74,7 +73,7 @@ def _wanted(settings: Settings, config: RepairConfig) -> list[Partition]:
 
 
 def health_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefinition]:
-    """`marketdata health`, every six hours in the UI; the run fails when something is unhealthy."""
+    """`marketdata health`, every six hours in the UI; what is not healthy stands in its metadata and its log."""
 
     @dg.op(description="Looks at every market, every venue and the daemon.")
     def look(context: dg.OpExecutionContext) -> None:

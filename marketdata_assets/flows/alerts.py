@@ -87,10 +87,8 @@ def _stale(toolbox: Toolbox) -> Iterator[Problem]:
     stale: dict[str, list[str]] = defaultdict(list)
     for timeframe in toolbox.settings.raw_timeframes:
         for found in freshness(toolbox, timeframe, toolbox.settings.markets):
-            asked = toolbox.ledger.state(
-                raw(timeframe), Partition(found.market, month_of(toolbox.settings.span(found.market).end - MINUTE))
-            )
-            if found.stale and found.through and asked:
+            month = month_of(toolbox.settings.span(found.market).end - MINUTE)
+            if found.stale and found.through and toolbox.ledger.state(raw(timeframe), Partition(found.market, month)):
                 behind = f"newest bar ended at {iso(found.through)}, {found.lag // MINUTE} minutes behind"
                 stale[found.market.key].append(f"{raw(timeframe).name}: {behind}")
     for key, tables in stale.items():
@@ -99,10 +97,7 @@ def _stale(toolbox: Toolbox) -> Iterator[Problem]:
 
 
 def _failing(toolbox: Toolbox) -> Iterator[Problem]:
-    worst: dict[str, tuple[int, str]] = defaultdict(lambda: (0, ""))
-    for partition, count, error in toolbox.ledger.failing():
-        worst[partition.market.key] = max(worst[partition.market.key], (count, error))
-    for key, (count, error) in worst.items():
+    for key, (count, error) in toolbox.ledger.failing().items():
         if count >= FAILURES_IN_A_ROW:
             yield Problem(f"failing|{key}", Severity.WARNING, f"{key} failed {count} times in a row", error)
 

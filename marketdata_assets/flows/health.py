@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -96,10 +95,7 @@ def _market_reasons(toolbox: Toolbox) -> Iterator[_Reason]:
 
 
 def _failing(toolbox: Toolbox) -> Iterator[_Reason]:
-    failures: dict[str, int] = defaultdict(int)
-    for partition, count, _ in toolbox.ledger.failing():
-        failures[partition.market.key] = max(count, failures[partition.market.key])
-    for key, count in failures.items():
+    for key, (count, _) in toolbox.ledger.failing().items():
         yield key, Status.UNHEALTHY if count >= FAILURES_IN_A_ROW else Status.DEGRADED, f"its last {count} ingests failed"
 
 
@@ -116,7 +112,7 @@ def _refused(toolbox: Toolbox) -> Iterator[_Reason]:
             yield key, Status.DEGRADED, f"{refused} of {brought} rows went to quarantine in 24 hours"
 
 
-def _late(toolbox: Toolbox) -> Iterator[tuple[str, Status, str]]:
+def _late(toolbox: Toolbox) -> Iterator[_Reason]:
     for timeframe in toolbox.settings.raw_timeframes:
         for found in freshness(toolbox, timeframe, toolbox.settings.markets):
             if found.late:

@@ -216,7 +216,7 @@ def _ready(
     toolbox: Toolbox, wanted: Mapping[_Key, str], asks: Mapping[_Key, Ask], busy: Container[str], found: Missed, now: datetime
 ) -> set[_Key]:
     ready, parking = set(), []
-    closed = {name for name in toolbox.settings.venues if toolbox.ledger.venue_health(name).broken_until > toolbox.policy.clock()}
+    closed = {name for name in toolbox.settings.venues if toolbox.breaker_open(name)}
     for key, reason in wanted.items():
         ask = asks.get(key)
         why = _why_not(toolbox, key, ask, busy, closed, now)

@@ -145,7 +145,6 @@ def daily_coverage(toolbox: Toolbox, table: Table) -> tuple[dict[str, list[float
     A rollup covers what its base covers and what was rolled up. Reads the ledger and the lake's listing, no object.
     """
     settings = toolbox.settings
-    first = min(venue.since for venue in settings.venues.values())
     found: dict[str, list[float | None]] = {}
     for venue in settings.venues.values():
         source = raw(venue.base if table.layer == "rollup" else table.timeframe)
@@ -153,9 +152,9 @@ def daily_coverage(toolbox: Toolbox, table: Table) -> tuple[dict[str, list[float
             continue
         known = _Known(toolbox, source, need_rolled=table.layer == "rollup")
         for market in venue.markets:
-            days = [None] * (venue.since.date() - first.date()).days
+            days = [None] * (venue.since.date() - settings.since.date()).days
             found[market.key] = [*days, *(share for p in partitions_of(market, settings.span(market)) for share in known.days(p))]
-    return found, first.date()
+    return found, settings.since.date()
 
 
 class _Known:
@@ -172,15 +171,14 @@ class _Known:
         settled = self._settings.now() - self._settings.limits(timeframe).warn  # what closed since may be on its way
         wanted, key = partition.month & span & Window(span.start, settled), (partition.market.key, partition.month_key)
         outline = self._outlines.get(key)
-        there = outline is not None and outline.bytes is not None and self._sizes.get(key) == outline.bytes
-        whole = there and outline is not None and outline.complete and (outline.rolled or not self._need_rolled)
-        if outline is not None and whole and parse_time(outline.start) <= wanted.start and parse_time(outline.through) >= wanted.end:
-            yield from [1.0] * (-(-(wanted.end - wanted.start) // DAY))
-            return
-        if outline is None or not there or (self._need_rolled and not outline.rolled):
+        lost = outline is None or outline.bytes is None or self._sizes.get(key) != outline.bytes
+        if outline is None or lost or (self._need_rolled and not outline.rolled):
             asked = Window(wanted.start, wanted.start)
         else:
             asked = Window(parse_time(outline.start), parse_time(outline.through))
+            if outline.complete and asked.start <= wanted.start and asked.end >= wanted.end:
+                yield from [1.0] * (-(-(wanted.end - wanted.start) // DAY))
+                return
         day = datetime(wanted.start.year, wanted.start.month, wanted.start.day, tzinfo=UTC)
         while day < wanted.end:
             yield self._share(Window(day, day + DAY) & wanted, asked, self._open_gaps.get(key, ()), timeframe)

@@ -35,7 +35,7 @@ def _refresh(toolbox: Toolbox, venue: Venue, busy: Container[str]) -> Refresh:
     now = toolbox.settings.now()
     if venue.until and venue.until <= now - GRACE:
         return Refresh(venue.name, None, None, f"{venue.name}: nothing is wanted after {venue.until.date()}")
-    if toolbox.ledger.venue_health(venue.name).broken_until > toolbox.policy.clock():
+    if toolbox.breaker_open(venue.name):
         return Refresh(venue.name, None, None, f"{venue.name}: its circuit breaker is open")
     month = month_of(now)
     months = [m for m in (month_of(now - GRACE), month) if m == month or m.end > venue.since]

@@ -116,7 +116,6 @@ class Outline(NamedTuple):
     complete: int
     bytes: int | None
     rolled: int
-    failures: int
     error: str | None
 
 
@@ -278,7 +277,7 @@ class Ledger(Database):
 
     def outlines(self, table: Table) -> dict[tuple[str, str], Outline]:
         """What is known of every partition of a table, by market key and month key; made for tens of thousands at once."""
-        columns = "market, month, start, through, complete, bytes, rolled IS NOT NULL AND rolled = digest, failures, error"
+        columns = "market, month, start, through, complete, bytes, rolled IS NOT NULL AND rolled = digest, error"
         return {(m, k): Outline(*rest) for m, k, *rest in self._rows(f"SELECT {columns} FROM partitions WHERE tbl = ?", table.name)}
 
     def stored_span(self, market: Market) -> dict[str, Window]:
@@ -376,10 +375,10 @@ class Ledger(Database):
         return [{"table": t, "market": m, "month": k, "rows": r, **json.loads(a)} for t, m, k, r, a in found]
 
     # ------------------------------------------------------------------------------ automation
-    def failing(self) -> list[tuple[Partition, int, str]]:
-        """Partitions whose last ingests failed: how many in a row, and why the last one did."""
-        sql = "SELECT market, month, max(failures), error FROM partitions WHERE failures > 0 GROUP BY market, month ORDER BY 1, 2"
-        return [(Partition.parse(f"{m}|{k}"), n, e or "") for m, k, n, e in self._rows(sql)]
+    def failing(self) -> dict[str, tuple[int, str]]:
+        """By market key: how many ingests of one partition failed in a row, at the most, and why the last one did."""
+        sql = "SELECT market, failures, coalesce(error, '') FROM partitions WHERE failures > 0 ORDER BY 1, 2, 3"
+        return {market: (failures, error) for market, failures, error in self._rows(sql)}  # the worst comes last and stays
 
     def unsettled(self, table: Table) -> dict[tuple[str, str], list[Window]]:
         """The gaps that will be asked for again, by market key and month key."""

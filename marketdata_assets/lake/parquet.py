@@ -249,8 +249,7 @@ class _Bucket:
             if self._client is None:
                 config = Config(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 5})
                 self._client = boto3.client("s3", config=config)
-            named = {"Bucket": self._bucket, "Key": self._key(path), **kwargs}
-            found = getattr(self._client, verb)(**{name: value for name, value in named.items() if value is not None})
+            found = getattr(self._client, verb)(Bucket=self._bucket, **kwargs)
             return {**found, "Body": bytes(found["Body"].read())} if "Body" in found else found
         except ClientError as error:
             if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404", "NotFound"):
@@ -263,21 +262,21 @@ class _Bucket:
         return f"{self._prefix}/{path}".lstrip("/")
 
     def read(self, path: str) -> bytes | None:
-        found = self._call("get_object", path)
+        found = self._call("get_object", path, Key=self._key(path))
         return None if found is None else bytes(found["Body"])
 
     def write(self, path: str, content: bytes) -> None:
-        if self._call("put_object", path, Body=content) is None:
+        if self._call("put_object", path, Key=self._key(path), Body=content) is None:
             raise self._failed(path, "NoSuchBucket")
 
     def size(self, path: str) -> int | None:
-        found = self._call("head_object", path)
+        found = self._call("head_object", path, Key=self._key(path))
         return None if found is None else int(found["ContentLength"])
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, str, int]]:
         token: dict[str, str] = {}
         while True:
-            found = self._call("list_objects_v2", prefix, Prefix=self._key(prefix) + "/", Key=None, **token) or {}
+            found = self._call("list_objects_v2", prefix, Prefix=self._key(prefix) + "/", **token) or {}
             for entry in found.get("Contents", ()):
                 *_, a, b, name = entry["Key"].split("/")
                 if name == OBJECT:
@@ -290,7 +289,7 @@ class _Bucket:
         content = self.read(path)
         if content is not None:
             self.write(path + ".damaged", content)
-            self._call("delete_object", path)
+            self._call("delete_object", path, Key=self._key(path))
         return f"s3://{self._bucket}/{self._key(path)}.damaged"
 
     def sweep(self) -> int:
