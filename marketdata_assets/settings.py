@@ -485,7 +485,9 @@ def _retention(entry: _Entry) -> dict[str, int]:
 def _cold(entry: _Entry) -> Cold:
     items = entry.known_items(("after_days", "lake", "storage_class"))
     if "after_days" not in items or len(items) != 2:
-        raise entry.fail("`{after_days: 365, lake: s3://bucket/prefix}` or `{after_days: 365, storage_class: STANDARD_IA}` is expected here")
+        raise entry.fail(
+            "`{after_days: 365, lake: s3://bucket/prefix}` or `{after_days: 365, storage_class: STANDARD_IA}` is expected here"
+        )
     place = _lake(items["lake"]) if "lake" in items else None
     kind = _choice(*STORAGE_CLASSES)(items["storage_class"]) if "storage_class" in items else None
     return Cold(_count("days", least=31)(items["after_days"]), place, kind)

