@@ -199,6 +199,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     values = {key: _TOP[key](entry) for key, entry in entries.items()}
     settings = Settings(**{**_defaults(), **values}, clock=_clock(env), source=str(path))
     _check_dates(settings, entries["venues"])
+    _check_places(settings, entries)
     return settings
 
 
@@ -425,6 +426,16 @@ def _check_dates(settings: Settings, entry: _Entry) -> None:
     for name, item in entry.items().items():
         if settings.venues[name].since >= now:
             raise item.items()["since"].fail(f"since {iso(settings.venues[name].since)} lies in the future (now {iso(now)})")
+
+
+def _check_places(settings: Settings, entries: Mapping[str, _Entry]) -> None:
+    """Delta's tables and the cold place hold files of their own, which must not be taken for the lake's."""
+    others = {"delta": settings.delta and settings.delta.location, "cold": settings.cold and settings.cold.lake}
+    for key, place in others.items():
+        if place and (place + "/").startswith(settings.lake + "/"):
+            raise entries[key].fail(f"{place} is the lake or lies in it; give it a place of its own")
+    if settings.cold and settings.cold.storage_class and not settings.lake.startswith("s3://"):
+        raise entries["cold"].fail("storage classes are for a lake in S3; name another `lake:` instead")
 
 
 _AUTOMATION: dict[str, Callable[[_Entry], int]] = {

@@ -117,7 +117,15 @@ def open_toolbox(
     """All tools for these settings. `connect` opens the DuckDB file (Dagster brings its own resource)."""
     ledger = Ledger(settings.state, settings.database)
     warehouse = Warehouse(settings.duckdb, connect)
-    toolbox = Toolbox(settings, ledger, Incidents(ledger), Lake(settings.lake), warehouse, policy or Policy(), tell)
+    toolbox = Toolbox(
+        settings,
+        ledger,
+        Incidents(ledger),
+        Lake(settings.lake, settings.cold.lake if settings.cold else None),
+        warehouse,
+        policy or Policy(),
+        tell,
+    )
     try:
         yield toolbox
     finally:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import secrets
+import socket
+import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,3 +133,41 @@ def replay() -> Iterator[Callable[..., Any]]:
         server.__exit__(None, None, None)
         server.loop.close()  # Running leaves it open, and warnings are errors
     sys.path.remove(str(SHARED / "bench"))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """moto's S3 in a process of its own (some clients hold the interpreter's lock while they wait); its endpoint."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+        except OSError:
+            threading.Event().wait(0.05)
+    yield url
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh bucket, with the AWS variables set for it."""
+    import boto3
+
+    settings = {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "CANARYID",
+        "AWS_SECRET_ACCESS_KEY": "CANARYSECRET",
+        "AWS_REGION": "us-east-1",
+    }
+    for name, value in {**settings, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    name = f"test-{secrets.token_hex(6)}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name

@@ -51,9 +51,12 @@ def test_the_version_before_comes_forward_in_place_with_every_row(old: Path):
     after = contents(old / "ledger.db")
     assert after.pop("schema_version") == [(schema.VERSION,)]
     assert [row[:-1] for row in after.pop("quarantine")] == before.pop("quarantine")
-    assert after == before and before["partitions"] and before["fetches"]
+    assert after == before
+    assert before["partitions"]
+    assert before["fetches"]
     state = ledger.state(TABLE, JANUARY)
-    assert state is not None and (state.rows, state.complete, state.rolled) == (2800, True, state.digest)
+    assert state is not None
+    assert (state.rows, state.complete, state.rolled) == (2800, True, state.digest)
     assert list(Incidents(ledger).open()) == ["k"]
     assert ledger.paused_until("binance") == 123.5
 
@@ -166,7 +169,8 @@ def test_a_server_that_is_not_there_is_told_without_the_password(place: str, tmp
     monkeypatch.setattr(database_module, "PATIENCE", 0.0)
     with pytest.raises(MarketDataError, match=r"cannot be read .*refused.*; see to the server, or set another `database:`") as told:
         Ledger(tmp_path, f"postgresql://desk:hunter2@{place}")
-    assert "hunter2" not in str(told.value) and "\n" not in str(told.value)
+    assert "hunter2" not in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 def test_a_database_that_does_not_exist_is_told_at_once(database: str, tmp_path: Path):

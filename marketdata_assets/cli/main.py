@@ -179,6 +179,30 @@ def bars(
     _write_bars(found, format, file)
 
 
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="SQL of DuckDB over raw.ohlcv_1m, rollup.ohlcv_1h, ...; `SHOW ALL TABLES` lists them.")],
+    market: Markets = None,
+    start: Start = None,
+    end: End = None,
+    format: Annotated[str, typer.Option("--format", help="table, csv, json or parquet")] = "table",
+    file: Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the terminal.")] = None,
+) -> None:
+    """Query all tables with SQL. Naming markets and a span opens fewer files."""
+    from marketdata_assets.flows.read import known_market
+    from marketdata_assets.flows.sql import connected
+    from marketdata_assets.lake.views import answer
+
+    _one_of(format, "table", "csv", "json", "parquet")
+    if format == "parquet" and file is None:
+        raise BadInput("--format parquet needs --out FILE")
+    with _toolbox() as (settings, toolbox):
+        markets = [known_market(toolbox, key) for key in market] if market else list(settings.markets)
+        with connected(toolbox, markets, _window(settings, start, end)) as connection:
+            found = answer(connection, query)
+    _write_bars(found, format, file)
+
+
 def _write_bars(found: pl.DataFrame, format: str, file: Path | None) -> None:
     if format == "table":
         _print_table(_as_text(found).to_dicts(), found.columns)
@@ -207,8 +231,9 @@ def _as_text(found: pl.DataFrame) -> pl.DataFrame:
 
     from marketdata_assets.model.bar import decimal_text
 
+    times = [name for name, dtype in found.schema.items() if isinstance(dtype, pl.Datetime)]
     return found.with_columns(
-        pl.col("open_time").dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        pl.col(times).dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
         *(decimal_text(name) for name, dtype in found.schema.items() if isinstance(dtype, pl.Decimal)),
     )
 

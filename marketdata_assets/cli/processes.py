@@ -31,7 +31,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 # Three allocators (glibc, jemalloc in polars, Arrow's) each keep what was freed; giving it back saves 100 MB a process.
 _LEAN = {
     "MALLOC_ARENA_MAX": "2",
-    "_RJEM_MALLOC_CONF": "dirty_decay_ms:0,muzzy_decay_ms:0",
+    "_RJEM_MALLOC_CONF": "dirty_decay_ms:1000,muzzy_decay_ms:0",
     "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
 

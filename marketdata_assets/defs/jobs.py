@@ -10,6 +10,7 @@ from dagster_duckdb import DuckDBResource
 from marketdata_assets.defs.assets import raw_asset, rollup_assets
 from marketdata_assets.defs.automation import backfill_missed, refresh_open, watch_incidents, watch_markets
 from marketdata_assets.defs.checks import market_checks
+from marketdata_assets.defs.delta import delta_assets, delta_job_and_schedule
 from marketdata_assets.defs.partitions import market_months
 from marketdata_assets.defs.upkeep import health_job, prune_job, repair_job
 from marketdata_assets.lake.tables import raw, rollup
@@ -29,17 +30,18 @@ def build_definitions(settings: Settings, tell: Tell = tell_nobody) -> dg.Defini
         assets = [raw_asset(settings, timeframe, grid, tell) for timeframe in settings.raw_timeframes]
         if settings.rollup_timeframes:
             assets.append(rollup_assets(settings, grid, tell))
+        assets += delta_assets(settings, grid, tell)
         tables = [*map(raw, settings.raw_timeframes), *map(rollup, settings.rollup_timeframes)]
         checks = [check for table in tables for check in market_checks(settings, table)]
         partitioned = dg.AssetSelection.all() - dg.AssetSelection.checks(*checks)
         job = dg.define_asset_job(INGEST, selection=partitioned, description="Fetch, check and roll up partitions.")
-        (health, health_schedule), (prune, prune_schedule) = health_job(settings), prune_job(settings)
+        upkeep = [health_job(settings), prune_job(settings), *([delta_job_and_schedule(settings)] if settings.delta else [])]
         return dg.Definitions(
             assets=assets,
             asset_checks=checks,
-            jobs=[job, repair_job(settings), health, prune],
+            jobs=[job, repair_job(settings), *(job for job, _ in upkeep)],
             sensors=[backfill_missed(settings, INGEST, grid), watch_markets(settings), watch_incidents(settings)],
-            schedules=[refresh_open(settings, INGEST, grid), health_schedule, prune_schedule],
+            schedules=[refresh_open(settings, INGEST, grid), *(schedule for _, schedule in upkeep)],
             resources={
                 "warehouse": DuckDBResource(database=str(settings.duckdb), connection_config={"threads": 1, "memory_limit": "512MB"})
             },

@@ -193,7 +193,7 @@ class DeltaTables:
         return known
 
     def _create(self, table: Table) -> DeltaTable:
-        from deltalake import DeltaTable, Field, Schema
+        from deltalake import CommitProperties, DeltaTable, Field, Schema
         from deltalake.schema import PrimitiveType
 
         meanings = {"market": "venue and symbol", "month": "calendar month, UTC, of the bar's last minute"}
@@ -208,6 +208,8 @@ class DeltaTables:
             # the log holds statistics as JSON numbers, which cannot hold our decimals
             configuration={"delta.dataSkippingStatsColumns": "open_time"},
             storage_options=self._options,
+            # a second maker would commit its own beginning after the first one's
+            commit_properties=CommitProperties(max_commit_retries=0),
         )
         made = self._load(table)
         assert made is not None
@@ -221,10 +223,11 @@ class DeltaTables:
             return delta
         del self._open[table]  # it is about to be an old version
         missing = BadInput(f"{self.uri(table)} has no version {as_of} any more, or not yet; its newest is {delta.version()}")
-        if isinstance(as_of, int) and not 0 <= as_of <= delta.version():
+        version = _version_at(delta, as_of) if isinstance(as_of, datetime) else as_of
+        if not 0 <= version <= delta.version():
             raise missing
         try:
-            delta.load_as_version(as_of)
+            delta.load_as_version(version)
         except DeltaError:
             raise missing from None
         return delta
@@ -296,7 +299,13 @@ def _bytes(delta: DeltaTable, partition: Partition) -> int:
 
 
 def _version(entry: dict[str, Any]) -> Version:
-    return Version(entry["version"], from_ms(entry["timestamp"]), str(entry.get("operation", "")), str(entry.get("userMetadata", "")))
+    made, note = from_ms(entry.get("timestamp", 0)), entry.get("userMetadata") or ""
+    return Version(entry["version"], made, str(entry.get("operation", "")), str(note))
+
+
+def _version_at(delta: DeltaTable, moment: datetime) -> int:
+    """The newest version that was there, by the moments in the log, or -1: those of S3's objects are whole seconds."""
+    return max((entry.version for entry in map(_version, delta.history()) if entry.at <= moment), default=-1)
 
 
 # --------------------------------------------------------------------------------- maintenance
@@ -314,18 +323,19 @@ def _maintain(delta: DeltaTable, options: dict[str, str], history_days: int, dry
             here = [("market", "=", market), ("month", "=", month)]
             delta.optimize.z_order(["open_time"], here, writer_properties=_writer(), commit_properties=_commit(f"sort {market}|{month}-01"))
     hours = history_days * 24
-    gone = delta.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=True)
-    size = _sizes(delta, options, gone)
-    if gone and not dry_run:
-        gone = delta.vacuum(hours, dry_run=False, full=True)
-    return Maintained(delta.version(), crowded.height, len(gone), size)
+    sizes = _sizes(delta, options, delta.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=True))
+    if sizes and not dry_run:
+        delta.vacuum(hours, dry_run=False, full=True)
+    return Maintained(delta.version(), crowded.height, len(sizes), sum(sizes))
 
 
-def _sizes(delta: DeltaTable, options: dict[str, str], paths: list[str]) -> int:
+def _sizes(delta: DeltaTable, options: dict[str, str], paths: list[str]) -> list[int]:
+    """The sizes of those that are there: a vacuum also names what an earlier one has removed."""
     from deltalake.fs import DeltaStorageHandler
     from pyarrow.fs import PyFileSystem
 
-    return sum(info.size or 0 for info in PyFileSystem(DeltaStorageHandler(delta.table_uri, options)).get_file_info(paths))
+    found = PyFileSystem(DeltaStorageHandler(delta.table_uri, options)).get_file_info(paths)
+    return [info.size for info in found if info.is_file]
 
 
 # --------------------------------------------------------------------------------- how it is written

@@ -5,22 +5,24 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import secrets
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 
 from marketdata_assets.errors import Damaged, StoreFailed
-from marketdata_assets.lake.tables import OBJECT, Table, keys_of
+from marketdata_assets.lake.objects import open_objects, storage_options
+from marketdata_assets.lake.tables import Table, keys_of
 from marketdata_assets.model.bar import SCALE
 from marketdata_assets.model.window import Partition
 
+VERSION, VERSION_KEY = 2, "marketdata_version"
+"""Of the objects; one without the key is of version 1, packed otherwise. Both are read, and what is written is of this one."""
 _INT64_DIGITS = 18
+_IN_SMALL_STEPS = ("open_time", "open", "high", "low", "close")
 
 
 class Stored(NamedTuple):
@@ -30,87 +32,119 @@ class Stored(NamedTuple):
     digest: str
 
 
-class Objects(Protocol):
-    """A store of whole objects. Raises StoreFailed; what an object held before survives any failure."""
-
-    def read(self, path: str) -> bytes | None:
-        """The object's content; None where there is none."""
-        ...
-
-    def write(self, path: str, content: bytes) -> None:
-        """Replace it whole."""
-        ...
-
-    def size(self, path: str) -> int | None:
-        """Its size in bytes; None where there is none."""
-        ...
-
-    def sizes(self, prefix: str) -> Iterator[tuple[str, str, int]]:
-        """Every object `<prefix>/<a>/<b>/data.parquet`: a, b and its size."""
-        ...
-
-    def set_aside(self, path: str) -> str:
-        """Rename it; the new name."""
-        ...
-
-    def sweep(self) -> int:
-        """Remove what dead writers left; how many."""
-        ...
-
-
 class Lake:
-    """Frames in and out of objects. A decimal column takes the smallest scale that holds its digits, as integers."""
+    """Frames in and out of objects. A decimal column takes the smallest scale that holds its digits, as integers.
 
-    def __init__(self, location: str) -> None:
-        self.location = location
-        self._objects: Objects = _Bucket(location) if location.startswith("s3://") else _Folder(Path(location))
+    With a second, cold place, older objects may lie there; whatever lies in the first one is the newer.
+    """
+
+    def __init__(self, location: str, cold: str | None = None) -> None:
+        self.location, self.cold = location, cold
+        self._hot = open_objects(location)
+        self._places = [self._hot, open_objects(cold)] if cold else [self._hot]
 
     def write(self, table: Table, partition: Partition, frame: pl.DataFrame) -> Stored:
         """Replace a partition's object atomically; the same rows always give the same bytes."""
         content = encode(frame)
-        self._objects.write(table.path(partition), content)
+        self._hot.write(table.path(partition), content)
         return Stored(len(content), hashlib.sha256(content).hexdigest())
 
     def read(self, table: Table, partition: Partition) -> pl.DataFrame | None:
         """The partition's rows, sorted by open_time, or None where there is no object. Raises Damaged."""
         path = table.path(partition)
-        content = self._objects.read(path)
+        content = next((found for place in self._places if (found := place.read(path)) is not None), None)
         return None if content is None else decode(content, table, f"{self.location}/{path}")
+
+    def scan(self, table: Table, partitions: Sequence[Partition], known: bool = False) -> list[pl.LazyFrame]:
+        """The rows of these partitions in the table's types, in order, read when they are collected; what is not there is left out.
+
+        `known`: the ledger has all of them, so that S3 is not asked which are there.
+        """
+        uris = self.uris(table, partitions, known)
+        groups = groupby(uris, key=_schema_of)  # a scan of many files wants them alike: months of one market mostly are
+        return [_scan(table, list(group)) for _, group in groups]
+
+    def uris(self, table: Table, partitions: Sequence[Partition], known: bool = False) -> list[str]:
+        """Where the objects of these partitions lie, those that are there, in order."""
+        paths = [table.path(partition) for partition in partitions]
+        found: dict[str, str] = {}
+        for place in reversed(self._places):
+            found |= place.uris(paths, known and len(self._places) == 1)
+        return [found[path] for path in paths if path in found]
 
     def size(self, table: Table, partition: Partition) -> int | None:
         """The object's size in bytes, or None where there is none."""
-        return self._objects.size(table.path(partition))
+        path = table.path(partition)
+        return next((size for place in self._places if (size := place.size(path)) is not None), None)
 
     def sizes(self, table: Table) -> dict[tuple[str, str], int]:
         """The size of every object of a table, by market key and month key: one walk, or one listing in S3."""
-        return {keys_of(market, month): size for market, month, size in self._objects.sizes(table.name)}
+        return {keys_of(market, month): size for place in reversed(self._places) for market, month, size in place.sizes(table.name)}
+
+    def delete(self, table: Table, partition: Partition) -> None:
+        """Remove the object wherever it lies."""
+        for place in self._places:
+            place.delete(table.path(partition))
+
+    def chill(self, table: Table, partition: Partition) -> int:
+        """Move the object to the cold place; its size, 0 where it lies there already. It can be read all the time."""
+        assert self.cold is not None, "there is a cold place"
+        cold, path = self._places[1], table.path(partition)
+        content = self._hot.read(path)
+        if content is None:
+            return 0
+        cold.read(path)
+        cold.write(path, content)
+        if cold.read(path) != content:
+            raise StoreFailed(f"{self.cold}/{path} does not hold what was written there; the object stays in {self.location}")
+        self._hot.delete(path)
+        return len(content)
 
     def set_aside(self, table: Table, partition: Partition) -> str:
         """Move a damaged object out of the way and return its new name."""
-        return self._objects.set_aside(table.path(partition))
+        path = table.path(partition)
+        place = next((place for place in self._places if place.size(path) is not None), self._hot)
+        return place.set_aside(path)
 
     def sweep(self) -> int:
-        """Remove what writers that died have left behind; how many files."""
-        return self._objects.sweep()
+        """Remove what writers that died have left behind; how many files or uploads."""
+        return sum(place.sweep() for place in self._places)
+
+    def set_class(self, table: Table, partition: Partition, storage_class: str) -> None:
+        """Give an object in S3 another storage class."""
+        self._hot.set_class(table.path(partition), storage_class)
+
+    def classes(self, table: Table) -> dict[str, str]:
+        """The storage class of every object of a table in S3, by path; nothing for a folder."""
+        return self._hot.classes(table.name)
 
 
 def encode(frame: pl.DataFrame) -> bytes:
-    """A frame as Parquet: one row group, zstd, integers delta-packed, decimals at the scale their digits need."""
+    """A frame as Parquet: one row group, zstd, decimals as integers at the scale their digits need.
+
+    Times and prices move in small steps, so their differences are packed; the bytes of everything else lie apart by
+    place, so that zstd finds the high ones alike. Numbers wider than 18 digits stay as they are.
+    """
     import pyarrow.parquet as pq
 
     slim = frame.with_columns(_slim(frame, name) for name, dtype in frame.schema.items() if isinstance(dtype, pl.Decimal))
     packed = [name for name, dtype in slim.schema.items() if _packs(dtype)]
-    sink = io.BytesIO()
-    pq.write_table(
-        slim.to_arrow(),
+    sink, rows = io.BytesIO(), max(1, frame.height)
+    with pq.ParquetWriter(
         sink,
+        slim.to_arrow().schema,
         compression="zstd",
-        row_group_size=max(1, frame.height),
+        compression_level=3,
+        max_rows_per_page=rows,
         use_dictionary=False,
         store_decimal_as_integer=True,
         write_page_checksum=True,
-        column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
-    )
+        column_encoding={name: "DELTA_BINARY_PACKED" if name in _IN_SMALL_STEPS else "BYTE_STREAM_SPLIT" for name in packed},
+        write_statistics=["open_time"],
+        store_schema=False,
+    ) as writer:
+        writer.write_table(slim.to_arrow(), rows)
+        writer.add_key_value_metadata({VERSION_KEY: str(VERSION)})
     return sink.getvalue()
 
 
@@ -124,6 +158,22 @@ def decode(content: bytes, table: Table, name: str) -> pl.DataFrame:
         return frame.select(pl.col(column.name).cast(column.dtype) for column in table.columns)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, OSError, ValueError) as error:
         raise Damaged(f"{name} is damaged ({type(error).__name__}); `marketdata backfill` fetches it again") from None
+
+
+def _scan(table: Table, uris: list[str]) -> pl.LazyFrame:
+    options = storage_options() if uris[0].startswith("s3://") else None
+    found = pl.scan_parquet(uris, hive_partitioning=False, storage_options=options)
+    return found.select(pl.col(column.name).cast(column.dtype) for column in table.columns)
+
+
+def _schema_of(uri: str) -> object:
+    """What tells objects of one scan from those of another: their schema where it costs no request, else the object itself."""
+    return uri if uri.startswith("s3://") else _read_schema(uri, os.stat(uri).st_mtime_ns)  # noqa: PTH116 - on a hot path
+
+
+@lru_cache(maxsize=65536)
+def _read_schema(uri: str, changed: int) -> object:
+    return tuple(pl.read_parquet_schema(uri).items())
 
 
 def _slim(frame: pl.DataFrame, name: str) -> pl.Series:
@@ -144,156 +194,3 @@ def _packs(dtype: pl.DataType) -> bool:
     if isinstance(dtype, pl.Decimal):
         return dtype.precision <= _INT64_DIGITS
     return dtype.is_integer() or dtype.is_temporal()
-
-
-# --------------------------------------------------------------------------------- where objects live
-class _Folder:
-    """A local folder. A write goes aside, is synced, then renamed: a reader sees the old object or the new one."""
-
-    def __init__(self, root: Path) -> None:
-        self._root, self._aside = root, root / ".writing"
-
-    def read(self, path: str) -> bytes | None:
-        try:
-            return (self._root / path).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise self._failed("read", path, error) from None
-
-    def write(self, path: str, content: bytes) -> None:
-        target = self._root / path
-        aside = self._aside / f"{os.getpid()}-{secrets.token_hex(6)}"
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._aside.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(target)
-            _sync_folder(target.parent)
-        except OSError as error:
-            with suppress(OSError):
-                aside.unlink()
-            raise self._failed("written", path, error) from None
-
-    def size(self, path: str) -> int | None:
-        try:
-            return (self._root / path).stat().st_size
-        except OSError:
-            return None
-
-    def sizes(self, prefix: str) -> Iterator[tuple[str, str, int]]:
-        with suppress(FileNotFoundError), os.scandir(self._root / prefix) as outer:
-            for a in outer:
-                with suppress(NotADirectoryError), os.scandir(a) as inner:
-                    for b in inner:
-                        with suppress(OSError):
-                            yield a.name, b.name, os.stat(f"{b.path}/{OBJECT}").st_size  # noqa: PTH116 - 48,000 of them at once
-
-    def set_aside(self, path: str) -> str:
-        target = self._root / path
-        moved = target.with_name(target.name + ".damaged")
-        try:
-            target.replace(moved)
-        except OSError as error:
-            raise self._failed("moved", path, error) from None
-        return str(moved)
-
-    def sweep(self) -> int:
-        try:
-            left = [p for p in self._aside.iterdir() if not _alive(p.name)]
-        except OSError:
-            return 0
-        for path in left:
-            path.unlink(missing_ok=True)
-        return len(left)
-
-    def _failed(self, verb: str, path: str, error: OSError) -> StoreFailed:
-        return StoreFailed(f"{self._root / path} cannot be {verb}: {error.strerror}; mend the folder or set another `lake:`")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _alive(name: str) -> bool:
-    try:
-        os.kill(int(name.partition("-")[0]), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-class _Bucket:
-    """A prefix in S3: one PUT replaces an object whole. Endpoint and keys come from the usual AWS variables."""
-
-    def __init__(self, location: str) -> None:
-        parts = urlsplit(location)
-        self._bucket, self._prefix = parts.netloc, parts.path.strip("/")
-        self._client: Any = None
-
-    def _call(self, verb: str, path: str, **kwargs: Any) -> Any:
-        import boto3
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            if self._client is None:
-                config = Config(connect_timeout=10, read_timeout=60, retries={"mode": "standard", "max_attempts": 5})
-                self._client = boto3.client("s3", config=config)
-            found = getattr(self._client, verb)(Bucket=self._bucket, **kwargs)
-            return {**found, "Body": bytes(found["Body"].read())} if "Body" in found else found
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404", "NotFound"):
-                return None
-            raise self._failed(path, str(error.response.get("Error", {}).get("Code"))) from None
-        except (BotoCoreError, ValueError) as error:
-            raise self._failed(path, type(error).__name__) from None
-
-    def _key(self, path: str) -> str:
-        return f"{self._prefix}/{path}".lstrip("/")
-
-    def read(self, path: str) -> bytes | None:
-        found = self._call("get_object", path, Key=self._key(path))
-        return None if found is None else bytes(found["Body"])
-
-    def write(self, path: str, content: bytes) -> None:
-        if self._call("put_object", path, Key=self._key(path), Body=content) is None:
-            raise self._failed(path, "NoSuchBucket")
-
-    def size(self, path: str) -> int | None:
-        found = self._call("head_object", path, Key=self._key(path))
-        return None if found is None else int(found["ContentLength"])
-
-    def sizes(self, prefix: str) -> Iterator[tuple[str, str, int]]:
-        token: dict[str, str] = {}
-        while True:
-            found = self._call("list_objects_v2", prefix, Prefix=self._key(prefix) + "/", **token) or {}
-            for entry in found.get("Contents", ()):
-                *_, a, b, name = entry["Key"].split("/")
-                if name == OBJECT:
-                    yield a, b, int(entry["Size"])
-            if not found.get("IsTruncated"):
-                return
-            token = {"ContinuationToken": found["NextContinuationToken"]}
-
-    def set_aside(self, path: str) -> str:
-        content = self.read(path)
-        if content is not None:
-            self.write(path + ".damaged", content)
-            self._call("delete_object", path, Key=self._key(path))
-        return f"s3://{self._bucket}/{self._key(path)}.damaged"
-
-    def sweep(self) -> int:
-        return 0
-
-    def _failed(self, path: str, code: str) -> StoreFailed:
-        return StoreFailed(f"s3://{self._bucket}/{self._key(path)}: {code}; check the bucket, AWS_ENDPOINT_URL and the AWS keys")

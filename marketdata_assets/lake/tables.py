@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import quote, unquote
 
+from marketdata_assets.lake.objects import OBJECT
 from marketdata_assets.model.bar import COLUMNS, ROLLUP_COLUMNS, Column
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import Partition, Timeframe
-
-OBJECT = "data.parquet"
 
 
 @dataclass(frozen=True, slots=True)

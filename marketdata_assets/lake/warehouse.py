@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import polars as pl
 
@@ -18,6 +18,7 @@ from marketdata_assets.model.window import Timeframe, Window
 if TYPE_CHECKING:
     import duckdb
 
+T = TypeVar("T")
 Connect = Callable[[], AbstractContextManager["duckdb.DuckDBPyConnection"]]
 
 
@@ -59,25 +60,37 @@ class Warehouse:
             return _select(connection, table, market, window)
 
     @contextmanager
+    def attached(self, connection: duckdb.DuckDBPyConnection, name: str) -> Iterator[None]:
+        """The file beside a connection's own tables, to read from; nobody writes meanwhile."""
+        with self._translated():
+            self._patiently(lambda: connection.execute(f"ATTACH '{str(self.path).replace(chr(39), chr(39) * 2)}' AS {name} (READ_ONLY)"))
+        yield
+
+    @contextmanager
     def _open(self, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+        import duckdb
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = self._patiently(lambda: duckdb.connect(str(self.path), read_only=read_only, config={"threads": "1"}))
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def _patiently(self, open_it: Callable[[], T]) -> T:
+        """Wait for whoever holds the file."""
         import duckdb
 
         deadline = time.monotonic() + self._patience
         while True:
             try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                connection = duckdb.connect(str(self.path), read_only=read_only, config={"threads": "1"})
-                break
+                return open_it()
             except duckdb.Error as error:
                 if not any(sign in str(error) for sign in _HELD):
                     raise
                 if time.monotonic() > deadline:
                     raise StoreFailed(f"{self.path}: another process holds it; close that process or set another `duckdb:`") from None
                 _pause()
-        try:
-            yield connection
-        finally:
-            connection.close()
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -126,12 +139,13 @@ def _replace(connection: duckdb.DuckDBPyConnection, market: Market, timeframe: T
 
 def _create(connection: duckdb.DuckDBPyConnection, table: Table) -> None:
     schema, name = table.key
-    columns = ", ".join(f'"{column.name}" {_sql_type(column.dtype)}' for column in table.columns)
+    columns = ", ".join(f'"{column.name}" {sql_type(column.dtype)}' for column in table.columns)
     connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{schema}"')
     connection.execute(f'CREATE TABLE IF NOT EXISTS "{schema}"."{name}" (market VARCHAR, {columns})')
 
 
-def _sql_type(dtype: pl.DataType) -> str:
+def sql_type(dtype: pl.DataType) -> str:
+    """DuckDB's name of a column's type."""
     if isinstance(dtype, pl.Decimal):
         return f"DECIMAL({dtype.precision}, {dtype.scale})"
     return "TIMESTAMPTZ" if dtype.is_temporal() else "BIGINT"

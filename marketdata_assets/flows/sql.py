@@ -1,0 +1,36 @@
+"""SQL: views of all tables in a DuckDB connection, each over the files that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from marketdata_assets.lake.tables import Table, raw, rollup
+from marketdata_assets.lake.views import open_views
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.window import Window, partitions_of
+from marketdata_assets.toolbox import Toolbox
+
+if TYPE_CHECKING:
+    from marketdata_assets.lake.views import Connection
+
+
+@contextmanager
+def connected(toolbox: Toolbox, markets: Sequence[Market], window: Window) -> Iterator[Connection]:
+    """Views `raw.ohlcv_<timeframe>` and `rollup.ohlcv_<timeframe>` over these markets' months that touch the window."""
+    settings = toolbox.settings
+    tables = [raw(tf) for tf in settings.raw_timeframes]
+    in_lake = [rollup(tf) for tf in settings.rollup_timeframes] if settings.rollups == "parquet" else []
+    files = {table: _files(toolbox, table, markets, window) for table in (*tables, *in_lake)}
+    warehouse = None if in_lake or not toolbox.warehouse.exists else toolbox.warehouse
+    with open_views(files, warehouse) as connection:
+        yield connection
+
+
+def _files(toolbox: Toolbox, table: Table, markets: Sequence[Market], window: Window) -> list[str]:
+    """One walk or one listing of the table, and of it what is wanted."""
+    there = toolbox.lake.sizes(table)
+    wanted = Window(window.start, window.end + table.timeframe.width)
+    partitions = [p for market in markets for p in partitions_of(market, wanted) if (market.key, p.month_key) in there]
+    return toolbox.lake.uris(table, partitions, known=True)

@@ -1,0 +1,96 @@
+"""The door for Python: bars as Polars LazyFrames, and SQL over all tables, without Dagster.
+
+from marketdata_assets import open_reader
+
+with open_reader() as reader:
+    reader.bars("binance:BTC-USDT", "1h", "2024-01-01", "2024-02-01").collect()
+    reader.sql("SELECT market, max(open_time) FROM raw.ohlcv_1m GROUP BY market")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from marketdata_assets.flows.read import known_market
+from marketdata_assets.flows.scan import newest_bars, scan_bars
+from marketdata_assets.flows.sql import connected
+from marketdata_assets.lake.views import answer
+from marketdata_assets.model.window import Window, iso, parse_time, timeframe
+from marketdata_assets.settings import PREFIX, load_settings
+from marketdata_assets.toolbox import Toolbox, open_toolbox
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from marketdata_assets.lake.views import Connection
+
+Moment = str | datetime | None
+"""An ISO text or a datetime, UTC where it names no zone; None is the beginning or our now."""
+
+
+class Reader:
+    """What is stored of one universe. It sends no request to any venue and writes nothing. Raises errors.MarketDataError."""
+
+    def __init__(self, toolbox: Toolbox) -> None:
+        self._toolbox = toolbox
+
+    @property
+    def markets(self) -> list[str]:
+        """The keys of the universe's markets, such as `binance:BTC-USDT`."""
+        return [market.key for market in self._toolbox.settings.markets]
+
+    def bars(self, market: str | Sequence[str], timeframe_: str, start: Moment = None, end: Moment = None) -> pl.LazyFrame:
+        """The bars that open in `[start, end)`, sorted by open_time: all columns of model.bar, prices and volumes Decimal(38, 12).
+
+        Only the files of those months are read, and of them what the query needs, when it is collected. With a list of
+        markets, the first column is `market`, and each market's bars come after the other's.
+        """
+        window = self._window(start, end)
+        if isinstance(market, str):
+            return self._scan(market, timeframe_, window)
+        if not market:
+            raise ValueError("name at least one market; reader.markets has all of them")
+        return pl.concat([self._scan(key, timeframe_, window).select(pl.lit(key).alias("market"), pl.all()) for key in market])
+
+    def newest(self, timeframe_: str) -> pl.DataFrame:
+        """`market`, `open_time`: the newest stored bar of every market of the universe, null where there is none."""
+        return newest_bars(self._toolbox, self._toolbox.settings.markets, timeframe(timeframe_))
+
+    def sql(self, query: str) -> pl.DataFrame:
+        """The answer of DuckDB to a query over the views `raw.ohlcv_<timeframe>` and `rollup.ohlcv_<timeframe>`."""
+        with self.connect() as connection:
+            return answer(connection, query)
+
+    def connect(self, markets: Sequence[str] | None = None, start: Moment = None, end: Moment = None) -> AbstractContextManager[Connection]:
+        """A DuckDB connection with those views; over these markets and months only, where they are given (it opens fewer files).
+
+        While it is open and rollups lie in the warehouse, nobody can write there: close it soon.
+        """
+        found = [known_market(self._toolbox, key) for key in markets] if markets else list(self._toolbox.settings.markets)
+        return connected(self._toolbox, found, self._window(start, end))
+
+    def _scan(self, key: str, name: str, window: Window) -> pl.LazyFrame:
+        return scan_bars(self._toolbox, known_market(self._toolbox, key), timeframe(name), window)
+
+    def _window(self, start: Moment, end: Moment) -> Window:
+        settings = self._toolbox.settings
+        return Window(_moment(start) or settings.since, _moment(end) or settings.now())
+
+
+def _moment(moment: Moment) -> datetime | None:
+    return parse_time(iso(moment) if isinstance(moment, datetime) and moment.tzinfo else str(moment)) if moment is not None else None
+
+
+@contextmanager
+def open_reader(universe: str | Path | None = None) -> Iterator[Reader]:
+    """A reader of the universe in that file; by default, of the one that the command `marketdata` uses."""
+    environment = {**os.environ, PREFIX + "UNIVERSE": str(universe)} if universe else None
+    with open_toolbox(load_settings(environment)) as toolbox:
+        yield Reader(toolbox)

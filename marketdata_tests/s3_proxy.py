@@ -1,0 +1,219 @@
+"""A proxy on loopback between boto and an S3 server: it does to requests and answers what networks and servers do to them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import ssl
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What becomes of one request.
+
+    `applied`: the server gets it. `answer` stands in the place of the server's. `ending`: whole, lost (closed without a
+    byte), reset, half (of the body), slow (in drops), bent (one bit of the body), silent (until the client gives up).
+    `hide`: headers that the server does not get.
+    """
+
+    applied: bool = True
+    answer: bytes | None = None
+    ending: str = "whole"
+    hide: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One request that came."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    fault: Fault | None = None
+
+
+def refusal(status: int, code: str, more: str = "") -> bytes:
+    """An error as S3 says it; its words hold what no error of ours may repeat."""
+    body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>CANARY of {code}\nline two</Message>{more}<RequestId>1</RequestId></Error>'
+    return answer(status, body.encode(), "application/xml")
+
+
+def answer(status: int, body: bytes, kind: str = "text/html") -> bytes:
+    """Any HTTP answer."""
+    head = f"HTTP/1.1 {status} x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return head.encode() + body
+
+
+PASSING = {
+    "503": Fault(applied=False, answer=refusal(503, "ServiceUnavailable")),
+    "slow down": Fault(applied=False, answer=refusal(503, "SlowDown")),
+    "500 after apply": Fault(answer=refusal(500, "InternalError")),
+    "lost response": Fault(ending="lost"),
+    "reset before": Fault(applied=False, ending="reset"),
+    "reset after": Fault(ending="reset"),
+    "slow": Fault(ending="slow"),
+    "truncated": Fault(ending="half"),
+    "bent": Fault(ending="bent"),
+    "silent": Fault(ending="silent"),
+}
+"""What a second attempt outlives."""
+
+
+@dataclass
+class Proxy:
+    """`fault` says of every request what becomes of it; None: nothing."""
+
+    host: str
+    port: int
+    tls: ssl.SSLContext | None = None
+    fault: Callable[[Seen], Fault | None] = lambda seen: None
+    seen: list[Seen] = field(default_factory=list)
+    own_port: int = 0
+    _server: Any = None
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
+
+    @property
+    def url(self) -> str:
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.own_port}"
+
+    def first(self, count: int, fault: Fault, method: str = "") -> None:
+        """The next so many requests (of one method) meet the fault; the others pass. Forgets what was seen."""
+        left = [fault] * count
+        self.seen.clear()
+        self.fault = lambda seen: left.pop() if left and seen.method.startswith(method) else None
+
+    def always(self, fault: Fault | None) -> None:
+        self.seen.clear()
+        self.fault = lambda seen: fault
+
+    def up(self) -> None:
+        self._run(self._up())
+
+    def down(self) -> None:
+        """Nobody listens any more."""
+        self._run(self._down())
+
+    def _run(self, work: Any) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _up(self) -> None:
+        self._server = await asyncio.start_server(self._handle, "127.0.0.1", self.own_port, ssl=self.tls)
+        self.own_port = self._server.sockets[0].getsockname()[1]
+
+    async def _down(self) -> None:
+        self._server.close()
+
+    def vanish_at(self, count: int, method: str, fault: Fault) -> None:
+        """The count-th such request meets the fault, and from then on nobody listens."""
+        self.seen.clear()
+
+        def last(seen: Seen) -> Fault | None:
+            if seen.method != method or sum(s.method == method for s in self.seen) + 1 < count:
+                return None
+            self._server.close()
+            return fault
+
+        self.fault = last
+
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, asyncio.IncompleteReadError):  # who hangs up on us
+            await self._answer(reader, writer)
+        with suppress(OSError):
+            writer.close()
+            await writer.wait_closed()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        (method, path, _), headers = _parsed(head)
+        if "expect" in headers:
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = await _body(reader, headers)
+        seen = Seen(method, unquote(path), headers)
+        fault = self.fault(seen) or Fault()
+        self.seen.append(Seen(method, unquote(path), headers, fault if fault != Fault() else None))
+        told = await self._forward(_without(head, ("Expect", "Connection", *fault.hide)) + body) if fault.applied else b""
+        await _end(fault.ending, told if fault.answer is None else fault.answer, reader, writer)
+
+    async def _forward(self, request: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        try:
+            writer.write(request)
+            return await reader.read()
+        finally:
+            writer.close()
+
+
+def _parsed(head: bytes) -> tuple[list[str], dict[str, str]]:
+    first, *lines = head.decode("latin-1").strip().split("\r\n")
+    return first.split(" "), {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _without(head: bytes, names: tuple[str, ...]) -> bytes:
+    for name in names:
+        head = re.sub(rb"\r\n%s:[^\r]*" % name.encode(), b"", head, flags=re.IGNORECASE)
+    return head[:-4] + b"\r\nConnection: close\r\n\r\n"
+
+
+async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
+    if headers.get("transfer-encoding") != "chunked":
+        return await reader.readexactly(int(headers.get("content-length", 0)))
+    found, size = b"", 1
+    while size:
+        line = await reader.readuntil(b"\r\n")
+        size = int(line, 16)
+        found += line + await reader.readexactly(size + 2)
+    return found
+
+
+async def _end(ending: str, told: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    cut = told.find(b"\r\n\r\n") + 4
+    middle = (cut + len(told)) // 2
+    if ending == "bent" and middle > cut:
+        told = told[:middle] + bytes([told[middle] ^ 4]) + told[middle + 1 :]
+    if ending == "half":
+        told = told[:middle]
+    if ending == "reset":
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if ending == "silent":
+        await reader.read()
+    if ending in ("whole", "half", "bent"):
+        writer.write(told)
+    if ending == "slow":
+        for i in range(0, len(told), 1 + len(told) // 50):
+            writer.write(told[i : i + 1 + len(told) // 50])
+            await writer.drain()
+            await asyncio.sleep(0.001)
+
+
+@contextmanager
+def proxied(url: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
+    """A proxy before the server at `url`, in a thread of this process."""
+    parts = urlsplit(url)
+    proxy = Proxy(str(parts.hostname), int(parts.port or 80), tls)
+    loop = proxy._loop
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        proxy.up()
+        yield proxy
+        proxy.down()
+    finally:
+        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
