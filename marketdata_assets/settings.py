@@ -22,7 +22,19 @@ import yaml
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import MINUTE, TIMEFRAMES, Partition, Timeframe, Window, iso, parse_time, partitions_of, timeframe
+from marketdata_assets.model.window import (
+    EPOCH,
+    MINUTE,
+    TIMEFRAMES,
+    Partition,
+    Timeframe,
+    Window,
+    iso,
+    month_of,
+    parse_time,
+    partitions_of,
+    timeframe,
+)
 
 DEFAULT_FILE = "data/universe.yaml"
 PREFIX = "MARKETDATA_"
@@ -158,9 +170,19 @@ class Settings:
         raise BadInput(f"market {key!r} is not in {self.source}{hint}")
 
     def span(self, market: Market) -> Window:
-        """What is wanted of a market: since its venue's first day, until its last one or our now."""
+        """What is wanted of a market: since its venue's first day, as far as retention keeps it, until its last one or our now."""
+        venue, whole = self.venues[market.venue], self.history(market)
+        return whole & Window(self.kept_since(f"raw/ohlcv_{venue.base.name}"), whole.end)
+
+    def history(self, market: Market) -> Window:
+        """All that was ever wanted of a market; of what retention has removed, coarser bars are still there."""
         venue = self.venues[market.venue]
         return Window(venue.since, min(venue.until or self.now(), self.now()))
+
+    def kept_since(self, table: str) -> datetime:
+        """The first month of a table that retention keeps: the oldest one that ended less than so many days ago."""
+        days = self.retention.get(table)
+        return month_of(self.now() - timedelta(days=days)).start if days else EPOCH
 
     def rolled(self, market: Market) -> tuple[Timeframe, ...]:
         """The timeframes rolled up for a market: those coarser than its base, finest first."""

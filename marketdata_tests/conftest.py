@@ -64,6 +64,13 @@ def database(postgres_server: Any) -> str:
     return str(postgres_server.get_uri(database=name))
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def either_database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's universe keeps its ledger in SQLite, then in PostgreSQL."""
+    if request.param == "postgres":
+        monkeypatch.setenv("MARKETDATA_DATABASE", request.getfixturevalue("database"))
+
+
 Universe = Callable[..., Settings]
 
 

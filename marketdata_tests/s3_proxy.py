@@ -20,7 +20,8 @@ class Fault:
     """What becomes of one request.
 
     `applied`: the server gets it. `answer` stands in the place of the server's. `ending`: whole, lost (closed without a
-    byte), reset, half (of the body), slow (in drops), bent (one bit of the body), silent (until the client gives up).
+    byte), reset, half (of the body), stalled (after half of it), slow (in drops), bent (one bit of the body), silent (until the
+    client gives up).
     `hide`: headers that the server does not get.
     """
 
@@ -40,16 +41,16 @@ class Seen:
     fault: Fault | None = None
 
 
-def refusal(status: int, code: str, more: str = "") -> bytes:
+def refusal(status: int, code: str, *headers: str) -> bytes:
     """An error as S3 says it; its words hold what no error of ours may repeat."""
-    body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>CANARY of {code}\nline two</Message>{more}<RequestId>1</RequestId></Error>'
-    return answer(status, body.encode(), "application/xml")
+    words = f"<Code>{code}</Code><Message>CANARY of {code}\nline two</Message><RequestId>1</RequestId>"
+    return answer(status, f'<?xml version="1.0"?><Error>{words}</Error>'.encode(), "Content-Type: application/xml", *headers)
 
 
-def answer(status: int, body: bytes, kind: str = "text/html") -> bytes:
+def answer(status: int, body: bytes, *headers: str) -> bytes:
     """Any HTTP answer."""
-    head = f"HTTP/1.1 {status} x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    return head.encode() + body
+    lines = [f"HTTP/1.1 {status} x", *headers, f"Content-Length: {len(body)}", "Connection: close", "", ""]
+    return "\r\n".join(lines).encode() + body
 
 
 PASSING = {
@@ -62,6 +63,7 @@ PASSING = {
     "slow": Fault(ending="slow"),
     "truncated": Fault(ending="half"),
     "bent": Fault(ending="bent"),
+    "stalled": Fault(ending="stalled"),
     "silent": Fault(ending="silent"),
 }
 """What a second attempt outlives."""
@@ -78,6 +80,7 @@ class Proxy:
     seen: list[Seen] = field(default_factory=list)
     own_port: int = 0
     _server: Any = None
+    _tasks: set[Any] = field(default_factory=set)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
 
     @property
@@ -124,11 +127,13 @@ class Proxy:
         self.fault = last
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, asyncio.IncompleteReadError):  # who hangs up on us
-            await self._answer(reader, writer)
-        with suppress(OSError):
+        self._tasks.add(asyncio.current_task())  # asyncio alone forgets a task whose peer has hung up
+        try:
+            with suppress(OSError, asyncio.IncompleteReadError):  # who hangs up on us
+                await self._answer(reader, writer)
+        finally:
             writer.close()
-            await writer.wait_closed()
+            self._tasks.discard(asyncio.current_task())
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -178,14 +183,14 @@ async def _end(ending: str, told: bytes, reader: asyncio.StreamReader, writer: a
     middle = (cut + len(told)) // 2
     if ending == "bent" and middle > cut:
         told = told[:middle] + bytes([told[middle] ^ 4]) + told[middle + 1 :]
-    if ending == "half":
+    if ending in ("half", "stalled"):
         told = told[:middle]
     if ending == "reset":
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    if ending == "silent":
-        await reader.read()
-    if ending in ("whole", "half", "bent"):
+    if ending in ("whole", "half", "bent", "stalled"):
         writer.write(told)
+    if ending in ("silent", "stalled"):
+        await reader.read()
     if ending == "slow":
         for i in range(0, len(told), 1 + len(told) // 50):
             writer.write(told[i : i + 1 + len(told) // 50])
@@ -217,3 +222,4 @@ async def _cancel_all() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.sleep(0.01)  # what was closed just now is gone after another round

@@ -229,8 +229,8 @@ def instance_ref(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InstanceRef
 
 
 def test_dagster_loads_the_settings(instance_ref: InstanceRef) -> None:
-    assert instance_ref.storage_data.class_name == "DagsterPostgresStorage"
-    config = yaml.safe_load((K8S / "dagster.yaml").read_text())["storage"]["postgres"]
+    assert instance_ref.event_log_storage_data.class_name == "PooledPostgresEventLogStorage"
+    config = yaml.safe_load((K8S / "dagster.yaml").read_text())["event_log_storage"]["config"]
     fields = {key: ENVIRONMENT[value["env"]] for key, value in config["postgres_db"].items() if key not in ("scheme", "password")}
     url = pg_url_from_config({"postgres_db": {**fields, "scheme": config["postgres_db"]["scheme"]}})
     assert url == ENVIRONMENT["MARKETDATA_DATABASE"].replace("postgresql://", "postgresql+psycopg2://"), "ledger and Dagster: one database"
@@ -364,7 +364,7 @@ def test_helm_values_say_the_same() -> None:
     assert monitoring == ours["run_monitoring"]
     database = VALUES["postgresql"]
     assert (database["enabled"], database["postgresqlPassword"], database["postgresqlHost"]) == (False, "", ENVIRONMENT["PGHOST"])
-    assert database["postgresqlScheme"] == ours["storage"]["postgres"]["postgres_db"]["scheme"]
+    assert database["postgresqlScheme"] == ours["event_log_storage"]["config"]["postgres_db"]["scheme"]
 
 
 def test_helm_pods() -> None:

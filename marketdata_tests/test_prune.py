@@ -26,7 +26,7 @@ from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster_graphql.schema import create_schema
 
 from marketdata_assets.cli.processes import dagster_environment
-from marketdata_assets.defs import event_log
+from marketdata_assets.defs import event_log, wiping
 from marketdata_assets.defs.event_log import PooledSqliteEventLogStorage
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.launcher import RUN_LOGS
@@ -257,7 +257,7 @@ def test_a_status_computed_before_the_wipe_is_not_cached_after_it(home: Home) ->
 def test_a_wipe_is_whole_or_not_at_all(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     _, instance = home
     before = pages(home)
-    monkeypatch.setattr(event_log, "_FORGET", "UPDATE nonsense SET x = :asset")
+    monkeypatch.setattr(wiping, "_FORGET", "UPDATE nonsense SET x = :asset")
     with pytest.raises(Exception, match="nonsense"):
         instance.wipe_asset_partitions(HOUR, KEYS)
     assert pages(home) == before

@@ -362,6 +362,30 @@ def prune(
     _print_json(gone)
 
 
+@app.command()
+def retire(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go, and where to.")] = False, format: Format = "table"
+) -> None:
+    """Remove months that are older than `retention:` keeps, and move those that are older than `cold:` says."""
+    from marketdata_assets.flows.retire import retire as retire_flow
+
+    _one_of(format, "table", "json")
+    with _toolbox() as (_, toolbox):
+        rows: list[dict[str, Any]] = [
+            {
+                "table": r.table.name,
+                "partition": r.partition.key if r.partition else "all",
+                "what": r.what,
+                "bytes": r.bytes,
+                "says": r.says,
+            }
+            for r in retire_flow(toolbox, dry_run)
+        ]
+    _print_json(rows) if format == "json" else _print_table(rows, ["table", "partition", "what", "bytes", "says"])
+    if format == "table":
+        out.print(f"{len(rows)} months" + (", nothing was changed" if dry_run else ""), highlight=False)
+
+
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
@@ -394,6 +418,25 @@ def dev(port: Port = 3000) -> None:
     settings = load_settings()
     open_channels(settings.state, settings.alerts)  # a wrong URL is told now, not when something burns
     serve_ui(settings, port, say=_say)
+
+
+@app.command()
+def serve(
+    role: Annotated[str, typer.Argument(help="web, daemon or worker")],
+    host: Annotated[str, typer.Option(help="The address on which `web` listens.")] = "127.0.0.1",
+    port: Port = 3000,
+    processes: Annotated[int, typer.Option(min=1, help="How many runs a `worker` does at once.")] = 2,
+    check: Annotated[bool, typer.Option("--check", help="Only say, by the exit code, whether it is alive on this machine.")] = False,
+) -> None:
+    """One role of an instance that many machines share (`database:` and `broker:` of the universe), until it is ended."""
+    from marketdata_assets.cli.serve import ROLES, check_role, serve_role
+
+    if role not in ROLES:
+        raise BadInput(f"{role} is not one of {', '.join(ROLES)}")
+    settings = load_settings()
+    if check:
+        raise typer.Exit(0 if check_role(settings, role, host, port) else 1)
+    serve_role(settings, role, host, port, processes, say=_say)
 
 
 @app.command()

@@ -6,7 +6,6 @@ import ctypes
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +16,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import yaml
 
 from marketdata_assets.errors import BadInput, StoreFailed
-from marketdata_assets.settings import Settings
+from marketdata_assets.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
+POSTGRES, BROKER = PREFIX + "DAGSTER_POSTGRES", PREFIX + "DAGSTER_BROKER"
+"""Where dagster.yaml finds the URLs that may hold passwords: in the environment of our processes, in no file."""
 PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0)
 """Before a service that died is started again: seconds after the first, second, ... death that came right after its start."""
 _QUICK = 20.0
@@ -41,10 +45,60 @@ def dagster_environment(settings: Settings) -> dict[str, str]:
     home = settings.state / "dagster"
     try:
         home.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / "dagster.yaml", home / "dagster.yaml")
+        aside = home / f"dagster.yaml.{os.getpid()}"
+        aside.write_text(_instance_config(settings), encoding="utf-8")
+        aside.replace(home / "dagster.yaml")
     except OSError as error:
         raise StoreFailed(f"{home} cannot be written: {error.strerror}; mend the folder or set another `state:`") from None
-    return {**_LEAN, **os.environ, "DAGSTER_HOME": str(home), "DAGSTER_DISABLE_TELEMETRY": "yes", "PYTHONWARNINGS": "ignore"}
+    services = {POSTGRES: _with_driver(settings.database), BROKER: settings.broker}
+    ours = {"DAGSTER_HOME": str(home), "DAGSTER_DISABLE_TELEMETRY": "yes", "PYTHONWARNINGS": "ignore"}
+    return {**_LEAN, **os.environ, **ours, **{name: url for name, url in services.items() if url}}
+
+
+def _instance_config(settings: Settings) -> str:
+    """Our dagster.yaml with what the universe says of storage, workers and logs; or the file that somebody names instead."""
+    if instead := os.environ.get(PREFIX + "DAGSTER_YAML"):
+        return Path(instead).read_text(encoding="utf-8")
+    text = (ROOT / "dagster.yaml").read_text(encoding="utf-8")
+    changes: dict[str, Any] = {}
+    if settings.database:
+        url = {"postgres_url": {"env": POSTGRES}}
+        changes["run_storage"] = _part("dagster_postgres.run_storage", "PostgresRunStorage", url)
+        changes["schedule_storage"] = _part("dagster_postgres.schedule_storage", "PostgresScheduleStorage", url)
+        changes["event_log_storage"] = _part("marketdata_assets.defs.event_log_postgres", "PooledPostgresEventLogStorage", url)
+    if settings.broker:
+        changes["run_launcher"] = _part("marketdata_assets.defs.celery_runs", "WorkerRunLauncher", _CELERY)
+    if settings.lake.startswith("s3://"):
+        changes["compute_logs"] = _part("dagster_aws.s3.compute_log_manager", "S3ComputeLogManager", _s3_logs(settings.lake))
+    if not changes:
+        return text
+    config = yaml.safe_load(text) | changes
+    if settings.broker:
+        config["run_monitoring"] |= {"start_timeout_seconds": 900}  # a run may wait for a free worker
+        config["run_retries"] = {"enabled": True, "max_retries": 3, "retry_on_asset_or_op_failure": False}  # of killed workers
+        config["concurrency"]["runs"] = {"max_concurrent_runs": 16, "tag_concurrency_limits": [{**_HISTORY, "limit": 14}]}
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+_CELERY = {"broker": {"env": BROKER}, "backend": "disabled://"}
+_HISTORY = {"key": "marketdata/kind", "value": "missed"}
+
+
+def _part(module: str, name: str, config: dict[str, Any]) -> dict[str, Any]:
+    return {"module": module, "class": name, "config": config}
+
+
+def _s3_logs(lake: str) -> dict[str, Any]:
+    """What runs print lies beside the lake, so that the UI shows it wherever they ran."""
+    parts = urlsplit(lake)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    place = {"bucket": parts.netloc, "prefix": f"{parts.path.strip('/')}/run_logs".lstrip("/"), "skip_empty_files": True}
+    return {**place, "endpoint_url": endpoint, "use_ssl": endpoint.startswith("https://")} if endpoint else place
+
+
+def _with_driver(url: str | None) -> str | None:
+    """SQLAlchemy 2.1 would take another driver than the one that Dagster brings."""
+    return url and "postgresql+psycopg2://" + url.partition("://")[2]
 
 
 # --------------------------------------------------------------------------------- children

@@ -7,13 +7,15 @@ import os
 import socket
 import subprocess
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from marketdata_assets.cli.processes import Service, Supervisor, dagster_environment, only_one, start, stop
+from marketdata_assets.cli.processes import BROKER, ROOT, Service, Supervisor, dagster_environment, only_one, start, stop
 from marketdata_assets.errors import BadInput, StoreFailed
+from marketdata_assets.lake.ledger import Ledger
 from marketdata_assets.settings import PREFIX, Settings, load_settings
 
 _LOCATION = "marketdata_assets"
@@ -34,13 +36,87 @@ def serve_ui(settings: Settings, port: int, say: Callable[[str], None]) -> None:
                 _await(lambda: _connect(code_port), supervisor.begin(_code_server(code_port)))
                 web = Service("the web server", ["dagster_webserver", "-w", workspace, "-h", "127.0.0.1", "-p", str(port)])
                 _await(lambda: _get(f"{url}/server_info"), supervisor.begin(web))
-                supervisor.begin(Service("the daemon", ["marketdata_assets.defs.launcher", "run", "-w", workspace]))
+                module = (
+                    "dagster._daemon" if settings.broker else "marketdata_assets.defs.launcher"
+                )  # which looks after runs of this machine
+                supervisor.begin(Service("the daemon", [module, "run", "-w", workspace]))
                 say(f"UI ready at {url}")
                 supervisor.tend()
         except KeyboardInterrupt:
             say("stopped")
 
 
+# --------------------------------------------------------------------------------- many machines
+ROLES = ("web", "daemon", "worker")
+
+
+def serve_role(settings: Settings, role: str, host: str, port: int, processes: int, say: Callable[[str], None]) -> None:
+    """One role of an instance that many machines share, until we are asked to end; it is started again when it dies."""
+    environment = _shared_environment(settings)
+    service = _role(settings, role, environment, host, port, processes)
+    database = Ledger(settings.state, settings.database)
+    with database.lock(f"role {role}", wait=False) if role == "daemon" else nullcontext(True) as free:
+        if not free:
+            raise BadInput("another daemon already serves this database; there must be one, as two would ask for everything twice")
+        with Supervisor(environment, say) as supervisor:
+            supervisor.begin(service)
+            say(f"{service.name} starts")
+            supervisor.tend()
+
+
+def check_role(settings: Settings, role: str, host: str, port: int) -> bool:
+    """Whether the role that runs on this machine is alive."""
+    environment = _shared_environment(settings)
+    if role == "web":
+        try:
+            _get(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/server_info")  # noqa: S104 - asked, not bound
+        except OSError:
+            return False
+        return True
+    ping = ["inspect", "ping", "--destination", _node(settings), "--timeout", "10"]
+    arguments = ["dagster._daemon", "liveness-check"] if role == "daemon" else ["celery", "-A", "dagster_celery.app", *ping]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return start(arguments, environment, **quiet).wait() == 0
+
+
+def _shared_environment(settings: Settings) -> dict[str, str]:
+    if not settings.database:
+        raise BadInput(f"{settings.source}: there is no `database:`, which many machines need; on one, use `marketdata dev`")
+    environment = dagster_environment(settings)
+    home = Path(environment["DAGSTER_HOME"])
+    try:
+        (home / "dagster_celery_config.py").write_text(_CELERY_CONFIG, encoding="utf-8")
+    except OSError as error:
+        raise StoreFailed(f"{home} cannot be written: {error.strerror}; mend the folder or set another `state:`") from None
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, (str(home), os.environ.get("PYTHONPATH"))))}
+
+
+_CELERY_CONFIG = """\
+# Made by `marketdata serve`: the module that `celery -A dagster_celery.app` reads.
+from marketdata_assets.defs.celery_runs import celery_config
+
+globals().update(celery_config())
+"""
+
+
+def _role(settings: Settings, role: str, environment: dict[str, str], host: str, port: int, processes: int) -> Service:
+    workspace = str(ROOT / "workspace.yaml")
+    if role == "web":
+        return Service("the web server", ["dagster_webserver", "-w", workspace, "-h", host, "-p", str(port)])
+    if role == "daemon":
+        return Service("the daemon", ["dagster._daemon", "run", "-w", workspace])
+    if BROKER not in environment:
+        raise BadInput("there is no `broker:`; a worker takes its runs from one, such as redis://host:6379/0")
+    how = ["--queues", "dagster", "--hostname", _node(settings), "--concurrency", str(processes), "-O", "fair", "--loglevel", "WARNING"]
+    return Service("the worker", ["celery", "-A", "dagster_celery.app", "worker", *how])
+
+
+def _node(settings: Settings) -> str:
+    """The worker of this state folder on this machine."""
+    return f"{zlib.crc32(str(settings.state).encode()):08x}@{socket.gethostname()}"
+
+
+# --------------------------------------------------------------------------------- one machine
 def _workspace(home: Path, code_port: int) -> str:
     """Tell web server and daemon where our one code server is; alone, each would start its own."""
     file = home / "workspace.yaml"

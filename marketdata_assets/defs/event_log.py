@@ -5,52 +5,25 @@ event does; a backfill writes about forty events a partition. It cannot wipe a p
 without a file makes an empty one of 131 KB. Tables, files and all other behaviour are the stock ones.
 """
 
-import json
-import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import dagster as dg
-from dagster._core.events import AssetWipedData, DagsterEvent, DagsterEventType
-from dagster._core.instance.utils import RUNLESS_JOB_NAME, RUNLESS_RUN_ID
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import INDEX_SHARD_NAME, SqliteEventLogStorage, SqliteEventLogStorageWatchdog
-from dagster._core.storage.partition_status_cache import AssetStatusCacheValue
-from dagster._serdes import ConfigurableClassData, serialize_value
-from dagster._time import get_current_timestamp
+from dagster._serdes import ConfigurableClassData
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.pool import NullPool, QueuePool
 
+from marketdata_assets.defs.wiping import Wiping
+
 OPEN_SHARDS = 8
 
-_WIPED = "asset_key = :asset AND partition IN (SELECT value FROM json_each(:keys))"
-_WIPE = (
-    f"DELETE FROM asset_event_tags WHERE event_id IN (SELECT id FROM event_logs WHERE {_WIPED})",
-    f"DELETE FROM event_logs WHERE {_WIPED}",
-    # what a check found bears neither asset nor partition there; what it planned is one event for many partitions
-    "DELETE FROM event_logs WHERE dagster_event_type = 'ASSET_CHECK_EVALUATION'"
-    f" AND id IN (SELECT evaluation_event_storage_id FROM asset_check_executions WHERE {_WIPED})",
-    f"DELETE FROM asset_check_executions WHERE {_WIPED}",
-)
-_OF_ASSET = "FROM event_logs WHERE asset_key = :asset AND dagster_event_type IN"
-_PLAN_OR_MADE = "'ASSET_MATERIALIZATION', 'ASSET_MATERIALIZATION_PLANNED'"
-# Without `last_materialization` Dagster looks for the newest that is left.
-_FORGET = (
-    "UPDATE asset_keys SET cached_status_data = NULL, last_materialization = NULL,"
-    f" last_run_id = (SELECT run_id {_OF_ASSET} ({_PLAN_OR_MADE}) ORDER BY id DESC LIMIT 1),"
-    f" last_materialization_timestamp = (SELECT max(timestamp) {_OF_ASSET} ({_PLAN_OR_MADE}, 'ASSET_OBSERVATION'))"
-    " WHERE asset_key = :asset"
-)
-_CACHE = (
-    "UPDATE asset_keys SET cached_status_data = :status WHERE asset_key = :asset AND NOT EXISTS"
-    " (SELECT 1 FROM event_logs WHERE asset_key = :asset AND dagster_event_type = 'ASSET_WIPED' AND id > :latest)"
-)
 
-
-class PooledSqliteEventLogStorage(SqliteEventLogStorage):
+class PooledSqliteEventLogStorage(Wiping, SqliteEventLogStorage):
     """Keeps the connections of the OPEN_SHARDS last used files; lies in DAGSTER_HOME/history/runs as the stock one."""
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
@@ -124,24 +97,6 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
             if engine := self._engines.pop(run_id, None):
                 engine.dispose()
 
-    def wipe_asset_partitions(self, asset_key: dg.AssetKey, partition_keys: Sequence[str]) -> None:
-        """Forget that these partitions were ever planned, materialized, observed or checked; run logs keep their own events.
-
-        An event in the index says so. It comes first, so that no id is used again (cursors would skip new events), and
-        keeps statuses that were computed before it from being cached.
-        """
-        bound = {"asset": asset_key.to_string(), "keys": json.dumps(list(partition_keys))}
-        with self.index_transaction() as connection:
-            connection.execute(self.prepare_insert_event(_wiped(asset_key, partition_keys)))
-            for statement in (*_WIPE, _FORGET):
-                connection.execute(text(statement), bound)
-
-    def update_asset_cached_status_data(self, asset_key: dg.AssetKey, cache_values: AssetStatusCacheValue) -> None:
-        """Cache partition statuses, unless partitions were wiped after the events that these rest on."""
-        status = {"status": serialize_value(cache_values), "latest": cache_values.latest_storage_id}
-        with self.index_connection() as connection:
-            connection.execute(text(_CACHE), {"asset": asset_key.to_string(), **status})
-
     def watch(self, run_id: str, cursor: str | None, callback: Any) -> None:
         """Tell the run page of new events, also of those that stand in the file's write-ahead log only."""
         super().watch(run_id, cursor, callback)
@@ -156,13 +111,6 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
         while self._engines:
             self._engines.popitem()[1].dispose()
         super().dispose()
-
-
-def _wiped(asset_key: dg.AssetKey, partition_keys: Sequence[str]) -> dg.EventLogEntry:
-    kind = DagsterEventType.ASSET_WIPED.value
-    data = AssetWipedData(asset_key=asset_key, partition_keys=list(partition_keys))
-    wiped = DagsterEvent(event_type_value=kind, job_name=RUNLESS_JOB_NAME, event_specific_data=data)
-    return dg.EventLogEntry(None, logging.INFO, "", RUNLESS_RUN_ID, get_current_timestamp(), None, RUNLESS_JOB_NAME, wiped)  # type: ignore[no-untyped-call]
 
 
 class _Watchdog(SqliteEventLogStorageWatchdog):

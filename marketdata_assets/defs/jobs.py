@@ -12,7 +12,7 @@ from marketdata_assets.defs.automation import backfill_missed, refresh_open, wat
 from marketdata_assets.defs.checks import market_checks
 from marketdata_assets.defs.delta import delta_assets, delta_job_and_schedule
 from marketdata_assets.defs.partitions import market_months
-from marketdata_assets.defs.upkeep import health_job, prune_job, repair_job
+from marketdata_assets.defs.upkeep import health_job, prune_job, repair_job, retire_job
 from marketdata_assets.lake.tables import raw, rollup
 from marketdata_assets.settings import Settings
 from marketdata_assets.toolbox import Tell, tell_nobody
@@ -35,7 +35,9 @@ def build_definitions(settings: Settings, tell: Tell = tell_nobody) -> dg.Defini
         checks = [check for table in tables for check in market_checks(settings, table)]
         partitioned = dg.AssetSelection.all() - dg.AssetSelection.checks(*checks)
         job = dg.define_asset_job(INGEST, selection=partitioned, description="Fetch, check and roll up partitions.")
-        upkeep = [health_job(settings), prune_job(settings), *([delta_job_and_schedule(settings)] if settings.delta else [])]
+        upkeep = [health_job(settings), prune_job(settings)]
+        upkeep += [delta_job_and_schedule(settings)] if settings.delta else []
+        upkeep += [retire_job(settings)] if settings.retention or settings.cold else []
         return dg.Definitions(
             assets=assets,
             asset_checks=checks,

@@ -26,7 +26,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.storage.event_log import SqlEventLogStorage
 from dagster._time import get_current_datetime
+from sqlalchemy import Connection, text
 
 from marketdata_assets.defs.event_log import PooledSqliteEventLogStorage
 from marketdata_assets.defs.launcher import RUN_LOGS
@@ -50,6 +52,7 @@ _PLANS = """
         AND later.partition IS plan.partition AND later.id > plan.id
     ))
 """
+_SAME_PARTITION = "later.partition IS NOT DISTINCT FROM plan.partition"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Pruned:
 def prune(instance: dg.DagsterInstance, days: float, now: datetime, dry_run: bool = False) -> Pruned:
     """Prune runs that finished more than `days` before `now`."""
     storage = instance.event_log_storage
-    assert isinstance(storage, PooledSqliteEventLogStorage)
+    if not isinstance(storage, PooledSqliteEventLogStorage):
+        return _prune_tables(instance, now - timedelta(days=days), dry_run)
     index = sqlite3.connect(storage.path_for_shard("index"), timeout=60, isolation_level=None, uri=True)
     with closing(index):
         pruning = _Pruning(storage, index, Path(instance.storage_directory()), dry_run)
@@ -168,6 +172,42 @@ class _Pruning:
         self.tally[kind] += count
         if not kind.startswith("logs_kept"):
             self.tally[f"{kind.removesuffix('s')}_bytes"] += size
+
+
+# in PostgreSQL all events lie in one table, whose free space the server uses again by itself
+_LOGGED = """
+    FROM event_logs WHERE run_id = :run
+    AND (dagster_event_type IS NULL OR dagster_event_type NOT LIKE 'ASSET%' AND dagster_event_type NOT LIKE 'PIPELINE%')
+"""
+
+
+def _prune_tables(instance: dg.DagsterInstance, before: datetime, dry_run: bool) -> Pruned:
+    """The same for a log in tables: of old runs stay their beginning, their end and what asset pages show."""
+    storage, tally = instance.event_log_storage, Counter[str]()
+    assert isinstance(storage, SqlEventLogStorage)
+    with storage.index_connection() as connection:
+        for run_id, succeeded in _finished(instance, _logged_runs(connection), before):
+            parts = {"log": _LOGGED, **({"plan": _PLANS_OF_RUN} if succeeded else {})}
+            found = {
+                name: connection.execute(text(f"SELECT count(*), coalesce(sum(length(event)), 0) {sql}"), {"run": run_id}).one()
+                for name, sql in parts.items()
+            }
+            tally["runs"] += any(count for count, _ in found.values())
+            for name, (count, size) in found.items():
+                tally[f"{name}s"] += count if name == "plan" else bool(count)
+                tally[f"{name}_bytes"] += size
+                if count and not dry_run:
+                    connection.execute(text(f"DELETE {parts[name]}"), {"run": run_id})
+    return Pruned(dry_run, **tally)
+
+
+_PLANS_OF_RUN = _PLANS.replace("run_id = ?", "run_id = :run").replace("later.partition IS plan.partition", _SAME_PARTITION)
+
+
+def _logged_runs(connection: Connection) -> list[str]:
+    """Runs of which more is there than beginning, end and what asset pages show."""
+    some = _LOGGED.replace("run_id = :run", "true") + " OR dagster_event_type LIKE 'ASSET%PLANNED'"
+    return [run_id for (run_id,) in connection.execute(text(f"SELECT DISTINCT run_id {some}"))]
 
 
 def _vacuum(index: sqlite3.Connection) -> int:

@@ -2,6 +2,7 @@
 
 # no postponed annotations here: Dagster reads them at definition time
 
+from collections import defaultdict
 from dataclasses import asdict
 from typing import cast
 
@@ -13,8 +14,9 @@ from marketdata_assets.defs.assets import asset_key, fetch_into, roll_up_into
 from marketdata_assets.defs.checks import Results, failure_told, log_all
 from marketdata_assets.defs.prune import prune
 from marketdata_assets.flows.health import Health, Status, health
+from marketdata_assets.flows.retire import KEPT, MOVED, REMOVED, retire
 from marketdata_assets.flows.upkeep import forget
-from marketdata_assets.lake.tables import raw, rollup
+from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.window import Partition, Window, parse_time
 from marketdata_assets.settings import Settings
 from marketdata_assets.toolbox import open_toolbox, tell_nobody
@@ -111,6 +113,36 @@ def prune_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefiniti
         remove()
 
     return job, _schedule("prune_every_night", job, "30 3 * * *")
+
+
+class RetireConfig(dg.Config):
+    """What to do."""
+
+    dry_run: bool = Field(False, description="Only say what would go, and where to; nothing is changed.")
+
+
+def retire_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefinition]:
+    """`marketdata retire`, every night; what is removed is shown as missing afterwards, because it is."""
+
+    @dg.op(description="Removes months that are older than `retention:` keeps, and moves those that are older than `cold:` says.")
+    def let_go(context: dg.OpExecutionContext, config: RetireConfig) -> None:
+        with failure_told(tell_nobody, ()), open_toolbox(settings) as toolbox:
+            found = list(retire(toolbox, config.dry_run))
+        removed: dict[Table, list[str]] = defaultdict(list)
+        for one in found:
+            if one.what == REMOVED and one.partition:
+                removed[one.table].append(one.partition.key)
+        for table, keys in removed.items() if not config.dry_run else ():
+            context.instance.wipe_asset_partitions(asset_key(table), keys)
+        counts = {f"months_{what}": sum(one.what == what for one in found) for what in (REMOVED, MOVED, KEPT)}
+        rows = [dg.TableRecord(one.as_dict()) for one in found[:1000]]
+        context.add_output_metadata({"dry_run": config.dry_run, **counts, "months": dg.MetadataValue.table(rows) if rows else "none"})
+
+    @dg.job(name="retire", description="Lets old months go, by `retention:` and `cold:` of the universe; with dry_run it only says which.")
+    def job() -> None:
+        let_go()
+
+    return job, _schedule("retire_every_night", job, "0 3 * * *")
 
 
 def _schedule(name: str, job: dg.JobDefinition, cron: str) -> dg.ScheduleDefinition:

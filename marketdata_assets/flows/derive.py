@@ -28,7 +28,7 @@ class Derived:
 def derive(toolbox: Toolbox, partitions: Sequence[Partition]) -> Iterator[Derived]:
     """Roll up each partition from the raw bars that are stored. A partition without raw bars gives no rollups."""
     for partition in partitions:
-        yield _derive(toolbox, partition, toolbox.settings.rolled(partition.market))
+        yield _derive(toolbox, partition, _wanted(toolbox, partition))
         after = neighbour(partition, +1)
         state = _state(toolbox, after)
         if state is not None and state.rolled is not None:
@@ -43,7 +43,13 @@ def neighbour(partition: Partition, step: int) -> Partition:
 
 def _straddling(toolbox: Toolbox, partition: Partition) -> list[Timeframe]:
     """The timeframes whose first bar here began in the month before."""
-    return [tf for tf in toolbox.settings.rolled(partition.market) if partition.opens(tf).start < partition.month.start]
+    return [tf for tf in _wanted(toolbox, partition) if partition.opens(tf).start < partition.month.start]
+
+
+def _wanted(toolbox: Toolbox, partition: Partition) -> list[Timeframe]:
+    """The timeframes of a market, but for those whose retention has removed this month."""
+    settings = toolbox.settings
+    return [tf for tf in settings.rolled(partition.market) if partition.month.start >= settings.kept_since(rollup(tf).name)]
 
 
 def _derive(toolbox: Toolbox, partition: Partition, timeframes: Sequence[Timeframe]) -> Derived:
@@ -58,7 +64,7 @@ def _derive(toolbox: Toolbox, partition: Partition, timeframes: Sequence[Timefra
     owned = {tf: partition.opens(tf) for tf in timeframes}
     frames = {tf: f.filter(pl.col("open_time").is_between(owned[tf].start, owned[tf].end, closed="left")) for tf, f in frames.items()}
     changed = _write(toolbox, partition, frames, owned)
-    if len(timeframes) == len(toolbox.settings.rolled(partition.market)) and state.digest:
+    if len(timeframes) == len(_wanted(toolbox, partition)) and state.digest:
         toolbox.ledger.set_rolled(raw(base), partition, state.digest)
     return Derived(partition, frames, changed)
 

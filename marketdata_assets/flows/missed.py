@@ -24,6 +24,8 @@ from marketdata_assets.toolbox import Toolbox
 GRACE = timedelta(hours=1)
 MONTHS_A_RUN = 12
 PARTITIONS_A_RUN = 24
+FEWEST_A_RUN = 2
+"""Where workers are warm, a run costs little, and what is ready is shared among them in runs of as few partitions."""
 SLOWER = 5
 """Each attempt waits so many times as long as the one before."""
 
@@ -199,7 +201,8 @@ def _rollups_lost(toolbox: Toolbox, found: Missed) -> set[_Key]:
     turn = timeframes[int(toolbox.settings.now().timestamp() // 60) % len(timeframes)]  # one table a minute: they are many
     there = toolbox.lake.sizes(rollup(turn))
     outlines = (item for base in {v.base for v in toolbox.settings.venues.values()} for item in toolbox.ledger.outlines(raw(base)).items())
-    gone = {key for key, outline in outlines if outline.rolled and key not in there and turn in _rolled(toolbox, key[0])}
+    kept = f"{toolbox.settings.kept_since(rollup(turn).name):%Y-%m-%d}"
+    gone = {k for k, outline in outlines if outline.rolled and k not in there and k[1] >= kept and turn in _rolled(toolbox, k[0])}
     found.lost[rollup(turn)] = [Partition.parse("|".join(key)) for key in gone]
     if not gone:
         del found.lost[rollup(turn)]
@@ -250,42 +253,46 @@ def _why_not(toolbox: Toolbox, key: _Key, ask: Ask | None, busy: Container[str],
     return None
 
 
-def _blocks(toolbox: Toolbox, ready: Container[_Key], wanted: Mapping[_Key, str], room: int) -> list[Block]:
+def _blocks(toolbox: Toolbox, ready: Collection[_Key], wanted: Mapping[_Key, str], room: int) -> list[Block]:
     """The newest ready partitions as at most `room` rectangles of the grid."""
     found = []
+    most = PARTITIONS_A_RUN
+    if toolbox.settings.broker and room:
+        most = min(most, max(FEWEST_A_RUN, -(-len(ready) // room)))
     by_market: dict[str, list[int]] = defaultdict(list)
     for market, month in wanted:
         if (market, month) in ready:
             by_market[market].append(int(month[:4]) * 12 + int(month[5:7]) - 1)
     for venue in toolbox.settings.venues.values():
-        spans = [(span, i) for i, market in enumerate(venue.markets) for span in _spans(by_market.get(market.key, []))]
+        rows = ((i, by_market.get(market.key, [])) for i, market in enumerate(venue.markets))
+        spans = [(span, i) for i, months in rows for span in _spans(months, min(most, MONTHS_A_RUN))]
         spans.sort(key=lambda item: (-item[0][1], item[0][0], item[1]))
-        found += [(last, venue, first, rows) for (first, last), rows in _rectangles(spans)]
+        found += [(last, venue, first, members) for (first, last), members in _rectangles(spans, most)]
     found.sort(key=lambda item: -item[0])
-    return [_block(venue, rows, first, last, wanted) for last, venue, first, rows in found[:room]]
+    return [_block(venue, members, first, last, wanted) for last, venue, first, members in found[:room]]
 
 
 _Span = tuple[int, int]
 """Consecutive months, first and last, counted from year 0."""
 
 
-def _spans(months: Sequence[int]) -> Iterator[_Span]:
-    """Runs of consecutive months, the newest first, none longer than MONTHS_A_RUN."""
+def _spans(months: Sequence[int], most: int) -> Iterator[_Span]:
+    """Runs of consecutive months, the newest first, none longer than `most`."""
     left = sorted(months)
     while left:
         last = first = left.pop()
-        while left and left[-1] == first - 1 and last - first + 1 < MONTHS_A_RUN:
+        while left and left[-1] == first - 1 and last - first + 1 < most:
             first = left.pop()
         yield first, last
 
 
-def _rectangles(spans: Sequence[tuple[_Span, int]]) -> Iterator[tuple[_Span, list[int]]]:
-    """Neighbouring rows (by number) with the same months, in one; none larger than PARTITIONS_A_RUN."""
+def _rectangles(spans: Sequence[tuple[_Span, int]], most: int) -> Iterator[tuple[_Span, list[int]]]:
+    """Neighbouring rows (by number) with the same months, in one; none of more than `most` partitions."""
     rows: list[int] = []
     for i, (span, row) in enumerate(spans):
         rows.append(row)
         after = spans[i + 1] if i + 1 < len(spans) else None
-        full = (len(rows) + 1) * (span[1] - span[0] + 1) > PARTITIONS_A_RUN
+        full = (len(rows) + 1) * (span[1] - span[0] + 1) > most
         if full or after != (span, row + 1):
             yield span, rows
             rows = []

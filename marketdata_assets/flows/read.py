@@ -70,7 +70,7 @@ def read_bars(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: Wi
 
 def _stored_span(toolbox: Toolbox, market: Market) -> Window:
     if market in toolbox.settings.markets:
-        return toolbox.settings.span(market)
+        return toolbox.settings.history(market)
     spans = toolbox.ledger.stored_span(market).values()
     return Window(min(span.start for span in spans), max(span.end for span in spans))
 
@@ -152,7 +152,7 @@ def daily_coverage(toolbox: Toolbox, table: Table) -> tuple[dict[str, list[float
             continue
         known = _Known(toolbox, source, need_rolled=table.layer == "rollup")
         for market in venue.markets:
-            days = [None] * (venue.since.date() - settings.since.date()).days
+            days = [None] * (settings.span(market).start.date() - settings.since.date()).days
             found[market.key] = [*days, *(share for p in partitions_of(market, settings.span(market)) for share in known.days(p))]
     return found, settings.since.date()
 

@@ -64,4 +64,5 @@ def _stored_months(toolbox: Toolbox, table: Table, market: Market) -> set[str]:
     venue = toolbox.settings.venues.get(market.venue)
     source = raw(venue.base) if table.layer == "rollup" and venue else table
     states = toolbox.ledger.states(source, market)
-    return {month for month, s in states.items() if s.bytes is not None and (table.layer == "raw" or s.rolled is not None)}
+    kept = f"{toolbox.settings.kept_since(table.name):%Y-%m-%d}"
+    return {month for month, s in states.items() if (s.bytes if source == table else s.rolled) is not None and month >= kept}

@@ -87,7 +87,10 @@ class Incidents:
 
     def undelivered(self) -> dict[str, tuple[int, str]]:
         """Channels that failed: how many letters wait, and why the oldest was not sent."""
-        sql = "SELECT channel, count(*), coalesce(error, '') FROM letters WHERE sent_at IS NULL AND tries > 0 GROUP BY channel"
+        waiting = "sent_at IS NULL AND tries > 0"
+        oldest = f"(SELECT min(id) FROM letters WHERE {waiting} GROUP BY channel)"
+        counts = f"(SELECT channel, count(*) AS waiting FROM letters WHERE {waiting} GROUP BY channel) AS counted"
+        sql = f"SELECT channel, waiting, coalesce(error, '') FROM letters JOIN {counts} USING (channel) WHERE id IN {oldest}"
         return {channel: (count, error) for channel, count, error in self._database.rows(sql)}
 
     def forget(self, before: datetime, dry_run: bool = False) -> int:

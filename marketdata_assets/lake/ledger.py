@@ -323,6 +323,11 @@ class Ledger(Database):
         with self.transaction() as db:
             db.execute("UPDATE partitions SET rolled = ? WHERE tbl = ? AND market = ? AND month = ?", (digest, *_where(table, partition)))
 
+    def retire(self, table: Table, partition: Partition) -> None:
+        """Retention has removed the object; what was made of it, and every gap and refused row, stays."""
+        with self.transaction() as db:
+            db.execute("UPDATE partitions SET bytes = NULL WHERE tbl = ? AND market = ? AND month = ?", _where(table, partition))
+
     def forget_rollups(self) -> None:
         """All rollups have to be made again (the warehouse file is gone)."""
         with self.transaction() as db:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -105,7 +105,7 @@ class _Folder:
             return None
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, str, int]]:
-        with suppress(FileNotFoundError), os.scandir(self._root / prefix) as outer:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._root / prefix) as outer:
             for a in outer:
                 with suppress(NotADirectoryError), os.scandir(a) as inner:
                     for b in inner:
@@ -181,7 +181,7 @@ _CONDITIONAL = (*_BUSY, "PreconditionFailed", "412", _ABSENT, "NotImplemented", 
 """What a server says to a condition: it does not hold (an object that is not there has no version), or it knows none."""
 _KEYS = "these keys may not do that; give their owner s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket on it"
 _EXPIRED = "the credentials have expired; get new ones"
-_REGION = "the bucket lies in another region; set AWS_REGION"
+_REGION = "the bucket lies elsewhere; set AWS_REGION, or mend AWS_ENDPOINT_URL"
 _SILENT = "the server does not answer; check AWS_ENDPOINT_URL and the network"
 _BROKEN = "the server's answers break off; check AWS_ENDPOINT_URL and the network"
 _STRANGE = "that is no answer of S3; check AWS_ENDPOINT_URL"
@@ -207,10 +207,10 @@ _ADVICE = {
     "ConnectionClosedError": _BROKEN,
     "ResponseStreamingError": _BROKEN,
     "IncompleteReadError": _BROKEN,
+    "ProtocolError": _BROKEN,
     "FlexibleChecksumError": "what comes is not what was stored; check the network",
     "SSLError": "the server's certificate is not trusted; set AWS_CA_BUNDLE",
     "ResponseParserError": _STRANGE,
-    "NoETag": _STRANGE,
 }
 
 
@@ -228,19 +228,36 @@ class _Bucket:
         self._versions: dict[str, str | None] = {}
 
     def _call(self, verb: str, path: str, **kwargs: Any) -> dict[str, Any]:
-        """One request, repeated by botocore where that may help. Raises _RefusedError where the server says no, else StoreFailed."""
-        from botocore.exceptions import ClientError
+        """One request, repeated where that may help. Raises _RefusedError where the server says no, else StoreFailed."""
+        from botocore.exceptions import BotoCoreError, ClientError
 
-        try:
-            self._client = self._client or open_client()
-            found: dict[str, Any] = getattr(self._client, verb)(Bucket=self._bucket, **kwargs)
-        except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code"))
-            raise _RefusedError(self._words(path, code), code) from None
-        except _garbled() as error:
-            raise self._failed(path, error) from None
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._ask(verb, **kwargs)
+            except ClientError as error:
+                code = str(error.response.get("Error", {}).get("Code"))
+                raise _RefusedError(self._words(path, code), code) from None
+            except _broken() as error:  # botocore repeats the rest by itself
+                if attempt + 1 == ATTEMPTS:
+                    raise StoreFailed(self._words(path, type(error).__name__)) from None
+            except (BotoCoreError, ValueError) as error:
+                raise StoreFailed(self._words(path, type(error).__name__)) from None
+        raise AssertionError  # the last attempt has returned or raised
+
+    def _ask(self, verb: str, **kwargs: Any) -> dict[str, Any]:
+        """An answer with the whole body, where it has one, as Content."""
+        from botocore.exceptions import ReadTimeoutError, ResponseStreamingError
+        from botocore.parsers import ResponseParserError
+
+        self._client = self._client or open_client()
+        found: dict[str, Any] = getattr(self._client, verb)(Bucket=self._bucket, **kwargs)
         if verb in ("get_object", "put_object") and "ETag" not in found:
-            raise StoreFailed(self._words(path, "NoETag"))
+            raise ResponseParserError
+        if "Body" in found:
+            try:
+                found["Content"] = bytes(found["Body"].read())
+            except ReadTimeoutError as error:
+                raise ResponseStreamingError(error=error) from None
         return found
 
     def _key(self, path: str) -> str:
@@ -248,18 +265,12 @@ class _Bucket:
 
     def _get(self, path: str, **part: str) -> dict[str, Any]:
         """An object's Content, or a part of it, and what is known of it; nothing where there is no object."""
-        for attempt in range(ATTEMPTS):
-            try:
-                found = self._call("get_object", path, Key=self._key(path), **part)
-                return {**found, "Content": bytes(found["Body"].read())}
-            except _RefusedError as refusal:
-                if refusal.code != _ABSENT:
-                    raise
-                return {}
-            except _garbled() as error:
-                if attempt + 1 == ATTEMPTS:
-                    raise self._failed(path, error) from None
-        raise AssertionError  # the last attempt has returned or raised
+        try:
+            return self._call("get_object", path, Key=self._key(path), **part)
+        except _RefusedError as refusal:
+            if refusal.code != _ABSENT:
+                raise
+            return {}
 
     def read(self, path: str) -> bytes | None:
         found = self._get(path)
@@ -275,26 +286,29 @@ class _Bucket:
     def _change(self, verb: str, path: str, wanted: bytes | None, **body: bytes) -> None:
         """Replace or remove an object that is still as it was when it was read here.
 
-        A condition is refused for another writer; after our own request, whose answer was lost; or by a store that
-        knows no conditions, where looking again has to do.
+        A condition is refused for another writer; after our own request, whose answer was lost; by a store that knows
+        no conditions, where looking again has to do; and by radosgw 16, which wants the ETag without its quotes.
         """
-        call = functools.partial(self._call, verb, path, Key=self._key(path), **body)
         version = self._versions.get(path)
-        known_absent = path in self._versions and version is None and wanted is not None
-        condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"} if known_absent else {}
-        try:
-            found = call(**condition)
-        except _RefusedError as refusal:
-            if not condition or refusal.code not in _CONDITIONAL:
-                raise
-            if self.read(path) == wanted:
+        for condition in self._conditions(path, creates=wanted is not None):
+            try:
+                self._versions[path] = self._call(verb, path, Key=self._key(path), **body, **condition).get("ETag")
                 return
-            if self._versions[path] != version or refusal.code in _BUSY:
-                self._versions[path] = version  # nobody here has seen what the other one wrote
-                where = f"s3://{self._bucket}/{self._key(path)}"
-                raise StoreFailed(f"{where} was changed by another writer meanwhile; the next run reads it anew") from None
-            found = call()
-        self._versions[path] = found.get("ETag")
+            except _RefusedError as refusal:
+                if not condition or refusal.code not in _CONDITIONAL:
+                    raise
+                if self.read(path) == wanted:
+                    return
+                if self._versions[path] != version or refusal.code in _BUSY:
+                    self._versions[path] = version  # nobody here has seen what the other one wrote
+                    where = f"s3://{self._bucket}/{self._key(path)}"
+                    raise StoreFailed(f"{where} was changed by another writer meanwhile; the next run reads it anew") from None
+
+    def _conditions(self, path: str, creates: bool) -> list[dict[str, str]]:
+        """What to ask for first, and what next where that is refused although nothing has changed."""
+        if version := self._versions.get(path):
+            return [{"IfMatch": version}, {"IfMatch": version.strip('"')}, {}]
+        return [{"IfNoneMatch": "*"}, {}] if creates and path in self._versions else [{}]
 
     def size(self, path: str) -> int | None:
         try:
@@ -363,9 +377,6 @@ class _Bucket:
         advice = _ADVICE.get(code, "check the bucket, AWS_ENDPOINT_URL and the AWS keys")
         return f"s3://{self._bucket}/{self._key(path)}: {code}; {advice}"
 
-    def _failed(self, path: str, error: Exception) -> StoreFailed:
-        return StoreFailed(self._words(path, type(error).__name__))
-
 
 class _RefusedError(StoreFailed):
     """The server answered with an error; its code."""
@@ -381,29 +392,53 @@ def open_client() -> Any:
 
     retries = {"mode": "standard", "max_attempts": ATTEMPTS}
     config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=ANSWER_SECONDS, retries=retries)
-    return _session().client("s3", config=config)
+    client = _session().create_client("s3", region_name=_region(), config=config)
+    client.meta.events.register_last("before-call.s3.HeadBucket", _ask_once)
+    return client
+
+
+def _ask_once(context: dict[str, Any], **_: Any) -> None:
+    """botocore asks where a bucket has moved to; where it gets no answer but that it has moved, it would ask for ever."""
+    context["s3_redirect"] = {"redirected": True}
 
 
 def _session() -> Any:
-    """One of its own: boto3's shared one is not safe to use in two threads at once. By itself boto3 only knows AWS_DEFAULT_REGION."""
-    from boto3.session import Session
+    """Credentials by the usual variables, profiles and roles. Not boto3's shared one, which is not safe to use in two threads at once."""
+    from botocore.session import Session
 
-    return Session(region_name=os.environ.get("AWS_REGION"))
+    session = Session()
+    session.register_component("data_loader", _loader())
+    return session
 
 
-def _garbled() -> tuple[type[Exception], ...]:
-    """What botocore raises where there is no answer, or none that S3 would give."""
-    from botocore.exceptions import BotoCoreError
+@cache
+def _loader() -> Any:
+    """What botocore knows of S3: 60 ms to read, so that it is read once."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
+
+
+def _region() -> str | None:
+    """By the variables that AWS's tools know (botocore knows only the second), or by the profile."""
+    named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    region: str | None = named or _session().get_config_variable("region")
+    return region
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What botocore raises where an answer ends too early, is not what was stored, or is none that S3 would give."""
+    from botocore.exceptions import FlexibleChecksumError, IncompleteReadError, ResponseStreamingError
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
 
-    return BotoCoreError, ResponseParserError, HTTPError, ValueError
+    return FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, ResponseParserError, HTTPError
 
 
 def storage_options() -> dict[str, str]:
     """The same for Polars' own object store, which takes the credentials from boto3."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options = {"aws_region": _session().region_name or "us-east-1"}
+    options = {"aws_region": _region() or "us-east-1"}
     if endpoint:
         options |= {"aws_endpoint_url": endpoint, "aws_allow_http": str(endpoint.startswith("http://")).lower()}
     return options

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from marketdata_assets.errors import Damaged, StoreFailed
-from marketdata_assets.lake.objects import open_objects, storage_options
+from marketdata_assets.lake.objects import OBJECT, open_objects, storage_options
 from marketdata_assets.lake.tables import Table, keys_of
 from marketdata_assets.model.bar import SCALE
 from marketdata_assets.model.window import Partition
@@ -80,6 +80,10 @@ class Lake:
     def sizes(self, table: Table) -> dict[tuple[str, str], int]:
         """The size of every object of a table, by market key and month key: one walk, or one listing in S3."""
         return {keys_of(market, month): size for place in reversed(self._places) for market, month, size in place.sizes(table.name)}
+
+    def hot(self, table: Table) -> dict[str, int]:
+        """The size of every object of a table that does not lie in the cold place, by path."""
+        return {f"{table.name}/{market}/{month}/{OBJECT}": size for market, month, size in self._hot.sizes(table.name)}
 
     def delete(self, table: Table, partition: Partition) -> None:
         """Remove the object wherever it lies."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -58,6 +59,19 @@ class Warehouse:
             return pl.DataFrame(schema={column.name: column.dtype for column in table.columns})
         with self._translated(), self._open(read_only=True) as connection:
             return _select(connection, table, market, window)
+
+    def forget(self, table: Table, before: datetime, dry_run: bool = False) -> int:
+        """Remove the bars of a table that open before a moment; how many there are."""
+        schema, name = table.key
+        if not self.exists:
+            return 0
+        with self._translated(), self._open(read_only=dry_run) as connection:
+            if not _has(connection, table):
+                return 0
+            found = connection.execute(f'SELECT count(*) FROM "{schema}"."{name}" WHERE open_time < ?', [before]).fetchall()
+            if not dry_run:
+                connection.execute(f'DELETE FROM "{schema}"."{name}" WHERE open_time < ?', [before])
+            return int(found[0][0])
 
     @contextmanager
     def attached(self, connection: duckdb.DuckDBPyConnection, name: str) -> Iterator[None]:
@@ -151,12 +165,14 @@ def sql_type(dtype: pl.DataType) -> str:
     return "TIMESTAMPTZ" if dtype.is_temporal() else "BIGINT"
 
 
+def _has(connection: duckdb.DuckDBPyConnection, table: Table) -> bool:
+    sql = "SELECT 1 FROM information_schema.tables WHERE table_schema = ? AND table_name = ?"
+    return bool(connection.execute(sql, list(table.key)).fetchall())
+
+
 def _select(connection: duckdb.DuckDBPyConnection, table: Table, market: Market, window: Window) -> pl.DataFrame:
     schema, name = table.key
-    known = connection.execute(
-        "SELECT 1 FROM information_schema.tables WHERE table_schema = ? AND table_name = ?", [schema, name]
-    ).fetchall()
-    if not known:
+    if not _has(connection, table):
         return pl.DataFrame(schema={column.name: column.dtype for column in table.columns})
     columns = ", ".join(f'"{column.name}"' for column in table.columns)
     found = connection.sql(

@@ -1,0 +1,278 @@
+"""The bars that bench/peers.py measures on: 20 synthetic market-years of 1m, and the real bars of ../shared.
+
+Everything lies in CACHE, is made once and used again: our lake (with ledger, rollups and a warehouse) and, for the
+peers, the same bars as floats in plain Parquet, one file a market and one a market and month.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+if TYPE_CHECKING:
+    from marketdata_assets.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+CACHE = Path(os.environ["MARKETDATA_BENCH"])  # peers.py says where
+START, END = datetime(2023, 1, 1, tzinfo=UTC), datetime(2024, 1, 1, tzinfo=UTC)
+COINS = ["BTC", "ETH", "SOL", "BNB", "XRP", "ADA", "DOGE", "TRX", "AVAX", "LINK"]
+COINS += ["DOT", "LTC", "UNI", "ATOM", "ETC", "XLM", "FIL", "APT", "ARB", "NEAR"]
+REAL = {"BTC/USDT 1m 2024-01 to 02": ("BTCUSDT", "2024-01-01_2024-02-29"), "SOL/USDT 1m 2023-02": ("SOLUSDT", "2023-02-01_2023-02-28")}
+DAY = timedelta(days=1)
+MARKET, NAME = "binance:BTC-USDT", "BTC-USDT"
+CORRECTED = datetime(2023, 6, 14, tzinfo=UTC)
+PRICES = ["open", "high", "low", "close"]
+SUMS = ["volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume"]
+VALUES = [*PRICES, *SUMS]
+TARGETS = ["5m", "15m", "30m", "1h", "4h", "12h", "1d", "1w"]
+MINUTES = {"5m": 5, "15m": 15, "30m": 30, "1h": 60, "4h": 240, "12h": 720, "1d": 1440, "1w": 10080}
+HOW = {"open": "first", "high": "max", "low": "min", "close": "last", **dict.fromkeys(SUMS, "sum")}
+MONTH = "strftime(make_timestamp(epoch_us(open_time)), '%Y-%m')"
+"""DuckDB formats moments with a zone only with an extension that it downloads."""
+DECIMAL = pl.Decimal(38, 12)
+
+
+def market_years(quick: bool = False) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Key and exact bars of each market: a random walk in ticks, 0.1 % of the minutes without a bar. `quick`: two markets."""
+    for i, coin in enumerate(COINS[:2] if quick else COINS):
+        yield f"binance:{coin}-USDT", market_year(i)
+
+
+def market_year(seed: int) -> pl.DataFrame:
+    """One of them. Quote volumes are volume times a price between low and high, so that every rule holds."""
+    dice = np.random.default_rng(seed)
+    price_scale, volume_scale = 2 + seed % 4, 5 - seed % 4
+    minutes = np.arange(525_600)[dice.random(525_600) >= 0.001]
+    n = minutes.size
+    close = 10 ** (4 + seed % 3) * 3 + np.cumsum(np.rint(dice.normal(0, 4, n))).astype(np.int64)
+    close = np.abs(close) + 100
+    opened = np.concatenate([close[:1], close[:-1]])
+    high = np.maximum(opened, close) + dice.integers(0, 6, n)
+    low = np.minimum(opened, close) - dice.integers(0, 6, n)
+    volume = np.rint(np.exp(dice.normal(1, 1.5, n)) * 10**volume_scale).astype(np.int64)
+    quote = np.rint(volume * (low + (high - low) * dice.uniform(0.2, 0.8, n)) * 10).astype(np.int64)
+    share = dice.uniform(0.3, 0.7, n)
+    taker, taker_quote = (np.floor(v * share).astype(np.int64) for v in (volume, quote))
+    opens = np.datetime64("2023-01-01", "us") + minutes * np.timedelta64(60_000_000, "us")
+    prices = {name: decimals(v, price_scale) for name, v in zip(PRICES, (opened, high, low, close), strict=True)}
+    sums = {
+        "volume": decimals(volume, volume_scale),
+        "quote_volume": decimals(quote, 8),
+        "trades": pl.Series(dice.integers(1, 3000, n)),
+        "taker_buy_volume": decimals(taker, volume_scale),
+        "taker_buy_quote_volume": decimals(taker_quote, 8),
+    }
+    return pl.DataFrame({"open_time": pl.Series(opens).dt.replace_time_zone("UTC"), **prices, **sums})
+
+
+def decimals(units: np.ndarray[Any, Any], scale: int) -> pl.Series:
+    """Whole numbers at a scale as Decimal(38, 12)."""
+    import pyarrow as pa
+
+    halves = np.zeros((units.size, 2), np.int64)
+    halves[:, 0] = units
+    made = pa.Decimal128Array.from_buffers(pa.decimal128(38, scale), units.size, [None, pa.py_buffer(halves)])
+    return pl.Series(made).cast(DECIMAL)
+
+
+def real_bars(name: str) -> pl.DataFrame:
+    """Bars of REAL as the venue sent them; where ../shared is absent, as many synthetic ones."""
+    symbol, span = REAL[name]
+    file = SHARED / "marketdata" / "binance_spot" / symbol / "1m" / f"{span}.parquet"
+    if not file.exists():
+        return market_year(0)[:86_400]
+    rows = pl.read_parquet(file).rename({"count": "trades"})
+    opens = pl.from_epoch("open_time", time_unit="ms").dt.replace_time_zone("UTC").cast(pl.Datetime("us", "UTC"))
+    return rows.select(opens, *(pl.col(v).cast(pl.Int64 if v == "trades" else DECIMAL) for v in VALUES))
+
+
+def as_floats(bars: pl.DataFrame) -> pl.DataFrame:
+    """The same bars as every peer keeps them: prices and volumes as 64-bit floats, the nearest to each decimal."""
+    # polars' own cast rounds twice; numpy's division of whole numbers below 2**53 rounds once
+    return bars.with_columns(pl.col(v).cast(pl.String).cast(pl.Float64) for v in VALUES if v != "trades")
+
+
+def settings(rollups: str, place: Path) -> Settings:
+    """Our universe over the synthetic bars; its clock stands at their end."""
+    os.environ["MARKETDATA_UNIVERSE"] = str(place / f"universe-{rollups}.yaml")
+    from marketdata_assets.settings import load_settings
+
+    return load_settings()
+
+
+def write_universe(place: Path, coins: list[str], rollups: str, **venue: Any) -> None:
+    """The universe file for `settings`."""
+    lines = ["venues:", "  binance:", f"    symbols: [{', '.join(c + '/USDT' for c in coins)}]"]
+    lines += [f"    {key}: {value}" for key, value in {"since": START.date(), "until": END.date(), **venue}.items()]
+    lines += [f"lake: {place}/lake", f"rollups: {rollups}", f"duckdb: {place}/market.duckdb", f"state: {place}/state-{rollups}"]
+    (place / f"universe-{rollups}.yaml").write_text("\n".join(lines) + "\n")
+
+
+def prepare(quick: bool) -> Path:
+    """Make the data set where it is not there yet; its folder."""
+    place = CACHE / ("quick" if quick else "data")
+    if (place / "ready").exists():
+        return place
+    shutil.rmtree(place, ignore_errors=True)
+    (place / "markets").mkdir(parents=True)
+    coins = COINS[:2] if quick else COINS
+    for key, bars in market_years(quick):
+        print(f"making {key}", flush=True)
+        name = key.partition(":")[2]
+        floats = as_floats(bars)
+        floats.write_parquet(place / "markets" / f"{name}.parquet")
+        _write_months(place / "months", name, floats)
+    for rollups in ("parquet", "duckdb"):
+        write_universe(place, coins, rollups)
+        _write_ours(place, rollups, quick)
+    (place / "ready").touch()
+    return place
+
+
+def _write_months(place: Path, name: str, floats: pl.DataFrame) -> None:
+    """What a user of pandas or DuckDB keeps: Hive folders, plain Parquet with zstd."""
+    for (month,), frame in floats.group_by(pl.col("open_time").dt.strftime("%Y-%m"), maintain_order=True):
+        folder = place / f"market={name}" / f"month={month}"
+        folder.mkdir(parents=True)
+        frame.write_parquet(folder / "data.parquet", compression="zstd")
+
+
+def _write_ours(place: Path, rollups: str, quick: bool) -> None:
+    """Raw bars by `Lake.write` with the ledger's entries, as an ingest leaves them, and rollups by `derive`."""
+    from marketdata_assets.flows.derive import derive
+    from marketdata_assets.lake.ledger import Account, Entry, Gap, State
+    from marketdata_assets.lake.tables import raw
+    from marketdata_assets.model.market import Market
+    from marketdata_assets.model.window import TIMEFRAMES, Window, partitions_of
+    from marketdata_assets.quality.gaps import holes
+    from marketdata_assets.quality.split import REJECTED_SCHEMA
+    from marketdata_assets.toolbox import open_toolbox
+
+    table, nothing = raw(TIMEFRAMES["1m"]), pl.DataFrame(schema=REJECTED_SCHEMA)
+    with open_toolbox(settings(rollups, place)) as toolbox:
+        for key, bars in market_years(quick):
+            partitions = partitions_of(Market.parse(key), Window(START, END))
+            for partition in partitions:
+                month = partition.month
+                frame = bars.filter(pl.col("open_time").is_between(month.start, month.end, closed="left"))
+                size, digest = toolbox.lake.write(table, partition, frame)
+                state = State(
+                    start=month.start, through=month.end, newest=frame["open_time"][-1], complete=True, rows=frame.height, bytes=size,
+                    digest=digest, rolled=None, attempts=1, failures=0, error=None,
+                )  # fmt: skip
+                absent = holes(frame["open_time"], table.timeframe, month)
+                gaps = [Gap(w, w.count(table.timeframe), "no_bars", 2, "synthetic") for w in absent]
+                toolbox.ledger.commit(Entry(table, partition, state, Account(frame.height, frame.height), gaps, (), nothing, (), END))
+            for _ in derive(toolbox, partitions):
+                pass
+
+
+def count(place: str) -> int:
+    """How many bars the data set holds."""
+    return sum(pl.scan_parquet(file).select(pl.len()).collect().item() for file in Path(place, "markets").glob("*.parquet"))
+
+
+# --------------------------------------------------------------------------------- the same bars in the stores of ours and of the peers
+def once(place: Path, build: Callable[[Path], None]) -> Path:
+    """A folder or file that is built where it is not there yet."""
+    if not place.exists():
+        building = place.with_name(place.name + ".building")
+        shutil.rmtree(building, ignore_errors=True)
+        building.unlink(missing_ok=True) if building.is_file() else None
+        build(building)
+        building.rename(place)
+    return place
+
+
+def scratch(folder: Path) -> Path:
+    """A folder beside the data that goes with this process."""
+    return Path(tempfile.mkdtemp(prefix="scratch-", dir=folder))
+
+
+def floats_of(folder: Path) -> Iterator[tuple[str, pl.DataFrame]]:
+    for file in sorted((folder / "markets").glob("*.parquet")):
+        yield file.stem, pl.read_parquet(file)
+
+
+def aggregates() -> list[pl.Expr]:
+    return [getattr(pl.col(name), how)() for name, how in HOW.items()]
+
+
+def bucket_sql(name: str, source: str, where: str = "") -> str:
+    sums = ", ".join(f"sum({column}) AS {column}" for column in SUMS)
+    return (
+        f"SELECT market, time_bucket(INTERVAL '{MINUTES[name]} minutes', open_time, TIMESTAMPTZ '1970-01-05 00:00:00+00') AS open_time,"
+        " arg_min(open, open_time) AS open, max(high) AS high, min(low) AS low, arg_max(close, open_time) AS close,"
+        f" {sums} FROM {source} {where} GROUP BY 1, 2"
+    )
+
+
+def parents(hierarchical: bool = True) -> dict[str, str]:
+    return dict(zip(TARGETS, ["1m", *TARGETS[:-1]] if hierarchical else ["1m"] * len(TARGETS), strict=True))
+
+
+def open_arctic(folder: Path) -> Any:
+    """The library `bars` of an ArcticDB (LMDB) with every market, 1m and stored 1h."""
+    import arcticdb
+
+    def build(place: Path) -> None:
+        place.mkdir()
+        library = arcticdb.Arctic(f"lmdb://{place}?map_size=20GB").create_library("bars")
+        for name, frame in floats_of(folder):
+            bars = frame.with_columns(pl.col("open_time").dt.replace_time_zone(None)).to_pandas().set_index("open_time")
+            library.write(name, bars)
+            library.write(f"{name} 1h", bars.resample("1h").agg(HOW))
+
+    return arcticdb.Arctic(f"lmdb://{once(folder / 'arctic', build)}?map_size=20GB")["bars"]
+
+
+def own_copy(folder: Path, rollups: str, only: str = "") -> Path:
+    """Our lake, ledger and warehouse in a scratch folder: raw bars (of all markets, or one) by hard links, all else copied."""
+    place = scratch(folder)
+    for key in (folder / "lake" / "raw" / "ohlcv_1m").glob(f"*{only}"):
+        shutil.copytree(key, place / "lake" / "raw" / "ohlcv_1m" / key.name, copy_function=os.link)
+    shutil.copytree(folder / f"state-{rollups}", place / f"state-{rollups}")
+    if rollups == "duckdb":
+        shutil.copy(folder / "market.duckdb", place)
+    text = (folder / f"universe-{rollups}.yaml").read_text()
+    (place / f"universe-{rollups}.yaml").write_text(text.replace(str(folder), str(place)))
+    return place
+
+
+def open_delta(folder: Path, timeframe: str = "1m") -> Path:
+    """A Delta table of all markets, partitioned by market and month."""
+    from deltalake import write_deltalake
+
+    def build(place: Path) -> None:
+        for name, frame in floats_of(folder):
+            if timeframe != "1m":
+                frame = frame.group_by_dynamic("open_time", every=timeframe).agg(aggregates())
+            month = pl.col("open_time").dt.strftime("%Y-%m").alias("month")
+            rows = frame.select(pl.lit(name).alias("market"), pl.all(), month).to_arrow()
+            write_deltalake(place, rows, mode="append", partition_by=["market", "month"])
+
+    return once(folder / f"delta-{timeframe}", build)
+
+
+def open_duckdb(folder: Path) -> Path:
+    """A DuckDB file of all markets and all nine tables, without keys, which is its fastest form."""
+    import duckdb
+
+    def build(place: Path) -> None:
+        with duckdb.connect(str(place)) as connection:
+            files = f"read_parquet('{folder}/markets/*.parquet', filename=true)"
+            market = "parse_filename(filename, true) AS market"
+            connection.execute(f"CREATE TABLE ohlcv_1m AS SELECT {market}, * EXCLUDE filename FROM {files} ORDER BY market, open_time")
+            for name, parent in parents().items():
+                connection.execute(f"CREATE TABLE ohlcv_{name} AS {bucket_sql(name, f'ohlcv_{parent}')} ORDER BY market, open_time")
+
+    return once(folder / "peers.duckdb", build)

@@ -1,0 +1,172 @@
+"""Retention and cheaper places: old months go when nothing needs them, everything else reads as before."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import dagster as dg
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from marketdata_assets import open_reader
+from marketdata_assets.defs.jobs import build_definitions
+from marketdata_assets.errors import StoreFailed
+from marketdata_assets.flows.missed import missed
+from marketdata_assets.flows.plan import plan
+from marketdata_assets.flows.read import coverage, daily_coverage, read_bars
+from marketdata_assets.flows.retire import retire
+from marketdata_assets.lake.tables import raw, rollup
+from marketdata_assets.model.window import TIMEFRAMES, Window
+from marketdata_assets.settings import Settings, load_settings
+from marketdata_assets.toolbox import open_toolbox
+from marketdata_tests.steps import at, partitions, run_derive, run_ingest
+
+MARKET = "binance:BTC-USDT"
+MINUTES, HOURS, WEEKS = (TIMEFRAMES[name] for name in ("1m", "1h", "1w"))
+LONG_AGO, LATER = "2023-12-02", "2025-01-01"
+
+Stored = Callable[..., Settings]
+
+
+@pytest.fixture
+def stored(sandbox: Any, universe: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> Stored:
+    """Months from October to December; `stored(...)` then loads the universe with these keys, at that moment."""
+
+    def make(now: str = LONG_AGO, rollups: str = "parquet", lake: str | None = None, derive: bool = True, **keys: str) -> Settings:
+        settings = universe(sandbox[1], since="2023-10-01", until="2023-12-01", rollups=rollups, lake=lake)
+        run_ingest(settings)
+        if derive:
+            run_derive(settings)
+        for name, value in keys.items():
+            monkeypatch.setenv(f"MARKETDATA_{name.upper()}", value)
+        monkeypatch.setenv("MARKETDATA_NOW", now)
+        return load_settings()
+
+    return make
+
+
+def went(settings: Settings, dry_run: bool = False) -> list[tuple[str, str, str]]:
+    with open_toolbox(settings) as toolbox:
+        return [(r.table.name, r.partition.month_key[:7] if r.partition else "all", r.what) for r in retire(toolbox, dry_run)]
+
+
+def bars(settings: Settings, timeframe: str) -> pl.DataFrame:
+    with open_toolbox(settings) as toolbox:
+        found = read_bars(toolbox, settings.market(MARKET), TIMEFRAMES[timeframe], Window(at("2020-01-01"), at("2026-01-01")))
+    with open_reader() as reader:
+        assert_frame_equal(reader.bars(MARKET, timeframe, "2020-01-01", "2026-01-01").collect(), found)
+    return found
+
+
+@pytest.mark.parametrize("rollups", ["parquet", "duckdb"])
+def test_raw_months_go_and_every_rollup_stays(stored: Stored, rollups: str):
+    """40 days before January 10th lies in December: of October and November only the one that December's first week needs stays."""
+    settings = stored("2024-01-10", rollups, retention="{raw/ohlcv_1m: 40}")
+    before = {name: bars(settings, name) for name in ("1h", "1d", "1w")}
+    dry = went(settings, dry_run=True)
+    assert dry == [("raw/ohlcv_1m", "2023-10", "removed"), ("raw/ohlcv_1m", "2023-11", "kept")]
+    assert bars(settings, "1m").height > 60 * 1440 - 500
+    assert went(settings) == dry
+    assert went(settings) == dry[1:]
+    assert bars(settings, "1m")["open_time"].min() == at("2023-11-01")
+    for name, frame in before.items():
+        assert_frame_equal(bars(settings, name), frame)
+
+
+def test_what_is_gone_is_neither_missing_nor_asked_for(stored: Stored):
+    settings = stored("2024-02-15", retention="{raw/ohlcv_1m: 10}")
+    assert went(settings) == [("raw/ohlcv_1m", "2023-10", "removed"), ("raw/ohlcv_1m", "2023-11", "removed")]
+    assert partitions(settings) == []
+    with open_toolbox(settings) as toolbox:
+        assert [c.expected for c in coverage(toolbox, settings.markets)] == [0]
+        assert plan(toolbox, partitions(settings)) == []
+        assert missed(toolbox, 4, set(), {}).blocks == []
+        days, _ = daily_coverage(toolbox, raw(MINUTES))
+        assert set(days[MARKET]) == {None}
+    assert bars(settings, "1h").height > 0
+
+
+def test_a_month_whose_rollups_are_not_made_stays(stored: Stored):
+    settings = stored("2024-02-15", derive=False, retention="{raw/ohlcv_1m: 10}")
+    assert {what for _, _, what in went(settings)} == {"kept"}
+    assert bars(settings, "1m").height > 60 * 1440 - 500
+
+
+def test_a_month_that_a_run_works_on_stays(stored: Stored):
+    settings = stored("2024-02-15", retention="{raw/ohlcv_1m: 10}")
+    with open_toolbox(settings) as toolbox, open_toolbox(settings) as other, toolbox.ledger.lock(f"{MARKET}|2023-10-01"):
+        found = [(r.partition.month_key[:7], r.what) for r in retire(other) if r.partition]
+    assert found == [("2023-10", "kept"), ("2023-11", "removed")]
+
+
+@pytest.mark.parametrize("rollups", ["parquet", "duckdb"])
+def test_a_rollup_may_go_before_coarser_ones_and_does_not_come_back(stored: Stored, rollups: str):
+    settings = stored("2023-12-20", rollups, retention="{rollup/ohlcv_5m: 30}")
+    hours = bars(settings, "1h")
+    assert {(table, what) for table, _, what in went(settings)} == {("rollup/ohlcv_5m", "removed")}
+    assert bars(settings, "5m")["open_time"].min() == at("2023-11-01")
+    run_derive(settings)
+    assert bars(settings, "5m")["open_time"].min() == at("2023-11-01")
+    assert_frame_equal(bars(settings, "1h"), hours)
+    with open_toolbox(settings) as toolbox:
+        for minute in range(9):  # the sensor looks at one rollup table a minute
+            assert missed(toolbox, 4, set(), {}).lost == {}, minute
+
+
+def test_old_months_move_to_a_colder_place_and_read_as_before(stored: Stored, tmp_path: Any):
+    settings = stored("2023-12-20", cold=f"{{after_days: 31, lake: {tmp_path / 'cold'}}}")
+    before = {name: bars(settings, name) for name in ("1m", "1h", "1w")}
+    moved = went(settings)
+    assert {(month, what) for _, month, what in moved} == {("2023-10", "moved")}
+    assert {table for table, *_ in moved} == {raw(MINUTES).name, *(rollup(tf).name for tf in settings.rollup_timeframes)}
+    assert len(list((tmp_path / "cold").rglob("data.parquet"))) == len(moved)
+    assert not list((tmp_path / "lake").glob("*/*/*/month=2023-10/*"))
+    for name, frame in before.items():
+        assert_frame_equal(bars(settings, name), frame)
+    assert went(settings) == []
+    with open_toolbox(settings) as toolbox:
+        assert missed(toolbox, 4, set(), {}).lost == {}
+    done = run_ingest(settings)
+    assert sum(d.requests for d in done) == 0
+
+
+def test_a_move_that_does_not_arrive_leaves_the_object_where_it_is(stored: Stored, tmp_path: Any):
+    (tmp_path / "cold").write_text("a file in the folder's place")
+    settings = stored("2023-12-20", cold=f"{{after_days: 31, lake: {tmp_path / 'cold'}}}")
+    with pytest.raises(StoreFailed):
+        went(settings)
+    assert list((tmp_path / "lake").glob("raw/*/*/month=2023-10/data.parquet"))
+
+
+def test_in_s3_old_months_change_their_class_or_their_bucket(stored: Stored, bucket: str, monkeypatch: pytest.MonkeyPatch):
+    settings = stored("2023-12-20", lake=f"s3://{bucket}/lake", cold="{after_days: 31, storage_class: STANDARD_IA}")
+    before = bars(settings, "1h")
+    assert {(month, what) for _, month, what in went(settings)} == {("2023-10", "moved")}
+    with open_toolbox(settings) as toolbox:
+        assert sorted(toolbox.lake.classes(raw(MINUTES)).values()) == ["STANDARD", "STANDARD_IA"]
+    assert went(settings) == []
+    assert_frame_equal(bars(settings, "1h"), before)
+    monkeypatch.setenv("MARKETDATA_COLD", f"{{after_days: 31, lake: 's3://{bucket}/cold'}}")
+    elsewhere = load_settings()
+    assert {(month, what) for _, month, what in went(elsewhere)} == {("2023-10", "moved")}
+    assert_frame_equal(bars(elsewhere, "1h"), before)
+
+
+def test_the_command_and_the_job_say_the_same(stored: Stored, monkeypatch: pytest.MonkeyPatch):
+    settings = stored("2024-02-15", retention="{raw/ohlcv_1m: 10}")
+    command = [sys.executable, "-m", "marketdata_assets.cli.main", "retire", "--dry-run", "--format", "json"]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert [(row["partition"], row["what"]) for row in told] == [(f"{MARKET}|2023-{month}-01", "removed") for month in (10, 11)]
+    job, wiped = build_definitions(settings).resolve_job_def("retire"), []
+    monkeypatch.setattr(dg.DagsterInstance, "wipe_asset_partitions", lambda _, key, keys: wiped.append((key.to_user_string(), list(keys))))
+    for dry_run, left in ((True, 2), (False, 0)):
+        with dg.DagsterInstance.ephemeral() as instance:
+            assert job.execute_in_process(instance=instance, run_config={"ops": {"let_go": {"config": {"dry_run": dry_run}}}}).success
+        with open_toolbox(settings) as toolbox:
+            assert len(toolbox.lake.sizes(raw(MINUTES))) == left
+    assert wiped == [("raw/ohlcv_1m", [f"{MARKET}|2023-10-01", f"{MARKET}|2023-11-01"])]

