@@ -30,7 +30,7 @@ WRONG = Problem("stale|x", "error", "x is stale", "its newest bar is old")
 
 
 @pytest.fixture
-def settings(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settings:
+def settings(either_database: None, sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settings:
     return universe(sandbox[1], symbols="[BTC/USDT, ETH/USDT]", since="2024-01-09", now=NOW)
 
 

@@ -229,7 +229,7 @@ def instance_ref(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InstanceRef
 
 
 def test_dagster_loads_the_settings(instance_ref: InstanceRef) -> None:
-    assert instance_ref.event_log_storage_data.class_name == "PooledPostgresEventLogStorage"
+    assert instance_ref.event_storage_data.class_name == "PooledPostgresEventLogStorage"
     config = yaml.safe_load((K8S / "dagster.yaml").read_text())["event_log_storage"]["config"]
     fields = {key: ENVIRONMENT[value["env"]] for key, value in config["postgres_db"].items() if key not in ("scheme", "password")}
     url = pg_url_from_config({"postgres_db": {**fields, "scheme": config["postgres_db"]["scheme"]}})

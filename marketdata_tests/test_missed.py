@@ -12,8 +12,9 @@ import pytest
 from marketdata_assets.errors import BadInput, StoreFailed, VenueDown
 from marketdata_assets.flows import missed as missed_flow
 from marketdata_assets.flows.missed import missed
-from marketdata_assets.flows.read import known_market, read_bars
+from marketdata_assets.flows.read import daily_coverage, known_market, read_bars
 from marketdata_assets.flows.refresh import refreshes
+from marketdata_assets.lake import objects
 from marketdata_assets.lake.tables import raw, rollup
 from marketdata_assets.model.window import TIMEFRAMES, Partition, Window
 from marketdata_assets.settings import Settings
@@ -263,3 +264,28 @@ def test_a_venue_that_is_over_is_not_refreshed(sandbox: tuple[SandboxExchange, s
 def test_an_open_month_without_its_object_is_refreshed(filled: Settings) -> None:
     file_of(filled, JANUARY[0]).unlink()
     assert refresh(filled) == [JANUARY]
+
+
+def test_s3_is_listed_from_time_to_time_and_what_is_lost_is_found(
+    sandbox: tuple[SandboxExchange, str], universe: Universe, bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    settings = universe(
+        sandbox[1], since="2023-11-01", until="2024-01-01", now="2024-01-10T00:00:00Z", rollups="parquet", lake=f"s3://{bucket}/lake"
+    )
+    run_ingest(settings)
+    run_derive(settings)
+    listed: list[str] = []
+    real = objects._Bucket._objects
+    monkeypatch.setattr(objects._Bucket, "_objects", lambda self, prefix: (listed.append(prefix), real(self, prefix))[1])
+    with open_toolbox(settings) as toolbox:
+        assert missed(toolbox, 4, set(), {}).says == "nothing is missing"
+    assert "raw/ohlcv_1m" in listed
+    with open_toolbox(settings) as toolbox:
+        lost = Partition.parse("binance:BTC-USDT|2023-11-01")
+        toolbox.lake.delete(raw(M1), lost)
+        listed.clear()
+        assert missed(toolbox, 4, set(), {}).says == "nothing is missing"
+        daily_coverage(toolbox, raw(M1))
+    assert listed == []
+    with open_toolbox(at_time(settings, "2024-01-10T00:11:00Z")) as toolbox:
+        assert [p.key for block in missed(toolbox, 4, set(), {}).blocks for p in block.partitions] == [lost.key]

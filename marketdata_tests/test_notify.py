@@ -366,6 +366,7 @@ def test_a_url_that_apprise_cannot_use_is_bad_input(tmp_path: Path, url: str, sh
 @pytest.fixture
 def heard() -> Iterator[io.StringIO]:
     """All that anybody logs, at every level, with tracebacks."""
+    logging.getLogger("urllib3").setLevel(logging.NOTSET)  # the client of Kubernetes has made it quiet for all
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     level = logging.root.level

@@ -26,7 +26,7 @@ from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster_graphql.schema import create_schema
 
 from marketdata_assets.cli.processes import dagster_environment
-from marketdata_assets.defs import event_log, wiping
+from marketdata_assets.defs import wiping
 from marketdata_assets.defs.event_log import PooledSqliteEventLogStorage
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.launcher import RUN_LOGS

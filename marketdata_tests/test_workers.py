@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -177,8 +178,10 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(flee
 
     assert check(fleet, "daemon", "daemon")
     command = [sys.executable, "-m", "marketdata_assets.cli.main", "serve", "daemon"]
-    second = subprocess.run(command, env=fleet.environment("other"), capture_output=True, text=True)
+    second = subprocess.run(command, env=fleet.environment("other"), capture_output=True, text=True, timeout=60)
     assert (second.returncode, "another daemon already serves this database" in second.stderr) == (2, True)
+
+    prune_keeps_what_pages_show(fleet)
 
     # the limit held across all workers, whoever died
     asked = sorted(fleet.asked)
@@ -198,6 +201,20 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(flee
         truth = {path: size for table in ("raw/ohlcv_1m", "rollup/ohlcv_1h") for path, size in sizes(toolbox, table).items()}
     assert table_sizes == truth
     assert len(truth) == 16
+
+
+def prune_keeps_what_pages_show(fleet: Fleet) -> None:
+    kinds = "('ASSET_MATERIALIZATION', 'ASSET_CHECK_EVALUATION', 'PIPELINE_SUCCESS', 'PIPELINE_FAILURE')"
+    columns = "dagster_event_type, asset_key, partition"
+    shown = f"SELECT {columns}, count(*) FROM event_logs WHERE dagster_event_type IN {kinds} GROUP BY {columns} ORDER BY {columns}"
+    before, everything = fleet.rows(shown), fleet.rows("SELECT count(*) FROM event_logs")[0][0]
+    fleet.kill("daemon")
+    command = [sys.executable, "-m", "marketdata_assets.cli.main", "prune", "--days", "0"]
+    gone = json.loads(subprocess.run(command, env=fleet.environment("other"), capture_output=True, text=True, check=True).stdout)
+    assert gone["runs"] > 3
+    assert gone["log_bytes"] > 10_000
+    assert fleet.rows(shown) == before
+    assert fleet.rows("SELECT count(*) FROM event_logs")[0][0] < everything / 1.5
 
 
 def sizes(toolbox: Any, name: str) -> dict[tuple[str, str, str], int]:

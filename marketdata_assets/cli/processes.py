@@ -231,9 +231,10 @@ class Supervisor:
         self.services.append(service)
         return service.begin(self.environment)
 
-    def tend(self) -> NoReturn:
-        """Start again whatever dies, until we are interrupted or one cannot be started."""
+    def tend(self, look: Callable[[], None] = lambda: None) -> NoReturn:
+        """Start again whatever dies, until we are interrupted, one cannot be started, or `look`, called all the time, raises."""
         while True:
+            look()
             for service in self.services:
                 service.tend(self.environment, self.say)
             self._heirs()

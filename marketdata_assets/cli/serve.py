@@ -6,12 +6,14 @@ import json
 import os
 import socket
 import subprocess
+import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Self
 
 from marketdata_assets.cli.processes import BROKER, ROOT, Service, Supervisor, dagster_environment, only_one, start, stop
 from marketdata_assets.errors import BadInput, StoreFailed
@@ -54,14 +56,37 @@ def serve_role(settings: Settings, role: str, host: str, port: int, processes: i
     """One role of an instance that many machines share, until we are asked to end; it is started again when it dies."""
     environment = _shared_environment(settings)
     service = _role(settings, role, environment, host, port, processes)
-    database = Ledger(settings.state, settings.database)
-    with database.lock(f"role {role}", wait=False) if role == "daemon" else nullcontext(True) as free:
-        if not free:
+    only = _Only(Ledger(settings.state, settings.database)) if role == "daemon" else None
+    with only or nullcontext(), Supervisor(environment, say) as supervisor:
+        supervisor.begin(service)
+        say(f"{service.name} starts")
+        supervisor.tend(only.look if only else lambda: None)
+
+
+class _Only:
+    """Holds a lock in the database, as two daemons would ask for everything twice; takes it again when the server was restarted."""
+
+    def __init__(self, database: Ledger) -> None:
+        self._database, self._held, self._next = database, ExitStack(), 0.0
+
+    def __enter__(self) -> Self:
+        if not self._held.enter_context(self._database.lock("daemon", wait=False)):
             raise BadInput("another daemon already serves this database; there must be one, as two would ask for everything twice")
-        with Supervisor(environment, say) as supervisor:
-            supervisor.begin(service)
-            say(f"{service.name} starts")
-            supervisor.tend()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def look(self) -> None:
+        """Whether it is still held. Raises BadInput when somebody else was faster to take it again."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + 5
+        try:
+            self._database.rows("SELECT 1")
+        except StoreFailed:
+            self._held.close()
+            self.__enter__()
 
 
 def check_role(settings: Settings, role: str, host: str, port: int) -> bool:

@@ -42,7 +42,6 @@ def main() -> None:
 def _warm_up() -> None:
     """Import now what the first range would wait for."""
     importlib.import_module("ccxt.async_support")
-    importlib.import_module("marketdata_assets.quality.contract")
     importlib.import_module("pyarrow.parquet")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 
 import polars as pl
 
@@ -137,11 +139,7 @@ def audit_rollup(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> li
 def _complete(toolbox: Toolbox, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame) -> Finding:
     """Every bar that holds fewer base bars than a full one must owe it to bars the venue never had."""
     short = frame.filter(pl.col("bars_present") < pl.col("bars_expected"))
-    absent = (
-        _absent_bars(toolbox, partition, timeframe)
-        if short.height
-        else pl.DataFrame(schema={"open_time": frame.schema["open_time"], "absent": pl.Int64})
-    )
+    absent = _absent_bars(toolbox, partition, timeframe) if short.height else pl.DataFrame(schema=_ABSENT)
     judged = short.join(absent, on="open_time", how="left").with_columns(pl.col("absent").fill_null(0))
     unexplained = judged.filter(pl.col("bars_present") + pl.col("absent") < pl.col("bars_expected"))
     rows: list[Row] = [
@@ -166,11 +164,16 @@ def _absent_bars(toolbox: Toolbox, partition: Partition, timeframe: Timeframe) -
     listed = toolbox.ledger.listed(partition.market)
     if listed:
         gaps.append(Window(timeframe.floor(listed), base.floor(listed)))
-    opens = [pl.datetime_range(g.start, g.end, base.width, closed="left", eager=True, time_zone="UTC") for g in gaps if g]
-    if not opens:
-        return pl.DataFrame(schema={"open_time": pl.Datetime("us", "UTC"), "absent": pl.Int64})
-    missing = pl.DataFrame({"open_time": pl.concat(opens).cast(pl.Datetime("us", "UTC"))})
-    return missing.group_by(pl.col("open_time").dt.truncate(timeframe.every)).agg(pl.len().cast(pl.Int64).alias("absent"))
+    absent: Counter[datetime] = Counter()
+    for gap in gaps:
+        moment = gap.start
+        while moment < gap.end:
+            absent[timeframe.floor(moment)] += 1
+            moment += base.width
+    return pl.DataFrame({"open_time": list(absent), "absent": list(absent.values())}, schema=_ABSENT)
+
+
+_ABSENT: dict[str, pl.DataType] = {"open_time": pl.Datetime("us", "UTC"), "absent": pl.Int64()}
 
 
 def _matches_native(toolbox: Toolbox, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame) -> Finding:

