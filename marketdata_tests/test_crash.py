@@ -243,7 +243,8 @@ def test_a_run_whose_process_is_killed_has_failed_and_gives_its_slots_back(stack
         os.kill(worker, signal.SIGKILL)
         said = stack.becomes(run_id, "FAILURE", TICKS)
         assert any("its process was killed by signal 9 (Killed)" in message for message in said)
-        assert soon(lambda: slots.claim_concurrency_slot("narrow", "another", "rollups").is_claimed, TICKS, "the slot is free")
+        # at once by who watches the process, or by the run monitoring where the machine is too busy for that
+        assert soon(lambda: slots.claim_concurrency_slot("narrow", "another", "rollups").is_claimed, 3 * TICKS, "the slot is free")
 
 
 def test_runs_outlive_the_code_server_and_the_daemon(stack: Stack) -> None:

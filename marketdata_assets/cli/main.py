@@ -38,6 +38,8 @@ Markets = Annotated[
 Start = Annotated[str | None, typer.Option("--start", help="First day or moment, UTC, inclusive.")]
 End = Annotated[str | None, typer.Option("--end", help="Last day or moment, UTC, exclusive.")]
 Format = Annotated[str, typer.Option("--format", help="table or json")]
+FileFormat = Annotated[str, typer.Option("--format", help="table, csv, json or parquet")]
+Out = Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the terminal.")]
 
 
 def main() -> None:
@@ -165,15 +167,13 @@ def bars(
     timeframe_: Annotated[str, typer.Argument(metavar="TIMEFRAME", help="1m 5m 15m 30m 1h 4h 12h 1d 1w")],
     start: Start = None,
     end: End = None,
-    format: Annotated[str, typer.Option("--format", help="table, csv, json or parquet")] = "table",
-    file: Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the terminal.")] = None,
+    format: FileFormat = "table",
+    file: Out = None,
 ) -> None:
     """Print the stored bars of a market."""
     from marketdata_assets.flows.read import known_market, read_bars
 
-    _one_of(format, "table", "csv", "json", "parquet")
-    if format == "parquet" and file is None:
-        raise BadInput("--format parquet needs --out FILE")
+    _check_format(format, file)
     with _toolbox() as (settings, toolbox):
         found = read_bars(toolbox, known_market(toolbox, market), timeframe(timeframe_), _window(settings, start, end))
     _write_bars(found, format, file)
@@ -185,22 +185,26 @@ def sql(
     market: Markets = None,
     start: Start = None,
     end: End = None,
-    format: Annotated[str, typer.Option("--format", help="table, csv, json or parquet")] = "table",
-    file: Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the terminal.")] = None,
+    format: FileFormat = "table",
+    file: Out = None,
 ) -> None:
     """Query all tables with SQL. Naming markets and a span opens fewer files."""
     from marketdata_assets.flows.read import known_market
     from marketdata_assets.flows.sql import connected
     from marketdata_assets.lake.views import answer
 
-    _one_of(format, "table", "csv", "json", "parquet")
-    if format == "parquet" and file is None:
-        raise BadInput("--format parquet needs --out FILE")
+    _check_format(format, file)
     with _toolbox() as (settings, toolbox):
         markets = [known_market(toolbox, key) for key in market] if market else list(settings.markets)
         with connected(toolbox, markets, _window(settings, start, end)) as connection:
             found = answer(connection, query)
     _write_bars(found, format, file)
+
+
+def _check_format(format: str, file: Path | None) -> None:
+    _one_of(format, "table", "csv", "json", "parquet")
+    if format == "parquet" and file is None:
+        raise BadInput("--format parquet needs --out FILE")
 
 
 def _write_bars(found: pl.DataFrame, format: str, file: Path | None) -> None:
