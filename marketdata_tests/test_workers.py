@@ -22,6 +22,7 @@ import psycopg2
 import pytest
 
 from marketdata_assets.cli.processes import dagster_environment
+from marketdata_assets.errors import BadInput
 from marketdata_assets.settings import Settings, load_settings
 from marketdata_assets.sources.sandbox import SandboxExchange, running
 from marketdata_assets.toolbox import open_toolbox
@@ -267,3 +268,13 @@ def test_one_role_needs_the_servers(universe: Callable[..., Settings]):
     done = subprocess.run([sys.executable, "-m", "marketdata_assets.cli.main", "serve", "worker"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "there is no `database:`, which many machines need" in " ".join(done.stderr.split())
+
+
+def test_a_dagster_yaml_of_ones_own_is_used_as_it_is(universe: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    settings = universe("http://127.0.0.1:1", lake="s3://bucket/lake")
+    monkeypatch.setenv("MARKETDATA_DAGSTER_YAML", str(tmp_path / "mine.yaml"))
+    with pytest.raises(BadInput, match=r"MARKETDATA_DAGSTER_YAML: .*mine\.yaml cannot be read \(FileNotFoundError\)"):
+        dagster_environment(settings)
+    (tmp_path / "mine.yaml").write_text("telemetry: {enabled: false}\n")
+    home = dagster_environment(settings)["DAGSTER_HOME"]
+    assert Path(home, "dagster.yaml").read_text() == "telemetry: {enabled: false}\n"

@@ -58,7 +58,10 @@ def dagster_environment(settings: Settings) -> dict[str, str]:
 def _instance_config(settings: Settings) -> str:
     """Our dagster.yaml with what the universe says of storage, workers and logs; or the file that somebody names instead."""
     if instead := os.environ.get(PREFIX + "DAGSTER_YAML"):
-        return Path(instead).read_text(encoding="utf-8")
+        try:
+            return Path(instead).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"environment {PREFIX}DAGSTER_YAML: {instead} cannot be read ({type(error).__name__})") from None
     text = (ROOT / "dagster.yaml").read_text(encoding="utf-8")
     changes: dict[str, Any] = {}
     if settings.database:
