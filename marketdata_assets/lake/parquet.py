@@ -12,7 +12,6 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
-import numpy as np
 import polars as pl
 
 from marketdata_assets.errors import Damaged, StoreFailed
@@ -25,7 +24,7 @@ VERSION, VERSION_KEY = 2, "marketdata_version"
 """Of the objects; one without the key is of version 1, packed otherwise. Both are read, and what is written is of this one."""
 ROWS_A_GROUP = 10_080
 """A week of minutes: whoever wants a day reads a fourth of a month, for 2 % more bytes."""
-_INT64_DIGITS = 18
+_DIGITS = 18
 _IN_SMALL_STEPS = ("open_time", "open", "high", "low", "close")
 
 
@@ -152,12 +151,11 @@ def encode(frame: pl.DataFrame) -> bytes:
     Times and prices move in small steps, so their differences are packed; the bytes of everything else lie apart by
     place, so that zstd finds the high ones alike. Numbers wider than 18 digits stay as they are.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table({column.name: _narrow(column) if column.dtype == DECIMAL else column.to_arrow() for column in frame})
-    packs = (pa.types.is_decimal64, pa.types.is_integer, pa.types.is_timestamp)
-    packed = [field.name for field in table.schema if any(packs_it(field.type) for packs_it in packs)]
+    slim = frame.with_columns(_narrow(column) for column in frame if column.dtype == DECIMAL)
+    packed = [name for name, dtype in slim.schema.items() if _packs(dtype)]
+    table = slim.to_arrow()
     sink = io.BytesIO()
     with pq.ParquetWriter(
         sink,
@@ -215,33 +213,24 @@ def _read_schema(uri: str, changed: int) -> object:
     return tuple(pl.read_parquet_schema(uri).items())
 
 
-def _narrow(column: pl.Series) -> Any:
-    """Decimals at the smallest scale that holds all their digits, as integers of 64 bits where they fit in 18 digits; else as they are.
+def _packs(dtype: pl.DataType) -> bool:
+    if isinstance(dtype, pl.Decimal):
+        return dtype.precision <= _DIGITS
+    return dtype.is_integer() or isinstance(dtype, pl.Datetime)
 
-    A wide column keeps its scale: DuckDB's union of objects takes 38 digits from a wide one and would cut the others' decimals.
+
+def _narrow(column: pl.Series) -> pl.Series:
+    """Decimals at the smallest scale that holds all their digits, in 18 digits where they fit; else as they are.
+
+    The scale is guessed from a few and proved on all. A wide column keeps its scale: DuckDB's union of objects takes 38
+    digits from a wide one and would cut the others' decimals.
     """
-    import pyarrow as pa
-
-    digits = (column.fill_null(0) if column.null_count() else column).to_physical()
-    ends = pl.select(pl.lit(digits).min(), pl.lit(digits).max().alias("most")).row(0)
-    most = max((abs(end) for end in ends if end is not None), default=0)
-    if most < 2**63:
-        digits = digits.cast(pl.Int64)
-    scale, units = _units(digits)
-    if most >= 10 ** (_INT64_DIGITS + SCALE - scale):
-        return column.to_arrow()
-    numbers = pa.py_buffer(np.ascontiguousarray(units.cast(pl.Int64).to_numpy()))
-    present = column.is_not_null().to_arrow().cast(pa.bool_()).buffers()[1] if column.null_count() else None
-    return pa.Array.from_buffers(pa.decimal64(_INT64_DIGITS, scale), len(column), [present, numbers])
-
-
-def _units(digits: pl.Series) -> tuple[int, pl.Series]:
-    """The smallest scale that holds all digits, guessed from a few and proved on all; and the numbers at that scale."""
-    few = math.gcd(*digits.gather_every(max(1, len(digits) // 32)).to_list())
-    scale = next(scale for scale in range(SCALE + 1) if few % 10 ** (SCALE - scale) == 0)
-    while True:
-        step = pl.lit(10 ** (SCALE - scale), digits.dtype)
-        units = pl.select(pl.lit(digits) // step).to_series()
-        if pl.select((pl.lit(units) * step == pl.lit(digits)).all()).item():
-            return scale, units
-        scale += 1
+    few = math.gcd(*column.gather_every(max(1, len(column) // 32)).drop_nulls().to_physical().to_list())
+    guess = next(scale for scale in range(SCALE + 1) if few % 10 ** (SCALE - scale) == 0)
+    for scale in range(guess, SCALE + 1):
+        narrow = column.cast(pl.Decimal(_DIGITS, scale), strict=False)
+        if narrow.null_count() > column.null_count():  # too wide, and the more so at the next scale
+            return column
+        if narrow.cast(DECIMAL).equals(column):
+            return narrow
+    return column
