@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -14,6 +15,9 @@ from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.window import Partition, Timeframe, Window, month_of
 from marketdata_assets.toolbox import Toolbox
 from marketdata_assets.transforms.rollup import roll_up
+
+WRITES_AT_ONCE = 4
+"""Objects of one partition that are on their way to S3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,4 +104,9 @@ def _write(
         with toolbox.ledger.lock(WAREHOUSE):
             changed = toolbox.warehouse.replace(partition.market, frames, owned)
         return {tf: changed[tf.name] for tf in frames}
-    return {tf: frame.height * toolbox.lake.write_changed(rollup(tf), partition, frame) for tf, frame in frames.items()}
+
+    def write(timeframe: Timeframe) -> bool:
+        return toolbox.lake.write_changed(rollup(timeframe), partition, frames[timeframe])
+
+    with ThreadPoolExecutor(1 if toolbox.lake.local else WRITES_AT_ONCE) as pool:
+        return {tf: frames[tf].height * changed for tf, changed in zip(frames, pool.map(write, frames), strict=True)}

@@ -133,7 +133,7 @@ def _lacks(toolbox: Toolbox, shown: Mapping[Table, Collection[str]], found: Miss
 
 def _look_is_due(toolbox: Toolbox, now: datetime) -> bool:
     """Whether to look for lost objects now: always where that is free."""
-    if toolbox.lake.listed_for_free:
+    if toolbox.lake.local:
         return True
     last = toolbox.ledger.last_beat(_LOOKED)
     if last is not None and timedelta(0) <= now - last < LOOK:
@@ -215,7 +215,7 @@ def _rollups_lost(toolbox: Toolbox, found: Missed) -> set[_Key]:
         return set()
     if not timeframes:
         return set()
-    pace = MINUTE if toolbox.lake.listed_for_free else LOOK
+    pace = MINUTE if toolbox.lake.local else LOOK
     turn = timeframes[
         int(toolbox.settings.now().timestamp() // pace.total_seconds()) % len(timeframes)
     ]  # one table at a time: they are many

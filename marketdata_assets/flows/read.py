@@ -164,7 +164,7 @@ class _Known:
         self._settings, self._source, self._need_rolled = toolbox.settings, source, need_rolled
         self._outlines = toolbox.ledger.outlines(source)
         # in S3 `backfill_missed` looks for lost objects from time to time
-        self._sizes = toolbox.lake.sizes(source) if toolbox.lake.listed_for_free else {k: o.bytes for k, o in self._outlines.items()}
+        self._sizes = toolbox.lake.sizes(source) if toolbox.lake.local else {k: o.bytes for k, o in self._outlines.items()}
         self._open_gaps = toolbox.ledger.unsettled(source)
 
     def days(self, partition: Partition) -> Iterator[float | None]:

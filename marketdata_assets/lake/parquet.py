@@ -47,8 +47,8 @@ class Lake:
         self._places = [self._hot, open_objects(cold)] if cold else [self._hot]
 
     @property
-    def listed_for_free(self) -> bool:
-        """Whether looking at all objects costs nothing: on a disk, not in S3, where every thousand are a request."""
+    def local(self) -> bool:
+        """Whether all of it lies on a disk, where listing costs nothing and writing does not wait; not in S3."""
         return not any(place.startswith("s3://") for place in (self.location, self.cold or ""))
 
     def write(self, table: Table, partition: Partition, frame: pl.DataFrame) -> Stored:
