@@ -73,8 +73,7 @@ class Reader:
 
         While it is open and rollups lie in the warehouse, nobody can write there: close it soon.
         """
-        found = [known_market(self._toolbox, key) for key in markets] if markets else list(self._toolbox.settings.markets)
-        return connected(self._toolbox, found, self._window(start, end))
+        return connected(self._toolbox, markets, self._window(start, end))
 
     def _scan(self, key: str, name: str, window: Window) -> pl.LazyFrame:
         return scan_bars(self._toolbox, known_market(self._toolbox, key), timeframe(name), window)

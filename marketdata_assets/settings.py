@@ -337,13 +337,19 @@ def _url(schemes: tuple[str, ...]) -> Callable[[_Entry], str]:
     return read
 
 
-def _public(entry: _Entry, wrong: BadInput) -> SplitResult:
-    """The parts of a URL that holds no secret; `wrong` is raised for what is no URL."""
+def _parts(entry: _Entry, wrong: BadInput) -> SplitResult:
+    """The parts of a URL; `wrong` is raised for what is none."""
     try:
         parts = urlsplit(entry.text())
         _ = parts.port  # raises for what is no port
     except ValueError:
         raise wrong from None
+    return parts
+
+
+def _public(entry: _Entry, wrong: BadInput) -> SplitResult:
+    """The parts of a URL that holds no secret; `wrong` is raised for what is no URL."""
+    parts = _parts(entry, wrong)
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise entry.fail("a URL without user, password or query is expected here; secrets do not belong in it")
     return parts
@@ -488,11 +494,7 @@ def _service(schemes: tuple[str, ...], example: str) -> Callable[[_Entry], str]:
 
     def read(entry: _Entry) -> str:
         wrong = entry.fail(f"a URL such as {example} is expected here")
-        try:
-            parts = urlsplit(entry.text())
-            _ = parts.port
-        except ValueError:
-            raise wrong from None
+        parts = _parts(entry, wrong)
         if parts.scheme not in schemes or not (parts.hostname or parts.query):
             raise wrong
         if parts.password and not entry.place.startswith("environment"):

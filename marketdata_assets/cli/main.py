@@ -189,15 +189,12 @@ def sql(
     file: Out = None,
 ) -> None:
     """Query all tables with SQL. Naming markets and a span opens fewer files."""
-    from marketdata_assets.flows.read import known_market
     from marketdata_assets.flows.sql import connected
     from marketdata_assets.lake.views import answer
 
     _check_format(format, file)
-    with _toolbox() as (settings, toolbox):
-        markets = [known_market(toolbox, key) for key in market] if market else list(settings.markets)
-        with connected(toolbox, markets, _window(settings, start, end)) as connection:
-            found = answer(connection, query)
+    with _toolbox() as (settings, toolbox), connected(toolbox, market, _window(settings, start, end)) as connection:
+        found = answer(connection, query)
     _write_bars(found, format, file)
 
 

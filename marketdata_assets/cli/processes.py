@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from marketdata_assets.errors import BadInput, StoreFailed
+from marketdata_assets.lake.objects import endpoint
 from marketdata_assets.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,16 +44,21 @@ _LEAN = {
 def dagster_environment(settings: Settings) -> dict[str, str]:
     """The environment of a Dagster process: its home lies in the state folder, so that nothing is left elsewhere."""
     home = settings.state / "dagster"
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        aside = home / f"dagster.yaml.{os.getpid()}"
-        aside.write_text(_instance_config(settings), encoding="utf-8")
-        aside.replace(home / "dagster.yaml")
-    except OSError as error:
-        raise StoreFailed(f"{home} cannot be written: {error.strerror}; mend the folder or set another `state:`") from None
+    write_file(home / "dagster.yaml", _instance_config(settings))
     services = {POSTGRES: _with_driver(settings.database), BROKER: settings.broker}
     ours = {"DAGSTER_HOME": str(home), "DAGSTER_DISABLE_TELEMETRY": "yes", "PYTHONWARNINGS": "ignore"}
     return {**_LEAN, **os.environ, **ours, **{name: url for name, url in services.items() if url}}
+
+
+def write_file(file: Path, text: str) -> None:
+    """Replace a file in Dagster's home whole, as another process may be reading it. Raises StoreFailed."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f"{file.name}.{os.getpid()}")
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(file)
+    except OSError as error:
+        raise StoreFailed(f"{file.parent} cannot be written: {error.strerror}; mend the folder or set another `state:`") from None
 
 
 def _instance_config(settings: Settings) -> str:
@@ -94,9 +100,9 @@ def _part(module: str, name: str, config: dict[str, Any]) -> dict[str, Any]:
 def _s3_logs(lake: str) -> dict[str, Any]:
     """What runs print lies beside the lake, so that the UI shows it wherever they ran."""
     parts = urlsplit(lake)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    where = endpoint()
     place = {"bucket": parts.netloc, "prefix": f"{parts.path.strip('/')}/run_logs".lstrip("/"), "skip_empty_files": True}
-    return {**place, "endpoint_url": endpoint, "use_ssl": endpoint.startswith("https://")} if endpoint else place
+    return {**place, "endpoint_url": where, "use_ssl": where.startswith("https://")} if where else place
 
 
 def _with_driver(url: str | None) -> str | None:

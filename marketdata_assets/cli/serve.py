@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
-from marketdata_assets.cli.processes import BROKER, ROOT, Service, Supervisor, dagster_environment, only_one, start, stop
+from marketdata_assets.cli.processes import BROKER, ROOT, Service, Supervisor, dagster_environment, only_one, start, stop, write_file
 from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.lake.ledger import Ledger
 from marketdata_assets.settings import PREFIX, Settings, load_settings
@@ -38,9 +38,8 @@ def serve_ui(settings: Settings, port: int, say: Callable[[str], None]) -> None:
                 _await(lambda: _connect(code_port), supervisor.begin(_code_server(code_port)))
                 web = Service("the web server", ["dagster_webserver", "-w", workspace, "-h", "127.0.0.1", "-p", str(port)])
                 _await(lambda: _get(f"{url}/server_info"), supervisor.begin(web))
-                module = (
-                    "dagster._daemon" if settings.broker else "marketdata_assets.defs.launcher"
-                )  # which looks after runs of this machine
+                # ours looks after runs that are processes of this machine; those of workers are looked after by their launcher
+                module = "dagster._daemon" if settings.broker else "marketdata_assets.defs.launcher"
                 supervisor.begin(Service("the daemon", [module, "run", "-w", workspace]))
                 say(f"UI ready at {url}")
                 supervisor.tend()
@@ -109,10 +108,7 @@ def _shared_environment(settings: Settings) -> dict[str, str]:
         raise BadInput(f"{settings.source}: there is no `database:`, which many machines need; on one, use `marketdata dev`")
     environment = dagster_environment(settings)
     home = Path(environment["DAGSTER_HOME"])
-    try:
-        (home / "dagster_celery_config.py").write_text(_CELERY_CONFIG, encoding="utf-8")
-    except OSError as error:
-        raise StoreFailed(f"{home} cannot be written: {error.strerror}; mend the folder or set another `state:`") from None
+    write_file(home / "dagster_celery_config.py", _CELERY_CONFIG)
     return environment | {"PYTHONPATH": os.pathsep.join(filter(None, (str(home), os.environ.get("PYTHONPATH"))))}
 
 
@@ -146,10 +142,7 @@ def _workspace(home: Path, code_port: int) -> str:
     """Tell web server and daemon where our one code server is; alone, each would start its own."""
     file = home / "workspace.yaml"
     address = {"host": "127.0.0.1", "port": code_port, "location_name": _LOCATION}
-    try:
-        file.write_text(json.dumps({"load_from": [{"grpc_server": address}]}), encoding="utf-8")  # JSON is YAML
-    except OSError as error:
-        raise StoreFailed(f"{file} cannot be written: {error.strerror}; mend the folder or set another `state:`") from None
+    write_file(file, json.dumps({"load_from": [{"grpc_server": address}]}))  # JSON is YAML
     return str(file)
 
 

@@ -11,6 +11,7 @@ with a module `dagster_celery_config` on its path that is made of `celery_config
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import dagster as dg
@@ -28,12 +29,12 @@ from marketdata_assets.settings import load_settings
 
 def celery_config() -> dict[str, Any]:
     """What a worker of this universe is told. Results are not kept: what became of a run stands in Dagster's own storage."""
-    settings, held = load_settings(), ExitStack()
+    held = ExitStack()
 
     def begin(task: Any = None, kwargs: Any = None, **_: Any) -> None:
         if task.name == TASK_EXECUTE_JOB_NAME:
             run_id = unpack_value(kwargs["execute_job_args_packed"], as_type=ExecuteRunArgs).run_id
-            held.enter_context(Ledger(settings.state, settings.database).lock(_lock_of(run_id), wait=False))
+            held.enter_context(_ledger().lock(_lock_of(run_id), wait=False))
 
     def end(**_: Any) -> None:
         held.close()
@@ -41,7 +42,7 @@ def celery_config() -> dict[str, Any]:
     task_prerun.connect(begin, weak=False)
     task_postrun.connect(end, weak=False)
     return {
-        "broker_url": settings.broker,
+        "broker_url": load_settings().broker,
         "broker_connection_retry_on_startup": True,
         "broker_transport_options": {"visibility_timeout": 7 * 86400},  # a run is never given out twice because it takes long
         "result_backend": "disabled://",
@@ -51,6 +52,13 @@ def celery_config() -> dict[str, Any]:
         "worker_max_tasks_per_child": 100,
         "worker_hijack_root_logger": False,
     }
+
+
+@cache
+def _ledger() -> Ledger:
+    """The ledger of this process, opened once; a worker opens it in the child that does the run."""
+    settings = load_settings()
+    return Ledger(settings.state, settings.database)
 
 
 def _lock_of(run_id: str) -> str:
@@ -71,9 +79,8 @@ class WorkerRunLauncher(CeleryRunLauncher):
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """A run that has begun is dead when nobody holds its lock and it has not said that it ended."""
-        settings = load_settings()
         try:
-            with Ledger(settings.state, settings.database).lock(_lock_of(run.run_id), wait=False) as free:
+            with _ledger().lock(_lock_of(run.run_id), wait=False) as free:
                 now = self._instance.get_run_by_id(run.run_id) if free else None
         except MarketDataError as error:  # nobody knows; the next look may
             return CheckRunHealthResult(WorkerStatus.RUNNING, str(error))

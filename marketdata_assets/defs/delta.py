@@ -11,6 +11,7 @@ from pydantic import Field
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.checks import Results, failure_told, finished, log_all
 from marketdata_assets.defs.partitions import partitions_of_run
+from marketdata_assets.defs.upkeep import schedule
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.publish import Published, maintain, publish
 from marketdata_assets.lake.delta import Maintained, columns_of
@@ -109,14 +110,7 @@ def delta_job_and_schedule(settings: Settings) -> tuple[dg.JobDefinition, dg.Sch
     def job() -> None:
         maintain_tables()
 
-    schedule = dg.ScheduleDefinition(
-        name="maintain_delta_every_night",
-        job=job,
-        cron_schedule="0 4 * * *",
-        execution_timezone="UTC",
-        default_status=dg.DefaultScheduleStatus.RUNNING,
-    )
-    return job, schedule
+    return job, schedule("maintain_delta_every_night", job, "0 4 * * *")
 
 
 def _publish_late(context: dg.OpExecutionContext, toolbox: Toolbox) -> list[Results]:

@@ -45,14 +45,14 @@ _UNPROVEN = """
 """
 # never the newest row: its id would be used again
 _PLANS = """
-    FROM event_logs AS plan WHERE run_id = ? AND id < (SELECT max(id) FROM event_logs)
+    FROM event_logs AS plan WHERE run_id = :run AND id < (SELECT max(id) FROM event_logs)
     AND (dagster_event_type = 'ASSET_CHECK_EVALUATION_PLANNED' OR dagster_event_type = 'ASSET_MATERIALIZATION_PLANNED' AND EXISTS (
         SELECT 1 FROM event_logs AS later
         WHERE later.asset_key = plan.asset_key AND later.dagster_event_type = plan.dagster_event_type
         AND later.partition IS plan.partition AND later.id > plan.id
     ))
 """
-_SAME_PARTITION = "later.partition IS NOT DISTINCT FROM plan.partition"
+_PLANS_IN_TABLES = _PLANS.replace("later.partition IS plan.partition", "later.partition IS NOT DISTINCT FROM plan.partition")
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ class _Pruning:
         self.tally["runs"] += self.tally["logs"] + self.tally["outputs"] + self.tally["plans"] > before
 
     def _plans(self, run_id: str) -> None:
-        count, size = self._index.execute(f"SELECT count(*), coalesce(sum(length(event)), 0) {_PLANS}", [run_id]).fetchone()
+        count, size = self._index.execute(f"SELECT count(*), coalesce(sum(length(event)), 0) {_PLANS}", {"run": run_id}).fetchone()
         self._count("plans", count, size)
         if count and not self._dry_run:
-            self._index.execute(f"DELETE {_PLANS}", [run_id])
+            self._index.execute(f"DELETE {_PLANS}", {"run": run_id})
 
     def _output(self, run_id: str) -> None:
         folder, log = self._outputs / run_id / "compute_logs", self._run_logs / f"{run_id}.log"
@@ -175,10 +175,7 @@ class _Pruning:
 
 
 # in PostgreSQL all events lie in one table, whose free space the server uses again by itself
-_LOGGED = """
-    FROM event_logs WHERE run_id = :run
-    AND (dagster_event_type IS NULL OR dagster_event_type NOT LIKE 'ASSET%' AND dagster_event_type NOT LIKE 'PIPELINE%')
-"""
+_LOGGED = "(dagster_event_type IS NULL OR dagster_event_type NOT LIKE 'ASSET%' AND dagster_event_type NOT LIKE 'PIPELINE%')"
 
 
 def _prune_tables(instance: dg.DagsterInstance, before: datetime, dry_run: bool) -> Pruned:
@@ -187,7 +184,7 @@ def _prune_tables(instance: dg.DagsterInstance, before: datetime, dry_run: bool)
     assert isinstance(storage, SqlEventLogStorage)
     with storage.index_connection() as connection:
         for run_id, succeeded in _finished(instance, _logged_runs(connection), before):
-            parts = {"log": _LOGGED, **({"plan": _PLANS_OF_RUN} if succeeded else {})}
+            parts = {"log": f"FROM event_logs WHERE run_id = :run AND {_LOGGED}", **({"plan": _PLANS_IN_TABLES} if succeeded else {})}
             found = {
                 name: connection.execute(text(f"SELECT count(*), coalesce(sum(length(event)), 0) {sql}"), {"run": run_id}).one()
                 for name, sql in parts.items()
@@ -201,13 +198,10 @@ def _prune_tables(instance: dg.DagsterInstance, before: datetime, dry_run: bool)
     return Pruned(dry_run, **tally)
 
 
-_PLANS_OF_RUN = _PLANS.replace("run_id = ?", "run_id = :run").replace("later.partition IS plan.partition", _SAME_PARTITION)
-
-
 def _logged_runs(connection: Connection) -> list[str]:
     """Runs of which more is there than beginning, end and what asset pages show."""
-    some = _LOGGED.replace("run_id = :run", "true") + " OR dagster_event_type LIKE 'ASSET%PLANNED'"
-    return [run_id for (run_id,) in connection.execute(text(f"SELECT DISTINCT run_id {some}"))]
+    more = f"{_LOGGED} OR dagster_event_type LIKE 'ASSET%PLANNED'"
+    return [run_id for (run_id,) in connection.execute(text(f"SELECT DISTINCT run_id FROM event_logs WHERE {more}"))]
 
 
 def _vacuum(index: sqlite3.Connection) -> int:

@@ -92,7 +92,7 @@ def health_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefinit
     def job() -> None:
         look()
 
-    return job, _schedule("health_every_six_hours", job, "0 */6 * * *")
+    return job, schedule("health_every_six_hours", job, "0 */6 * * *")
 
 
 def _row(found: Health) -> dg.TableRecord:
@@ -112,7 +112,7 @@ def prune_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefiniti
     def job() -> None:
         remove()
 
-    return job, _schedule("prune_every_night", job, "30 3 * * *")
+    return job, schedule("prune_every_night", job, "30 3 * * *")
 
 
 class RetireConfig(dg.Config):
@@ -142,10 +142,11 @@ def retire_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefinit
     def job() -> None:
         let_go()
 
-    return job, _schedule("retire_every_night", job, "0 3 * * *")
+    return job, schedule("retire_every_night", job, "0 3 * * *")
 
 
-def _schedule(name: str, job: dg.JobDefinition, cron: str) -> dg.ScheduleDefinition:
+def schedule(name: str, job: dg.JobDefinition, cron: str) -> dg.ScheduleDefinition:
+    """A schedule in UTC that is on from the start."""
     return dg.ScheduleDefinition(
         name=name, job=job, cron_schedule=cron, execution_timezone="UTC", default_status=dg.DefaultScheduleStatus.RUNNING
     )

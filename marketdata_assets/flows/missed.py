@@ -115,7 +115,7 @@ _Key = tuple[str, str]
 def _lacks(toolbox: Toolbox, shown: Mapping[Table, Collection[str]], found: Missed, now: datetime) -> Iterator[tuple[_Key, str]]:
     """Market key and month key of everything that is lacking, with the reason."""
     due = _look_is_due(toolbox, now)
-    rolled_lost = _rollups_lost(toolbox, found) if due else set()
+    rolled_lost = _rollups_lost(toolbox, found, due)
     for venue in toolbox.settings.venues.values():
         looks = [_Look(toolbox, raw(tf), shown.get(raw(tf)), due) for tf in venue.fetched]
         months = list(_closed_months(toolbox, venue, now))
@@ -204,8 +204,8 @@ def _closed_months(toolbox: Toolbox, venue: Venue, now: datetime) -> Iterator[tu
         yield partition.month_key, [(iso(w.start), iso(w.end)) if w else None for w in windows]
 
 
-def _rollups_lost(toolbox: Toolbox, found: Missed) -> set[_Key]:
-    """Partitions whose rollups are gone from where they were stored."""
+def _rollups_lost(toolbox: Toolbox, found: Missed, look: bool) -> set[_Key]:
+    """Partitions whose rollups are gone from where they were stored; in the lake only where it is looked at."""
     timeframes = toolbox.settings.rollup_timeframes
     if toolbox.settings.rollups == "duckdb":
         if not toolbox.warehouse.exists:
@@ -213,7 +213,7 @@ def _rollups_lost(toolbox: Toolbox, found: Missed) -> set[_Key]:
             for tf in timeframes:
                 found.lost[rollup(tf)] = []  # all of it
         return set()
-    if not timeframes:
+    if not timeframes or not look:
         return set()
     pace = MINUTE if toolbox.lake.local else LOOK
     turn = timeframes[

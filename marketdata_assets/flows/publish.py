@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from marketdata_assets.errors import BadInput, MarketDataError
-from marketdata_assets.flows.read import table_of
+from marketdata_assets.flows.read import in_warehouse, table_of
 from marketdata_assets.lake.delta import DeltaTables, Maintained, delta_tables
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.window import Partition, Timeframe
@@ -73,7 +73,7 @@ def _publish(toolbox: Toolbox, tables: DeltaTables, timeframe: Timeframe, partit
 
 def _stored(toolbox: Toolbox, table: Table, partition: Partition) -> pl.DataFrame | None:
     """The partition's bars, or None where it is not stored."""
-    if table.layer == "raw" or toolbox.settings.rollups == "parquet":
+    if not in_warehouse(toolbox, table):
         return toolbox.lake.read(table, partition)
     bars = toolbox.warehouse.read(table, partition.market, partition.opens(table.timeframe))
     return None if bars.is_empty() else bars

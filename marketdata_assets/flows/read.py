@@ -45,6 +45,11 @@ def table_of(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Table:
     raise BadInput(f"{market.key} has no {timeframe.name} bars; it has {' '.join(dict.fromkeys(known))}")
 
 
+def in_warehouse(toolbox: Toolbox, table: Table) -> bool:
+    """Whether a table lies in DuckDB, and not in the lake."""
+    return table.layer == "rollup" and toolbox.settings.rollups == "duckdb"
+
+
 def _timeframes(toolbox: Toolbox, market: Market) -> tuple[Timeframe, Sequence[Timeframe], Sequence[Timeframe]]:
     """The base, what is rolled up from it and the references of a market; of a former one by what is stored."""
     settings = toolbox.settings
@@ -58,12 +63,12 @@ def _timeframes(toolbox: Toolbox, market: Market) -> tuple[Timeframe, Sequence[T
 def read_bars(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: Window) -> pl.DataFrame:
     """The bars that open inside the window, sorted by open_time; what is not stored is not there. Raises Damaged."""
     table = table_of(toolbox, market, timeframe)
-    if table.layer == "rollup" and toolbox.settings.rollups == "duckdb":
+    if in_warehouse(toolbox, table):
         return toolbox.warehouse.read(table, market, window)
     span = _stored_span(toolbox, market) & Window(window.start, window.end + timeframe.width)
     frames = [frame for p in partitions_of(market, span) if (frame := toolbox.lake.read(table, p)) is not None]
     if not frames:
-        return pl.DataFrame(schema={column.name: column.dtype for column in table.columns})
+        return pl.DataFrame(schema=table.schema)
     inside = pl.col("open_time").is_between(window.start, window.end, closed="left")
     return pl.concat(frames).filter(inside)
 

@@ -10,6 +10,7 @@ from marketdata_assets.flows.derive import neighbour
 from marketdata_assets.lake.ledger import WAREHOUSE, Outline
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.window import Partition, iso, month_of
+from marketdata_assets.settings import Cold
 from marketdata_assets.toolbox import Toolbox
 
 REMOVED, MOVED, KEPT = "removed", "moved", "kept"
@@ -44,11 +45,10 @@ def retire(toolbox: Toolbox, dry_run: bool = False) -> Iterator[Retired]:
     else:
         in_lake += rolled
     for table in in_lake:
-        sizes = toolbox.lake.sizes(table)
         if table.name in settings.retention:
-            yield from _from_lake(toolbox, table, sizes, dry_run)
+            yield from _from_lake(toolbox, table, dry_run)
         if settings.cold:
-            yield from _to_cold(toolbox, table, toolbox.lake.sizes(table), dry_run)
+            yield from _to_cold(toolbox, table, settings.cold, dry_run)
 
 
 def _from_warehouse(toolbox: Toolbox, tables: list[Table], dry_run: bool) -> Iterator[Retired]:
@@ -61,9 +61,9 @@ def _from_warehouse(toolbox: Toolbox, tables: list[Table], dry_run: bool) -> Ite
                 yield Retired(table, None, REMOVED, f"{bars} bars before {iso(before)}")
 
 
-def _from_lake(toolbox: Toolbox, table: Table, sizes: dict[tuple[str, str], int], dry_run: bool) -> Iterator[Retired]:
+def _from_lake(toolbox: Toolbox, table: Table, dry_run: bool) -> Iterator[Retired]:
     outlines = toolbox.ledger.outlines(table)
-    for (market, month), size in sorted(sizes.items()):
+    for (market, month), size in sorted(toolbox.lake.sizes(table).items()):
         partition = Partition.parse(f"{market}|{month}")
         if partition.month.start >= toolbox.settings.kept_since(table.name):
             continue
@@ -99,15 +99,12 @@ def _remove(toolbox: Toolbox, table: Table, partition: Partition, dry_run: bool)
     return None
 
 
-def _to_cold(toolbox: Toolbox, table: Table, sizes: dict[tuple[str, str], int], dry_run: bool) -> Iterator[Retired]:
-    cold = toolbox.settings.cold
-    assert cold is not None, "there is a cold place"
+def _to_cold(toolbox: Toolbox, table: Table, cold: Cold, dry_run: bool) -> Iterator[Retired]:
     before = month_of(toolbox.settings.now() - timedelta(days=cold.after_days)).start
-    warm = toolbox.lake.classes(table) if cold.storage_class else toolbox.lake.hot(table)
-    for (market, month), size in sorted(sizes.items()):
+    classes = toolbox.lake.classes(table) if cold.storage_class else {}
+    for (market, month), size in sorted(toolbox.lake.hot(table).items()):
         partition = Partition.parse(f"{market}|{month}")
-        path = table.path(partition)
-        if partition.month.start >= before or path not in warm or (cold.storage_class and warm[path] == cold.storage_class):
+        if partition.month.start >= before or (cold.storage_class and classes.get(table.path(partition)) == cold.storage_class):
             continue
         if not dry_run:
             with toolbox.ledger.lock(partition.key, wait=False) as free:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from marketdata_assets.flows.read import table_of
+from marketdata_assets.flows.read import in_warehouse, table_of
 from marketdata_assets.lake.tables import Table, raw
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import Partition, Timeframe, Window, partitions_of
@@ -17,7 +17,7 @@ def scan_bars(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: Wi
     """The bars that open inside the window, sorted by open_time; what is not stored is not there. Raises BadInput."""
     table = table_of(toolbox, market, timeframe)
     inside = pl.col("open_time").is_between(window.start, window.end, closed="left")
-    if _in_warehouse(toolbox, table):
+    if in_warehouse(toolbox, table):
         return toolbox.warehouse.read(table, market, window).lazy()
     frames = _scans(toolbox, table, market, Window(window.start, window.end + timeframe.width))
     return pl.concat([frame.filter(inside) for frame in frames])
@@ -46,10 +46,6 @@ def _newest_rolled(toolbox: Toolbox, table: Table, market: Market) -> object:
     return None
 
 
-def _in_warehouse(toolbox: Toolbox, table: Table) -> bool:
-    return table.layer == "rollup" and toolbox.settings.rollups == "duckdb"
-
-
 def _scans(toolbox: Toolbox, table: Table, market: Market, window: Window) -> list[pl.LazyFrame]:
     partitions, known = list(partitions_of(market, window)), False
     if toolbox.settings.lake.startswith("s3://"):  # the ledger knows what is there; asking the store would take a listing
@@ -57,7 +53,7 @@ def _scans(toolbox: Toolbox, table: Table, market: Market, window: Window) -> li
         known = bool(stored)
         partitions = [p for p in partitions if p.month_key in stored] if known else partitions
     frames = toolbox.lake.scan(table, partitions, known)
-    return frames or [pl.LazyFrame(schema={column.name: column.dtype for column in table.columns})]
+    return frames or [pl.LazyFrame(schema=table.schema)]
 
 
 def _stored_months(toolbox: Toolbox, table: Table, market: Market) -> set[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from marketdata_assets.flows.read import known_market
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.lake.views import open_views
 from marketdata_assets.model.market import Market
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def connected(toolbox: Toolbox, markets: Sequence[Market], window: Window) -> Iterator[Connection]:
-    """Views `raw.ohlcv_<timeframe>` and `rollup.ohlcv_<timeframe>` over these markets' months that touch the window."""
+def connected(toolbox: Toolbox, keys: Sequence[str] | None, window: Window) -> Iterator[Connection]:
+    """Views `raw.ohlcv_<timeframe>` and `rollup.ohlcv_<timeframe>` over these markets' (or all) months in the window."""
     settings = toolbox.settings
+    markets = [known_market(toolbox, key) for key in keys] if keys else settings.markets
     tables = [raw(tf) for tf in settings.raw_timeframes]
     in_lake = [rollup(tf) for tf in settings.rollup_timeframes] if settings.rollups == "parquet" else []
     files = {table: _files(toolbox, table, markets, window) for table in (*tables, *in_lake)}

@@ -8,7 +8,6 @@ the partition was read: whoever comes second reads again and tries again, so not
 from __future__ import annotations
 
 import importlib.util
-import os
 import random
 import re
 import threading
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import polars as pl
 
 from marketdata_assets.errors import BadInput, Damaged, StoreFailed
+from marketdata_assets.lake.objects import endpoint
 from marketdata_assets.lake.tables import Table
 from marketdata_assets.model.bar import Column
 from marketdata_assets.model.market import Market
@@ -268,7 +268,7 @@ def _type_of(column: Column) -> str:
 
 def _checked(table: Table, partition: Partition, frame: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     """These columns in the table's types, sorted; refused unless every bar is there once and belongs to the partition."""
-    types = {column.name: column.dtype for column in table.columns}
+    types = table.schema
     if unknown := set(names) - set(types) | set(names) - set(frame.columns):
         raise BadInput(f"{table.name} {partition.key}: no such column: {', '.join(sorted(unknown))}")
     owned = partition.opens(table.timeframe)
@@ -284,12 +284,12 @@ def _month(partition: Partition) -> str:
 
 
 def _empty(table: Table) -> pl.DataFrame:
-    return pl.DataFrame(schema={column.name: column.dtype for column in table.columns})
+    return pl.DataFrame(schema=table.schema)
 
 
 def _scan(delta: DeltaTable, table: Table, where: str) -> pl.DataFrame:
     found = pl.DataFrame(delta.scan([column.name for column in table.columns], where))
-    return found.select(pl.col(column.name).cast(column.dtype) for column in table.columns).sort("open_time")
+    return found.select(table.typed).sort("open_time")
 
 
 def _bytes(delta: DeltaTable, partition: Partition) -> int:
@@ -362,9 +362,8 @@ def _commit(note: str) -> CommitProperties:
 
 def _storage_options() -> dict[str, str]:
     """What the usual AWS variables do not say; keys and region are found by the library itself."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     options = {"max_retries": "5", "retry_timeout": "60s"}
-    return options | ({"AWS_ALLOW_HTTP": "true"} if endpoint.startswith("http://") else {})
+    return options | ({"AWS_ALLOW_HTTP": "true"} if (endpoint() or "").startswith("http://") else {})
 
 
 _PAINT = re.compile(r"\x1b\[[0-9;]*m")

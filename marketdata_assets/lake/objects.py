@@ -392,7 +392,7 @@ def open_client() -> Any:
 
     retries = {"mode": "standard", "max_attempts": ATTEMPTS}
     config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=ANSWER_SECONDS, retries=retries)
-    client = _session().create_client("s3", region_name=_region(), config=config)
+    client = _session().create_client("s3", region_name=region(), config=config)
     client.meta.events.register_last("before-call.s3.HeadBucket", _ask_once)
     return client
 
@@ -419,11 +419,16 @@ def _loader() -> Any:
     return create_loader()
 
 
-def _region() -> str | None:
-    """By the variables that AWS's tools know (botocore knows only the second), or by the profile."""
+def region() -> str | None:
+    """The region, by the variables that AWS's tools know (botocore knows only the second), or by the profile."""
     named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    region: str | None = named or _session().get_config_variable("region")
-    return region
+    found: str | None = named or _session().get_config_variable("region")
+    return found
+
+
+def endpoint() -> str | None:
+    """The URL of another server than Amazon's, by the usual variables."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def _broken() -> tuple[type[Exception], ...]:
@@ -437,8 +442,7 @@ def _broken() -> tuple[type[Exception], ...]:
 
 def storage_options() -> dict[str, str]:
     """The same for Polars' own object store, which takes the credentials from boto3."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options = {"aws_region": _region() or "us-east-1"}
-    if endpoint:
-        options |= {"aws_endpoint_url": endpoint, "aws_allow_http": str(endpoint.startswith("http://")).lower()}
+    options = {"aws_region": region() or "us-east-1"}
+    if where := endpoint():
+        options |= {"aws_endpoint_url": where, "aws_allow_http": str(where.startswith("http://")).lower()}
     return options

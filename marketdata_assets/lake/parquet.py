@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import groupby
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from marketdata_assets.errors import Damaged, StoreFailed
-from marketdata_assets.lake.objects import OBJECT, open_objects, storage_options
+from marketdata_assets.lake.objects import Objects, open_objects, storage_options
 from marketdata_assets.lake.tables import Table, keys_of
 from marketdata_assets.model.bar import DECIMAL, SCALE
 from marketdata_assets.model.window import Partition
@@ -101,11 +101,11 @@ class Lake:
 
     def sizes(self, table: Table) -> dict[tuple[str, str], int]:
         """The size of every object of a table, by market key and month key: one walk, or one listing in S3."""
-        return {keys_of(market, month): size for place in reversed(self._places) for market, month, size in place.sizes(table.name)}
+        return {key: size for place in reversed(self._places) for key, size in _sizes_in(place, table)}
 
-    def hot(self, table: Table) -> dict[str, int]:
-        """The size of every object of a table that does not lie in the cold place, by path."""
-        return {f"{table.name}/{market}/{month}/{OBJECT}": size for market, month, size in self._hot.sizes(table.name)}
+    def hot(self, table: Table) -> dict[tuple[str, str], int]:
+        """The same without what lies in the cold place."""
+        return dict(_sizes_in(self._hot, table))
 
     def delete(self, table: Table, partition: Partition) -> None:
         """Remove the object wherever it lies."""
@@ -143,6 +143,10 @@ class Lake:
     def classes(self, table: Table) -> dict[str, str]:
         """The storage class of every object of a table in S3, by path; nothing for a folder."""
         return self._hot.classes(table.name)
+
+
+def _sizes_in(place: Objects, table: Table) -> Iterator[tuple[tuple[str, str], int]]:
+    return ((keys_of(market, month), size) for market, month, size in place.sizes(table.name))
 
 
 def encode(frame: pl.DataFrame) -> bytes:
@@ -186,7 +190,7 @@ def decode(content: bytes, table: Table, name: str, since: datetime | None = Non
     try:
         file = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True)
         found = file.read() if since is None else file.read_row_groups(_reaching(file, since))
-        return pl.DataFrame(found).select(pl.col(column.name).cast(column.dtype) for column in table.columns)
+        return pl.DataFrame(found).select(table.typed)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, OSError, ValueError) as error:
         raise Damaged(f"{name} is damaged ({type(error).__name__}); `marketdata backfill` fetches it again") from None
 
@@ -200,7 +204,7 @@ def _reaching(file: Any, since: datetime) -> list[int]:
 def _scan(table: Table, uris: list[str]) -> pl.LazyFrame:
     options = storage_options() if uris[0].startswith("s3://") else None
     found = pl.scan_parquet(uris, hive_partitioning=False, storage_options=options)
-    return found.select(pl.col(column.name).cast(column.dtype) for column in table.columns)
+    return found.select(table.typed)
 
 
 def _schema_of(uri: str) -> object:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import quote, unquote
 
+import polars as pl
+
 from marketdata_assets.lake.objects import OBJECT
 from marketdata_assets.model.bar import COLUMNS, ROLLUP_COLUMNS, Column
 from marketdata_assets.model.market import Market
@@ -33,6 +35,16 @@ class Table:
     def columns(self) -> tuple[Column, ...]:
         """Its columns, in order."""
         return COLUMNS if self.layer == "raw" else ROLLUP_COLUMNS
+
+    @property
+    def schema(self) -> dict[str, pl.DataType]:
+        """The type of each column, in order."""
+        return {column.name: column.dtype for column in self.columns}
+
+    @property
+    def typed(self) -> list[pl.Expr]:
+        """Its columns out of any frame that has them: bound by name, in order, in the table's types."""
+        return [pl.col(name).cast(dtype) for name, dtype in self.schema.items()]
 
     def path(self, partition: Partition) -> str:
         """The object of one partition, in Hive folders that DuckDB, Polars and pandas read unaided."""

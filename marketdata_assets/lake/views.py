@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from urllib.parse import urlsplit
 import polars as pl
 
 from marketdata_assets.errors import BadInput
+from marketdata_assets.lake.objects import endpoint, region
 from marketdata_assets.lake.tables import Table
 from marketdata_assets.lake.warehouse import Warehouse, sql_type
 
@@ -64,7 +64,7 @@ def _view(connection: Connection, table: Table, uris: Sequence[str]) -> None:
     options = "hive_partitioning = true, hive_types = {'month': VARCHAR}, union_by_name = true"
     source = f"read_parquet([{', '.join(map(_quoted, uris))}], {options})"
     if not uris:
-        empty = pl.DataFrame(schema={"market": pl.String, **{c.name: c.dtype for c in table.columns}})
+        empty = pl.DataFrame(schema={"market": pl.String, **table.schema})
         connection.register(f"{schema}_{name}_empty", empty.to_arrow())
         source = f"{schema}_{name}_empty"
     connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{schema}"')
@@ -81,14 +81,12 @@ def _s3() -> Any:
     from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow.fs import S3FileSystem
 
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    session = boto3.Session()
-    keys = session.get_credentials()
-    options: dict[str, Any] = {"region": session.region_name or "us-east-1"}
+    keys = boto3.Session().get_credentials()
+    options: dict[str, Any] = {"region": region() or "us-east-1"}
     if keys is not None:
         frozen = keys.get_frozen_credentials()
         options |= {"access_key": frozen.access_key, "secret_key": frozen.secret_key, "session_token": frozen.token}
-    if endpoint:
-        parts = urlsplit(endpoint)
+    if where := endpoint():
+        parts = urlsplit(where)
         options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
     return ArrowFSWrapper(S3FileSystem(**options))

@@ -56,7 +56,7 @@ class Warehouse:
     def read(self, table: Table, market: Market, window: Window) -> pl.DataFrame:
         """The bars of a market that open inside the window, sorted; none where the table is not there yet."""
         if not self.exists:
-            return pl.DataFrame(schema={column.name: column.dtype for column in table.columns})
+            return pl.DataFrame(schema=table.schema)
         with self._translated(), self._open(read_only=True) as connection:
             return _select(connection, table, market, window)
 
@@ -130,7 +130,7 @@ def _pause() -> None:
 
 def _replace(connection: duckdb.DuckDBPyConnection, market: Market, timeframe: Timeframe, frame: pl.DataFrame, window: Window) -> int:
     table = Table("rollup", timeframe)
-    frame = frame.select(pl.col(column.name).cast(column.dtype) for column in table.columns)
+    frame = frame.select(table.typed)
     _create(connection, table)
     stored = _select(connection, table, market, window)
     if stored.equals(frame):
@@ -173,11 +173,11 @@ def _has(connection: duckdb.DuckDBPyConnection, table: Table) -> bool:
 def _select(connection: duckdb.DuckDBPyConnection, table: Table, market: Market, window: Window) -> pl.DataFrame:
     schema, name = table.key
     if not _has(connection, table):
-        return pl.DataFrame(schema={column.name: column.dtype for column in table.columns})
+        return pl.DataFrame(schema=table.schema)
     columns = ", ".join(f'"{column.name}"' for column in table.columns)
     found = connection.sql(
         f'SELECT {columns} FROM "{schema}"."{name}" WHERE market = ? AND open_time >= ? AND open_time < ? ORDER BY open_time',
         params=[market.key, window.start, window.end],
     )
     frame = pl.DataFrame(found.to_arrow_table())
-    return frame.select(pl.col(column.name).cast(column.dtype) for column in table.columns)
+    return frame.select(table.typed)
