@@ -27,10 +27,11 @@ KILLS = int(os.environ.get("MARKETDATA_TEST_KILLS", "3"))
 SPAN = Window(parse_time("2023-11-01"), parse_time("2024-01-01"))
 SYMBOLS = {"BTC/USDT": "BTCUSDT", "ETH/USDT": "ETHUSDT"}
 DAGSTER_STATUS = """
-import dagster as dg
-with dg.DagsterInstance.get() as instance:
+from marketdata_assets.defs.launcher import open_instance
+with open_instance() as instance:
     print(sorted({run.status.value for run in instance.get_runs()}))
 """
+"""Whoever opens the instance next ends the runs that were killed: the last backfill may have found nothing left to do."""
 
 
 def start_backfill() -> subprocess.Popen[bytes]:
