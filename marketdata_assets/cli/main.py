@@ -5,41 +5,40 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from marketdata_assets.errors import BadInput, MarketDataError, StoreFailed
-from marketdata_assets.model.window import Window, iso, parse_time, timeframe
+from marketdata_assets.cli.common import (
+    End,
+    FileFormat,
+    Format,
+    Markets,
+    Out,
+    Start,
+    app,
+    check_format,
+    chosen,
+    err,
+    one_of,
+    opened,
+    out,
+    plain,
+    print_json,
+    print_table,
+    quarantine,
+    say,
+    window_of,
+    write_bars,
+)
+from marketdata_assets.errors import BadInput, MarketDataError
+from marketdata_assets.model.window import iso, timeframe
 from marketdata_assets.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from marketdata_assets.flows.plan import Task
     from marketdata_assets.lake.incidents import Incident
-    from marketdata_assets.model.market import Market
-    from marketdata_assets.toolbox import Toolbox
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-quarantine = typer.Typer(no_args_is_help=True, help="Rows that a rule refused, with their reasons.")
-app.add_typer(quarantine, name="quarantine")
-out = Console()
-err = Console(stderr=True)
-
-Markets = Annotated[
-    list[str] | None, typer.Option("--market", "-m", help="A market such as binance:BTC-USDT; again for more. Default: all.")
-]
-Start = Annotated[str | None, typer.Option("--start", help="First day or moment, UTC, inclusive.")]
-End = Annotated[str | None, typer.Option("--end", help="Last day or moment, UTC, exclusive.")]
-Format = Annotated[str, typer.Option("--format", help="table or json")]
-FileFormat = Annotated[str, typer.Option("--format", help="table, csv, json or parquet")]
-Out = Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the terminal.")]
 
 
 def main() -> None:
@@ -48,7 +47,7 @@ def main() -> None:
     try:
         app()
     except MarketDataError as error:
-        err.print(f"[red]error:[/red] {_plain(str(error))}", highlight=False)
+        err.print(f"[red]error:[/red] {plain(str(error))}", highlight=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         err.print("stopped; run it again to go on")
@@ -61,50 +60,17 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-# --------------------------------------------------------------------------------- what every command does first
-@contextmanager
-def _toolbox() -> Iterator[tuple[Settings, Toolbox]]:
-    from marketdata_assets.toolbox import open_toolbox
-
-    settings = load_settings()
-    with open_toolbox(settings) as toolbox:
-        yield settings, toolbox
-
-
-def _chosen(settings: Settings, keys: list[str] | None) -> list[Market]:
-    return [settings.market(key) for key in keys] if keys else list(settings.markets)
-
-
-def _window(settings: Settings, start: str | None, end: str | None) -> Window:
-    window = Window(parse_time(start) if start else settings.since, parse_time(end) if end else settings.now())
-    if start and window.start > settings.now():
-        raise BadInput(f"--start {start} lies in the future; it is now {iso(settings.now())}")
-    if not window:
-        raise BadInput(f"the window {iso(window.start)} .. {iso(window.end)} is empty; --start must come before --end")
-    return window
-
-
-def _one_of(value: str, *allowed: str) -> str:
-    if value not in allowed:
-        raise BadInput(f"--format {value} is not one of {', '.join(allowed)}")
-    return value
-
-
 # --------------------------------------------------------------------------------- backfill, plan
 @app.command()
 def backfill(market: Markets = None, start: Start = None, end: End = None) -> None:
     """Fetch, check and roll up what is missing or open in that span, through Dagster."""
     from marketdata_assets.flows.plan import plan as plan_flow
 
-    with _toolbox() as (settings, toolbox):
+    with opened() as (settings, toolbox):
         toolbox.lake.sweep()
         if settings.rollups == "duckdb" and not toolbox.warehouse.exists:
             toolbox.ledger.forget_rollups()
-        partitions = settings.partitions(_chosen(settings, market), _window(settings, start, end))
+        partitions = settings.partitions(chosen(settings, market), window_of(settings, start, end))
         tasks = plan_flow(toolbox, partitions)
         if not tasks:
             out.print(f"nothing to do: all {len(partitions)} partitions are complete")
@@ -127,11 +93,11 @@ def _backfill(settings: Settings, tasks: list[Task]) -> int:
         bar = progress.add_task(f"{len(tasks)} partitions", total=total, requests=0)
         outcome = run_ranges(settings, ranges(tasks), lambda o: progress.update(bar, completed=min(o.bars, total), requests=o.requests))
     for failure in outcome.failed:
-        err.print(f"[red]failed[/red] {failure['failed']}: {_plain(failure['says'])}", highlight=False)
+        err.print(f"[red]failed[/red] {failure['failed']}: {plain(failure['says'])}", highlight=False)
     for check in outcome.checks:
-        err.print(f"[yellow]check[/yellow] {check['check']} {check['partition']}: {_plain(check['says'])}", highlight=False)
+        err.print(f"[yellow]check[/yellow] {check['check']} {check['partition']}: {plain(check['says'])}", highlight=False)
     for run in outcome.broken_runs:
-        err.print(f"[red]run failed[/red] {_plain(run)}", highlight=False)
+        err.print(f"[red]run failed[/red] {plain(run)}", highlight=False)
     out.print(f"{outcome.bars} bars received in {outcome.requests} requests, {len(tasks)} partitions in {outcome.runs} runs")
     return outcome.exit_code
 
@@ -142,9 +108,9 @@ def plan(market: Markets = None, start: Start = None, end: End = None, format: F
     from marketdata_assets.flows.plan import minutes
     from marketdata_assets.flows.plan import plan as plan_flow
 
-    _one_of(format, "table", "json")
-    with _toolbox() as (settings, toolbox):
-        tasks = plan_flow(toolbox, settings.partitions(_chosen(settings, market), _window(settings, start, end)))
+    one_of(format, "table", "json")
+    with opened() as (settings, toolbox):
+        tasks = plan_flow(toolbox, settings.partitions(chosen(settings, market), window_of(settings, start, end)))
         needed = sum(minutes(tasks, venue) for venue in settings.venues.values())
     total = {
         "partitions": len(tasks),
@@ -154,9 +120,9 @@ def plan(market: Markets = None, start: Start = None, end: End = None, format: F
     }
     rows = [{"partition": t.partition.key, "bars": t.bars, "requests": t.requests, "reason": t.reason} for t in tasks]
     if format == "json":
-        _print_json({**total, "tasks": rows})
+        print_json({**total, "tasks": rows})
         return
-    _print_table(rows, ["partition", "bars", "requests", "reason"])
+    print_table(rows, ["partition", "bars", "requests", "reason"])
     out.print("{partitions} partitions, {bars} bars, {requests} requests, at least {minutes} minutes".format(**total))
 
 
@@ -173,10 +139,10 @@ def bars(
     """Print the stored bars of a market."""
     from marketdata_assets.flows.read import known_market, read_bars
 
-    _check_format(format, file)
-    with _toolbox() as (settings, toolbox):
-        found = read_bars(toolbox, known_market(toolbox, market), timeframe(timeframe_), _window(settings, start, end))
-    _write_bars(found, format, file)
+    check_format(format, file)
+    with opened() as (settings, toolbox):
+        found = read_bars(toolbox, known_market(toolbox, market), timeframe(timeframe_), window_of(settings, start, end))
+    write_bars(found, format, file)
 
 
 @app.command()
@@ -192,51 +158,10 @@ def sql(
     from marketdata_assets.flows.sql import connected
     from marketdata_assets.lake.views import answer
 
-    _check_format(format, file)
-    with _toolbox() as (settings, toolbox), connected(toolbox, market, _window(settings, start, end)) as connection:
+    check_format(format, file)
+    with opened() as (settings, toolbox), connected(toolbox, market, window_of(settings, start, end)) as connection:
         found = answer(connection, query)
-    _write_bars(found, format, file)
-
-
-def _check_format(format: str, file: Path | None) -> None:
-    _one_of(format, "table", "csv", "json", "parquet")
-    if format == "parquet" and file is None:
-        raise BadInput("--format parquet needs --out FILE")
-
-
-def _write_bars(found: pl.DataFrame, format: str, file: Path | None) -> None:
-    if format == "table":
-        _print_table(_as_text(found).to_dicts(), found.columns)
-        return
-    if format == "parquet":
-        from marketdata_assets.lake.parquet import encode
-
-        content = encode(found)
-    elif format == "csv":
-        content = _as_text(found).write_csv().encode()
-    else:
-        content = (json.dumps(_as_text(found).to_dicts()) + "\n").encode()
-    if file is None:
-        sys.stdout.buffer.write(content)
-        sys.stdout.flush()
-        return
-    try:
-        file.write_bytes(content)
-    except OSError as error:
-        raise StoreFailed(f"{file} cannot be written: {error.strerror}; choose another --out") from None
-
-
-def _as_text(found: pl.DataFrame) -> pl.DataFrame:
-    """Times as ISO, decimals as their exact digits; counts stay numbers, null stays null."""
-    import polars as pl
-
-    from marketdata_assets.model.bar import decimal_text
-
-    times = [name for name, dtype in found.schema.items() if isinstance(dtype, pl.Datetime)]
-    return found.with_columns(
-        pl.col(times).dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        *(decimal_text(name) for name, dtype in found.schema.items() if isinstance(dtype, pl.Decimal)),
-    )
+    write_bars(found, format, file)
 
 
 @app.command()
@@ -244,10 +169,10 @@ def coverage(market: Markets = None, format: Format = "table") -> None:
     """Explain every expected bar of each market, in 1m bars: the parts sum to what is expected."""
     from marketdata_assets.flows.read import coverage as coverage_flow
 
-    _one_of(format, "table", "json")
-    with _toolbox() as (settings, toolbox):
-        rows = [c.as_dict() for c in coverage_flow(toolbox, _chosen(settings, market))]
-    _print_json(rows) if format == "json" else _print_table(rows, list(rows[0]))
+    one_of(format, "table", "json")
+    with opened() as (settings, toolbox):
+        rows = [c.as_dict() for c in coverage_flow(toolbox, chosen(settings, market))]
+    print_json(rows) if format == "json" else print_table(rows, list(rows[0]))
 
 
 @quarantine.command("list")
@@ -259,14 +184,14 @@ def quarantine_list(
     format: Format = "table",
 ) -> None:
     """Rejected rows: all fields as they were sent, the rules they broke, and the request that brought them."""
-    _one_of(format, "table", "json")
-    with _toolbox() as (settings, toolbox):
-        rows = toolbox.ledger.quarantined(settings.market(market) if market else None, _window(settings, start, end), limit)
+    one_of(format, "table", "json")
+    with opened() as (settings, toolbox):
+        rows = toolbox.ledger.quarantined(settings.market(market) if market else None, window_of(settings, start, end), limit)
     if format == "json":
-        _print_json(rows)
+        print_json(rows)
         return
     names = ["market", "table", "open_time", "reasons", "fetch_id", "seen", "fields"]
-    _print_table([{**row, "fields": json.dumps(row["fields"])} for row in rows], names)
+    print_table([{**row, "fields": json.dumps(row["fields"])} for row in rows], names)
 
 
 # --------------------------------------------------------------------------------- health, alerts, parked, prune
@@ -276,14 +201,14 @@ def health(format: Format = "table") -> None:
     from marketdata_assets.flows.health import Status
     from marketdata_assets.flows.health import health as health_flow
 
-    _one_of(format, "table", "json")
-    with _toolbox() as (_, toolbox):
+    one_of(format, "table", "json")
+    with opened() as (_, toolbox):
         found = health_flow(toolbox)
     rows: list[dict[str, Any]] = [h.as_dict() for h in found]
     if format == "json":
-        _print_json(rows)
+        print_json(rows)
     else:
-        _print_table([{**row, "reasons": "; ".join(row["reasons"])} for row in rows], ["kind", "subject", "status", "reasons"])
+        print_table([{**row, "reasons": "; ".join(row["reasons"])} for row in rows], ["kind", "subject", "status", "reasons"])
     raise typer.Exit(0 if all(h.status == Status.HEALTHY for h in found) else 1)
 
 
@@ -294,19 +219,19 @@ def alerts(
     format: Format = "table",
 ) -> None:
     """What went wrong, since when and until when, and whether everybody was told."""
-    _one_of(format, "table", "json")
-    with _toolbox() as (_, toolbox):
+    one_of(format, "table", "json")
+    with opened() as (_, toolbox):
         waiting = toolbox.incidents.undelivered()
         history = list(toolbox.incidents.open().values())[-limit:] if open_only else toolbox.incidents.history(limit)
     rows = [_incident_row(incident) for incident in history]
     if format == "json":
-        _print_json(rows)
+        print_json(rows)
         return
-    _print_table(rows, ["severity", "opened", "recovered", "title"])
+    print_table(rows, ["severity", "opened", "recovered", "title"])
     still = sum(row["recovered"] is None for row in rows)
     out.print(f"{len(rows)} incidents, {still} of them open", highlight=False)
     for channel, (count, why) in waiting.items():
-        err.print(f"[yellow]{count} alerts wait[/yellow] for {channel}: {_plain(why)}", highlight=False)
+        err.print(f"[yellow]{count} alerts wait[/yellow] for {channel}: {plain(why)}", highlight=False)
 
 
 def _incident_row(incident: Incident) -> dict[str, Any]:
@@ -331,9 +256,9 @@ def parked(
     format: Format = "table",
 ) -> None:
     """Partitions that `backfill_missed` has given up, with the reason of the last attempt."""
-    _one_of(format, "table", "json")
-    with _toolbox() as (settings, toolbox):
-        wanted = {p.key for p in settings.partitions(_chosen(settings, market), _window(settings, start, end))}
+    one_of(format, "table", "json")
+    with opened() as (settings, toolbox):
+        wanted = {p.key for p in settings.partitions(chosen(settings, market), window_of(settings, start, end))}
         found = [ask for ask in toolbox.ledger.asks().values() if ask.parked_at and ask.partition.key in wanted]
         if unpark:
             toolbox.ledger.forget_asks([ask.partition for ask in found])
@@ -342,7 +267,7 @@ def parked(
         for ask in found
         if ask.parked_at
     ]
-    _print_json(rows) if format == "json" else _print_table(rows, ["partition", "attempts", "parked", "reason"])
+    print_json(rows) if format == "json" else print_table(rows, ["partition", "attempts", "parked", "reason"])
     if format == "table":
         out.print(f"{len(rows)} partitions {'unparked' if unpark else 'are parked'}", highlight=False)
 
@@ -356,11 +281,11 @@ def prune(
     from marketdata_assets.cli.processes import answer_of
     from marketdata_assets.flows.upkeep import forget
 
-    with _toolbox() as (settings, toolbox):
+    with opened() as (settings, toolbox):
         keep = settings.retention_days if days is None else days
         flags = ["--days", str(keep), *(["--dry-run"] if dry_run else [])]
         gone = answer_of(["marketdata_assets.defs.prune", *flags], settings) | forget(toolbox, keep, dry_run)
-    _print_json(gone)
+    print_json(gone)
 
 
 @app.command()
@@ -370,8 +295,8 @@ def retire(
     """Remove months that are older than `retention:` keeps, and move those that are older than `cold:` says."""
     from marketdata_assets.flows.retire import retire as retire_flow
 
-    _one_of(format, "table", "json")
-    with _toolbox() as (_, toolbox):
+    one_of(format, "table", "json")
+    with opened() as (_, toolbox):
         rows: list[dict[str, Any]] = [
             {
                 "table": r.table.name,
@@ -382,20 +307,9 @@ def retire(
             }
             for r in retire_flow(toolbox, dry_run)
         ]
-    _print_json(rows) if format == "json" else _print_table(rows, ["table", "partition", "what", "bytes", "says"])
+    print_json(rows) if format == "json" else print_table(rows, ["table", "partition", "what", "bytes", "says"])
     if format == "table":
         out.print(f"{len(rows)} months" + (", nothing was changed" if dry_run else ""), highlight=False)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
-
-
-def _print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
-    table = Table(*names, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*("" if row[name] is None else _plain(str(row[name])) for name in names))
-    (out if out.is_terminal else Console(width=max(80, 24 * len(names)))).print(table)
 
 
 # --------------------------------------------------------------------------------- servers
@@ -418,7 +332,7 @@ def dev(port: Port = 3000) -> None:
 
     settings = load_settings()
     open_channels(settings.state, settings.alerts)  # a wrong URL is told now, not when something burns
-    serve_ui(settings, port, say=_say)
+    serve_ui(settings, port, say=say)
 
 
 @app.command()
@@ -437,7 +351,7 @@ def serve(
     settings = load_settings()
     if check:
         raise typer.Exit(0 if check_role(settings, role, host, port) else 1)
-    serve_role(settings, role, host, port, processes, say=_say)
+    serve_role(settings, role, host, port, processes, say=say)
 
 
 @app.command()
@@ -451,10 +365,10 @@ def demo(
 
     with run_sandbox() as url:
         settings = demo_universe(folder, url)
-        _say(f"sandbox exchange at {url}, universe in {settings.source}")
+        say(f"sandbox exchange at {url}, universe in {settings.source}")
         code = _demo(settings)
         if ui:
-            serve_ui(settings, port, say=_say)
+            serve_ui(settings, port, say=say)
     raise typer.Exit(code)
 
 
@@ -464,17 +378,13 @@ def _demo(settings: Settings) -> int:
     from marketdata_assets.toolbox import open_toolbox
 
     with open_toolbox(settings) as toolbox:
-        window = _window(settings, None, None)
+        window = window_of(settings, None, None)
         tasks = plan_flow(toolbox, settings.partitions(settings.markets, window))
         code = _backfill(settings, tasks) if tasks else 0
         rows = [c.as_dict() for c in coverage_flow(toolbox, settings.markets)]
-        _print_table(rows, list(rows[0]))
-        _say(f"{len(toolbox.ledger.quarantined(None, window))} rows in quarantine; every check result stands in the UI")
+        print_table(rows, list(rows[0]))
+        say(f"{len(toolbox.ledger.quarantined(None, window))} rows in quarantine; every check result stands in the UI")
     return code
-
-
-def _say(text: str) -> None:
-    out.print(text, highlight=False)
 
 
 if __name__ == "__main__":
