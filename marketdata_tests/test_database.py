@@ -20,27 +20,30 @@ from marketdata_assets.lake.incidents import Incidents
 from marketdata_assets.lake.ledger import Account, Entry, Ledger, State
 from marketdata_assets.lake.parquet import decode
 from marketdata_assets.lake.tables import raw, rollup
+from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.window import TIMEFRAMES, Window
-from marketdata_tests.samples import BTC, JANUARY, at, kill, start_python
+from marketdata_tests.samples import BTC, JANUARY, at, frame, kill, minutes, random_rows, start_python
 
-VERSION_1 = Path(__file__).parent / "version_1"
+HERE = Path(__file__).parent
 TABLE = raw(TIMEFRAMES["1m"])
 
 
 # --------------------------------------------------------------------------------- versions
-@pytest.fixture
-def old(tmp_path: Path) -> Path:
-    """A state folder as the release before versions left it."""
+@pytest.fixture(params=[1, 2])
+def old(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A state folder as an earlier release left it."""
     db = sqlite3.connect(tmp_path / "ledger.db")
-    db.executescript((VERSION_1 / "ledger.sql").read_text())
+    db.executescript((HERE / f"version_{request.param}" / "ledger.sql").read_text())
     db.close()
     return tmp_path
 
 
-def contents(file: Path) -> dict[str, list[tuple[Any, ...]]]:
+def contents(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every row of every table, by column."""
     db = sqlite3.connect(file)
-    tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-    found = {name: sorted(db.execute(f'SELECT * FROM "{name}"').fetchall(), key=repr) for name in tables}
+    db.row_factory = sqlite3.Row
+    tables = [row["name"] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+    found = {name: sorted((dict(row) for row in db.execute(f'SELECT * FROM "{name}"')), key=repr) for name in tables}
     db.close()
     return found
 
@@ -49,9 +52,12 @@ def test_the_version_before_comes_forward_in_place_with_every_row(old: Path):
     before = contents(old / "ledger.db")
     ledger = Ledger(old)
     after = contents(old / "ledger.db")
-    assert after.pop("schema_version") == [(schema.VERSION,)]
-    assert [row[:-1] for row in after.pop("quarantine")] == before.pop("quarantine")
-    assert after == before
+    assert after["schema_version"] == [{"version": schema.VERSION}]
+    before.pop("schema_version", None)
+    kept = {
+        table: [{name: row[name] for name in was} for row, was in zip(after[table], rows, strict=True)] for table, rows in before.items()
+    }
+    assert kept == before
     assert before["partitions"]
     assert before["fetches"]
     state = ledger.state(TABLE, JANUARY)
@@ -76,17 +82,17 @@ def test_a_refused_row_of_the_version_before_is_known_when_it_comes_again(old: P
 
 def test_a_step_that_fails_leaves_the_old_version_whole(old: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(db: schema.Statements, identity: str) -> None:
-        schema._to_2(db, identity)
+        whole(db, identity)
         db.execute("SELECT * FROM there_is_no_such_table")
 
-    before = contents(old / "ledger.db")
+    before, whole = contents(old / "ledger.db"), schema.STEPS[schema.VERSION]
     with monkeypatch.context() as patched:
-        patched.setitem(schema.STEPS, 2, broken)
+        patched.setitem(schema.STEPS, schema.VERSION, broken)
         with pytest.raises(StoreFailed, match="there_is_no_such_table"):
             Ledger(old)
     assert contents(old / "ledger.db") == before
     Ledger(old)
-    assert contents(old / "ledger.db")["schema_version"] == [(schema.VERSION,)]
+    assert contents(old / "ledger.db")["schema_version"] == [{"version": schema.VERSION}]
 
 
 OPEN = """
@@ -118,12 +124,20 @@ def test_a_newer_version_is_not_touched(tmp_path: Path):
 
 
 def test_objects_of_the_version_before_are_read():
-    found = decode((VERSION_1 / "rollup_1d.parquet").read_bytes(), rollup(TIMEFRAMES["1d"]), "rollup_1d.parquet")
+    found = decode((HERE / "version_1" / "rollup_1d.parquet").read_bytes(), rollup(TIMEFRAMES["1d"]), "rollup_1d.parquet")
     assert found.columns == [column.name for column in rollup(TIMEFRAMES["1d"]).columns]
     assert [(str(row["close"]), row["bars_present"]) for row in found.to_dicts()] == EXPECTED_DAYS
 
 
 EXPECTED_DAYS = [("54002.870000000000", 1440), ("54259.360000000000", 1360)]
+
+
+def test_raw_objects_of_the_version_before_know_no_provenance():
+    content = (HERE / "version_2" / "raw_1m.parquet").read_bytes()
+    found = decode(content, TABLE, "raw_1m.parquet", provenance=True)
+    assert found.select(NAMES).equals(frame(random_rows(7, minutes(30, at("2024-01-07")), digits=8)))
+    assert found.columns == [*NAMES, "known_at", "source"]
+    assert found["known_at"].null_count() == found["source"].null_count() == 30
 
 
 # --------------------------------------------------------------------------------- a server that goes away

@@ -311,7 +311,7 @@ class Ledger(Database):
             if forgiven:
                 db.execute("UPDATE asks SET attempts = attempts - 1 WHERE market = ? AND month = ? AND attempts > 0", where[1:])
             db.execute(
-                "INSERT INTO partitions VALUES (?, ?, ?, ?, ?, NULL, 0, 0, NULL, NULL, NULL, 1, ?, ?, NULL, ?)"
+                "INSERT INTO partitions VALUES (?, ?, ?, ?, ?, NULL, 0, 0, NULL, NULL, NULL, 1, ?, ?, NULL, ?, NULL)"
                 " ON CONFLICT (tbl, market, month) DO UPDATE SET attempts = partitions.attempts + 1,"
                 " failures = partitions.failures + excluded.failures, error = excluded.error,"
                 " updated_at = excluded.updated_at",

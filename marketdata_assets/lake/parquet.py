@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import os
@@ -15,21 +14,24 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from marketdata_assets.errors import Damaged, StoreFailed
+from marketdata_assets.lake.fingerprint import fingerprint
 from marketdata_assets.lake.objects import Objects, open_objects, storage_options
 from marketdata_assets.lake.tables import Table, keys_of
-from marketdata_assets.model.bar import DECIMAL, SCALE
+from marketdata_assets.model.bar import DECIMAL, PROVENANCE, SCALE
 from marketdata_assets.model.window import Partition
 
-VERSION, VERSION_KEY = 2, "marketdata_version"
-"""Of the objects; one without the key is of version 1, packed otherwise. Both are read, and what is written is of this one."""
+VERSION, VERSION_KEY = 3, "marketdata_version"
+"""Of the objects; one without the key is of version 1, packed otherwise, and raw ones of version 2 know no provenance. All are
+read, and what is written is of this one."""
 ROWS_A_GROUP = 10_080
 """A week of minutes: whoever wants a day reads a fourth of a month, for 2 % more bytes."""
 _DIGITS = 18
-_IN_SMALL_STEPS = ("open_time", "open", "high", "low", "close")
+_TOLD = [column.name for column in PROVENANCE]
+_IN_SMALL_STEPS = ("open_time", "open", "high", "low", "close", "known_at", "replaced_at")
 
 
 class Stored(NamedTuple):
-    """One object as it lies there."""
+    """One object as it lies there; `digest` is the fingerprint of its rows without their provenance."""
 
     bytes: int
     digest: str
@@ -55,7 +57,7 @@ class Lake:
         """Replace a partition's object atomically; the same rows always give the same bytes."""
         content = encode(frame)
         self._hot.write(table.path(partition), content)
-        return Stored(len(content), hashlib.sha256(content).hexdigest())
+        return Stored(len(content), fingerprint(frame.drop(*_TOLD, strict=False)))
 
     def write_changed(self, table: Table, partition: Partition, frame: pl.DataFrame) -> bool:
         """Replace a partition's object where it holds something else; whether it did."""
@@ -65,14 +67,14 @@ class Lake:
             self._hot.write(path, content)
         return changed
 
-    def read(self, table: Table, partition: Partition, since: datetime | None = None) -> pl.DataFrame | None:
+    def read(self, table: Table, partition: Partition, since: datetime | None = None, provenance: bool = False) -> pl.DataFrame | None:
         """The partition's rows, sorted by open_time, or None where there is no object. Raises Damaged.
 
-        `since`: rows of before that moment may be left out.
+        `since`: rows of before that moment may be left out. `provenance`: with the columns of model.bar.PROVENANCE.
         """
         path = table.path(partition)
         content = self._read(path)
-        return None if content is None else decode(content, table, f"{self.location}/{path}", since)
+        return None if content is None else decode(content, table, f"{self.location}/{path}", since, provenance)
 
     def _read(self, path: str) -> bytes | None:
         return next((found for place in self._places if (found := place.read(path)) is not None), None)
@@ -167,7 +169,7 @@ def encode(frame: pl.DataFrame) -> bytes:
         compression="zstd",
         compression_level=3,
         max_rows_per_page=ROWS_A_GROUP,
-        use_dictionary=False,
+        use_dictionary=[name for name, dtype in slim.schema.items() if dtype == pl.String] or False,
         store_decimal_as_integer=True,
         write_page_checksum=True,
         column_encoding={name: "DELTA_BINARY_PACKED" if name in _IN_SMALL_STEPS else "BYTE_STREAM_SPLIT" for name in packed},
@@ -179,18 +181,22 @@ def encode(frame: pl.DataFrame) -> bytes:
     return sink.getvalue()
 
 
-def decode(content: bytes, table: Table, name: str, since: datetime | None = None) -> pl.DataFrame:
+def decode(content: bytes, table: Table, name: str, since: datetime | None = None, provenance: bool = False) -> pl.DataFrame:
     """The frame of an object, checksums verified, columns bound by name and in the table's types. Raises Damaged.
 
-    `since`: only row groups that reach this moment are read, whole.
+    `since`: only row groups that reach this moment are read, whole. `provenance` is null where an object holds none.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True)
-        found = file.read() if since is None else file.read_row_groups(_reaching(file, since))
-        return pl.DataFrame(found).select(table.typed)
+        told = [*table.columns, *(PROVENANCE if provenance else ())]
+        names = [c.name for c in told if c.name in file.schema_arrow.names]
+        groups = range(file.metadata.num_row_groups) if since is None else _reaching(file, since)
+        found = pl.DataFrame(file.read_row_groups(groups, columns=names))
+        absent = [pl.lit(None, c.dtype).alias(c.name) for c in PROVENANCE if provenance and c.name not in names]
+        return found.with_columns(absent).select(pl.col(c.name).cast(c.dtype) for c in told)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, OSError, ValueError) as error:
         raise Damaged(f"{name} is damaged ({type(error).__name__}); `marketdata backfill` fetches it again") from None
 

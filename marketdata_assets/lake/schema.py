@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-VERSION = 2
+VERSION = 3
 
 
 class Statements(Protocol):
@@ -50,6 +50,18 @@ _LATE = (
     UNIQUE (incident, event, channel))""",
 )
 
+# what version 3 brought: proof
+_PROOF = (
+    """CREATE TABLE anomalies (
+    id {id}, tbl TEXT NOT NULL, market TEXT NOT NULL, month TEXT NOT NULL, kind TEXT NOT NULL, severity TEXT NOT NULL,
+    state TEXT NOT NULL, start TEXT NOT NULL, "end" TEXT NOT NULL, bars INTEGER NOT NULL, evidence TEXT NOT NULL,
+    found_at TEXT NOT NULL, changed_at TEXT NOT NULL, note TEXT, UNIQUE (tbl, market, kind, start))""",
+    """CREATE TABLE corrections (
+    tbl TEXT NOT NULL, market TEXT NOT NULL, month TEXT NOT NULL, at TEXT NOT NULL, bars INTEGER NOT NULL, source TEXT NOT NULL,
+    PRIMARY KEY (tbl, market, month, at))""",
+    "CREATE TABLE receipts (id {id}, kind TEXT NOT NULL, at TEXT NOT NULL, says TEXT NOT NULL, body TEXT NOT NULL)",
+)
+
 TABLES = (
     "CREATE TABLE schema_version (version INTEGER NOT NULL)",
     """CREATE TABLE venues (
@@ -61,11 +73,12 @@ TABLES = (
     start TEXT NOT NULL, through TEXT NOT NULL, newest TEXT, complete INTEGER NOT NULL, rows INTEGER NOT NULL,
     bytes BIGINT, digest TEXT, rolled TEXT,
     attempts INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0, error TEXT,
-    account TEXT, updated_at TEXT NOT NULL,
+    account TEXT, updated_at TEXT NOT NULL, whole_at TEXT,
     PRIMARY KEY (tbl, market, month))""",
     """CREATE TABLE gaps (
     tbl TEXT NOT NULL, market TEXT NOT NULL, month TEXT NOT NULL, start TEXT NOT NULL, "end" TEXT NOT NULL,
     bars INTEGER NOT NULL, reason TEXT NOT NULL, answers INTEGER NOT NULL, evidence TEXT NOT NULL,
+    cause TEXT NOT NULL DEFAULT '', proof TEXT NOT NULL DEFAULT '{}', first_asked TEXT, last_asked TEXT, next_ask TEXT,
     PRIMARY KEY (tbl, market, start))""",
     _QUARANTINE,
     """CREATE TABLE fetches (
@@ -74,6 +87,7 @@ TABLES = (
     error TEXT)""",
     "CREATE INDEX fetches_by_market ON fetches (market, asked_at)",
     *_LATE,
+    *_PROOF,
 )
 
 
@@ -98,5 +112,20 @@ def _to_2(db: Statements, identity: str) -> None:
     db.execute("INSERT INTO schema_version VALUES (1)")
 
 
-STEPS: dict[int, Callable[[Statements, str], None]] = {2: _to_2}
+def _to_3(db: Statements, identity: str) -> None:
+    """Version 2 knew no causes of gaps, no corrections, no anomalies and no receipts."""
+    for column in (
+        "cause TEXT NOT NULL DEFAULT ''",
+        "proof TEXT NOT NULL DEFAULT '{}'",
+        "first_asked TEXT",
+        "last_asked TEXT",
+        "next_ask TEXT",
+    ):
+        db.execute(f"ALTER TABLE gaps ADD COLUMN {column}")
+    db.execute("ALTER TABLE partitions ADD COLUMN whole_at TEXT")
+    for statement in _PROOF:
+        db.execute(statement.replace("{id}", identity))
+
+
+STEPS: dict[int, Callable[[Statements, str], None]] = {2: _to_2, 3: _to_3}
 """By version: the step to it from the one before."""

@@ -9,14 +9,17 @@ from urllib.parse import quote, unquote
 import polars as pl
 
 from marketdata_assets.lake.objects import OBJECT
-from marketdata_assets.model.bar import COLUMNS, ROLLUP_COLUMNS, Column
+from marketdata_assets.model.bar import COLUMNS, HISTORY_COLUMNS, ROLLUP_COLUMNS, Column
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import Partition, Timeframe
+
+LAYERS: dict[str, tuple[Column, ...]] = {"raw": COLUMNS, "rollup": ROLLUP_COLUMNS, "history": HISTORY_COLUMNS}
+"""The columns of each layer's tables."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`raw` tables hold what a venue sent, `rollup` tables what was made of it."""
+    """`raw` tables hold what a venue sent, `rollup` tables what was made of it, `history` tables raw bars that were replaced."""
 
     layer: str
     timeframe: Timeframe
@@ -34,7 +37,7 @@ class Table:
     @property
     def columns(self) -> tuple[Column, ...]:
         """Its columns, in order."""
-        return COLUMNS if self.layer == "raw" else ROLLUP_COLUMNS
+        return LAYERS[self.layer]
 
     @property
     def schema(self) -> dict[str, pl.DataType]:
@@ -59,6 +62,11 @@ def raw(timeframe: Timeframe) -> Table:
 def rollup(timeframe: Timeframe) -> Table:
     """The table of a rolled-up timeframe."""
     return Table("rollup", timeframe)
+
+
+def history(timeframe: Timeframe) -> Table:
+    """The table of the bars that corrections replaced."""
+    return Table("history", timeframe)
 
 
 def folder(market: Market) -> str:

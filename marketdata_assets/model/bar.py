@@ -39,10 +39,22 @@ ROLLUP_COLUMNS: tuple[Column, ...] = (
     Column("bars_expected", pl.Int64(), "base bars a full bar of this timeframe holds"),
     Column("bars_present", pl.Int64(), "base bars this one was made of"),
 )
+PROVENANCE: tuple[Column, ...] = (
+    Column("known_at", TIME, "since when this bar is known, by our clock; null: since before revisions were kept", optional=True),
+    Column("source", pl.String(), "what told it: `rest`, or the name of an imported file", optional=True),
+)
+"""What is stored beside every raw bar; a reader of bars does not see it."""
+HISTORY_COLUMNS: tuple[Column, ...] = (
+    *COLUMNS,
+    *PROVENANCE,
+    Column("replaced_at", TIME, "since when another bar is known in its place, by our clock"),
+)
 NAMES: tuple[str, ...] = tuple(column.name for column in COLUMNS)
 PRICES: tuple[str, ...] = ("open", "high", "low", "close")
 SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in COLUMNS}
 ROLLUP_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in ROLLUP_COLUMNS}
+TOLD_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in (*COLUMNS, *PROVENANCE)}
+"""A bar with its provenance, as raw objects hold it."""
 
 
 def empty_bars() -> pl.DataFrame:
