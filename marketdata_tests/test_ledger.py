@@ -24,7 +24,7 @@ from marketdata_assets.lake.ledger import (
     BREAKER_FIRST,
     BREAKER_LIMIT,
     BREAKER_LONGEST,
-    GIVE_UP_AFTER,
+    PROMPT_ASKS,
     Account,
     Entry,
     Gap,
@@ -400,17 +400,22 @@ def test_a_market_is_listed_where_it_was_told(ledger: Ledger, another: Open):
 
 
 @pytest.mark.parametrize(
-    ("reason", "answers", "settled"),
+    ("reason", "answers", "cause", "settled"),
     [
-        ("no_bars", 1, True),
-        ("quarantined", GIVE_UP_AFTER - 1, False),
-        ("quarantined", GIVE_UP_AFTER, True),
-        ("unanswered", GIVE_UP_AFTER - 1, False),
-        ("unanswered", GIVE_UP_AFTER, True),
+        ("no_bars", 1, "", True),
+        ("quarantined", PROMPT_ASKS - 1, "", False),
+        ("quarantined", PROMPT_ASKS, "", True),
+        ("unanswered", PROMPT_ASKS - 1, "", False),
+        ("unanswered", PROMPT_ASKS, "", True),
+        ("unanswered", 1, "delisted", True),
     ],
 )
-def test_a_gap_is_settled_by_evidence_or_by_asking_often_enough(reason: str, answers: int, settled: bool):
-    assert GAP._replace(reason=reason, answers=answers).settled is settled
+def test_a_gap_is_settled_by_evidence_or_by_asking_often_enough(reason: str, answers: int, cause: str, settled: bool):
+    gap = GAP._replace(reason=reason, answers=answers, cause=cause)
+    assert gap.settled is settled
+    assert gap.due(NOW) is not settled  # as long as nobody has said when it is asked again
+    assert gap._replace(next_ask=NOW).due(NOW)
+    assert not gap._replace(next_ask=NOW + timedelta(seconds=1)).due(NOW)
 
 
 def test_requests_become_rows_of_the_fetch_log():

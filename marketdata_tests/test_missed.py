@@ -22,7 +22,7 @@ from marketdata_assets.sources.sandbox import SandboxExchange
 from marketdata_assets.sources.sandbox_bars import truth
 from marketdata_assets.toolbox import open_toolbox
 from marketdata_tests.conftest import Universe
-from marketdata_tests.steps import at, partitions, run_derive, run_ingest
+from marketdata_tests.steps import at, partitions, run_derive, run_ingest, tell_apart
 
 M1 = TIMEFRAMES["1m"]
 
@@ -35,8 +35,9 @@ def settings(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settin
 
 @pytest.fixture
 def filled(settings: Settings) -> Settings:
-    """The same, with everything fetched and rolled up."""
+    """The same, with everything fetched and rolled up, and no gap left to be asked for again."""
     run_ingest(settings)
+    tell_apart(settings)
     run_derive(settings)
     return settings
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from marketdata_assets.cli import gaps as _gaps  # noqa: F401  (its command is registered)
 from marketdata_assets.cli.common import (
     End,
     FileFormat,
@@ -168,13 +169,17 @@ def sql(
 
 
 @app.command()
-def coverage(market: Markets = None, format: Format = "table") -> None:
+def coverage(market: Markets = None, start: Start = None, end: End = None, format: Format = "table") -> None:
     """Explain every expected bar of each market, in 1m bars: the parts sum to what is expected."""
+    from marketdata_assets.flows.gaps import explain_new
     from marketdata_assets.flows.read import coverage as coverage_flow
 
     one_of(format, "table", "json")
     with opened() as (settings, toolbox):
-        rows = [c.as_dict() for c in coverage_flow(toolbox, chosen(settings, market))]
+        window = window_of(settings, start, end) if start or end else None
+        markets = chosen(settings, market)
+        explain_new(toolbox, markets)
+        rows = [c.as_dict() for c in coverage_flow(toolbox, markets, window)]
     print_json(rows) if format == "json" else print_table(rows, list(rows[0]))
 
 

@@ -3,6 +3,7 @@
 # no postponed annotations here: Dagster reads them at definition time
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import dagster as dg
@@ -12,8 +13,9 @@ from marketdata_assets.defs.checks import Results, check_specs, failure_told, fi
 from marketdata_assets.defs.partitions import partitions_of_run
 from marketdata_assets.defs.pictures import candles, sparkline
 from marketdata_assets.errors import CheckFailed
-from marketdata_assets.flows.audit import audit_raw, audit_rollup
+from marketdata_assets.flows.audit import audit_gaps, audit_raw, audit_rollup
 from marketdata_assets.flows.derive import Derived, derive
+from marketdata_assets.flows.gaps import explain
 from marketdata_assets.flows.ingest import Ingested, ingest
 from marketdata_assets.flows.read import daily_coverage
 from marketdata_assets.lake.tables import Table, raw, rollup
@@ -134,9 +136,16 @@ def fetch_into(
     results: Results, toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partition], again: Window | None = None
 ) -> None:
     """Ingest and audit the partitions of a raw asset; bars of `again` are asked for once more."""
+    unexplained = []
     for done in ingest(toolbox, timeframe, partitions, again):
         findings = audit_raw(toolbox, done) if done.error is None else []
         results.add(done.partition, _raw_metadata(done), findings, done.error, changed=done.account.stored > 0)
+        if any(not gap.cause for gap in done.gaps):
+            unexplained.append(replace(done, bars=done.bars.select("open_time")))
+    explained = explain(toolbox, partitions, ask=True)  # what one market lacks, the others tell apart
+    for done in unexplained:
+        if done.error is None and (raw(timeframe), done.partition) in explained:
+            results.renew(done.partition, audit_gaps(toolbox, done))
     results.cover(*daily_coverage(toolbox, raw(timeframe)))
 
 

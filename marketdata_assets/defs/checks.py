@@ -169,6 +169,11 @@ class Results:
             if not finding.passed:
                 self._tell({"check": f"{self._key.to_user_string()} {finding.check}", "partition": partition.key, "says": finding.says})
 
+    def renew(self, partition: Partition, finding: Finding) -> None:
+        """A check of one partition found something else in the meantime."""
+        known = self._findings[finding.check]
+        self._findings[finding.check] = [(p, finding if p == partition else f) for p, f in known]
+
     def cover(self, rows: Mapping[str, Sequence[float | None]], first: date) -> None:
         """Show the asset's coverage on each materialization: of all markets, or of its own where they are too many to read."""
         for partition, metadata in self._done.items():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 
 import polars as pl
 
 from marketdata_assets.flows.derive import Derived, neighbour
+from marketdata_assets.flows.gaps import UNEXPLAINED, words_of
 from marketdata_assets.flows.ingest import Ingested
 from marketdata_assets.lake.ledger import Account, Gap
 from marketdata_assets.lake.tables import Table, raw, rollup
@@ -43,7 +44,7 @@ RAW_CHECKS: dict[str, str] = {
     "duplicates": "No open_time is stored twice. If red: materialize the partition again; it is rebuilt from the venue.",
     "gaps": (
         "Every bar that is not stored is explained by evidence. If red: materialize the partition again; "
-        "a hole at a page's edge is asked for in three runs, then settled."
+        "a hole that nobody has answered for is asked for in three runs, then at growing distance. `marketdata gaps` explains each."
     ),
     "accounting": ("Rows received = stored + identical + quarantined. If red: it is a defect of ours; please report the metadata."),
 }
@@ -54,6 +55,13 @@ def audit_raw(toolbox: Toolbox, done: Ingested) -> list[Finding]:
     """The checks of a raw partition, in the order of RAW_CHECKS; which of them are red stands in the ledger afterwards."""
     findings = [_ohlc(done), _duplicates(done), _gaps(done), _accounting(done.account)]
     return _remembered(toolbox, raw(done.timeframe), done.partition, findings)
+
+
+def audit_gaps(toolbox: Toolbox, done: Ingested) -> Finding:
+    """The check `gaps` alone, once more, by what the ledger says of them now."""
+    table = raw(done.timeframe)
+    explained = replace(done, gaps=tuple(toolbox.ledger.gaps(table, done.partition)))
+    return _remembered(toolbox, table, done.partition, [_gaps(explained)])[0]
 
 
 def _remembered(toolbox: Toolbox, table: Table, partition: Partition, findings: list[Finding]) -> list[Finding]:
@@ -113,12 +121,26 @@ def _gap_numbers(unexplained: Sequence[Window], done: Ingested) -> dict[str, int
 
 def _gap_table(unexplained: Sequence[Window], done: Ingested) -> list[Row]:
     known: list[Row] = [
-        {"from": iso(g.window.start), "until": iso(g.window.end), "bars": g.bars, "reason": g.reason, "evidence": g.evidence}
+        {
+            "from": iso(g.window.start),
+            "until": iso(g.window.end),
+            "bars": g.bars,
+            "cause": g.cause or UNEXPLAINED,
+            "reason": g.reason,
+            "evidence": words_of(g),
+        }
         for g in done.gaps
     ]
     asked = {str(row["from"]) for row in known}
     rest: list[Row] = [
-        {"from": iso(w.start), "until": iso(w.end), "bars": w.count(done.timeframe), "reason": "not fetched yet", "evidence": ""}
+        {
+            "from": iso(w.start),
+            "until": iso(w.end),
+            "bars": w.count(done.timeframe),
+            "cause": UNEXPLAINED,
+            "reason": "not fetched yet",
+            "evidence": "",
+        }
         for w in unexplained
         if iso(w.start) not in asked
     ]
@@ -160,7 +182,8 @@ def _complete(toolbox: Toolbox, partition: Partition, timeframe: Timeframe, fram
 def _absent_bars(toolbox: Toolbox, partition: Partition, timeframe: Timeframe) -> pl.DataFrame:
     """How many base bars each bucket lacks because the venue has none, by the ledger's evidence."""
     base = toolbox.settings.venues[partition.market.venue].base
-    gaps = [g.window for p in (neighbour(partition, -1), partition) for g in toolbox.ledger.gaps(raw(base), p) if g.reason == "no_bars"]
+    known = [gap for p in (neighbour(partition, -1), partition) for gap in toolbox.ledger.gaps(raw(base), p)]
+    gaps = [gap.window for gap in known if gap.cause or gap.reason == "no_bars"]
     listed = toolbox.ledger.listed(partition.market)
     if listed:
         gaps.append(Window(timeframe.floor(listed), base.floor(listed)))

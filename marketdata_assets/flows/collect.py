@@ -15,12 +15,14 @@ from datetime import UTC, datetime
 
 import polars as pl
 
-from marketdata_assets.errors import MarketDataError, VenueRefused
-from marketdata_assets.lake.ledger import Account, Gap, LoggedFetch, logged
+from marketdata_assets.errors import BadInput, MarketDataError, VenueRefused
+from marketdata_assets.lake.gaps import REOPENED
+from marketdata_assets.lake.ledger import PROMPT_ASKS, Account, Gap, LoggedFetch, logged
 from marketdata_assets.model.bar import NAMES, empty_bars
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import EPOCH, MINUTE, Timeframe, Window, iso
 from marketdata_assets.quality.agree import Agreement, agree
+from marketdata_assets.quality.causes import ask_again_at
 from marketdata_assets.quality.gaps import holes, merged, runs, without
 from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
 from marketdata_assets.sources.base import Fetched, Request
@@ -68,23 +70,37 @@ async def collect(
 
     No request when nothing is lacking and nothing is asked again.
     """
-    if not again and not _lacking(stored["open_time"], timeframe, wanted, known):
+    ours = toolbox.settings.now()
+    if not again and not _lacking(stored["open_time"], timeframe, wanted, known, ours):
         return Collected(gaps=tuple(known), through=wanted.end)
     now = await toolbox.venue_now(market, wanted.end + timeframe.width)
     listed = await _listed(toolbox, market, timeframe, stored, wanted.start)
     asked = Window(max(wanted.start, listed or wanted.start), max(wanted.start, min(wanted.end, timeframe.floor(now))))
-    lacking = _lacking(stored["open_time"], timeframe, asked, known)
+    lacking = _lacking(stored["open_time"], timeframe, asked, known, ours)
     windows = [*lacking, *([again & asked] if again and again & asked else [])]
     if not windows:
         return Collected(gaps=tuple(known), through=asked.end)
     inquiry = _Inquiry(toolbox, market, timeframe, asked, stored, list(known), now)
-    return await inquiry.run([*windows, *inquiry.last_stored(lacking)])
+    try:
+        return await inquiry.run([*windows, *inquiry.last_stored(lacking)])
+    except (BadInput, VenueRefused) as error:
+        if not await _ended(toolbox, market):
+            raise
+        return inquiry.ended(error.requests)
 
 
-def _lacking(opens: pl.Series, timeframe: Timeframe, window: Window, gaps: Iterable[Gap]) -> list[Window]:
-    """The windows of which no bar is among `opens` and which no settled gap explains."""
-    settled = [gap.window for gap in gaps if gap.settled]
-    return [rest for hole in holes(opens, timeframe, window) for rest in without(hole, settled)]
+async def _ended(toolbox: Toolbox, market: Market) -> bool:
+    """Whether a market of which bars are stored has left the venue's list. A list that does not come says nothing."""
+    try:
+        return bool(toolbox.ledger.stored_span(market)) and not await toolbox.source(market).lists(market)
+    except MarketDataError:
+        return False
+
+
+def _lacking(opens: pl.Series, timeframe: Timeframe, window: Window, gaps: Iterable[Gap], now: datetime) -> list[Window]:
+    """The windows of which no bar is among `opens` and for which no gap waits. `now`: our clock."""
+    waiting = [gap.window for gap in gaps if not gap.due(now)]
+    return [rest for hole in holes(opens, timeframe, window) for rest in without(hole, waiting)]
 
 
 async def _listed(toolbox: Toolbox, market: Market, timeframe: Timeframe, stored: pl.DataFrame, start: datetime) -> datetime | None:
@@ -207,9 +223,11 @@ class _Inquiry:
         return agree(pl.concat([fresh, old.select(pl.lit(STORED, pl.Int64).alias("answer"), *NAMES)]))
 
     def _holes(self, agreement: Agreement) -> list[Window]:
-        """What is neither stored, nor believed, nor settled before."""
-        opens = pl.concat([self.stored["open_time"], agreement.bars["open_time"]]).unique().sort()
-        return _lacking(opens, self.timeframe, self.asked, self.known)
+        """What is neither stored, nor believed, nor a gap that waits."""
+        return _lacking(self._opens(agreement), self.timeframe, self.asked, self.known, self.toolbox.settings.now())
+
+    def _opens(self, agreement: Agreement) -> pl.Series:
+        return pl.concat([self.stored["open_time"], agreement.bars["open_time"]]).unique().sort()
 
     def _refused(self) -> pl.DataFrame:
         """Rejected rows by the bar they stand for, with how many answers gave each of them."""
@@ -291,7 +309,7 @@ class _Inquiry:
         return same - new
 
     def _gaps(self, agreement: Agreement) -> list[Gap]:
-        gaps = [gap for gap in self.known if gap.settled]
+        gaps = self._waiting(self._opens(agreement))
         broken = self._refused()["open_time"].drop_nulls().to_list() + agreement.open["open_time"].to_list()
         quarantined = runs(broken, self.timeframe)
         for hole in self._holes(agreement):
@@ -300,19 +318,42 @@ class _Inquiry:
             gaps += [self._unexplained(w) for w in rest]
         return sorted(gaps)
 
+    def _waiting(self, opens: pl.Series) -> list[Gap]:
+        """The known gaps that no run asks for now, without bars that are there all the same (they were asked again)."""
+        now = self.toolbox.settings.now()
+        return [
+            gap._replace(window=rest, bars=rest.count(self.timeframe))
+            for gap in self.known
+            if not gap.due(now)
+            for rest in holes(opens, self.timeframe, gap.window)
+        ]
+
+    def ended(self, requests: Sequence[Request]) -> Collected:
+        """The venue lists the market no more and answers nothing: what lacks has not been answered for."""
+        gaps = self._waiting(self.stored["open_time"])
+        lacking = _lacking(self.stored["open_time"], self.timeframe, self.asked, self.known, self.toolbox.settings.now())
+        gaps += [self._again(window, "unanswered") for window in lacking]
+        return Collected(gaps=tuple(sorted(gaps)), fetches=tuple(logged(requests, self.asked)), through=self.asked.end)
+
     def _unexplained(self, window: Window) -> Gap:
         answers = self._explained(window)
         return self._gap(window, "no_bars", answers) if answers > 1 else self._again(window, "unanswered")
 
     def _again(self, window: Window, reason: str) -> Gap:
-        """A gap to be asked for in later runs; it counts the runs that ended like this one."""
-        earlier = max((gap.answers for gap in self.known if gap.window & window), default=0)
-        return self._gap(window, reason, earlier + 1)
+        """A gap that nobody has told apart; it counts the runs that ended like this one."""
+        return self._gap(window, reason, 1)
 
     def _gap(self, window: Window, reason: str, answers: int) -> Gap:
+        """A gap as it stands now: what was known of it before is counted in, and it is asked again at a growing distance."""
         about = [f for f in self.answers if f.asked & window]
         evidence = "; ".join(f"asked {f.asked} at {_moment(f)}, {f.rows.height} rows" for f in about[-2:])
-        return Gap(window, window.count(self.timeframe), reason, answers, evidence)
+        before = [gap for gap in self.known if gap.window & window]
+        answers += max((gap.answers for gap in before), default=0)
+        now = self.toolbox.settings.now().replace(microsecond=0)
+        first = min((gap.first_asked for gap in before if gap.first_asked), default=now)
+        proof = next((gap.proof for gap in before if gap.window == window and REOPENED not in gap.proof), "{}")
+        following = now if reason != "no_bars" and answers < PROMPT_ASKS else ask_again_at(first, now)
+        return Gap(window, window.count(self.timeframe), reason, answers, evidence, "", proof, first, now, following)
 
     def _log(self) -> tuple[tuple[LoggedFetch, ...], tuple[int, ...]]:
         fetches: list[LoggedFetch] = []

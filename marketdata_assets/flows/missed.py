@@ -176,6 +176,7 @@ class _Look:
         self.table, self.shown = table, shown
         self.outlines: dict[_Key, Outline] = toolbox.ledger.outlines(table)
         self.sizes = toolbox.lake.sizes(table) if look else None
+        self.due = toolbox.gaps.due(table, toolbox.settings.now())
 
     def at(self, key: _Key, wanted: tuple[str, str], found: Missed) -> str | None:
         """Why this partition needs a run, if it does. `wanted` is ISO text, as in an Outline."""
@@ -187,7 +188,7 @@ class _Look:
             return LOST
         if outline.error:
             return f"failed: {outline.error}"
-        if not outline.complete or outline.start > wanted[0] or outline.through < wanted[1]:
+        if not outline.complete or key in self.due or outline.start > wanted[0] or outline.through < wanted[1]:
             return "holds a gap that may still be filled"
         return None if self.shown is None or "|".join(key) in self.shown else "Dagster does not show it"
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from marketdata_assets.flows.ingest import wanted_window
-from marketdata_assets.lake.tables import raw, rollup
+from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.window import Partition, Timeframe
 from marketdata_assets.quality.gaps import holes, without
@@ -31,7 +31,8 @@ class Task:
 
 def plan(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[Task]:
     """The partitions that are missing, open or not rolled up, in the order given."""
-    return [task for partition in partitions if (task := _task(toolbox, partition)) is not None]
+    due = {raw(tf): toolbox.gaps.due(raw(tf), toolbox.settings.now()) for tf in toolbox.settings.raw_timeframes}
+    return [task for partition in partitions if (task := _task(toolbox, partition, due)) is not None]
 
 
 def minutes(tasks: Sequence[Task], venue: Venue) -> float:
@@ -40,9 +41,13 @@ def minutes(tasks: Sequence[Task], venue: Venue) -> float:
     return sum(task.requests for task in tasks if task.partition.market.venue == venue.name) / per_minute
 
 
-def _task(toolbox: Toolbox, partition: Partition) -> Task | None:
+_Due = Mapping[Table, Container[tuple[str, str]]]
+"""By table: market key and month key of the partitions with a gap that is to be asked for again."""
+
+
+def _task(toolbox: Toolbox, partition: Partition, due: _Due) -> Task | None:
     venue = toolbox.settings.venues[partition.market.venue]
-    lacking = {tf: _lacking(toolbox, tf, partition) for tf in venue.fetched}
+    lacking = {tf: _lacking(toolbox, tf, partition, due) for tf in venue.fetched}
     bars = sum(lacking.values())
     page = PAGE.get(venue.name, DEFAULT_PAGE)
     requests = sum(math.ceil(n / page) for n in lacking.values())
@@ -60,7 +65,7 @@ def _reason(known: bool, error: str | None) -> str:
     return "open, or holds a gap that may still be filled" if known else "missing"
 
 
-def _lacking(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> int:
+def _lacking(toolbox: Toolbox, timeframe: Timeframe, partition: Partition, due: _Due) -> int:
     """Bars that a backfill would ask for. Reads the object only where the ledger cannot say."""
     table, wanted = raw(timeframe), wanted_window(toolbox, timeframe, partition)
     if not wanted:
@@ -69,12 +74,14 @@ def _lacking(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> in
     there = state is not None and state.bytes is not None and toolbox.lake.size(table, partition) == state.bytes
     if state is None or not there:
         return wanted.count(timeframe)
-    if state.complete and state.start <= wanted.start and wanted.end <= state.through:
+    quiet = (partition.market.key, partition.month_key) not in due[table]
+    if state.complete and quiet and state.start <= wanted.start and wanted.end <= state.through:
         return 0
     stored = toolbox.lake.read(table, partition)
     opens = (empty_bars() if stored is None else stored)["open_time"]
-    settled = [gap.window for gap in toolbox.ledger.gaps(table, partition) if gap.settled]
-    return sum(rest.count(timeframe) for hole in holes(opens, timeframe, wanted) for rest in without(hole, settled))
+    now = toolbox.settings.now()
+    waiting = [gap.window for gap in toolbox.ledger.gaps(table, partition) if not gap.due(now)]
+    return sum(rest.count(timeframe) for hole in holes(opens, timeframe, wanted) for rest in without(hole, waiting))
 
 
 def _rolled(toolbox: Toolbox, partition: Partition, rolled: str | None, digest: str | None) -> bool:

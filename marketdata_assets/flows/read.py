@@ -105,17 +105,18 @@ class Coverage:
         return asdict(self)
 
 
-_PARTS = {"no_bars": "missing_at_source", "unanswered": "missing_at_source", "quarantined": "quarantined"}
+def coverage(toolbox: Toolbox, markets: Iterable[Market], window: Window | None = None) -> list[Coverage]:
+    """One sum per market, of all that is wanted or of the bars that lie in a window.
+
+    Bars count as present only while the object that holds them lies in the lake.
+    """
+    return [_coverage(toolbox, market, window) for market in markets]
 
 
-def coverage(toolbox: Toolbox, markets: Iterable[Market]) -> list[Coverage]:
-    """One sum per market. Bars count as present only while the object that holds them lies in the lake."""
-    return [_coverage(toolbox, market) for market in markets]
-
-
-def _coverage(toolbox: Toolbox, market: Market) -> Coverage:
+def _coverage(toolbox: Toolbox, market: Market, window: Window | None) -> Coverage:
     base = toolbox.settings.venues[market.venue].base
     span, listed = toolbox.settings.span(market), toolbox.ledger.listed(market)
+    span = span & window if window else span
     states = toolbox.ledger.states(raw(base), market)
     found = Coverage(market.key)
     for partition in partitions_of(market, span):
@@ -129,15 +130,15 @@ def _coverage(toolbox: Toolbox, market: Market) -> Coverage:
 
 def _add_partition(toolbox: Toolbox, found: Coverage, table: Table, partition: Partition, wanted: Window, state: State | None) -> None:
     """One month's wanted window: what lies in the lake, what the ledger explains, and the rest that was not fetched."""
-    left = wanted.count(table.timeframe)
-    if state is not None and state.bytes is not None and toolbox.lake.size(table, partition) == state.bytes:
-        present = _present(toolbox, table, partition, wanted, state)
+    timeframe, left = table.timeframe, wanted.count(table.timeframe)
+    if left and state is not None and state.bytes is not None and toolbox.lake.size(table, partition) == state.bytes:
+        present, gaps = _present(toolbox, table, partition, wanted, state), toolbox.gaps.between(table, partition.market, wanted)
         found.present += present
         left -= present
-        for gap in toolbox.ledger.gaps(table, partition):
-            part = min(left, (gap.window & wanted).count(table.timeframe))
-            setattr(found, _PARTS[gap.reason], getattr(found, _PARTS[gap.reason]) + part)
-            left -= part
+        for gap in gaps:
+            bars = min(left, (gap.window & wanted).count(timeframe))
+            setattr(found, gap.part, getattr(found, gap.part) + bars)
+            left -= bars
     found.not_fetched += left
 
 
@@ -188,7 +189,7 @@ class _Known:
             asked = Window(wanted.start, wanted.start)
         else:
             asked = Window(parse_time(outline.start), parse_time(outline.through))
-            if outline.complete and asked.start <= wanted.start and asked.end >= wanted.end:
+            if outline.complete and key not in self._open_gaps and asked.start <= wanted.start and asked.end >= wanted.end:
                 yield from [1.0] * (-(-(wanted.end - wanted.start) // DAY))
                 return
         day = datetime(wanted.start.year, wanted.start.month, wanted.start.day, tzinfo=UTC)

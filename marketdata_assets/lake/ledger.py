@@ -27,11 +27,13 @@ BREAKER_FIRST, BREAKER_LONGEST = 30.0, 600.0
 
 
 class Gap(NamedTuple):
-    """A window of open times without bars. `reason` is one of `no_bars`, `quarantined`, `unanswered`.
+    """A window of open times without bars. `reason` is what the answers said: `no_bars`, `quarantined` or `unanswered`.
 
     `no_bars`: the venue delivered both neighbours and nothing between, in two answers. `quarantined`: what it
-    delivered broke a rule. `unanswered`: nobody knows yet. The last two are asked again in later runs, until
-    `answers`, the runs that ended so, reaches GIVE_UP_AFTER.
+    delivered broke a rule. `unanswered`: nobody knows yet. `answers` counts the answers, or the runs, that ended so.
+
+    `cause` is what that means (quality.causes; empty: not told apart yet) and `proof`, JSON, why. `next_ask` is when, by
+    our clock, it is asked for again; None with a cause: never, two kinds of evidence agree.
     """
 
     window: Window
@@ -39,14 +41,29 @@ class Gap(NamedTuple):
     reason: str
     answers: int
     evidence: str
+    cause: str = ""
+    proof: str = "{}"
+    first_asked: datetime | None = None
+    last_asked: datetime | None = None
+    next_ask: datetime | None = None
 
     @property
     def settled(self) -> bool:
-        """True when the venue is not asked for it again on every run."""
-        return self.reason == "no_bars" or self.answers >= GIVE_UP_AFTER
+        """True when it is known what it is, or it was asked for in so many runs that later ones keep a distance."""
+        return self.reason == "no_bars" or self.cause != "" or self.answers >= PROMPT_ASKS
+
+    @property
+    def part(self) -> str:
+        """Under which part of the coverage its bars stand."""
+        return "quarantined" if self.reason == "quarantined" else self.cause or "missing_at_source"
+
+    def due(self, now: datetime) -> bool:
+        """Whether a run asks for it."""
+        return self.next_ask <= now if self.next_ask else not self.settled
 
 
-GIVE_UP_AFTER = 3
+PROMPT_ASKS = 3
+"""In so many runs a hole that nobody has answered for is asked for without a pause between them."""
 WAREHOUSE = "warehouse"
 
 
@@ -273,11 +290,8 @@ class Ledger(Database):
 
     def gaps(self, table: Table, partition: Partition) -> list[Gap]:
         """The gaps of one partition, in order."""
-        found = self.rows(
-            'SELECT start, "end", bars, reason, answers, evidence FROM gaps WHERE tbl = ? AND market = ? AND month = ? ORDER BY start',
-            *_where(table, partition),
-        )
-        return [Gap(Window(parse_time(a), parse_time(b)), *rest) for a, b, *rest in found]
+        where = "tbl = ? AND market = ? AND month = ?"
+        return [gap_of(row) for row in self.rows(f"SELECT {GAP} FROM gaps WHERE {where} ORDER BY start", *_where(table, partition))]
 
     def commit(self, entry: Entry) -> None:
         """Write down one ingest, whole or not at all."""
@@ -285,8 +299,7 @@ class Ledger(Database):
         with self.transaction() as db:
             ids = _log_fetches(db, entry.table, entry.partition.market, entry.fetches)
             db.execute("DELETE FROM gaps WHERE tbl = ? AND market = ? AND month = ?", where)
-            gaps = [(*where[:2], iso(g.window.start), where[2], iso(g.window.end), *g[1:]) for g in entry.gaps]
-            db.executemany(_upsert("gaps", "tbl, market, start", 'month, "end", bars, reason, answers, evidence'), gaps)
+            write_gaps(db, entry.table, entry.partition, entry.gaps)
             _quarantine(db, entry, ids, now)
             db.execute(
                 _upsert("partitions", "tbl, market, month", f"{_STATE}, account, updated_at"),
@@ -360,17 +373,17 @@ class Ledger(Database):
         return {market: (failures, error) for market, failures, error in self.rows(sql)}  # the worst comes last and stays
 
     def unsettled(self, table: Table) -> dict[tuple[str, str], list[Window]]:
-        """The gaps that will be asked for again, by market key and month key."""
+        """The gaps that are not settled, by market key and month key."""
         found: dict[tuple[str, str], list[Window]] = defaultdict(list)
-        sql = 'SELECT market, month, start, "end" FROM gaps WHERE tbl = ? AND reason != ? AND answers < ?'
-        for market, month, start, end in self.rows(sql, table.name, "no_bars", GIVE_UP_AFTER):
+        sql = "SELECT market, month, start, \"end\" FROM gaps WHERE tbl = ? AND reason != ? AND cause = '' AND answers < ?"
+        for market, month, start, end in self.rows(sql, table.name, "no_bars", PROMPT_ASKS):
             found[market, month].append(Window(parse_time(start), parse_time(end)))
         return found
 
     def open_gaps(self) -> dict[str, int]:
         """By market key: bars that the venue has not answered for yet."""
-        sql = "SELECT market, sum(bars) FROM gaps WHERE reason = 'unanswered' AND answers < ? GROUP BY market"
-        return {market: int(bars) for market, bars in self.rows(sql, GIVE_UP_AFTER)}
+        sql = "SELECT market, sum(bars) FROM gaps WHERE reason = 'unanswered' AND cause = '' AND answers < ? GROUP BY market"
+        return {market: int(bars) for market, bars in self.rows(sql, PROMPT_ASKS)}
 
     def quarantine_rate(self, since: datetime) -> dict[str, tuple[int, int]]:
         """By market key: rows that a rule refused since a moment, and rows that requests brought since then."""
@@ -453,11 +466,12 @@ _NEW_VENUE = "INSERT INTO venues (venue) VALUES (?) ON CONFLICT DO NOTHING"
 _STATE = "start, through, newest, complete, rows, bytes, digest, rolled, attempts, failures, error, whole_at"
 
 
-def _upsert(table: str, keys: str, values: str) -> str:
-    """Insert a row of keys and values, or give the one with these keys new values."""
+def _upsert(table: str, keys: str, values: str, order: str | None = None) -> str:
+    """Insert a row of keys and values (in this order, or in another), or give the one with these keys new values."""
+    names = order or f"{keys}, {values}"
     replaced = ", ".join(f"{name} = excluded.{name}" for name in values.split(", "))
-    marks = ", ".join("?" for _ in f"{keys}, {values}".split(", "))
-    return f"INSERT INTO {table} ({keys}, {values}) VALUES ({marks}) ON CONFLICT ({keys}) DO UPDATE SET {replaced}"
+    marks = ", ".join("?" for _ in names.split(", "))
+    return f"INSERT INTO {table} ({names}) VALUES ({marks}) ON CONFLICT ({keys}) DO UPDATE SET {replaced}"
 
 
 def _state(start: str, through: str, newest: str | None, complete: int, *rest: Any) -> State:
@@ -472,6 +486,26 @@ def _ask(market: str, month: str, attempts: int, asked_at: str, parked_at: str |
 
 def _where(table: Table, partition: Partition) -> tuple[str, str, str]:
     return table.name, partition.market.key, partition.month_key
+
+
+GAP = 'start, "end", bars, reason, answers, evidence, cause, proof, first_asked, last_asked, next_ask'
+"""The columns of a Gap in its table."""
+
+
+def gap_of(row: Sequence[Any]) -> Gap:
+    """The gap of a row of GAP."""
+    start, end, *said, first, last, following = row
+    return Gap(Window(parse_time(start), parse_time(end)), *said, *(parse_time(t) if t else None for t in (first, last, following)))
+
+
+def write_gaps(db: Statements, table: Table, partition: Partition, gaps: Iterable[Gap]) -> None:
+    """Insert gaps of one partition, or replace those that begin at the same time."""
+    where = _where(table, partition)
+    rows = [
+        (*where, iso(g.window.start), iso(g.window.end), *g[1:7], *(t and iso(t) for t in (g.first_asked, g.last_asked, g.next_ask)))
+        for g in gaps
+    ]
+    db.executemany(_upsert("gaps", "tbl, market, start", f"month, {GAP.removeprefix('start, ')}", "tbl, market, month, " + GAP), rows)
 
 
 def _log_fetches(db: Statements, table: Table, market: Market, fetches: Sequence[LoggedFetch]) -> list[int]:

@@ -57,6 +57,7 @@ _PROOF = (
     state TEXT NOT NULL, start TEXT NOT NULL, "end" TEXT NOT NULL, bars INTEGER NOT NULL, evidence TEXT NOT NULL,
     found_at TEXT NOT NULL, changed_at TEXT NOT NULL, note TEXT, UNIQUE (tbl, market, kind, start))""",
     "CREATE TABLE receipts (id {id}, kind TEXT NOT NULL, at TEXT NOT NULL, says TEXT NOT NULL, body TEXT NOT NULL)",
+    "CREATE INDEX gaps_to_ask ON gaps (tbl, next_ask) WHERE next_ask IS NOT NULL",
 )
 
 TABLES = (

@@ -71,6 +71,10 @@ class Source(Protocol):
         """The open time of the first bar the venue ever had; None where it cannot tell."""
         ...
 
+    async def lists(self, market: Market) -> bool:
+        """Whether the venue's list of markets has this one, as one that trades; asked anew each time."""
+        ...
+
     async def close(self) -> None:
         """Give up all connections."""
         ...

@@ -204,6 +204,15 @@ class CcxtSource:
         later = answer.filter(pl.col("open_time") >= end)["open_time"].min() if rows.is_empty() else None
         return Fetched(rows, window, from_ms(later) if isinstance(later, int) else None, (request,))
 
+    async def lists(self, market: Market) -> bool:
+        """Whether the venue's list of markets has this one and does not call it inactive."""
+
+        async def ask(exchange: Any) -> bool:
+            found = (await exchange.load_markets(True)).get(market.symbol)
+            return found is not None and found.get("active") is not False
+
+        return (await self._ask("markets", ask))[0]
+
     async def close(self) -> None:
         """Give up the connections; the source can be used again afterwards."""
         session, exchange, self._session, self._exchange = self._session, self._exchange, None, None

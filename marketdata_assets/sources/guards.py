@@ -110,6 +110,10 @@ class Guarded:
         """As the wrapped source."""
         return await self._call(lambda: self._source.first_open(market, timeframe), [], [])
 
+    async def lists(self, market: Market) -> bool:
+        """As the wrapped source."""
+        return await self._call(lambda: self._source.lists(market), [], [])
+
     async def close(self) -> None:
         """As the wrapped source."""
         await self._source.close()

@@ -1,0 +1,170 @@
+"""Every gap of the real bars of ../shared explained, and the sum of every market and day.
+
+    python bench/gaps.py [--folder F]      the exchanges are replayed on loopback; nothing leaves this machine
+
+Prints the explained gaps of March 2023 (single minutes grouped), how many gaps of each cause each market has, and how many
+days were summed. Kraken is there twice: as its REST sends it (an empty minute is a bar without volume), and as its archive
+has it (empty minutes are left out), taken in as a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from marketdata_assets.flows import gaps as flow
+from marketdata_assets.flows.gaps import Explained, explain
+from marketdata_assets.flows.ingest import ingest, take_in
+from marketdata_assets.flows.read import coverage
+from marketdata_assets.model.bar import NAMES, SCHEMA
+from marketdata_assets.model.window import TIMEFRAMES, Window, parse_time
+from marketdata_assets.quality.split import REJECTED_SCHEMA
+from marketdata_assets.settings import load_settings
+from marketdata_assets.toolbox import Toolbox, open_toolbox
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+MINUTE, DAY = TIMEFRAMES["1m"], timedelta(days=1)
+PATHS = {"coinbaseexchange": "coinbase"}
+UNIVERSES: dict[str, tuple[str, dict[str, str]]] = {
+    "binance, February 2023": (
+        "2023-03-01T00:02:30Z",
+        {"binance": "symbols: [BTC/USDT, ETH/USDT, SOL/USDT], since: 2023-02-01, until: 2023-03-01, reference: [15m, 1h]"},
+    ),
+    "binance, March and April 2023": (
+        "2023-05-01T00:02:30Z",
+        {"binance": "symbols: [BTC/USDT, ETH/USDT], since: 2023-03-01, until: 2023-05-01, reference: [15m, 1h]"},
+    ),
+    "four venues, 1 to 21 March 2023": (
+        "2023-03-22T00:02:30Z",
+        {
+            "binance": "symbols: [BTC/USDT, ETH/USDT], since: 2023-03-01, until: 2023-03-22",
+            "binanceus": "symbols: [BTC/USDT], since: 2023-03-01, until: 2023-03-22",
+            "coinbaseexchange": "symbols: [BTC/USD, BTC/USDT], since: 2023-03-01, until: 2023-03-22",
+            "kraken": "symbols: [BTC/USD, BTC/USDT], since: 2023-03-01, until: 2023-03-22",
+        },
+    ),
+    "kraken's archive, 1 to 21 March 2023": (
+        "2023-03-22T00:02:30Z",
+        {"kraken": "symbols: [BTC/USD, BTC/USDT], since: 2023-03-01, until: 2023-03-22"},
+    ),
+    "binance, January and February 2024": (
+        "2024-03-01T00:02:30Z",
+        {"binance": "symbols: [BTC/USDT, ETH/USDT], since: 2024-01-01, until: 2024-03-01"},
+    ),
+}
+ARCHIVE = {"kraken:BTC-USD": "XBTUSD", "kraken:BTC-USDT": "XBTUSDT"}
+
+
+def universe(folder: Path, now: str, venues: dict[str, str], url: str) -> None:
+    lines = ["venues:"]
+    lines += [f"  {name}: {{{text}, base_url: {url}/{PATHS.get(name, name)}}}" for name, text in venues.items()]
+    lines += [f"lake: {folder / 'lake'}", f"duckdb: {folder / 'market.duckdb'}", f"state: {folder / 'state'}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "universe.yaml").write_text("\n".join(lines) + "\n")
+    os.environ |= {"MARKETDATA_UNIVERSE": str(folder / "universe.yaml"), "MARKETDATA_NOW": now}
+
+
+def archive(symbol: str) -> pl.DataFrame:
+    """Kraken's own bars as its archive has them, in our columns."""
+    rows = pl.read_parquet(SHARED / f"marketdata/kraken/{symbol}/1m/2023-03-01_2023-03-21.parquet")
+    opens = pl.from_epoch("time", time_unit="s").dt.replace_time_zone("UTC").cast(SCHEMA["open_time"]).alias("open_time")
+    given = ("open", "high", "low", "close", "volume")  # what its REST gives as well, so that the two agree
+    missing = [pl.lit(None, SCHEMA[name]).alias(name) for name in NAMES[1:] if name not in given]
+    return rows.with_columns(opens, *missing).select(pl.col(name).cast(SCHEMA[name]) for name in NAMES)
+
+
+def fill(toolbox: Toolbox, from_archive: bool) -> None:
+    settings = toolbox.settings
+    for market in settings.markets:
+        partitions = settings.partitions([market], settings.span(market))
+        if from_archive:
+            take_in(toolbox, MINUTE, partitions[0], archive(ARCHIVE[market.key]), pl.DataFrame(schema=REJECTED_SCHEMA), "archive")
+        for timeframe in settings.venues[market.venue].fetched:
+            for done in ingest(toolbox, timeframe, partitions):
+                if done.error:
+                    raise done.error
+
+
+def sums(toolbox: Toolbox) -> tuple[int, list[str]]:
+    """Days summed, and those whose parts are not what is expected."""
+    days, wrong = 0, []
+    for market in toolbox.settings.markets:
+        span = toolbox.settings.span(market)
+        day = span.start
+        while day < span.end:
+            (found,) = coverage(toolbox, [market], Window(day, day + DAY))
+            parts = {name: value for name, value in found.as_dict().items() if isinstance(value, int)}
+            expected = parts.pop("expected")
+            if expected != 1440 or sum(parts.values()) != expected:
+                wrong.append(f"{market.key} {day:%F}: {parts} of {expected}")
+            days, day = days + 1, day + DAY
+    return days, wrong
+
+
+def march(found: Sequence[Explained]) -> Iterable[str]:
+    """Long gaps one by one, single minutes by market and cause."""
+    window = Window(parse_time("2023-02-14"), parse_time("2023-04-01"))
+    short: dict[tuple[str, str], list[Explained]] = {}
+    for one in found:
+        if one.gap.window & window:
+            if one.gap.bars >= 10 or one.kind not in ("no_trade",):
+                gap, place = one.gap, f"{one.market.key} {one.table.timeframe.name}"
+                says = flow.words_of(gap)
+                yield f"| {place} | {gap.window.start:%m-%d %H:%M} | {gap.window.end:%m-%d %H:%M} | {gap.bars} | {one.kind} | {says} |"
+            else:
+                short.setdefault((one.market.key, one.kind), []).append(one)
+    for (market, kind), several in short.items():
+        bars = sum(one.gap.bars for one in several)
+        first, last = several[0].gap.window.start, several[-1].gap.window.end
+        words = flow.words_of(several[0].gap)
+        yield f"| {market} | {first:%m-%d %H:%M} | {last:%m-%d %H:%M} | {bars} in {len(several)} gaps | {kind} | {words} |"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--folder", type=Path, default=None)
+    folder = options.parse_args().folder or Path(tempfile.mkdtemp(prefix="gaps-"))
+    sys.path.insert(0, str(SHARED / "bench"))
+    from exchange_server import Running  # type: ignore[import-not-found]
+
+    causes: dict[tuple[str, str], Counter[str]] = {}
+    for number, (name, (now, venues)) in enumerate(UNIVERSES.items()):
+        limits: dict[str, Any] = {"weight_limit": 10**9, "kraken_rate": 10**6, "kraken_burst": 10**6, "kraken_max_rows": 10**6}
+        limits |= {"coinbase_rate": 10**6, "coinbase_burst": 10**6}
+        with Running([str(SHARED / "marketdata")], now=now, **limits) as exchange:
+            universe(folder / str(number), now, venues, exchange.url)
+            settings = load_settings()
+            with open_toolbox(settings) as toolbox:
+                begun = time.perf_counter()
+                fill(toolbox, "archive" in name)
+                filled = time.perf_counter()
+                explain(toolbox, [p for m in settings.markets for p in settings.partitions([m], settings.span(m))], ask=True)
+                explained = time.perf_counter()
+                days, wrong = sums(toolbox)
+                found = flow.gaps(toolbox, settings.markets, Window(settings.since, settings.now()))
+                print(f"\n{name}: filled in {filled - begun:.1f} s, explained in {explained - filled:.1f} s")
+                print(f"{days} days summed, {len(wrong)} of them wrong {wrong[:3]}")
+                for row in march(found):
+                    print(row)
+                for market in settings.markets:
+                    causes[name, market.key] = Counter()
+                for one in found:
+                    causes[name, one.market.key].update({one.kind: 1, f"{one.kind} bars": one.gap.bars})
+    print()
+    for (name, market), counts in causes.items():
+        kinds = [f"{kind} {counts[kind]} ({counts[f'{kind} bars']} bars)" for kind in flow.KINDS if counts[kind]]
+        print(f"| {name} | {market} | {', '.join(kinds) or 'no gap'} |")
+
+
+if __name__ == "__main__":
+    main()
