@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.window import TIMEFRAMES, Window, parse_time
 from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.settings import load_settings
+from marketdata_assets.sources import ccxt_rest
 from marketdata_assets.toolbox import Toolbox, open_toolbox
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -134,6 +136,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--folder", type=Path, default=None)
     folder = options.parse_args().folder or Path(tempfile.mkdtemp(prefix="gaps-"))
+    # the replayed Kraken sends all it has in every answer
+    ccxt_rest.CcxtSource = partial(ccxt_rest.CcxtSource, deadline=300.0)  # type: ignore[misc,assignment]
     sys.path.insert(0, str(SHARED / "bench"))
     from exchange_server import Running  # type: ignore[import-not-found]
 

@@ -16,7 +16,7 @@ from marketdata_assets.lake.ledger import Account, Gap
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA
 from marketdata_assets.model.window import Partition, Timeframe, Window, iso
-from marketdata_assets.quality.gaps import holes, without
+from marketdata_assets.quality.gaps import holes, left_of
 from marketdata_assets.quality.split import asked_columns, split
 from marketdata_assets.toolbox import Toolbox
 
@@ -103,7 +103,7 @@ def _unexplained(done: Ingested) -> list[Window]:
     explained = [gap.window for gap in done.gaps if gap.settled or gap.reason == "quarantined"]
     first = done.bars["open_time"][0] if done.bars.height else done.wanted.start
     window = Window(max(done.wanted.start, first) if done.complete else done.wanted.start, done.wanted.end)
-    found = [rest for hole in holes(done.bars["open_time"], done.timeframe, window) for rest in without(hole, explained)]
+    found = left_of(holes(done.bars["open_time"], done.timeframe, window), explained)
     return found if done.bars.height or not done.complete else []
 
 

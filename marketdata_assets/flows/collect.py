@@ -8,6 +8,7 @@ its neighbours and nothing between.
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import EPOCH, MINUTE, Timeframe, Window, iso
 from marketdata_assets.quality.agree import Agreement, agree
 from marketdata_assets.quality.causes import ask_again_at
-from marketdata_assets.quality.gaps import holes, merged, runs, without
+from marketdata_assets.quality.gaps import holes, left_of, merged, runs, without
 from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
 from marketdata_assets.sources.base import Fetched, Request
 from marketdata_assets.toolbox import Toolbox
@@ -99,8 +100,7 @@ async def _ended(toolbox: Toolbox, market: Market) -> bool:
 
 def _lacking(opens: pl.Series, timeframe: Timeframe, window: Window, gaps: Iterable[Gap], now: datetime) -> list[Window]:
     """The windows of which no bar is among `opens` and for which no gap waits. `now`: our clock."""
-    waiting = [gap.window for gap in gaps if not gap.due(now)]
-    return [rest for hole in holes(opens, timeframe, window) for rest in without(hole, waiting)]
+    return left_of(holes(opens, timeframe, window), [gap.window for gap in gaps if not gap.due(now)])
 
 
 async def _listed(toolbox: Toolbox, market: Market, timeframe: Timeframe, stored: pl.DataFrame, start: datetime) -> datetime | None:
@@ -320,13 +320,17 @@ class _Inquiry:
 
     def _waiting(self, opens: pl.Series) -> list[Gap]:
         """The known gaps that no run asks for now, without bars that are there all the same (they were asked again)."""
-        now = self.toolbox.settings.now()
-        return [
-            gap._replace(window=rest, bars=rest.count(self.timeframe))
-            for gap in self.known
-            if not gap.due(now)
-            for rest in holes(opens, self.timeframe, gap.window)
-        ]
+        now, moments = self.toolbox.settings.now(), opens.to_list()
+        waiting: list[Gap] = []
+        for gap in self.known:
+            if gap.due(now):
+                continue
+            if bisect_left(moments, gap.window.start) == bisect_left(moments, gap.window.end):
+                waiting.append(gap)
+                continue
+            parts = holes(opens, self.timeframe, gap.window)
+            waiting += [gap._replace(window=part, bars=part.count(self.timeframe)) for part in parts]
+        return waiting
 
     def ended(self, requests: Sequence[Request]) -> Collected:
         """The venue lists the market no more and answers nothing: what lacks has not been answered for."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from marketdata_assets.errors import BadInput
+from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.facts import Look, Month
 from marketdata_assets.lake.gaps import REOPENED
 from marketdata_assets.lake.ledger import Gap
@@ -53,7 +54,9 @@ def _explain_all(toolbox: Toolbox, table: Table, partitions: Iterable[Partition]
     changed = set()
     for (venue, window), chosen in by_month.items():
         month = Month(toolbox, table, venue, window)
-        changed |= {partition for partition in chosen if _explain(toolbox, month, partition, ask)}
+        for partition in chosen:
+            with suppress(Damaged):  # the next ingest sets the object aside
+                changed |= {partition} if _explain(toolbox, month, partition, ask) else set()
     return changed
 
 

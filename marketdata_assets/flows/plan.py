@@ -10,7 +10,7 @@ from marketdata_assets.flows.ingest import wanted_window
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.window import Partition, Timeframe
-from marketdata_assets.quality.gaps import holes, without
+from marketdata_assets.quality.gaps import holes, left_of
 from marketdata_assets.settings import Venue
 from marketdata_assets.toolbox import Toolbox
 
@@ -81,7 +81,7 @@ def _lacking(toolbox: Toolbox, timeframe: Timeframe, partition: Partition, due: 
     opens = (empty_bars() if stored is None else stored)["open_time"]
     now = toolbox.settings.now()
     waiting = [gap.window for gap in toolbox.ledger.gaps(table, partition) if not gap.due(now)]
-    return sum(rest.count(timeframe) for hole in holes(opens, timeframe, wanted) for rest in without(hole, waiting))
+    return sum(rest.count(timeframe) for rest in left_of(holes(opens, timeframe, wanted), waiting))
 
 
 def _rolled(toolbox: Toolbox, partition: Partition, rolled: str | None, digest: str | None) -> bool:

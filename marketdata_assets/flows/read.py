@@ -116,7 +116,7 @@ def coverage(toolbox: Toolbox, markets: Iterable[Market], window: Window | None 
 def _coverage(toolbox: Toolbox, market: Market, window: Window | None) -> Coverage:
     base = toolbox.settings.venues[market.venue].base
     span, listed = toolbox.settings.span(market), toolbox.ledger.listed(market)
-    span = span & window if window else span
+    span = span if window is None else span & window
     states = toolbox.ledger.states(raw(base), market)
     found = Coverage(market.key)
     for partition in partitions_of(market, span):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from datetime import datetime
 
@@ -33,6 +34,13 @@ def without(window: Window, cuts: Iterable[Window]) -> list[Window]:
     if start < window.end:
         rest.append(Window(start, window.end))
     return rest
+
+
+def left_of(windows: Iterable[Window], cuts: Iterable[Window]) -> list[Window]:
+    """What remains of many windows when many others, which do not overlap, are cut out of them; in the order of the windows."""
+    ordered = sorted(filter(None, cuts))
+    starts, ends = [cut.start for cut in ordered], [cut.end for cut in ordered]
+    return [rest for w in windows for rest in without(w, ordered[bisect_right(ends, w.start) : bisect_left(starts, w.end)])]
 
 
 def merged(windows: Iterable[Window], reach: int, timeframe: Timeframe) -> list[Window]:
