@@ -97,19 +97,21 @@ def _evidence(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> Evide
         list(_absences(toolbox, raw(base), months)),
         list(_absences(toolbox, raw(timeframe), [partition])),
         pl.concat([pl.DataFrame(schema=history(base).schema), *(frame for frame in replaced if frame is not None)]),
-        _finer(toolbox, derived, timeframe, bars),
+        _finer(toolbox, derived, timeframe, months, bars),
     )
 
 
-def _finer(toolbox: Toolbox, derived: Derived, timeframe: Timeframe, bars: pl.DataFrame) -> tuple[Timeframe, pl.DataFrame] | None:
-    """The finest of the venue's own timeframes between the base and this one, judged; of this month alone."""
+def _finer(
+    toolbox: Toolbox, derived: Derived, timeframe: Timeframe, months: list[Partition], bars: pl.DataFrame
+) -> tuple[Timeframe, pl.DataFrame] | None:
+    """The finest of the venue's own timeframes between the base and this one, judged."""
     venue = toolbox.settings.venues[derived.partition.market.venue]
     between = [tf for tf in venue.reference if tf.width < timeframe.width and not timeframe.width % tf.width]
     if not between:
         return None
     finer = min(between, key=lambda tf: tf.width)
     ours = roll_up(bars, venue.base, [finer], derived.whole)[finer]
-    return finer, _judged(toolbox, derived.partition, finer, ours, derived.whole)
+    return finer, pl.concat([_judged(toolbox, month, finer, ours, derived.whole) for month in months])
 
 
 def _absences(toolbox: Toolbox, table: Table, months: list[Partition]) -> Iterator[Absence]:
