@@ -12,7 +12,7 @@ import polars as pl
 from marketdata_assets.model.bar import APART, PRICES
 from marketdata_assets.model.window import Timeframe, Window, iso
 from marketdata_assets.quality.gaps import holes, runs
-from marketdata_assets.quality.parity import DIFFERS, ONLY_NATIVE, ONLY_OURS, UNEQUAL, plain
+from marketdata_assets.quality.parity import DIFFERS, ONLY_NATIVE, ONLY_OURS, UNEQUAL, VALUES, plain
 
 SUMS = ("volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume")
 NAMED = 5
@@ -184,12 +184,13 @@ class _Bucket:
     def _corrected(self) -> Cause | None:
         """Base bars that were corrected, and whether the venue's own bar still has what they said before."""
         old = self.evidence.replaced.filter(pl.col("open_time").is_between(self.window.start, self.window.end, closed="left"))
-        if old.is_empty():
+        now, given = {bar["open_time"]: bar for bar in self.frame.to_dicts()} if old.height else {}, self._apart(SUMS)
+        pairs = [(was, now[was["open_time"]]) for was in old.to_dicts() if was["open_time"] in now]
+        changed = [(was, bar) for was, bar in pairs if any(was[name] != bar[name] for name in VALUES)]
+        exact = [was for was, bar in changed if given and all(_change(was, bar, name) == amount for name, amount in given.items())]
+        if not changed:
             return None
-        now, given = {bar["open_time"]: bar for bar in self.frame.to_dicts()}, self._apart(SUMS)
-        changes = [(was, now[was["open_time"]]) for was in old.to_dicts() if was["open_time"] in now]
-        exact = [was for was, bar in changes if given and all(_change(was, bar, name) == amount for name, amount in given.items())]
-        moments = [was["open_time"] for was in exact[:1] or old.to_dicts()]
+        moments = [was["open_time"] for was in exact[:1] or (was for was, _ in changed)]
         which = _some([iso(moment) for moment in dict.fromkeys(moments)], "bars")
         still = ": the venue's own bar still counts what it said before" if exact else ""
         return Cause(f"corrected since: {which}{still}", tuple(runs(moments, self.base)))
