@@ -149,6 +149,12 @@ def test_tables_markets_and_months_can_be_chosen(original: Path):
     assert differs(settings, found) == []
 
 
+def test_a_month_that_the_universe_has_ended_in_is_not_open(original: Path):
+    found = locked_in(universe_of(original, until="2024-01-06"))
+    assert {p.partition.month_key for p in found.partitions} == {"2023-12-01", "2024-01-01"}
+    assert not any(p.open for p in found.partitions)
+
+
 def test_what_is_written_is_read_and_gives_the_moment(locked: LockFile, tmp_path: Path):
     file = tmp_path / "bars.lock.json"
     write_lock(file, locked)
