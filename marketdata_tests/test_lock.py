@@ -23,7 +23,7 @@ from marketdata_assets.flows import lock as flow
 from marketdata_assets.flows.lock import Verified, lock, pinned_moment, verify
 from marketdata_assets.lake.fingerprint import fingerprint
 from marketdata_assets.lake.lockfile import LockFile, read_lock, write_lock
-from marketdata_assets.lake.tables import Table, raw, rollup
+from marketdata_assets.lake.tables import Table, history, raw, rollup
 from marketdata_assets.model.window import TIMEFRAMES, Partition, Window
 from marketdata_assets.settings import Settings, load_settings
 from marketdata_assets.sources.sandbox import SandboxExchange, running
@@ -48,8 +48,7 @@ def universe_of(folder: Path, rollups: str = "parquet", lake: str | None = None,
     places = [f"lake: {lake or folder / 'lake'}", f"duckdb: {folder / 'market.duckdb'}", f"state: {folder / 'state'}"]
     file = folder / "universe.yaml"
     file.write_text("\n".join(["venues:", "  binance:", *lines, *places, f"rollups: {rollups}", *top.splitlines()]) + "\n")
-    environment = {name: value for name, value in os.environ.items() if name == "MARKETDATA_DATABASE"}
-    return load_settings({**environment, "MARKETDATA_UNIVERSE": str(file), "MARKETDATA_NOW": now})
+    return load_settings({"MARKETDATA_UNIVERSE": str(file), "MARKETDATA_NOW": now})
 
 
 @pytest.fixture(scope="module")
@@ -338,20 +337,21 @@ def test_without_the_duckdb_file_every_rollup_is_missing(copy: Copy, locked: Loc
     assert len(found) == 2 * 2 * 8
 
 
-@pytest.mark.usefixtures("either_database")
 def test_corrections_since_the_lock_are_told(copy: Copy, locked: LockFile):
-    """Three since, one before; a rollup of them says so too, and other months do not."""
+    """Three bars since, one of them twice, and one before; a rollup of them says so too, and other months do not."""
     settings = copy()
+    first = [(0, "2024-01-09T00:00:00"), (60, "2024-01-10T00:00:00.25"), (90, "2024-01-10T00:00:00.25"), (70, "2024-01-10T09:00:00")]
+    times = [*first, (70, "2024-01-11T00:00:00")]
+    bars = truth("BTCUSDT", "1m", window("2023-12-20", "2023-12-21"))
+    rows = [{**bars.row(i, named=True), "known_at": None, "source": "rest", "replaced_at": at(moment)} for i, moment in times]
     with open_toolbox(settings) as toolbox:
-        sql = "INSERT INTO corrections VALUES ('raw/ohlcv_1m', ?, ?, ?, ?, 'rest')"
-        times = [("2024-01-09T00:00:00Z", 50), ("2024-01-10T00:00:00.25Z", 1), ("2024-01-11T00:00:00Z", 2)]
-        with toolbox.ledger.transaction() as db:
-            db.executemany(sql, [(BTC, DECEMBER.month_key, moment, bars) for moment, bars in times])
+        toolbox.lake.write(history(M1), DECEMBER, pl.DataFrame(rows, schema=history(M1).schema).sort("open_time"))
         for table, partition in ((raw(M1), DECEMBER), (rollup(H1), DECEMBER), (rollup(H1), JANUARY)):
             toolbox.lake.write(table, partition, toolbox.lake.read(table, partition)[1:])
         found = verify(toolbox, locked)
-    words = "; 3 bars were corrected since, the last ones at 2024-01-11T00:00:00Z by rest"
-    assert [words in d.says for d in found.differences] == [True, True, False]
+    opens = [f"{bars['open_time'][i]:%Y-%m-%dT%H:%M:%SZ}" for i in (60, 90)]
+    words = f"; 3 bars, {opens[0]} .. {opens[1]}, were corrected since, the last time at 2024-01-11T00:00:00Z"
+    assert [d.says.endswith(words) for d in found.differences] == [True, True, False]
 
 
 def test_what_was_corrected_since_is_proved_from_history(copy: Copy, locked: LockFile, monkeypatch: pytest.MonkeyPatch):

@@ -17,9 +17,9 @@ from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.read import in_warehouse
 from marketdata_assets.lake.fingerprint import fingerprint
 from marketdata_assets.lake.lockfile import LockFile, Pinned, Wants, check_name, read_lock
-from marketdata_assets.lake.tables import Table, raw, rollup
+from marketdata_assets.lake.tables import Table, history, raw, rollup
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import Partition, Window, iso, month_of, parse_time, partitions_of
+from marketdata_assets.model.window import Partition, Window, iso, month_of, partitions_of
 from marketdata_assets.quality.gaps import holes
 from marketdata_assets.settings import Settings
 from marketdata_assets.toolbox import Tell, Toolbox, tell_nobody
@@ -60,21 +60,21 @@ def lock(
     for an object that cannot be read or that is gone although the ledger knows it.
     """
     check_name(name)
-    settings, as_of = toolbox.settings, toolbox.settings.now()
+    settings, began = toolbox.settings, toolbox.settings.now()
     names = _named(settings, markets, tables)
-    span = _months(window & Window(settings.since, as_of))
+    span = _months(window & Window(settings.since, began))
 
     def pin(place: Place) -> Pinned | None:
-        bars = content(toolbox, *place, as_of)
+        bars = content(toolbox, *place)
         if bars.is_empty() and not in_warehouse(toolbox, place[0]) and toolbox.lake.size(*place) is None:
             raise Damaged(f"{settings.lake}/{place[0].path(place[1])} is gone; `marketdata backfill` fetches it again")
-        return _pin(*place, bars, _is_open(settings, place[1], as_of))
+        return _pin(*place, bars, _is_open(settings, place[1], began))
 
     places = _stored(toolbox, markets, span, names)
     found = [pinned for pinned in _each(toolbox, pin, places, tell) if pinned]
     if not found:
         raise BadInput("nothing is stored of these markets in these months; `marketdata backfill` fetches it")
-    timeframes = tuple(tf.name for tf in settings.timeframes)
+    timeframes, as_of = tuple(tf.name for tf in settings.timeframes), settings.now()  # whatever was read is known by now
     return LockFile(name, as_of, span, _venues(settings, markets), timeframes, tuple(names), tuple(found))
 
 
@@ -141,9 +141,9 @@ def _each(toolbox: Toolbox, work: Callable[[Place], T], places: Sequence[Place],
                 yield result
 
 
-def _is_open(settings: Settings, partition: Partition, as_of: datetime) -> bool:
+def _is_open(settings: Settings, partition: Partition, moment: datetime) -> bool:
     until = settings.venues[partition.market.venue].until
-    return partition.month.end > as_of and (until is None or until > as_of)
+    return partition.month.end > moment and (until is None or until > moment)
 
 
 def _pin(table: Table, partition: Partition, bars: pl.DataFrame, open: bool) -> Pinned | None:
@@ -221,10 +221,10 @@ def _judge(toolbox: Toolbox, table: Table, partition: Partition, pinned: Pinned 
             return False, None
         if _holds(_up_to(content(toolbox, table, partition, as_of), pinned), pinned):
             return True, None
+        says = "; ".join([*_words(table, bars, pinned), *_corrections(toolbox, table, partition, as_of)])
     except Damaged as error:
         return False, Difference(table.name, partition, DAMAGED, rows, 0, str(error))
     what = MISSING if bars.is_empty() else EXTRA if bars.height > rows else FEWER if bars.height < rows else OTHER
-    says = "; ".join([*_words(table, bars, pinned), *_corrections(toolbox, table, partition, as_of)])
     return False, Difference(table.name, partition, what, rows, bars.height, says)
 
 
@@ -257,15 +257,15 @@ def _words(table: Table, bars: pl.DataFrame, pinned: Pinned | None) -> Iterator[
 
 
 def _corrections(toolbox: Toolbox, table: Table, partition: Partition, as_of: datetime) -> Iterator[str]:
-    """How many raw bars of these months were corrected since they were locked."""
-    base = table if table.layer == "raw" else raw(toolbox.settings.venues[partition.market.venue].base)
-    first = f"{partition.opens(table.timeframe).start:%Y-%m}-01"
-    sql = "SELECT at, bars, source FROM corrections WHERE tbl = ? AND market = ? AND month >= ? AND month <= ? ORDER BY at"
-    found = toolbox.ledger.rows(sql, base.name, partition.market.key, first, partition.month_key)
-    since = [(parse_time(at), bars, source) for at, bars, source in found if parse_time(at) > as_of]
-    if since:
-        at, _, source = max(since)
-        yield f"{sum(bars for _, bars, _ in since)} bars were corrected since, the last ones at {iso(at)} by {source}"
+    """How many of the raw bars that the partition is made of were replaced since they were locked."""
+    base = table.timeframe if table.layer == "raw" else toolbox.settings.venues[partition.market.venue].base
+    owned = partition.opens(table.timeframe)
+    since = (pl.col("replaced_at") > as_of) & pl.col("open_time").is_between(owned.start, owned.end, closed="left")
+    found = (toolbox.lake.read(history(base), month) for month in partitions_of(partition.market, owned))
+    replaced = [row for frame in found if frame is not None for row in frame.filter(since).select("open_time", "replaced_at").iter_rows()]
+    if replaced:
+        opens, moments = sorted({opened for opened, _ in replaced}), [moment for _, moment in replaced]
+        yield f"{len(opens)} bars, {iso(opens[0])} .. {iso(opens[-1])}, were corrected since, the last time at {iso(max(moments))}"
 
 
 # --------------------------------------------------------------------------------- the same universe
