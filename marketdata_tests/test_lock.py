@@ -23,7 +23,8 @@ from marketdata_assets.flows import lock as flow
 from marketdata_assets.flows.lock import Verified, lock, pinned_moment, verify
 from marketdata_assets.lake.fingerprint import fingerprint
 from marketdata_assets.lake.lockfile import LockFile, read_lock, write_lock
-from marketdata_assets.lake.tables import Table, history, raw, rollup
+from marketdata_assets.lake.tables import Table, raw, rollup
+from marketdata_assets.model.bar import TIME
 from marketdata_assets.model.window import TIMEFRAMES, Partition, Window
 from marketdata_assets.settings import Settings, load_settings
 from marketdata_assets.sources.sandbox import SandboxExchange, running
@@ -337,37 +338,42 @@ def test_without_the_duckdb_file_every_rollup_is_missing(copy: Copy, locked: Loc
     assert len(found) == 2 * 2 * 8
 
 
-def test_corrections_since_the_lock_are_told(copy: Copy, locked: LockFile):
-    """Three bars since, one of them twice, and one before; a rollup of them says so too, and other months do not."""
+def told(bars: pl.DataFrame, moments: dict[int, str]) -> pl.DataFrame:
+    """These rows are known since these moments, the others since long ago."""
+    known = pl.Series("known_at", [at(moments.get(i, "2023-12-31")) for i in range(bars.height)], dtype=TIME)
+    return bars.with_columns(known, pl.lit("rest").alias("source"))
+
+
+def test_bars_that_came_or_were_corrected_since_are_told(copy: Copy, locked: LockFile):
+    """Three since, one of them as the lock was made; a rollup of them says so too, and other months do not."""
     settings = copy()
-    first = [(0, "2024-01-09T00:00:00"), (60, "2024-01-10T00:00:00.25"), (90, "2024-01-10T00:00:00.25"), (70, "2024-01-10T09:00:00")]
-    times = [*first, (70, "2024-01-11T00:00:00")]
-    bars = truth("BTCUSDT", "1m", window("2023-12-20", "2023-12-21"))
-    rows = [{**bars.row(i, named=True), "known_at": None, "source": "rest", "replaced_at": at(moment)} for i, moment in times]
+    moments = {0: "2024-01-10", 60: "2024-01-10T00:00:00.25", 70: "2024-01-11", 90: "2024-01-10T09:00:00"}
     with open_toolbox(settings) as toolbox:
-        toolbox.lake.write(history(M1), DECEMBER, pl.DataFrame(rows, schema=history(M1).schema).sort("open_time"))
-        for table, partition in ((raw(M1), DECEMBER), (rollup(H1), DECEMBER), (rollup(H1), JANUARY)):
+        raw_bars = toolbox.lake.read(raw(M1), DECEMBER)
+        for table, partition in ((rollup(H1), DECEMBER), (rollup(H1), JANUARY)):
             toolbox.lake.write(table, partition, toolbox.lake.read(table, partition)[1:])
+        toolbox.lake.write(raw(M1), DECEMBER, told(one_digit(raw_bars), moments))
         found = verify(toolbox, locked)
-    opens = [f"{bars['open_time'][i]:%Y-%m-%dT%H:%M:%SZ}" for i in (60, 90)]
-    words = f"; 3 bars, {opens[0]} .. {opens[1]}, were corrected since, the last time at 2024-01-11T00:00:00Z"
+    opens = [f"{raw_bars['open_time'][i]:%Y-%m-%dT%H:%M:%SZ}" for i in (60, 90)]
+    words = f"; 3 bars, {opens[0]} .. {opens[1]}, came or were corrected since, the last ones at 2024-01-11T00:00:00Z"
     assert [d.says.endswith(words) for d in found.differences] == [True, True, False]
 
 
-def test_what_was_corrected_since_is_proved_from_history(copy: Copy, locked: LockFile, monkeypatch: pytest.MonkeyPatch):
-    """`content` is the place where what was known at a moment is read; here it is handed over."""
+@pytest.mark.parametrize("late", [True, False], ids=["corrected", "changed"])
+def test_what_was_corrected_since_is_proved_from_history(copy: Copy, locked: LockFile, monkeypatch: pytest.MonkeyPatch, late: bool):
+    """`content` is the place where what was known at a moment is read; here it is handed over. No history explains a change by hand."""
     settings, latest = copy(), flow.content
     with open_toolbox(settings) as toolbox:
         before = toolbox.lake.read(raw(M1), DECEMBER)
-        toolbox.lake.write(raw(M1), DECEMBER, one_digit(before))
+        toolbox.lake.write(raw(M1), DECEMBER, told(one_digit(before), {777: "2024-01-11"} if late else {}))
 
     def content(toolbox: Any, table: Table, partition: Partition, as_of: Any = None) -> pl.DataFrame:
         known = as_of == locked.as_of and (table, partition) == (raw(M1), DECEMBER)
         return before if known else latest(toolbox, table, partition)
 
     monkeypatch.setattr(flow, "content", content)
-    proves(settings, locked)
-    assert verified(settings, locked).from_history == 1
+    found = verified(settings, locked)
+    assert (found.from_history, [d.what for d in found.differences]) == ((1, []) if late else (0, ["other content"]))
 
 
 # --------------------------------------------------------------------------------- another universe, and files that are none

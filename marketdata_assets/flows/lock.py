@@ -17,7 +17,7 @@ from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.read import in_warehouse
 from marketdata_assets.lake.fingerprint import fingerprint
 from marketdata_assets.lake.lockfile import LockFile, Pinned, Wants, check_name, read_lock
-from marketdata_assets.lake.tables import Table, history, raw, rollup
+from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import Partition, Window, iso, month_of, partitions_of
 from marketdata_assets.quality.gaps import holes
@@ -219,12 +219,13 @@ def _judge(toolbox: Toolbox, table: Table, partition: Partition, pinned: Pinned 
         bars = _up_to(content(toolbox, table, partition), pinned)
         if _holds(bars, pinned):
             return False, None
-        if _holds(_up_to(content(toolbox, table, partition, as_of), pinned), pinned):
+        late = _late(toolbox, table, partition, pinned, as_of)
+        if late and bars.height and _holds(_up_to(content(toolbox, table, partition, as_of), pinned), pinned):
             return True, None
-        says = "; ".join([*_words(table, bars, pinned), *_corrections(toolbox, table, partition, as_of)])
     except Damaged as error:
         return False, Difference(table.name, partition, DAMAGED, rows, 0, str(error))
     what = MISSING if bars.is_empty() else EXTRA if bars.height > rows else FEWER if bars.height < rows else OTHER
+    says = "; ".join([*_words(table, bars, pinned), *late])
     return False, Difference(table.name, partition, what, rows, bars.height, says)
 
 
@@ -256,16 +257,22 @@ def _words(table: Table, bars: pl.DataFrame, pinned: Pinned | None) -> Iterator[
         yield f"the first bar that lacks opened {iso(holes(inside['open_time'], table.timeframe, span)[0].start)}"
 
 
-def _corrections(toolbox: Toolbox, table: Table, partition: Partition, as_of: datetime) -> Iterator[str]:
-    """How many of the raw bars that the partition is made of were replaced since they were locked."""
+def _late(toolbox: Toolbox, table: Table, partition: Partition, pinned: Pinned | None, as_of: datetime) -> list[str]:
+    """What is to be said of raw bars that the partition is made of and that came or were corrected since it was locked.
+
+    Where there are none, no history explains a difference: a rollup that was lost could be made anew, but it was lost.
+    """
     base = table.timeframe if table.layer == "raw" else toolbox.settings.venues[partition.market.venue].base
     owned = partition.opens(table.timeframe)
-    since = (pl.col("replaced_at") > as_of) & pl.col("open_time").is_between(owned.start, owned.end, closed="left")
-    found = (toolbox.lake.read(history(base), month) for month in partitions_of(partition.market, owned))
-    replaced = [row for frame in found if frame is not None for row in frame.filter(since).select("open_time", "replaced_at").iter_rows()]
-    if replaced:
-        opens, moments = sorted({opened for opened, _ in replaced}), [moment for _, moment in replaced]
-        yield f"{len(opens)} bars, {iso(opens[0])} .. {iso(opens[-1])}, were corrected since, the last time at {iso(max(moments))}"
+    end = pinned.last + table.timeframe.width if pinned and pinned.open else owned.end
+    since = (pl.col("known_at") > as_of) & pl.col("open_time").is_between(owned.start, end, closed="left")
+    months = partitions_of(partition.market, Window(owned.start, end))
+    found = [frame for month in months if (frame := toolbox.lake.read(raw(base), month, provenance=True)) is not None]
+    rows = [row for frame in found for row in frame.filter(since).select("open_time", "known_at").iter_rows()]
+    if not rows:
+        return []
+    span, last = f"{iso(rows[0][0])} .. {iso(rows[-1][0])}", max(known for _, known in rows)
+    return [f"{len(rows)} bars, {span}, came or were corrected since, the last ones at {iso(last)}"]
 
 
 # --------------------------------------------------------------------------------- the same universe
