@@ -126,9 +126,8 @@ def run(exchange: Any, dice: random.Random, bars: int, twice: int, lake: Path) -
     second = truth(exchange)
     begun = time.perf_counter()
     receipt = json.loads(marketdata("2024-03-05", "repair", "--start", START, "--format", "json"))
-    print(
-        f"on demand: {receipt['corrected']} of {len(once)} corrections found, {receipt['requests']} requests, {time.perf_counter() - begun:.1f} s"
-    )
+    took = f"{receipt['requests']} requests, {time.perf_counter() - begun:.1f} s"
+    print(f"on demand: {receipt['corrected']} of {len(once)} corrections found, {took}")
     compare("after the first corrections", second)
     restate(exchange, dice, again)
     third = truth(exchange)

@@ -14,13 +14,17 @@ import polars as pl
 import pytest
 from aiohttp import web
 from polars.testing import assert_frame_equal
+from typer.testing import CliRunner
 
 from marketdata_assets import open_reader
+from marketdata_assets.cli.main import app
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.ingest import Ingested, ingest, take_in
+from marketdata_assets.flows.lock import lock, verify
 from marketdata_assets.flows.read import read_bars
 from marketdata_assets.flows.revisions import Correction, corrections, read_as_of
 from marketdata_assets.lake.fingerprint import fingerprint
+from marketdata_assets.lake.lockfile import write_lock
 from marketdata_assets.lake.parquet import Lake
 from marketdata_assets.lake.tables import history, raw
 from marketdata_assets.model.bar import NAMES, SCHEMA
@@ -304,3 +308,42 @@ def test_bars_of_before_revisions_were_kept_count_as_always_known(stage: Stage) 
             assert bars is not None
             toolbox.lake.write(raw(MINUTE), partition, bars)
         assert_reads(toolbox, stage.told, stage.span, at("2020-01-01") + timedelta(days=1))
+
+
+@pytest.mark.parametrize("rollups", ["duckdb", "parquet"])
+def test_a_pinned_dataset_is_proved_and_read_after_corrections(
+    stage: Stage, rollups: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three locks, with corrections between them: each is proved, from the history where it must be, and read by its file."""
+    monkeypatch.setenv("MARKETDATA_ROLLUPS", rollups)
+    stage.ingest("2024-01-05T00:00:01")
+    locks, told, dice = [], [], random.Random(5)
+    for day in ("2024-01-05T00:00:02", "2024-01-06", "2024-01-07"):
+        if locks:
+            stage.correct(dice.sample(stage.told["open_time"].to_list(), 200))
+            stage.ingest(day, stage.span)
+        with open_toolbox(stage.at(day)) as toolbox:
+            locks.append(lock(toolbox, "pinned", stage.settings.markets, stage.span))
+            told.append(stage.told)
+    assert len({one.dataset for one in locks}) == 3
+    with open_toolbox(stage.at("2024-01-08")) as toolbox:
+        for one in locks:
+            found = verify(toolbox, one)
+            assert (found.proved, found.differences) == (len(one.partitions), [])
+            assert bool(found.from_history) == (one is not locks[-1])
+    for one, bars in zip(locks, told, strict=True):
+        write_lock(tmp_path / "pinned.lock.json", one)
+        done = CliRunner().invoke(app, ["bars", BTC.key, "1m", "--as-of", str(tmp_path / "pinned.lock.json"), "--format", "csv"])
+        closes = pl.read_csv(done.stdout_bytes, schema_overrides={"close": pl.String})["close"].cast(SCHEMA["close"])
+        assert closes.equals(bars["close"])
+
+
+def test_what_was_changed_by_hand_is_not_proved_from_history(stage: Stage) -> None:
+    with open_toolbox(stage.at("2024-01-06")) as toolbox:
+        one = lock(toolbox, "pinned", stage.settings.markets, stage.span)
+        partition = partitions(stage.settings)[0]
+        bars = toolbox.lake.read(raw(MINUTE), partition, provenance=True)
+        assert bars is not None
+        toolbox.lake.write(raw(MINUTE), partition, bars.with_columns(pl.col("high").alias("close")))
+        found = verify(toolbox, one)
+        assert [(d.table, d.what) for d in found.differences] == [("raw/ohlcv_1m", "other content")]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from marketdata_assets.cli import repair as _repair  # noqa: F401 - its commands are the app's
+import marketdata_assets.cli.lock
+import marketdata_assets.cli.repair  # noqa: F401 - registers its commands
 from marketdata_assets.cli.common import (
     End,
     FileFormat,
@@ -111,7 +113,9 @@ def bars(
     timeframe_: Annotated[str, typer.Argument(metavar="TIMEFRAME", help="1m 5m 15m 30m 1h 4h 12h 1d 1w")],
     start: Start = None,
     end: End = None,
-    as_of: Annotated[str | None, typer.Option("--as-of", help="As they were known at this moment, UTC, by our clock.")] = None,
+    as_of: Annotated[
+        str | None, typer.Option("--as-of", help="As they were known at this moment, UTC, by our clock; or at that of this lock file.")
+    ] = None,
     format: FileFormat = "table",
     file: Out = None,
 ) -> None:
@@ -122,8 +126,15 @@ def bars(
     check_format(format, file)
     with opened() as (settings, toolbox):
         asked = toolbox, known_market(toolbox, market), timeframe(timeframe_), window_of(settings, start, end)
-        found = read_as_of(*asked, parse_time(as_of)) if as_of else read_bars(*asked)
+        found = read_as_of(*asked, _moment(as_of)) if as_of else read_bars(*asked)
     write_bars(found, format, file)
+
+
+def _moment(text: str) -> datetime:
+    """A time, or that of the dataset that a lock file pins."""
+    from marketdata_assets.flows.lock import pinned_moment
+
+    return pinned_moment(Path(text)) if Path(text).is_file() else parse_time(text)
 
 
 @app.command()
