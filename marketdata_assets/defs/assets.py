@@ -18,6 +18,7 @@ from marketdata_assets.flows.derive import Derived, derive
 from marketdata_assets.flows.gaps import explain
 from marketdata_assets.flows.ingest import Ingested, ingest
 from marketdata_assets.flows.read import daily_coverage
+from marketdata_assets.flows.repair import Told, told
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.bar import Column
 from marketdata_assets.model.window import Partition, Timeframe, Window, iso
@@ -134,10 +135,11 @@ def rollup_assets(settings: Settings, grid: dg.MultiPartitionsDefinition, tell: 
 
 def fetch_into(
     results: Results, toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partition], again: Window | None = None
-) -> None:
-    """Ingest and audit the partitions of a raw asset; bars of `again` are asked for once more."""
-    unexplained = []
+) -> list[Told]:
+    """Ingest and audit the partitions of a raw asset, and what each brought; bars of `again` are asked for once more."""
+    fetched, unexplained = [], []
     for done in ingest(toolbox, timeframe, partitions, again):
+        fetched.append(told(done))
         findings = audit_raw(toolbox, done) if done.error is None else []
         results.add(done.partition, _raw_metadata(done), findings, done.error, changed=done.account.stored > 0)
         if any(not gap.cause for gap in done.gaps):
@@ -147,6 +149,7 @@ def fetch_into(
         if done.error is None and (raw(timeframe), done.partition) in explained:
             results.renew(done.partition, audit_gaps(toolbox, done))
     results.cover(*daily_coverage(toolbox, raw(timeframe)))
+    return fetched
 
 
 def roll_up_into(results: Mapping[Timeframe, Results], toolbox: Toolbox, partitions: Sequence[Partition]) -> None:

@@ -16,6 +16,7 @@ from marketdata_assets.lake.ledger import Account, Entry, Gap, State, logged
 from marketdata_assets.lake.tables import Table, history, raw
 from marketdata_assets.model.bar import COLUMNS, HISTORY_COLUMNS, NAMES, TIME, TOLD_SCHEMA
 from marketdata_assets.model.window import Partition, Timeframe, Window
+from marketdata_assets.quality.clean import clean
 from marketdata_assets.quality.contract import check_bars
 from marketdata_assets.quality.gaps import holes, without
 from marketdata_assets.quality.split import reject
@@ -23,6 +24,8 @@ from marketdata_assets.toolbox import Toolbox
 
 REST = "rest"
 """The source of bars that the venue's API told."""
+CLEAN_UP = "clean-up"
+"""The source of rows that lay in the lake and must not."""
 
 
 def _no_bars(*more: str) -> pl.DataFrame:
@@ -137,6 +140,24 @@ def _told(prepared: _Prepared, kept: pl.DataFrame, rejected: pl.DataFrame, sourc
         account=Account(kept.height + rejected.height, bars.height, judged.height - denied.height, rejected.height + denied.height),
         through=lacking[0].start if lacking else prepared.wanted.end,
     )
+
+
+def clean_stored(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> str:
+    """Take rows out of a partition that must not be there (see quality.clean); what was wrong, empty when nothing was.
+
+    What was stored twice stays once; what is refused goes to quarantine, and what is lacking then is fetched by the next
+    ingest. A damaged object is left to that, too.
+    """
+    table = raw(timeframe)
+    with toolbox.ledger.lock(partition.key):
+        prepared = _prepare(toolbox, table, partition)
+        cleaned = clean(prepared.stored, timeframe, partition.opens(timeframe))
+        says = cleaned.says
+        if says:
+            prepared = replace(prepared, stored=cleaned.bars, note=prepared.note or says)
+            got = _told(prepared, cleaned.bars.clear(), cleaned.rejected, CLEAN_UP)
+            _store(toolbox, prepared, got, CLEAN_UP)
+        return prepared.note or says
 
 
 def _left_of(gap: Gap, opens: pl.Series, timeframe: Timeframe) -> list[Gap]:

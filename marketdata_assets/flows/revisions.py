@@ -42,6 +42,16 @@ def read_as_of(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: W
     return found
 
 
+def partition_as_of(toolbox: Toolbox, table: Table, partition: Partition, moment: datetime) -> pl.DataFrame:
+    """One partition of a table as it was known at `moment`; no bars where nothing was."""
+    base = table.timeframe if table.layer == "raw" else base_of(toolbox, partition.market)
+    if table.layer == "raw":
+        return _raw_then(toolbox, partition, base, base, moment)
+    if toolbox.ledger.state(raw(base), partition) is None:
+        return pl.DataFrame(schema=table.schema)
+    return _rolled_then(toolbox, partition, base, table.timeframe, moment)
+
+
 def _refuse_before_the_first(toolbox: Toolbox, market: Market, base: Timeframe, months: Iterable[Partition], moment: datetime) -> None:
     stored = [toolbox.lake.read(raw(base), partition, provenance=True) for partition in months]
     before = [toolbox.lake.read(history(base), partition) for partition in months]
