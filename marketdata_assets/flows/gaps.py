@@ -139,6 +139,7 @@ class Explained:
             "last_asked": last,
             "next_ask": following,
             "says": words_of(gap),
+            "evidence": gap.evidence,
             "proof": proof_of(gap),
         }
 
