@@ -7,7 +7,7 @@ Prices are logarithms here, so that sizes are shares of the price; nothing of it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -56,7 +56,7 @@ RULES: dict[str, Rule] = {
         Rule(
             "spike",
             "prices leave between two bars, or within one, and come back at once",
-            "A market's next bar opens where the last one closed: of 580,000 real minutes none goes more than 0.53 % in between.",
+            "A market's next bar opens where the last one closed: of 600,000 real minutes none goes more than 0.53 % in between.",
             0.0025,
             3,
             _OF_PRICE,
@@ -121,6 +121,9 @@ RULES: dict[str, Rule] = {
 }
 
 
+Finder = Callable[[pl.DataFrame, Timeframe], Iterator[Anomaly]]
+
+
 def find_anomalies(bars: pl.DataFrame, timeframe: Timeframe, judged: Window) -> list[Anomaly]:
     """The anomalies that begin in `judged`, by start.
 
@@ -129,13 +132,16 @@ def find_anomalies(bars: pl.DataFrame, timeframe: Timeframe, judged: Window) -> 
     finds a bar has it.
     """
     traded = _measured(bars.filter(pl.col("volume") > 0), timeframe)
-    found: list[Anomaly] = []
-    for finder in (_swapped, _gaps, _wicks, _moves):
-        found += _apart(found, _joined(list(finder(traded, timeframe)), timeframe))
-    for finder in (_frozen, _volumes):
-        found += _joined(list(finder(traded, timeframe)), timeframe)
-    found += _joined(list(_untraded(bars, timeframe)), timeframe)
-    return sorted((one for one in found if judged.start <= one.start < judged.end), key=lambda one: (one.start, one.kind))
+
+    def found(finder: Finder) -> list[Anomaly]:
+        return _joined(list(finder(traded, timeframe)), timeframe)
+
+    stands = found(_frozen)
+    prices = _apart(stands, found(_swapped))  # bars that repeat themselves look swapped, too
+    for finder in (_gaps, _wicks, _moves):
+        prices += _apart(prices, found(finder))
+    everything = [*stands, *prices, *found(_volumes), *_joined(list(_untraded(bars, timeframe)), timeframe)]
+    return sorted((one for one in everything if judged.start <= one.start < judged.end), key=lambda one: (one.start, one.kind))
 
 
 def _apart(found: Sequence[Anomaly], more: Sequence[Anomaly]) -> list[Anomaly]:
@@ -188,6 +194,10 @@ def _around(frame: pl.LazyFrame, bars: int = AROUND, **wanted: tuple[str, float]
     return frame.with_columns(**before).with_columns(pl.max_horizontal(pl.col(new).shift(1), pl.col(new).shift(-bars)) for new in wanted)
 
 
+_KNOWN = pl.when(pl.col("ranges").is_not_null())
+"""Where there are enough bars to know what is usual."""
+
+
 def _beyond(frame: pl.DataFrame, size: pl.Expr, limit: pl.Expr) -> list[dict[str, Any]]:
     """The bars whose `size` is above their `limit`."""
     return frame.lazy().with_columns(size=size, limit=limit).filter(pl.col("size") > pl.col("limit")).collect().to_dicts()
@@ -196,7 +206,7 @@ def _beyond(frame: pl.DataFrame, size: pl.Expr, limit: pl.Expr) -> list[dict[str
 # --------------------------------------------------------------------------------- the rules
 def _swapped(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     before, body, after = pl.col("gap"), pl.col("body"), pl.col("gap").shift(-1)
-    undone = pl.when((before * after > 0) & (before * body < 0)).then(pl.min_horizontal(before.abs(), body.abs(), after.abs()))
+    undone = _KNOWN.then(pl.when((before * after > 0) & (before * body < 0)).then(pl.min_horizontal(before.abs(), body.abs(), after.abs())))
     limit = pl.max_horizontal(pl.lit(RULES["swapped"].floor), GAPS * pl.col("gaps"))
     for row in _beyond(traded, undone, limit):
         says = _beside(traded, row["i"], row["i"])
@@ -207,7 +217,7 @@ def _gaps(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     """`spike` and `jump`: both begin with a gap between two bars."""
     rule = RULES["spike"]
     limit = pl.max_horizontal(pl.lit(rule.floor), GAPS * pl.col("gaps"), rule.times * pl.col("ranges"))
-    rows = _beyond(traded.with_columns(body_before=pl.col("body").shift(1)), pl.col("away"), limit)
+    rows = _beyond(traded.with_columns(body_before=pl.col("body").shift(1)), _KNOWN.then(pl.col("away")), limit)
     done = -1
     for k, row in enumerate(rows):
         if row["i"] <= done or row["i"] == traded.height - 1:
@@ -242,7 +252,7 @@ def _wicks(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     ranges = pl.max_horizontal("usual", pl.col("range").shift(1) / 2, pl.col("range").shift(-1) / 2)
     limit = pl.max_horizontal(pl.lit(rule.floor * math.sqrt(timeframe.minutes)), rule.times * busy * ranges)
     inner = pl.col("i").is_between(1, traded.height - 2)
-    for row in _beyond(traded, pl.when(inner).then(pl.max_horizontal(up, down)), limit):
+    for row in _beyond(traded, _KNOWN.then(pl.when(inner).then(pl.max_horizontal(up, down))), limit):
         top = _at(traded, row["i"] - 1, "high"), _at(traded, row["i"] + 1, "high")
         bottom = _at(traded, row["i"] - 1, "low"), _at(traded, row["i"] + 1, "low")
         says = f"{_text(row['low'])} to {_text(row['high'])}; {bottom[0]} to {top[0]} before, {bottom[1]} to {top[1]} after"
