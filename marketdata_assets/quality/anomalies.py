@@ -49,6 +49,8 @@ class Rule:
         return max((s for s, least in self.severities.items() if size >= least), default=Severity.LOW)
 
 
+_GAP = (0.0025, 3)
+"""Floor and times of both rules that begin with a gap between two bars: which it is, the bars after it tell."""
 _OF_PRICE = {Severity.MEDIUM: 0.005, Severity.HIGH: 0.02, Severity.CRITICAL: 0.2}
 RULES: dict[str, Rule] = {
     row.name: row
@@ -57,16 +59,14 @@ RULES: dict[str, Rule] = {
             "spike",
             "prices leave between two bars, or within one, and come back at once",
             "A market's next bar opens where the last one closed: of 600,000 real minutes none goes more than 0.53 % in between.",
-            0.0025,
-            3,
+            *_GAP,
             _OF_PRICE,
         ),
         Rule(
             "jump",
             "a bar opens far from where the bar before it closed, and prices stay there",
             "As spike; real ones come after halts, false ones where another market or unit begins.",
-            0.0025,
-            3,
+            *_GAP,
             _OF_PRICE,
         ),
         Rule(
