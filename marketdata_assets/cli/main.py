@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from marketdata_assets.cli import anomalies as anomalies  # its commands
+from marketdata_assets.cli import anomalies as _anomalies  # noqa: F401 - its commands are the app's
 from marketdata_assets.cli.common import (
     End,
     FileFormat,
