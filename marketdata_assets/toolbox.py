@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
+from marketdata_assets.lake.anomalies import Anomalies
 from marketdata_assets.lake.incidents import Incidents
 from marketdata_assets.lake.ledger import Ledger
 from marketdata_assets.lake.parquet import Lake
@@ -63,6 +64,7 @@ class Toolbox:
     ledger: Ledger
     incidents: Incidents
     receipts: Receipts
+    anomalies: Anomalies
     lake: Lake
     warehouse: Warehouse
     policy: Policy
@@ -124,6 +126,7 @@ def open_toolbox(
         ledger,
         Incidents(ledger),
         Receipts(ledger),
+        Anomalies(ledger),
         Lake(settings.lake, settings.cold.lake if settings.cold else None),
         warehouse,
         policy or Policy(),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import marketdata_assets.cli.anomalies
 import marketdata_assets.cli.lock
 import marketdata_assets.cli.repair  # noqa: F401 - registers its commands
 from marketdata_assets.cli.common import (

@@ -13,6 +13,7 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetC
 
 from marketdata_assets.defs.pictures import heat_map
 from marketdata_assets.errors import MarketDataError
+from marketdata_assets.flows.anomalies import CHECK
 from marketdata_assets.flows.audit import BLOCKING, RAW_CHECKS, Finding
 from marketdata_assets.flows.freshness import Freshness, freshness
 from marketdata_assets.flows.read import daily_coverage
@@ -41,6 +42,7 @@ def check_specs(table: Table, settings: Settings, grid: dg.MultiPartitionsDefini
         return [
             dg.AssetCheckSpec(name, asset=key, description=words, blocking=name in BLOCKING, partitions_def=grid)
             for name, words in RAW_CHECKS.items()
+            if name != CHECK or any(table.timeframe == venue.base for venue in settings.venues.values())
         ]
     words = {"complete": COMPLETE}
     if any(table.timeframe in venue.reference for venue in settings.venues.values()):

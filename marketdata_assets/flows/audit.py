@@ -10,11 +10,13 @@ from typing import Any
 
 import polars as pl
 
+from marketdata_assets.flows.anomalies import CHECK, alarming, judge, row_of, words
 from marketdata_assets.flows.derive import Derived, neighbour
 from marketdata_assets.flows.ingest import Ingested
 from marketdata_assets.flows.parity import compare
 from marketdata_assets.lake.ledger import Account, Gap
 from marketdata_assets.lake.tables import Table, raw, rollup
+from marketdata_assets.model.anomaly import State
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA
 from marketdata_assets.model.window import Partition, Timeframe, Window, iso
 from marketdata_assets.quality.gaps import holes, without
@@ -49,13 +51,22 @@ RAW_CHECKS: dict[str, str] = {
         "a hole at a page's edge is asked for in three runs, then settled."
     ),
     "accounting": ("Rows received = stored + identical + quarantined. If red: it is a defect of ours; please report the metadata."),
+    CHECK: (
+        "No bar that keeps every rule is hard to believe (spikes, jumps, wicks, frozen prices, impossible volume) without a word from "
+        "a person. If red: `marketdata anomalies` lists them with their bars; acknowledge what is real, fetch again what is not."
+    ),
 }
 BLOCKING = ("ohlc", "duplicates", "accounting")
 
 
 def audit_raw(toolbox: Toolbox, done: Ingested) -> list[Finding]:
-    """The checks of a raw partition, in the order of RAW_CHECKS; which of them are red stands in the ledger afterwards."""
+    """The checks of a raw partition, in the order of RAW_CHECKS (the last of base bars only).
+
+    Which of them are red stands in the ledger afterwards.
+    """
     findings = [_ohlc(done), _duplicates(done), _gaps(done), _accounting(done.account)]
+    if done.timeframe == toolbox.settings.venues[done.partition.market.venue].base:
+        findings.append(_anomalies(toolbox, done))
     return _remembered(toolbox, raw(done.timeframe), done.partition, findings)
 
 
@@ -84,6 +95,13 @@ def _gaps(done: Ingested) -> Finding:
 
 def _accounting(account: Account) -> Finding:
     return Finding("accounting", account.balanced, "received = stored + identical + quarantined", True, asdict(account))
+
+
+def _anomalies(toolbox: Toolbox, done: Ingested) -> Finding:
+    entries = sorted(judge(toolbox, done), key=lambda e: (list(State).index(e.state), -e.anomaly.severity, e.anomaly.start))
+    numbers = {state.value: sum(entry.state == state for entry in entries) for state in State}
+    alarms = sum(map(alarming, entries))
+    return Finding(CHECK, not alarms, words(entries), False, {**numbers, "alarming": alarms}, [row_of(e) for e in entries[:SHOWN]])
 
 
 def _broken(done: Ingested) -> list[Row]:
