@@ -77,6 +77,15 @@ class Automation:
 
 
 @dataclass(frozen=True, slots=True)
+class Corrections:
+    """How far back closed bars are fetched again: in each run, every night, and every month. 0: not at all."""
+
+    run_minutes: int = 60
+    night_days: int = 1
+    month_days: int = 31
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """How far a market's newest bar may lie behind before that is a warning, and before it is an error."""
 
@@ -131,6 +140,7 @@ class Settings:
     retention: Mapping[str, int] = field(default_factory=dict)
     cold: Cold | None = None
     automation: Automation = Automation()
+    corrections: Corrections = Corrections()
     freshness: Mapping[str, Limits] = field(default_factory=dict)
     alerts: tuple[str, ...] = field(default=(), repr=False)
     retention_days: int = 14
@@ -479,6 +489,17 @@ def _automation(entry: _Entry) -> Automation:
     return Automation(**{key: _AUTOMATION[key](item) for key, item in entry.known_items(_AUTOMATION).items()})
 
 
+_CORRECTIONS: dict[str, Callable[[_Entry], int]] = {
+    "run_minutes": _count("minutes", least=0, most=10_080),
+    "night_days": _count("days", least=0, most=31),
+    "month_days": _count("days", least=0, most=366),
+}
+
+
+def _corrections(entry: _Entry) -> Corrections:
+    return Corrections(**{key: _CORRECTIONS[key](item) for key, item in entry.known_items(_CORRECTIONS).items()})
+
+
 def _freshness(entry: _Entry) -> dict[str, Limits]:
     read, found = _count("minutes"), {}
     for name, item in entry.known_items(TIMEFRAMES).items():
@@ -549,6 +570,7 @@ _TOP: dict[str, Callable[[_Entry], Any]] = {
     "retention": _retention,
     "cold": _cold,
     "automation": _automation,
+    "corrections": _corrections,
     "freshness": _freshness,
     "alerts": _alerts,
     "retention_days": _count("days"),

@@ -19,7 +19,7 @@ from marketdata_assets.errors import MarketDataError, VenueRefused
 from marketdata_assets.lake.ledger import Account, Gap, LoggedFetch, logged
 from marketdata_assets.model.bar import NAMES, empty_bars
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import EPOCH, Timeframe, Window, iso
+from marketdata_assets.model.window import EPOCH, MINUTE, Timeframe, Window, iso
 from marketdata_assets.quality.agree import Agreement, agree
 from marketdata_assets.quality.gaps import holes, merged, runs, without
 from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
@@ -30,7 +30,7 @@ ROUNDS = 7
 ASKS_DISPUTED = 4
 ASKS_MISSING = 2
 WITNESSES = 3
-"""How many stored bars beside a new span are asked again: a venue that contradicts two in a row is not believed."""
+"""How many stored bars beside a new span are asked again, at the least: a venue that contradicts most of them is not believed."""
 STORED = -1
 """The answer number of bars that are stored already."""
 
@@ -39,7 +39,7 @@ STORED = -1
 class Collected:
     """What the venue said about a span.
 
-    `bars` are new or replace stored ones. `through` is the end of what has been asked for. `answers[i]` is the index
+    `bars` are new or replace stored ones (`corrected` of them). `through` is the end of what has been asked for. `answers[i]` is the index
     in `fetches` of the request that gave answer i.
     """
 
@@ -52,22 +52,33 @@ class Collected:
     retries: int = 0
     waited: float = 0.0
     through: datetime = EPOCH
+    corrected: int = 0
 
 
 async def collect(
-    toolbox: Toolbox, market: Market, timeframe: Timeframe, wanted: Window, stored: pl.DataFrame, known: Sequence[Gap]
+    toolbox: Toolbox,
+    market: Market,
+    timeframe: Timeframe,
+    wanted: Window,
+    stored: pl.DataFrame,
+    known: Sequence[Gap],
+    again: Window | None = None,
 ) -> Collected:
-    """Ask for all bars of `wanted` that are neither stored nor settled as a gap. No request when nothing is lacking."""
-    if not _lacking(stored["open_time"], timeframe, wanted, known):
+    """Ask for all bars of `wanted` that are neither stored nor settled as a gap, and for those of `again`, stored or not.
+
+    No request when nothing is lacking and nothing is asked again.
+    """
+    if not again and not _lacking(stored["open_time"], timeframe, wanted, known):
         return Collected(gaps=tuple(known), through=wanted.end)
     now = await toolbox.venue_now(market, wanted.end + timeframe.width)
     listed = await _listed(toolbox, market, timeframe, stored, wanted.start)
     asked = Window(max(wanted.start, listed or wanted.start), max(wanted.start, min(wanted.end, timeframe.floor(now))))
     lacking = _lacking(stored["open_time"], timeframe, asked, known)
-    if not lacking:
+    windows = [*lacking, *([again & asked] if again and again & asked else [])]
+    if not windows:
         return Collected(gaps=tuple(known), through=asked.end)
     inquiry = _Inquiry(toolbox, market, timeframe, asked, stored, list(known), now)
-    return await inquiry.run(lacking)
+    return await inquiry.run([*windows, *inquiry.last_stored(lacking)])
 
 
 def _lacking(opens: pl.Series, timeframe: Timeframe, window: Window, gaps: Iterable[Gap]) -> list[Window]:
@@ -119,6 +130,16 @@ class _Inquiry:
         return self._settle(agreement)
 
     # ------------------------------------------------------------------------------------------ asking
+    def last_stored(self, lacking: Sequence[Window]) -> list[Window]:
+        """The bars stored last, asked again with those that are new where one page holds both: venues correct them."""
+        back = self.toolbox.settings.corrections.run_minutes * MINUTE
+        if not back or not lacking or lacking[-1].end < self.asked.end or self.stored.is_empty():
+            return []
+        begin = lacking[-1].start
+        tail, room = Window(begin - back, begin) & self.asked, self.toolbox.source(self.market).page_size - 2
+        fits = Window(tail.start, self.asked.end).count(self.timeframe) <= room
+        return [tail] if tail and fits and self.stored["open_time"][-1] >= tail.start else []
+
     def _pages(self, lacking: list[Window]) -> list[Window]:
         """Pages over what is lacking and the stored bars around it, each with the next bar as its witness."""
         size = max(1, self.toolbox.source(self.market).page_size - 2)
@@ -233,14 +254,14 @@ class _Inquiry:
         stored = pl.col("answer") == STORED
         lost = pl.concat([agreement.outvoted, agreement.open]).filter(~stored)
         fresh = pl.concat([*self.rejected, reject(lost, "conflict")])
-        replaced = reject(agreement.outvoted.filter(stored), "replaced")
-        self._refuse_contradiction(agreement.outvoted.filter(stored)["open_time"])
+        denied = agreement.outvoted.filter(stored)["open_time"]
+        self._refuse_contradiction(denied)
         bars = agreement.bars.join(self.stored, on=NAMES, how="anti", nulls_equal=True)
         account = Account(self.received, bars.height, self._repeated(agreement), fresh.height)
         fetches, answers = self._log()
         return Collected(
             bars=bars.sort("open_time"),
-            rejected=pl.concat([fresh, replaced]),
+            rejected=fresh,
             gaps=tuple(self._gaps(agreement)),
             account=account,
             fetches=fetches,
@@ -248,13 +269,18 @@ class _Inquiry:
             retries=sum(len(f.requests) - 1 for f in self.answers),
             waited=sum(f.waited for f in self.answers),
             through=self.asked.end,
+            corrected=denied.len(),
         )
 
-    def _refuse_contradiction(self, replaced: pl.Series) -> None:
-        """One stored bar may have been told unfinished. Two in a row that the venue denies: it speaks of something else."""
-        denied = [w for w in runs(replaced.to_list(), self.timeframe) if w.count(self.timeframe) > 1]
-        if denied:
-            error = VenueRefused(f"{self.market.venue}: its answers contradict the stored bars of {denied[0]}; nothing of them is stored")
+    def _refuse_contradiction(self, denied: pl.Series) -> None:
+        """A venue corrects some bars. One that denies most of those it was asked again for speaks of something else."""
+        in_a_row = [w for w in runs(denied.to_list(), self.timeframe) if w.count(self.timeframe) > 1]
+        told = self.stored["open_time"].is_in(pl.concat(self.kept)["open_time"].unique().implode()).sum()
+        if in_a_row and 2 * denied.len() > told:
+            error = VenueRefused(
+                f"{self.market.venue}: its answers contradict the stored bars of {in_a_row[0]}, {denied.len()} of {told} told again; "
+                "nothing of them is stored. If it did correct them, repair a longer span, of which most agrees"
+            )
             error.requests = tuple(r for answer in self.answers for r in answer.requests)
             raise error
 

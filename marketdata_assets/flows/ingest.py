@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 
 import polars as pl
 
 from marketdata_assets.errors import Damaged, MarketDataError, Unreachable
 from marketdata_assets.flows.collect import Collected, collect
 from marketdata_assets.lake.ledger import Account, Entry, Gap, State, logged
-from marketdata_assets.lake.tables import Table, raw
-from marketdata_assets.model.bar import empty_bars
+from marketdata_assets.lake.tables import Table, history, raw
+from marketdata_assets.model.bar import COLUMNS, HISTORY_COLUMNS, NAMES, TIME, TOLD_SCHEMA
 from marketdata_assets.model.window import Partition, Timeframe, Window
 from marketdata_assets.quality.contract import check_bars
+from marketdata_assets.quality.gaps import holes, without
+from marketdata_assets.quality.split import reject
 from marketdata_assets.toolbox import Toolbox
+
+REST = "rest"
+"""The source of bars that the venue's API told."""
+
+
+def _no_bars(*more: str) -> pl.DataFrame:
+    return pl.DataFrame(schema={**TOLD_SCHEMA, **dict.fromkeys(more, TIME)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +34,8 @@ class Ingested:
     """One partition after an ingest: what is stored now, and what it took.
 
     `wanted` is the window of open times that the universe asks for, as far as the venue's clock has come; `bars` all
-    that is stored of it. `error` is set when the ingest failed; then everything stored is as it was.
+    that is stored of it; `replaced` the bars of which it holds another revision now, as they lie in the history.
+    `error` is set when the ingest failed; then everything stored is as it was.
     """
 
     partition: Partition
@@ -40,10 +51,13 @@ class Ingested:
     waited: float = 0.0
     note: str | None = None
     error: MarketDataError | None = None
+    replaced: pl.DataFrame = field(default_factory=lambda: _no_bars("replaced_at"))
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
+    """One partition before an ingest; `stored` has the bars with their provenance."""
+
     partition: Partition
     table: Table
     wanted: Window
@@ -65,8 +79,11 @@ def wanted_window(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) 
     return partition.opens(timeframe) & Window(timeframe.ceil(span.start), timeframe.floor(span.end))
 
 
-def ingest(toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partition]) -> Iterator[Ingested]:
+def ingest(toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partition], again: Window | None = None) -> Iterator[Ingested]:
     """Bring each partition up to date, in order. While one is stored, the next one's requests are under way.
+
+    Bars that open inside `again` are asked for once more; where the venue tells another bar twice, it becomes the stored
+    one, and the one before goes to the history.
 
     A partition that fails is yielded with its error and the others go on. Partitions are held against other
     processes one at a time: whoever comes second finds the work done.
@@ -74,35 +91,83 @@ def ingest(toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partitio
     table = raw(timeframe)
     ahead: _Started | None = None
     for i, partition in enumerate(partitions):
-        prepared, future, held = ahead or _start(toolbox, table, partition)
-        ahead = _start_if_free(toolbox, table, partitions[i + 1]) if i + 1 < len(partitions) else None
+        prepared, future, held = ahead or _start(toolbox, table, partition, again)
+        ahead = _start_if_free(toolbox, table, partitions[i + 1], again) if i + 1 < len(partitions) else None
         with held:
             yield _finish(toolbox, prepared, future)
 
 
-def _start(toolbox: Toolbox, table: Table, partition: Partition) -> _Started:
+def take_in(
+    toolbox: Toolbox, timeframe: Timeframe, partition: Partition, kept: pl.DataFrame, rejected: pl.DataFrame, source: str
+) -> Ingested:
+    """Store bars of one partition that something else than the venue's API told: `source`, such as a file's name.
+
+    `kept` (model.bar.NAMES, one bar an open_time) has passed the rules, `rejected` (quality.split.REJECTED_SCHEMA) has not.
+    What is stored already stays: a bar that says the same is identical, another one is refused as `disagrees`. A hole
+    between two bars of `kept` is a gap by the evidence of `source`. Sends no request.
+    """
+    table = raw(timeframe)
+    with toolbox.ledger.lock(partition.key):
+        prepared = _prepare(toolbox, table, partition)
+        return _store(toolbox, prepared, _told(prepared, kept, rejected, source), source)
+
+
+def _told(prepared: _Prepared, kept: pl.DataFrame, rejected: pl.DataFrame, source: str) -> Collected:
+    timeframe, kept = prepared.table.timeframe, kept.select(NAMES).sort("open_time")
+    both = kept.join(prepared.stored, on="open_time", suffix="_stored")
+    given = {c.name: pl.col(c.name).is_null() | pl.col(c.name + "_stored").is_null() for c in COLUMNS if c.optional}
+    agrees = (pl.col(n).eq_missing(pl.col(n + "_stored")) | given.get(n, pl.lit(False)) for n in NAMES if n != "open_time")
+    judged = both.with_columns(pl.all_horizontal(agrees).alias("agrees"))
+    denied = judged.filter(~pl.col("agrees")).select(pl.lit(-1, pl.Int64).alias("answer"), *NAMES)
+    bars = kept.join(prepared.stored, on="open_time", how="anti")
+    opens = pl.concat([prepared.stored["open_time"], bars["open_time"]]).sort()
+    inside = Window(kept["open_time"][0], kept["open_time"][-1]) & prepared.wanted if kept.height else prepared.wanted & prepared.wanted
+    known = [rest for gap in prepared.gaps for rest in _left_of(gap, opens, timeframe)]
+    told = holes(opens, timeframe, inside) if kept.height else []
+    gaps = known + [
+        Gap(window, window.count(timeframe), "no_bars", 2, f"{source} holds both neighbours and nothing between")
+        for hole in told
+        for window in without(hole, [gap.window for gap in known])
+    ]
+    lacking = [w for hole in holes(opens, timeframe, prepared.wanted) for w in without(hole, [g.window for g in gaps if g.settled])]
+    return Collected(
+        bars=bars,
+        rejected=pl.concat([rejected, reject(denied, "disagrees")]),
+        gaps=tuple(sorted(gaps)),
+        account=Account(kept.height + rejected.height, bars.height, judged.height - denied.height, rejected.height + denied.height),
+        through=lacking[0].start if lacking else prepared.wanted.end,
+    )
+
+
+def _left_of(gap: Gap, opens: pl.Series, timeframe: Timeframe) -> list[Gap]:
+    """What remains of a gap when some of its bars are there."""
+    return [gap._replace(window=w, bars=w.count(timeframe)) for w in holes(opens, timeframe, gap.window)]
+
+
+def _start(toolbox: Toolbox, table: Table, partition: Partition, again: Window | None) -> _Started:
     """Hold the partition, see what it lacks, send the requests."""
     with ExitStack() as held:
         held.enter_context(toolbox.ledger.lock(partition.key))
-        return *_ask(toolbox, table, partition), held.pop_all()
+        return *_ask(toolbox, table, partition, again), held.pop_all()
 
 
-def _start_if_free(toolbox: Toolbox, table: Table, partition: Partition) -> _Started | None:
+def _start_if_free(toolbox: Toolbox, table: Table, partition: Partition, again: Window | None) -> _Started | None:
     """The same, unless another process holds the partition: waiting for it now could end in a deadlock."""
     with ExitStack() as held:
         if not held.enter_context(toolbox.ledger.lock(partition.key, wait=False)):
             return None
-        return *_ask(toolbox, table, partition), held.pop_all()
+        return *_ask(toolbox, table, partition, again), held.pop_all()
 
 
-def _ask(toolbox: Toolbox, table: Table, partition: Partition) -> tuple[_Prepared, Future[Collected]]:
+def _ask(toolbox: Toolbox, table: Table, partition: Partition, again: Window | None) -> tuple[_Prepared, Future[Collected]]:
     try:
         prepared = _prepare(toolbox, table, partition)
     except MarketDataError as error:  # what lies there cannot even be looked at
         failed: Future[Collected] = Future()
         failed.set_exception(error)
-        return _Prepared(partition, table, Window(partition.month.start, partition.month.start), empty_bars(), [], None), failed
-    work = collect(toolbox, partition.market, table.timeframe, prepared.wanted, prepared.stored, prepared.gaps)
+        return _Prepared(partition, table, Window(partition.month.start, partition.month.start), _no_bars(), [], None), failed
+    inside = again & prepared.wanted if again else None
+    work = collect(toolbox, partition.market, table.timeframe, prepared.wanted, prepared.stored, prepared.gaps, inside)
     return prepared, toolbox.submit(work)
 
 
@@ -110,17 +175,17 @@ def _prepare(toolbox: Toolbox, table: Table, partition: Partition) -> _Prepared:
     wanted = wanted_window(toolbox, table.timeframe, partition)
     state, note = toolbox.ledger.state(table, partition), None
     try:
-        stored = toolbox.lake.read(table, partition)
+        stored = toolbox.lake.read(table, partition, provenance=True)
     except Damaged as damage:
         note = f"{damage}; set aside as {toolbox.lake.set_aside(table, partition)}"
         stored = None
     gaps = toolbox.ledger.gaps(table, partition)
-    return _Prepared(partition, table, wanted, empty_bars() if stored is None else stored, gaps, state, note)
+    return _Prepared(partition, table, wanted, _no_bars() if stored is None else stored, gaps, state, note)
 
 
 def _finish(toolbox: Toolbox, prepared: _Prepared, future: Future[Collected]) -> Ingested:
     try:
-        return _store(toolbox, prepared, future.result())
+        return _store(toolbox, prepared, future.result(), REST)
     except MarketDataError as error:
         fetches = logged(error.requests, prepared.wanted)
         forgiven = isinstance(error, Unreachable)
@@ -130,16 +195,22 @@ def _finish(toolbox: Toolbox, prepared: _Prepared, future: Future[Collected]) ->
         return replace(failed, requests=retries, retries=retries, error=error)
 
 
-def _store(toolbox: Toolbox, prepared: _Prepared, got: Collected) -> Ingested:
-    table, partition = prepared.table, prepared.partition
-    bars = _merged(prepared.stored, got.bars)
+def _store(toolbox: Toolbox, prepared: _Prepared, got: Collected, source: str) -> Ingested:
+    table, partition, now = prepared.table, prepared.partition, toolbox.settings.now()
+    told = got.bars.with_columns(pl.lit(now, TIME).alias("known_at"), pl.lit(source).alias("source"))
+    replaced = prepared.stored.join(told, on="open_time", how="semi").with_columns(pl.lit(now, TIME).alias("replaced_at"))
+    if replaced.height:  # before the bars themselves: whatever happens now, no revision is lost
+        _remember(toolbox, table, partition, replaced)
+    bars = _merged(prepared.stored, told)
     size, digest = (prepared.state.bytes, prepared.state.digest) if prepared.state else (None, None)
     if size is None or prepared.note or not bars.equals(prepared.stored) or size != toolbox.lake.size(table, partition):
-        size, digest = toolbox.lake.write(table, partition, check_bars(bars))
+        check_bars(bars.select(NAMES))
+        size, digest = toolbox.lake.write(table, partition, bars)
     complete = got.through >= prepared.wanted.end and all(gap.settled for gap in got.gaps)
+    through = max(got.through, prepared.wanted.start, prepared.state.through if prepared.state else got.through)
     state = State(
         start=prepared.wanted.start,
-        through=max(got.through, prepared.wanted.start, prepared.state.through if prepared.state else got.through),
+        through=through,
         newest=bars["open_time"][-1] if bars.height else None,
         complete=complete,
         rows=bars.height,
@@ -149,17 +220,44 @@ def _store(toolbox: Toolbox, prepared: _Prepared, got: Collected) -> Ingested:
         attempts=prepared.state.attempts + 1 if prepared.state else 1,
         failures=0,
         error=None,
+        whole_at=_whole_at(toolbox, prepared, through, now),
     )
-    now = toolbox.settings.now()
-    toolbox.ledger.commit(Entry(table, partition, state, got.account, got.gaps, got.fetches, got.rejected, got.answers, now))
-    done = _ingested(prepared, bars, got.gaps, got.account, size or 0, complete)
+    teller = None if source == REST else source
+    toolbox.ledger.commit(Entry(table, partition, state, got.account, got.gaps, got.fetches, got.rejected, got.answers, now, teller))
+    done = replace(_ingested(prepared, bars, got.gaps, got.account, size or 0, complete), replaced=replaced)
     come = Window(prepared.wanted.start, max(prepared.wanted.start, min(prepared.wanted.end, state.through)))
     return replace(done, wanted=come, requests=len(got.fetches), retries=got.retries, waited=got.waited)
 
 
+def _remember(toolbox: Toolbox, table: Table, partition: Partition, replaced: pl.DataFrame) -> None:
+    """Add revisions to the history; one that was added before, by a run that died then, is the same revision."""
+    place = history(table.timeframe)
+    known = toolbox.lake.read(place, partition)
+    every = replaced if known is None else pl.concat([known, replaced])
+    last = every.unique(["open_time", "known_at"], keep="last", maintain_order=True)
+    toolbox.lake.write(place, partition, last.sort("open_time", "replaced_at").select(c.name for c in HISTORY_COLUMNS))
+
+
+def _whole_at(toolbox: Toolbox, prepared: _Prepared, through: datetime, now: datetime) -> datetime | None:
+    """When all that will ever be wanted of the partition had been asked for."""
+    if prepared.state and prepared.state.whole_at:
+        return prepared.state.whole_at
+    timeframe, until = prepared.table.timeframe, toolbox.settings.venues[prepared.partition.market.venue].until
+    end = prepared.partition.opens(timeframe).end
+    return now if through >= (min(end, timeframe.floor(until)) if until else end) else None
+
+
 def _ingested(prepared: _Prepared, bars: pl.DataFrame, gaps: Sequence[Gap], account: Account, size: int, complete: bool) -> Ingested:
     return Ingested(
-        prepared.partition, prepared.table.timeframe, prepared.wanted, bars, tuple(gaps), account, size, complete, note=prepared.note
+        prepared.partition,
+        prepared.table.timeframe,
+        prepared.wanted,
+        bars.select(NAMES),
+        tuple(gaps),
+        account,
+        size,
+        complete,
+        note=prepared.note,
     )
 
 

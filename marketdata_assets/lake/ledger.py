@@ -54,7 +54,8 @@ WAREHOUSE = "warehouse"
 class State:
     """What the ledger knows of one partition of a raw table.
 
-    `[start, through)` has been asked for; `newest` is the open time of the last bar that is stored.
+    `[start, through)` has been asked for; `newest` is the open time of the last bar that is stored; `whole_at` is when, by
+    our clock, the whole of it had been asked for.
     """
 
     start: datetime
@@ -68,6 +69,7 @@ class State:
     attempts: int
     failures: int
     error: str | None
+    whole_at: datetime | None = None
 
 
 class Outline(NamedTuple):
@@ -152,6 +154,8 @@ class Entry:
     rejected: pl.DataFrame
     answers: Sequence[int]
     now: datetime
+    source: str | None = None
+    """What told the rows, where it was not the venue."""
 
 
 class Ledger(Database):
@@ -287,7 +291,7 @@ class Ledger(Database):
             db.execute(
                 _upsert("partitions", "tbl, market, month", f"{_STATE}, account, updated_at"),
                 (*where, iso(s.start), iso(s.through), s.newest and iso(s.newest), s.complete, s.rows, s.bytes, s.digest, s.rolled,
-                 s.attempts, s.failures, s.error, json.dumps(asdict(entry.account)), now),
+                 s.attempts, s.failures, s.error, s.whole_at and iso(s.whole_at), json.dumps(asdict(entry.account)), now),
             )  # fmt: skip
 
     def fail(
@@ -446,7 +450,7 @@ class Ledger(Database):
 
 
 _NEW_VENUE = "INSERT INTO venues (venue) VALUES (?) ON CONFLICT DO NOTHING"
-_STATE = "start, through, newest, complete, rows, bytes, digest, rolled, attempts, failures, error"
+_STATE = "start, through, newest, complete, rows, bytes, digest, rolled, attempts, failures, error, whole_at"
 
 
 def _upsert(table: str, keys: str, values: str) -> str:
@@ -457,7 +461,8 @@ def _upsert(table: str, keys: str, values: str) -> str:
 
 
 def _state(start: str, through: str, newest: str | None, complete: int, *rest: Any) -> State:
-    return State(parse_time(start), parse_time(through), parse_time(newest) if newest else None, bool(complete), *rest)
+    known: tuple[Any, ...] = (*rest[:-1], parse_time(rest[-1]) if rest[-1] else None)
+    return State(parse_time(start), parse_time(through), parse_time(newest) if newest else None, bool(complete), *known)
 
 
 def _ask(market: str, month: str, attempts: int, asked_at: str, parked_at: str | None, reason: str) -> Ask:
@@ -482,9 +487,19 @@ def _quarantine(db: Statements, entry: Entry, ids: list[int], now: str) -> None:
     rows = []
     for answer, moment, reasons, fields in entry.rejected.select("answer", "open_time", "reasons", "fields").iter_rows():
         fetch, open_time = ids[entry.answers[answer]] if 0 <= answer < len(entry.answers) else None, moment and iso(moment)
-        venue = entry.partition.market.venue
+        source = entry.source or entry.partition.market.venue
         rows.append(
-            (*_where(entry.table, entry.partition), open_time, reasons, fields, venue, fetch, now, now, content(open_time, reasons, fields))
+            (
+                *_where(entry.table, entry.partition),
+                open_time,
+                reasons,
+                fields,
+                source,
+                fetch,
+                now,
+                now,
+                content(open_time, reasons, fields),
+            )
         )
     names = "tbl, market, month, open_time, reasons, fields, source, fetch_id, first_seen, last_seen, content"
     db.executemany(

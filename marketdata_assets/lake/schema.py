@@ -56,9 +56,6 @@ _PROOF = (
     id {id}, tbl TEXT NOT NULL, market TEXT NOT NULL, month TEXT NOT NULL, kind TEXT NOT NULL, severity TEXT NOT NULL,
     state TEXT NOT NULL, start TEXT NOT NULL, "end" TEXT NOT NULL, bars INTEGER NOT NULL, evidence TEXT NOT NULL,
     found_at TEXT NOT NULL, changed_at TEXT NOT NULL, note TEXT, UNIQUE (tbl, market, kind, start))""",
-    """CREATE TABLE corrections (
-    tbl TEXT NOT NULL, market TEXT NOT NULL, month TEXT NOT NULL, at TEXT NOT NULL, bars INTEGER NOT NULL, source TEXT NOT NULL,
-    PRIMARY KEY (tbl, market, month, at))""",
     "CREATE TABLE receipts (id {id}, kind TEXT NOT NULL, at TEXT NOT NULL, says TEXT NOT NULL, body TEXT NOT NULL)",
 )
 
@@ -113,7 +110,7 @@ def _to_2(db: Statements, identity: str) -> None:
 
 
 def _to_3(db: Statements, identity: str) -> None:
-    """Version 2 knew no causes of gaps, no corrections, no anomalies and no receipts."""
+    """Version 2 knew no causes of gaps, no anomalies and no receipts."""
     for column in (
         "cause TEXT NOT NULL DEFAULT ''",
         "proof TEXT NOT NULL DEFAULT '{}'",

@@ -1,0 +1,134 @@
+"""Revisions: what was known at a moment, and what was corrected since. Sends no request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+import polars as pl
+
+from marketdata_assets.errors import BadInput
+from marketdata_assets.flows.derive import neighbour
+from marketdata_assets.flows.read import table_of
+from marketdata_assets.lake.tables import Table, history, raw
+from marketdata_assets.model.bar import NAMES, empty_bars
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.window import Partition, Timeframe, Window, iso, partitions_of
+from marketdata_assets.toolbox import Toolbox
+from marketdata_assets.transforms.rollup import roll_up
+
+
+def read_as_of(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: Window, moment: datetime) -> pl.DataFrame:
+    """The bars that open inside the window as they were known at `moment` (our clock, inclusive), sorted by open_time.
+
+    Fetched timeframes come from the stored bars and their history, rolled-up ones are rolled up from what was known then.
+    A bar of before revisions were kept counts as always known. Raises BadInput for a moment before the first fetch.
+    """
+    if moment > toolbox.settings.now():
+        raise BadInput(f"--as-of {iso(moment)} lies in the future; it is now {iso(toolbox.settings.now())}")
+    table = table_of(toolbox, market, timeframe)
+    base = timeframe if table.layer == "raw" else _base(toolbox, market)
+    span = Window(window.start, window.end + timeframe.width)
+    months = [p for p in partitions_of(market, span) if toolbox.ledger.state(raw(base), p) is not None]
+    read = _rolled_then if table.layer == "rollup" else _raw_then
+    frames = [read(toolbox, partition, base, timeframe, moment) for partition in months]
+    inside = pl.col("open_time").is_between(window.start, window.end, closed="left")
+    found = pl.concat(frames).filter(inside) if frames else pl.DataFrame(schema=table.schema)
+    if found.is_empty():
+        _refuse_before_the_first(toolbox, market, base, months, moment)
+    return found
+
+
+def _base(toolbox: Toolbox, market: Market) -> Timeframe:
+    return next(tf for tf in toolbox.settings.raw_timeframes if table_of(toolbox, market, tf).layer == "raw")
+
+
+def _refuse_before_the_first(toolbox: Toolbox, market: Market, base: Timeframe, months: Iterable[Partition], moment: datetime) -> None:
+    stored = [toolbox.lake.read(raw(base), partition, provenance=True) for partition in months]
+    before = [toolbox.lake.read(history(base), partition) for partition in months]
+    known = [frame["known_at"] for frame in (*stored, *before) if frame is not None and frame.height]
+    first = min((known_at.min() for known_at in known if not known_at.null_count()), default=None)
+    if isinstance(first, datetime) and first > moment and not any(known_at.null_count() for known_at in known):
+        raise BadInput(f"nothing of {market.key} in these months was known at {iso(moment)}; the first of it was fetched at {iso(first)}")
+
+
+def _raw_then(toolbox: Toolbox, partition: Partition, base: Timeframe, _: Timeframe, moment: datetime) -> pl.DataFrame:
+    """One partition of a fetched timeframe."""
+    stored = toolbox.lake.read(raw(base), partition, provenance=True)
+    if stored is None:
+        return empty_bars()
+    known = pl.col("known_at").is_null() | (pl.col("known_at") <= moment)
+    current = stored.filter(known)
+    if current.height == stored.height:
+        return current.select(NAMES)
+    former = toolbox.lake.read(history(base), partition)
+    if former is None:
+        return current.select(NAMES)
+    then = former.filter(known & (pl.col("replaced_at") > moment)).join(current, on="open_time", how="anti")
+    return pl.concat([current.select(NAMES), then.unique("open_time", keep="first", maintain_order=True).select(NAMES)]).sort("open_time")
+
+
+def _rolled_then(toolbox: Toolbox, partition: Partition, base: Timeframe, timeframe: Timeframe, moment: datetime) -> pl.DataFrame:
+    """One partition of a rolled-up timeframe: made as flows.derive would have made it then."""
+    owned, earlier = partition.opens(timeframe), neighbour(partition, -1)
+    state, before = (toolbox.ledger.state(raw(base), p) for p in (partition, earlier))
+    assert state is not None, "partitions that the ledger does not know are left out"
+    bars, start = _raw_then(toolbox, partition, base, base, moment), state.start
+    if owned.start < partition.month.start and before is not None and before.through >= partition.month.start:
+        tail = _raw_then(toolbox, earlier, base, base, moment).filter(pl.col("open_time") >= owned.start)
+        bars, start = pl.concat([tail, bars]), max(owned.start, before.start)
+    if bars.is_empty():
+        return roll_up(bars, base, [timeframe], owned)[timeframe]
+    whole = state.whole_at is not None and state.whole_at <= moment
+    asked = Window(min(start, bars["open_time"][0]), max(bars["open_time"][-1] + base.width, state.through if whole else start))
+    made = roll_up(bars, base, [timeframe], asked)[timeframe]
+    return made.filter(pl.col("open_time").is_between(owned.start, owned.end, closed="left"))
+
+
+# --------------------------------------------------------------------------------- the report
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """One bar that was replaced. `changes` holds what it was and what it became, by column, null where it was not given."""
+
+    table: Table
+    market: Market
+    open_time: datetime
+    known_at: datetime | None
+    corrected_at: datetime
+    source: str
+    changes: dict[str, tuple[object, object]]
+
+
+def corrections(toolbox: Toolbox, markets: Iterable[Market], window: Window, since: datetime | None = None) -> Iterator[Correction]:
+    """Every correction of bars that open inside the window, made at or after `since`, market by market in order of open_time."""
+    tables = [raw(tf) for tf in toolbox.settings.raw_timeframes]
+    there = {table: toolbox.lake.sizes(history(table.timeframe)) for table in tables}
+    for market in markets:
+        for table in tables:
+            for partition in partitions_of(market, window):
+                if (market.key, partition.month_key) in there[table]:
+                    yield from _corrections(toolbox, table, partition, window, since)
+
+
+def _corrections(toolbox: Toolbox, table: Table, partition: Partition, window: Window, since: datetime | None) -> Iterator[Correction]:
+    for was, became in _pairs(toolbox, table, partition, window):
+        if since is None or was["replaced_at"] >= since:
+            changes = {n: (was[n], became[n]) for n in NAMES if was[n] != became[n]}
+            moments = was["open_time"], was["known_at"], was["replaced_at"]
+            yield Correction(table, partition.market, *moments, became["source"] or "", changes)
+
+
+def _pairs(toolbox: Toolbox, table: Table, partition: Partition, window: Window) -> Iterator[tuple[dict[str, object], dict[str, object]]]:
+    """Each replaced revision with the one after it."""
+    stored = toolbox.lake.read(table, partition, provenance=True)
+    former = toolbox.lake.read(history(table.timeframe), partition)
+    if stored is None or former is None:
+        return
+    inside = pl.col("open_time").is_between(window.start, window.end, closed="left")
+    told = pl.concat([former.filter(inside), stored.filter(inside)], how="diagonal")
+    told = told.join(former.select("open_time").unique(), on="open_time", how="semi").sort("open_time", "known_at", nulls_last=False)
+    rows = told.rows(named=True)
+    for was, became in zip(rows, rows[1:], strict=False):
+        if was["open_time"] == became["open_time"] and was["replaced_at"] is not None:
+            yield was, became
