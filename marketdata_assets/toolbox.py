@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from marketdata_assets.lake.incidents import Incidents
 from marketdata_assets.lake.ledger import Ledger
 from marketdata_assets.lake.parquet import Lake
+from marketdata_assets.lake.receipts import Receipts
 from marketdata_assets.lake.warehouse import Connect, Warehouse
 from marketdata_assets.model.market import Market
 from marketdata_assets.settings import Settings
@@ -61,6 +62,7 @@ class Toolbox:
     settings: Settings
     ledger: Ledger
     incidents: Incidents
+    receipts: Receipts
     lake: Lake
     warehouse: Warehouse
     policy: Policy
@@ -121,6 +123,7 @@ def open_toolbox(
         settings,
         ledger,
         Incidents(ledger),
+        Receipts(ledger),
         Lake(settings.lake, settings.cold.lake if settings.cold else None),
         warehouse,
         policy or Policy(),

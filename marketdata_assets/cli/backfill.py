@@ -58,9 +58,15 @@ def ranges(tasks: Sequence[Task]) -> list[tuple[Partition, Partition]]:
     return [f[i] for i in range(longest) for f in found if i < len(f)]
 
 
-def run_ranges(settings: Settings, spans: Sequence[tuple[Partition, Partition]], show: Callable[[Outcome], None]) -> Outcome:
-    """Do the ranges in worker processes; `show` is called after every message."""
-    outcome, waiting = Outcome(), deque(spans)
+def run_ranges(
+    settings: Settings, spans: Sequence[tuple[Partition, Partition]], show: Callable[[Outcome], None], imported: str | None = None
+) -> Outcome:
+    """Do the ranges in worker processes; `show` is called after every message.
+
+    `imported`: the raw table that files have just told; then no venue is asked, and no other raw table is looked at.
+    """
+    outcome = Outcome()
+    waiting = deque({"start": first.key, "end": last.key} | ({"imported": imported} if imported else {}) for first, last in spans)
     environment = dagster_environment(settings)
     with selectors.DefaultSelector() as selector:
         workers = [_start_worker(environment, selector) for _ in range(min(WORKERS, len(spans)))]
@@ -88,7 +94,7 @@ def _start_worker(environment: dict[str, str], selector: selectors.BaseSelector)
     return worker
 
 
-def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[tuple[Partition, Partition]]) -> None:
+def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[dict[str, str]]) -> None:
     if "bars" in event:
         outcome.bars += event["bars"]
         outcome.requests += event["requests"]
@@ -104,14 +110,13 @@ def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome
     if "ready" in event or "done" in event:
         assert worker.stdin is not None
         if waiting:
-            first, last = waiting.popleft()
-            worker.stdin.write(json.dumps({"start": first.key, "end": last.key}) + "\n")
+            worker.stdin.write(json.dumps(waiting.popleft()) + "\n")
         else:
             worker.stdin.write("end\n")
         worker.stdin.flush()
 
 
-def _mourn(worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[tuple[Partition, Partition]]) -> None:
+def _mourn(worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[dict[str, str]]) -> None:
     code = worker.wait()
     if code != 0:
         outcome.broken_runs.append(f"a worker ended with code {code}; its log is worker.log in the state folder")

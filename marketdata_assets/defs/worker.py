@@ -2,8 +2,8 @@
 
     python -m marketdata_assets.defs.worker
 
-reads one JSON line per range from standard input (`{"start": key, "end": key}`) and writes JSON lines to standard
-output: what `tell` hears, and `{"done": ..., "success": ...}` after each range. It ends with its input; when whoever
+reads one JSON line per range from standard input (`{"start": key, "end": key}`, after an import `"imported": table` as
+well) and writes JSON lines to standard output: what `tell` hears, and `{"done": ..., "success": ...}` after each range. It ends with its input; when whoever
 started it is killed, it stops at once. Everything it stores is atomic, so that moment may be any.
 """
 
@@ -19,9 +19,12 @@ from typing import Any
 
 import dagster as dg
 
+from marketdata_assets.defs.assets import asset_key
+from marketdata_assets.defs.checks import IMPORT, KIND
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.launcher import PROCESS_TAG, open_instance, process_id
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
+from marketdata_assets.lake.tables import raw
 from marketdata_assets.settings import Settings, load_settings
 
 
@@ -47,7 +50,12 @@ def _warm_up() -> None:
 
 def _run(job: dg.JobDefinition, instance: dg.DagsterInstance, settings: Settings, span: dict[str, str], tell: _Channel) -> None:
     tags = {RANGE_START: span["start"], RANGE_END: span["end"], PROCESS_TAG: process_id(os.getpid())}
-    result = job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
+    selection = None
+    if imported := span.get("imported"):
+        tags[KIND] = IMPORT
+        others = {asset_key(raw(tf)) for tf in settings.raw_timeframes if raw(tf).name != imported}
+        selection = [key for key in job.asset_layer.executable_asset_keys if key not in others]
+    result = job.execute_in_process(instance=instance, tags=tags, raise_on_error=False, asset_selection=selection)
     errors = [str(e.event_specific_data.error_display_string) for e in result.all_events if e.is_step_failure]  # type: ignore[union-attr]
     tell({"done": span, "success": result.success, "run": result.run_id, "says": errors[0][:2000] if errors else ""})
 

@@ -22,7 +22,7 @@ import polars as pl
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.bar import COLUMNS, NAMES
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import TIMEFRAMES, Partition, Timeframe, Window, from_ms, month_of, parse_time, timeframe, to_ms
+from marketdata_assets.model.window import TIMEFRAMES, Timeframe, Window, from_ms, month_of, parse_time, timeframe
 from marketdata_assets.sources.base import Fetched
 
 MAX_BYTES = 1 << 30
@@ -73,7 +73,11 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What one file is. `span`: the open times it is about, by its name or from its first to its last row; `named`: by its name."""
+    """What one file is.
+
+    `span`: the open times it is about, by its name (`named`) or from its first to its last row; `held`: those of its
+    rows. `lacking`: bars of its span that it does not hold.
+    """
 
     path: Path
     sha256: str
@@ -83,7 +87,9 @@ class Facts:
     unit: str
     rows: int
     span: Window
+    held: Window
     named: bool
+    lacking: int
     columns: tuple[str, ...] = field(repr=False)
     """The columns that it gives: null in one of them is broken."""
 
@@ -126,10 +132,20 @@ def read_file(path: Path, told: Told, markets: Sequence[Market]) -> tuple[Facts,
     market, tf = _market(path, name, told, markets, header), _timeframe(path, name, told)
     rows, unit = _rows(table, form, places, header, tf, told.unit)
     opens = rows["open_time"]
-    span = name.window if name and name.window else Window(from_ms(opens.min()), from_ms(opens.max()) + tf.width)  # type: ignore[arg-type]
+    held = Window(*(_moment(table, opens, row) for row in (opens.arg_min(), opens.arg_max())))
+    held = Window(held.start, held.end + tf.width)
+    span = (name and name.window) or held
+    lacking = max(0, span.count(tf) - opens.n_unique())
     given = tuple(n for n in NAMES if n in places)
-    facts = Facts(path, sha256, form.name, market, tf, unit, rows.height, span, bool(name and name.window), given)
-    return facts, Fetched(rows, span)
+    named = bool(name and name.window)
+    return Facts(path, sha256, form.name, market, tf, unit, rows.height, span, held, named, lacking, given), Fetched(rows, span)
+
+
+def _moment(table: _Table, opens: pl.Series, row: int | None) -> datetime:
+    try:
+        return from_ms(opens[row or 0])
+    except OverflowError:
+        raise BadInput(f"{table.path}: {opens[row or 0]} ms is no moment; is its column open_time the right one?") from None
 
 
 # --------------------------------------------------------------------------------- names
@@ -245,7 +261,9 @@ def _unzipped(path: Path, raw: bytes) -> tuple[bytes, str]:
             members = [m for m in archive.infolist() if not m.is_dir()]
             if len(members) != 1 or not members[0].filename.lower().endswith(".csv"):
                 held = ", ".join(m.filename for m in members[:3]) + (", ..." if len(members) > 3 else "")
-                raise BadInput(f"{path}: exactly one .csv is expected in it, and it holds {held or 'nothing'}; unpack it and import the .csv")
+                raise BadInput(
+                    f"{path}: exactly one .csv is expected in it, and it holds {held or 'nothing'}; unpack it and import the .csv"
+                )
             if members[0].file_size > MAX_BYTES:
                 raise BadInput(f"{path}: it unpacks to more than {MAX_BYTES >> 20} MiB; split it")
             with archive.open(members[0]) as packed:
@@ -291,7 +309,7 @@ class _Table:
             raise self.fail(reader.line_num - 1, str(error)) from None
         if wrong != width:
             last = "; the file ends in the middle of it" if reader.line_num - 1 == text.count("\n") else ""
-            raise self.fail(reader.line_num - 1, f"it has {wrong} columns and the first line has {width}{last}; nothing of the file is imported")
+            raise self.fail(reader.line_num - 1, f"it has {wrong} columns, and the first line has {width}{last}")
 
     @staticmethod
     def _width(text: str) -> int:
@@ -355,15 +373,14 @@ def _rows(table: _Table, form: Format, places: dict[str, int], header: bool, tf:
     if cells.is_empty():
         raise BadInput(f"{table.path}: it holds no rows")
     if not table.whole and places[max(places, key=places.__getitem__)] == cells.width - 1 and form is not BINANCE:
-        raise table.fail(skipped + cells.height - 1, "it does not end in a line break, so its last number may be cut; if it is whole, add one")
+        raise table.fail(skipped + cells.height - 1, "it has no line break, so its last number may be cut; if it is whole, add one")
     taken = {column: cells.to_series(place) for column, place in places.items()}
     opens, found = _moments(table, taken["open_time"], "open_time", skipped, unit)
     if "close_time" in taken:
         closes, _ = _moments(table, taken["close_time"], "close_time", skipped, None)
         _check_lengths(table, opens, closes, tf, skipped)
     _check_spacing(table, opens, tf)
-    absent = pl.Series([None], dtype=pl.String)
-    rows = pl.DataFrame({"open_time": opens, **{n: taken.get(n, absent.extend_constant(None, 0)) for n in NAMES[1:] if n in taken}})
+    rows = pl.DataFrame({n: opens if n == "open_time" else taken[n] for n in NAMES if n in taken})
     return rows.with_columns(pl.lit(None, pl.String).alias(n) for n in NAMES if n not in taken).select(NAMES), found
 
 
@@ -376,7 +393,8 @@ def _moments(table: _Table, texts: pl.Series, column: str, skipped: int, unit: s
     if len(unread):
         row = unread[0]
         raise table.fail(skipped + row, f"{texts[row]!r} is no {column} like the others ({texts[int(row == 0)]!r})")
-    sizes = sum((numbers.abs() >= limit).cast(pl.Int8) for limit in _LIMITS)
+    size = pl.sum_horizontal((pl.col(column).abs() >= limit).cast(pl.Int8) for limit in _LIMITS)
+    sizes = numbers.alias(column).to_frame().select(size.alias("size"))["size"]
     found = UNITS[sizes[0]]
     if len(other := (sizes != sizes[0]).arg_true()):
         row = other[0]
@@ -384,8 +402,8 @@ def _moments(table: _Table, texts: pl.Series, column: str, skipped: int, unit: s
     if unit and unit != found:
         raise table.fail(skipped, f"{column} {texts[0]} is in {found}, and not in {unit} as --unit says")
     times, parts = _A_MS[found]
-    between = ((numbers % parts) != 0).arg_true() if column == "open_time" else []
-    if len(between):
+    between = ((numbers % parts) != 0).arg_true()
+    if len(between) and column == "open_time":
         raise table.fail(skipped + between[0], f"{column} {texts[between[0]]} lies between two milliseconds: no bar opens there")
     return (numbers * times // parts).alias(column), found
 
@@ -398,7 +416,9 @@ def _written_out(table: _Table, texts: pl.Series, column: str, skipped: int) -> 
     found = texts.alias(column).to_frame().select(read.dt.epoch("us"))[column]
     wrong = (found.is_null() | (found % 1000 != 0)).arg_true()
     if len(wrong):
-        raise table.fail(skipped + wrong[0], f"{texts[wrong[0]]!r} is no {column}: a number, or a time in UTC such as 2024-03-01T12:00:00Z")
+        raise table.fail(
+            skipped + wrong[0], f"{texts[wrong[0]]!r} is no {column}, which is a number or a time in UTC such as 2024-03-01T12:00Z"
+        )
     return found // 1000
 
 
