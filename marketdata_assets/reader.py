@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from marketdata_assets.flows.read import known_market
+from marketdata_assets.flows.revisions import read_as_of
 from marketdata_assets.flows.scan import newest_bars, scan_bars
 from marketdata_assets.flows.sql import connected
 from marketdata_assets.lake.views import answer
@@ -46,18 +47,21 @@ class Reader:
         """The keys of the universe's markets, such as `binance:BTC-USDT`."""
         return [market.key for market in self._toolbox.settings.markets]
 
-    def bars(self, market: str | Sequence[str], timeframe_: str, start: Moment = None, end: Moment = None) -> pl.LazyFrame:
+    def bars(
+        self, market: str | Sequence[str], timeframe_: str, start: Moment = None, end: Moment = None, as_of: Moment = None
+    ) -> pl.LazyFrame:
         """The bars that open in `[start, end)`, sorted by open_time: all columns of model.bar, prices and volumes Decimal(38, 12).
 
         Only the files of those months are read, and of them what the query needs, when it is collected. With a list of
-        markets, the first column is `market`, and each market's bars come after the other's.
+        markets, the first column is `market`, and each market's bars come after the other's. With `as_of` (our clock) they
+        are the bars that were known at that moment; these are read at once.
         """
-        window = self._window(start, end)
+        window, moment = self._window(start, end), _moment(as_of)
         if isinstance(market, str):
-            return self._scan(market, timeframe_, window)
+            return self._scan(market, timeframe_, window, moment)
         if not market:
             raise ValueError("name at least one market; reader.markets has all of them")
-        return pl.concat([self._scan(key, timeframe_, window).select(pl.lit(key).alias("market"), pl.all()) for key in market])
+        return pl.concat([self._scan(key, timeframe_, window, moment).select(pl.lit(key).alias("market"), pl.all()) for key in market])
 
     def newest(self, timeframe_: str) -> pl.DataFrame:
         """`market`, `open_time`: the newest stored bar of every market of the universe, null where there is none."""
@@ -75,8 +79,9 @@ class Reader:
         """
         return connected(self._toolbox, markets, self._window(start, end))
 
-    def _scan(self, key: str, name: str, window: Window) -> pl.LazyFrame:
-        return scan_bars(self._toolbox, known_market(self._toolbox, key), timeframe(name), window)
+    def _scan(self, key: str, name: str, window: Window, moment: datetime | None) -> pl.LazyFrame:
+        asked = self._toolbox, known_market(self._toolbox, key), timeframe(name), window
+        return scan_bars(*asked) if moment is None else read_as_of(*asked, moment).lazy()
 
     def _window(self, start: Moment, end: Moment) -> Window:
         settings = self._toolbox.settings

@@ -33,7 +33,7 @@ from marketdata_assets.cli.common import (
     write_bars,
 )
 from marketdata_assets.errors import BadInput, MarketDataError
-from marketdata_assets.model.window import iso, timeframe
+from marketdata_assets.model.window import iso, parse_time, timeframe
 from marketdata_assets.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -133,15 +133,18 @@ def bars(
     timeframe_: Annotated[str, typer.Argument(metavar="TIMEFRAME", help="1m 5m 15m 30m 1h 4h 12h 1d 1w")],
     start: Start = None,
     end: End = None,
+    as_of: Annotated[str | None, typer.Option("--as-of", help="As they were known at this moment, UTC, by our clock.")] = None,
     format: FileFormat = "table",
     file: Out = None,
 ) -> None:
-    """Print the stored bars of a market."""
+    """Print the stored bars of a market: as they are known now, or as they were known at a moment."""
     from marketdata_assets.flows.read import known_market, read_bars
+    from marketdata_assets.flows.revisions import read_as_of
 
     check_format(format, file)
     with opened() as (settings, toolbox):
-        found = read_bars(toolbox, known_market(toolbox, market), timeframe(timeframe_), window_of(settings, start, end))
+        asked = toolbox, known_market(toolbox, market), timeframe(timeframe_), window_of(settings, start, end)
+        found = read_as_of(*asked, parse_time(as_of)) if as_of else read_bars(*asked)
     write_bars(found, format, file)
 
 

@@ -19,7 +19,7 @@ from marketdata_assets.flows.ingest import Ingested, ingest
 from marketdata_assets.flows.read import daily_coverage
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.bar import Column
-from marketdata_assets.model.window import Partition, Timeframe, iso
+from marketdata_assets.model.window import Partition, Timeframe, Window, iso
 from marketdata_assets.settings import Settings
 from marketdata_assets.toolbox import Tell, Toolbox, open_toolbox
 
@@ -131,10 +131,19 @@ def rollup_assets(settings: Settings, grid: dg.MultiPartitionsDefinition, tell: 
     return roll_up
 
 
-def fetch_into(results: Results, toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partition], asks: bool = True) -> None:
-    """Ingest and audit the partitions of a raw asset; without asking the venue, audit what files have told."""
-    done_ones = ingest(toolbox, timeframe, partitions) if asks else (as_stored(toolbox, timeframe, p) for p in partitions)
-    for done in done_ones:
+def fetch_into(
+    results: Results,
+    toolbox: Toolbox,
+    timeframe: Timeframe,
+    partitions: Sequence[Partition],
+    again: Window | None = None,
+    asks: bool = True,
+) -> None:
+    """Ingest and audit the partitions of a raw asset; bars of `again` are asked for once more.
+
+    `asks`: off after an import, when what files have told is audited and no venue is asked.
+    """
+    for done in ingest(toolbox, timeframe, partitions, again) if asks else (as_stored(toolbox, timeframe, p) for p in partitions):
         findings = audit_raw(toolbox, done) if done.error is None else []
         results.add(done.partition, _raw_metadata(done), findings, done.error, changed=done.account.stored > 0)
     results.cover(*daily_coverage(toolbox, raw(timeframe)))
@@ -178,6 +187,7 @@ def _raw_metadata(done: Ingested) -> dict[str, Any]:
         "seconds_waited_for_limits": round(done.waited, 3),
         "rows_received": done.account.received,
         "rows_quarantined": done.account.quarantined,
+        "bars_corrected": done.replaced.height,
         "closes": dg.MetadataValue.md(sparkline(done.bars["close"])),
         "candles": dg.MetadataValue.md(candles(done.bars)),
         "dagster/partition_row_count": done.bars.height,

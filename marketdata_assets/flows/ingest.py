@@ -252,7 +252,7 @@ def _remember(toolbox: Toolbox, table: Table, partition: Partition, replaced: pl
     place = history(table.timeframe)
     known = toolbox.lake.read(place, partition)
     every = replaced if known is None else pl.concat([known, replaced])
-    last = every.unique(["open_time", "known_at"], keep="last", maintain_order=True)
+    last = every.unique([*NAMES, "known_at"], keep="last", maintain_order=True)
     toolbox.lake.write(place, partition, last.sort("open_time", "replaced_at").select(c.name for c in HISTORY_COLUMNS))
 
 

@@ -45,6 +45,11 @@ def table_of(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Table:
     raise BadInput(f"{market.key} has no {timeframe.name} bars; it has {' '.join(dict.fromkeys(known))}")
 
 
+def base_of(toolbox: Toolbox, market: Market) -> Timeframe:
+    """The finest timeframe that is fetched of a market; of a former one, that is stored."""
+    return _timeframes(toolbox, market)[0]
+
+
 def in_warehouse(toolbox: Toolbox, table: Table) -> bool:
     """Whether a table lies in DuckDB, and not in the lake."""
     return table.layer == "rollup" and toolbox.settings.rollups == "duckdb"

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
+from typing import Any
 
 import polars as pl
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.derive import neighbour
-from marketdata_assets.flows.read import table_of
+from marketdata_assets.flows.read import base_of, table_of
 from marketdata_assets.lake.tables import Table, history, raw
-from marketdata_assets.model.bar import NAMES, empty_bars
+from marketdata_assets.model.bar import NAMES, TIME, empty_bars
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import Partition, Timeframe, Window, iso, partitions_of
 from marketdata_assets.toolbox import Toolbox
@@ -28,7 +30,7 @@ def read_as_of(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: W
     if moment > toolbox.settings.now():
         raise BadInput(f"--as-of {iso(moment)} lies in the future; it is now {iso(toolbox.settings.now())}")
     table = table_of(toolbox, market, timeframe)
-    base = timeframe if table.layer == "raw" else _base(toolbox, market)
+    base = timeframe if table.layer == "raw" else base_of(toolbox, market)
     span = Window(window.start, window.end + timeframe.width)
     months = [p for p in partitions_of(market, span) if toolbox.ledger.state(raw(base), p) is not None]
     read = _rolled_then if table.layer == "rollup" else _raw_then
@@ -40,16 +42,12 @@ def read_as_of(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: W
     return found
 
 
-def _base(toolbox: Toolbox, market: Market) -> Timeframe:
-    return next(tf for tf in toolbox.settings.raw_timeframes if table_of(toolbox, market, tf).layer == "raw")
-
-
 def _refuse_before_the_first(toolbox: Toolbox, market: Market, base: Timeframe, months: Iterable[Partition], moment: datetime) -> None:
     stored = [toolbox.lake.read(raw(base), partition, provenance=True) for partition in months]
     before = [toolbox.lake.read(history(base), partition) for partition in months]
-    known = [frame["known_at"] for frame in (*stored, *before) if frame is not None and frame.height]
-    first = min((known_at.min() for known_at in known if not known_at.null_count()), default=None)
-    if isinstance(first, datetime) and first > moment and not any(known_at.null_count() for known_at in known):
+    known = pl.concat([pl.Series("known_at", dtype=TIME), *(f["known_at"] for f in (*stored, *before) if f is not None)])
+    first = None if known.null_count() else known.min()
+    if isinstance(first, datetime) and first > moment:
         raise BadInput(f"nothing of {market.key} in these months was known at {iso(moment)}; the first of it was fetched at {iso(first)}")
 
 
@@ -97,7 +95,7 @@ class Correction:
     known_at: datetime | None
     corrected_at: datetime
     source: str
-    changes: dict[str, tuple[object, object]]
+    changes: dict[str, tuple[Any, Any]]
 
 
 def corrections(toolbox: Toolbox, markets: Iterable[Market], window: Window, since: datetime | None = None) -> Iterator[Correction]:
@@ -116,10 +114,11 @@ def _corrections(toolbox: Toolbox, table: Table, partition: Partition, window: W
         if since is None or was["replaced_at"] >= since:
             changes = {n: (was[n], became[n]) for n in NAMES if was[n] != became[n]}
             moments = was["open_time"], was["known_at"], was["replaced_at"]
-            yield Correction(table, partition.market, *moments, became["source"] or "", changes)
+            if changes:  # none: a run wrote this revision down and died before it replaced it
+                yield Correction(table, partition.market, *moments, became["source"] or "", changes)
 
 
-def _pairs(toolbox: Toolbox, table: Table, partition: Partition, window: Window) -> Iterator[tuple[dict[str, object], dict[str, object]]]:
+def _pairs(toolbox: Toolbox, table: Table, partition: Partition, window: Window) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Each replaced revision with the one after it."""
     stored = toolbox.lake.read(table, partition, provenance=True)
     former = toolbox.lake.read(history(table.timeframe), partition)
@@ -129,6 +128,6 @@ def _pairs(toolbox: Toolbox, table: Table, partition: Partition, window: Window)
     told = pl.concat([former.filter(inside), stored.filter(inside)], how="diagonal")
     told = told.join(former.select("open_time").unique(), on="open_time", how="semi").sort("open_time", "known_at", nulls_last=False)
     rows = told.rows(named=True)
-    for was, became in zip(rows, rows[1:], strict=False):
+    for was, became in pairwise(rows):
         if was["open_time"] == became["open_time"] and was["replaced_at"] is not None:
             yield was, became

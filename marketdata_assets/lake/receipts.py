@@ -1,9 +1,9 @@
-"""The receipts: what was done to stored bars on request, with all that it changed and refused."""
+"""The receipts: what a repair, an import or a replay found, did and refused. Written once, never changed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from marketdata_assets.model.window import iso, parse_time
 
 
 class Receipt(NamedTuple):
-    """One deed: its kind (`import`, `repair`), when by our clock, one line about it, and the whole of it."""
+    """One receipt. `kind` is `repair`, `import` or `replay`; `body` is what JSON holds."""
 
     id: int
     kind: str
@@ -22,18 +22,19 @@ class Receipt(NamedTuple):
 
 
 class Receipts:
-    """Receipts in the ledger's database; none is ever changed. Raises StoreFailed."""
+    """The receipts in the ledger's database. Raises StoreFailed."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def add(self, kind: str, at: datetime, says: str, body: Mapping[str, Any]) -> int:
         """Write one down; its number."""
+        sql = "INSERT INTO receipts (kind, at, says, body) VALUES (?, ?, ?, ?) RETURNING id"
         with self._database.transaction() as db:
-            sql = "INSERT INTO receipts (kind, at, says, body) VALUES (?, ?, ?, ?) RETURNING id"
             return int(db.execute(sql, (kind, iso(at), says, json.dumps(body))).fetchone()[0])
 
-    def list(self, kind: str) -> Sequence[Receipt]:
-        """All of a kind, oldest first."""
-        found = self._database.rows("SELECT id, kind, at, says, body FROM receipts WHERE kind = ? ORDER BY id", kind)
+    def list(self, kind: str | None = None, limit: int = 100) -> list[Receipt]:
+        """The newest ones, the newest first; of one kind only, where it is given."""
+        sql = "SELECT id, kind, at, says, body FROM receipts WHERE (? IS NULL OR kind = ?) ORDER BY id DESC LIMIT ?"
+        found = self._database.rows(sql, kind, kind, limit)
         return [Receipt(id, kind, parse_time(at), says, json.loads(body)) for id, kind, at, says, body in found]

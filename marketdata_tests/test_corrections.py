@@ -1,0 +1,306 @@
+"""Corrections: a venue tells closed bars otherwise; the new revision is read, the old one is kept, and every moment can be read."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from aiohttp import web
+from polars.testing import assert_frame_equal
+
+from marketdata_assets import open_reader
+from marketdata_assets.errors import BadInput
+from marketdata_assets.flows.ingest import Ingested, ingest, take_in
+from marketdata_assets.flows.read import read_bars
+from marketdata_assets.flows.revisions import Correction, corrections, read_as_of
+from marketdata_assets.lake.fingerprint import fingerprint
+from marketdata_assets.lake.tables import history, raw
+from marketdata_assets.model.bar import NAMES, SCHEMA
+from marketdata_assets.model.window import TIMEFRAMES, Partition, Window
+from marketdata_assets.quality.split import REJECTED_SCHEMA
+from marketdata_assets.settings import Settings, load_settings
+from marketdata_assets.sources.sandbox import SandboxExchange, running
+from marketdata_assets.sources.sandbox_bars import truth
+from marketdata_assets.toolbox import Toolbox, open_toolbox
+from marketdata_assets.transforms.rollup import roll_up
+from marketdata_tests.conftest import SANDBOX_NOW, Universe
+from marketdata_tests.samples import BTC
+from marketdata_tests.steps import SkippingClock, at, bar_requests, ms, partitions, quarantined, run_derive, window
+
+MINUTE = TIMEFRAMES["1m"]
+ROLLED = ("5m", "1h", "1d")
+
+
+@dataclass
+class Stage:
+    """A universe before an exchange that corrects its bars; `told` is what it says now."""
+
+    exchange: SandboxExchange
+    settings: Settings
+    span: Window
+    patch: pytest.MonkeyPatch
+    told: pl.DataFrame = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.told = truth("BTCUSDT", "1m", self.span)
+        self.exchange.tamper = self.tamper
+
+    async def tamper(self, request: web.Request, rows: list[list[Any]]) -> Any:
+        if request.query["interval"] != "1m":
+            return None
+        now = {int(t.timestamp() * 1000): rest for t, *rest in self.told.rows()}
+        return [row if row[0] not in now else [row[0], *map(str, now[row[0]][:5]), row[6], *self._rest(now[row[0]])] for row in rows]
+
+    @staticmethod
+    def _rest(values: list[Any]) -> list[Any]:
+        _, _, _, _, _, quote, trades, taker, taker_quote = values
+        return [str(quote), trades, str(taker), str(taker_quote), "0"]
+
+    def correct(self, opens: list[datetime], factor: str = "1.25") -> None:
+        """All amounts of these bars by a factor, and the close moved to the high."""
+        grown = [(pl.col(n) * Decimal(factor)).round(8).cast(SCHEMA[n]).alias(n) for n in SCHEMA if "volume" in n]
+        changed = self.told.filter(pl.col("open_time").is_in(opens)).with_columns(*grown, pl.col("high").alias("close"))
+        self.told = pl.concat([self.told.join(changed, on="open_time", how="anti"), changed]).sort("open_time")
+
+    def at(self, text: str) -> Settings:
+        self.patch.setenv("MARKETDATA_NOW", text)
+        return load_settings()
+
+    def ingest(self, now: str, again: Window | None = None) -> list[Ingested]:
+        settings = self.at(now)
+        self.exchange.requests.clear()
+        with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:
+            done = list(ingest(toolbox, MINUTE, partitions(settings), again))
+        run_derive(settings)
+        return done
+
+
+@pytest.fixture
+def stage(universe: Universe, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    """Three days over the turn of a month, and a first fetch of them on 5 January."""
+    exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
+    with running(exchange) as url:
+        settings = universe(url, since="2023-12-30", until="2024-01-03", now="2024-01-05")
+        found = Stage(exchange, settings, window("2023-12-30", "2024-01-03"), monkeypatch)
+        assert all(done.complete for done in found.ingest("2024-01-05"))
+        yield found
+
+
+def assert_reads(toolbox: Toolbox, expected: pl.DataFrame, span: Window, moment: datetime | None = None) -> None:
+    """All timeframes, now or as of a moment, equal what `expected` holds and what is rolled up from it."""
+    read: Callable[..., pl.DataFrame] = read_bars if moment is None else read_as_of
+    rest = () if moment is None else (moment,)
+    assert_frame_equal(read(toolbox, BTC, MINUTE, span, *rest), expected, check_exact=True)
+    made = roll_up(expected, MINUTE, [TIMEFRAMES[name] for name in ROLLED], span)
+    for tf, frame in made.items():
+        assert_frame_equal(read(toolbox, BTC, tf, span, *rest), frame, check_exact=True)
+
+
+@pytest.mark.parametrize("rollups", ["duckdb", "parquet"])
+def test_every_revision_can_be_read_as_of_its_time(stage: Stage, rollups: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bars are corrected, some of them twice; before, between and after, each moment reads what was known then."""
+    monkeypatch.setenv("MARKETDATA_ROLLUPS", rollups)
+    stage.ingest("2024-01-05T00:00:01")
+    dice, first = random.Random(5), stage.told
+    opens = first["open_time"].to_list()
+    once = dice.sample(opens, 200)
+    stage.correct(once)
+    second = stage.told
+    done = stage.ingest("2024-01-06", stage.span)
+    assert sum(d.replaced.height for d in done) == 200
+    assert all(d.account.balanced for d in done)
+    stage.correct([*dice.sample(once, 50), *dice.sample(opens, 50)], "0.8")
+    third = stage.told
+    stage.ingest("2024-01-07", stage.span)
+    assert quarantined(stage.settings) == []
+    with open_toolbox(stage.at("2024-01-08")) as toolbox:
+        assert_reads(toolbox, third, stage.span)
+        for moment, known in (("2024-01-05T12:00", first), ("2024-01-06", second), ("2024-01-06T12:00", second), ("2024-01-07", third)):
+            assert_reads(toolbox, known, stage.span, at(moment))
+        assert_reads(toolbox, third.filter(pl.col("open_time") < at("2024-01-02")), window("2023-12-30", "2024-01-02"), at("2024-01-08"))
+    with open_reader() as reader:
+        found = reader.bars(BTC.key, "1m", as_of=at("2024-01-06")).collect()
+        assert_frame_equal(found, second, check_exact=True)
+
+
+def test_what_was_not_corrected_stays(stage: Stage) -> None:
+    """Only the corrected bar and the rollups that hold it change; the month without a correction keeps its bytes."""
+    moment = at("2024-01-02T10:07")
+    files = {p: p.read_bytes() for p in Path(stage.settings.lake).rglob("*month=2023-12*/*.parquet")}
+    with open_toolbox(stage.settings) as toolbox:
+        before = {name: read_bars(toolbox, BTC, TIMEFRAMES[name], stage.span) for name in ("1m", *ROLLED)}
+    stage.correct([moment])
+    (_, done) = stage.ingest("2024-01-06", stage.span)
+    assert done.replaced["open_time"].to_list() == [moment]
+    with open_toolbox(stage.settings) as toolbox:
+        for name, was in before.items():
+            now = read_bars(toolbox, BTC, TIMEFRAMES[name], stage.span)
+            changed = now.join(was, on=now.columns, how="anti", nulls_equal=True)["open_time"].to_list()
+            assert changed == [TIMEFRAMES[name].floor(moment)]
+    assert files == {p: p.read_bytes() for p in Path(stage.settings.lake).rglob("*month=2023-12*/*.parquet")}
+    assert files
+
+
+def test_the_report_says_what_changed_by_how_much_and_since_when(stage: Stage) -> None:
+    moment = at("2024-01-02T10:07")
+    stage.correct([moment])
+    stage.ingest("2024-01-06", stage.span)
+    stage.correct([moment], "2")
+    stage.ingest("2024-01-07", stage.span)
+    with open_toolbox(stage.settings) as toolbox:
+        found = list(corrections(toolbox, [BTC], stage.span))
+        late = list(corrections(toolbox, [BTC], stage.span, since=at("2024-01-06T12:00")))
+        assert list(corrections(toolbox, [BTC], window("2023-12-30", "2024-01-02"))) == []
+    first, second = found
+    assert late == [second]
+    assert (first.open_time, first.known_at, first.corrected_at) == (moment, at("2024-01-05"), at("2024-01-06"))
+    assert (second.known_at, second.corrected_at, second.source) == (at("2024-01-06"), at("2024-01-07"), "rest")
+    was, became = first.changes["volume"]
+    assert became == (was * Decimal("1.25")).quantize(Decimal("1e-8"))
+    assert second.changes["volume"] == (became, became * 2)
+    assert "open" not in first.changes
+    assert isinstance(first, Correction)
+
+
+def test_the_last_hour_is_asked_again_with_the_newest_bars(universe: Universe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refresh finds what was corrected in the last hour, two neighbours as well, in the request that brings the new bars."""
+    clock = [ms("2024-01-02T10:00")]
+    exchange = SandboxExchange(now=lambda: clock[0], weight_limit=10**9)
+    with running(exchange) as url:
+        settings = universe(url, since="2024-01-01", now="2024-01-02T10:00")
+        stage = Stage(exchange, settings, window("2024-01-01", "2024-01-02T11:00"), monkeypatch)
+        stage.ingest("2024-01-02T10:00")
+        stage.correct([at("2024-01-02T09:20"), at("2024-01-02T09:21"), at("2024-01-02T08:00")])
+        clock[0] = ms("2024-01-02T10:05")
+        (done,) = stage.ingest("2024-01-02T10:05")
+        assert done.replaced["open_time"].to_list() == [at("2024-01-02T09:20"), at("2024-01-02T09:21")]
+        assert len(bar_requests(exchange)) == 2  # the second one confirms
+        assert done.bars.height == 34 * 60 + 5
+        monkeypatch.setenv("MARKETDATA_CORRECTIONS", "{run_minutes: 0}")
+        stage.correct([at("2024-01-02T09:30")])
+        clock[0] = ms("2024-01-02T10:10")
+        (done,) = stage.ingest("2024-01-02T10:10")
+        assert done.replaced.is_empty()
+
+
+def test_a_correction_that_breaks_a_rule_is_refused_and_the_old_bar_stays(stage: Stage) -> None:
+    moment, good = at("2024-01-02T10:07"), stage.told
+    stage.told = good.with_columns(pl.when(pl.col("open_time") == moment).then(-pl.col("volume")).otherwise("volume").alias("volume"))
+    done = stage.ingest("2024-01-06", stage.span)
+    assert all(d.account.balanced and d.error is None and d.replaced.is_empty() and d.complete for d in done)
+    assert {(row["open_time"], row["reasons"].split()[0]) for row in quarantined(stage.settings)} == {
+        ("2024-01-02T10:07:00Z", "negative_volume")
+    }
+    with open_toolbox(stage.settings) as toolbox:
+        assert_reads(toolbox, good, stage.span)
+
+
+def test_a_venue_that_denies_most_bars_is_not_believed(stage: Stage) -> None:
+    """Another symbol's bars for a day are refused as a whole; with the days around them, of which most agree, they are taken."""
+    good, day = stage.told, window("2024-01-01", "2024-01-02")
+    stage.correct([t for t in good["open_time"] if day.start <= t < day.end])
+    (_, done) = stage.ingest("2024-01-06", day)
+    assert "contradict the stored bars of [2024-01-01T00:00:00Z, 2024-01-02T00:00:00Z)" in str(done.error)
+    with open_toolbox(stage.settings) as toolbox:
+        assert_reads(toolbox, good, stage.span)
+        assert toolbox.lake.read(history(MINUTE), done.partition) is None
+    half = window("2024-01-01", "2024-01-01T12:00")
+    stage.told = good
+    stage.correct([t for t in good["open_time"] if half.start <= t < half.end])
+    (_, done) = stage.ingest("2024-01-06", stage.span)
+    assert (done.error, done.replaced.height) == (None, 720)
+
+
+def test_as_of_before_the_first_fetch_is_told(stage: Stage) -> None:
+    with open_toolbox(stage.at("2024-01-06")) as toolbox:
+        with pytest.raises(
+            BadInput, match=r"nothing of binance:BTC-USDT in these months was known at 2024-01-04T00:00:00Z; the first of it was"
+        ):
+            read_as_of(toolbox, BTC, MINUTE, stage.span, at("2024-01-04"))
+        with pytest.raises(BadInput, match="lies in the future"):
+            read_as_of(toolbox, BTC, MINUTE, stage.span, at("2024-01-07"))
+
+
+def test_a_run_that_died_between_history_and_bars_loses_and_doubles_nothing(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    moment, first = at("2024-01-02T10:07"), stage.told
+    stage.correct([moment])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        from marketdata_assets.lake.parquet import Lake
+
+        write = Lake.write
+
+        def dies(lake: Lake, table: Any, partition: Partition, frame: pl.DataFrame) -> Any:
+            if table == raw(MINUTE):
+                raise KeyboardInterrupt
+            return write(lake, table, partition, frame)
+
+        patched.setattr(Lake, "write", dies)
+        stage.ingest("2024-01-06", stage.span)
+    with open_toolbox(stage.at("2024-01-07")) as toolbox:
+        assert list(corrections(toolbox, [BTC], stage.span)) == []
+        for moment_ in ("2024-01-05T12:00", "2024-01-06T12:00"):
+            assert_reads(toolbox, first, stage.span, at(moment_))
+    stage.ingest("2024-01-07", stage.span)
+    with open_toolbox(stage.at("2024-01-08")) as toolbox:
+        assert [c.corrected_at for c in corrections(toolbox, [BTC], stage.span)] == [at("2024-01-07")]
+        assert_reads(toolbox, first, stage.span, at("2024-01-06T12:00"))
+        assert_reads(toolbox, stage.told, stage.span)
+
+
+def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(universe: Universe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New ones are stored with their source, equal ones are identical, other ones are refused; nothing is asked."""
+    settings = universe("http://127.0.0.1:1", since="2024-01-01", until="2024-01-02", now="2024-01-05")
+    day = window("2024-01-01", "2024-01-02")
+    bars = truth("BTCUSDT", "1m", day)
+    (january,) = partitions(settings)
+    empty = pl.DataFrame(schema=REJECTED_SCHEMA)
+    with open_toolbox(settings) as toolbox:
+        half = take_in(toolbox, MINUTE, january, bars.head(720), empty, "a.zip")
+        assert (half.account.stored, half.complete, half.wanted) == (720, False, window("2024-01-01", "2024-01-01T12:00"))
+        hole = bars.slice(700).filter(pl.col("open_time") != at("2024-01-01T20:00"))
+        moved = hole.with_columns(
+            pl.when(pl.col("open_time") == at("2024-01-01T11:50")).then(pl.lit(7)).otherwise("trades").alias("trades")
+        )
+        done = take_in(toolbox, MINUTE, january, moved, empty, "b.csv")
+        assert (done.account.received, done.account.stored, done.account.identical, done.account.quarantined) == (739, 719, 19, 1)
+        assert done.complete
+        assert [(gap.bars, gap.reason) for gap in done.gaps] == [(1, "no_bars")]
+        assert "b.csv holds both neighbours" in done.gaps[0].evidence
+        stored = toolbox.lake.read(raw(MINUTE), january, provenance=True)
+        assert stored is not None
+        assert stored.group_by("source").len().sort("source").rows() == [("a.zip", 720), ("b.csv", 719)]
+        assert_frame_equal(stored.select(NAMES), bars.filter(pl.col("open_time") != at("2024-01-01T20:00")), check_exact=True)
+        again = take_in(toolbox, MINUTE, january, bars, empty, "c.csv")
+        assert (again.account.stored, again.account.identical, again.gaps) == (1, 1439, ())
+        assert fingerprint(again.bars) == fingerprint(bars)
+    ((row),) = quarantined(settings)
+    assert (row["open_time"], row["reasons"], row["source"]) == ("2024-01-01T11:50:00Z", "disagrees", "b.csv")
+
+
+def test_columns_that_a_file_does_not_give_are_no_disagreement(universe: Universe) -> None:
+    settings = universe("http://127.0.0.1:1", since="2024-01-01", until="2024-01-02", now="2024-01-05")
+    bars = truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-02"))
+    (january,) = partitions(settings)
+    empty = pl.DataFrame(schema=REJECTED_SCHEMA)
+    fewer = bars.with_columns(pl.lit(None, SCHEMA["quote_volume"]).alias("quote_volume"))
+    with open_toolbox(settings) as toolbox:
+        take_in(toolbox, MINUTE, january, bars, empty, "whole.csv")
+        done = take_in(toolbox, MINUTE, january, fewer, empty, "fewer.csv")
+    assert (done.account.identical, done.account.quarantined) == (1440, 0)
+    assert_frame_equal(done.bars, bars, check_exact=True)
+
+
+def test_bars_of_before_revisions_were_kept_count_as_always_known(stage: Stage) -> None:
+    with open_toolbox(stage.at("2024-01-06")) as toolbox:
+        for partition in partitions(stage.settings):
+            bars = toolbox.lake.read(raw(MINUTE), partition)
+            assert bars is not None
+            toolbox.lake.write(raw(MINUTE), partition, bars)
+        assert_reads(toolbox, stage.told, stage.span, at("2020-01-01") + timedelta(days=1))
