@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from marketdata_assets.cli.processes import dagster_environment, start, stop
 from marketdata_assets.flows.plan import Task
@@ -19,6 +19,15 @@ from marketdata_assets.settings import Settings
 
 WORKERS = 2
 MONTHS_A_RUN = 2
+
+
+class Span(NamedTuple):
+    """A range of partitions for one run. `imported`: raw tables that files have told; then no venue is asked, only they are
+    looked at, and rollups are made where "rollup" is among them."""
+
+    first: Partition
+    last: Partition
+    imported: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -43,9 +52,9 @@ class Outcome:
         return 1 if self.failed or self.checks or self.broken_runs else 0
 
 
-def ranges(tasks: Sequence[Task]) -> list[tuple[Partition, Partition]]:
+def ranges(tasks: Sequence[Task], imported: tuple[str, ...] = ()) -> list[Span]:
     """Partitions as ranges of one market and at most MONTHS_A_RUN consecutive months; markets take turns."""
-    found: list[list[tuple[Partition, Partition]]] = []
+    found: list[list[Span]] = []
     for _, group in groupby((task.partition for task in tasks), key=lambda p: p.market):
         mine: list[list[Partition]] = []
         for partition in sorted(group):
@@ -53,20 +62,14 @@ def ranges(tasks: Sequence[Task]) -> list[tuple[Partition, Partition]]:
                 mine[-1].append(partition)
             else:
                 mine.append([partition])
-        found.append([(run[0], run[-1]) for run in mine])
+        found.append([Span(run[0], run[-1], imported) for run in mine])
     longest = max((len(f) for f in found), default=0)
     return [f[i] for i in range(longest) for f in found if i < len(f)]
 
 
-def run_ranges(
-    settings: Settings, spans: Sequence[tuple[Partition, Partition]], show: Callable[[Outcome], None], imported: str | None = None
-) -> Outcome:
-    """Do the ranges in worker processes; `show` is called after every message.
-
-    `imported`: the raw table that files have just told; then no venue is asked, and no other raw table is looked at.
-    """
-    outcome = Outcome()
-    waiting = deque({"start": first.key, "end": last.key} | ({"imported": imported} if imported else {}) for first, last in spans)
+def run_ranges(settings: Settings, spans: Sequence[Span], show: Callable[[Outcome], None]) -> Outcome:
+    """Do the ranges in worker processes; `show` is called after every message."""
+    outcome, waiting = Outcome(), deque(spans)
     environment = dagster_environment(settings)
     with selectors.DefaultSelector() as selector:
         workers = [_start_worker(environment, selector) for _ in range(min(WORKERS, len(spans)))]
@@ -94,7 +97,7 @@ def _start_worker(environment: dict[str, str], selector: selectors.BaseSelector)
     return worker
 
 
-def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[dict[str, str]]) -> None:
+def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[Span]) -> None:
     if "bars" in event:
         outcome.bars += event["bars"]
         outcome.requests += event["requests"]
@@ -110,13 +113,14 @@ def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome
     if "ready" in event or "done" in event:
         assert worker.stdin is not None
         if waiting:
-            worker.stdin.write(json.dumps(waiting.popleft()) + "\n")
+            span = waiting.popleft()
+            worker.stdin.write(json.dumps({"start": span.first.key, "end": span.last.key, "imported": span.imported}) + "\n")
         else:
             worker.stdin.write("end\n")
         worker.stdin.flush()
 
 
-def _mourn(worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[dict[str, str]]) -> None:
+def _mourn(worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[Span]) -> None:
     code = worker.wait()
     if code != 0:
         outcome.broken_runs.append(f"a worker ended with code {code}; its log is worker.log in the state folder")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import marketdata_assets.cli.importing  # noqa: F401 - its command
 from marketdata_assets.cli.common import (
     End,
     FileFormat,

@@ -269,6 +269,16 @@ def _texts(bars: pl.DataFrame) -> pl.DataFrame:
     return bars.with_columns(*(decimal_text(name) for name in decimals), pl.col(counts).cast(pl.String))
 
 
+def to_show(toolbox: Toolbox, done: Imported) -> dict[tuple[str, ...], list[Partition]]:
+    """The partitions that an import touched, by what is to be looked at: raw tables, and "rollup" where the base is there."""
+    found: dict[tuple[str, ...], list[Partition]] = {}
+    for partition in sorted({p for partitions in done.partitions.values() for p in partitions}):
+        base = toolbox.ledger.state(raw(toolbox.settings.venues[partition.market.venue].base), partition)
+        tables = [raw(tf).name for tf, partitions in done.partitions.items() if partition in partitions]
+        found.setdefault((*tables, *(["rollup"] if base and base.bytes is not None else [])), []).append(partition)
+    return found
+
+
 def as_stored(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> Ingested:
     """A partition as it lies there after an import, for the checks; asks nobody and changes nothing. Raises Damaged."""
     table, wanted = raw(timeframe), wanted_window(toolbox, timeframe, partition)
