@@ -11,12 +11,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
+from typer.testing import CliRunner
 
+from marketdata_assets.cli.main import app
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.imports import Imported, Tally, as_stored, import_files, look
+from marketdata_assets.flows.plan import plan
 from marketdata_assets.lake.tables import raw
 from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.market import Market
@@ -29,6 +33,7 @@ from marketdata_assets.toolbox import open_toolbox
 from marketdata_tests.conftest import SHARED, Universe, needs_shared
 from marketdata_tests.samples import BTC, real_bars
 from marketdata_tests.steps import assert_bars, at, bar_requests, lake_files, ms, quarantined, run_ingest, stored_bars, window
+from marketdata_tests.test_cli import marketdata, says
 
 NOWHERE = "http://127.0.0.1:1"
 DAY = window("2024-01-02", "2024-01-03")
@@ -175,14 +180,14 @@ def test_a_kraken_file_has_the_last_word_about_its_holes(kraken: Settings, tmp_p
 def test_a_checksum_is_verified_when_it_is_there(settings: Settings, tmp_path: Path) -> None:
     file = written(tmp_path / "BTCUSDT-1m-2024-01-02.zip", klines())
     beside = tmp_path / "BTCUSDT-1m-2024-01-02.zip.CHECKSUM"
-    for text, says in [
+    for text, words in [
         ("0" * 64 + "  BTCUSDT-1m-2024-01-02.zip\n", "its sha256 is"),
         (hashlib.sha256(file.read_bytes()).hexdigest() + "  ETHUSDT-1m-2024-01-02.zip\n", "it is of ETHUSDT"),
         ("<html>\n", "it is not `sha256  name`"),
         ("", "it is not `sha256  name`"),
     ]:
         beside.write_text(text)
-        with pytest.raises(BadInput, match=says):
+        with pytest.raises(BadInput, match=words):
             imported(settings, file)
     assert lake_files(settings) == {}
     beside.write_text(hashlib.sha256(file.read_bytes()).hexdigest() + "  BTCUSDT-1m-2024-01-02.zip\n")
@@ -199,7 +204,7 @@ BAD: dict[str, tuple[str, Callable[[], list[str]], str]] = {
     "half a line": (
         NAME,
         lambda: [*klines()[:700], klines()[700][:40]],
-        "line 701: it has 4 columns, and the first line has 12; the file ends",
+        "line 701: it has 3 columns, and the first line has 12; the file ends",
     ),
     "a short line": (NAME, lambda: [*klines()[:5], "1,2,3", *klines()[6:]], "line 6: it has 3 columns, and the first line has 12"),
     "a long line": (NAME, lambda: [*klines()[:5], klines()[5] + ",1", *klines()[6:]], "line 6: it has 13 columns"),
@@ -284,12 +289,12 @@ def test_a_last_number_that_may_be_cut_is_not_believed(kraken: Settings, tmp_pat
 
 
 def test_a_mapping_that_names_what_is_not_there(settings: Settings, tmp_path: Path) -> None:
-    for text, says in [
+    for text, words in [
         ("open_time=t,open=o", "high, low, close, volume must be named"),
         ("price=p", "write `column=its name"),
         ("open", "write"),
     ]:
-        with pytest.raises(BadInput, match=says):
+        with pytest.raises(BadInput, match=words):
             parse_columns(text)
     file = written(tmp_path / "x.csv", ["t,o,h,l,c,v", "1704153600,1,2,1,1,5"])
     told: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
@@ -441,6 +446,63 @@ def test_every_row_is_accounted_for_whatever_is_wrong_with_it(settings: Settings
     assert kept.join(good, on=NAMES, how="semi", nulls_equal=True).height >= tally.stored - 200  # "0" may pass the rules
     with open_toolbox(settings) as toolbox:
         assert as_stored(toolbox, TIMEFRAMES["1m"], partitions_of(BTC, DAY)[0]).account.balanced
+
+
+# --------------------------------------------------------------------------------- the command, the plan
+def test_the_command_works_offline_and_dagster_shows_it(settings: Settings, instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    """Bars, checks and rollups without a venue; a second time changes nothing; what differs is told by the exit code."""
+    month = window("2024-01-01", "2024-02-01")
+    file = written(tmp_path / "BTCUSDT-1m-2024-01.zip", klines(month))
+    first = marketdata("import", str(file), "--format", "json")
+    assert first.returncode == 0, says(first)
+    (row,) = json.loads(first.stdout)["files"]
+    assert (row["rows"], row["stored"], row["lacking"]) == (44560, 44560, 80)
+    days = marketdata("bars", "binance:BTC-USDT", "1d", "--format", "csv").stdout.splitlines()
+    assert len(days) == 32
+    shown = {key.to_user_string(): instance.get_materialized_partitions(key) for key in instance.all_asset_keys()}
+    key = "binance:BTC-USDT|2024-01-01"
+    assert shown["raw/ohlcv_1m"] == shown["rollup/ohlcv_1w"] == {key}
+    assert not shown.get("raw/ohlcv_1h")  # no file told it, and nobody was asked
+    written(file, klines(month, change=cell(8, 5, "123456")))
+    again = marketdata("import", str(file))
+    assert again.returncode == 1, says(again)
+    assert "44559 identical, 0 refused, 1 disagree" in says(again)
+    assert "1 values differ" in says(again)
+
+
+def test_a_mistake_is_one_line(settings: Settings, tmp_path: Path) -> None:
+    file = written(tmp_path / "ETHUSDT-1m-2024-01-02.csv", klines(symbol="ETHUSDT"))
+    for arguments, words in [
+        (["--market", "binance:BTC-USDT"], "it is binance's ETHUSDT"),
+        (["--unit", "hours"], "--unit hours is not one of s, ms, us, ns, iso"),
+        (["--timeframe", "1h"], "its name says 1m and --timeframe 1h"),
+    ]:
+        done = CliRunner().invoke(app, ["import", str(file), *arguments])
+        assert isinstance(done.exception, BadInput)
+        assert words in str(done.exception)
+
+
+def test_the_plan_says_where_files_cost_less(universe: Universe) -> None:
+    """Closed months of minutes, from the first Tuesday after them; an hourly month is one request and needs no file."""
+    settings = universe(NOWHERE, since="2024-01-10", now="2024-03-05", extra="reference: [1h]")
+    with open_toolbox(settings) as toolbox:
+        tasks = plan(toolbox, settings.partitions([BTC], settings.span(BTC)))
+    found = [(task.partition.month_key, offer.timeframe.name, offer.requests, offer.url) for task in tasks for offer in task.offers]
+    base = "https://data.binance.vision/data/spot/monthly/klines/BTCUSDT/1m/BTCUSDT-1m-2024-"
+    assert found == [("2024-01-01", "1m", 30, base + "01.zip"), ("2024-02-01", "1m", 40, base + "02.zip")]
+    early = universe(NOWHERE, since="2024-02-01", now="2024-03-04T23:00")  # the first Monday: it may not be there yet
+    with open_toolbox(early) as toolbox:
+        assert not any(task.offers for task in plan(toolbox, early.partitions([BTC], early.span(BTC))))
+
+
+def test_the_plan_says_what_only_files_have(kraken: Settings) -> None:
+    """Kraken's API has 720 hours: at the end of March 2nd those since February 1st."""
+    market = Market("kraken", "BTC/USD")
+    with open_toolbox(kraken) as toolbox:
+        tasks = plan(toolbox, kraken.partitions([market], kraken.span(market)))
+    found = [(task.partition.month_key, offer.bars, offer.requests) for task in tasks for offer in task.offers]
+    assert found == [("2024-01-01", 744, None)]
+    assert "support.kraken.com" in tasks[0].offers[0].url
 
 
 # --------------------------------------------------------------------------------- real files

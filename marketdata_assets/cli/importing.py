@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from marketdata_assets.cli.common import Format, app, err, one_of, plain, print_json, print_table, say
+from marketdata_assets.cli.common import Format, app, err, one_of, out, plain, print_json, print_table, say
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.window import timeframe
 from marketdata_assets.settings import Settings, load_settings
@@ -16,6 +16,7 @@ from marketdata_assets.settings import Settings, load_settings
 if TYPE_CHECKING:
     from marketdata_assets.cli.backfill import Span
     from marketdata_assets.flows.imports import Imported
+    from marketdata_assets.flows.plan import Task
     from marketdata_assets.sources.archive import Told
 
 SHOWN = 20
@@ -109,3 +110,40 @@ def _print(done: Imported, format: str, dry_run: bool) -> None:
     say(done.says() + (", nothing was stored" if dry_run else ""))
     if any(row["lacking"] for row in rows):
         say("`lacking` bars are in no row of their file; `marketdata plan` says what is still to be asked for")
+
+
+# --------------------------------------------------------------------------------- where files beat requests
+def offer_rows(settings: Settings, tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """The files that a plan's partitions come cheaper from, as rows of a table."""
+    from marketdata_assets.flows.plan import per_minute
+
+    return [
+        {
+            "partition": task.partition.key,
+            "timeframe": offer.timeframe.name,
+            "bars": offer.bars,
+            "saves_requests": offer.requests,
+            "saves_minutes": None
+            if offer.requests is None
+            else round(offer.requests / per_minute(settings.venues[task.partition.market.venue]), 3),
+            "url": offer.url,
+        }
+        for task in tasks
+        for offer in task.offers
+    ]
+
+
+def print_offers(offers: Sequence[dict[str, Any]]) -> None:
+    """Where to get them, and what that saves; the first ones only."""
+    if not offers:
+        return
+    saved, minutes = (sum(offer[name] or 0 for offer in offers) for name in ("saves_requests", "saves_minutes"))
+    only = sum(offer["bars"] for offer in offers if offer["saves_requests"] is None)
+    say("")
+    for offer in sorted(offers, key=lambda offer: -(offer["saves_requests"] or 10**9))[:SHOWN]:
+        says = "not in the API any more" if offer["saves_requests"] is None else f"saves {offer['saves_requests']} requests"
+        line = f"{offer['partition']} {offer['timeframe']}: {offer['bars']} bars, {says}: {offer['url']}"
+        out.print(line, highlight=False, soft_wrap=True)  # nobody can copy a URL that is cut
+    more = f" (here {SHOWN} of them; --format json has all)" if len(offers) > SHOWN else ""
+    say(f"{len(offers)} tables come cheaper from files{more}: {saved} requests and {minutes:.1f} minutes less; {only} bars are only there.")
+    say("Download them yourself, with their CHECKSUM files, and `marketdata import` them before the backfill.")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import marketdata_assets.cli.importing  # noqa: F401 - its command
 from marketdata_assets.cli.common import (
     End,
     FileFormat,
@@ -33,6 +32,7 @@ from marketdata_assets.cli.common import (
     window_of,
     write_bars,
 )
+from marketdata_assets.cli.importing import offer_rows, print_offers
 from marketdata_assets.errors import BadInput, MarketDataError
 from marketdata_assets.model.window import iso, parse_time, timeframe
 from marketdata_assets.settings import Settings, load_settings
@@ -120,11 +120,13 @@ def plan(market: Markets = None, start: Start = None, end: End = None, format: F
         "minutes": round(needed, 2),
     }
     rows = [{"partition": t.partition.key, "bars": t.bars, "requests": t.requests, "reason": t.reason} for t in tasks]
+    offers = offer_rows(settings, tasks)
     if format == "json":
-        print_json({**total, "tasks": rows})
+        print_json({**total, "tasks": rows, "archives": offers})
         return
     print_table(rows, ["partition", "bars", "requests", "reason"])
     out.print("{partitions} partitions, {bars} bars, {requests} requests, at least {minutes} minutes".format(**total))
+    print_offers(offers)
 
 
 # --------------------------------------------------------------------------------- bars, coverage, quarantine

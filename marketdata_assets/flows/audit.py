@@ -178,8 +178,9 @@ _ABSENT: dict[str, pl.DataType] = {"open_time": pl.Datetime("us", "UTC"), "absen
 
 def _matches_native(toolbox: Toolbox, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame) -> Finding:
     """Our rollup beside the venue's own bars: all columns that the venue gives, digit for digit."""
-    stored = toolbox.lake.read(raw(timeframe), partition)
-    native = frame.select(NAMES).clear() if stored is None else stored
+    native = toolbox.lake.read(raw(timeframe), partition)
+    if native is None:  # a file has told the base, and nothing the reference
+        return Finding("matches_native", True, "no bars of the venue's own are stored to compare", numbers={"compared": 0, "different": 0})
     ours = frame.select(NAMES)
     both = ours.join(native, on="open_time", how="full", coalesce=True, suffix="_native")
     if ours.height and native.height:  # the newest bars may be there on one side only

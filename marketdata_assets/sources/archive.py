@@ -58,6 +58,33 @@ FORMATS = (BINANCE, KRAKEN, PLAIN)
 _KRAKEN_NAMES = {"BTC": "XBT", "DOGE": "XDG"}
 
 
+_VISION = "https://data.binance.vision/data/{kind}/monthly/klines/{id}/{timeframe}/{id}-{timeframe}-{month}.zip"
+MONTHLY: dict[tuple[str, str], str] = {
+    ("binance", "spot"): "spot",
+    ("binance", "linear"): "futures/um",
+    ("binanceusdm", "linear"): "futures/um",
+}
+"""Of which venues there is an archive of each month, from the first Monday after it, and below which folder."""
+FILES_A_MONTH = 2
+"""The zip and its CHECKSUM: what a month costs in requests when it comes from the archive."""
+NEWEST_ONLY: dict[str, int] = {"kraken": 720}
+"""Venues whose API gives so many of the newest bars and nothing older, whatever is asked."""
+ONLY_IN_FILES: dict[str, str] = {
+    "kraken": "https://support.kraken.com/hc/en-us/articles/360047124832-Downloadable-historical-OHLCVT-Open-High-Low-Close-Volume-Trades-data"
+}
+"""Where the files are that hold what is older; new ones come every quarter."""
+
+
+def monthly_archive(market: Market, tf: Timeframe, month: Window, now: datetime) -> str | None:
+    """Where the archive of a month is published; None where there is none, or none yet."""
+    kind = MONTHLY.get((market.venue, "linear" if ":" in market.symbol else "spot"))
+    monday = month.end + timedelta(days=(7 - month.end.weekday()) % 7)
+    name = symbol_id(market, BINANCE)
+    if kind is None or name is None or now < monday + timedelta(days=1):
+        return None
+    return _VISION.format(kind=kind, id=name, timeframe=tf.name, month=month.start.strftime("%Y-%m"))
+
+
 @dataclass(frozen=True, slots=True)
 class Told:
     """What a person says of the files; None: their names and contents tell it.
@@ -129,6 +156,8 @@ def read_file(path: Path, told: Told, markets: Sequence[Market]) -> tuple[Facts,
     name = _name_of(path, inner)
     table = _Table(path, content.removeprefix(b"\xef\xbb\xbf"))
     form, places, header = _shape(table, name, told)
+    if table.cells.height == int(header):
+        raise BadInput(f"{path}: it holds no rows")
     market, tf = _market(path, name, told, markets, header), _timeframe(path, name, told)
     rows, unit = _rows(table, form, places, header, tf, told.unit)
     opens = rows["open_time"]
@@ -370,8 +399,6 @@ def _plain(cell: str) -> str:
 def _rows(table: _Table, form: Format, places: dict[str, int], header: bool, tf: Timeframe, unit: str | None) -> tuple[pl.DataFrame, str]:
     """The rows as `Fetched` holds them, and the unit of their times."""
     cells, skipped = table.cells[int(header) :], int(header)
-    if cells.is_empty():
-        raise BadInput(f"{table.path}: it holds no rows")
     if not table.whole and places[max(places, key=places.__getitem__)] == cells.width - 1 and form is not BINANCE:
         raise table.fail(skipped + cells.height - 1, "it has no line break, so its last number may be cut; if it is whole, add one")
     taken = {column: cells.to_series(place) for column, place in places.items()}
