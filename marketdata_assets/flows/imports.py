@@ -138,7 +138,7 @@ def import_files(toolbox: Toolbox, files: Sequence[Facts], told: Told, dry_run: 
     tell differently is refused as `conflict` from both. Sends no request. Doing it again changes nothing.
     """
     done = Imported([Tally(facts) for facts in files])
-    by_table = sorted(done.files, key=lambda t: (t.facts.market, t.facts.timeframe.width, t.facts.span, -len(t.facts.columns)))
+    by_table = sorted(done.files, key=lambda t: (t.facts.market, t.facts.timeframe.width))
     for (market, timeframe), group in groupby(by_table, key=lambda t: (t.facts.market, t.facts.timeframe)):
         tallies = list(group)
         for partition, rows in _by_month(toolbox, market, timeframe, tallies, told, tell):
@@ -191,14 +191,18 @@ def _read(toolbox: Toolbox, facts: Facts, told: Told) -> pl.DataFrame:
 
 
 def _touching(rows: Sequence[_Rows]) -> Iterator[list[_Rows]]:
-    """Files that overlap or adjoin each other: what lies between two of the others no file is about."""
+    """Files that overlap or adjoin each other, those that give most columns first; what lies between others no file is about."""
     together: list[_Rows] = []
-    for each in sorted(rows, key=lambda pair: (pair[0].facts.span, -len(pair[0].facts.columns))):
+    for each in sorted(rows, key=lambda pair: pair[0].facts.span):
         if together and each[0].facts.span.start > max(tally.facts.span.end for tally, _ in together):
-            yield together
+            yield _richest_first(together)
             together = []
         together.append(each)
-    yield together
+    yield _richest_first(together)
+
+
+def _richest_first(together: Sequence[_Rows]) -> list[_Rows]:
+    return sorted(together, key=lambda pair: -len(pair[0].facts.columns))
 
 
 def _take(toolbox: Toolbox, timeframe: Timeframe, partition: Partition, together: Sequence[_Rows], done: Imported, dry_run: bool) -> None:

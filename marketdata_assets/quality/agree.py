@@ -49,7 +49,7 @@ def agree(kept: pl.DataFrame) -> Agreement:
 
 
 class Unanimous(NamedTuple):
-    """What several files say: `bars` once each, `repeated` rows that say the same again, `disputed` rows of which no bar is believed."""
+    """What several files say: `bars` once each, `repeated` rows that say the same again, `disputed` rows that contradict others."""
 
     bars: pl.DataFrame
     repeated: pl.DataFrame
@@ -59,8 +59,9 @@ class Unanimous(NamedTuple):
 def unanimous(kept: pl.DataFrame) -> Unanimous:
     """Rows of several files (columns `answer` and model.bar.NAMES): an open_time that is told twice must be told alike.
 
-    Files are no witnesses that outvote each other: where two differ, neither is believed. What one does not give, the
-    others may. `len(kept) == len(bars) + len(repeated) + len(disputed)` always.
+    Files are no witnesses that outvote each other: where two differ, neither is believed; a value that one does not
+    give is no difference. Of bars that are told alike the one with the lowest `answer` is taken.
+    `len(kept) == len(bars) + len(repeated) + len(disputed)` always.
     """
     again = kept["open_time"].is_duplicated()
     if not again.any():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import math
 import re
 import zipfile
 import zlib
@@ -22,7 +23,7 @@ import polars as pl
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.bar import COLUMNS, NAMES
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import TIMEFRAMES, Timeframe, Window, from_ms, month_of, parse_time, timeframe
+from marketdata_assets.model.window import TIMEFRAMES, Timeframe, Window, from_ms, month_of, parse_time, timeframe, to_ms
 from marketdata_assets.sources.base import Fetched
 
 MAX_BYTES = 1 << 30
@@ -102,8 +103,7 @@ class Told:
 class Facts:
     """What one file is.
 
-    `span`: the open times it is about, by its name (`named`) or from its first to its last row; `held`: those of its
-    rows. `lacking`: bars of its span that it does not hold.
+    `span`: the open times it is about, by its name or from its first to its last row; `held`: those of its rows. `lacking`: bars of its span that it does not hold.
     """
 
     path: Path
@@ -115,7 +115,6 @@ class Facts:
     rows: int
     span: Window
     held: Window
-    named: bool
     lacking: int
     columns: tuple[str, ...] = field(repr=False)
     """The columns that it gives: null in one of them is broken."""
@@ -128,7 +127,7 @@ def files_of(paths: Iterable[Path]) -> list[Path]:
         inside = [p for p in path.rglob("*") if p.suffix.lower() in (".zip", ".csv") and p.is_file()] if path.is_dir() else [path]
         if not inside:
             raise BadInput(f"{path}: there is no .zip and no .csv file below this folder")
-        found |= {p.resolve() for p in inside}
+        found |= {p.resolve() for p in inside if p.suffix != ".CHECKSUM"}
     return sorted(found)
 
 
@@ -154,6 +153,8 @@ def read_file(path: Path, told: Told, markets: Sequence[Market]) -> tuple[Facts,
     _check_sum(path, sha256)
     content, inner = _unzipped(path, raw) if zipfile.is_zipfile(io.BytesIO(raw)) or path.suffix.lower() == ".zip" else (raw, None)
     name = _name_of(path, inner)
+    if told.columns and name and name.format is KRAKEN:
+        name = None  # who names the columns speaks of a file of his own, and these names are short
     table = _Table(path, content.removeprefix(b"\xef\xbb\xbf"))
     form, places, header = _shape(table, name, told)
     if table.cells.height == int(header):
@@ -164,10 +165,9 @@ def read_file(path: Path, told: Told, markets: Sequence[Market]) -> tuple[Facts,
     held = Window(*(_moment(table, opens, row) for row in (opens.arg_min(), opens.arg_max())))
     held = Window(held.start, held.end + tf.width)
     span = (name and name.window) or held
-    lacking = max(0, span.count(tf) - opens.n_unique())
+    lacking = span.count(tf) - opens.filter(opens.is_between(to_ms(span.start), to_ms(span.end), closed="left")).n_unique()
     given = tuple(n for n in NAMES if n in places)
-    named = bool(name and name.window)
-    return Facts(path, sha256, form.name, market, tf, unit, rows.height, span, held, named, lacking, given), Fetched(rows, span)
+    return Facts(path, sha256, form.name, market, tf, unit, rows.height, span, held, lacking, given), Fetched(rows, span)
 
 
 def _moment(table: _Table, opens: pl.Series, row: int | None) -> datetime:
@@ -290,9 +290,7 @@ def _unzipped(path: Path, raw: bytes) -> tuple[bytes, str]:
             members = [m for m in archive.infolist() if not m.is_dir()]
             if len(members) != 1 or not members[0].filename.lower().endswith(".csv"):
                 held = ", ".join(m.filename for m in members[:3]) + (", ..." if len(members) > 3 else "")
-                raise BadInput(
-                    f"{path}: exactly one .csv is expected in it, and it holds {held or 'nothing'}; unpack it and import the .csv"
-                )
+                raise BadInput(f"{path}: one .csv is expected in it, and it holds {held or 'nothing'}; unpack it and import the .csv")
             if members[0].file_size > MAX_BYTES:
                 raise BadInput(f"{path}: it unpacks to more than {MAX_BYTES >> 20} MiB; split it")
             with archive.open(members[0]) as packed:
@@ -459,11 +457,11 @@ def _check_lengths(table: _Table, opens: pl.Series, closes: pl.Series, tf: Timef
 
 
 def _check_spacing(table: _Table, opens: pl.Series, tf: Timeframe) -> None:
-    """Bars of another timeframe under this name: most of them nearer to each other, or none so near."""
+    """Bars of another timeframe under this name: most of them nearer to each other, or all of them on a coarser grid."""
     steps = opens.unique().sort().diff().drop_nulls()
     if len(steps) < 9:
         return
-    width, usual = tf.width // timedelta(milliseconds=1), steps.mode().min()
-    if usual < width or steps.min() > width:  # type: ignore[operator]
-        said = timedelta(milliseconds=usual)  # type: ignore[arg-type]
-        raise BadInput(f"{table.path}: these are no {tf.name} bars, most of them are {said} apart; see --timeframe")
+    width, usual, grid = tf.width // timedelta(milliseconds=1), int(steps.mode().min()), math.gcd(*steps.unique())  # type: ignore[arg-type]
+    if usual < width or grid > width:
+        said = timedelta(milliseconds=min(usual, grid) if usual < width else grid)
+        raise BadInput(f"{table.path}: these are no {tf.name} bars, they are {said} apart; see --timeframe")
