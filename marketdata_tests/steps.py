@@ -89,7 +89,7 @@ def raw_file(settings: Settings, month: str = "2024-01") -> Path:
 def stored_bars(settings: Settings, market: str = "binance%3ABTC-USDT", timeframe: str = "1m") -> pl.DataFrame:
     """What lies in the raw objects of a market, read with polars alone."""
     files = sorted(Path(settings.lake).glob(f"raw/ohlcv_{timeframe}/market={market}/month=*/data.parquet"))
-    frames = [pl.read_parquet(file.read_bytes()).cast(SCHEMA) for file in files]  # type: ignore[arg-type]
+    frames = [pl.read_parquet(file.read_bytes(), columns=list(SCHEMA)).cast(SCHEMA) for file in files]  # type: ignore[arg-type]
     return pl.concat(frames) if frames else pl.DataFrame(schema=SCHEMA)
 
 

@@ -77,7 +77,7 @@ def test_everything_runs_by_itself_by_default(settings: Settings) -> None:
     sensors = {sensor.name: sensor.default_status for sensor in definitions.sensors or ()}
     assert sensors == dict.fromkeys(("backfill_missed", "watch_markets", "watch_incidents"), dg.DefaultSensorStatus.RUNNING)
     schedules = {s.name: s.default_status for s in definitions.schedules or () if isinstance(s, dg.ScheduleDefinition)}
-    expected = ("refresh_open", "health_every_six_hours", "prune_every_night")
+    expected = ("refresh_open", "health_every_six_hours", "prune_every_night", "ask_again_every_night", "ask_again_every_month")
     assert schedules == dict.fromkeys(expected, dg.DefaultScheduleStatus.RUNNING)
     assert all(sensor.description for sensor in definitions.sensors or ())
 

@@ -21,6 +21,7 @@ from marketdata_assets.flows.ingest import Ingested, ingest, take_in
 from marketdata_assets.flows.read import read_bars
 from marketdata_assets.flows.revisions import Correction, corrections, read_as_of
 from marketdata_assets.lake.fingerprint import fingerprint
+from marketdata_assets.lake.parquet import Lake
 from marketdata_assets.lake.tables import history, raw
 from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.window import TIMEFRAMES, Partition, Window
@@ -231,18 +232,17 @@ def test_as_of_before_the_first_fetch_is_told(stage: Stage) -> None:
 def test_a_run_that_died_between_history_and_bars_loses_and_doubles_nothing(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     moment, first = at("2024-01-02T10:07"), stage.told
     stage.correct([moment])
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        from marketdata_assets.lake.parquet import Lake
+    write = Lake.write
 
-        write = Lake.write
+    def dies(lake: Lake, table: Any, partition: Partition, frame: pl.DataFrame) -> Any:
+        if table == raw(MINUTE):
+            raise KeyboardInterrupt
+        return write(lake, table, partition, frame)
 
-        def dies(lake: Lake, table: Any, partition: Partition, frame: pl.DataFrame) -> Any:
-            if table == raw(MINUTE):
-                raise KeyboardInterrupt
-            return write(lake, table, partition, frame)
-
+    with monkeypatch.context() as patched:
         patched.setattr(Lake, "write", dies)
-        stage.ingest("2024-01-06", stage.span)
+        with pytest.raises(KeyboardInterrupt):
+            stage.ingest("2024-01-06", stage.span)
     with open_toolbox(stage.at("2024-01-07")) as toolbox:
         assert list(corrections(toolbox, [BTC], stage.span)) == []
         for moment_ in ("2024-01-05T12:00", "2024-01-06T12:00"):

@@ -434,6 +434,7 @@ def test_a_rejected_row_keeps_its_fields_and_where_it_came_from(ledger: Ledger):
         "id": found["id"],
         "table": "raw/ohlcv_1m",
         "market": "binance:BTC-USDT",
+        "month": "2024-01-01",
         "open_time": "2024-01-01T00:07:00Z",
         "reasons": "off_grid unclosed",
         "fields": {"open_time": "1704067200000", "close": "1.50"},
@@ -442,6 +443,7 @@ def test_a_rejected_row_keeps_its_fields_and_where_it_came_from(ledger: Ledger):
         "seen": 1,
         "first_seen": "2024-02-01T12:00:00Z",
         "last_seen": "2024-02-01T12:00:00Z",
+        "replayed_at": None,
     }
 
 

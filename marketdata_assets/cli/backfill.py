@@ -7,11 +7,15 @@ import selectors
 import subprocess
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
+
+from marketdata_assets.cli.common import err, out, plain
 from marketdata_assets.cli.processes import dagster_environment, start, stop
 from marketdata_assets.flows.plan import Task
 from marketdata_assets.model.window import Partition
@@ -52,6 +56,28 @@ class Outcome:
         return 1 if self.failed or self.checks or self.broken_runs else 0
 
 
+def backfill_tasks(settings: Settings, tasks: list[Task], console: Console = out) -> int:
+    """Run these tasks through Dagster, with a progress bar, and say on the console how it ended; the exit code."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    total = sum(task.bars for task in tasks)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("bars"),
+        TextColumn("{task.fields[requests]} requests"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=err) as progress:
+        bar = progress.add_task(f"{len(tasks)} partitions", total=total, requests=0)
+        outcome = run_ranges(settings, ranges(tasks), lambda o: progress.update(bar, completed=min(o.bars, total), requests=o.requests))
+    for failure in outcome.failed:
+        err.print(f"[red]failed[/red] {failure['failed']}: {plain(failure['says'])}", highlight=False)
+    for check in outcome.checks:
+        err.print(f"[yellow]check[/yellow] {check['check']} {check['partition']}: {plain(check['says'])}", highlight=False)
+    for run in outcome.broken_runs:
+        err.print(f"[red]run failed[/red] {plain(run)}", highlight=False)
+    console.print(f"{outcome.bars} bars received in {outcome.requests} requests, {len(tasks)} partitions in {outcome.runs} runs")
+    return outcome.exit_code
+
+
 def ranges(tasks: Sequence[Task], imported: tuple[str, ...] = ()) -> list[Span]:
     """Partitions as ranges of one market and at most MONTHS_A_RUN consecutive months; markets take turns."""
     found: list[list[Span]] = []
@@ -87,6 +113,9 @@ def run_ranges(settings: Settings, spans: Sequence[Span], show: Callable[[Outcom
         finally:
             for worker in workers:
                 stop(worker)
+                for pipe in (worker.stdin, worker.stdout):
+                    with suppress(BrokenPipeError):
+                        pipe.close()  # type: ignore[union-attr]
     return outcome
 
 

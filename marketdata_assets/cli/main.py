@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from marketdata_assets.cli import repair as _repair  # noqa: F401 - its commands are the app's
 from marketdata_assets.cli.common import (
     End,
     FileFormat,
@@ -38,7 +39,6 @@ from marketdata_assets.model.window import iso, parse_time, timeframe
 from marketdata_assets.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from marketdata_assets.flows.plan import Task
     from marketdata_assets.lake.incidents import Incident
 
 
@@ -65,6 +65,7 @@ def _interrupt(number: int, frame: object) -> None:
 @app.command()
 def backfill(market: Markets = None, start: Start = None, end: End = None) -> None:
     """Fetch, check and roll up what is missing or open in that span, through Dagster."""
+    from marketdata_assets.cli.backfill import backfill_tasks
     from marketdata_assets.flows.plan import plan as plan_flow
 
     with opened() as (settings, toolbox):
@@ -76,31 +77,8 @@ def backfill(market: Markets = None, start: Start = None, end: End = None) -> No
         if not tasks:
             out.print(f"nothing to do: all {len(partitions)} partitions are complete")
             raise typer.Exit(0)
-        code = _backfill(settings, tasks)
+        code = backfill_tasks(settings, tasks)
     raise typer.Exit(code)
-
-
-def _backfill(settings: Settings, tasks: list[Task]) -> int:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from marketdata_assets.cli.backfill import ranges, run_ranges
-
-    total = sum(task.bars for task in tasks)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("bars"),
-        TextColumn("{task.fields[requests]} requests"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=err) as progress:
-        bar = progress.add_task(f"{len(tasks)} partitions", total=total, requests=0)
-        outcome = run_ranges(settings, ranges(tasks), lambda o: progress.update(bar, completed=min(o.bars, total), requests=o.requests))
-    for failure in outcome.failed:
-        err.print(f"[red]failed[/red] {failure['failed']}: {plain(failure['says'])}", highlight=False)
-    for check in outcome.checks:
-        err.print(f"[yellow]check[/yellow] {check['check']} {check['partition']}: {plain(check['says'])}", highlight=False)
-    for run in outcome.broken_runs:
-        err.print(f"[red]run failed[/red] {plain(run)}", highlight=False)
-    out.print(f"{outcome.bars} bars received in {outcome.requests} requests, {len(tasks)} partitions in {outcome.runs} runs")
-    return outcome.exit_code
 
 
 @app.command()
@@ -379,6 +357,7 @@ def demo(
 
 
 def _demo(settings: Settings) -> int:
+    from marketdata_assets.cli.backfill import backfill_tasks
     from marketdata_assets.flows.plan import plan as plan_flow
     from marketdata_assets.flows.read import coverage as coverage_flow
     from marketdata_assets.toolbox import open_toolbox
@@ -386,7 +365,7 @@ def _demo(settings: Settings) -> int:
     with open_toolbox(settings) as toolbox:
         window = window_of(settings, None, None)
         tasks = plan_flow(toolbox, settings.partitions(settings.markets, window))
-        code = _backfill(settings, tasks) if tasks else 0
+        code = backfill_tasks(settings, tasks) if tasks else 0
         rows = [c.as_dict() for c in coverage_flow(toolbox, settings.markets)]
         print_table(rows, list(rows[0]))
         say(f"{len(toolbox.ledger.quarantined(None, window))} rows in quarantine; every check result stands in the UI")

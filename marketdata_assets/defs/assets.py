@@ -17,6 +17,7 @@ from marketdata_assets.flows.derive import Derived, derive
 from marketdata_assets.flows.imports import as_stored
 from marketdata_assets.flows.ingest import Ingested, ingest
 from marketdata_assets.flows.read import daily_coverage
+from marketdata_assets.flows.repair import Told, told
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.bar import Column
 from marketdata_assets.model.window import Partition, Timeframe, Window, iso
@@ -138,15 +139,18 @@ def fetch_into(
     partitions: Sequence[Partition],
     again: Window | None = None,
     asks: bool = True,
-) -> None:
-    """Ingest and audit the partitions of a raw asset; bars of `again` are asked for once more.
+) -> list[Told]:
+    """Ingest and audit the partitions of a raw asset, and what each brought; bars of `again` are asked for once more.
 
     `asks`: off after an import, when what files have told is audited and no venue is asked.
     """
+    fetched = []
     for done in ingest(toolbox, timeframe, partitions, again) if asks else (as_stored(toolbox, timeframe, p) for p in partitions):
+        fetched.append(told(done))
         findings = audit_raw(toolbox, done) if done.error is None else []
         results.add(done.partition, _raw_metadata(done), findings, done.error, changed=done.account.stored > 0)
     results.cover(*daily_coverage(toolbox, raw(timeframe)))
+    return fetched
 
 
 def roll_up_into(results: Mapping[Timeframe, Results], toolbox: Toolbox, partitions: Sequence[Partition]) -> None:

@@ -24,7 +24,7 @@ from marketdata_assets.defs.checks import (
     newest_materialization,
 )
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, partitions_between
-from marketdata_assets.defs.upkeep import REPAIR_END, REPAIR_START
+from marketdata_assets.defs.repair import REPAIR_END, REPAIR_START
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.flows.alerts import failed_runs_go_on, problems, run_problem, settle
 from marketdata_assets.flows.health import DAEMON

@@ -12,7 +12,8 @@ from marketdata_assets.defs.automation import backfill_missed, refresh_open, wat
 from marketdata_assets.defs.checks import market_checks
 from marketdata_assets.defs.delta import delta_assets, delta_job_and_schedule
 from marketdata_assets.defs.partitions import market_months
-from marketdata_assets.defs.upkeep import health_job, prune_job, repair_job, retire_job
+from marketdata_assets.defs.repair import repair_job, second_looks
+from marketdata_assets.defs.upkeep import health_job, prune_job, retire_job
 from marketdata_assets.lake.tables import raw, rollup
 from marketdata_assets.settings import Settings
 from marketdata_assets.toolbox import Tell, tell_nobody
@@ -43,7 +44,7 @@ def build_definitions(settings: Settings, tell: Tell = tell_nobody) -> dg.Defini
             asset_checks=checks,
             jobs=[job, repair_job(settings), *(job for job, _ in upkeep)],
             sensors=[backfill_missed(settings, INGEST, grid), watch_markets(settings), watch_incidents(settings)],
-            schedules=[refresh_open(settings, INGEST, grid), *(schedule for _, schedule in upkeep)],
+            schedules=[refresh_open(settings, INGEST, grid), *(schedule for _, schedule in upkeep), *second_looks(settings)],
             resources={
                 "warehouse": DuckDBResource(database=str(settings.duckdb), connection_config={"threads": 1, "memory_limit": "512MB"})
             },

@@ -1,77 +1,23 @@
-"""Jobs that look after everything: repair a market or a span, report health, prune what nobody needs."""
+"""Jobs that look after everything: report health, prune what nobody needs, let old months go."""
 
 # no postponed annotations here: Dagster reads them at definition time
 
 from collections import defaultdict
 from dataclasses import asdict
-from typing import cast
 
 import dagster as dg
 from dagster._time import get_current_datetime
 from pydantic import Field
 
-from marketdata_assets.defs.assets import asset_key, fetch_into, roll_up_into
-from marketdata_assets.defs.checks import Results, failure_told, log_all
+from marketdata_assets.defs.assets import asset_key
+from marketdata_assets.defs.checks import failure_told
 from marketdata_assets.defs.prune import prune
 from marketdata_assets.flows.health import Health, Status, health
 from marketdata_assets.flows.retire import KEPT, MOVED, REMOVED, retire
 from marketdata_assets.flows.upkeep import forget
-from marketdata_assets.lake.tables import Table, raw, rollup
-from marketdata_assets.model.window import Partition, Window, parse_time
+from marketdata_assets.lake.tables import Table
 from marketdata_assets.settings import Settings
 from marketdata_assets.toolbox import open_toolbox, tell_nobody
-
-REPAIR_START, REPAIR_END = "marketdata/repair_start", "marketdata/repair_end"
-"""Tags of a repair: the corners of the grid that it works on, for whoever must not work on them too."""
-
-
-class RepairConfig(dg.Config):
-    """What to repair. Everything of that span that is missing, failed, parked or not rolled up is done again."""
-
-    market: str = Field("", description="One market such as `binance:BTC-USDT`. Empty: every market of the universe.")
-    start: str = Field("", description="First day, UTC, inclusive, such as `2024-03-01`. Empty: the universe's first day.")
-    end: str = Field("", description="Last day, UTC, exclusive, such as `2024-04-01`. Empty: until now.")
-
-
-def repair_job(settings: Settings) -> dg.JobDefinition:
-    """Whole months of a market or a span: fetched where bars lack, checked, rolled up again, unparked."""
-
-    @dg.op(description="Fetches what the months of the span lack, checks them, rolls them up again, and unparks them.")
-    def repair_span(context: dg.OpExecutionContext, config: RepairConfig) -> None:
-        with failure_told(tell_nobody, ()), open_toolbox(settings) as toolbox:
-            partitions = _wanted(settings, config)
-            tags = {REPAIR_START: partitions[0].key, REPAIR_END: partitions[-1].key}
-            context.instance.add_run_tags(context.run_id, tags)
-            unparked = toolbox.ledger.forget_asks(partitions)
-            log = cast(dg.AssetExecutionContext, context)  # an op's context takes the same events
-            raws = {tf: Results(log, asset_key(raw(tf)), tell_nobody) for tf in settings.raw_timeframes}
-            for tf, results in raws.items():
-                fetch_into(results, toolbox, tf, partitions)
-            rollups = {tf: Results(log, asset_key(rollup(tf)), tell_nobody) for tf in settings.rollup_timeframes}
-            roll_up_into(rollups, toolbox, partitions)
-        context.add_output_metadata({"partitions": len(partitions), "unparked": unparked})
-        log_all([*raws.values(), *rollups.values()])
-
-    @dg.job(
-        name="repair",
-        description=(
-            "Repairs a market, a span, or all: fetches what is missing, checks and rolls up again, and unparks. "
-            "Open the launchpad, fill in `market`, `start` and `end` (each may stay empty), and launch."
-        ),
-    )
-    def repair() -> None:
-        repair_span()
-
-    return repair
-
-
-def _wanted(settings: Settings, config: RepairConfig) -> list[Partition]:
-    markets = [settings.market(config.market)] if config.market else list(settings.markets)
-    window = Window(parse_time(config.start) if config.start else settings.since, parse_time(config.end) if config.end else settings.now())
-    partitions = settings.partitions(markets, window)
-    if not partitions:
-        raise dg.Failure(f"nothing of {window} is wanted by the universe; start must come before end", allow_retries=False)
-    return partitions
 
 
 def health_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefinition]:

@@ -17,6 +17,7 @@ from marketdata_assets.lake.tables import Table, history, raw
 from marketdata_assets.model.bar import HISTORY_COLUMNS, NAMES, TIME, TOLD_SCHEMA
 from marketdata_assets.model.window import Partition, Timeframe, Window
 from marketdata_assets.quality.agree import Beside, beside
+from marketdata_assets.quality.clean import clean
 from marketdata_assets.quality.contract import check_bars
 from marketdata_assets.quality.gaps import holes, runs, without
 from marketdata_assets.quality.split import reject
@@ -24,6 +25,8 @@ from marketdata_assets.toolbox import Toolbox
 
 REST = "rest"
 """The source of bars that the venue's API told."""
+CLEAN_UP = "clean-up"
+"""The source of rows that lay in the lake and must not."""
 
 
 def _no_bars(*more: str) -> pl.DataFrame:
@@ -136,14 +139,14 @@ def _told(prepared: _Prepared, kept: pl.DataFrame, rejected: pl.DataFrame, found
     broken = runs(rejected["open_time"].drop_nulls().dt.truncate(timeframe.every).to_list(), timeframe)
     gaps = known + [gap for window in told for gap in _gaps_told(window, broken, timeframe, sources, final)]
     lacking = [w for hole in holes(opens, timeframe, prepared.wanted) for w in without(hole, [g.window for g in gaps if g.settled])]
-    denied = found.denied.height
-    return Collected(
+    got = Collected(
         bars=bars,
         rejected=pl.concat([rejected, reject(found.denied, "disagrees")]),
         gaps=tuple(sorted(gaps)),
-        account=Account(kept.height + rejected.height, bars.height, found.identical.height, rejected.height + denied),
+        account=Account(kept.height + rejected.height, bars.height, found.identical.height, rejected.height + found.denied.height),
         through=lacking[0].start if lacking else prepared.wanted.end,
     )
+    return got, found
 
 
 def _gaps_told(window: Window, broken: Sequence[Window], timeframe: Timeframe, sources: Sequence[str], final: bool) -> list[Gap]:
@@ -155,6 +158,24 @@ def _gaps_told(window: Window, broken: Sequence[Window], timeframe: Timeframe, s
         *(Gap(w, w.count(timeframe), "quarantined", 1, f"{teller} holds it, and it was refused") for w in without(window, absent)),
         *(Gap(w, w.count(timeframe), "no_bars" if final else "unanswered", 2 if final else 1, says) for w in absent),
     ]
+
+
+def clean_stored(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> str:
+    """Take rows out of a partition that must not be there (see quality.clean); what was wrong, empty when nothing was.
+
+    What was stored twice stays once; what is refused goes to quarantine, and what is lacking then is fetched by the next
+    ingest. A damaged object is left to that, too.
+    """
+    table = raw(timeframe)
+    with toolbox.ledger.lock(partition.key):
+        prepared = _prepare(toolbox, table, partition)
+        cleaned = clean(prepared.stored, timeframe, partition.opens(timeframe))
+        says = cleaned.says
+        if says:
+            prepared = replace(prepared, stored=cleaned.bars, note=prepared.note or says)
+            got, _ = _told(prepared, cleaned.bars.clear(), cleaned.rejected, [CLEAN_UP])
+            _store(toolbox, prepared, got, [CLEAN_UP])
+        return prepared.note or says
 
 
 def _left_of(gap: Gap, opens: pl.Series, timeframe: Timeframe) -> list[Gap]:

@@ -49,13 +49,18 @@ def plan(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[Task]:
     return [task for partition in partitions if (task := _task(toolbox, partition)) is not None]
 
 
+def page_size(venue: str) -> int:
+    """How many new bars a venue's answer brings, about."""
+    return PAGE.get(venue, DEFAULT_PAGE)
+
+
 def minutes(tasks: Sequence[Task], venue: Venue) -> float:
     """How long the venue's limit makes these requests take, at the least."""
     return sum(task.requests for task in tasks if task.partition.market.venue == venue.name) / per_minute(venue)
 
 
 def per_minute(venue: Venue) -> int:
-    """How many requests the venue's limit lets through in a minute."""
+    """How many requests a minute the venue's limit lets through."""
     return venue.requests_per_minute or PER_MINUTE.get(venue.name, DEFAULT_PER_MINUTE)
 
 
@@ -63,11 +68,10 @@ def _task(toolbox: Toolbox, partition: Partition) -> Task | None:
     venue = toolbox.settings.venues[partition.market.venue]
     lacking = {tf: _lacking(toolbox, tf, partition) for tf in venue.fetched}
     bars = sum(lacking.values())
-    page = PAGE.get(venue.name, DEFAULT_PAGE)
-    requests = sum(math.ceil(n / page) for n in lacking.values())
+    requests = sum(math.ceil(n / page_size(venue.name)) for n in lacking.values())
     state = toolbox.ledger.state(raw(venue.base), partition)
     if bars:
-        offers = tuple(offer for tf, n in lacking.items() if n and (offer := _offer(toolbox, tf, partition, n, math.ceil(n / page))))
+        offers = tuple(offer for tf, n in lacking.items() if n and (offer := _offer(toolbox, tf, partition, n, math.ceil(n / page_size(venue.name)))))
         return Task(partition, bars, requests, _reason(state is not None, state.error if state else None), offers)
     if state is None or _rolled(toolbox, partition, state.rolled, state.digest):
         return None

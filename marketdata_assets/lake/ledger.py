@@ -339,14 +339,21 @@ class Ledger(Database):
 
     def quarantined(self, market: Market | None, window: Window, limit: int = 1000) -> list[dict[str, Any]]:
         """Rejected rows, oldest first: all fields as text, reasons, source and fetch id."""
-        found = self.rows(
-            "SELECT id, tbl, market, open_time, reasons, fields, source, fetch_id, seen, first_seen, last_seen FROM quarantine"
-            " WHERE (? IS NULL OR market = ?) AND (open_time IS NULL OR (rtrim(open_time, 'Z') >= ? AND rtrim(open_time, 'Z') < ?))"
-            " ORDER BY market, rtrim(open_time, 'Z'), id LIMIT ?",
-            market and market.key, market and market.key, iso(window.start)[:-1], iso(window.end)[:-1], limit,
-        )  # fmt: skip
-        names = ("id", "table", "market", "open_time", "reasons", "fields", "source", "fetch_id", "seen", "first_seen", "last_seen")
-        return [{**dict(zip(names, row, strict=True)), "fields": json.loads(row[5])} for row in found]
+        names = "id, tbl, market, month, open_time, reasons, fields, source, fetch_id, seen, first_seen, last_seen, replayed_at"
+        sql = (
+            f"SELECT {names} FROM quarantine WHERE (? IS NULL OR market = ?)"
+            " AND (open_time IS NULL OR (rtrim(open_time, 'Z') >= ? AND rtrim(open_time, 'Z') < ?))"
+            " ORDER BY market, rtrim(open_time, 'Z'), id LIMIT ?"
+        )
+        key = market and market.key
+        found = self.rows(sql, key, key, iso(window.start)[:-1], iso(window.end)[:-1], limit)
+        rows = [dict(zip(names.replace("tbl", "table").split(", "), values, strict=True)) for values in found]
+        return [{**row, "fields": json.loads(row["fields"])} for row in rows]
+
+    def set_replayed(self, ids: Iterable[int], now: datetime) -> None:
+        """These refused rows have become bars."""
+        with self.transaction() as db:
+            db.executemany("UPDATE quarantine SET replayed_at = ? WHERE id = ?", [(iso(now), id) for id in ids])
 
     def accounts(self) -> list[dict[str, Any]]:
         """The last account of every partition, for audits."""

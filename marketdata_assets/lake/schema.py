@@ -56,6 +56,7 @@ _PROOF = (
     id {id}, tbl TEXT NOT NULL, market TEXT NOT NULL, month TEXT NOT NULL, kind TEXT NOT NULL, severity TEXT NOT NULL,
     state TEXT NOT NULL, start TEXT NOT NULL, "end" TEXT NOT NULL, bars INTEGER NOT NULL, evidence TEXT NOT NULL,
     found_at TEXT NOT NULL, changed_at TEXT NOT NULL, note TEXT, UNIQUE (tbl, market, kind, start))""",
+    "ALTER TABLE quarantine ADD COLUMN replayed_at TEXT",
     "CREATE TABLE receipts (id {id}, kind TEXT NOT NULL, at TEXT NOT NULL, says TEXT NOT NULL, body TEXT NOT NULL)",
 )
 
