@@ -120,17 +120,20 @@ def take_in(
     the evidence of its source: settled where that has the last word (`final`), else to be asked for. Sends no request.
     """
     table, sources = raw(timeframe), [source] if isinstance(source, str) else list(source)
-    if len(sources) == 1:
-        kept = kept.with_columns(pl.lit(0, pl.Int64).alias("answer"))
     with toolbox.ledger.lock(partition.key):
         prepared = _prepare(toolbox, table, partition)
-        found = beside(kept.select("answer", *NAMES).sort("open_time"), prepared.stored)
-        done = _store(toolbox, prepared, _told(prepared, kept, rejected, found, sources, final), sources)
-        return replace(done, beside=found)
+        got, found = _told(prepared, kept, rejected, sources, final)
+        return replace(_store(toolbox, prepared, got, sources), beside=found)
 
 
-def _told(prepared: _Prepared, kept: pl.DataFrame, rejected: pl.DataFrame, found: Beside, sources: Sequence[str], final: bool) -> Collected:
+def _told(
+    prepared: _Prepared, kept: pl.DataFrame, rejected: pl.DataFrame, sources: Sequence[str], final: bool = True
+) -> tuple[Collected, Beside]:
+    """What is to be stored of rows that were told, and all of them beside what is stored."""
     timeframe = prepared.table.timeframe
+    if len(sources) == 1:
+        kept = kept.with_columns(pl.lit(0, pl.Int64).alias("answer"))
+    found = beside(kept.select("answer", *NAMES).sort("open_time"), prepared.stored)
     bars = found.new.with_columns(pl.col("answer").replace_strict(range(len(sources)), sources, return_dtype=pl.String).alias("source"))
     opens = pl.concat([prepared.stored["open_time"], bars["open_time"]]).sort()
     known = [rest for gap in prepared.gaps for rest in _left_of(gap, opens, timeframe)]

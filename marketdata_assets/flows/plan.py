@@ -71,7 +71,9 @@ def _task(toolbox: Toolbox, partition: Partition) -> Task | None:
     requests = sum(math.ceil(n / page_size(venue.name)) for n in lacking.values())
     state = toolbox.ledger.state(raw(venue.base), partition)
     if bars:
-        offers = tuple(offer for tf, n in lacking.items() if n and (offer := _offer(toolbox, tf, partition, n, math.ceil(n / page_size(venue.name)))))
+        offers = tuple(
+            offer for tf, n in lacking.items() if n and (offer := _offer(toolbox, tf, partition, n, math.ceil(n / page_size(venue.name))))
+        )
         return Task(partition, bars, requests, _reason(state is not None, state.error if state else None), offers)
     if state is None or _rolled(toolbox, partition, state.rolled, state.digest):
         return None

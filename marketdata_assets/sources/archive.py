@@ -103,7 +103,8 @@ class Told:
 class Facts:
     """What one file is.
 
-    `span`: the open times it is about, by its name or from its first to its last row; `held`: those of its rows. `lacking`: bars of its span that it does not hold.
+    `span`: the open times it is about, by its name or from its first to its last row; `held`: those of its rows.
+    `lacking`: bars of its span that it does not hold.
     """
 
     path: Path
