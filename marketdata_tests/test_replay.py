@@ -121,7 +121,7 @@ def test_a_month_of_two_markets(replay: Callable[..., Any], universe: Universe) 
             findings = [finding for timeframe in one.frames for finding in audit_rollup(toolbox, one, timeframe)]
             assert all(finding.passed for finding in findings)
             (native,) = [finding.numbers for finding in findings if finding.check == "matches_native"]
-            assert native == {"compared": 31 * 24, "different": 0}
+            assert native == {"compared": 31 * 24, "different": 0, "within_tolerance": 0}
         for found in coverage(toolbox, settings.markets):
             assert (found.expected, found.present, found.missing_at_source, found.not_fetched) == (44640, 44640, 0, 0)
     assert all(one.complete and one.account.balanced and one.account.quarantined == 0 for one in (*hours, *done))

@@ -28,7 +28,10 @@ INLINE = 8
 COMPLETE = (
     "Every bar made of fewer base bars than it could hold owes that to the venue, by evidence. If red: materialize the raw partition again."
 )
-MATCHES = "Our rollup equals the venue's own bar in every column it gives. If red: the table names the bars and both values."
+MATCHES = (
+    "Our rollup equals the venue's own bar in every column it gives. If red: the table names the bars, both values, and the base bars "
+    "behind the difference; `parity.ohlcv_<timeframe>` holds the outcome of every bar."
+)
 
 
 def check_specs(table: Table, settings: Settings, grid: dg.MultiPartitionsDefinition) -> list[dg.AssetCheckSpec]:

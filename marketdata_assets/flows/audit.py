@@ -6,16 +6,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from typing import Any
 
 import polars as pl
 
 from marketdata_assets.flows.derive import Derived, neighbour
 from marketdata_assets.flows.ingest import Ingested
+from marketdata_assets.flows.parity import compare
 from marketdata_assets.lake.ledger import Account, Gap
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA
 from marketdata_assets.model.window import Partition, Timeframe, Window, iso
 from marketdata_assets.quality.gaps import holes, without
+from marketdata_assets.quality.parity import UNEQUAL, WITHIN, plain
 from marketdata_assets.quality.split import asked_columns, split
 from marketdata_assets.toolbox import Toolbox
 
@@ -132,7 +135,7 @@ def audit_rollup(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> li
     frame = derived.frames.get(timeframe, pl.DataFrame(schema=ROLLUP_SCHEMA))
     findings = [_complete(toolbox, partition, timeframe, frame)]
     if timeframe in toolbox.settings.venues[partition.market.venue].reference:
-        findings.append(_matches_native(toolbox, partition, timeframe, frame))
+        findings.append(_matches_native(toolbox, derived, timeframe))
     return _remembered(toolbox, rollup(timeframe), partition, findings)
 
 
@@ -176,28 +179,27 @@ def _absent_bars(toolbox: Toolbox, partition: Partition, timeframe: Timeframe) -
 _ABSENT: dict[str, pl.DataType] = {"open_time": pl.Datetime("us", "UTC"), "absent": pl.Int64()}
 
 
-def _matches_native(toolbox: Toolbox, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame) -> Finding:
-    """Our rollup beside the venue's own bars: all columns that the venue gives, digit for digit."""
-    native = toolbox.lake.read(raw(timeframe), partition)
-    if native is None:  # a file has told the base, and nothing the reference
-        return Finding("matches_native", True, "no bars of the venue's own are stored to compare", numbers={"compared": 0, "different": 0})
-    ours = frame.select(NAMES)
-    both = ours.join(native, on="open_time", how="full", coalesce=True, suffix="_native")
-    if ours.height and native.height:  # the newest bars may be there on one side only
-        end = min(ours["open_time"][-1], native["open_time"][-1])
-        start = max(ours["open_time"][0], native["open_time"][0])
-        both = both.filter(pl.col("open_time").is_between(start, end))
-    values = [name for name in NAMES if name != "open_time" and native[name].null_count() < max(1, native.height)]
-    differs = [(~pl.col(name).eq_missing(pl.col(name + "_native"))).alias("differs_" + name) for name in values]
-    judged = both.with_columns(differs).filter(pl.any_horizontal("differs_" + name for name in values)) if values else both
-    rows: list[Row] = [_difference(row, values) for row in judged.head(SHOWN).iter_rows(named=True)]
-    numbers = {"compared": both.height, "different": judged.height}
-    return Finding(
-        "matches_native", judged.is_empty(), f"{judged.height} of {both.height} bars differ from the venue's own", False, numbers, rows
-    )
+def _matches_native(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> Finding:
+    """Our rollup beside the venue's own bars; where they differ, the bars that cause it."""
+    judged = compare(toolbox, derived, timeframe)
+    differing = judged.filter(pl.col("outcome").is_in(UNEQUAL))
+    within = judged.filter(pl.col("outcome") == WITHIN).height
+    rows: list[Row] = [_difference(row) for row in differing.head(SHOWN).iter_rows(named=True)]
+    numbers = {"compared": judged.height, "different": differing.height, "within_tolerance": within}
+    words = f"{differing.height} of {judged.height} bars differ from the venue's own, {within} lie within its tolerance"
+    if judged.is_empty():
+        words = "no bars of the venue's own are stored to compare"
+    return Finding("matches_native", differing.is_empty(), words, False, numbers, rows)
 
 
-def _difference(row: dict[str, object], values: Sequence[str]) -> Row:
-    found = {name: f"{row[name]} / {row[name + '_native']}" for name in values if row["differs_" + name]}
-    moment = row["open_time"]
-    return {"open_time": str(moment), "ours / the venue's": ", ".join(f"{name} {text}" for name, text in found.items())}
+def _difference(row: dict[str, Any]) -> Row:
+    values = [f"{name} {plain(row[name])} / {plain(row[name + '_native'])}" for name in row["columns"].split()]
+    minutes = row["minutes"].split()
+    shown = [*minutes[:SHOWN], *([f"and {len(minutes) - SHOWN} more"] if len(minutes) > SHOWN else [])]
+    return {
+        "open_time": iso(row["open_time"]),
+        "outcome": row["outcome"],
+        "ours / the venue's": ", ".join(values),
+        "cause": row["cause"],
+        "minutes": " ".join(shown),
+    }

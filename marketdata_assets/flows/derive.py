@@ -22,11 +22,15 @@ WRITES_AT_ONCE = 4
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """The rollups of one partition: the bars now stored by timeframe, and how many rows each write changed."""
+    """The rollups of one partition: the bars now stored by timeframe, and how many rows each write changed.
+
+    `whole` is the window of base bars that were asked for: every bar that lies wholly inside was rolled up.
+    """
 
     partition: Partition
     frames: dict[Timeframe, pl.DataFrame]
     changed: dict[Timeframe, int]
+    whole: Window
 
 
 def derive(toolbox: Toolbox, partitions: Sequence[Partition]) -> Iterator[Derived]:
@@ -60,20 +64,21 @@ def _derive(toolbox: Toolbox, partition: Partition, timeframes: Sequence[Timefra
     base = toolbox.settings.venues[partition.market.venue].base
     state = _state(toolbox, partition)
     if state is None or state.bytes is None or not timeframes:
-        return Derived(partition, {}, {})
+        return Derived(partition, {}, {}, Window(partition.month.start, partition.month.start))
     bars = toolbox.lake.read(raw(base), partition)
     before, start = _tail(toolbox, partition, base)
     joined = pl.concat([before, empty_bars() if bars is None else bars])
-    frames = roll_up(joined, base, timeframes, _known(joined["open_time"], base, Window(start or state.start, state.through)))
+    whole = known(joined["open_time"], base, Window(start or state.start, state.through))
+    frames = roll_up(joined, base, timeframes, whole)
     owned = {tf: partition.opens(tf) for tf in timeframes}
     frames = {tf: f.filter(pl.col("open_time").is_between(owned[tf].start, owned[tf].end, closed="left")) for tf, f in frames.items()}
     changed = _write(toolbox, partition, frames, owned)
     if len(timeframes) == len(_wanted(toolbox, partition)) and state.digest:
         toolbox.ledger.set_rolled(raw(base), partition, state.digest)
-    return Derived(partition, frames, changed)
+    return Derived(partition, frames, changed, whole)
 
 
-def _known(opens: pl.Series, base: Timeframe, asked: Window) -> Window:
+def known(opens: pl.Series, base: Timeframe, asked: Window) -> Window:
     """What has been asked for, and what was stored before by somebody who wanted more (another machine, an earlier `since`)."""
     if opens.is_empty():
         return asked

@@ -9,17 +9,23 @@ from urllib.parse import quote, unquote
 import polars as pl
 
 from marketdata_assets.lake.objects import OBJECT
-from marketdata_assets.model.bar import COLUMNS, HISTORY_COLUMNS, ROLLUP_COLUMNS, Column
+from marketdata_assets.model.bar import COLUMNS, HISTORY_COLUMNS, PARITY_COLUMNS, ROLLUP_COLUMNS, Column
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import Partition, Timeframe
 
-LAYERS: dict[str, tuple[Column, ...]] = {"raw": COLUMNS, "rollup": ROLLUP_COLUMNS, "history": HISTORY_COLUMNS}
+LAYERS: dict[str, tuple[Column, ...]] = {
+    "raw": COLUMNS,
+    "rollup": ROLLUP_COLUMNS,
+    "history": HISTORY_COLUMNS,
+    "parity": PARITY_COLUMNS,
+}
 """The columns of each layer's tables."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`raw` tables hold what a venue sent, `rollup` tables what was made of it, `history` tables raw bars that were replaced."""
+    """`raw` tables hold what a venue sent, `rollup` tables what was made of it, `history` tables raw bars that were replaced,
+    `parity` tables what came of rolled-up bars beside the venue's own."""
 
     layer: str
     timeframe: Timeframe
@@ -67,6 +73,11 @@ def rollup(timeframe: Timeframe) -> Table:
 def history(timeframe: Timeframe) -> Table:
     """The table of the bars that corrections replaced."""
     return Table("history", timeframe)
+
+
+def parity(timeframe: Timeframe) -> Table:
+    """The table of what came of a rolled-up timeframe beside the venue's own bars."""
+    return Table("parity", timeframe)
 
 
 def folder(market: Market) -> str:

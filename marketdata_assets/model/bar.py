@@ -50,6 +50,17 @@ HISTORY_COLUMNS: tuple[Column, ...] = (
     Column("replaced_at", TIME, "since when another bar is known in its place, by our clock"),
 )
 NAMES: tuple[str, ...] = tuple(column.name for column in COLUMNS)
+APART = "_apart"
+"""After a column's name: by how much a value of ours is more than the venue's own."""
+PARITY_COLUMNS: tuple[Column, ...] = (
+    COLUMNS[0],
+    Column("outcome", pl.String(), "`equal`, `within_tolerance`, `differs`, `only_ours` or `only_native`"),
+    Column("columns", pl.String(), "the columns that make it so, with spaces between"),
+    *(Column(c.name + APART, c.dtype, f"our {c.name} less the venue's own; null where not compared", optional=True) for c in COLUMNS[1:]),
+    Column("cause", pl.String(), "what the difference comes from, in words; empty where there is none"),
+    Column("minutes", pl.String(), "the base bars behind it: open times, or `start/end` of a window, with spaces between"),
+)
+"""What came of a rolled-up bar beside the venue's own."""
 PRICES: tuple[str, ...] = ("open", "high", "low", "close")
 SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in COLUMNS}
 ROLLUP_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in ROLLUP_COLUMNS}
