@@ -36,6 +36,7 @@ from marketdata_assets.cli.common import (
     window_of,
     write_bars,
 )
+from marketdata_assets.cli.importing import offer_rows, print_offers
 from marketdata_assets.errors import BadInput, MarketDataError
 from marketdata_assets.model.window import iso, parse_time, timeframe
 from marketdata_assets.settings import Settings, load_settings
@@ -100,11 +101,13 @@ def plan(market: Markets = None, start: Start = None, end: End = None, format: F
         "minutes": round(needed, 2),
     }
     rows = [{"partition": t.partition.key, "bars": t.bars, "requests": t.requests, "reason": t.reason} for t in tasks]
+    offers = offer_rows(settings, tasks)
     if format == "json":
-        print_json({**total, "tasks": rows})
+        print_json({**total, "tasks": rows, "archives": offers})
         return
     print_table(rows, ["partition", "bars", "requests", "reason"])
     out.print("{partitions} partitions, {bars} bars, {requests} requests, at least {minutes} minutes".format(**total))
+    print_offers(offers)
 
 
 # --------------------------------------------------------------------------------- bars, coverage, quarantine

@@ -50,8 +50,8 @@ def check_specs(table: Table, settings: Settings, grid: dg.MultiPartitionsDefini
     return [dg.AssetCheckSpec(name, asset=key, description=text, partitions_def=grid) for name, text in words.items()]
 
 
-KIND, REFRESH, MISSED = "marketdata/kind", "refresh", "missed"
-"""A tag of the runs that automation asks for, and its values."""
+KIND, REFRESH, MISSED, IMPORT = "marketdata/kind", "refresh", "missed", "import"
+"""A tag of runs, and its values: those that automation asks for, and those that show what files have told."""
 FRESHNESS, COVERAGE = "freshness", "coverage"
 
 
