@@ -22,6 +22,7 @@ from marketdata_assets.flows.read import known_market
 from marketdata_assets.flows.scan import newest_bars, scan_bars
 from marketdata_assets.flows.sql import connected
 from marketdata_assets.lake.views import answer
+from marketdata_assets.model.market import CONSOLIDATED
 from marketdata_assets.model.window import Window, iso, parse_time, timeframe
 from marketdata_assets.settings import PREFIX, load_settings
 from marketdata_assets.toolbox import Toolbox, open_toolbox
@@ -50,21 +51,24 @@ class Reader:
         """The bars that open in `[start, end)`, sorted by open_time: all columns of model.bar, prices and volumes Decimal(38, 12).
 
         Only the files of those months are read, and of them what the query needs, when it is collected. With a list of
-        markets, the first column is `market`, and each market's bars come after the other's.
+        markets, the first column is `market`, and each market's bars come after the other's. A consolidated market, such as
+        `consolidated:BTC-USDT`, has a last column `venue`.
         """
         window = self._window(start, end)
         if isinstance(market, str):
             return self._scan(market, timeframe_, window)
         if not market:
             raise ValueError("name at least one market; reader.markets has all of them")
-        return pl.concat([self._scan(key, timeframe_, window).select(pl.lit(key).alias("market"), pl.all()) for key in market])
+        frames = [self._scan(key, timeframe_, window).select(pl.lit(key).alias("market"), pl.all()) for key in market]
+        mixed = any(key.startswith(CONSOLIDATED) for key in market)
+        return pl.concat(frames, how="diagonal" if mixed else "vertical")
 
     def newest(self, timeframe_: str) -> pl.DataFrame:
         """`market`, `open_time`: the newest stored bar of every market of the universe, null where there is none."""
         return newest_bars(self._toolbox, self._toolbox.settings.markets, timeframe(timeframe_))
 
     def sql(self, query: str) -> pl.DataFrame:
-        """The answer of DuckDB to a query over the views `raw.ohlcv_<timeframe>` and `rollup.ohlcv_<timeframe>`."""
+        """The answer of DuckDB to a query over the views `raw.ohlcv_<timeframe>`, `rollup.ohlcv_<timeframe>` and so on."""
         with self.connect() as connection:
             return answer(connection, query)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
+from marketdata_assets.lake.consolidations import Consolidations
 from marketdata_assets.lake.incidents import Incidents
 from marketdata_assets.lake.ledger import Ledger
 from marketdata_assets.lake.parquet import Lake
@@ -61,6 +62,7 @@ class Toolbox:
     settings: Settings
     ledger: Ledger
     incidents: Incidents
+    consolidations: Consolidations
     lake: Lake
     warehouse: Warehouse
     policy: Policy
@@ -121,6 +123,7 @@ def open_toolbox(
         settings,
         ledger,
         Incidents(ledger),
+        Consolidations(ledger),
         Lake(settings.lake, settings.cold.lake if settings.cold else None),
         warehouse,
         policy or Policy(),

@@ -64,6 +64,7 @@ def _interrupt(number: int, frame: object) -> None:
 @app.command()
 def backfill(market: Markets = None, start: Start = None, end: End = None) -> None:
     """Fetch, check and roll up what is missing or open in that span, through Dagster."""
+    from marketdata_assets.flows.consolidate import consolidations
     from marketdata_assets.flows.plan import plan as plan_flow
 
     with opened() as (settings, toolbox):
@@ -72,10 +73,12 @@ def backfill(market: Markets = None, start: Start = None, end: End = None) -> No
             toolbox.ledger.forget_rollups()
         partitions = settings.partitions(chosen(settings, market), window_of(settings, start, end))
         tasks = plan_flow(toolbox, partitions)
-        if not tasks:
+        code = _backfill(settings, tasks) if tasks else 0
+        above = consolidations(toolbox, partitions)
+        if above:
+            code = max(code, _backfill(settings, above))
+        if not tasks and not above:
             out.print(f"nothing to do: all {len(partitions)} partitions are complete")
-            raise typer.Exit(0)
-        code = _backfill(settings, tasks)
     raise typer.Exit(code)
 
 
@@ -98,7 +101,8 @@ def _backfill(settings: Settings, tasks: list[Task]) -> int:
         err.print(f"[yellow]check[/yellow] {check['check']} {check['partition']}: {plain(check['says'])}", highlight=False)
     for run in outcome.broken_runs:
         err.print(f"[red]run failed[/red] {plain(run)}", highlight=False)
-    out.print(f"{outcome.bars} bars received in {outcome.requests} requests, {len(tasks)} partitions in {outcome.runs} runs")
+    done = f"{outcome.bars} bars received in {outcome.requests} requests, " if total or outcome.requests else ""
+    out.print(f"{done}{len(tasks)} partitions in {outcome.runs} runs")
     return outcome.exit_code
 
 

@@ -19,10 +19,12 @@ from typing import Any
 
 import dagster as dg
 
+from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.launcher import PROCESS_TAG, open_instance, process_id
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
-from marketdata_assets.settings import Settings, load_settings
+from marketdata_assets.model.window import Partition
+from marketdata_assets.settings import load_settings
 
 
 def main() -> None:
@@ -32,11 +34,13 @@ def main() -> None:
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
     settings = load_settings()
     with open_instance() as instance:
-        job = build_definitions(settings, tell).resolve_job_def(INGEST)
+        definitions = build_definitions(settings, tell)
         _warm_up()
         tell({"ready": True})
         while (line := lines.get()) is not None:
-            _run(job, instance, settings, json.loads(line), tell)
+            span = json.loads(line)
+            name = CONSOLIDATE if Partition.parse(span["start"]).market in settings.consolidate else INGEST
+            _run(definitions.resolve_job_def(name), instance, span, tell)
 
 
 def _warm_up() -> None:
@@ -45,7 +49,7 @@ def _warm_up() -> None:
     importlib.import_module("pyarrow.parquet")
 
 
-def _run(job: dg.JobDefinition, instance: dg.DagsterInstance, settings: Settings, span: dict[str, str], tell: _Channel) -> None:
+def _run(job: dg.JobDefinition, instance: dg.DagsterInstance, span: dict[str, str], tell: _Channel) -> None:
     tags = {RANGE_START: span["start"], RANGE_END: span["end"], PROCESS_TAG: process_id(os.getpid())}
     result = job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
     errors = [str(e.event_specific_data.error_display_string) for e in result.all_events if e.is_step_failure]  # type: ignore[union-attr]

@@ -9,17 +9,26 @@ from urllib.parse import quote, unquote
 import polars as pl
 
 from marketdata_assets.lake.objects import OBJECT
-from marketdata_assets.model.bar import COLUMNS, HISTORY_COLUMNS, ROLLUP_COLUMNS, Column
+from marketdata_assets.model.bar import COLUMNS, CONSOLIDATED_COLUMNS, HISTORY_COLUMNS, RECONCILED_COLUMNS, ROLLUP_COLUMNS, Column
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import Partition, Timeframe
 
-LAYERS: dict[str, tuple[Column, ...]] = {"raw": COLUMNS, "rollup": ROLLUP_COLUMNS, "history": HISTORY_COLUMNS}
+LAYERS: dict[str, tuple[Column, ...]] = {
+    "raw": COLUMNS,
+    "rollup": ROLLUP_COLUMNS,
+    "history": HISTORY_COLUMNS,
+    "consolidated": CONSOLIDATED_COLUMNS,
+    "reconciled": RECONCILED_COLUMNS,
+}
 """The columns of each layer's tables."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`raw` tables hold what a venue sent, `rollup` tables what was made of it, `history` tables raw bars that were replaced."""
+    """`raw` tables hold what a venue sent, `rollup` tables what was made of it, `history` tables raw bars that were replaced.
+
+    `consolidated` tables hold one series of several venues' raw bars, `reconciled` tables how far these lie apart.
+    """
 
     layer: str
     timeframe: Timeframe
@@ -67,6 +76,16 @@ def rollup(timeframe: Timeframe) -> Table:
 def history(timeframe: Timeframe) -> Table:
     """The table of the bars that corrections replaced."""
     return Table("history", timeframe)
+
+
+def consolidated(timeframe: Timeframe) -> Table:
+    """The table of the bars of several venues as one series."""
+    return Table("consolidated", timeframe)
+
+
+def reconciled(timeframe: Timeframe) -> Table:
+    """The table of the differences between these venues."""
+    return Table("reconciled", timeframe)
 
 
 def folder(market: Market) -> str:

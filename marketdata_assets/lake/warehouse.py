@@ -162,6 +162,8 @@ def sql_type(dtype: pl.DataType) -> str:
     """DuckDB's name of a column's type."""
     if isinstance(dtype, pl.Decimal):
         return f"DECIMAL({dtype.precision}, {dtype.scale})"
+    if dtype == pl.String:
+        return "VARCHAR"
     return "TIMESTAMPTZ" if dtype.is_temporal() else "BIGINT"
 
 
