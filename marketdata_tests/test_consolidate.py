@@ -235,17 +235,24 @@ SYMBOLS = {"coinbaseexchange": ("coinbase", "BTC-USDT"), "binanceus": ("binanceu
 MARCH = "consolidated:BTC-USDT|2023-03-01"
 
 
-def the_exchange_s_own(exchange: Any, settings: Settings, upto: dict[str, str]) -> list[tuple[datetime, Decimal, str]]:
-    """By the exchange's truth: of each minute the close of the first venue that has one, each venue until its moment."""
+def the_exchange_s_own(exchange: Any, end: str) -> list[tuple[datetime, Decimal, str]]:
+    """By the exchange's truth: of each minute the close of Coinbase, else of Binance.US, which has every minute."""
     found: dict[datetime, tuple[datetime, Decimal, str]] = {}
-    for venue, end in upto.items():
-        rows = exchange.truth(*SYMBOLS[venue], "1m", "2023-03-04T10:00:00Z", end)
-        if venue == "kraken":  # it fills minutes without trades with flat bars of its own; what it stored is compared in test_fetching
-            continue
-        for r in rows:
-            moment = datetime.fromtimestamp(r["t"] / 1000, tz=START.tzinfo)
-            found.setdefault(moment, (moment, Decimal(r["c"]), venue))
+    for venue in ("coinbaseexchange", "binanceus"):
+        for bar in exchange.truth(*SYMBOLS[venue], "1m", "2023-03-04T10:00:00Z", end):
+            found.setdefault(from_ms(bar["t"]), (from_ms(bar["t"]), Decimal(bar["c"]), venue))
     return sorted(found.values())
+
+
+def say_of_gaps(settings: Settings, cause: str, which: str) -> int:
+    """Write a cause beside some gaps, as the ledger of gaps does; how many."""
+    with open_toolbox(settings) as toolbox, toolbox.ledger.transaction() as db:
+        return int(db.execute(f"UPDATE gaps SET cause = ? WHERE {which}", (cause,)).rowcount)
+
+
+def quiet_at_coinbase(settings: Settings) -> list[Window]:
+    with open_toolbox(settings) as toolbox:
+        return toolbox.consolidations.quiet(raw(M1), Partition.parse("coinbaseexchange:BTC-USDT|2023-03-01"))
 
 
 @needs_shared
@@ -258,10 +265,10 @@ def test_a_venue_goes_down_and_comes_back(replay: Callable[..., Any], write: Mak
     ]
     settings = write(venues, "consolidate: {BTC/USDT: [coinbaseexchange, binanceus, kraken]}", now="2023-03-05")
     assert all(done.error is None for done in run_ingest(settings))
+    say_of_gaps(settings, "", "bars > 0")
     (done,) = make_all(settings)
     assert (done.partition.key, done.changed, done.error) == (MARCH, True, None)
-    until_seven = "2023-03-04T19:00:00Z"
-    expected = the_exchange_s_own(exchange, settings, dict.fromkeys(SYMBOLS, until_seven))
+    expected = the_exchange_s_own(exchange, "2023-03-04T19:00:00Z")
     assert series(settings).select("open_time", "close", "venue").rows() == expected
     assert done.bars.equals(series(settings))
     during = done.bars.filter(pl.col("open_time") >= at("2023-03-04T17:10"))
@@ -269,11 +276,8 @@ def test_a_venue_goes_down_and_comes_back(replay: Callable[..., Any], write: Mak
     assert reasons(settings) == {}
 
     # who was up and had no trade gives no bar: the ledger's word on each gap of Coinbase but its maintenance
-    with open_toolbox(settings) as toolbox:
-        with toolbox.ledger.transaction() as db:
-            small = "UPDATE gaps SET cause = ? WHERE market LIKE 'coinbase%' AND bars < 60"
-            assert db.execute(small, (NO_TRADE,)).rowcount > 10
-        quiet = toolbox.consolidations.quiet(raw(M1), Partition(settings.consolidate[BTC][0], month_of(at("2023-03-04"))))
+    assert say_of_gaps(settings, NO_TRADE, "market LIKE 'coinbase%' AND bars < 60") > 10
+    quiet = quiet_at_coinbase(settings)
     assert reasons(settings) == {MARCH: "its venues' bars have changed"}
     (done,) = make_all(settings)
     left = [told for told in expected if not any(w.start <= told[0] < w.end for w in quiet)]
@@ -302,9 +306,8 @@ def test_a_venue_goes_down_and_comes_back(replay: Callable[..., Any], write: Mak
     assert done.changed
     back = done.bars.filter(pl.col("open_time") >= at("2023-03-04T22:30"))
     assert "coinbaseexchange" in set(back["venue"])
-    everywhere = the_exchange_s_own(exchange, settings, dict.fromkeys(SYMBOLS, "2023-03-04T23:00:00Z"))
-    with open_toolbox(settings) as toolbox:
-        quiet = toolbox.consolidations.quiet(raw(M1), Partition(settings.consolidate[BTC][0], month_of(at("2023-03-04"))))
+    everywhere = the_exchange_s_own(exchange, "2023-03-04T23:00:00Z")
+    quiet = quiet_at_coinbase(settings)
     left = [told for told in everywhere if not any(w.start <= told[0] < w.end for w in quiet)]
     assert series(settings).select("open_time", "close", "venue").rows() == left
     for market in settings.markets:  # never mixed into a venue's own series
@@ -318,17 +321,14 @@ def test_a_venue_goes_down_and_comes_back(replay: Callable[..., Any], write: Mak
 
 
 @needs_shared
-@pytest.mark.parametrize(
-    ("factor", "passed", "severity", "red"), [(1.0, True, "", 0), (1.005, False, "warning", 0), (1.02, False, "error", 1)]
-)
-def test_a_planted_spike_is_found(replay: Callable[..., Any], write: Make, factor: float, passed: bool, severity: str, red: int) -> None:
-    """One close of Binance.US is restated half a percent, or two percent, higher; the calm real hours are within 25 basis points."""
+@pytest.mark.parametrize(("factor", "severity", "red"), [(1.005, "warning", 0), (1.02, "error", 1)])
+def test_a_planted_spike_is_found(replay: Callable[..., Any], write: Make, factor: float, severity: str, red: int) -> None:
+    """One close of Binance.US is restated half a percent, or two percent, higher; the calm real hours beside it are within 25 bp."""
     exchange = replay("2023-03-05T12:00:30Z", kraken_rate=0, coinbase_rate=0)
     hour = "2023-03-05T09:00:00Z", "2023-03-05T10:00:00Z"
     traded = {r["t"] for r in exchange.truth("coinbase", "BTC-USDT", "1m", *hour)}
     bar = next(r for r in exchange.truth("binanceus", "BTCUSDT", "1m", *hour) if r["t"] in traded and Decimal(r["v"]) > 0)
-    if factor > 1:
-        exchange.admin(op="restate", venue="binanceus", symbol="BTCUSDT", t=bar["t"], close=float(bar["c"]) * factor)
+    exchange.admin(op="restate", venue="binanceus", symbol="BTCUSDT", t=bar["t"], close=float(bar["c"]) * factor)
     names = ("coinbaseexchange", "binanceus")
     base = {name: f"{exchange.url}/{name.removesuffix('exchange')}" for name in names}
     venues = [f"{name}: {{symbols: [BTC/USDT], since: 2023-03-05T08:00, base_url: '{base[name]}'}}" for name in names]
@@ -338,19 +338,17 @@ def test_a_planted_spike_is_found(replay: Callable[..., Any], write: Make, facto
     with open_toolbox(settings) as toolbox:
         finding = audit_consolidated(toolbox, M1, done)
         assert len(toolbox.ledger.red_checks()) == red
-    assert finding.passed == passed
-    assert not finding.blocking
+    assert (finding.passed, finding.blocking, finding.severity) == (False, False, severity)
     assert finding.numbers["compared"] > 100
-    assert (finding.numbers["warned"], finding.numbers["failed"]) == (int(not passed), red)
-    if not passed:
-        assert finding.severity == severity
-        assert finding.table[0]["open_time"] == iso(from_ms(bar["t"]))
-        spike = -(1 - 1 / factor) * 1e4
-        assert float(finding.table[0]["close_bp"]) == pytest.approx(spike, abs=20)
-        assert finding.shown["coinbaseexchange_binanceus_close_bp_max"] == pytest.approx(-spike, abs=20)
+    assert (finding.numbers["warned"], finding.numbers["failed"]) == (1, red)
+    assert finding.table[0]["open_time"] == iso(from_ms(bar["t"]))
+    spike = -(1 - 1 / factor) * 1e4
+    assert float(finding.table[0]["close_bp"]) == pytest.approx(spike, abs=20)
+    assert finding.shown["coinbaseexchange_binanceus_close_bp_max"] == pytest.approx(-spike, abs=20)
 
 
 # --------------------------------------------------------------------------------- Dagster, commands and readers on the sandbox
+ENDS = {"binance": "2023-11-29", "binanceus": "2023-12-02"}
 NOV, DEC = "2023-11-01", "2023-12-01"
 ALL = {f"consolidated:{name}|{month}" for name in ("BTC-USDT", "ETH-USDT") for month in (NOV, DEC)}
 
@@ -359,7 +357,7 @@ ALL = {f"consolidated:{name}|{month}" for name in ("BTC-USDT", "ETH-USDT") for m
 def settings(sandbox: tuple[SandboxExchange, str], write: Make) -> Settings:
     """Two symbols at two venues: Binance until 2023-11-29, Binance.US until 2023-12-02."""
     both = f"symbols: [BTC/USDT, ETH/USDT], since: 2023-11-28, base_url: '{sandbox[1]}'"
-    venues = [f"binance: {{{both}, until: 2023-11-29}}", f"binanceus: {{{both}, until: 2023-12-02}}"]
+    venues = [f"{name}: {{{both}, until: {end}}}" for name, end in ENDS.items()]
     rest = "timeframes: [1h]\nconsolidate: {BTC/USDT: [binance, binanceus], ETH/USDT: [binanceus, binance]}"
     return write(venues, rest, now="2024-01-10T00:00:00Z")
 
@@ -441,7 +439,7 @@ def test_a_difference_in_the_check_and_a_failure_that_stays_alone(settings: Sett
     metadata = {name: value.value for name, value in found[0].metadata.items()}
     assert metadata["binance_binanceus_close_bp_max"] == pytest.approx(200, abs=0.01)
     assert metadata["failed"] == bars.filter(pl.col("volume") > 0).height
-    assert len(metadata["rows"]) == 20
+    assert len(metadata["rows"].records) == 20
     assert metadata["differences"].startswith("![differences]")
     with open_toolbox(settings) as toolbox:
         assert {key: count for key, (count, _) in toolbox.ledger.failing().items()} == {}  # lost is not to blame on anybody
@@ -484,6 +482,9 @@ def test_it_keeps_itself_up_to_date(settings: Settings, instance: dg.DagsterInst
         assert job.execute_in_process(instance=instance, tags=dict(request.tags)).success
     assert instance.get_materialized_partitions(KEY) == ALL
     assert reasons(settings) == {}
+    nothing = dg.AssetKey(["reconciled", "ohlcv_1m"])  # `retire` takes back events of whatever it removes; this table is no asset
+    instance.wipe_asset_partitions(nothing, sorted(ALL))
+    assert instance.get_materialized_partitions(nothing) == set()
 
 
 def test_another_order_of_venues_is_another_series(settings: Settings):
@@ -497,7 +498,9 @@ def test_another_order_of_venues_is_another_series(settings: Settings):
     assert set(series(turned)["venue"]) == {"binanceus"}
 
 
-def test_by_command_reader_and_sql(settings: Settings, tmp_path: Path):
+def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: Make):
+    venues = [f"{name}: {{symbols: [BTC/USDT], since: 2023-11-28, until: {end}, base_url: '{sandbox[1]}'}}" for name, end in ENDS.items()]
+    settings = write(venues, "timeframes: [1h]\nconsolidate: {BTC/USDT: [binance, binanceus]}", now="2024-01-10T00:00:00Z")
     assert (series(settings).columns, series(settings).height) == ([*NAMES, "venue"], 0)
     first = marketdata("backfill")
     assert first.returncode == 0, says(first)
@@ -521,14 +524,9 @@ def test_by_command_reader_and_sql(settings: Settings, tmp_path: Path):
         assert both.columns == ["market", *NAMES, "venue"]
         assert both["venue"].null_count() == expected.height
         counts = reader.sql("SELECT market, venue, count(*) FROM consolidated.ohlcv_1m GROUP BY ALL ORDER BY ALL").rows()
-        assert sum(count for *_, count in counts) == 2 * expected.height
-        assert {(market, venue) for market, venue, _ in counts} == {
-            ("consolidated:BTC-USDT", "binance"),
-            ("consolidated:BTC-USDT", "binanceus"),
-            ("consolidated:ETH-USDT", "binanceus"),
-        }
+        assert counts == [("consolidated:BTC-USDT", "binance", 1440), ("consolidated:BTC-USDT", "binanceus", expected.height - 1440)]
         compared = reader.sql("SELECT count(*), max(abs(close_bp)), max(abs(return_bp)) FROM reconciled.ohlcv_1m").row(0)
-        assert compared == (2 * expected.filter((pl.col("open_time") < at("2023-11-29")) & (pl.col("volume") > 0)).height, 0, 0)
+        assert compared == (expected.filter((pl.col("open_time") < at("2023-11-29")) & (pl.col("volume") > 0)).height, 0, 0)
     gone = replace(settings, consolidate={})
     with open_toolbox(gone) as toolbox:  # taken out of the universe: still read
         assert read_bars(toolbox, known_market(toolbox, BTC.key), M1, window("2023-11-28", "2024-01-01")).equals(bars)

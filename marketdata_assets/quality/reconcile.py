@@ -72,7 +72,7 @@ class Opinion(NamedTuple):
 
 
 def opinions(reconciled: pl.DataFrame) -> Iterator[Opinion]:
-    """Each pair of venues that `reconcile` compared, in its order."""
+    """Each pair of venues that `reconcile` compared."""
     for (venue, other), rows in reconciled.group_by("venue", "other", maintain_order=True):
         apart = rows["close_bp"].cast(pl.Float64).abs()
         yield Opinion(
