@@ -40,7 +40,7 @@ class Outcome:
             return 2
         if 3 in codes:
             return 3
-        return 1 if self.failed or self.broken_runs or not all(check["mild"] for check in self.checks) else 0
+        return 1 if self.failed or self.broken_runs or not all(check.get("mild") for check in self.checks) else 0
 
 
 def ranges(tasks: Sequence[Task]) -> list[tuple[Partition, Partition]]:

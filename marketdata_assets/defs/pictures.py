@@ -38,7 +38,7 @@ def sparkline(closes: pl.Series, width: int = 120, height: int = 24) -> str:
     return _image("closes", svg)
 
 
-COLUMNS = 62
+STEPS = 62
 """How many parts of a month a picture of differences shows: about twelve hours each."""
 
 
@@ -49,15 +49,16 @@ def differences(pairs: pl.DataFrame, month: Window, *limits: int) -> str:
     """
     if pairs.is_empty():
         return "no two venues"
-    width, height = 2 * COLUMNS, 32
-    part = (pl.col("open_time") - month.start).dt.total_seconds() * COLUMNS // int((month.end - month.start).total_seconds())
-    most = pairs.group_by(part.alias("part")).agg(pl.col("close_bp").abs().max().cast(pl.Float64)).sort("part")
-    top = max(1.1 * max(limits), *most["close_bp"])
-    stems = "".join(f"M{2 * x + 1},{height}v-{_number(value / top * height)}" for x, value in most.iter_rows())
+    width, height = 2 * STEPS, 32
+    part = (pl.col("open_time") - month.start).dt.total_seconds() * STEPS // int((month.end - month.start).total_seconds())
+    most = dict(pairs.group_by(part).agg(pl.col("close_bp").abs().max().cast(pl.Float64)).iter_rows())
+    top = max(1.1 * max(limits), *most.values())
+    heights = {part: _number(height - value / top * height) for part, value in most.items()}
+    area = "".join(f"V{heights.get(part, height)}h2" for part in range(STEPS))
     lines = "".join(f"M0,{_number(height - limit / top * height)}h{width}" for limit in limits)
     svg = (
         f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}'>"
-        f"<path d='{lines}' stroke='{DOWN}'/><path d='{stems}' stroke='#2a78d0'/></svg>"
+        f"<path d='M0,{height}{area}V{height}z' fill='#2a78d0'/><path d='{lines}' stroke='{DOWN}'/></svg>"
     )
     return _image("differences", svg)
 
