@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from marketdata_assets.lake.anomalies import Anomalies
+from marketdata_assets.lake.consolidations import Consolidations
 from marketdata_assets.lake.incidents import Incidents
 from marketdata_assets.lake.ledger import Ledger
 from marketdata_assets.lake.parquet import Lake
@@ -65,6 +66,7 @@ class Toolbox:
     incidents: Incidents
     receipts: Receipts
     anomalies: Anomalies
+    consolidations: Consolidations
     lake: Lake
     warehouse: Warehouse
     policy: Policy
@@ -127,6 +129,7 @@ def open_toolbox(
         Incidents(ledger),
         Receipts(ledger),
         Anomalies(ledger),
+        Consolidations(ledger),
         Lake(settings.lake, settings.cold.lake if settings.cold else None),
         warehouse,
         policy or Policy(),

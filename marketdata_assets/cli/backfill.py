@@ -53,7 +53,7 @@ class Outcome:
             return 2
         if 3 in codes:
             return 3
-        return 1 if self.failed or self.checks or self.broken_runs else 0
+        return 1 if self.failed or self.broken_runs or not all(check.get("mild") for check in self.checks) else 0
 
 
 def backfill_tasks(settings: Settings, tasks: list[Task], console: Console = out) -> int:
@@ -74,7 +74,8 @@ def backfill_tasks(settings: Settings, tasks: list[Task], console: Console = out
         err.print(f"[yellow]check[/yellow] {check['check']} {check['partition']}: {plain(check['says'])}", highlight=False)
     for run in outcome.broken_runs:
         err.print(f"[red]run failed[/red] {plain(run)}", highlight=False)
-    console.print(f"{outcome.bars} bars received in {outcome.requests} requests, {len(tasks)} partitions in {outcome.runs} runs")
+    done = f"{outcome.bars} bars received in {outcome.requests} requests, " if total or outcome.requests else ""
+    console.print(f"{done}{len(tasks)} partitions in {outcome.runs} runs")
     return outcome.exit_code
 
 

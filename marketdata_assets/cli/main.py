@@ -69,6 +69,7 @@ def _interrupt(number: int, frame: object) -> None:
 def backfill(market: Markets = None, start: Start = None, end: End = None) -> None:
     """Fetch, check and roll up what is missing or open in that span, through Dagster."""
     from marketdata_assets.cli.backfill import backfill_tasks
+    from marketdata_assets.flows.consolidate import consolidations
     from marketdata_assets.flows.plan import plan as plan_flow
 
     with opened() as (settings, toolbox):
@@ -77,10 +78,12 @@ def backfill(market: Markets = None, start: Start = None, end: End = None) -> No
             toolbox.ledger.forget_rollups()
         partitions = settings.partitions(chosen(settings, market), window_of(settings, start, end))
         tasks = plan_flow(toolbox, partitions)
-        if not tasks:
+        code = backfill_tasks(settings, tasks) if tasks else 0
+        above = consolidations(toolbox, partitions)
+        if above:
+            code = max(code, backfill_tasks(settings, above))
+        if not tasks and not above:
             out.print(f"nothing to do: all {len(partitions)} partitions are complete")
-            raise typer.Exit(0)
-        code = backfill_tasks(settings, tasks)
     raise typer.Exit(code)
 
 

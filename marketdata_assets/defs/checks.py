@@ -172,7 +172,9 @@ class Results:
         for finding in findings:
             self._findings[finding.check].append((partition, finding))
             if not finding.passed:
-                self._tell({"check": f"{self._key.to_user_string()} {finding.check}", "partition": partition.key, "says": finding.says})
+                name = f"{self._key.to_user_string()} {finding.check}"
+                mild = finding.severity == "warning"
+                self._tell({"check": name, "partition": partition.key, "says": finding.says, "mild": mild})
 
     def cover(self, rows: Mapping[str, Sequence[float | None]], first: date) -> None:
         """Show the asset's coverage on each materialization: of all markets, or of its own where they are too many to read."""
@@ -236,7 +238,7 @@ class Results:
             partition=partition.key,
             severity=_severity(finding),
             description=finding.says,
-            metadata={**finding.numbers, **_table(finding)},
+            metadata={**finding.numbers, **finding.shown, **_table(finding)},
             blocking=finding.blocking,
             target_materialization_data=target,
         )
@@ -307,7 +309,7 @@ def failure_told(tell: Tell, partitions: Sequence[Partition]) -> Iterator[None]:
 
 
 def _severity(finding: Finding) -> dg.AssetCheckSeverity:
-    return dg.AssetCheckSeverity.ERROR if finding.blocking else dg.AssetCheckSeverity.WARN
+    return dg.AssetCheckSeverity.ERROR if finding.blocking or finding.severity == "error" else dg.AssetCheckSeverity.WARN
 
 
 def _table(finding: Finding) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from typing import Any
 import dagster as dg
 
 from marketdata_assets.defs.checks import IMPORT, KIND
+from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.launcher import PROCESS_TAG, open_instance, process_id
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
-from marketdata_assets.settings import Settings, load_settings
+from marketdata_assets.model.window import Partition
+from marketdata_assets.settings import load_settings
 
 
 def main() -> None:
@@ -34,11 +36,13 @@ def main() -> None:
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
     settings = load_settings()
     with open_instance() as instance:
-        job = build_definitions(settings, tell).resolve_job_def(INGEST)
+        definitions = build_definitions(settings, tell)
         _warm_up()
         tell({"ready": True})
         while (line := lines.get()) is not None:
-            _run(job, instance, settings, json.loads(line), tell)
+            span = json.loads(line)
+            name = CONSOLIDATE if Partition.parse(span["start"]).market in settings.consolidate else INGEST
+            _run(definitions.resolve_job_def(name), instance, span, tell)
 
 
 def _warm_up() -> None:
@@ -47,7 +51,7 @@ def _warm_up() -> None:
     importlib.import_module("pyarrow.parquet")
 
 
-def _run(job: dg.JobDefinition, instance: dg.DagsterInstance, settings: Settings, span: dict[str, Any], tell: _Channel) -> None:
+def _run(job: dg.JobDefinition, instance: dg.DagsterInstance, span: dict[str, Any], tell: _Channel) -> None:
     tags = {RANGE_START: span["start"], RANGE_END: span["end"], PROCESS_TAG: process_id(os.getpid())}
     selection = None
     if imported := span["imported"]:

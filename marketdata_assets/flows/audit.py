@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
@@ -30,7 +30,11 @@ SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check of one partition. `blocking` findings stop what is made from the partition."""
+    """One check of one partition. `blocking` findings stop what is made from the partition.
+
+    `numbers` may be summed over partitions, `shown` stands beside them. `severity`: `error` for a red one that does not
+    block, `warning` for one that does not make a backfill fail; empty: a red one does, and is an error where it blocks.
+    """
 
     check: str
     passed: bool
@@ -38,6 +42,8 @@ class Finding:
     blocking: bool = False
     numbers: dict[str, int] = field(default_factory=dict)
     table: Sequence[Row] = ()
+    severity: str = ""
+    shown: Mapping[str, Any] = field(default_factory=dict)
 
 
 RAW_CHECKS: dict[str, str] = {

@@ -335,7 +335,7 @@ class Ledger(Database):
     def forget_rollups(self) -> None:
         """All rollups have to be made again (the warehouse file is gone)."""
         with self.transaction() as db:
-            db.execute("UPDATE partitions SET rolled = NULL WHERE rolled IS NOT NULL")
+            db.execute("UPDATE partitions SET rolled = NULL WHERE rolled IS NOT NULL AND tbl LIKE 'raw/%'")
 
     def quarantined(self, market: Market | None, window: Window, limit: int = 1000) -> list[dict[str, Any]]:
         """Rejected rows, oldest first: all fields as text, reasons, source and fetch id."""
