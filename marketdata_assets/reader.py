@@ -23,6 +23,7 @@ from marketdata_assets.flows.revisions import read_as_of
 from marketdata_assets.flows.scan import newest_bars, scan_bars
 from marketdata_assets.flows.sql import connected
 from marketdata_assets.lake.views import answer
+from marketdata_assets.model.market import CONSOLIDATED
 from marketdata_assets.model.window import Window, iso, parse_time, timeframe
 from marketdata_assets.settings import PREFIX, load_settings
 from marketdata_assets.toolbox import Toolbox, open_toolbox
@@ -54,21 +55,24 @@ class Reader:
 
         Only the files of those months are read, and of them what the query needs, when it is collected. With a list of
         markets, the first column is `market`, and each market's bars come after the other's. With `as_of` (our clock) they
-        are the bars that were known at that moment; these are read at once.
+        are the bars that were known at that moment; these are read at once. A consolidated
+        market, such as `consolidated:BTC-USDT`, has a last column `venue`.
         """
         window, moment = self._window(start, end), _moment(as_of)
         if isinstance(market, str):
             return self._scan(market, timeframe_, window, moment)
         if not market:
             raise ValueError("name at least one market; reader.markets has all of them")
-        return pl.concat([self._scan(key, timeframe_, window, moment).select(pl.lit(key).alias("market"), pl.all()) for key in market])
+        frames = [self._scan(key, timeframe_, window, moment).select(pl.lit(key).alias("market"), pl.all()) for key in market]
+        mixed = any(key.startswith(CONSOLIDATED) for key in market)
+        return pl.concat(frames, how="diagonal" if mixed else "vertical")
 
     def newest(self, timeframe_: str) -> pl.DataFrame:
         """`market`, `open_time`: the newest stored bar of every market of the universe, null where there is none."""
         return newest_bars(self._toolbox, self._toolbox.settings.markets, timeframe(timeframe_))
 
     def sql(self, query: str) -> pl.DataFrame:
-        """The answer of DuckDB to a query over the views `raw.ohlcv_<timeframe>` and `rollup.ohlcv_<timeframe>`."""
+        """The answer of DuckDB to a query over the views `raw.ohlcv_<timeframe>`, `rollup.ohlcv_<timeframe>` and so on."""
         with self.connect() as connection:
             return answer(connection, query)
 

@@ -21,7 +21,7 @@ from urllib.parse import SplitResult, urlsplit
 import yaml
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.market import Market
+from marketdata_assets.model.market import CONSOLIDATED, Market
 from marketdata_assets.model.window import (
     EPOCH,
     MINUTE,
@@ -136,6 +136,7 @@ class Settings:
     state: Path
     database: str | None = field(default=None, repr=False)
     broker: str | None = field(default=None, repr=False)
+    consolidate: Mapping[Market, tuple[Market, ...]] = field(default_factory=dict)
     delta: Delta | None = None
     retention: Mapping[str, int] = field(default_factory=dict)
     cold: Cold | None = None
@@ -175,17 +176,27 @@ class Settings:
         """The market of a key; raises BadInput with the nearest known one."""
         if key in self._markets:
             return self._markets[key]
+        made_of = next((" ".join(m.key for m in parts) for market, parts in self.consolidate.items() if market.key == key), None)
+        if made_of:
+            raise BadInput(f"{key} is no market of a venue; it is made of {made_of}: name one of those")
         near = difflib.get_close_matches(key, self._markets, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise BadInput(f"market {key!r} is not in {self.source}{hint}")
 
     def span(self, market: Market) -> Window:
-        """What is wanted of a market: since its venue's first day, as far as retention keeps it, until its last one or our now."""
+        """What is wanted of a market: since its venue's first day, as far as retention keeps it, until its last one or our now.
+
+        Of a consolidated market: all that is wanted of any of its venues.
+        """
+        if market in self.consolidate:
+            return _hull(map(self.span, self.consolidate[market]))
         venue, whole = self.venues[market.venue], self.history(market)
         return whole & Window(self.kept_since(f"raw/ohlcv_{venue.base.name}"), whole.end)
 
     def history(self, market: Market) -> Window:
         """All that was ever wanted of a market; of what retention has removed, coarser bars are still there."""
+        if market in self.consolidate:
+            return _hull(map(self.history, self.consolidate[market]))
         venue = self.venues[market.venue]
         return Window(venue.since, min(venue.until or self.now(), self.now()))
 
@@ -193,6 +204,15 @@ class Settings:
         """The first month of a table that retention keeps: the oldest one that ended less than so many days ago."""
         days = self.retention.get(table)
         return month_of(self.now() - timedelta(days=days)).start if days else EPOCH
+
+    def base(self, market: Market) -> Timeframe:
+        """The finest timeframe of a market, or of all venues of a consolidated one."""
+        return self.venues[self.consolidate.get(market, (market,))[0].venue].base
+
+    @property
+    def consolidated_timeframes(self) -> tuple[Timeframe, ...]:
+        """The base of every consolidated market, finest first."""
+        return _ordered(self.base(market) for market in self.consolidate)
 
     def rolled(self, market: Market) -> tuple[Timeframe, ...]:
         """The timeframes rolled up for a market: those coarser than its base, finest first."""
@@ -214,6 +234,12 @@ class Settings:
         return [p for m in markets for p in partitions_of(m, self.span(m) & wanted)]
 
 
+def _hull(windows: Iterable[Window]) -> Window:
+    """The smallest window that holds all of these."""
+    found = list(windows)
+    return Window(min(w.start for w in found), max(w.end for w in found))
+
+
 def _ordered(timeframes: Iterable[Timeframe]) -> tuple[Timeframe, ...]:
     return tuple(sorted(set(timeframes), key=lambda tf: tf.width))
 
@@ -232,6 +258,8 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     settings = Settings(**{**_defaults(), **values}, clock=_clock(env), source=str(path))
     _check_dates(settings, entries["venues"])
     _check_places(settings, entries)
+    if "consolidate" in entries:
+        _check_venues(settings, entries["consolidate"])
     return settings
 
 
@@ -476,6 +504,45 @@ def _check_places(settings: Settings, entries: Mapping[str, _Entry]) -> None:
         raise entries["cold"].fail("storage classes are for a lake in S3; name another `lake:` instead")
 
 
+def _consolidate(entry: _Entry) -> dict[Market, tuple[Market, ...]]:
+    found = {}
+    for symbol, item in entry.items().items():
+        try:
+            market = Market(CONSOLIDATED, symbol)
+        except BadInput as error:
+            raise item.fail(str(error)) from None
+        names = [element.text() for element in item.elements()]
+        if len(names) < 2:
+            raise item.fail("at least two venues are expected here, the preferred one first")
+        found[market] = tuple(_at(element, symbol) for element in item.elements())
+    return found
+
+
+def _at(entry: _Entry, symbol: str) -> Market:
+    try:
+        return Market(entry.text(), symbol)
+    except BadInput as error:
+        raise entry.fail(str(error)) from None
+
+
+def _check_venues(settings: Settings, entry: _Entry) -> None:
+    """Only the same symbol in bars of the same width is one series: BTC/USD is not BTC/USDT."""
+    for symbol, item in entry.items().items():
+        seen: list[Venue] = []
+        for element in item.elements():
+            venue = settings.venues.get(element.text())
+            if venue is None:
+                raise element.fail(f"{element.text()!r} is not a venue of this universe; it has {', '.join(settings.venues)}")
+            if venue in seen:
+                raise element.fail(f"{venue.name} is written twice; keep one")
+            if symbol not in venue.symbols:
+                raise element.fail(f"{venue.name} has no {symbol} but {', '.join(venue.symbols)}; add it there, or leave {venue.name} out")
+            if seen and venue.base != seen[0].base:
+                bars = f"{seen[0].name} has {seen[0].base.name} bars and {venue.name} has {venue.base.name} bars"
+                raise element.fail(f"{bars}; only bars of the same width can be one series")
+            seen.append(venue)
+
+
 _AUTOMATION: dict[str, Callable[[_Entry], int]] = {
     "refresh_minutes": _count("minutes", most=59),
     "lookback_days": _count("days"),
@@ -534,7 +601,7 @@ def _delta(entry: _Entry) -> Delta:
 
 
 def _retention(entry: _Entry) -> dict[str, int]:
-    known = [f"{layer}/ohlcv_{name}" for layer in ("raw", "rollup") for name in TIMEFRAMES]
+    known = [f"{layer}/ohlcv_{name}" for layer in ("raw", "rollup", "consolidated", "reconciled") for name in TIMEFRAMES]
     return {name: _count("days")(item) for name, item in entry.known_items(known).items()}
 
 
@@ -566,6 +633,7 @@ _TOP: dict[str, Callable[[_Entry], Any]] = {
     "state": _path,
     "database": _service(("postgresql", "postgres"), "postgresql://user@host:5432/name"),
     "broker": _service(("redis", "rediss", "amqp", "amqps"), "redis://host:6379/0"),
+    "consolidate": _consolidate,
     "delta": _delta,
     "retention": _retention,
     "cold": _cold,

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
+from marketdata_assets.lake.anomalies import Anomalies
+from marketdata_assets.lake.consolidations import Consolidations
 from marketdata_assets.lake.gaps import Gaps
 from marketdata_assets.lake.incidents import Incidents
 from marketdata_assets.lake.ledger import Ledger
@@ -64,6 +66,8 @@ class Toolbox:
     ledger: Ledger
     incidents: Incidents
     receipts: Receipts
+    anomalies: Anomalies
+    consolidations: Consolidations
     gaps: Gaps
     lake: Lake
     warehouse: Warehouse
@@ -126,6 +130,8 @@ def open_toolbox(
         ledger,
         Incidents(ledger),
         Receipts(ledger),
+        Anomalies(ledger),
+        Consolidations(ledger),
         Gaps(ledger),
         Lake(settings.lake, settings.cold.lake if settings.cold else None),
         warehouse,

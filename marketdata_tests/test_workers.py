@@ -23,6 +23,9 @@ import pytest
 
 from marketdata_assets.cli.processes import dagster_environment
 from marketdata_assets.errors import BadInput
+from marketdata_assets.lake.fingerprint import fingerprint
+from marketdata_assets.lake.tables import raw, rollup
+from marketdata_assets.model.window import TIMEFRAMES, Partition
 from marketdata_assets.settings import Settings, load_settings
 from marketdata_assets.sources.sandbox import SandboxExchange, running
 from marketdata_assets.toolbox import open_toolbox
@@ -190,7 +193,7 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(flee
     # nothing was lost or doubled: the same objects as one machine alone would have made
     settings = settings_of(fleet, monkeypatch)
     with open_toolbox(settings) as toolbox:
-        table_sizes = {path: size for table in ("raw/ohlcv_1m", "rollup/ohlcv_1h") for path, size in sizes(toolbox, table).items()}
+        shared = contents(toolbox)
         assert all(account["received"] == account["stored"] + account["identical"] for account in toolbox.ledger.accounts())
     alone = settings_of(
         fleet, monkeypatch, MARKETDATA_LAKE=str(tmp_path / "alone/lake"), MARKETDATA_STATE=str(tmp_path / "alone"), MARKETDATA_DATABASE=""
@@ -199,8 +202,8 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(flee
     run_ingest(alone_settings)
     run_derive(alone_settings)
     with open_toolbox(alone_settings) as toolbox:
-        truth = {path: size for table in ("raw/ohlcv_1m", "rollup/ohlcv_1h") for path, size in sizes(toolbox, table).items()}
-    assert table_sizes == truth
+        truth = contents(toolbox)
+    assert shared == truth
     assert len(truth) == 16
 
 
@@ -218,11 +221,11 @@ def prune_keeps_what_pages_show(fleet: Fleet) -> None:
     assert fleet.rows("SELECT count(*) FROM event_logs")[0][0] < everything / 1.5
 
 
-def sizes(toolbox: Any, name: str) -> dict[tuple[str, str, str], int]:
-    found = {}
-    for a, b, size in toolbox.lake._hot.sizes(name):
-        found[name, a, b] = size
-    return found
+def contents(toolbox: Any) -> dict[tuple[str, ...], str]:
+    """Every object of two tables, by what its rows say."""
+    tables = raw(TIMEFRAMES["1m"]), rollup(TIMEFRAMES["1h"])
+    places = [(table, Partition.parse("|".join(key))) for table in tables for key in toolbox.lake.sizes(table)]
+    return {(table.name, partition.key): fingerprint(toolbox.lake.read(table, partition)) for table, partition in places}
 
 
 def check(fleet: Fleet, role: str, name: str) -> bool:

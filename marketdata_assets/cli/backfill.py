@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -23,6 +23,15 @@ from marketdata_assets.settings import Settings
 
 WORKERS = 2
 MONTHS_A_RUN = 2
+
+
+class Span(NamedTuple):
+    """A range of partitions for one run. `imported`: raw tables that files have told; then no venue is asked, only they are
+    looked at, and rollups are made where "rollup" is among them."""
+
+    first: Partition
+    last: Partition
+    imported: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -44,7 +53,7 @@ class Outcome:
             return 2
         if 3 in codes:
             return 3
-        return 1 if self.failed or self.checks or self.broken_runs else 0
+        return 1 if self.failed or self.broken_runs or not all(check.get("mild") for check in self.checks) else 0
 
 
 def backfill_tasks(settings: Settings, tasks: list[Task], console: Console = out) -> int:
@@ -65,13 +74,14 @@ def backfill_tasks(settings: Settings, tasks: list[Task], console: Console = out
         err.print(f"[yellow]check[/yellow] {check['check']} {check['partition']}: {plain(check['says'])}", highlight=False)
     for run in outcome.broken_runs:
         err.print(f"[red]run failed[/red] {plain(run)}", highlight=False)
-    console.print(f"{outcome.bars} bars received in {outcome.requests} requests, {len(tasks)} partitions in {outcome.runs} runs")
+    done = f"{outcome.bars} bars received in {outcome.requests} requests, " if total or outcome.requests else ""
+    console.print(f"{done}{len(tasks)} partitions in {outcome.runs} runs")
     return outcome.exit_code
 
 
-def ranges(tasks: Sequence[Task]) -> list[tuple[Partition, Partition]]:
+def ranges(tasks: Sequence[Task], imported: tuple[str, ...] = ()) -> list[Span]:
     """Partitions as ranges of one market and at most MONTHS_A_RUN consecutive months; markets take turns."""
-    found: list[list[tuple[Partition, Partition]]] = []
+    found: list[list[Span]] = []
     for _, group in groupby((task.partition for task in tasks), key=lambda p: p.market):
         mine: list[list[Partition]] = []
         for partition in sorted(group):
@@ -79,12 +89,12 @@ def ranges(tasks: Sequence[Task]) -> list[tuple[Partition, Partition]]:
                 mine[-1].append(partition)
             else:
                 mine.append([partition])
-        found.append([(run[0], run[-1]) for run in mine])
+        found.append([Span(run[0], run[-1], imported) for run in mine])
     longest = max((len(f) for f in found), default=0)
     return [f[i] for i in range(longest) for f in found if i < len(f)]
 
 
-def run_ranges(settings: Settings, spans: Sequence[tuple[Partition, Partition]], show: Callable[[Outcome], None]) -> Outcome:
+def run_ranges(settings: Settings, spans: Sequence[Span], show: Callable[[Outcome], None]) -> Outcome:
     """Do the ranges in worker processes; `show` is called after every message."""
     outcome, waiting = Outcome(), deque(spans)
     environment = dagster_environment(settings)
@@ -117,7 +127,7 @@ def _start_worker(environment: dict[str, str], selector: selectors.BaseSelector)
     return worker
 
 
-def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[tuple[Partition, Partition]]) -> None:
+def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[Span]) -> None:
     if "bars" in event:
         outcome.bars += event["bars"]
         outcome.requests += event["requests"]
@@ -133,14 +143,14 @@ def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome
     if "ready" in event or "done" in event:
         assert worker.stdin is not None
         if waiting:
-            first, last = waiting.popleft()
-            worker.stdin.write(json.dumps({"start": first.key, "end": last.key}) + "\n")
+            span = waiting.popleft()
+            worker.stdin.write(json.dumps({"start": span.first.key, "end": span.last.key, "imported": span.imported}) + "\n")
         else:
             worker.stdin.write("end\n")
         worker.stdin.flush()
 
 
-def _mourn(worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[tuple[Partition, Partition]]) -> None:
+def _mourn(worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[Span]) -> None:
     code = worker.wait()
     if code != 0:
         outcome.broken_runs.append(f"a worker ended with code {code}; its log is worker.log in the state folder")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import marketdata_assets.cli.anomalies
 import marketdata_assets.cli.gaps
 import marketdata_assets.cli.lock
 import marketdata_assets.cli.repair  # noqa: F401 - registers its commands
@@ -36,6 +37,7 @@ from marketdata_assets.cli.common import (
     window_of,
     write_bars,
 )
+from marketdata_assets.cli.importing import offer_rows, print_offers
 from marketdata_assets.errors import BadInput, MarketDataError
 from marketdata_assets.model.window import iso, parse_time, timeframe
 from marketdata_assets.settings import Settings, load_settings
@@ -68,6 +70,7 @@ def _interrupt(number: int, frame: object) -> None:
 def backfill(market: Markets = None, start: Start = None, end: End = None) -> None:
     """Fetch, check and roll up what is missing or open in that span, through Dagster."""
     from marketdata_assets.cli.backfill import backfill_tasks
+    from marketdata_assets.flows.consolidate import consolidations
     from marketdata_assets.flows.plan import plan as plan_flow
 
     with opened() as (settings, toolbox):
@@ -76,10 +79,12 @@ def backfill(market: Markets = None, start: Start = None, end: End = None) -> No
             toolbox.ledger.forget_rollups()
         partitions = settings.partitions(chosen(settings, market), window_of(settings, start, end))
         tasks = plan_flow(toolbox, partitions)
-        if not tasks:
+        code = backfill_tasks(settings, tasks) if tasks else 0
+        above = consolidations(toolbox, partitions)
+        if above:
+            code = max(code, backfill_tasks(settings, above))
+        if not tasks and not above:
             out.print(f"nothing to do: all {len(partitions)} partitions are complete")
-            raise typer.Exit(0)
-        code = backfill_tasks(settings, tasks)
     raise typer.Exit(code)
 
 
@@ -100,11 +105,13 @@ def plan(market: Markets = None, start: Start = None, end: End = None, format: F
         "minutes": round(needed, 2),
     }
     rows = [{"partition": t.partition.key, "bars": t.bars, "requests": t.requests, "reason": t.reason} for t in tasks]
+    offers = offer_rows(settings, tasks)
     if format == "json":
-        print_json({**total, "tasks": rows})
+        print_json({**total, "tasks": rows, "archives": offers})
         return
     print_table(rows, ["partition", "bars", "requests", "reason"])
     out.print("{partitions} partitions, {bars} bars, {requests} requests, at least {minutes} minutes".format(**total))
+    print_offers(offers)
 
 
 # --------------------------------------------------------------------------------- bars, coverage, quarantine

@@ -9,13 +9,14 @@ from typing import Any
 import dagster as dg
 from dagster_duckdb import DuckDBResource
 
-from marketdata_assets.defs.checks import Results, check_specs, failure_told, finished
+from marketdata_assets.defs.checks import IMPORT, KIND, Results, check_specs, failure_told, finished
 from marketdata_assets.defs.partitions import partitions_of_run
 from marketdata_assets.defs.pictures import candles, sparkline
 from marketdata_assets.errors import CheckFailed
 from marketdata_assets.flows.audit import audit_gaps, audit_raw, audit_rollup
 from marketdata_assets.flows.derive import Derived, derive
 from marketdata_assets.flows.gaps import explain
+from marketdata_assets.flows.imports import as_stored
 from marketdata_assets.flows.ingest import Ingested, ingest
 from marketdata_assets.flows.read import daily_coverage
 from marketdata_assets.flows.repair import Told, told
@@ -87,7 +88,7 @@ def raw_asset(settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitions
         partitions = partitions_of_run(context)
         results = Results(context, asset_key(table), tell, skippable=quiet)
         with failure_told(tell, partitions), open_toolbox(settings, tell=tell) as toolbox:
-            fetch_into(results, toolbox, timeframe, partitions)
+            fetch_into(results, toolbox, timeframe, partitions, asks=context.run.tags.get(KIND) != IMPORT)
             if results.failed and (good := [p for p in results.good if settings.venues[p.market.venue].base == timeframe]):
                 # this step fails and the next is skipped: those that are well must not wait for the others
                 rollups = {tf: Results(context, asset_key(rollup(tf)), tell) for tf in settings.rollup_timeframes}
@@ -134,17 +135,25 @@ def rollup_assets(settings: Settings, grid: dg.MultiPartitionsDefinition, tell: 
 
 
 def fetch_into(
-    results: Results, toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partition], again: Window | None = None
+    results: Results,
+    toolbox: Toolbox,
+    timeframe: Timeframe,
+    partitions: Sequence[Partition],
+    again: Window | None = None,
+    asks: bool = True,
 ) -> list[Told]:
-    """Ingest and audit the partitions of a raw asset, and what each brought; bars of `again` are asked for once more."""
+    """Ingest and audit the partitions of a raw asset, and what each brought; bars of `again` are asked for once more.
+
+    `asks`: off after an import, when what files have told is audited and no venue is asked.
+    """
     fetched, unexplained = [], []
-    for done in ingest(toolbox, timeframe, partitions, again):
+    for done in ingest(toolbox, timeframe, partitions, again) if asks else (as_stored(toolbox, timeframe, p) for p in partitions):
         fetched.append(told(done))
         findings = audit_raw(toolbox, done) if done.error is None else []
         results.add(done.partition, _raw_metadata(done), findings, done.error, changed=done.account.stored > 0)
         if any(not gap.cause for gap in done.gaps):
             unexplained.append(replace(done, bars=done.bars.select("open_time")))
-    explained = explain(toolbox, partitions, ask=True)  # what one market lacks, the others tell apart
+    explained = explain(toolbox, partitions, ask=asks)  # what one market lacks, the others tell apart
     for done in unexplained:
         if done.error is None and (raw(timeframe), done.partition) in explained:
             results.renew(done.partition, audit_gaps(toolbox, done))

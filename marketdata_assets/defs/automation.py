@@ -52,7 +52,7 @@ UNFINISHED = [
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def one_line() -> Iterator[None]:
     """An error of ours becomes one readable line of the tick."""
     try:
         yield
@@ -61,7 +61,7 @@ def _told() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------- what is under way
-def _under_way(instance: dg.DagsterInstance, grid: dg.MultiPartitionsDefinition) -> tuple[set[str], int]:
+def under_way(instance: dg.DagsterInstance, grid: dg.MultiPartitionsDefinition) -> tuple[set[str], int]:
     """The partition keys that unfinished runs work on or wait for, and how many of the runs `backfill_missed` asked for."""
     busy: set[str] = set()
     runs = instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
@@ -91,14 +91,14 @@ def backfill_missed(settings: Settings, job: str, grid: dg.MultiPartitionsDefini
         ),
     )
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        with _told(), open_toolbox(settings) as toolbox:
+        with one_line(), open_toolbox(settings) as toolbox:
             toolbox.ledger.beat(DAEMON, settings.now())
             toolbox.lake.sweep()
-            busy, mine = _under_way(context.instance, grid)
+            busy, mine = under_way(context.instance, grid)
             bases = {raw(venue.base) for venue in settings.venues.values()}
             shown = {table: context.instance.get_materialized_partitions(asset_key(table)) for table in bases}
             found = missed(toolbox, max(0, settings.automation.runs - mine), busy, shown)
-            _wipe(context.instance, found.lost)
+            wipe(context.instance, found.lost)
             context.log.info(found.says)
             return dg.SensorResult(
                 [_missed_run(block, settings) for block in found.blocks], skip_reason=None if found.blocks else found.says
@@ -120,7 +120,7 @@ def _missed_run(block: Block, settings: Settings) -> dg.RunRequest:
     return dg.RunRequest(run_key=f"{block.first.key}..{block.last.key}@{iso(settings.now())}", tags=tags)
 
 
-def _wipe(instance: dg.DagsterInstance, lost: dict[Table, list[Partition]]) -> None:
+def wipe(instance: dg.DagsterInstance, lost: dict[Table, list[Partition]]) -> None:
     """No grid shows what is not on disk: the events of lost partitions are taken back. None named means all of the table."""
     for table, partitions in lost.items():
         shown = instance.get_materialized_partitions(asset_key(table))
@@ -145,8 +145,8 @@ def refresh_open(settings: Settings, job: str, grid: dg.MultiPartitionsDefinitio
         ),
     )
     def evaluate(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
-        with _told(), open_toolbox(settings) as toolbox:
-            busy, _ = _under_way(context.instance, grid)
+        with one_line(), open_toolbox(settings) as toolbox:
+            busy, _ = under_way(context.instance, grid)
             found = refreshes(toolbox, busy)
         says = "; ".join(refresh.says for refresh in found)
         context.log.info(says)
@@ -188,7 +188,7 @@ def watch_markets(settings: Settings) -> dg.SensorDefinition:
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         said: dict[str, Any] = json.loads(context.cursor or "{}")
         events, told = [], []
-        with _told(), open_toolbox(settings) as toolbox:
+        with one_line(), open_toolbox(settings) as toolbox:
             for same, name, evaluate in looks:
                 result = evaluate(toolbox, same[0])
                 for table in same:
@@ -244,7 +244,7 @@ def watch_incidents(settings: Settings) -> dg.SensorDefinition:
         ),
     )
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-        with _told(), open_toolbox(settings) as toolbox:
+        with one_line(), open_toolbox(settings) as toolbox:
             failed, over, cursor = _ended_runs(context.instance, context.cursor)
             opened, recovered = settle(toolbox, [*problems(toolbox), *failed.values()], failed_runs_go_on(over))
             still, waiting = len(toolbox.incidents.open()), toolbox.incidents.undelivered()

@@ -13,6 +13,7 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetC
 
 from marketdata_assets.defs.pictures import heat_map
 from marketdata_assets.errors import MarketDataError
+from marketdata_assets.flows.anomalies import CHECK
 from marketdata_assets.flows.audit import BLOCKING, RAW_CHECKS, Finding
 from marketdata_assets.flows.freshness import Freshness, freshness
 from marketdata_assets.flows.read import daily_coverage
@@ -41,6 +42,7 @@ def check_specs(table: Table, settings: Settings, grid: dg.MultiPartitionsDefini
         return [
             dg.AssetCheckSpec(name, asset=key, description=words, blocking=name in BLOCKING, partitions_def=grid)
             for name, words in RAW_CHECKS.items()
+            if name != CHECK or any(table.timeframe == venue.base for venue in settings.venues.values())
         ]
     words = {"complete": COMPLETE}
     if any(table.timeframe in venue.reference for venue in settings.venues.values()):
@@ -48,8 +50,8 @@ def check_specs(table: Table, settings: Settings, grid: dg.MultiPartitionsDefini
     return [dg.AssetCheckSpec(name, asset=key, description=text, partitions_def=grid) for name, text in words.items()]
 
 
-KIND, REFRESH, MISSED = "marketdata/kind", "refresh", "missed"
-"""A tag of the runs that automation asks for, and its values."""
+KIND, REFRESH, MISSED, IMPORT = "marketdata/kind", "refresh", "missed", "import"
+"""A tag of runs, and its values: those that automation asks for, and those that show what files have told."""
 FRESHNESS, COVERAGE = "freshness", "coverage"
 
 
@@ -170,7 +172,9 @@ class Results:
         for finding in findings:
             self._findings[finding.check].append((partition, finding))
             if not finding.passed:
-                self._tell({"check": f"{self._key.to_user_string()} {finding.check}", "partition": partition.key, "says": finding.says})
+                name = f"{self._key.to_user_string()} {finding.check}"
+                mild = finding.severity == "warning"
+                self._tell({"check": name, "partition": partition.key, "says": finding.says, "mild": mild})
 
     def renew(self, partition: Partition, finding: Finding) -> None:
         """A check of one partition found something else in the meantime."""
@@ -239,7 +243,7 @@ class Results:
             partition=partition.key,
             severity=_severity(finding),
             description=finding.says,
-            metadata={**finding.numbers, **_table(finding)},
+            metadata={**finding.numbers, **finding.shown, **_table(finding)},
             blocking=finding.blocking,
             target_materialization_data=target,
         )
@@ -310,7 +314,7 @@ def failure_told(tell: Tell, partitions: Sequence[Partition]) -> Iterator[None]:
 
 
 def _severity(finding: Finding) -> dg.AssetCheckSeverity:
-    return dg.AssetCheckSeverity.ERROR if finding.blocking else dg.AssetCheckSeverity.WARN
+    return dg.AssetCheckSeverity.ERROR if finding.blocking or finding.severity == "error" else dg.AssetCheckSeverity.WARN
 
 
 def _table(finding: Finding) -> dict[str, Any]:

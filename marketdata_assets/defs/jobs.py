@@ -10,6 +10,7 @@ from dagster_duckdb import DuckDBResource
 from marketdata_assets.defs.assets import raw_asset, rollup_assets
 from marketdata_assets.defs.automation import backfill_missed, refresh_open, watch_incidents, watch_markets
 from marketdata_assets.defs.checks import market_checks
+from marketdata_assets.defs.consolidated import consolidate_job, consolidated_assets, keep_consolidated
 from marketdata_assets.defs.delta import delta_assets, delta_job_and_schedule
 from marketdata_assets.defs.partitions import market_months
 from marketdata_assets.defs.repair import repair_job, second_looks
@@ -32,18 +33,22 @@ def build_definitions(settings: Settings, tell: Tell = tell_nobody) -> dg.Defini
         if settings.rollup_timeframes:
             assets.append(rollup_assets(settings, grid, tell))
         assets += delta_assets(settings, grid, tell)
+        consolidated = consolidated_assets(settings, grid, tell)
         tables = [*map(raw, settings.raw_timeframes), *map(rollup, settings.rollup_timeframes)]
         checks = [check for table in tables for check in market_checks(settings, table)]
-        partitioned = dg.AssetSelection.all() - dg.AssetSelection.checks(*checks)
+        partitioned = dg.AssetSelection.all() - dg.AssetSelection.checks(*checks) - dg.AssetSelection.assets(*consolidated)
         job = dg.define_asset_job(INGEST, selection=partitioned, description="Fetch, check and roll up partitions.")
         upkeep = [health_job(settings), prune_job(settings)]
         upkeep += [delta_job_and_schedule(settings)] if settings.delta else []
         upkeep += [retire_job(settings)] if settings.retention or settings.cold else []
         return dg.Definitions(
-            assets=assets,
+            assets=[*assets, *consolidated],
             asset_checks=checks,
-            jobs=[job, repair_job(settings), *(job for job, _ in upkeep)],
-            sensors=[backfill_missed(settings, INGEST, grid), watch_markets(settings), watch_incidents(settings)],
+            jobs=[job, repair_job(settings), *(job for job, _ in upkeep), *([consolidate_job(settings)] if consolidated else [])],
+            sensors=[
+                *(backfill_missed(settings, INGEST, grid), watch_markets(settings), watch_incidents(settings)),
+                *([keep_consolidated(settings, grid)] if consolidated else []),
+            ],
             schedules=[refresh_open(settings, INGEST, grid), *(schedule for _, schedule in upkeep), *second_looks(settings)],
             resources={
                 "warehouse": DuckDBResource(database=str(settings.duckdb), connection_config={"threads": 1, "memory_limit": "512MB"})

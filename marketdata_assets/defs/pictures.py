@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape
 import polars as pl
 
 from marketdata_assets.model.bar import PRICES
-from marketdata_assets.model.window import EPOCH, MINUTE
+from marketdata_assets.model.window import EPOCH, MINUTE, Window
 
 POINTS = 48
 
@@ -36,6 +36,31 @@ def sparkline(closes: pl.Series, width: int = 120, height: int = 24) -> str:
         f'<polyline points="{points}" fill="none" stroke="#2a78d0"/></svg>'
     )
     return _image("closes", svg)
+
+
+STEPS = 62
+"""How many parts of a month a picture of differences shows: about twelve hours each."""
+
+
+def differences(pairs: pl.DataFrame, month: Window, *limits: int) -> str:
+    """How far the venues' closes lie apart (`open_time`, `close_bp`) as a Markdown image of under 1,000 characters.
+
+    The largest difference of any pair in each part of the month, in basis points from 0; a line for each limit.
+    """
+    if pairs.is_empty():
+        return "no two venues"
+    width, height = 2 * STEPS, 32
+    part = (pl.col("open_time") - month.start).dt.total_seconds() * STEPS // int((month.end - month.start).total_seconds())
+    most = dict(pairs.group_by(part).agg(pl.col("close_bp").abs().max().cast(pl.Float64)).iter_rows())
+    top = max(1.1 * max(limits), *most.values())
+    heights = {part: _number(height - value / top * height) for part, value in most.items()}
+    area = "".join(f"V{heights.get(part, height)}h2" for part in range(STEPS))
+    lines = "".join(f"M0,{_number(height - limit / top * height)}h{width}" for limit in limits)
+    svg = (
+        f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}'>"
+        f"<path d='M0,{height}{area}V{height}z' fill='#2a78d0'/><path d='{lines}' stroke='{DOWN}'/></svg>"
+    )
+    return _image("differences", svg)
 
 
 def _thinned(closes: pl.Series) -> Sequence[float]:

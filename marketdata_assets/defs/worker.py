@@ -2,9 +2,10 @@
 
     python -m marketdata_assets.defs.worker
 
-reads one JSON line per range from standard input (`{"start": key, "end": key}`) and writes JSON lines to standard
-output: what `tell` hears, and `{"done": ..., "success": ...}` after each range. It ends with its input; when whoever
-started it is killed, it stops at once. Everything it stores is atomic, so that moment may be any.
+reads one JSON line per range from standard input (`{"start": key, "end": key, "imported": []}`, the last one the tables
+of `cli.backfill.Span`) and writes JSON lines to standard output: what `tell` hears, and `{"done": ..., "success": ...}`
+after each range. It ends with its input; when whoever started it is killed, it stops at once. Everything it stores is
+atomic, so that moment may be any.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from typing import Any
 
 import dagster as dg
 
+from marketdata_assets.defs.checks import IMPORT, KIND
+from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.launcher import PROCESS_TAG, open_instance, process_id
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
-from marketdata_assets.settings import Settings, load_settings
+from marketdata_assets.model.window import Partition
+from marketdata_assets.settings import load_settings
 
 
 def main() -> None:
@@ -32,11 +36,13 @@ def main() -> None:
     threading.Thread(target=_read, args=(lines,), daemon=True).start()
     settings = load_settings()
     with open_instance() as instance:
-        job = build_definitions(settings, tell).resolve_job_def(INGEST)
+        definitions = build_definitions(settings, tell)
         _warm_up()
         tell({"ready": True})
         while (line := lines.get()) is not None:
-            _run(job, instance, settings, json.loads(line), tell)
+            span = json.loads(line)
+            name = CONSOLIDATE if Partition.parse(span["start"]).market in settings.consolidate else INGEST
+            _run(definitions.resolve_job_def(name), instance, span, tell)
 
 
 def _warm_up() -> None:
@@ -45,11 +51,20 @@ def _warm_up() -> None:
     importlib.import_module("pyarrow.parquet")
 
 
-def _run(job: dg.JobDefinition, instance: dg.DagsterInstance, settings: Settings, span: dict[str, str], tell: _Channel) -> None:
+def _run(job: dg.JobDefinition, instance: dg.DagsterInstance, span: dict[str, Any], tell: _Channel) -> None:
     tags = {RANGE_START: span["start"], RANGE_END: span["end"], PROCESS_TAG: process_id(os.getpid())}
-    result = job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
+    selection = None
+    if imported := span["imported"]:
+        tags[KIND] = IMPORT
+        selection = [key for key in job.asset_layer.executable_asset_keys if key.to_user_string() in imported or _follows(key, imported)]
+    result = job.execute_in_process(instance=instance, tags=tags, raise_on_error=False, asset_selection=selection)
     errors = [str(e.event_specific_data.error_display_string) for e in result.all_events if e.is_step_failure]  # type: ignore[union-attr]
     tell({"done": span, "success": result.success, "run": result.run_id, "says": errors[0][:2000] if errors else ""})
+
+
+def _follows(key: dg.AssetKey, imported: list[str]) -> bool:
+    """What is made from raw tables is made anew where the base is there."""
+    return key.path[0] != "raw" and "rollup" in imported
 
 
 class _Channel:

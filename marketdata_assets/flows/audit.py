@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 import polars as pl
 
+from marketdata_assets.flows.anomalies import CHECK, alarming, judge, row_of, words
 from marketdata_assets.flows.derive import Derived, neighbour
 from marketdata_assets.flows.gaps import UNEXPLAINED, words_of
 from marketdata_assets.flows.ingest import Ingested
 from marketdata_assets.flows.parity import compare
 from marketdata_assets.lake.ledger import Account, Gap
 from marketdata_assets.lake.tables import Table, raw, rollup
+from marketdata_assets.model.anomaly import State
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA
 from marketdata_assets.model.window import Partition, Timeframe, Window, iso
 from marketdata_assets.quality.gaps import holes, left_of
@@ -29,7 +31,11 @@ SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check of one partition. `blocking` findings stop what is made from the partition."""
+    """One check of one partition. `blocking` findings stop what is made from the partition.
+
+    `numbers` may be summed over partitions, `shown` stands beside them. `severity`: `error` for a red one that does not
+    block, `warning` for one that does not make a backfill fail; empty: a red one does, and is an error where it blocks.
+    """
 
     check: str
     passed: bool
@@ -37,6 +43,8 @@ class Finding:
     blocking: bool = False
     numbers: dict[str, int] = field(default_factory=dict)
     table: Sequence[Row] = ()
+    severity: str = ""
+    shown: Mapping[str, Any] = field(default_factory=dict)
 
 
 RAW_CHECKS: dict[str, str] = {
@@ -50,13 +58,22 @@ RAW_CHECKS: dict[str, str] = {
         "a hole that nobody has answered for is asked for in three runs, then at growing distance. `marketdata gaps` explains each."
     ),
     "accounting": ("Rows received = stored + identical + quarantined. If red: it is a defect of ours; please report the metadata."),
+    CHECK: (
+        "No bar that keeps every rule is hard to believe (spikes, jumps, wicks, frozen prices, impossible volume) without a word from "
+        "a person. If red: `marketdata anomalies` lists them with their bars; acknowledge what is real, fetch again what is not."
+    ),
 }
 BLOCKING = ("ohlc", "duplicates", "accounting")
 
 
 def audit_raw(toolbox: Toolbox, done: Ingested) -> list[Finding]:
-    """The checks of a raw partition, in the order of RAW_CHECKS; which of them are red stands in the ledger afterwards."""
+    """The checks of a raw partition, in the order of RAW_CHECKS (the last of base bars only).
+
+    Which of them are red stands in the ledger afterwards.
+    """
     findings = [_ohlc(done), _duplicates(done), _gaps(done), _accounting(done.account)]
+    if done.timeframe == toolbox.settings.venues[done.partition.market.venue].base:
+        findings.append(_anomalies(toolbox, done))
     return _remembered(toolbox, raw(done.timeframe), done.partition, findings)
 
 
@@ -92,6 +109,13 @@ def _gaps(done: Ingested) -> Finding:
 
 def _accounting(account: Account) -> Finding:
     return Finding("accounting", account.balanced, "received = stored + identical + quarantined", True, asdict(account))
+
+
+def _anomalies(toolbox: Toolbox, done: Ingested) -> Finding:
+    entries = sorted(judge(toolbox, done), key=lambda e: (list(State).index(e.state), -e.anomaly.severity, e.anomaly.start))
+    numbers = {state.value: sum(entry.state == state for entry in entries) for state in State}
+    alarms = sum(map(alarming, entries))
+    return Finding(CHECK, not alarms, words(entries), False, {**numbers, "alarming": alarms}, [row_of(e) for e in entries[:SHOWN]])
 
 
 def _broken(done: Ingested) -> list[Row]:

@@ -14,11 +14,12 @@ from marketdata_assets.errors import Damaged, MarketDataError, Unreachable
 from marketdata_assets.flows.collect import Collected, collect
 from marketdata_assets.lake.ledger import Account, Entry, Gap, State, logged
 from marketdata_assets.lake.tables import Table, history, raw
-from marketdata_assets.model.bar import COLUMNS, HISTORY_COLUMNS, NAMES, TIME, TOLD_SCHEMA
+from marketdata_assets.model.bar import HISTORY_COLUMNS, NAMES, TIME, TOLD_SCHEMA
 from marketdata_assets.model.window import Partition, Timeframe, Window
+from marketdata_assets.quality.agree import Beside, beside
 from marketdata_assets.quality.clean import clean
 from marketdata_assets.quality.contract import check_bars
-from marketdata_assets.quality.gaps import holes, without
+from marketdata_assets.quality.gaps import holes, runs, without
 from marketdata_assets.quality.split import reject
 from marketdata_assets.toolbox import Toolbox
 
@@ -55,6 +56,8 @@ class Ingested:
     note: str | None = None
     error: MarketDataError | None = None
     replaced: pl.DataFrame = field(default_factory=lambda: _no_bars("replaced_at"))
+    beside: Beside | None = None
+    """What was taken in, beside what was stored before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,45 +104,63 @@ def ingest(toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partitio
 
 
 def take_in(
-    toolbox: Toolbox, timeframe: Timeframe, partition: Partition, kept: pl.DataFrame, rejected: pl.DataFrame, source: str
+    toolbox: Toolbox,
+    timeframe: Timeframe,
+    partition: Partition,
+    kept: pl.DataFrame,
+    rejected: pl.DataFrame,
+    source: str | Sequence[str],
+    final: bool = True,
 ) -> Ingested:
     """Store bars of one partition that something else than the venue's API told: `source`, such as a file's name.
 
     `kept` (model.bar.NAMES, one bar an open_time) has passed the rules, `rejected` (quality.split.REJECTED_SCHEMA) has not.
-    What is stored already stays: a bar that says the same is identical, another one is refused as `disagrees`. A hole
-    between two bars of `kept` is a gap by the evidence of `source`. Sends no request.
+    Of several sources, the column `answer` of both frames says which one told a row. What is stored already stays: a bar
+    that says the same is identical, another one is refused as `disagrees`. A hole between two bars of `kept` is a gap by
+    the evidence of its source: settled where that has the last word (`final`), else to be asked for. Sends no request.
     """
-    table = raw(timeframe)
+    table, sources = raw(timeframe), [source] if isinstance(source, str) else list(source)
     with toolbox.ledger.lock(partition.key):
         prepared = _prepare(toolbox, table, partition)
-        return _store(toolbox, prepared, _told(prepared, kept, rejected, source), source)
+        got, found = _told(prepared, kept, rejected, sources, final)
+        return replace(_store(toolbox, prepared, got, sources), beside=found)
 
 
-def _told(prepared: _Prepared, kept: pl.DataFrame, rejected: pl.DataFrame, source: str) -> Collected:
-    timeframe, kept = prepared.table.timeframe, kept.select(NAMES).sort("open_time")
-    both = kept.join(prepared.stored, on="open_time", suffix="_stored")
-    given = {c.name: pl.col(c.name).is_null() | pl.col(c.name + "_stored").is_null() for c in COLUMNS if c.optional}
-    agrees = (pl.col(n).eq_missing(pl.col(n + "_stored")) | given.get(n, pl.lit(False)) for n in NAMES if n != "open_time")
-    judged = both.with_columns(pl.all_horizontal(agrees).alias("agrees"))
-    denied = judged.filter(~pl.col("agrees")).select(pl.lit(-1, pl.Int64).alias("answer"), *NAMES)
-    bars = kept.join(prepared.stored, on="open_time", how="anti")
+def _told(
+    prepared: _Prepared, kept: pl.DataFrame, rejected: pl.DataFrame, sources: Sequence[str], final: bool = True
+) -> tuple[Collected, Beside]:
+    """What is to be stored of rows that were told, and all of them beside what is stored."""
+    timeframe = prepared.table.timeframe
+    if len(sources) == 1:
+        kept = kept.with_columns(pl.lit(0, pl.Int64).alias("answer"))
+    found = beside(kept.select("answer", *NAMES).sort("open_time"), prepared.stored)
+    bars = found.new.with_columns(pl.col("answer").replace_strict(range(len(sources)), sources, return_dtype=pl.String).alias("source"))
     opens = pl.concat([prepared.stored["open_time"], bars["open_time"]]).sort()
-    inside = Window(kept["open_time"][0], kept["open_time"][-1]) & prepared.wanted if kept.height else prepared.wanted & prepared.wanted
     known = [rest for gap in prepared.gaps for rest in _left_of(gap, opens, timeframe)]
-    told = holes(opens, timeframe, inside) if kept.height else []
-    gaps = known + [
-        Gap(window, window.count(timeframe), "no_bars", 2, f"{source} holds both neighbours and nothing between")
-        for hole in told
-        for window in without(hole, [gap.window for gap in known])
-    ]
+    inside = Window(kept["open_time"].min(), kept["open_time"].max()) & prepared.wanted if kept.height else None  # type: ignore[arg-type]
+    told = [w for hole in (holes(opens, timeframe, inside) if inside else []) for w in without(hole, [gap.window for gap in known])]
+    broken = runs(rejected["open_time"].drop_nulls().dt.truncate(timeframe.every).to_list(), timeframe)
+    gaps = known + [gap for window in told for gap in _gaps_told(window, broken, timeframe, sources, final)]
     lacking = [w for hole in holes(opens, timeframe, prepared.wanted) for w in without(hole, [g.window for g in gaps if g.settled])]
-    return Collected(
+    got = Collected(
         bars=bars,
-        rejected=pl.concat([rejected, reject(denied, "disagrees")]),
+        rejected=pl.concat([rejected, reject(found.denied, "disagrees")]),
         gaps=tuple(sorted(gaps)),
-        account=Account(kept.height + rejected.height, bars.height, judged.height - denied.height, rejected.height + denied.height),
+        account=Account(kept.height + rejected.height, bars.height, found.identical.height, rejected.height + found.denied.height),
         through=lacking[0].start if lacking else prepared.wanted.end,
     )
+    return got, found
+
+
+def _gaps_told(window: Window, broken: Sequence[Window], timeframe: Timeframe, sources: Sequence[str], final: bool) -> list[Gap]:
+    """A hole between two bars that were told: where its rows were refused that is why, and elsewhere there were none."""
+    teller = sources[0] if len(sources) == 1 else f"{sources[0]} .. {sources[-1]} ({len(sources)} files)"
+    absent = without(window, broken)
+    says = f"{teller} holds both neighbours and nothing between"
+    return [
+        *(Gap(w, w.count(timeframe), "quarantined", 1, f"{teller} holds it, and it was refused") for w in without(window, absent)),
+        *(Gap(w, w.count(timeframe), "no_bars" if final else "unanswered", 2 if final else 1, says) for w in absent),
+    ]
 
 
 def clean_stored(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> str:
@@ -155,8 +176,8 @@ def clean_stored(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -
         says = cleaned.says
         if says:
             prepared = replace(prepared, stored=cleaned.bars, note=prepared.note or says)
-            got = _told(prepared, cleaned.bars.clear(), cleaned.rejected, CLEAN_UP)
-            _store(toolbox, prepared, got, CLEAN_UP)
+            got, _ = _told(prepared, cleaned.bars.clear(), cleaned.rejected, [CLEAN_UP])
+            _store(toolbox, prepared, got, [CLEAN_UP])
         return prepared.note or says
 
 
@@ -206,7 +227,7 @@ def _prepare(toolbox: Toolbox, table: Table, partition: Partition) -> _Prepared:
 
 def _finish(toolbox: Toolbox, prepared: _Prepared, future: Future[Collected]) -> Ingested:
     try:
-        return _store(toolbox, prepared, future.result(), REST)
+        return _store(toolbox, prepared, future.result())
     except MarketDataError as error:
         fetches = logged(error.requests, prepared.wanted)
         forgiven = isinstance(error, Unreachable)
@@ -216,9 +237,10 @@ def _finish(toolbox: Toolbox, prepared: _Prepared, future: Future[Collected]) ->
         return replace(failed, requests=retries, retries=retries, error=error)
 
 
-def _store(toolbox: Toolbox, prepared: _Prepared, got: Collected, source: str) -> Ingested:
+def _store(toolbox: Toolbox, prepared: _Prepared, got: Collected, sources: Sequence[str] = ()) -> Ingested:
     table, partition, now = prepared.table, prepared.partition, toolbox.settings.now()
-    told = got.bars.with_columns(pl.lit(now, TIME).alias("known_at"), pl.lit(source).alias("source"))
+    source = pl.col("source") if sources else pl.lit(REST).alias("source")
+    told = got.bars.select(*NAMES, pl.lit(now, TIME).alias("known_at"), source)
     replaced = prepared.stored.join(told, on="open_time", how="semi").with_columns(pl.lit(now, TIME).alias("replaced_at"))
     if replaced.height:  # before the bars themselves: whatever happens now, no revision is lost
         _remember(toolbox, table, partition, replaced)
@@ -243,8 +265,7 @@ def _store(toolbox: Toolbox, prepared: _Prepared, got: Collected, source: str) -
         error=None,
         whole_at=_whole_at(toolbox, prepared, through, now),
     )
-    teller = None if source == REST else source
-    toolbox.ledger.commit(Entry(table, partition, state, got.account, got.gaps, got.fetches, got.rejected, got.answers, now, teller))
+    toolbox.ledger.commit(Entry(table, partition, state, got.account, got.gaps, got.fetches, got.rejected, got.answers, now, sources))
     done = replace(_ingested(prepared, bars, got.gaps, got.account, size or 0, complete), replaced=replaced)
     come = Window(prepared.wanted.start, max(prepared.wanted.start, min(prepared.wanted.end, state.through)))
     return replace(done, wanted=come, requests=len(got.fetches), retries=got.retries, waited=got.waited)

@@ -8,7 +8,7 @@ object, holds a gap that may still be filled, was not rolled up, or is not shown
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -93,7 +93,10 @@ def missed(toolbox: Toolbox, room: int, busy: Container[str], shown: Mapping[Tab
     if over:
         toolbox.ledger.forget_asks(over)
     ready = _ready(toolbox, wanted, asks, busy, found, now)
-    found.blocks = _blocks(toolbox, ready, wanted, room)
+    most = PARTITIONS_A_RUN
+    if toolbox.settings.broker and room:
+        most = min(most, max(FEWEST_A_RUN, -(-len(ready) // room)))
+    found.blocks = blocks([venue.markets for venue in toolbox.settings.venues.values()], ready, wanted, room, most)
     asked = [p for block in found.blocks for p in block.partitions]
     if len(ready) > len(asked):
         found.waiting["wait for their turn"] = len(ready) - len(asked)
@@ -114,7 +117,7 @@ _Key = tuple[str, str]
 
 def _lacks(toolbox: Toolbox, shown: Mapping[Table, Collection[str]], found: Missed, now: datetime) -> Iterator[tuple[_Key, str]]:
     """Market key and month key of everything that is lacking, with the reason."""
-    due = _look_is_due(toolbox, now)
+    due = look_is_due(toolbox, now)
     rolled_lost = _rollups_lost(toolbox, found, due)
     for venue in toolbox.settings.venues.values():
         looks = [_Look(toolbox, raw(tf), shown.get(raw(tf)), due) for tf in venue.fetched]
@@ -131,18 +134,15 @@ def _lacks(toolbox: Toolbox, shown: Mapping[Table, Collection[str]], found: Miss
                     yield key, reason
 
 
-def _look_is_due(toolbox: Toolbox, now: datetime) -> bool:
-    """Whether to look for lost objects now: always where that is free."""
+def look_is_due(toolbox: Toolbox, now: datetime, what: str = "lost objects") -> bool:
+    """Whether to look for lost objects now: always where that is free. `what` names who looks."""
     if toolbox.lake.local:
         return True
-    last = toolbox.ledger.last_beat(_LOOKED)
+    last = toolbox.ledger.last_beat(what)
     if last is not None and timedelta(0) <= now - last < LOOK:
         return False
-    toolbox.ledger.beat(_LOOKED, now)
+    toolbox.ledger.beat(what, now)
     return True
-
-
-_LOOKED = "lost objects"
 
 
 def _believe(toolbox: Toolbox, found: Missed, wanted: dict[_Key, str]) -> None:
@@ -274,23 +274,25 @@ def _why_not(toolbox: Toolbox, key: _Key, ask: Ask | None, busy: Container[str],
     return None
 
 
-def _blocks(toolbox: Toolbox, ready: Collection[_Key], wanted: Mapping[_Key, str], room: int) -> list[Block]:
-    """The newest ready partitions as at most `room` rectangles of the grid."""
+def blocks(
+    groups: Iterable[Sequence[Market]], ready: Collection[_Key], wanted: Mapping[_Key, str], room: int, most: int = PARTITIONS_A_RUN
+) -> list[Block]:
+    """The newest ready partitions as at most `room` rectangles of the grid, each of one group's neighbouring markets.
+
+    `wanted` has the reason of each by market key and month key; `most` is how many partitions a rectangle may hold.
+    """
     found = []
-    most = PARTITIONS_A_RUN
-    if toolbox.settings.broker and room:
-        most = min(most, max(FEWEST_A_RUN, -(-len(ready) // room)))
     by_market: dict[str, list[int]] = defaultdict(list)
     for market, month in wanted:
         if (market, month) in ready:
             by_market[market].append(int(month[:4]) * 12 + int(month[5:7]) - 1)
-    for venue in toolbox.settings.venues.values():
-        rows = ((i, by_market.get(market.key, [])) for i, market in enumerate(venue.markets))
+    for markets in groups:
+        rows = ((i, by_market.get(market.key, [])) for i, market in enumerate(markets))
         spans = [(span, i) for i, months in rows for span in _spans(months, min(most, MONTHS_A_RUN))]
         spans.sort(key=lambda item: (-item[0][1], item[0][0], item[1]))
-        found += [(last, venue, first, members) for (first, last), members in _rectangles(spans, most)]
+        found += [(last, markets, first, members) for (first, last), members in _rectangles(spans, most)]
     found.sort(key=lambda item: -item[0])
-    return [_block(venue, members, first, last, wanted) for last, venue, first, members in found[:room]]
+    return [_block(markets, members, first, last, wanted) for last, markets, first, members in found[:room]]
 
 
 _Span = tuple[int, int]
@@ -319,9 +321,9 @@ def _rectangles(spans: Sequence[tuple[_Span, int]], most: int) -> Iterator[tuple
             rows = []
 
 
-def _block(venue: Venue, rows: Sequence[int], first: int, last: int, wanted: Mapping[_Key, str]) -> Block:
+def _block(markets: Sequence[Market], rows: Sequence[int], first: int, last: int, wanted: Mapping[_Key, str]) -> Block:
     months = [month_of(datetime(n // 12, n % 12 + 1, 1, tzinfo=UTC)) for n in range(first, last + 1)]
-    block = Block([venue.markets[i] for i in rows], months, Counter())
+    block = Block([markets[i] for i in rows], months, Counter())
     return replace(block, reasons=Counter(wanted[p.market.key, p.month_key].partition(":")[0] for p in block.partitions))
 
 

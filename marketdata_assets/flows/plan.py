@@ -9,14 +9,28 @@ from dataclasses import dataclass
 from marketdata_assets.flows.ingest import wanted_window
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.bar import empty_bars
-from marketdata_assets.model.window import Partition, Timeframe
+from marketdata_assets.model.window import Partition, Timeframe, Window
 from marketdata_assets.quality.gaps import holes, left_of
 from marketdata_assets.settings import Venue
+from marketdata_assets.sources.archive import FILES_A_MONTH, NEWEST_ONLY, ONLY_IN_FILES, monthly_archive
 from marketdata_assets.toolbox import Toolbox
 
 PAGE = {"binance": 998, "binanceus": 998}
 PER_MINUTE = {"binance": 3000, "binanceus": 600}
 DEFAULT_PAGE, DEFAULT_PER_MINUTE = 298, 60
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Bars of one table of a partition that files give for less: `url` is where they are. We download nothing ourselves.
+
+    `requests`: how many the files save; None where the venue's API has not these bars at all.
+    """
+
+    timeframe: Timeframe
+    bars: int
+    requests: int | None
+    url: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +41,7 @@ class Task:
     bars: int
     requests: int
     reason: str
+    offers: tuple[Offer, ...] = ()
 
 
 def plan(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[Task]:
@@ -61,10 +76,24 @@ def _task(toolbox: Toolbox, partition: Partition, due: _Due) -> Task | None:
     requests = sum(math.ceil(n / page_size(venue.name)) for n in lacking.values())
     state = toolbox.ledger.state(raw(venue.base), partition)
     if bars:
-        return Task(partition, bars, requests, _reason(state is not None, state.error if state else None))
+        offers = tuple(
+            offer for tf, n in lacking.items() if n and (offer := _offer(toolbox, tf, partition, n, math.ceil(n / page_size(venue.name))))
+        )
+        return Task(partition, bars, requests, _reason(state is not None, state.error if state else None), offers)
     if state is None or _rolled(toolbox, partition, state.rolled, state.digest):
         return None
     return Task(partition, 0, 0, "rollups are not up to date")
+
+
+def _offer(toolbox: Toolbox, timeframe: Timeframe, partition: Partition, bars: int, requests: int) -> Offer | None:
+    """What files give of the bars that lack, where that costs less than asking, or where asking gives nothing."""
+    market, now = partition.market, toolbox.settings.now()
+    if market.venue in NEWEST_ONLY:
+        oldest = timeframe.floor(now) - NEWEST_ONLY[market.venue] * timeframe.width
+        gone = min(bars, (wanted_window(toolbox, timeframe, partition) & Window(partition.month.start, oldest)).count(timeframe))
+        return Offer(timeframe, gone, None, ONLY_IN_FILES[market.venue]) if gone else None
+    url = monthly_archive(market, timeframe, partition.month, now)
+    return Offer(timeframe, bars, requests - FILES_A_MONTH, url) if url and requests > FILES_A_MONTH else None
 
 
 def _reason(known: bool, error: str | None) -> str:

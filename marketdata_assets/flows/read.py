@@ -10,8 +10,8 @@ import polars as pl
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.lake.ledger import State
-from marketdata_assets.lake.tables import Table, raw, rollup
-from marketdata_assets.model.market import Market
+from marketdata_assets.lake.tables import Table, consolidated, raw, rollup
+from marketdata_assets.model.market import CONSOLIDATED, Market
 from marketdata_assets.model.window import TIMEFRAMES, Partition, Timeframe, Window, parse_time, partitions_of
 from marketdata_assets.toolbox import Toolbox
 
@@ -20,6 +20,9 @@ DAY, MIDNIGHT = timedelta(days=1), time(0)
 
 def known_market(toolbox: Toolbox, key: str) -> Market:
     """A market of the universe, or one that was taken out of it and whose bars are still stored. Raises BadInput."""
+    for market in toolbox.settings.consolidate:
+        if market.key == key:
+            return market
     try:
         return toolbox.settings.market(key)
     except BadInput:
@@ -34,6 +37,8 @@ def known_market(toolbox: Toolbox, key: str) -> Market:
 
 def table_of(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Table:
     """Where the bars of a timeframe are: the base as fetched, coarser ones rolled up, else a reference. Raises BadInput."""
+    if market.venue == CONSOLIDATED:
+        return _consolidated_table(toolbox, market, timeframe)
     base, rolled, reference = _timeframes(toolbox, market)
     if timeframe == base:
         return raw(timeframe)
@@ -48,6 +53,15 @@ def table_of(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Table:
 def base_of(toolbox: Toolbox, market: Market) -> Timeframe:
     """The finest timeframe that is fetched of a market; of a former one, that is stored."""
     return _timeframes(toolbox, market)[0]
+
+
+def _consolidated_table(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Table:
+    settings, stored = toolbox.settings, toolbox.ledger.stored_span(market)
+    known = [tf for tf in TIMEFRAMES.values() if consolidated(tf).name in stored]
+    base = [settings.base(market)] if market in settings.consolidate else known
+    if timeframe not in base:
+        raise BadInput(f"{market.key} has no {timeframe.name} bars; it has {' '.join(tf.name for tf in base)}")
+    return consolidated(timeframe)
 
 
 def in_warehouse(toolbox: Toolbox, table: Table) -> bool:
@@ -79,7 +93,7 @@ def read_bars(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: Wi
 
 
 def _stored_span(toolbox: Toolbox, market: Market) -> Window:
-    if market in toolbox.settings.markets:
+    if market in toolbox.settings.markets or market in toolbox.settings.consolidate:
         return toolbox.settings.history(market)
     spans = toolbox.ledger.stored_span(market).values()
     return Window(min(span.start for span in spans), max(span.end for span in spans))

@@ -11,8 +11,8 @@ import polars as pl
 
 from marketdata_assets.errors import Damaged
 from marketdata_assets.flows.ingest import Ingested, clean_stored, wanted_window
+from marketdata_assets.flows.lock import content
 from marketdata_assets.flows.plan import page_size, plan
-from marketdata_assets.flows.read import in_warehouse
 from marketdata_assets.lake.fingerprint import fingerprint
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.window import Partition, Window, iso
@@ -79,7 +79,7 @@ def clean_up(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[dict[str
 # --------------------------------------------------------------------------------- the receipt
 @dataclass(frozen=True, slots=True)
 class Content:
-    """How many rows a partition of a table has, and their fingerprint; None where there is nothing that can be read."""
+    """How many rows a partition of a table has, and their fingerprint; None where it cannot be read."""
 
     rows: int | None
     hash: str | None
@@ -89,18 +89,16 @@ def contents(toolbox: Toolbox, partitions: Sequence[Partition]) -> dict[tuple[st
     """By table name and partition key: what is stored of the fetched and the rolled-up tables."""
     tables = [(p, raw(tf)) for p in partitions for tf in toolbox.settings.venues[p.market.venue].fetched]
     tables += [(p, rollup(tf)) for p in partitions for tf in toolbox.settings.rolled(p.market)]
-    return {(table.name, partition.key): _content(toolbox, table, partition) for partition, table in tables}
+    with toolbox.warehouse.held():
+        return {(table.name, partition.key): _content(toolbox, table, partition) for partition, table in tables}
 
 
 def _content(toolbox: Toolbox, table: Table, partition: Partition) -> Content:
     try:
-        if in_warehouse(toolbox, table):
-            stored = toolbox.warehouse.read(table, partition.market, partition.opens(table.timeframe)) if toolbox.warehouse.exists else None
-        else:
-            stored = toolbox.lake.read(table, partition)
+        stored = content(toolbox, table, partition)
     except Damaged:
         return Content(None, None)
-    return Content(stored.height, fingerprint(stored)) if stored is not None else Content(None, None)
+    return Content(stored.height, fingerprint(stored))
 
 
 @dataclass(frozen=True, slots=True)

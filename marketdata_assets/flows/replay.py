@@ -80,7 +80,7 @@ def _replay(toolbox: Toolbox, place: tuple[str, str, str], rows: list[dict[str, 
     stored = toolbox.lake.read(raw(timeframe), partition)
     there = stored.select(NAMES) if stored is not None else alone.select(NAMES).clear()
     if not dry_run and alone.height:
-        take_in(toolbox, timeframe, partition, alone.select(NAMES), pl.DataFrame(schema=REJECTED_SCHEMA), REPLAY)
+        take_in(toolbox, timeframe, partition, alone.select(NAMES), pl.DataFrame(schema=REJECTED_SCHEMA), REPLAY, final=False)
     outcome = {
         **dict(judged.rejected.select("answer", "reasons").iter_rows()),
         **dict.fromkeys(judged.kept["answer"], "several different rows"),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from marketdata_assets.flows.derive import neighbour
 from marketdata_assets.lake.ledger import WAREHOUSE, Outline
-from marketdata_assets.lake.tables import Table, raw, rollup
+from marketdata_assets.lake.tables import Table, consolidated, raw, reconciled, rollup
 from marketdata_assets.model.window import Partition, iso, month_of
 from marketdata_assets.settings import Cold
 from marketdata_assets.toolbox import Toolbox
@@ -44,6 +44,7 @@ def retire(toolbox: Toolbox, dry_run: bool = False) -> Iterator[Retired]:
         yield from _from_warehouse(toolbox, rolled, dry_run)
     else:
         in_lake += rolled
+    in_lake += [table(tf) for tf in settings.consolidated_timeframes for table in (consolidated, reconciled)]
     for table in in_lake:
         if table.name in settings.retention:
             yield from _from_lake(toolbox, table, dry_run)

@@ -30,6 +30,8 @@ def read_as_of(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: W
     if moment > toolbox.settings.now():
         raise BadInput(f"--as-of {iso(moment)} lies in the future; it is now {iso(toolbox.settings.now())}")
     table = table_of(toolbox, market, timeframe)
+    if table.layer not in ("raw", "rollup"):
+        raise BadInput(f"{market.key} keeps no revisions, as it is made of other markets; ask for one of these as of {iso(moment)}")
     base = timeframe if table.layer == "raw" else base_of(toolbox, market)
     span = Window(window.start, window.end + timeframe.width)
     months = [p for p in partitions_of(market, span) if toolbox.ledger.state(raw(base), p) is not None]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from marketdata_assets.flows.read import known_market
-from marketdata_assets.lake.tables import Table, parity, raw, rollup
+from marketdata_assets.lake.tables import Table, consolidated, parity, raw, reconciled, rollup
 from marketdata_assets.lake.views import open_views
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import Window, partitions_of
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def connected(toolbox: Toolbox, keys: Sequence[str] | None, window: Window) -> Iterator[Connection]:
-    """Views `raw.ohlcv_<timeframe>`, `rollup.ohlcv_<timeframe>` and `parity.ohlcv_<timeframe>` over these markets' (or all) months
-    in the window."""
+    """Views `raw.ohlcv_<timeframe>`, `rollup.ohlcv_<timeframe>` and so on over these markets' (or all) months in the window."""
     settings = toolbox.settings
-    markets = [known_market(toolbox, key) for key in keys] if keys else settings.markets
+    markets = [known_market(toolbox, key) for key in keys] if keys else [*settings.markets, *settings.consolidate]
     tables = [raw(tf) for tf in settings.raw_timeframes]
+    tables += [table(tf) for tf in settings.consolidated_timeframes for table in (consolidated, reconciled)]
     in_lake = [rollup(tf) for tf in settings.rollup_timeframes] if settings.rollups == "parquet" else []
     judged = [parity(tf) for tf in settings.rollup_timeframes if any(tf in venue.reference for venue in settings.venues.values())]
     files = {table: _files(toolbox, table, markets, window) for table in (*tables, *in_lake, *judged)}

@@ -171,8 +171,8 @@ class Entry:
     rejected: pl.DataFrame
     answers: Sequence[int]
     now: datetime
-    source: str | None = None
-    """What told the rows, where it was not the venue."""
+    sources: Sequence[str] = ()
+    """What told the rows where it was not the venue, by `answer`."""
 
 
 class Ledger(Database):
@@ -348,7 +348,7 @@ class Ledger(Database):
     def forget_rollups(self) -> None:
         """All rollups have to be made again (the warehouse file is gone)."""
         with self.transaction() as db:
-            db.execute("UPDATE partitions SET rolled = NULL WHERE rolled IS NOT NULL")
+            db.execute("UPDATE partitions SET rolled = NULL WHERE rolled IS NOT NULL AND tbl LIKE 'raw/%'")
 
     def quarantined(self, market: Market | None, window: Window, limit: int = 1000) -> list[dict[str, Any]]:
         """Rejected rows, oldest first: all fields as text, reasons, source and fetch id."""
@@ -372,6 +372,12 @@ class Ledger(Database):
         """The last account of every partition, for audits."""
         found = self.rows("SELECT tbl, market, month, rows, account FROM partitions WHERE account IS NOT NULL ORDER BY tbl, market, month")
         return [{"table": t, "market": m, "month": k, "rows": r, **json.loads(a)} for t, m, k, r, a in found]
+
+    def account(self, table: Table, partition: Partition) -> Account:
+        """The last account of one partition."""
+        sql = "SELECT account FROM partitions WHERE tbl = ? AND market = ? AND month = ?"
+        found = self.rows(sql, *_where(table, partition))
+        return Account(**json.loads(found[0][0])) if found and found[0][0] else Account()
 
     # ------------------------------------------------------------------------------ automation
     def failing(self) -> dict[str, tuple[int, str]]:
@@ -528,7 +534,7 @@ def _quarantine(db: Statements, entry: Entry, ids: list[int], now: str) -> None:
     rows = []
     for answer, moment, reasons, fields in entry.rejected.select("answer", "open_time", "reasons", "fields").iter_rows():
         fetch, open_time = ids[entry.answers[answer]] if 0 <= answer < len(entry.answers) else None, moment and iso(moment)
-        source = entry.source or entry.partition.market.venue
+        source = _teller(entry, answer)
         rows.append(
             (
                 *_where(entry.table, entry.partition),
@@ -548,6 +554,12 @@ def _quarantine(db: Statements, entry: Entry, ids: list[int], now: str) -> None:
         " DO UPDATE SET seen = quarantine.seen + 1, last_seen = excluded.last_seen, fetch_id = excluded.fetch_id",
         rows,
     )
+
+
+def _teller(entry: Entry, answer: int) -> str:
+    if not entry.sources:
+        return entry.partition.market.venue
+    return entry.sources[answer if 0 <= answer < len(entry.sources) else 0]
 
 
 def logged(requests: Sequence[Any], window: Window) -> list[LoggedFetch]:

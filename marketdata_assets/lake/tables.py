@@ -9,7 +9,15 @@ from urllib.parse import quote, unquote
 import polars as pl
 
 from marketdata_assets.lake.objects import OBJECT
-from marketdata_assets.model.bar import COLUMNS, HISTORY_COLUMNS, PARITY_COLUMNS, ROLLUP_COLUMNS, Column
+from marketdata_assets.model.bar import (
+    COLUMNS,
+    CONSOLIDATED_COLUMNS,
+    HISTORY_COLUMNS,
+    PARITY_COLUMNS,
+    RECONCILED_COLUMNS,
+    ROLLUP_COLUMNS,
+    Column,
+)
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import Partition, Timeframe
 
@@ -18,6 +26,8 @@ LAYERS: dict[str, tuple[Column, ...]] = {
     "rollup": ROLLUP_COLUMNS,
     "history": HISTORY_COLUMNS,
     "parity": PARITY_COLUMNS,
+    "consolidated": CONSOLIDATED_COLUMNS,
+    "reconciled": RECONCILED_COLUMNS,
 }
 """The columns of each layer's tables."""
 
@@ -25,7 +35,10 @@ LAYERS: dict[str, tuple[Column, ...]] = {
 @dataclass(frozen=True, slots=True)
 class Table:
     """`raw` tables hold what a venue sent, `rollup` tables what was made of it, `history` tables raw bars that were replaced,
-    `parity` tables what came of rolled-up bars beside the venue's own."""
+    `parity` tables what came of rolled-up bars beside the venue's own.
+
+    `consolidated` tables hold one series of several venues' raw bars, `reconciled` tables how far these lie apart.
+    """
 
     layer: str
     timeframe: Timeframe
@@ -78,6 +91,16 @@ def history(timeframe: Timeframe) -> Table:
 def parity(timeframe: Timeframe) -> Table:
     """The table of what came of a rolled-up timeframe beside the venue's own bars."""
     return Table("parity", timeframe)
+
+
+def consolidated(timeframe: Timeframe) -> Table:
+    """The table of the bars of several venues as one series."""
+    return Table("consolidated", timeframe)
+
+
+def reconciled(timeframe: Timeframe) -> Table:
+    """The table of the differences between these venues."""
+    return Table("reconciled", timeframe)
 
 
 def folder(market: Market) -> str:

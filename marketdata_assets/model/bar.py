@@ -49,6 +49,14 @@ HISTORY_COLUMNS: tuple[Column, ...] = (
     *PROVENANCE,
     Column("replaced_at", TIME, "since when another bar is known in its place, by our clock"),
 )
+CONSOLIDATED_COLUMNS: tuple[Column, ...] = (*COLUMNS, Column("venue", pl.String(), "the venue that told this bar"))
+RECONCILED_COLUMNS: tuple[Column, ...] = (
+    COLUMNS[0],
+    Column("venue", pl.String(), "the preferred venue of the two"),
+    Column("other", pl.String(), "the venue beside it"),
+    Column("close_bp", DECIMAL, "venue's close above the other's, in basis points of the other's, to 0.0001"),
+    Column("return_bp", DECIMAL, "venue's return since the bar before above the other's; null where one has no bar before", optional=True),
+)
 NAMES: tuple[str, ...] = tuple(column.name for column in COLUMNS)
 APART = "_apart"
 """After a column's name: by how much a value of ours is more than the venue's own."""
@@ -63,6 +71,7 @@ PARITY_COLUMNS: tuple[Column, ...] = (
 """What came of a rolled-up bar beside the venue's own."""
 PRICES: tuple[str, ...] = ("open", "high", "low", "close")
 SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in COLUMNS}
+RECONCILED_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in RECONCILED_COLUMNS}
 ROLLUP_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in ROLLUP_COLUMNS}
 TOLD_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in (*COLUMNS, *PROVENANCE)}
 """A bar with its provenance, as raw objects hold it."""

@@ -10,6 +10,8 @@ from marketdata_assets.errors import BadInput
 _ASSET = r"[A-Za-z0-9][A-Za-z0-9.$]*"
 _SYMBOL = re.compile(rf"{_ASSET}/{_ASSET}(:{_ASSET}(-[A-Za-z0-9-]+)?)?")
 _VENUE = re.compile(r"[a-z][a-z0-9]*")
+CONSOLIDATED = "consolidated"
+"""Stands for the venue where bars of several venues are one series."""
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMNS, NAMES
 
 
 class Agreement(NamedTuple):
@@ -46,3 +46,47 @@ def agree(kept: pl.DataFrame) -> Agreement:
         rows.filter(~pl.col("won") & pl.col("settled")).select(kept.columns),
         rows.filter(~pl.col("settled")).select(kept.columns),
     )
+
+
+class Unanimous(NamedTuple):
+    """What several files say: `bars` once each, `repeated` rows that say the same again, `disputed` rows that contradict others."""
+
+    bars: pl.DataFrame
+    repeated: pl.DataFrame
+    disputed: pl.DataFrame
+
+
+def unanimous(kept: pl.DataFrame) -> Unanimous:
+    """Rows of several files (columns `answer` and model.bar.NAMES): an open_time that is told twice must be told alike.
+
+    Files are no witnesses that outvote each other: where two differ, neither is believed; a value that one does not
+    give is no difference. Of bars that are told alike the one with the lowest `answer` is taken.
+    `len(kept) == len(bars) + len(repeated) + len(disputed)` always.
+    """
+    again = kept["open_time"].is_duplicated()
+    if not again.any():
+        return Unanimous(kept, kept.clear(), kept.clear())
+    differs = pl.any_horizontal(pl.col(name).min() != pl.col(name).max() for name in NAMES if name != "open_time")
+    opens = kept.filter(again).group_by("open_time").agg(differs.fill_null(False).alias("differs")).filter("differs")
+    disputed = kept.join(opens, on="open_time", how="semi")
+    told = kept.join(opens, on="open_time", how="anti").sort("open_time", "answer", maintain_order=True)
+    first = told["open_time"].is_first_distinct()
+    return Unanimous(told.filter(first), told.filter(~first), disputed)
+
+
+class Beside(NamedTuple):
+    """Bars beside stored ones: `new` open_times, `identical` and `denied` bars; these with the stored values as `<column>_stored`."""
+
+    new: pl.DataFrame
+    identical: pl.DataFrame
+    denied: pl.DataFrame
+
+
+def beside(bars: pl.DataFrame, stored: pl.DataFrame) -> Beside:
+    """Bars of one partition beside those that are stored. A value that one of the two does not give contradicts nothing."""
+    both = bars.join(stored.select(NAMES), on="open_time", suffix="_stored")
+    optional = {column.name for column in COLUMNS if column.optional}
+    same = {name: pl.col(name) == pl.col(name + "_stored") for name in NAMES if name != "open_time"}
+    agrees = both.select(pl.all_horizontal(e.fill_null(True) if n in optional else e for n, e in same.items()).alias("agrees"))["agrees"]
+    new = bars.join(stored.select("open_time"), on="open_time", how="anti")
+    return Beside(new, both.filter(agrees).select(bars.columns), both.filter(~agrees))

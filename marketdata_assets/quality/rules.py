@@ -45,7 +45,7 @@ def rules(timeframe: Timeframe, closed_before: datetime, columns: Sequence[str] 
     slack = vwap_high.abs() * 1e-6 + 1e-6
     return (
         Rule("null", "a value that must be there is missing", _any(pl.col(SENT + n).is_null() for n in columns)),
-        Rule("not_a_number", "NaN, infinite, text that is no number, or no moment", _any(_unreadable(n) for n in ("open_time", *_TEXTS))),
+        Rule("not_a_number", "NaN, infinite, text that is no number, or no moment", _any(_unreadable(n) for n in NAMES)),
         Rule("too_precise", f"more than {SCALE} decimals", _any(_too_precise(n) for n in _TEXTS)),
         Rule("non_positive_price", "a price of zero or below", _any(pl.col(n) <= 0 for n in PRICES)),
         Rule("negative_volume", "a volume or count below zero", _any(pl.col(n) < 0 for n in VOLUMES)),
