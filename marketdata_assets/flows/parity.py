@@ -18,7 +18,15 @@ from marketdata_assets.transforms.rollup import roll_up
 
 TRACED = 1000
 """Where more bars of a partition differ, the rest is judged and not traced: something larger is wrong than single bars."""
-_WHY = {"no_bars": "missing at source: the venue has no {} there", "unanswered": "not answered yet"}
+_WHY = {
+    "missing_at_source": "missing at source: the venue has no {} there",
+    "no_trade": "no trade",
+    "halted": "the venue was halted",
+    "delisted": "the market had ended",
+    "no_bars": "missing at source: the venue has no {} there",
+    "unanswered": "not answered yet",
+}
+"""By a gap's cause, or by what the answers said where its cause is not known yet."""
 
 
 def compare(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> pl.DataFrame:
@@ -129,4 +137,4 @@ def _why(toolbox: Toolbox, table: Table, partition: Partition, gap: Gap) -> str:
         refused = toolbox.ledger.quarantined(partition.market, gap.window)
         reasons = sorted({str(row["reasons"]) for row in refused if row["table"] == table.name})
         return f"refused by a rule: {', '.join(reasons)}" if reasons else "refused by a rule"
-    return _WHY[gap.reason].format(table.timeframe.name)
+    return _WHY[gap.cause or gap.reason].format(table.timeframe.name)
