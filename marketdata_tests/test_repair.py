@@ -8,12 +8,15 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 from marketdata_assets.cli.main import app
+from marketdata_assets.cli.processes import dagster_environment
+from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import BadInput, MarketDataError
 from marketdata_assets.flows.ingest import clean_stored, ingest
 from marketdata_assets.flows.read import coverage, read_bars
@@ -26,7 +29,7 @@ from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.window import TIMEFRAMES, Window
 from marketdata_assets.quality.clean import clean
 from marketdata_assets.quality.split import REJECTED_SCHEMA
-from marketdata_assets.settings import Settings
+from marketdata_assets.settings import Settings, load_settings
 from marketdata_assets.sources.sandbox import SandboxExchange
 from marketdata_assets.sources.sandbox_bars import truth
 from marketdata_assets.toolbox import open_toolbox
@@ -109,6 +112,32 @@ def test_a_repair_finds_corrections_and_writes_a_receipt(stored: tuple[SandboxEx
     assert call("receipts", str(receipt["receipt"]))["body"]["corrected"] == 1
     as_of = call("bars", BTC.key, "1m", "--start", "2024-01-02T10:59", "--end", "2024-01-02T11:00", "--as-of", "2024-01-05T12:00")
     assert Decimal(as_of[0]["close"]) == Decimal(correction["changes"]["close"]["was"])
+
+
+@pytest.mark.parametrize(("name", "found"), [("ask_again_every_night", 1), ("ask_again_every_month", 2)])
+def test_by_night_and_by_month_the_venue_is_asked_again(
+    sandbox: tuple[SandboxExchange, str], universe: Universe, monkeypatch: pytest.MonkeyPatch, name: str, found: int
+) -> None:
+    """The schedules' own runs find what was corrected in their days, and nothing before."""
+    exchange, url = sandbox
+    run_ingest(universe(url, since="2023-12-30", until="2024-01-03", now="2024-01-03T00:30"))
+    corrected = {int(at(text).timestamp() * 1000) for text in ("2023-12-30T12:00", "2024-01-02T10:59")}
+
+    async def tamper(request: Any, rows: list[list[Any]]) -> Any:
+        return [[*r[:4], r[2], *r[5:]] if r[0] in corrected and request.query["interval"] == "1m" else r for r in rows]
+
+    exchange.tamper = tamper
+    monkeypatch.setenv("MARKETDATA_NOW", "2024-01-03T01:40")
+    settings = load_settings()
+    for key, value in dagster_environment(settings).items():
+        monkeypatch.setenv(key, value)
+    definitions = build_definitions(settings)
+    schedule = definitions.resolve_schedule_def(name)
+    with dg.DagsterInstance.get() as instance:
+        (request,) = schedule.evaluate_tick(dg.build_schedule_context(instance)).run_requests or ()
+        result = definitions.resolve_job_def("repair").execute_in_process(request.run_config, instance=instance)
+    assert result.success
+    assert len(call("corrections")) == found
 
 
 def test_a_repair_that_fails_says_so_and_keeps_what_is_there(stored: tuple[SandboxExchange, Settings]) -> None:

@@ -138,7 +138,9 @@ def _pairs(toolbox: Toolbox, table: Table, partition: Partition, window: Window)
         return
     inside = pl.col("open_time").is_between(window.start, window.end, closed="left")
     told = pl.concat([former.filter(inside), stored.filter(inside)], how="diagonal")
-    told = told.join(former.select("open_time").unique(), on="open_time", how="semi").sort("open_time", "known_at", nulls_last=False)
+    told = told.join(former.select("open_time").unique(), on="open_time", how="semi").sort(
+        "open_time", "replaced_at", nulls_last=True, maintain_order=True
+    )
     rows = told.rows(named=True)
     for was, became in pairwise(rows):
         if was["open_time"] == became["open_time"] and was["replaced_at"] is not None:
