@@ -14,9 +14,9 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from marketdata_assets.flows import gaps as flow
 from marketdata_assets.flows.gaps import Explained, explain
 from marketdata_assets.flows.ingest import ingest, take_in
 from marketdata_assets.flows.read import coverage
+from marketdata_assets.lake.tables import raw
 from marketdata_assets.model.bar import NAMES, SCHEMA
+from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import TIMEFRAMES, Window, parse_time
 from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.settings import load_settings
@@ -97,20 +99,39 @@ def fill(toolbox: Toolbox, from_archive: bool) -> None:
                     raise done.error
 
 
-def sums(toolbox: Toolbox) -> tuple[int, list[str]]:
-    """Days summed, and those whose parts are not what is expected."""
+def sums(toolbox: Toolbox, found: Sequence[Explained]) -> tuple[int, list[str]]:
+    """Days summed, and those of which a part is not what counting minute by minute gives.
+
+    `coverage` takes what is left over for not fetched, so that its sum says little. Here every minute is looked up in the
+    stored objects and in the list of gaps: it has to be in one of them, and in no two.
+    """
     days, wrong = 0, []
     for market in toolbox.settings.markets:
-        span = toolbox.settings.span(market)
+        span, parts = toolbox.settings.span(market), by_minute(toolbox, market, found)
         day = span.start
         while day < span.end:
-            (found,) = coverage(toolbox, [market], Window(day, day + DAY))
-            parts = {name: value for name, value in found.as_dict().items() if isinstance(value, int)}
-            expected = parts.pop("expected")
-            if expected != 1440 or sum(parts.values()) != expected:
-                wrong.append(f"{market.key} {day:%F}: {parts} of {expected}")
+            minutes = [parts.get(day + i * MINUTE.width, ["not_fetched"]) for i in range(1440)]
+            counted = Counter(part for several in minutes for part in several)
+            (said,) = coverage(toolbox, [market], Window(day, day + DAY))
+            told = {name: value for name, value in said.as_dict().items() if isinstance(value, int) and value}
+            if told != {"expected": 1440, **counted} or counted.total() != 1440 or counted["not_fetched"]:
+                wrong.append(f"{market.key} {day:%F}: {told}, by the minute {dict(counted)}")
             days, day = days + 1, day + DAY
     return days, wrong
+
+
+def by_minute(toolbox: Toolbox, market: Market, found: Sequence[Explained]) -> dict[datetime, list[str]]:
+    """Under which parts every minute stands, by the stored objects and the list of gaps."""
+    parts: dict[datetime, list[str]] = defaultdict(list)
+    for partition in toolbox.settings.partitions([market], toolbox.settings.span(market)):
+        bars = toolbox.lake.read(raw(MINUTE), partition)
+        for moment in [] if bars is None else bars["open_time"]:
+            parts[moment].append("present")
+    for one in found:
+        if one.market == market and one.table.timeframe == MINUTE:
+            for i in range(one.gap.bars):
+                parts[one.gap.window.start + i * MINUTE.width].append(one.gap.part)
+    return parts
 
 
 def march(found: Sequence[Explained]) -> Iterable[str]:
@@ -154,8 +175,8 @@ def main() -> None:
                 filled = time.perf_counter()
                 explain(toolbox, [p for m in settings.markets for p in settings.partitions([m], settings.span(m))], ask=True)
                 explained = time.perf_counter()
-                days, wrong = sums(toolbox)
                 found = flow.gaps(toolbox, settings.markets, Window(settings.since, settings.now()))
+                days, wrong = sums(toolbox, found)
                 print(f"\n{name}: filled in {filled - begun:.1f} s, explained in {explained - filled:.1f} s")
                 print(f"{days} days summed, {len(wrong)} of them wrong {wrong[:3]}")
                 for row in march(found):

@@ -53,7 +53,7 @@ from marketdata_tests.steps import at, lake_files, partitions, run_ingest, windo
 M1, M15, H1 = TIMEFRAMES["1m"], TIMEFRAMES["15m"], TIMEFRAMES["1h"]
 HOLE = window("2023-03-24T12:40", "2023-03-24T14:00")
 NEVER, OFTEN = (Habit(44640, 0, 0),), (Habit(44640, 8000, 6000),)
-KNOWN = (Halt(("binance",), HOLE, "suspended", "somebody"),)
+KNOWN = (Halt("binance", HOLE, "suspended", "somebody"),)
 
 
 def facts(hole: Window = HOLE, **known: Any) -> Facts:

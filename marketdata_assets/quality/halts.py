@@ -9,9 +9,12 @@ from marketdata_assets.model.window import Window, parse_time
 
 
 class Halt(NamedTuple):
-    """A halt of all of a venue's markets, as told: `window` is about right, to be confirmed by the bars."""
+    """A halt of all of a venue's markets, as people told of it: `window` is about right, to be confirmed by the bars.
 
-    venues: tuple[str, ...]
+    Only what was told by somebody else belongs here: a row read off our own bars would be its own witness.
+    """
+
+    venue: str
     window: Window
     what: str
     told_by: str
@@ -51,27 +54,17 @@ _OUTAGES = """
 2021-09-29T07:00 2021-09-29T09:00
 2023-03-24T12:40 2023-03-24T14:00
 """
-_OTHERS = (
-    (
-        ("coinbase", "coinbaseexchange"),
-        "2023-03-04T17:00",
-        "2023-03-04T21:37",
-        "maintenance",
-        "no bar of BTC-USD and BTC-USDT while other venues traded",
-    ),
-)
 
 
 @lru_cache
 def registry() -> tuple[Halt, ...]:
     """All known halts. Adding one is one row above."""
-    binance = [Halt(("binance",), _window(*line.split()), "trading was suspended", _BINANCE) for line in _OUTAGES.split("\n") if line]
-    return *binance, *(Halt(venues, _window(start, end), what, by) for venues, start, end, what, by in _OTHERS)
+    return tuple(Halt("binance", _window(*line.split()), "trading was suspended", _BINANCE) for line in _OUTAGES.split("\n") if line)
 
 
 def known_halts(venue: str, window: Window) -> list[Halt]:
     """The halts of a venue that touch a window."""
-    return [halt for halt in registry() if venue in halt.venues and halt.window & window]
+    return [halt for halt in registry() if venue == halt.venue and halt.window & window]
 
 
 def _window(start: str, end: str) -> Window:
