@@ -37,7 +37,7 @@ from marketdata_assets.toolbox import Toolbox, open_toolbox
 from marketdata_assets.transforms.rollup import roll_up
 from marketdata_tests.conftest import SANDBOX_NOW, Universe
 from marketdata_tests.samples import BTC
-from marketdata_tests.steps import SkippingClock, at, bar_requests, ms, partitions, quarantined, run_derive, window
+from marketdata_tests.steps import SkippingClock, at, bar_requests, coinbase, ms, partitions, quarantined, run_derive, serving, window
 
 MINUTE = TIMEFRAMES["1m"]
 ROLLED = ("5m", "1h", "1d")
@@ -347,3 +347,41 @@ def test_what_was_changed_by_hand_is_not_proved_from_history(stage: Stage) -> No
         toolbox.lake.write(raw(MINUTE), partition, bars.with_columns(pl.col("high").alias("close")))
         found = verify(toolbox, one)
         assert [(d.table, d.what) for d in found.differences] == [("raw/ohlcv_1m", "other content")]
+
+
+def test_the_venue_and_a_file_that_gives_more_or_less_do_not_contradict_each_other(universe: Universe) -> None:
+    """Bars with a trade count from a file, then the API without one; bars without quote volume, then the API with it."""
+    span, empty = window("2024-01-01", "2024-01-01T12:00"), pl.DataFrame(schema=REJECTED_SCHEMA)
+    every = truth("BTCUSDT", "1m", span)
+    more = every.with_columns(pl.lit(None, SCHEMA[n]).alias(n) for n in NAMES if "quote" in n or "taker" in n)
+
+    def candles(request: web.Request) -> web.Response:
+        start, end = (at(request.query[n].removesuffix("Z")) for n in ("start", "end"))
+        rows = more.filter(pl.col("open_time").is_between(start, end)).sort("open_time", descending=True)
+        answer = [
+            [int(t.timestamp()), *map(float, (low, high, opened, close, volume))] for t, opened, high, low, close, volume, *_ in rows.rows()
+        ]
+        return web.json_response(answer)
+
+    with serving(coinbase(candles, "2024-01-01T12:00:00")) as url:
+        settings = universe(
+            url, symbols="[BTC/USD]", since="2024-01-01", until="2024-01-01T12:00", venue="coinbaseexchange", now="2024-01-05"
+        )
+        (january,) = partitions(settings)
+        with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:
+            take_in(toolbox, MINUTE, january, more.head(600), empty, "archive.csv")
+            (done,) = ingest(toolbox, MINUTE, [january], span)
+    assert (done.error, done.complete, done.replaced.height) == (None, True, 0)
+    assert done.account.balanced
+    assert_frame_equal(done.bars.head(600), more.head(600), check_exact=True)
+    assert done.bars["trades"].null_count() == 120
+    exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
+    with running(exchange) as url:
+        settings = universe(url, since="2024-01-01", until="2024-01-01T12:00", now="2024-01-05")
+        (january,) = partitions(settings)
+        with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:
+            take_in(toolbox, MINUTE, january, more.head(600), empty, "archive.csv")
+            (done,) = ingest(toolbox, MINUTE, [january], span)
+    assert (done.error, done.complete, done.replaced.height) == (None, True, 600)
+    assert done.account.balanced
+    assert_frame_equal(done.bars, every, check_exact=True)

@@ -22,7 +22,7 @@ from marketdata_assets.lake.ledger import PROMPT_ASKS, Account, Gap, LoggedFetch
 from marketdata_assets.model.bar import NAMES, empty_bars
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import EPOCH, MINUTE, Timeframe, Window, iso
-from marketdata_assets.quality.agree import Agreement, agree
+from marketdata_assets.quality.agree import Agreement, agree, filled
 from marketdata_assets.quality.causes import ask_again_at
 from marketdata_assets.quality.gaps import holes, left_of, merged, runs, without
 from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
@@ -218,9 +218,14 @@ class _Inquiry:
 
     # ------------------------------------------------------------------------------------------ doubting
     def _agreement(self) -> Agreement:
-        fresh = pl.concat(self.kept)
+        fresh = self._told()
         old = self.stored.join(fresh.select("open_time").unique(), on="open_time", how="semi")
-        return agree(pl.concat([fresh, old.select(pl.lit(STORED, pl.Int64).alias("answer"), *NAMES)]))
+        old = filled(old.select(pl.lit(STORED, pl.Int64).alias("answer"), *NAMES), fresh.unique("open_time", keep="first"))
+        return agree(pl.concat([fresh, old]))
+
+    def _told(self) -> pl.DataFrame:
+        """The good rows of all answers, beside stored bars with what only these give."""
+        return filled(pl.concat(self.kept), self.stored)
 
     def _holes(self, agreement: Agreement) -> list[Window]:
         """What is neither stored, nor believed, nor a gap that waits."""
@@ -304,7 +309,7 @@ class _Inquiry:
 
     def _repeated(self, agreement: Agreement) -> int:
         """Rows that only said again what is believed, counted from the rows themselves."""
-        same = pl.concat(self.kept).join(agreement.bars, on=NAMES, how="semi", nulls_equal=True).height
+        same = self._told().join(agreement.bars, on=NAMES, how="semi", nulls_equal=True).height
         new = agreement.bars.join(self.stored, on=NAMES, how="anti", nulls_equal=True).height
         return same - new
 

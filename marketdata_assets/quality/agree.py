@@ -48,6 +48,19 @@ def agree(kept: pl.DataFrame) -> Agreement:
     )
 
 
+def filled(rows: pl.DataFrame, by: pl.DataFrame) -> pl.DataFrame:
+    """The same rows; a value that one of them does not give is that of the row of the same open_time in `by`, if it has one.
+
+    `by` has an open_time once. What a row does not give contradicts nothing: a file may tell more than the venue's API.
+    """
+    lacking = [column.name for column in COLUMNS if column.optional and rows[column.name].null_count()]
+    if not lacking or by.is_empty():
+        return rows
+    beside = by.select("open_time", *(pl.col(name).alias(name + "_by") for name in lacking))
+    joined = rows.join(beside, on="open_time", how="left", maintain_order="left")
+    return joined.with_columns(pl.coalesce(name, name + "_by").alias(name) for name in lacking).select(rows.columns)
+
+
 class Unanimous(NamedTuple):
     """What several files say: `bars` once each, `repeated` rows that say the same again, `disputed` rows that contradict others."""
 
