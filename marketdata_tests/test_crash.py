@@ -290,7 +290,7 @@ def test_everything_killed_and_started_again(stack: Stack) -> None:
     """The truth after a restart: what was running has failed, what was queued runs. Then a polite end, with a run at work."""
     killed, _ = stack.working(BTC)
     os.kill(stack.pids("defs.launcher run")[0], signal.SIGSTOP)
-    queued, begun = stack.launch(ETH), stack.launch(ETH)
+    queued, begun = (soon(lambda: stack.launch(ETH), 60, "a run can be launched") for _ in range(2))
     stack.kill("cli.main dev", "dagster_webserver", "code-server start", "defs.launcher run", "execute_run")
     stack.supervisor.wait()
     orphan = stack.pids("api grpc")  # nobody tells the second process of the code server; it hears no more heartbeats
