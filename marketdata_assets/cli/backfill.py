@@ -68,15 +68,20 @@ def backfill_tasks(settings: Settings, tasks: list[Task], console: Console = out
     with Progress(*columns, console=err) as progress:
         bar = progress.add_task(f"{len(tasks)} partitions", total=total, requests=0)
         outcome = run_ranges(settings, ranges(tasks), lambda o: progress.update(bar, completed=min(o.bars, total), requests=o.requests))
+    print_trouble(outcome)
+    done = f"{outcome.bars} bars received in {outcome.requests} requests, " if total or outcome.requests else ""
+    console.print(f"{done}{len(tasks)} partitions in {outcome.runs} runs")
+    return outcome.exit_code
+
+
+def print_trouble(outcome: Outcome) -> None:
+    """A line for every partition that failed, every red check and every broken run."""
     for failure in outcome.failed:
         err.print(f"[red]failed[/red] {failure['failed']}: {plain(failure['says'])}", highlight=False)
     for check in outcome.checks:
         err.print(f"[yellow]check[/yellow] {check['check']} {check['partition']}: {plain(check['says'])}", highlight=False)
     for run in outcome.broken_runs:
         err.print(f"[red]run failed[/red] {plain(run)}", highlight=False)
-    done = f"{outcome.bars} bars received in {outcome.requests} requests, " if total or outcome.requests else ""
-    console.print(f"{done}{len(tasks)} partitions in {outcome.runs} runs")
-    return outcome.exit_code
 
 
 def ranges(tasks: Sequence[Task], imported: tuple[str, ...] = ()) -> list[Span]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from marketdata_assets.cli.common import Format, app, err, one_of, out, plain, print_json, print_table, say
+from marketdata_assets.cli.common import Format, app, err, one_of, out, print_json, print_table, say
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.window import timeframe
 from marketdata_assets.settings import Settings, load_settings
@@ -82,18 +82,13 @@ def _import(settings: Settings, files: Sequence[Path], told: Told, dry_run: bool
 
 def _show(settings: Settings, spans: Sequence[Span]) -> int:
     """Check and roll up what was told, through Dagster, so that the UI shows it; the exit code of that."""
-    from marketdata_assets.cli.backfill import run_ranges
+    from marketdata_assets.cli.backfill import print_trouble, run_ranges
 
     with err.status(f"checks and rollups in {len(spans)} runs"):
         outcome = run_ranges(settings, spans, lambda _: None)
     # what is not whole yet is for a backfill to fetch; every other red check, and every failure, counts
     outcome.checks = [check for check in outcome.checks if check["check"].rpartition(" ")[2] not in ("gaps", "complete")]
-    for failure in outcome.failed:
-        err.print(f"[red]failed[/red] {failure['failed']}: {plain(failure['says'])}", highlight=False)
-    for check in outcome.checks:
-        err.print(f"[yellow]check[/yellow] {check['check']} {check['partition']}: {plain(check['says'])}", highlight=False)
-    for run in outcome.broken_runs:
-        err.print(f"[red]run failed[/red] {plain(run)}", highlight=False)
+    print_trouble(outcome)
     return outcome.exit_code
 
 

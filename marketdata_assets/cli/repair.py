@@ -25,6 +25,7 @@ from marketdata_assets.cli.common import (
     quarantine,
     window_of,
 )
+from marketdata_assets.model.bar import number_text
 from marketdata_assets.model.window import iso, parse_time
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
@@ -61,8 +62,8 @@ def repair(
             return
         asked = {"markets": [m.key for m in markets], "start": iso(window.start), "end": iso(window.end), "again": again is not None}
         done = answer_of(["marketdata_assets.defs.repair", json.dumps(asked)], settings)
-        found = [receipt for receipt in toolbox.receipts.list("repair") if receipt.id == done["receipt"]]
-    for receipt in found:
+        receipt = toolbox.receipts.find(done["receipt"]) if done["receipt"] else None
+    if receipt:
         body = {"receipt": receipt.id, "at": iso(receipt.at), "says": receipt.says, **receipt.body}
         print_json(body) if format == "json" else _show_receipt(body)
     if not done["success"]:
@@ -102,12 +103,12 @@ def receipts(
 
     one_of(format, "table", "json")
     with opened() as (_, toolbox):
-        found = toolbox.receipts.list(limit=10**9 if number is not None else limit)
+        one = toolbox.receipts.find(number) if number is not None else None
+        found = toolbox.receipts.list(limit=limit)
     if number is not None:
-        one = [receipt for receipt in found if receipt.id == number]
-        if not one:
+        if one is None:
             raise BadInput(f"there is no receipt {number}; `marketdata receipts` lists them")
-        print_json({**one[0]._asdict(), "at": iso(one[0].at)})
+        print_json({**one._asdict(), "at": iso(one.at)})
         return
     rows = [{"receipt": r.id, "kind": r.kind, "at": iso(r.at), "says": r.says} for r in found]
     print_json(rows) if format == "json" else print_table(rows, ["receipt", "kind", "at", "says"])
@@ -137,7 +138,7 @@ def corrections(
             "known": iso(c.known_at) if c.known_at else None,
             "corrected": iso(c.corrected_at),
             "source": c.source,
-            "changes": {name: {"was": _text(a), "is": _text(b), "by": _by(a, b)} for name, (a, b) in c.changes.items()},
+            "changes": {name: _change(was, became) for name, (was, became) in c.changes.items()},
         }
         for c in found
     ]
@@ -150,8 +151,10 @@ def corrections(
     out.print(f"{len(rows)} corrections", highlight=False)
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else f"{value:f}".rstrip("0").rstrip(".") if "." in f"{value:f}" else str(value)
+def _change(was: Any, became: Any) -> dict[str, str | None]:
+    """A value before and after, null where it was not given, and by how much it changed."""
+    before, after = (None if value is None else number_text(value) for value in (was, became))
+    return {"was": before, "is": after, "by": _by(was, became)}
 
 
 def _by(was: Any, became: Any) -> str:

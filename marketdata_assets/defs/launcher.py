@@ -91,6 +91,12 @@ def _has_process(run: dg.DagsterRun) -> bool:
     return lives(run.tags.get(PROCESS_TAG, ""))
 
 
+def why_failed(result: dg.ExecuteInProcessResult) -> str:
+    """What a run that was executed in this process says of its first failure; empty when it has none."""
+    errors = [str(e.event_specific_data.error_display_string) for e in result.all_events if e.is_step_failure]  # type: ignore[union-attr]
+    return errors[0][:2000] if errors else ""
+
+
 def open_instance(sole: bool = False) -> dg.DagsterInstance:
     """The instance in DAGSTER_HOME without dead runs; one process at a time, as two that create its tables at once would fail."""
     with Path(os.environ["DAGSTER_HOME"], "opening.lock").open("w") as lock:

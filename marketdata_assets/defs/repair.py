@@ -20,7 +20,7 @@ from pydantic import Field
 
 from marketdata_assets.defs.assets import asset_key, fetch_into, roll_up_into
 from marketdata_assets.defs.checks import Results, failure_told, log_all
-from marketdata_assets.defs.launcher import PROCESS_TAG, open_instance, process_id
+from marketdata_assets.defs.launcher import PROCESS_TAG, open_instance, process_id, why_failed
 from marketdata_assets.flows.repair import clean_up, contents, span_of, write_receipt
 from marketdata_assets.lake.tables import raw, rollup
 from marketdata_assets.model.window import Partition, Window, iso, parse_time
@@ -62,10 +62,10 @@ def repair_job(settings: Settings) -> dg.JobDefinition:
             roll_up_into(rollups, toolbox, partitions)
             asked = {**span_of(partitions, window), "again": config.again, "run": context.run_id}
             receipt = write_receipt(toolbox, asked, before, contents(toolbox, partitions), fetched, cleaned)
-            says = toolbox.receipts.list(REPAIR, 1)[0].says
-        context.instance.add_run_tags(context.run_id, {RECEIPT_TAG: str(receipt)})
-        numbers = {name: sum(getattr(t, name) for t in fetched) for name in ("requests", "stored", "corrected", "refused")}
-        context.add_output_metadata({"partitions": len(partitions), "unparked": unparked, "receipt": receipt, "says": says, **numbers})
+        context.instance.add_run_tags(context.run_id, {RECEIPT_TAG: str(receipt.id)})
+        numbers = {name: receipt.body[name] for name in ("requests", "stored", "corrected", "refused")}
+        told = {"partitions": len(partitions), "unparked": unparked, "receipt": receipt.id, "says": receipt.says}
+        context.add_output_metadata({**told, **numbers})
         log_all([*raws.values(), *rollups.values()])
 
     @dg.job(
@@ -141,11 +141,8 @@ def main() -> None:
             raise_on_error=False,
         )
         run = instance.get_run_by_id(result.run_id)
-    errors = [str(e.event_specific_data.error_display_string) for e in result.all_events if e.is_step_failure]  # type: ignore[union-attr]
     receipt = run.tags.get(RECEIPT_TAG) if run else None
-    sys.stdout.write(
-        json.dumps({"success": result.success, "receipt": receipt and int(receipt), "says": (errors or [""])[0][:2000]}) + "\n"
-    )
+    sys.stdout.write(json.dumps({"success": result.success, "receipt": receipt and int(receipt), "says": why_failed(result)}) + "\n")
 
 
 if __name__ == "__main__":

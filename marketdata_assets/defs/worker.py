@@ -23,7 +23,7 @@ import dagster as dg
 from marketdata_assets.defs.checks import IMPORT, KIND
 from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
-from marketdata_assets.defs.launcher import PROCESS_TAG, open_instance, process_id
+from marketdata_assets.defs.launcher import PROCESS_TAG, open_instance, process_id, why_failed
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
 from marketdata_assets.model.window import Partition
 from marketdata_assets.settings import load_settings
@@ -58,8 +58,7 @@ def _run(job: dg.JobDefinition, instance: dg.DagsterInstance, span: dict[str, An
         tags[KIND] = IMPORT
         selection = [key for key in job.asset_layer.executable_asset_keys if key.to_user_string() in imported or _follows(key, imported)]
     result = job.execute_in_process(instance=instance, tags=tags, raise_on_error=False, asset_selection=selection)
-    errors = [str(e.event_specific_data.error_display_string) for e in result.all_events if e.is_step_failure]  # type: ignore[union-attr]
-    tell({"done": span, "success": result.success, "run": result.run_id, "says": errors[0][:2000] if errors else ""})
+    tell({"done": span, "success": result.success, "run": result.run_id, "says": why_failed(result)})
 
 
 def _follows(key: dg.AssetKey, imported: list[str]) -> bool:

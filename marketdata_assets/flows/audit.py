@@ -18,10 +18,10 @@ from marketdata_assets.flows.parity import compare
 from marketdata_assets.lake.ledger import Account, Gap
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.anomaly import State
-from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA
+from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA, number_text
 from marketdata_assets.model.window import Partition, Timeframe, Window, iso
 from marketdata_assets.quality.gaps import holes, left_of
-from marketdata_assets.quality.parity import UNEQUAL, WITHIN, plain
+from marketdata_assets.quality.parity import UNEQUAL, WITHIN
 from marketdata_assets.quality.split import asked_columns, split
 from marketdata_assets.toolbox import Toolbox
 
@@ -240,7 +240,7 @@ def _matches_native(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) ->
 
 
 def _difference(row: dict[str, Any]) -> Row:
-    values = [f"{name} {plain(row[name])} / {plain(row[name + '_native'])}" for name in row["columns"].split()]
+    values = [f"{name} {number_text(row[name])} / {number_text(row[name + '_native'])}" for name in row["columns"].split()]
     minutes = row["minutes"].split()
     shown = [*minutes[:SHOWN], *([f"and {len(minutes) - SHOWN} more"] if len(minutes) > SHOWN else [])]
     return {

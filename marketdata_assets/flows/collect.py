@@ -98,6 +98,17 @@ async def _ended(toolbox: Toolbox, market: Market) -> bool:
         return False
 
 
+def still_lacking(gaps: Iterable[Gap], opens: pl.Series, timeframe: Timeframe) -> list[Gap]:
+    """What remains of gaps beside the bars that are there now; `opens` is sorted."""
+    moments, left = opens.to_list(), []
+    for gap in gaps:
+        if bisect_left(moments, gap.window.start) == bisect_left(moments, gap.window.end):
+            left.append(gap)
+        else:
+            left += [gap._replace(window=w, bars=w.count(timeframe)) for w in holes(opens, timeframe, gap.window)]
+    return left
+
+
 def _lacking(opens: pl.Series, timeframe: Timeframe, window: Window, gaps: Iterable[Gap], now: datetime) -> list[Window]:
     """The windows of which no bar is among `opens` and for which no gap waits. `now`: our clock."""
     return left_of(holes(opens, timeframe, window), [gap.window for gap in gaps if not gap.due(now)])
@@ -325,17 +336,8 @@ class _Inquiry:
 
     def _waiting(self, opens: pl.Series) -> list[Gap]:
         """The known gaps that no run asks for now, without bars that are there all the same (they were asked again)."""
-        now, moments = self.toolbox.settings.now(), opens.to_list()
-        waiting: list[Gap] = []
-        for gap in self.known:
-            if gap.due(now):
-                continue
-            if bisect_left(moments, gap.window.start) == bisect_left(moments, gap.window.end):
-                waiting.append(gap)
-                continue
-            parts = holes(opens, self.timeframe, gap.window)
-            waiting += [gap._replace(window=part, bars=part.count(self.timeframe)) for part in parts]
-        return waiting
+        now = self.toolbox.settings.now()
+        return still_lacking([gap for gap in self.known if not gap.due(now)], opens, self.timeframe)
 
     def ended(self, requests: Sequence[Request]) -> Collected:
         """The venue lists the market no more and answers nothing: what lacks has not been answered for."""

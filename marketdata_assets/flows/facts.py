@@ -14,7 +14,7 @@ import polars as pl
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.lake.ledger import Gap, State
 from marketdata_assets.lake.tables import Table, raw
-from marketdata_assets.model.bar import empty_bars
+from marketdata_assets.model.bar import empty_bars, number_text
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import Partition, Window, iso
 from marketdata_assets.quality.causes import HALTED, Facts, Habit, Habits, Native, Neighbour, Part, Silence
@@ -319,6 +319,6 @@ def _bar(neighbour: Neighbour | None) -> dict[str, str] | None:
         return None
     return {
         "open_time": iso(neighbour.open_time),
-        "close": f"{neighbour.close.normalize():f}",
-        "volume": f"{neighbour.volume.normalize():f}",
+        "close": number_text(neighbour.close),
+        "volume": number_text(neighbour.volume),
     }

@@ -11,7 +11,7 @@ from datetime import datetime
 import polars as pl
 
 from marketdata_assets.errors import Damaged, MarketDataError, Unreachable
-from marketdata_assets.flows.collect import Collected, collect
+from marketdata_assets.flows.collect import Collected, collect, still_lacking
 from marketdata_assets.lake.ledger import Account, Entry, Gap, State, logged
 from marketdata_assets.lake.tables import Table, history, raw
 from marketdata_assets.model.bar import HISTORY_COLUMNS, NAMES, TIME, TOLD_SCHEMA
@@ -19,7 +19,7 @@ from marketdata_assets.model.window import Partition, Timeframe, Window
 from marketdata_assets.quality.agree import Beside, beside
 from marketdata_assets.quality.clean import clean
 from marketdata_assets.quality.contract import check_bars
-from marketdata_assets.quality.gaps import holes, runs, without
+from marketdata_assets.quality.gaps import holes, left_of, runs, without
 from marketdata_assets.quality.split import reject
 from marketdata_assets.toolbox import Toolbox
 
@@ -136,12 +136,12 @@ def _told(
     found = beside(kept.select("answer", *NAMES).sort("open_time"), prepared.stored)
     bars = found.new.with_columns(pl.col("answer").replace_strict(range(len(sources)), sources, return_dtype=pl.String).alias("source"))
     opens = pl.concat([prepared.stored["open_time"], bars["open_time"]]).sort()
-    known = [rest for gap in prepared.gaps for rest in _left_of(gap, opens, timeframe)]
+    known = still_lacking(prepared.gaps, opens, timeframe)
     inside = Window(kept["open_time"].min(), kept["open_time"].max()) & prepared.wanted if kept.height else None  # type: ignore[arg-type]
-    told = [w for hole in (holes(opens, timeframe, inside) if inside else []) for w in without(hole, [gap.window for gap in known])]
+    told = left_of(holes(opens, timeframe, inside) if inside else [], [gap.window for gap in known])
     broken = runs(rejected["open_time"].drop_nulls().dt.truncate(timeframe.every).to_list(), timeframe)
     gaps = known + [gap for window in told for gap in _gaps_told(window, broken, timeframe, sources, final)]
-    lacking = [w for hole in holes(opens, timeframe, prepared.wanted) for w in without(hole, [g.window for g in gaps if g.settled])]
+    lacking = left_of(holes(opens, timeframe, prepared.wanted), [gap.window for gap in gaps if gap.settled])
     got = Collected(
         bars=bars,
         rejected=pl.concat([rejected, reject(found.denied, "disagrees")]),
@@ -179,11 +179,6 @@ def clean_stored(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -
             got, _ = _told(prepared, cleaned.bars.clear(), cleaned.rejected, [CLEAN_UP])
             _store(toolbox, prepared, got, [CLEAN_UP])
         return prepared.note or says
-
-
-def _left_of(gap: Gap, opens: pl.Series, timeframe: Timeframe) -> list[Gap]:
-    """What remains of a gap when some of its bars are there."""
-    return [gap._replace(window=w, bars=w.count(timeframe)) for w in holes(opens, timeframe, gap.window)]
 
 
 def _start(toolbox: Toolbox, table: Table, partition: Partition, again: Window | None) -> _Started:

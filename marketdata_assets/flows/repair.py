@@ -14,6 +14,7 @@ from marketdata_assets.flows.ingest import Ingested, clean_stored, wanted_window
 from marketdata_assets.flows.lock import content
 from marketdata_assets.flows.plan import page_size, plan
 from marketdata_assets.lake.fingerprint import fingerprint
+from marketdata_assets.lake.receipts import Receipt
 from marketdata_assets.lake.tables import Table, raw, rollup
 from marketdata_assets.model.window import Partition, Window, iso
 from marketdata_assets.quality.clean import clean
@@ -128,8 +129,8 @@ def write_receipt(
     after: dict[tuple[str, str], Content],
     fetched: Sequence[Told],
     cleaned: Sequence[dict[str, Any]],
-) -> int:
-    """Write down what a repair has done; the receipt's number."""
+) -> Receipt:
+    """Write down what a repair has done."""
     rows = [
         {
             "table": table,

@@ -14,7 +14,7 @@ from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.derive import neighbour
 from marketdata_assets.flows.read import base_of, table_of
 from marketdata_assets.lake.tables import Table, history, raw
-from marketdata_assets.model.bar import NAMES, TIME, empty_bars
+from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA, TIME, empty_bars
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import Partition, Timeframe, Window, iso, partitions_of
 from marketdata_assets.toolbox import Toolbox
@@ -34,9 +34,9 @@ def read_as_of(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: W
         raise BadInput(f"{market.key} keeps no revisions, as it is made of other markets; ask for one of these as of {iso(moment)}")
     base = timeframe if table.layer == "raw" else base_of(toolbox, market)
     span = Window(window.start, window.end + timeframe.width)
-    months = [p for p in partitions_of(market, span) if toolbox.ledger.state(raw(base), p) is not None]
-    read = _rolled_then if table.layer == "rollup" else _raw_then
-    frames = [read(toolbox, partition, base, timeframe, moment) for partition in months]
+    known = toolbox.ledger.states(raw(base), market)
+    months = [p for p in partitions_of(market, span) if p.month_key in known]
+    frames = [partition_as_of(toolbox, table, partition, moment) for partition in months]
     inside = pl.col("open_time").is_between(window.start, window.end, closed="left")
     found = pl.concat(frames).filter(inside) if frames else pl.DataFrame(schema=table.schema)
     if found.is_empty():
@@ -46,12 +46,9 @@ def read_as_of(toolbox: Toolbox, market: Market, timeframe: Timeframe, window: W
 
 def partition_as_of(toolbox: Toolbox, table: Table, partition: Partition, moment: datetime) -> pl.DataFrame:
     """One partition of a table as it was known at `moment`; no bars where nothing was."""
-    base = table.timeframe if table.layer == "raw" else base_of(toolbox, partition.market)
     if table.layer == "raw":
-        return _raw_then(toolbox, partition, base, base, moment)
-    if toolbox.ledger.state(raw(base), partition) is None:
-        return pl.DataFrame(schema=table.schema)
-    return _rolled_then(toolbox, partition, base, table.timeframe, moment)
+        return _raw_then(toolbox, partition, table.timeframe, moment)
+    return _rolled_then(toolbox, partition, base_of(toolbox, partition.market), table.timeframe, moment)
 
 
 def _refuse_before_the_first(toolbox: Toolbox, market: Market, base: Timeframe, months: Iterable[Partition], moment: datetime) -> None:
@@ -63,7 +60,7 @@ def _refuse_before_the_first(toolbox: Toolbox, market: Market, base: Timeframe, 
         raise BadInput(f"nothing of {market.key} in these months was known at {iso(moment)}; the first of it was fetched at {iso(first)}")
 
 
-def _raw_then(toolbox: Toolbox, partition: Partition, base: Timeframe, _: Timeframe, moment: datetime) -> pl.DataFrame:
+def _raw_then(toolbox: Toolbox, partition: Partition, base: Timeframe, moment: datetime) -> pl.DataFrame:
     """One partition of a fetched timeframe."""
     stored = toolbox.lake.read(raw(base), partition, provenance=True)
     if stored is None:
@@ -83,10 +80,11 @@ def _rolled_then(toolbox: Toolbox, partition: Partition, base: Timeframe, timefr
     """One partition of a rolled-up timeframe: made as flows.derive would have made it then."""
     owned, earlier = partition.opens(timeframe), neighbour(partition, -1)
     state, before = (toolbox.ledger.state(raw(base), p) for p in (partition, earlier))
-    assert state is not None, "partitions that the ledger does not know are left out"
-    bars, start = _raw_then(toolbox, partition, base, base, moment), state.start
+    if state is None:
+        return pl.DataFrame(schema=ROLLUP_SCHEMA)
+    bars, start = _raw_then(toolbox, partition, base, moment), state.start
     if owned.start < partition.month.start and before is not None and before.through >= partition.month.start:
-        tail = _raw_then(toolbox, earlier, base, base, moment).filter(pl.col("open_time") >= owned.start)
+        tail = _raw_then(toolbox, earlier, base, moment).filter(pl.col("open_time") >= owned.start)
         bars, start = pl.concat([tail, bars]), max(owned.start, before.start)
     if bars.is_empty():
         return roll_up(bars, base, [timeframe], owned)[timeframe]

@@ -27,14 +27,26 @@ class Receipts:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, kind: str, at: datetime, says: str, body: Mapping[str, Any]) -> int:
-        """Write one down; its number."""
+    def add(self, kind: str, at: datetime, says: str, body: Mapping[str, Any]) -> Receipt:
+        """Write one down."""
         sql = "INSERT INTO receipts (kind, at, says, body) VALUES (?, ?, ?, ?) RETURNING id"
         with self._database.transaction() as db:
-            return int(db.execute(sql, (kind, iso(at), says, json.dumps(body))).fetchone()[0])
+            (id,) = db.execute(sql, (kind, iso(at), says, json.dumps(body))).fetchone()
+        return Receipt(int(id), kind, at, says, dict(body))
+
+    def find(self, number: int) -> Receipt | None:
+        """The one with this number."""
+        found = self._database.rows(f"SELECT {_COLUMNS} FROM receipts WHERE id = ?", number)
+        return _receipt(*found[0]) if found else None
 
     def list(self, kind: str | None = None, limit: int = 100) -> list[Receipt]:
         """The newest ones, the newest first; of one kind only, where it is given."""
-        sql = "SELECT id, kind, at, says, body FROM receipts WHERE (? IS NULL OR kind = ?) ORDER BY id DESC LIMIT ?"
-        found = self._database.rows(sql, kind, kind, limit)
-        return [Receipt(id, kind, parse_time(at), says, json.loads(body)) for id, kind, at, says, body in found]
+        sql = f"SELECT {_COLUMNS} FROM receipts WHERE (? IS NULL OR kind = ?) ORDER BY id DESC LIMIT ?"
+        return [_receipt(*row) for row in self._database.rows(sql, kind, kind, limit)]
+
+
+_COLUMNS = "id, kind, at, says, body"
+
+
+def _receipt(id: int, kind: str, at: str, says: str, body: str) -> Receipt:
+    return Receipt(id, kind, parse_time(at), says, json.loads(body))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 
 import polars as pl
 
@@ -85,3 +86,9 @@ def empty_bars() -> pl.DataFrame:
 def decimal_text(column: str) -> pl.Expr:
     """A decimal column as text without exponent or trailing zeros: `100`, `0.5`, `-1.25`."""
     return pl.col(column).cast(pl.String).str.strip_chars_end("0").str.strip_chars_end(".")
+
+
+def number_text(value: Decimal | int) -> str:
+    """One number as text, all its digits, without exponent or trailing zeros."""
+    text = f"{value:f}" if isinstance(value, Decimal) else str(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text

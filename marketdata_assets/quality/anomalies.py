@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any
 
 import polars as pl
 
 from marketdata_assets.model.anomaly import Anomaly, Severity
-from marketdata_assets.model.bar import NAMES, PRICES
+from marketdata_assets.model.bar import NAMES, PRICES, number_text
 from marketdata_assets.model.window import Timeframe, Window
 
 AROUND, LONG = 60, 240
@@ -232,7 +231,7 @@ def _gaps(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
         elif _returns(row["gap"], row["body"]):  # its open
             first, last, away = row["i"], row["i"], min(abs(row["gap"]), abs(row["body"]))
         else:
-            says = f"closed at {_at(traded, row['i'] - 1, 'close')}, then opened at {_text(row['open'])}"
+            says = f"closed at {_at(traded, row['i'] - 1, 'close')}, then opened at {number_text(row['open'])}"
             yield _anomaly(traded, timeframe, "jump", row["i"] - 1, row["i"], abs(row["gap"]), row["limit"], says)
             continue
         yield _anomaly(traded, timeframe, "spike", first, last, away, row["limit"], _beside(traded, first, last))
@@ -255,7 +254,7 @@ def _wicks(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     for row in _beyond(traded, _KNOWN.then(pl.when(inner).then(pl.max_horizontal(up, down))), limit):
         top = _at(traded, row["i"] - 1, "high"), _at(traded, row["i"] + 1, "high")
         bottom = _at(traded, row["i"] - 1, "low"), _at(traded, row["i"] + 1, "low")
-        says = f"{_text(row['low'])} to {_text(row['high'])}; {bottom[0]} to {top[0]} before, {bottom[1]} to {top[1]} after"
+        says = f"{number_text(row['low'])} to {number_text(row['high'])}; {bottom[0]} to {top[0]} before, {bottom[1]} to {top[1]} after"
         yield _anomaly(traded, timeframe, "wick", row["i"], row["i"], row["size"], row["limit"], says)
 
 
@@ -264,7 +263,7 @@ def _moves(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     moved = pl.max_horizontal("h", before) - pl.min_horizontal("l", before)
     limit = RULES["move"].floor * (timeframe.minutes * pl.col("step").fill_null(1).clip(1, AROUND)).sqrt()
     for row in _beyond(traded, moved, limit):
-        says = f"low {_text(row['low'])}, high {_text(row['high'])}, close before {_at(traded, row['i'] - 1, 'close')}"
+        says = f"low {number_text(row['low'])}, high {number_text(row['high'])}, close before {_at(traded, row['i'] - 1, 'close')}"
         yield _anomaly(traded, timeframe, "move", row["i"], row["i"], row["size"], row["limit"], says)
 
 
@@ -308,7 +307,7 @@ def _untraded(bars: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     miscounted = still != (pl.col("trades") == 0)
     frame = bars.with_row_index("i")
     for row in frame.filter((moved | miscounted).fill_null(False)).to_dicts():
-        says = f"volume {_text(row['volume'])}, trades {row['trades']}, close {_text(row['close'])}"
+        says = f"volume {number_text(row['volume'])}, trades {row['trades']}, close {number_text(row['close'])}"
         yield _anomaly(frame, timeframe, "untraded", row["i"], row["i"], 0, 0, says)
 
 
@@ -325,8 +324,4 @@ def _beside(frame: pl.DataFrame, first: int, last: int) -> str:
 
 
 def _at(frame: pl.DataFrame, i: int, column: str) -> str:
-    return _text(frame[column][i]) if 0 <= i < frame.height else "nothing"
-
-
-def _text(number: Decimal) -> str:
-    return format(number.normalize(), "f")
+    return number_text(frame[column][i]) if 0 <= i < frame.height else "nothing"

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import NamedTuple
 
+from marketdata_assets.model.bar import number_text
 from marketdata_assets.model.window import Timeframe, Window, iso
 from marketdata_assets.quality.gaps import without
 from marketdata_assets.quality.halts import Halt
@@ -55,7 +56,7 @@ class Native(NamedTuple):
         return Window(self.open_time, self.open_time + self.timeframe.width)
 
     def __str__(self) -> str:
-        amounts = f"volume {self.volume.normalize():f}, ours in it {self.ours.normalize():f}"
+        amounts = f"volume {number_text(self.volume)}, ours in it {number_text(self.ours)}"
         return f"the venue's {self.timeframe.name} bar of {iso(self.open_time)} has {amounts}, {self.lacking} bars lack"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import polars as pl
 
@@ -94,9 +94,3 @@ def _listed(flags: dict[str, pl.Expr]) -> pl.Expr:
 def outcomes(judged: pl.DataFrame) -> pl.DataFrame:
     """What is kept of judged bars that were traced (`cause`, `minutes`): model.bar.PARITY_COLUMNS."""
     return judged.select(pl.col(column.name).cast(column.dtype) for column in PARITY_COLUMNS)
-
-
-def plain(value: Any) -> str:
-    """A number as text, without exponent or trailing zeros."""
-    text = f"{value:f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from marketdata_assets.model.bar import APART, PRICES
+from marketdata_assets.model.bar import APART, PRICES, number_text
 from marketdata_assets.model.window import Timeframe, Window, iso
 from marketdata_assets.quality.gaps import holes, runs
-from marketdata_assets.quality.parity import DIFFERS, ONLY_NATIVE, ONLY_OURS, UNEQUAL, VALUES, plain
+from marketdata_assets.quality.parity import DIFFERS, ONLY_NATIVE, ONLY_OURS, UNEQUAL, VALUES
 
 SUMS = ("volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume")
 NAMED = 5
@@ -154,26 +154,28 @@ class _Bucket:
                 return Cause(f"{iso(found[0]['open_time'])} {words}: {_amounts(amounts)}", self._windows(found))
         if len(share) == 1 and len(amounts) > 1:
             bar, (name, amount) = share[0], next(iter(amounts.items()))
-            says = f"{iso(bar['open_time'])} differs by one share in every column: {name} {plain(bar[name])}, by the venue's own bar"
-            return Cause(f"{says} {plain(bar[name] - amount)}", self._windows([bar]))
+            says = f"{iso(bar['open_time'])} differs by one share in every column: {name} {number_text(bar[name])}, by the venue's own bar"
+            return Cause(f"{says} {number_text(bar[name] - amount)}", self._windows([bar]))
         return None
 
     def _extreme(self, name: str, bars: Sequence[Bar]) -> Cause:
         """A high or low: the bars that reach beyond the venue's own, or that none does."""
         mine, theirs, sign = self.row[name], self.row[name + "_native"], 1 if name == "high" else -1
         if sign * (mine - theirs) < 0:
-            says = f"{name}: no {self.base.name} bar reaches the venue's own {plain(theirs)}, ours ends at {plain(mine)}"
+            says = f"{name}: no {self.base.name} bar reaches the venue's own {number_text(theirs)}, ours ends at {number_text(mine)}"
             return Cause(says, tuple(self.missing))
         beyond = [bar for bar in bars if sign * (bar[name] - theirs) > 0]
-        which = _some([f"{iso(bar['open_time'])} reaches {plain(bar[name])}{_idle(bar)}" for bar in beyond], "bars")
-        return Cause(f"{name}: {which}, beyond the venue's own {plain(theirs)}", self._windows(beyond))
+        which = _some([f"{iso(bar['open_time'])} reaches {number_text(bar[name])}{_idle(bar)}" for bar in beyond], "bars")
+        return Cause(f"{name}: {which}, beyond the venue's own {number_text(theirs)}", self._windows(beyond))
 
     def _edge(self, name: str, bars: Sequence[Bar]) -> Cause:
         """Open and close: the first or last base bar, and whether it is missing."""
         theirs = self.row[name + "_native"]
         bar, end = (bars[0], self.window.start) if name == "open" else (bars[-1], self.window.end - self.base.width)
         verb = "opens" if name == "open" else "closes"
-        says = f"{name}: {iso(bar['open_time'])} {verb} at {plain(bar[name])}{_idle(bar)}, the venue's own bar at {plain(theirs)}"
+        says = (
+            f"{name}: {iso(bar['open_time'])} {verb} at {number_text(bar[name])}{_idle(bar)}, the venue's own bar at {number_text(theirs)}"
+        )
         lost = tuple(window for window in self.missing if window.start <= end < window.end)
         traded = next((other for other in bars if other["volume"]), bar)
         if name == "open" and traded is not bar and traded["open"] == theirs:
@@ -256,7 +258,7 @@ def _change(was: Bar, bar: Bar, name: str) -> Any:
 
 
 def _amounts(amounts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {plain(amount)}" for name, amount in amounts.items())
+    return ", ".join(f"{name} {number_text(amount)}" for name, amount in amounts.items())
 
 
 def _some(parts: Sequence[str], what: str) -> str:
