@@ -1,10 +1,12 @@
-"""What automation costs at 500 markets x 96 months: a tick of `backfill_missed`, of `watch_markets`, and the UI's partition page.
+"""What automation costs at 500 markets x 96 months: a tick of `backfill_missed`, of `watch_markets`,
+and the UI's partition page.
 
     python bench/automation.py [--markets 500] [--months 96] [--lost 200] [--keep FOLDER]
 
-The lake holds one small object per partition, the ledger a complete row, and Dagster a materialization each (one real
-event, copied in its database). CPU seconds are the robust figure; each tick stands beside the bare work it cannot
-avoid: reading the ledger's rows, asking for every object's size, and reading what Dagster shows.
+The lake holds one small object per partition, the ledger a complete row, and Dagster a
+materialization each (one real event, copied in its database). CPU seconds are the robust figure;
+each tick stands beside the bare work it cannot avoid: reading the ledger's rows, asking for every
+object's size, and reading what Dagster shows.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ from typing import Any
 import dagster as dg
 
 from marketdata_assets.cli.processes import dagster_environment
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.jobs import build_definitions
-from marketdata_assets.lake.tables import Table, raw, rollup
-from marketdata_assets.model.window import Partition, iso
-from marketdata_assets.settings import Settings, load_settings
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.window import iso
+from marketdata_assets.settings.universe import Settings, load_settings
 
 
 def universe(folder: Path, markets: int, months: int) -> Settings:
@@ -38,7 +41,13 @@ def universe(folder: Path, markets: int, months: int) -> Settings:
     first = now.year * 12 + now.month - 1 - months
     symbols = ", ".join(f"S{i:03}/USDT" for i in range(markets))
     since, until = f"{first // 12}-{first % 12 + 1:02}-01", f"{now.year}-{now.month:02}-01"
-    lines = ["venues:", "  binance:", f"    symbols: [{symbols}]", f"    since: {since}", f"    until: {until}"]
+    lines = [
+        "venues:",
+        "  binance:",
+        f"    symbols: [{symbols}]",
+        f"    since: {since}",
+        f"    until: {until}",
+    ]
     lines += [f"lake: {folder}/lake", f"duckdb: {folder}/market.duckdb", f"state: {folder}/state"]
     (folder / "universe.yaml").write_text("\n".join(lines) + "\n")
     os.environ["MARKETDATA_UNIVERSE"] = str(folder / "universe.yaml")
@@ -87,18 +96,33 @@ def fill(settings: Settings, instance: dg.DagsterInstance) -> list[Partition]:
 def copy_events(instance: dg.DagsterInstance, table: Table, partitions: list[Partition]) -> None:
     first = partitions[0].key
     metadata = {"rows": 43200, "bytes": 1_200_000}
-    instance.report_runless_asset_event(dg.AssetMaterialization(asset_key(table), partition=first, metadata=metadata))
-    with sqlite3.connect(Path(os.environ["DAGSTER_HOME"], "history", "runs", "index.db"), timeout=60) as index:
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization(asset_key(table), partition=first, metadata=metadata)
+    )
+    with sqlite3.connect(
+        Path(os.environ["DAGSTER_HOME"], "history", "runs", "index.db"), timeout=60
+    ) as index:
         columns = "run_id, event, dagster_event_type, timestamp, step_key, asset_key, partition"
-        (row,) = index.execute(f"SELECT {columns} FROM event_logs WHERE asset_key = ?", [asset_key(table).to_string()]).fetchall()
-        copies = [tuple(v.replace(first, p.key) if isinstance(v, str) else v for v in row) for p in partitions[1:]]
-        index.executemany(f"INSERT INTO event_logs ({columns}) VALUES ({', '.join('?' * 7)})", copies)
+        (row,) = index.execute(
+            f"SELECT {columns} FROM event_logs WHERE asset_key = ?", [asset_key(table).to_string()]
+        ).fetchall()
+        copies = [
+            tuple(v.replace(first, p.key) if isinstance(v, str) else v for v in row)
+            for p in partitions[1:]
+        ]
+        index.executemany(
+            f"INSERT INTO event_logs ({columns}) VALUES ({', '.join('?' * 7)})", copies
+        )
 
 
 def measured(work: Callable[[], Any]) -> tuple[float, float, Any]:
     begun, cpu = time.perf_counter(), sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     result = work()
-    return time.perf_counter() - begun, sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - cpu, result
+    return (
+        time.perf_counter() - begun,
+        sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - cpu,
+        result,
+    )
 
 
 def show(name: str, work: Callable[[], Any], times: int = 3) -> Any:
@@ -109,7 +133,9 @@ def show(name: str, work: Callable[[], Any], times: int = 3) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--markets", type=int, default=500)
     parser.add_argument("--months", type=int, default=96)
     parser.add_argument("--lost", type=int, default=200)
@@ -129,7 +155,9 @@ def main() -> None:
             shutil.rmtree(folder)
 
 
-def measure(settings: Settings, instance: dg.DagsterInstance, partitions: list[Partition], lost: int) -> None:
+def measure(
+    settings: Settings, instance: dg.DagsterInstance, partitions: list[Partition], lost: int
+) -> None:
     table = raw(next(iter(settings.venues.values())).base)
     definitions = show("definitions of the code location", lambda: build_definitions(settings), 1)
     repository = definitions.get_repository_def()
@@ -137,7 +165,11 @@ def measure(settings: Settings, instance: dg.DagsterInstance, partitions: list[P
     def tick(name: str) -> str:
         context = dg.build_sensor_context(instance=instance, repository_def=repository)
         result = repository.get_sensor_def(name)(context)
-        skipped = result.skip_reason.skip_message if isinstance(result, dg.SensorResult) and result.skip_reason else ""
+        skipped = (
+            result.skip_reason.skip_message
+            if isinstance(result, dg.SensorResult) and result.skip_reason
+            else ""
+        )
         return skipped or f"{len(getattr(result, 'run_requests', None) or ())} runs asked for"
 
     def bare() -> None:
@@ -151,9 +183,17 @@ def measure(settings: Settings, instance: dg.DagsterInstance, partitions: list[P
     print("   ", show("watch_markets, all there", lambda: tick("watch_markets")))
     for partition in random.Random(1).sample(partitions, lost):
         Path(settings.lake, table.path(partition)).unlink()
-    print("   ", show(f"backfill_missed, {lost} lost (first tick)", lambda: tick("backfill_missed"), 1))
-    print("   ", show(f"backfill_missed, {lost} lost (later ticks)", lambda: tick("backfill_missed")))
-    grid, keys = repository.asset_graph.get(asset_key(table)).partitions_def, [p.key for p in partitions]
+    print(
+        "   ",
+        show(f"backfill_missed, {lost} lost (first tick)", lambda: tick("backfill_missed"), 1),
+    )
+    print(
+        "   ", show(f"backfill_missed, {lost} lost (later ticks)", lambda: tick("backfill_missed"))
+    )
+    grid, keys = (
+        repository.asset_graph.get(asset_key(table)).partitions_def,
+        [p.key for p in partitions],
+    )
 
     def statuses() -> Any:
         return instance.get_status_by_partition(asset_key(table), keys, grid)

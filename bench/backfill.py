@@ -2,8 +2,8 @@
 
     python bench/backfill.py [--bars 1000000] [--limit 3000] [--rollups duckdb]
 
-The exchange is the sandbox in a process of its own, with its pages made beforehand, so that making them is not
-measured. All figures come from one run on one machine: read the ratios.
+The exchange is the sandbox in a process of its own, with its pages made beforehand, so that making
+them is not measured. All figures come from one run on one machine: read the ratios.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ PAGE, IN_FLIGHT = 998, 8
 
 
 def serve(port_file: str) -> None:
-    """The sandbox behind a cache of whole answers; /_first tells when the first bar request came, /_forget clears it."""
-    from marketdata_assets.sources.sandbox import SandboxExchange
+    """The sandbox behind a cache of whole answers; /_first tells when the first bar request came,
+    /_forget clears it.
+    """
+    from marketdata_assets.sources.sandbox.server import SandboxExchange
 
     exchange = SandboxExchange(weight_limit=10**9)
     bodies: dict[str, bytes] = {}
@@ -43,7 +45,13 @@ def serve(port_file: str) -> None:
     @web.middleware
     async def cached(request: web.Request, handler: object) -> web.StreamResponse:
         if request.path == "/_first":
-            return web.json_response({"first": seen[0] if seen else None, "last": seen[-1] if seen else None, "requests": len(seen)})
+            return web.json_response(
+                {
+                    "first": seen[0] if seen else None,
+                    "last": seen[-1] if seen else None,
+                    "requests": len(seen),
+                }
+            )
         if request.path == "/_forget":
             seen.clear()
             return web.json_response({})
@@ -74,12 +82,20 @@ async def bare(url: str, until: datetime) -> int:
     turns, bars = asyncio.Semaphore(IN_FLIGHT), 0
 
     async def one(session: aiohttp.ClientSession, symbol: str, start: datetime) -> int:
-        query = {"symbol": symbol, "interval": "1m", "startTime": int(start.timestamp() * 1000), "limit": 1000}
+        query = {
+            "symbol": symbol,
+            "interval": "1m",
+            "startTime": int(start.timestamp() * 1000),
+            "limit": 1000,
+        }
         async with turns, session.get(url + "/api/v3/klines", params=query) as answer:
             return len(orjson.loads(await answer.read()))
 
     async with aiohttp.ClientSession() as session:
-        starts = [SINCE + timedelta(minutes=PAGE) * i for i in range((until - SINCE) // timedelta(minutes=PAGE) + 1)]
+        starts = [
+            SINCE + timedelta(minutes=PAGE) * i
+            for i in range((until - SINCE) // timedelta(minutes=PAGE) + 1)
+        ]
         for symbol in SYMBOLS.values():
             bars += sum(await asyncio.gather(*(one(session, symbol, start) for start in starts)))
     return bars
@@ -90,12 +106,25 @@ def control(url: str, path: str) -> dict[str, float]:
         return json.load(answer)
 
 
-def backfill(folder: Path, url: str, until: datetime, limit: int | None, rollups: str) -> dict[str, float]:
+def backfill(
+    folder: Path, url: str, until: datetime, limit: int | None, rollups: str
+) -> dict[str, float]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    lines = ["venues:", "  binance:", f"    symbols: [{', '.join(SYMBOLS)}]", f"    since: {SINCE.date()}", f"    until: {until.date()}"]
+    lines = [
+        "venues:",
+        "  binance:",
+        f"    symbols: [{', '.join(SYMBOLS)}]",
+        f"    since: {SINCE.date()}",
+        f"    until: {until.date()}",
+    ]
     lines += [f"    base_url: {url}", *([f"    requests_per_minute: {limit}"] if limit else [])]
-    lines += [f"lake: {folder}/lake", f"rollups: {rollups}", f"duckdb: {folder}/m.duckdb", f"state: {folder}/state"]
+    lines += [
+        f"lake: {folder}/lake",
+        f"rollups: {rollups}",
+        f"duckdb: {folder}/m.duckdb",
+        f"state: {folder}/state",
+    ]
     (folder / "universe.yaml").write_text("\n".join(lines))
     control(url, "/_forget")
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
@@ -137,7 +166,9 @@ def main() -> None:
             url = f"http://127.0.0.1:{port.read_text()}/binance"
             asyncio.run(bare(url, until))
             folder = Path(temp) / "run"
-            backfill(folder, url, until, None, options.rollups)  # makes the pages that only a backfill asks for
+            backfill(
+                folder, url, until, None, options.rollups
+            )  # makes the pages that only a backfill asks for
             begun = time.time()
             bars = asyncio.run(bare(url, until))
             loop = bars / (time.time() - begun)
@@ -147,10 +178,14 @@ def main() -> None:
             server.kill()
     least = wanted / 1000 / options.limit * 60
     print(f"bare loop:       {loop:10,.0f} bars/s")
-    print(f"without a limit: {wanted / free['work']:10,.0f} bars/s of work, {wanted / free['fetching']:,.0f} while fetching")
+    print(
+        f"without a limit: {wanted / free['work']:10,.0f} bars/s of work, {wanted / free['fetching']:,.0f} while fetching"
+    )
     print(free)
     ratio = paced["work"] / least
-    print(f"with {options.limit}/min: {paced['work']:.1f} s of work, the limit dictates {least:.1f} s: ratio {ratio:.3f}")
+    print(
+        f"with {options.limit}/min: {paced['work']:.1f} s of work, the limit dictates {least:.1f} s: ratio {ratio:.3f}"
+    )
     print(paced)
 
 

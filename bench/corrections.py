@@ -1,9 +1,11 @@
-"""Bars restated at random, some of them twice: are all found, is every moment readable, is anything else changed?
+"""Bars restated at random, some of them twice: are all found, is every moment readable, is anything
+else changed?
 
     python bench/corrections.py [--shared ../shared] [--bars 500] [--twice 100] [--seed 1] [--keep FOLDER]
 
-Real bars of Binance (BTC/USDT and ETH/USDT, January and February 2024) behind the loopback exchange of ../shared, fetched,
-restated and repaired with the commands that a person would type. The truth of each time is the exchange's own.
+Real bars of Binance (BTC/USDT and ETH/USDT, January and February 2024) behind the loopback exchange
+of ../shared, fetched, restated and repaired with the commands that a person would type. The truth
+of each time is the exchange's own.
 """
 
 from __future__ import annotations
@@ -25,26 +27,46 @@ from typing import Any
 import polars as pl
 
 from marketdata_assets import open_reader
-from marketdata_assets.lake.fingerprint import fingerprint
 from marketdata_assets.model.bar import SCHEMA
+from marketdata_assets.storage.fingerprint import fingerprint
 
 MARKETS = {"binance:BTC-USDT": "BTCUSDT", "binance:ETH-USDT": "ETHUSDT"}
 TIMEFRAMES = ("1m", "5m", "15m", "1h", "4h", "1d")
 START, END = "2024-01-01", "2024-03-01"
-KEYS = {"open": "o", "high": "h", "low": "l", "close": "c", "volume": "v", "quote_volume": "qv", "trades": "n"}
+KEYS = {
+    "open": "o",
+    "high": "h",
+    "low": "l",
+    "close": "c",
+    "volume": "v",
+    "quote_volume": "qv",
+    "trades": "n",
+}
 KEYS |= {"taker_buy_volume": "tbv", "taker_buy_quote_volume": "tbq"}
 Truth = dict[tuple[str, str], pl.DataFrame]
 
 
 def truth(exchange: Any) -> Truth:
     """What the exchange says now, of every market and timeframe."""
-    return {(market, tf): _truth(exchange, symbol, tf) for market, symbol in MARKETS.items() for tf in TIMEFRAMES}
+    return {
+        (market, tf): _truth(exchange, symbol, tf)
+        for market, symbol in MARKETS.items()
+        for tf in TIMEFRAMES
+    }
 
 
 def _truth(exchange: Any, symbol: str, timeframe: str) -> pl.DataFrame:
     rows = exchange.truth("binance", symbol, timeframe, START, END)
-    sent = pl.DataFrame({"open_time": [r["t"] for r in rows], **{name: [r[key] for r in rows] for name, key in KEYS.items()}})
-    return sent.select((pl.col("open_time") * 1000).cast(SCHEMA["open_time"]), *(pl.col(n).cast(SCHEMA[n]) for n in KEYS))
+    sent = pl.DataFrame(
+        {
+            "open_time": [r["t"] for r in rows],
+            **{name: [r[key] for r in rows] for name, key in KEYS.items()},
+        }
+    )
+    return sent.select(
+        (pl.col("open_time") * 1000).cast(SCHEMA["open_time"]),
+        *(pl.col(n).cast(SCHEMA[n]) for n in KEYS),
+    )
 
 
 def restate(exchange: Any, dice: random.Random, opens: list[tuple[str, int]]) -> None:
@@ -75,7 +97,10 @@ def compare(name: str, expected: Truth, as_of: str | None = None) -> None:
             found = reader.bars(market, tf, START, END, as_of=as_of).select(*SCHEMA).collect()
             wrong += pl.concat([found, bars]).is_unique().sum()
             compared += bars.height
-    print(f"{name:<44} {compared:>8} bars compared  {wrong:>4} differ  {time.perf_counter() - begun:6.1f} s", flush=True)
+    print(
+        f"{name:<44} {compared:>8} bars compared  {wrong:>4} differ  {time.perf_counter() - begun:6.1f} s",
+        flush=True,
+    )
 
 
 @contextmanager
@@ -88,25 +113,45 @@ def exchange_at(shared: Path, now: str) -> Iterator[Any]:
 
 
 def hashes(lake: Path) -> dict[str, str]:
-    return {str(p.relative_to(lake)): fingerprint(pl.read_parquet(p)) for p in sorted(lake.rglob("*.parquet")) if "history" not in p.parts}
+    return {
+        str(p.relative_to(lake)): fingerprint(pl.read_parquet(p))
+        for p in sorted(lake.rglob("*.parquet"))
+        if "history" not in p.parts
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--bars", type=int, default=500)
     parser.add_argument("--twice", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path)
     asked = parser.parse_args()
-    dice, folder = random.Random(asked.seed), asked.keep or Path(tempfile.mkdtemp(prefix="corrections-"))
+    dice, folder = (
+        random.Random(asked.seed),
+        asked.keep or Path(tempfile.mkdtemp(prefix="corrections-")),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with exchange_at(asked.shared.resolve(), "2024-03-02T00:00:00Z") as exchange:
-        lines = ["venues:", "  binance:", "    symbols: [BTC/USDT, ETH/USDT]", f"    since: {START}", f"    until: {END}"]
+        lines = [
+            "venues:",
+            "  binance:",
+            "    symbols: [BTC/USDT, ETH/USDT]",
+            f"    since: {START}",
+            f"    until: {END}",
+        ]
         lines += [f"    base_url: {exchange.url}/binance", "rollups: parquet"]
-        lines += [f"{name}: {folder / name}" for name in ("lake", "state")] + [f"duckdb: {folder}/market.duckdb"]
+        lines += [f"{name}: {folder / name}" for name in ("lake", "state")] + [
+            f"duckdb: {folder}/market.duckdb"
+        ]
         (folder / "universe.yaml").write_text("\n".join(lines) + "\n")
-        os.environ |= {"MARKETDATA_UNIVERSE": str(folder / "universe.yaml"), "MARKETDATA_NOW": "2024-03-20"}
+        os.environ |= {
+            "MARKETDATA_UNIVERSE": str(folder / "universe.yaml"),
+            "MARKETDATA_NOW": "2024-03-20",
+        }
         run(exchange, dice, asked.bars, asked.twice, folder / "lake")
     if not asked.keep:
         shutil.rmtree(folder)
@@ -119,7 +164,9 @@ def run(exchange: Any, dice: random.Random, bars: int, twice: int, lake: Path) -
     opens = [int(t.timestamp() * 1000) for t in first["binance:BTC-USDT", "1m"]["open_time"]]
     january = [t for t in opens if t < opens[0] + 31 * 86_400_000]
     # Ethereum's February is left alone
-    once = [("BTCUSDT", t) for t in dice.sample(opens, bars * 2 // 3 - twice)] + [("ETHUSDT", t) for t in dice.sample(january, bars // 3)]
+    once = [("BTCUSDT", t) for t in dice.sample(opens, bars * 2 // 3 - twice)] + [
+        ("ETHUSDT", t) for t in dice.sample(january, bars // 3)
+    ]
     again = dice.sample(once, bars - len(once))
     before = hashes(lake)
     restate(exchange, dice, once)
@@ -133,7 +180,9 @@ def run(exchange: Any, dice: random.Random, bars: int, twice: int, lake: Path) -
     third = truth(exchange)
     begun = time.perf_counter()
     receipt = json.loads(marketdata("2024-03-10", "repair", "--start", START, "--format", "json"))
-    print(f"on demand: {receipt['corrected']} of {len(again)} found again, {time.perf_counter() - begun:.1f} s")
+    print(
+        f"on demand: {receipt['corrected']} of {len(again)} found again, {time.perf_counter() - begun:.1f} s"
+    )
     for name, expected, moment in (
         ("now", third, None),
         ("as of before the first corrections", first, "2024-03-04"),
@@ -144,8 +193,13 @@ def run(exchange: Any, dice: random.Random, bars: int, twice: int, lake: Path) -
     report = json.loads(marketdata("2024-03-20", "corrections", "--format", "json"))
     after = hashes(lake)
     same = [path for path in before if before[path] == after[path]]
-    untouched = [path for path in before if "ETH" in path and "2024-02" in path and "1w" not in path]  # a week begins in January
-    print(f"report: {len(report)} corrections of {bars} restated bars; objects of the market-month left alone: {len(untouched)},", end=" ")
+    untouched = [
+        path for path in before if "ETH" in path and "2024-02" in path and "1w" not in path
+    ]  # a week begins in January
+    print(
+        f"report: {len(report)} corrections of {bars} restated bars; objects of the market-month left alone: {len(untouched)},",
+        end=" ",
+    )
     print(f"of them changed: {len(set(untouched) - set(same))}; objects in all: {len(after)}")
 
 

@@ -2,9 +2,10 @@
 
     python bench/gaps.py [--folder F]      the exchanges are replayed on loopback; nothing leaves this machine
 
-Prints the explained gaps of March 2023 (single minutes grouped), how many gaps of each cause each market has, and how many
-days were summed. Kraken is there twice: as its REST sends it (an empty minute is a bar without volume), and as its archive
-has it (empty minutes are left out), taken in as a file.
+Prints the explained gaps of March 2023 (single minutes grouped), how many gaps of each cause each
+market has, and how many days were summed. Kraken is there twice: as its REST sends it (an empty
+minute is a bar without volume), and as its archive has it (empty minutes are left out), taken in as
+a file.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.flows import gaps as flow
-from marketdata_assets.flows.gaps import Explained, explain
-from marketdata_assets.flows.ingest import ingest, take_in
-from marketdata_assets.flows.read import coverage
-from marketdata_assets.lake.tables import raw
+from marketdata_assets.context import Toolbox, open_toolbox
+from marketdata_assets.flows.fetch.ingest import ingest, take_in
+from marketdata_assets.flows.prove import gaps as flow
+from marketdata_assets.flows.prove.gaps import Explained, explain
+from marketdata_assets.flows.read.coverage import coverage
 from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import TIMEFRAMES, Window, parse_time
+from marketdata_assets.model.table import raw
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.quality.split import REJECTED_SCHEMA
-from marketdata_assets.settings import load_settings
+from marketdata_assets.settings.universe import load_settings
 from marketdata_assets.sources import ccxt_rest
-from marketdata_assets.toolbox import Toolbox, open_toolbox
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MINUTE, DAY = TIMEFRAMES["1m"], timedelta(days=1)
@@ -42,11 +44,15 @@ PATHS = {"coinbaseexchange": "coinbase"}
 UNIVERSES: dict[str, tuple[str, dict[str, str]]] = {
     "binance, February 2023": (
         "2023-03-01T00:02:30Z",
-        {"binance": "symbols: [BTC/USDT, ETH/USDT, SOL/USDT], since: 2023-02-01, until: 2023-03-01, reference: [15m, 1h]"},
+        {
+            "binance": "symbols: [BTC/USDT, ETH/USDT, SOL/USDT], since: 2023-02-01, until: 2023-03-01, reference: [15m, 1h]"
+        },
     ),
     "binance, March and April 2023": (
         "2023-05-01T00:02:30Z",
-        {"binance": "symbols: [BTC/USDT, ETH/USDT], since: 2023-03-01, until: 2023-05-01, reference: [15m, 1h]"},
+        {
+            "binance": "symbols: [BTC/USDT, ETH/USDT], since: 2023-03-01, until: 2023-05-01, reference: [15m, 1h]"
+        },
     ),
     "four venues, 1 to 21 March 2023": (
         "2023-03-22T00:02:30Z",
@@ -71,8 +77,15 @@ ARCHIVE = {"kraken:BTC-USD": "XBTUSD", "kraken:BTC-USDT": "XBTUSDT"}
 
 def universe(folder: Path, now: str, venues: dict[str, str], url: str) -> None:
     lines = ["venues:"]
-    lines += [f"  {name}: {{{text}, base_url: {url}/{PATHS.get(name, name)}}}" for name, text in venues.items()]
-    lines += [f"lake: {folder / 'lake'}", f"duckdb: {folder / 'market.duckdb'}", f"state: {folder / 'state'}"]
+    lines += [
+        f"  {name}: {{{text}, base_url: {url}/{PATHS.get(name, name)}}}"
+        for name, text in venues.items()
+    ]
+    lines += [
+        f"lake: {folder / 'lake'}",
+        f"duckdb: {folder / 'market.duckdb'}",
+        f"state: {folder / 'state'}",
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "universe.yaml").write_text("\n".join(lines) + "\n")
     os.environ |= {"MARKETDATA_UNIVERSE": str(folder / "universe.yaml"), "MARKETDATA_NOW": now}
@@ -81,10 +94,23 @@ def universe(folder: Path, now: str, venues: dict[str, str], url: str) -> None:
 def archive(symbol: str) -> pl.DataFrame:
     """Kraken's own bars as its archive has them, in our columns."""
     rows = pl.read_parquet(SHARED / f"marketdata/kraken/{symbol}/1m/2023-03-01_2023-03-21.parquet")
-    opens = pl.from_epoch("time", time_unit="s").dt.replace_time_zone("UTC").cast(SCHEMA["open_time"]).alias("open_time")
-    given = ("open", "high", "low", "close", "volume")  # what its REST gives as well, so that the two agree
+    opens = (
+        pl.from_epoch("time", time_unit="s")
+        .dt.replace_time_zone("UTC")
+        .cast(SCHEMA["open_time"])
+        .alias("open_time")
+    )
+    given = (
+        "open",
+        "high",
+        "low",
+        "close",
+        "volume",
+    )  # what its REST gives as well, so that the two agree
     missing = [pl.lit(None, SCHEMA[name]).alias(name) for name in NAMES[1:] if name not in given]
-    return rows.with_columns(opens, *missing).select(pl.col(name).cast(SCHEMA[name]) for name in NAMES)
+    return rows.with_columns(opens, *missing).select(
+        pl.col(name).cast(SCHEMA[name]) for name in NAMES
+    )
 
 
 def fill(toolbox: Toolbox, from_archive: bool) -> None:
@@ -92,7 +118,14 @@ def fill(toolbox: Toolbox, from_archive: bool) -> None:
     for market in settings.markets:
         partitions = settings.partitions([market], settings.span(market))
         if from_archive:
-            take_in(toolbox, MINUTE, partitions[0], archive(ARCHIVE[market.key]), pl.DataFrame(schema=REJECTED_SCHEMA), "archive")
+            take_in(
+                toolbox,
+                MINUTE,
+                partitions[0],
+                archive(ARCHIVE[market.key]),
+                pl.DataFrame(schema=REJECTED_SCHEMA),
+                "archive",
+            )
         for timeframe in settings.venues[market.venue].fetched:
             for done in ingest(toolbox, timeframe, partitions):
                 if done.error:
@@ -102,8 +135,9 @@ def fill(toolbox: Toolbox, from_archive: bool) -> None:
 def sums(toolbox: Toolbox, found: Sequence[Explained]) -> tuple[int, list[str]]:
     """Days summed, and those of which a part is not what counting minute by minute gives.
 
-    `coverage` takes what is left over for not fetched, so that its sum says little. Here every minute is looked up in the
-    stored objects and in the list of gaps: it has to be in one of them, and in no two.
+    `coverage` takes what is left over for not fetched, so that its sum says little. Here every
+    minute is looked up in the stored objects and in the list of gaps: it has to be in one of them,
+    and in no two.
     """
     days, wrong = 0, []
     for market in toolbox.settings.markets:
@@ -113,14 +147,24 @@ def sums(toolbox: Toolbox, found: Sequence[Explained]) -> tuple[int, list[str]]:
             minutes = [parts.get(day + i * MINUTE.width, ["not_fetched"]) for i in range(1440)]
             counted = Counter(part for several in minutes for part in several)
             (said,) = coverage(toolbox, [market], Window(day, day + DAY))
-            told = {name: value for name, value in said.as_dict().items() if isinstance(value, int) and value}
-            if told != {"expected": 1440, **counted} or counted.total() != 1440 or counted["not_fetched"]:
+            told = {
+                name: value
+                for name, value in said.as_dict().items()
+                if isinstance(value, int) and value
+            }
+            if (
+                told != {"expected": 1440, **counted}
+                or counted.total() != 1440
+                or counted["not_fetched"]
+            ):
                 wrong.append(f"{market.key} {day:%F}: {told}, by the minute {dict(counted)}")
             days, day = days + 1, day + DAY
     return days, wrong
 
 
-def by_minute(toolbox: Toolbox, market: Market, found: Sequence[Explained]) -> dict[datetime, list[str]]:
+def by_minute(
+    toolbox: Toolbox, market: Market, found: Sequence[Explained]
+) -> dict[datetime, list[str]]:
     """Under which parts every minute stands, by the stored objects and the list of gaps."""
     parts: dict[datetime, list[str]] = defaultdict(list)
     for partition in toolbox.settings.partitions([market], toolbox.settings.span(market)):
@@ -164,7 +208,12 @@ def main() -> None:
 
     causes: dict[tuple[str, str], Counter[str]] = {}
     for number, (name, (now, venues)) in enumerate(UNIVERSES.items()):
-        limits: dict[str, Any] = {"weight_limit": 10**9, "kraken_rate": 10**6, "kraken_burst": 10**6, "kraken_max_rows": 10**6}
+        limits: dict[str, Any] = {
+            "weight_limit": 10**9,
+            "kraken_rate": 10**6,
+            "kraken_burst": 10**6,
+            "kraken_max_rows": 10**6,
+        }
         limits |= {"coinbase_rate": 10**6, "coinbase_burst": 10**6}
         with Running([str(SHARED / "marketdata")], now=now, **limits) as exchange:
             universe(folder / str(number), now, venues, exchange.url)
@@ -173,21 +222,37 @@ def main() -> None:
                 begun = time.perf_counter()
                 fill(toolbox, "archive" in name)
                 filled = time.perf_counter()
-                explain(toolbox, [p for m in settings.markets for p in settings.partitions([m], settings.span(m))], ask=True)
+                explain(
+                    toolbox,
+                    [
+                        p
+                        for m in settings.markets
+                        for p in settings.partitions([m], settings.span(m))
+                    ],
+                    ask=True,
+                )
                 explained = time.perf_counter()
                 found = flow.gaps(toolbox, settings.markets, Window(settings.since, settings.now()))
                 days, wrong = sums(toolbox, found)
-                print(f"\n{name}: filled in {filled - begun:.1f} s, explained in {explained - filled:.1f} s")
+                print(
+                    f"\n{name}: filled in {filled - begun:.1f} s, explained in {explained - filled:.1f} s"
+                )
                 print(f"{days} days summed, {len(wrong)} of them wrong {wrong[:3]}")
                 for row in march(found):
                     print(row)
                 for market in settings.markets:
                     causes[name, market.key] = Counter()
                 for one in found:
-                    causes[name, one.market.key].update({one.kind: 1, f"{one.kind} bars": one.gap.bars})
+                    causes[name, one.market.key].update(
+                        {one.kind: 1, f"{one.kind} bars": one.gap.bars}
+                    )
     print()
     for (name, market), counts in causes.items():
-        kinds = [f"{kind} {counts[kind]} ({counts[f'{kind} bars']} bars)" for kind in flow.KINDS if counts[kind]]
+        kinds = [
+            f"{kind} {counts[kind]} ({counts[f'{kind} bars']} bars)"
+            for kind in flow.KINDS
+            if counts[kind]
+        ]
         print(f"| {name} | {market} | {', '.join(kinds) or 'no gap'} |")
 
 

@@ -1,10 +1,12 @@
-"""What history and provenance cost: bytes a bar, and seconds a million bars to encode, write and read, with and without.
+"""What history and provenance cost: bytes a bar, and seconds a million bars to encode, write and read,
+with and without.
 
     python bench/history.py [--rounds 7]     (needs ../shared)
 
-Every month of real 1m bars is stored four times: as bars alone; with `known_at` and `source` as a backfill leaves them
-(one moment a month); as a live market does (another moment every 5 bars); and with those, 500 of its bars replaced, so
-that the bars before lie in a history object. CPU seconds of this process, the median of the rounds, which take turns.
+Every month of real 1m bars is stored four times: as bars alone; with `known_at` and `source` as a
+backfill leaves them (one moment a month); as a live market does (another moment every 5 bars); and
+with those, 500 of its bars replaced, so that the bars before lie in a history object. CPU seconds
+of this process, the median of the rounds, which take turns.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from typing import NamedTuple
 
 import polars as pl
 
-from marketdata_assets.lake.parquet import Lake, decode, encode
-from marketdata_assets.lake.tables import Table, history, raw
 from marketdata_assets.model.bar import SCHEMA, TIME
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import TIMEFRAMES, Partition, month_of
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import Table, history, raw
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import month_of
+from marketdata_assets.storage.parquet import Lake, decode, encode
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "marketdata" / "binance_spot"
 M1 = TIMEFRAMES["1m"]
@@ -35,7 +39,9 @@ Month = tuple[Partition, pl.DataFrame]
 
 
 class Case(NamedTuple):
-    """A way to store a month: the tables it lies in, what goes into each, and whether it is read with its provenance."""
+    """A way to store a month: the tables it lies in, what goes into each, and whether it is read with
+    its provenance.
+    """
 
     name: str
     frames: Callable[[pl.DataFrame], dict[Table, pl.DataFrame]]
@@ -48,7 +54,9 @@ def real_months(symbol: str) -> list[Month]:
     files = sorted((SHARED / symbol / "1m").glob("*.parquet"))
     opens = pl.from_epoch("open_time", time_unit="ms").dt.replace_time_zone("UTC").cast(TIME)
     found = pl.concat(pl.read_parquet(file).rename({"count": "trades"}) for file in files)
-    bars = found.select(opens, *(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items() if name != "open_time"))
+    bars = found.select(
+        opens, *(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items() if name != "open_time")
+    )
     months = bars.group_by(pl.col("open_time").dt.truncate("1mo"), maintain_order=True)
     return [(Partition(market, month_of(part["open_time"][0])), part) for _, part in months]
 
@@ -59,22 +67,40 @@ def told(bars: pl.DataFrame, known_at: pl.Expr) -> pl.DataFrame:
 
 def backfilled(bars: pl.DataFrame) -> pl.DataFrame:
     """Asked for once, long after."""
-    return told(bars, pl.lit(bars["open_time"][-1] + timedelta(days=400, microseconds=123456)).cast(TIME))
+    return told(
+        bars, pl.lit(bars["open_time"][-1] + timedelta(days=400, microseconds=123456)).cast(TIME)
+    )
 
 
 def live(bars: pl.DataFrame) -> pl.DataFrame:
-    """Every 5 minutes a run stores the last 5 bars, some seconds later, at a moment of its own to the microsecond."""
+    """Every 5 minutes a run stores the last 5 bars, some seconds later, at a moment of its own to the
+    microsecond.
+    """
     last = pl.col("open_time").last().over(pl.int_range(pl.len()) // 5)
-    return told(bars, (last + timedelta(minutes=1) + pl.duration(microseconds=last.hash(1) % 30_000_000)).cast(TIME))
+    return told(
+        bars,
+        (last + timedelta(minutes=1) + pl.duration(microseconds=last.hash(1) % 30_000_000)).cast(
+            TIME
+        ),
+    )
 
 
 def corrected(bars: pl.DataFrame) -> dict[Table, pl.DataFrame]:
-    """REPLACED bars anywhere in the month are told again the day after: the raw object has the new ones, the history the old."""
+    """REPLACED bars anywhere in the month are told again the day after: the raw object has the new
+    ones, the history the old.
+    """
     known = live(bars)
-    late = pl.int_range(pl.len()).is_in(pl.int_range(pl.len(), eager=False).sample(REPLACED, seed=1).implode())
+    late = pl.int_range(pl.len()).is_in(
+        pl.int_range(pl.len(), eager=False).sample(REPLACED, seed=1).implode()
+    )
     after = (pl.col("open_time") + timedelta(days=1, seconds=7)).cast(TIME)
     before = known.filter(late).with_columns(after.alias("replaced_at"))
-    return {raw(M1): known.with_columns(pl.when(late).then(after).otherwise("known_at").alias("known_at")), history(M1): before}
+    return {
+        raw(M1): known.with_columns(
+            pl.when(late).then(after).otherwise("known_at").alias("known_at")
+        ),
+        history(M1): before,
+    }
 
 
 CASES = (
@@ -100,13 +126,22 @@ def measure(case: Case, month: Month, lake: Lake) -> dict[str, float]:
     for table, content in objects.items():
         columns = frames[table].columns if case.provenance else list(table.schema)
         with_told = case.provenance and table.layer == "raw"
-        assert decode(content, table, "bench", provenance=with_told).equals(frames[table].select(columns))
+        assert decode(content, table, "bench", provenance=with_told).equals(
+            frames[table].select(columns)
+        )
     return {
         "bars": bars.height,
         "bytes": sum(map(len, objects.values())),
         "encode": timed(lambda: [encode(frame) for frame in frames.values()]),
-        "write": timed(lambda: [lake.write(table, partition, frame) for table, frame in frames.items()]),
-        "read": timed(lambda: [lake.read(t, partition, provenance=case.provenance and t.layer == "raw") for t in frames]),
+        "write": timed(
+            lambda: [lake.write(table, partition, frame) for table, frame in frames.items()]
+        ),
+        "read": timed(
+            lambda: [
+                lake.read(t, partition, provenance=case.provenance and t.layer == "raw")
+                for t in frames
+            ]
+        ),
     }
 
 
@@ -121,14 +156,25 @@ def main() -> None:
         for turn in range(rounds + 1):  # the first one warms up
             for symbol, months in symbols.items():
                 for case in CASES:
-                    sums = pl.DataFrame([measure(case, month, lake) for month in months]).sum().row(0, named=True)
+                    sums = (
+                        pl.DataFrame([measure(case, month, lake) for month in months])
+                        .sum()
+                        .row(0, named=True)
+                    )
                     found[symbol, case.name] += [sums] if turn else []
-    print(f"{'':8} {'':22} {'bars':>8} {'bytes/bar':>10} {'more':>7} | CPU seconds a million bars: encode   write    read")
+    print(
+        f"{'':8} {'':22} {'bars':>8} {'bytes/bar':>10} {'more':>7} | CPU seconds a million bars: encode   write    read"
+    )
     for (symbol, name), turns in found.items():
         bars, size = turns[0]["bars"], turns[0]["bytes"] / turns[0]["bars"]
         alone = found[symbol, CASES[0].name][0]["bytes"] / bars
-        seconds = "".join(f"{statistics.median(turn[verb] for turn in turns) / bars * 1e6:8.2f}" for verb in ("encode", "write", "read"))
-        print(f"{symbol:8} {name:22} {bars:8,.0f} {size:10.3f} {size - alone:+7.3f} | {'':26}{seconds}")
+        seconds = "".join(
+            f"{statistics.median(turn[verb] for turn in turns) / bars * 1e6:8.2f}"
+            for verb in ("encode", "write", "read")
+        )
+        print(
+            f"{symbol:8} {name:22} {bars:8,.0f} {size:10.3f} {size - alone:+7.3f} | {'':26}{seconds}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""A million rows out of files into the lake: split, told apart, stored and written down, beside `polars.read_csv` alone.
+"""A million rows out of files into the lake: split, told apart, stored and written down, beside
+`polars.read_csv` alone.
 
     python bench/importing.py [--rows 1000000] [--rounds 3] [--files ../shared/marketdata/csv_import]
 
-The rows are real minutes (the days of the 1m archives in that folder, drawn with a seed) moved to consecutive days from
-2022-01-01 on, once as one CSV of all months and once as a zip a month, as Binance publishes them. Ours is the whole
-import but for Dagster: reading, checksums, units, rules, agreement, Parquet with fsync, ledger, receipt. The second time
-all rows are there already. Everything lies in a temporary folder.
+The rows are real minutes (the days of the 1m archives in that folder, drawn with a seed) moved to
+consecutive days from 2022-01-01 on, once as one CSV of all months and once as a zip a month, as
+Binance publishes them. Ours is the whole import but for Dagster: reading, checksums, units, rules,
+agreement, Parquet with fsync, ledger, receipt. The second time all rows are there already.
+Everything lies in a temporary folder.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from pathlib import Path
 
 import polars as pl
 
-from marketdata_assets.flows.imports import import_files, look
-from marketdata_assets.model.window import TIMEFRAMES, parse_time
-from marketdata_assets.settings import load_settings
+from marketdata_assets.context import open_toolbox
+from marketdata_assets.flows.fetch.imports import import_files, look
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import parse_time
+from marketdata_assets.settings.universe import load_settings
 from marketdata_assets.sources.archive import Told
-from marketdata_assets.toolbox import open_toolbox
 
 FIRST, DAY_MS = parse_time("2022-01-01"), 86_400_000
 UNIVERSE = """venues: {{binance: {{symbols: [BTC/USDT], since: 2022-01-01, base_url: http://127.0.0.1:1}}}}
@@ -38,7 +41,9 @@ state: {0}/state
 
 
 def real_days(folder: Path) -> list[list[list[str]]]:
-    """The whole days of real minutes in 1m archives, as cells of text, the times as milliseconds of their day."""
+    """The whole days of real minutes in 1m archives, as cells of text, the times as milliseconds of
+    their day.
+    """
     days = []
     for file in sorted(folder.glob("*-1m-*.zip")):
         with zipfile.ZipFile(file) as packed:
@@ -84,7 +89,9 @@ def imported(place: Path, files: list[Path], fresh: bool) -> int:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         (place / "universe.yaml").write_text(UNIVERSE.format(place))
-    settings = load_settings({"MARKETDATA_UNIVERSE": str(place / "universe.yaml"), "MARKETDATA_NOW": "2030-01-01"})
+    settings = load_settings(
+        {"MARKETDATA_UNIVERSE": str(place / "universe.yaml"), "MARKETDATA_NOW": "2030-01-01"}
+    )
     told = Told(settings.markets[0], TIMEFRAMES["1m"])
     with open_toolbox(settings) as toolbox:
         done = import_files(toolbox, look(toolbox, files, told), told)
@@ -97,14 +104,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--files", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "marketdata" / "csv_import")
+    parser.add_argument(
+        "--files",
+        type=Path,
+        default=Path(__file__).resolve().parents[2] / "shared" / "marketdata" / "csv_import",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="marketdata-import-") as name:
         folder = Path(name)
         whole, zips = write(folder, real_days(options.files), options.rows)
         contenders: dict[str, Callable[[], object]] = {
             "polars.read_csv alone, typed (floats)": lambda: pl.read_csv(whole, has_header=False),
-            "polars.read_csv alone, all text": lambda: pl.read_csv(whole, has_header=False, infer_schema=False),
+            "polars.read_csv alone, all text": lambda: pl.read_csv(
+                whole, has_header=False, infer_schema=False
+            ),
             "import of one CSV": lambda: imported(folder / "one", [whole], True),
             "import of it again": lambda: imported(folder / "one", [whole], False),
             f"import of {len(zips)} monthly zips": lambda: imported(folder / "many", zips, True),
@@ -114,11 +127,17 @@ def main() -> None:
             for what, run in contenders.items():
                 wall, cpu = time.perf_counter(), time.process_time()
                 run()
-                seconds.setdefault(what, []).append((time.perf_counter() - wall, time.process_time() - cpu))
-        print(f"{options.rows:,} rows, {whole.stat().st_size / 1e6:.0f} MB of CSV, median of {options.rounds}")
+                seconds.setdefault(what, []).append(
+                    (time.perf_counter() - wall, time.process_time() - cpu)
+                )
+        print(
+            f"{options.rows:,} rows, {whole.stat().st_size / 1e6:.0f} MB of CSV, median of {options.rounds}"
+        )
         for what, took in seconds.items():
             wall, cpu = (statistics.median(each) for each in zip(*took, strict=True))
-            print(f"{what:40} {options.rows / wall:12,.0f} rows/s {wall:7.2f} s wall {cpu:7.2f} s cpu")
+            print(
+                f"{what:40} {options.rows / wall:12,.0f} rows/s {wall:7.2f} s wall {cpu:7.2f} s cpu"
+            )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python bench/peers.py [--only rollup,bytes,pipeline,replace,queries,fetch,dagster] [--rounds 3] [--quick] [--out FILE]
 
-The peers (pandas, DuckDB, Polars, Delta Lake, Iceberg, ArcticDB, ccxt, freqtrade) are installed, pinned, into two
-virtual environments in the user's cache folder (MARKETDATA_BENCH names another one), and so is our package; the data is
-made there once. Every measurement is a process of its own; contenders take turns, and the tables show medians over all
-turns. Nothing asserts a time. Whether the digits are kept is checked, and stands in the table: a speed that loses a
-digit does not count. `--quick` takes two markets instead of twenty.
+The peers (pandas, DuckDB, Polars, Delta Lake, Iceberg, ArcticDB, ccxt, freqtrade) are installed,
+pinned, into two virtual environments in the user's cache folder (MARKETDATA_BENCH names another
+one), and so is our package; the data is made there once. Every measurement is a process of its own;
+contenders take turns, and the tables show medians over all turns. Nothing asserts a time. Whether
+the digits are kept is checked, and stands in the table: a speed that loses a digit does not count.
+`--quick` takes two markets instead of twenty.
 """
 
 from __future__ import annotations
@@ -23,24 +24,44 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = Path(os.environ.get("MARKETDATA_BENCH") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "marketdata-bench")
+CACHE = Path(
+    os.environ.get("MARKETDATA_BENCH")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "marketdata-bench"
+)
 MAIN = ["pandas==3.1.1", "deltalake==1.6.6", "pyiceberg[sql-sqlite,pyarrow]==0.12.0"]
-OTHER = ["arcticdb==6.28.2", "freqtrade==2026.9", "pandas==2.3.3", "polars==2.1.0", "pyarrow==26.0.1"]
+OTHER = [
+    "arcticdb==6.28.2",
+    "freqtrade==2026.9",
+    "pandas==2.3.3",
+    "polars==2.1.0",
+    "pyarrow==26.0.1",
+]
 """ArcticDB wants pandas 2."""
 Found = dict[str, dict[str, Any]]
 
 
-# --------------------------------------------------------------------------------- virtual environments
+# --------------------------------------------------------------------------------- virtual environm
 def python_of(name: str) -> str:
     """The interpreter of a virtual environment of the bench's own, made where it is not there yet."""
-    wanted = {"main": ["--constraint", str(ROOT / "requirements.lock"), "--editable", str(ROOT), *MAIN], "other": OTHER}[name]
+    wanted = {
+        "main": ["--constraint", str(ROOT / "requirements.lock"), "--editable", str(ROOT), *MAIN],
+        "other": OTHER,
+    }[name]
     place, stamp = CACHE / f"venv-{name}", CACHE / f"venv-{name}" / ".installed"
     python = place / "bin" / "python"
     if not stamp.exists() or stamp.read_text() != repr(wanted):
         print(f"installing {name} into {place}", file=sys.stderr, flush=True)
         uv = shutil.which("uv") or shutil.which(str(ROOT / ".venv" / "bin" / "uv"))
-        make = [uv, "venv", "--quiet", "--clear", "--python", sys.executable] if uv else [sys.executable, "-m", "venv", "--clear"]
-        install = [uv, "pip", "install", "--quiet", "--python", str(python)] if uv else [str(python), "-m", "pip", "install", "--quiet"]
+        make = (
+            [uv, "venv", "--quiet", "--clear", "--python", sys.executable]
+            if uv
+            else [sys.executable, "-m", "venv", "--clear"]
+        )
+        install = (
+            [uv, "pip", "install", "--quiet", "--python", str(python)]
+            if uv
+            else [str(python), "-m", "pip", "install", "--quiet"]
+        )
         subprocess.run([*make, str(place)], check=True)
         subprocess.run([*install, *wanted], check=True)
         stamp.write_text(repr(wanted))
@@ -65,7 +86,11 @@ def contenders(sections: Iterable[str]) -> list[tuple[str, str, str]]:
     done = work("main", "-c", code)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return [(section, name, venv) for section, name, venv in json.loads(done.stdout) if section in sections]
+    return [
+        (section, name, venv)
+        for section, name, venv in json.loads(done.stdout)
+        if section in sections
+    ]
 
 
 def turn(section: str, name: str, venv: str, folder: Path, rounds: int, quick: bool) -> Found | str:
@@ -82,11 +107,19 @@ def joined(turns: list[Found | str]) -> Found | str:
     good = [t for t in turns if not isinstance(t, str)]
     if not good:
         return str(turns[0])
-    return {op: {"values": [t[op]["value"] for t in good], **{k: _joined(k, op, good) for k in ("wall", "cpu", "rss")}} for op in good[0]}
+    return {
+        op: {
+            "values": [t[op]["value"] for t in good],
+            **{k: _joined(k, op, good) for k in ("wall", "cpu", "rss")},
+        }
+        for op in good[0]
+    }
 
 
 def _joined(key: str, op: str, turns: list[Found]) -> float:
-    numbers = [t[op][key] for t in turns] if key == "rss" else [n for t in turns for n in t[op][key]]
+    numbers = (
+        [t[op][key] for t in turns] if key == "rss" else [n for t in turns for n in t[op][key]]
+    )
     return statistics.median(numbers) if numbers else 0.0
 
 
@@ -107,14 +140,26 @@ def _throughput(found: Found, ours: Found, bars: int) -> list[str]:
     rate, cpu = bars / run["wall"] / 1e6, bars / run["cpu"] / 1e6
     size = f"{last / 1e6:.0f} MB" if isinstance(last, int) else last
     ratio = run["wall"] / ours["run"]["wall"], run["cpu"] / ours["run"]["cpu"]
-    return [f"{rate:.1f}", f"{run['cpu']:.2f}", f"{cpu:.1f}", f"{run['rss']:.0f}", f"{ratio[0]:.2f}", f"{ratio[1]:.2f}", str(size)]
+    return [
+        f"{rate:.1f}",
+        f"{run['cpu']:.2f}",
+        f"{cpu:.1f}",
+        f"{run['rss']:.0f}",
+        f"{ratio[0]:.2f}",
+        f"{ratio[1]:.2f}",
+        str(size),
+    ]
 
 
 def _bytes(found: Found, ours: Found, _: int) -> list[str]:
     cells = []
     for name, op in found.items():
         value, mine = op["values"][0], ours[name]["values"][0]
-        kept = "every digit" if not value["lost"] else f"{value['lost'] / value['of']:.2%} of values lose digits"
+        kept = (
+            "every digit"
+            if not value["lost"]
+            else f"{value['lost'] / value['of']:.2%} of values lose digits"
+        )
         cells += [f"{value['bytes']:.1f}", f"{value['bytes'] / mine['bytes']:.2f}", kept]
     return [*cells, str(op["values"][0]["values"])]
 
@@ -122,7 +167,12 @@ def _bytes(found: Found, ours: Found, _: int) -> list[str]:
 def _replace(found: Found, ours: Found, _: int) -> list[str]:
     run = found["run"]
     exact = found["exact"]["values"][0] if "exact" in found else ""
-    return [f"{run['wall'] * 1000:.1f}", f"{run['cpu'] * 1000:.1f}", f"{run['wall'] / ours['run']['wall']:.2f}", exact]
+    return [
+        f"{run['wall'] * 1000:.1f}",
+        f"{run['cpu'] * 1000:.1f}",
+        f"{run['wall'] / ours['run']['wall']:.2f}",
+        exact,
+    ]
 
 
 def _queries(found: Found, ours: Found, _: int) -> list[str]:
@@ -132,7 +182,10 @@ def _queries(found: Found, ours: Found, _: int) -> list[str]:
 def _fetch(found: Found, ours: Found, _: int) -> list[str]:
     cells = []
     for op in found.values():
-        rate, limit, cpu, million = (statistics.median(v[k] for v in op["values"]) for k in ("rate", "limit", "cpu", "cpu_per_million"))
+        rate, limit, cpu, million = (
+            statistics.median(v[k] for v in op["values"])
+            for k in ("rate", "limit", "cpu", "cpu_per_million")
+        )
         cells += [f"{rate / 1000:.1f} k", f"{limit:.0%}", f"{cpu:.0%}", f"{million:.1f}"]
     return cells
 
@@ -142,7 +195,12 @@ def _dagster(found: Found, ours: Found, _: int) -> list[str]:
         return (of["job"][key] - of["flows"][key]) / of["partitions"]["values"][0] * 1000
 
     each = found["job"]["wall"] / found["partitions"]["values"][0] * 1000
-    return [f"{each:.1f}", f"{cost(found, 'wall'):.1f}", f"{cost(found, 'cpu'):.1f}", f"{cost(found, 'wall') / cost(ours, 'wall'):.2f}"]
+    return [
+        f"{each:.1f}",
+        f"{cost(found, 'wall'):.1f}",
+        f"{cost(found, 'cpu'):.1f}",
+        f"{cost(found, 'wall') / cost(ours, 'wall'):.2f}",
+    ]
 
 
 _RATES = ("M bars/s", "CPU s", "M bars / CPU s", "extra RSS, MB", "time x ours", "CPU x ours")
@@ -161,15 +219,27 @@ SECTIONS = {
         _bytes,
     ),
     "pipeline": Section(
-        "Read, validate, roll up, write", "7 M bars/s, at most 100 MB extra", (*_RATES, "rollups written, on disk"), _throughput
+        "Read, validate, roll up, write",
+        "7 M bars/s, at most 100 MB extra",
+        (*_RATES, "rollups written, on disk"),
+        _throughput,
     ),
     "replace": Section(
-        "Replace one market-day", "30 ms in all nine tables; Delta 63 ms for one", ("ms", "CPU ms", "x ours", "digits"), _replace
+        "Replace one market-day",
+        "30 ms in all nine tables; Delta 63 ms for one",
+        ("ms", "CPU ms", "x ours", "digits"),
+        _replace,
     ),
     "queries": Section(
         "Queries, warm, ms",
         "market-day 2.5, stored 1h year 2, cross-section 10, newest of all 2",
-        ("market-day 1m", "market-year 1m", "market-year stored 1h", "an hour of all markets", "newest bar of all"),
+        (
+            "market-day 1m",
+            "market-year 1m",
+            "market-year stored 1h",
+            "an hour of all markets",
+            "newest bar of all",
+        ),
         _queries,
     ),
     "fetch": Section(
@@ -190,19 +260,31 @@ SECTIONS = {
 def table(section: str, results: dict[str, Found | str], bars: int) -> str:
     """One section as Markdown. What could not be measured says why."""
     about = SECTIONS[section]
-    lines = [f"## {about.title}", "", f"Goal: {about.goal}", "", "| | " + " | ".join(about.header) + " |"]
+    lines = [
+        f"## {about.title}",
+        "",
+        f"Goal: {about.goal}",
+        "",
+        "| | " + " | ".join(about.header) + " |",
+    ]
     lines.append("|---" * (len(about.header) + 1) + "|")
     ours = next((r for r in results.values() if not isinstance(r, str)), None)
     for name, found in results.items():
-        cells = [found] if isinstance(found, str) or ours is None else about.cells(found, ours, bars)
+        cells = (
+            [found] if isinstance(found, str) or ours is None else about.cells(found, ours, bars)
+        )
         lines.append(f"| {name} | " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each contender gets, and rounds in each")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns that each contender gets, and rounds in each"
+    )
     parser.add_argument("--quick", action="store_true", help="two markets instead of twenty")
     parser.add_argument("--out", type=Path, help="a file for the tables as well")
     options = parser.parse_args()
@@ -215,7 +297,9 @@ def main() -> None:
     folder = Path(made.stdout.strip().splitlines()[-1])
     for left in folder.glob("scratch-*"):  # of turns that were stopped
         shutil.rmtree(left, ignore_errors=True)
-    bars = int(work("main", "-c", f"from peers_data import count; print(count({str(folder)!r}))").stdout)
+    bars = int(
+        work("main", "-c", f"from peers_data import count; print(count({str(folder)!r}))").stdout
+    )
     everyone = contenders(sections)
     for section in sections:
         mine = [c for c in everyone if c[0] == section]

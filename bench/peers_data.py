@@ -1,7 +1,9 @@
-"""The bars that bench/peers.py measures on: 20 synthetic market-years of 1m, and the real bars of ../shared.
+"""The bars that bench/peers.py measures on: 20 synthetic market-years of 1m, and the real bars of
+../shared.
 
-Everything lies in CACHE, is made once and used again: our lake (with ledger, rollups and a warehouse) and, for the
-peers, the same bars as floats in plain Parquet, one file a market and one a market and month.
+Everything lies in CACHE, is made once and used again: our lake (with ledger, rollups and a
+warehouse) and, for the peers, the same bars as floats in plain Parquet, one file a market and one a
+market and month.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 import polars as pl
 
 if TYPE_CHECKING:
-    from marketdata_assets.settings import Settings
+    from marketdata_assets.settings.universe import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -26,7 +28,10 @@ CACHE = Path(os.environ["MARKETDATA_BENCH"])  # peers.py says where
 START, END = datetime(2023, 1, 1, tzinfo=UTC), datetime(2024, 1, 1, tzinfo=UTC)
 COINS = ["BTC", "ETH", "SOL", "BNB", "XRP", "ADA", "DOGE", "TRX", "AVAX", "LINK"]
 COINS += ["DOT", "LTC", "UNI", "ATOM", "ETC", "XLM", "FIL", "APT", "ARB", "NEAR"]
-REAL = {"BTC/USDT 1m 2024-01 to 02": ("BTCUSDT", "2024-01-01_2024-02-29"), "SOL/USDT 1m 2023-02": ("SOLUSDT", "2023-02-01_2023-02-28")}
+REAL = {
+    "BTC/USDT 1m 2024-01 to 02": ("BTCUSDT", "2024-01-01_2024-02-29"),
+    "SOL/USDT 1m 2023-02": ("SOLUSDT", "2023-02-01_2023-02-28"),
+}
 DAY = timedelta(days=1)
 MARKET, NAME = "binance:BTC-USDT", "BTC-USDT"
 CORRECTED = datetime(2023, 6, 14, tzinfo=UTC)
@@ -42,13 +47,17 @@ DECIMAL = pl.Decimal(38, 12)
 
 
 def market_years(quick: bool = False) -> Iterator[tuple[str, pl.DataFrame]]:
-    """Key and exact bars of each market: a random walk in ticks, 0.1 % of the minutes without a bar. `quick`: two markets."""
+    """Key and exact bars of each market: a random walk in ticks, 0.1 % of the minutes without a bar.
+    `quick`: two markets.
+    """
     for i, coin in enumerate(COINS[:2] if quick else COINS):
         yield f"binance:{coin}-USDT", market_year(i)
 
 
 def market_year(seed: int) -> pl.DataFrame:
-    """One of them. Quote volumes are volume times a price between low and high, so that every rule holds."""
+    """One of them. Quote volumes are volume times a price between low and high, so that every rule
+    holds.
+    """
     dice = np.random.default_rng(seed)
     price_scale, volume_scale = 2 + seed % 4, 5 - seed % 4
     minutes = np.arange(525_600)[dice.random(525_600) >= 0.001]
@@ -63,7 +72,10 @@ def market_year(seed: int) -> pl.DataFrame:
     share = dice.uniform(0.3, 0.7, n)
     taker, taker_quote = (np.floor(v * share).astype(np.int64) for v in (volume, quote))
     opens = np.datetime64("2023-01-01", "us") + minutes * np.timedelta64(60_000_000, "us")
-    prices = {name: decimals(v, price_scale) for name, v in zip(PRICES, (opened, high, low, close), strict=True)}
+    prices = {
+        name: decimals(v, price_scale)
+        for name, v in zip(PRICES, (opened, high, low, close), strict=True)
+    }
     sums = {
         "volume": decimals(volume, volume_scale),
         "quote_volume": decimals(quote, 8),
@@ -71,7 +83,9 @@ def market_year(seed: int) -> pl.DataFrame:
         "taker_buy_volume": decimals(taker, volume_scale),
         "taker_buy_quote_volume": decimals(taker_quote, 8),
     }
-    return pl.DataFrame({"open_time": pl.Series(opens).dt.replace_time_zone("UTC"), **prices, **sums})
+    return pl.DataFrame(
+        {"open_time": pl.Series(opens).dt.replace_time_zone("UTC"), **prices, **sums}
+    )
 
 
 def decimals(units: np.ndarray[Any, Any], scale: int) -> pl.Series:
@@ -80,7 +94,9 @@ def decimals(units: np.ndarray[Any, Any], scale: int) -> pl.Series:
 
     halves = np.zeros((units.size, 2), np.int64)
     halves[:, 0] = units
-    made = pa.Decimal128Array.from_buffers(pa.decimal128(38, scale), units.size, [None, pa.py_buffer(halves)])
+    made = pa.Decimal128Array.from_buffers(
+        pa.decimal128(38, scale), units.size, [None, pa.py_buffer(halves)]
+    )
     return pl.Series(made).cast(DECIMAL)
 
 
@@ -91,20 +107,30 @@ def real_bars(name: str) -> pl.DataFrame:
     if not file.exists():
         return market_year(0)[:86_400]
     rows = pl.read_parquet(file).rename({"count": "trades"})
-    opens = pl.from_epoch("open_time", time_unit="ms").dt.replace_time_zone("UTC").cast(pl.Datetime("us", "UTC"))
-    return rows.select(opens, *(pl.col(v).cast(pl.Int64 if v == "trades" else DECIMAL) for v in VALUES))
+    opens = (
+        pl.from_epoch("open_time", time_unit="ms")
+        .dt.replace_time_zone("UTC")
+        .cast(pl.Datetime("us", "UTC"))
+    )
+    return rows.select(
+        opens, *(pl.col(v).cast(pl.Int64 if v == "trades" else DECIMAL) for v in VALUES)
+    )
 
 
 def as_floats(bars: pl.DataFrame) -> pl.DataFrame:
-    """The same bars as every peer keeps them: prices and volumes as 64-bit floats, the nearest to each decimal."""
+    """The same bars as every peer keeps them: prices and volumes as 64-bit floats, the nearest to each
+    decimal.
+    """
     # polars' own cast rounds twice; numpy's division of whole numbers below 2**53 rounds once
-    return bars.with_columns(pl.col(v).cast(pl.String).cast(pl.Float64) for v in VALUES if v != "trades")
+    return bars.with_columns(
+        pl.col(v).cast(pl.String).cast(pl.Float64) for v in VALUES if v != "trades"
+    )
 
 
 def settings(rollups: str, place: Path) -> Settings:
     """Our universe over the synthetic bars; its clock stands at their end."""
     os.environ["MARKETDATA_UNIVERSE"] = str(place / f"universe-{rollups}.yaml")
-    from marketdata_assets.settings import load_settings
+    from marketdata_assets.settings.universe import load_settings
 
     return load_settings()
 
@@ -112,8 +138,16 @@ def settings(rollups: str, place: Path) -> Settings:
 def write_universe(place: Path, coins: list[str], rollups: str, **venue: Any) -> None:
     """The universe file for `settings`."""
     lines = ["venues:", "  binance:", f"    symbols: [{', '.join(c + '/USDT' for c in coins)}]"]
-    lines += [f"    {key}: {value}" for key, value in {"since": START.date(), "until": END.date(), **venue}.items()]
-    lines += [f"lake: {place}/lake", f"rollups: {rollups}", f"duckdb: {place}/market.duckdb", f"state: {place}/state-{rollups}"]
+    lines += [
+        f"    {key}: {value}"
+        for key, value in {"since": START.date(), "until": END.date(), **venue}.items()
+    ]
+    lines += [
+        f"lake: {place}/lake",
+        f"rollups: {rollups}",
+        f"duckdb: {place}/market.duckdb",
+        f"state: {place}/state-{rollups}",
+    ]
     (place / f"universe-{rollups}.yaml").write_text("\n".join(lines) + "\n")
 
 
@@ -140,22 +174,28 @@ def prepare(quick: bool) -> Path:
 
 def _write_months(place: Path, name: str, floats: pl.DataFrame) -> None:
     """What a user of pandas or DuckDB keeps: Hive folders, plain Parquet with zstd."""
-    for (month,), frame in floats.group_by(pl.col("open_time").dt.strftime("%Y-%m"), maintain_order=True):
+    for (month,), frame in floats.group_by(
+        pl.col("open_time").dt.strftime("%Y-%m"), maintain_order=True
+    ):
         folder = place / f"market={name}" / f"month={month}"
         folder.mkdir(parents=True)
         frame.write_parquet(folder / "data.parquet", compression="zstd")
 
 
 def _write_ours(place: Path, rollups: str, quick: bool) -> None:
-    """Raw bars by `Lake.write` with the ledger's entries, as an ingest leaves them, and rollups by `derive`."""
-    from marketdata_assets.flows.derive import derive
-    from marketdata_assets.lake.ledger import Account, Entry, Gap, State
-    from marketdata_assets.lake.tables import raw
+    """Raw bars by `Lake.write` with the ledger's entries, as an ingest leaves them, and rollups by
+    `derive`.
+    """
+    from marketdata_assets.context import open_toolbox
+    from marketdata_assets.flows.derive.rollup import derive
+    from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
+    from marketdata_assets.model.intervals import holes
     from marketdata_assets.model.market import Market
-    from marketdata_assets.model.window import TIMEFRAMES, Window, partitions_of
-    from marketdata_assets.quality.gaps import holes
+    from marketdata_assets.model.partition import partitions_of
+    from marketdata_assets.model.table import raw
+    from marketdata_assets.model.timeframe import TIMEFRAMES
+    from marketdata_assets.model.window import Window
     from marketdata_assets.quality.split import REJECTED_SCHEMA
-    from marketdata_assets.toolbox import open_toolbox
 
     table, nothing = raw(TIMEFRAMES["1m"]), pl.DataFrame(schema=REJECTED_SCHEMA)
     with open_toolbox(settings(rollups, place)) as toolbox:
@@ -163,7 +203,9 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
             partitions = partitions_of(Market.parse(key), Window(START, END))
             for partition in partitions:
                 month = partition.month
-                frame = bars.filter(pl.col("open_time").is_between(month.start, month.end, closed="left"))
+                frame = bars.filter(
+                    pl.col("open_time").is_between(month.start, month.end, closed="left")
+                )
                 size, digest = toolbox.lake.write(table, partition, frame)
                 state = State(
                     start=month.start, through=month.end, newest=frame["open_time"][-1], complete=True, rows=frame.height, bytes=size,
@@ -171,17 +213,32 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
                 )  # fmt: skip
                 absent = holes(frame["open_time"], table.timeframe, month)
                 gaps = [Gap(w, w.count(table.timeframe), "no_bars", 2, "synthetic") for w in absent]
-                toolbox.ledger.commit(Entry(table, partition, state, Account(frame.height, frame.height), gaps, (), nothing, (), END))
+                toolbox.ledger.commit(
+                    Entry(
+                        table,
+                        partition,
+                        state,
+                        Account(frame.height, frame.height),
+                        gaps,
+                        (),
+                        nothing,
+                        (),
+                        END,
+                    )
+                )
             for _ in derive(toolbox, partitions):
                 pass
 
 
 def count(place: str) -> int:
     """How many bars the data set holds."""
-    return sum(pl.scan_parquet(file).select(pl.len()).collect().item() for file in Path(place, "markets").glob("*.parquet"))
+    return sum(
+        pl.scan_parquet(file).select(pl.len()).collect().item()
+        for file in Path(place, "markets").glob("*.parquet")
+    )
 
 
-# --------------------------------------------------------------------------------- the same bars in the stores of ours and of the peers
+# --------------------------------------------------------------------------------- the same bars in
 def once(place: Path, build: Callable[[Path], None]) -> Path:
     """A folder or file that is built where it is not there yet."""
     if not place.exists():
@@ -217,7 +274,9 @@ def bucket_sql(name: str, source: str, where: str = "") -> str:
 
 
 def parents(hierarchical: bool = True) -> dict[str, str]:
-    return dict(zip(TARGETS, ["1m", *TARGETS[:-1]] if hierarchical else ["1m"] * len(TARGETS), strict=True))
+    return dict(
+        zip(TARGETS, ["1m", *TARGETS[:-1]] if hierarchical else ["1m"] * len(TARGETS), strict=True)
+    )
 
 
 def open_arctic(folder: Path) -> Any:
@@ -228,7 +287,11 @@ def open_arctic(folder: Path) -> Any:
         place.mkdir()
         library = arcticdb.Arctic(f"lmdb://{place}?map_size=20GB").create_library("bars")
         for name, frame in floats_of(folder):
-            bars = frame.with_columns(pl.col("open_time").dt.replace_time_zone(None)).to_pandas().set_index("open_time")
+            bars = (
+                frame.with_columns(pl.col("open_time").dt.replace_time_zone(None))
+                .to_pandas()
+                .set_index("open_time")
+            )
             library.write(name, bars)
             library.write(f"{name} 1h", bars.resample("1h").agg(HOW))
 
@@ -236,7 +299,9 @@ def open_arctic(folder: Path) -> Any:
 
 
 def own_copy(folder: Path, rollups: str, only: str = "") -> Path:
-    """Our lake, ledger and warehouse in a scratch folder: raw bars (of all markets, or one) by hard links, all else copied."""
+    """Our lake, ledger and warehouse in a scratch folder: raw bars (of all markets, or one) by hard
+    links, all else copied.
+    """
     place = scratch(folder)
     for key in (folder / "lake" / "raw" / "ohlcv_1m").glob(f"*{only}"):
         shutil.copytree(key, place / "lake" / "raw" / "ohlcv_1m" / key.name, copy_function=os.link)
@@ -271,8 +336,12 @@ def open_duckdb(folder: Path) -> Path:
         with duckdb.connect(str(place)) as connection:
             files = f"read_parquet('{folder}/markets/*.parquet', filename=true)"
             market = "parse_filename(filename, true) AS market"
-            connection.execute(f"CREATE TABLE ohlcv_1m AS SELECT {market}, * EXCLUDE filename FROM {files} ORDER BY market, open_time")
+            connection.execute(
+                f"CREATE TABLE ohlcv_1m AS SELECT {market}, * EXCLUDE filename FROM {files} ORDER BY market, open_time"
+            )
             for name, parent in parents().items():
-                connection.execute(f"CREATE TABLE ohlcv_{name} AS {bucket_sql(name, f'ohlcv_{parent}')} ORDER BY market, open_time")
+                connection.execute(
+                    f"CREATE TABLE ohlcv_{name} AS {bucket_sql(name, f'ohlcv_{parent}')} ORDER BY market, open_time"
+                )
 
     return once(folder / "peers.duckdb", build)

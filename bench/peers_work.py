@@ -1,8 +1,10 @@
-"""One measurement of bench/peers.py, in a process of its own: `python peers_work.py SECTION CONTENDER FOLDER ROUNDS QUICK`.
+"""One measurement of bench/peers.py, in a process of its own: `python peers_work.py SECTION CONTENDER
+FOLDER ROUNDS QUICK`.
 
-A contender prepares itself, then gives operations by name; each is run once to warm up and then ROUNDS times. What is
-printed is JSON: wall and CPU seconds of every round, the peak of resident memory beyond what was there before, and what
-the operation returned. Heavy imports are inside the contenders: each process imports only its own engine.
+A contender prepares itself, then gives operations by name; each is run once to warm up and then
+ROUNDS times. What is printed is JSON: wall and CPU seconds of every round, the peak of resident
+memory beyond what was there before, and what the operation returned. Heavy imports are inside the
+contenders: each process imports only its own engine.
 """
 
 from __future__ import annotations
@@ -57,12 +59,23 @@ from peers_data import (
 )
 
 MAIN, OTHER = "main", "other"
-RULES = {"5m": "5min", "15m": "15min", "30m": "30min", "1h": "1h", "4h": "4h", "12h": "12h", "1d": "1D", "1w": "W-MON"}
+RULES = {
+    "5m": "5min",
+    "15m": "15min",
+    "30m": "30min",
+    "1h": "1h",
+    "4h": "4h",
+    "12h": "12h",
+    "1d": "1D",
+    "1w": "W-MON",
+}
 Operations = dict[str, Callable[[], Any]]
 
 
 class Contender(NamedTuple):
-    """Who is measured, in which virtual environment, and what prepares it: `make(folder, quick)` gives its operations."""
+    """Who is measured, in which virtual environment, and what prepares it: `make(folder, quick)` gives
+    its operations.
+    """
 
     section: str
     name: str
@@ -73,7 +86,9 @@ class Contender(NamedTuple):
 CONTENDERS: list[Contender] = []
 
 
-def contender(section: str, name: str, venv: str = MAIN) -> Callable[[Callable[..., Operations]], Callable[..., Operations]]:
+def contender(
+    section: str, name: str, venv: str = MAIN
+) -> Callable[[Callable[..., Operations]], Callable[..., Operations]]:
     """Enter a function in the table. The first contender of a section is ours."""
 
     def enter(make: Callable[..., Operations]) -> Callable[..., Operations]:
@@ -106,7 +121,9 @@ def measure(run: Callable[[], Any], rounds: int) -> dict[str, Any]:
 
 
 def all_floats(folder: Path) -> pl.DataFrame:
-    return pl.concat(frame.select(pl.lit(name).alias("market"), pl.all()) for name, frame in floats_of(folder))
+    return pl.concat(
+        frame.select(pl.lit(name).alias("market"), pl.all()) for name, frame in floats_of(folder)
+    )
 
 
 # --------------------------------------------------------------------------------- 1 rollup
@@ -114,7 +131,9 @@ def exact_days(days: pl.DataFrame, bars: pl.DataFrame | None = None) -> str:
     """How many of the daily sums of one market are digit for digit those of plain Python."""
     bars = next(market_years(True))[1] if bars is None else bars
     right = wrong = 0
-    for day in days.sort("open_time").filter(pl.col("open_time").dt.day() == 1).iter_rows(named=True):
+    for day in (
+        days.sort("open_time").filter(pl.col("open_time").dt.day() == 1).iter_rows(named=True)
+    ):
         start = day["open_time"].replace(tzinfo=UTC)
         part = bars.filter(pl.col("open_time").is_between(start, start + DAY, closed="left"))
         for name in SUMS:
@@ -126,7 +145,9 @@ def exact_days(days: pl.DataFrame, bars: pl.DataFrame | None = None) -> str:
 @contender("rollup", "ours, by month as the flows do")
 def rollup_ours(folder: Path, quick: bool) -> Operations:
     from marketdata_assets.model.market import Market
-    from marketdata_assets.model.window import TIMEFRAMES, Window, partitions_of
+    from marketdata_assets.model.partition import partitions_of
+    from marketdata_assets.model.timeframe import TIMEFRAMES
+    from marketdata_assets.model.window import Window
     from marketdata_assets.transforms.rollup import roll_up
 
     targets, jobs, first = [TIMEFRAMES[name] for name in TARGETS], [], None
@@ -150,18 +171,30 @@ def by_polars(bars: pl.DataFrame) -> Operations:
 
     def run() -> None:
         for name in TARGETS:
-            made[name] = bars.lazy().group_by_dynamic("open_time", every=name, group_by="market").agg(aggregates()).collect()
+            made[name] = (
+                bars.lazy()
+                .group_by_dynamic("open_time", every=name, group_by="market")
+                .agg(aggregates())
+                .collect()
+            )
 
     return {"run": run, "exact": lambda: exact_days(made["1d"].filter(pl.col("market") == NAME))}
 
 
-contender("rollup", "Polars group_by_dynamic, each from 1m, floats")(lambda folder, quick: by_polars(all_floats(folder)))
+contender("rollup", "Polars group_by_dynamic, each from 1m, floats")(
+    lambda folder, quick: by_polars(all_floats(folder))
+)
 
 
 @contender("rollup", "Polars group_by_dynamic, each from 1m, decimals")
 def rollup_polars_exact(folder: Path, quick: bool) -> Operations:
     markets = market_years(quick)
-    return by_polars(pl.concat(bars.select(pl.lit(key.partition(":")[2]).alias("market"), pl.all()) for key, bars in markets))
+    return by_polars(
+        pl.concat(
+            bars.select(pl.lit(key.partition(":")[2]).alias("market"), pl.all())
+            for key, bars in markets
+        )
+    )
 
 
 def by_duckdb(frames: Iterator[tuple[str, pl.DataFrame]], hierarchical: bool) -> Operations:
@@ -171,20 +204,33 @@ def by_duckdb(frames: Iterator[tuple[str, pl.DataFrame]], hierarchical: bool) ->
     for i, (key, bars) in enumerate(frames):
         incoming = bars.select(pl.lit(key.rpartition(":")[2]).alias("market"), pl.all()).to_arrow()
         connection.register("incoming", incoming)
-        connection.execute("INSERT INTO ohlcv_1m FROM incoming" if i else "CREATE TABLE ohlcv_1m AS FROM incoming")
+        connection.execute(
+            "INSERT INTO ohlcv_1m FROM incoming" if i else "CREATE TABLE ohlcv_1m AS FROM incoming"
+        )
         connection.unregister("incoming")
 
     def run() -> None:
         for name, parent in parents(hierarchical).items():
-            connection.execute(f"CREATE OR REPLACE TEMP TABLE ohlcv_{name} AS {bucket_sql(name, f'ohlcv_{parent}')}")
+            connection.execute(
+                f"CREATE OR REPLACE TEMP TABLE ohlcv_{name} AS {bucket_sql(name, f'ohlcv_{parent}')}"
+            )
 
     days = f"SELECT * EXCLUDE market FROM ohlcv_1d WHERE market = '{NAME}'"
-    return {"run": run, "exact": lambda: exact_days(pl.DataFrame(connection.sql(days).to_arrow_table()))}
+    return {
+        "run": run,
+        "exact": lambda: exact_days(pl.DataFrame(connection.sql(days).to_arrow_table())),
+    }
 
 
-contender("rollup", "DuckDB time_bucket, each from 1m, floats")(lambda folder, quick: by_duckdb(floats_of(folder), False))
-contender("rollup", "DuckDB time_bucket, hierarchical, floats")(lambda folder, quick: by_duckdb(floats_of(folder), True))
-contender("rollup", "DuckDB time_bucket, hierarchical, decimals")(lambda folder, quick: by_duckdb(market_years(quick), True))
+contender("rollup", "DuckDB time_bucket, each from 1m, floats")(
+    lambda folder, quick: by_duckdb(floats_of(folder), False)
+)
+contender("rollup", "DuckDB time_bucket, hierarchical, floats")(
+    lambda folder, quick: by_duckdb(floats_of(folder), True)
+)
+contender("rollup", "DuckDB time_bucket, hierarchical, decimals")(
+    lambda folder, quick: by_duckdb(market_years(quick), True)
+)
 
 
 def by_pandas(folder: Path, hierarchical: bool) -> Operations:
@@ -197,11 +243,18 @@ def by_pandas(folder: Path, hierarchical: bool) -> Operations:
         return made["1d"]
 
     days = pl.from_pandas(roll(frames[NAME]).reset_index())
-    return {"run": lambda: [len(roll(frame)) for frame in frames.values()], "exact": lambda: exact_days(days)}
+    return {
+        "run": lambda: [len(roll(frame)) for frame in frames.values()],
+        "exact": lambda: exact_days(days),
+    }
 
 
-contender("rollup", "pandas resample, each from 1m, floats")(lambda folder, quick: by_pandas(folder, False))
-contender("rollup", "pandas resample, hierarchical, floats")(lambda folder, quick: by_pandas(folder, True))
+contender("rollup", "pandas resample, each from 1m, floats")(
+    lambda folder, quick: by_pandas(folder, False)
+)
+contender("rollup", "pandas resample, hierarchical, floats")(
+    lambda folder, quick: by_pandas(folder, True)
+)
 
 
 @contender("rollup", "ArcticDB resample, each from 1m, floats", OTHER)
@@ -213,19 +266,30 @@ def rollup_arctic(folder: Path, quick: bool) -> Operations:
     rules = {name: "7D" if name == "1w" else rule for name, rule in RULES.items()}
 
     def read(name: str, timeframe: str) -> Any:
-        query = arcticdb.QueryBuilder().resample(rules[timeframe], origin=pd.Timestamp("1970-01-05")).agg(HOW)
+        query = (
+            arcticdb.QueryBuilder()
+            .resample(rules[timeframe], origin=pd.Timestamp("1970-01-05"))
+            .agg(HOW)
+        )
         return library.read(name, query_builder=query).data
 
     names = [file.stem for file in (folder / "markets").glob("*.parquet")]
     days = pl.from_pandas(read(NAME, "1d").reset_index())
-    return {"run": lambda: [read(n, tf) is None for n in names for tf in TARGETS] and None, "exact": lambda: exact_days(days)}
+    return {
+        "run": lambda: [read(n, tf) is None for n in names for tf in TARGETS] and None,
+        "exact": lambda: exact_days(days),
+    }
 
 
 # --------------------------------------------------------------------------------- 2 bytes
 def lost(exact: pl.DataFrame, found: pl.DataFrame) -> int:
     """How many values cannot be read back with the digits that were sent."""
     texts = pl.col(pl.Decimal).cast(pl.String).str.strip_chars_end("0").str.strip_chars_end(".")
-    told = found.select(_text(found[name]) for name in exact.columns if name in found.columns and name != "open_time")
+    told = found.select(
+        _text(found[name])
+        for name in exact.columns
+        if name in found.columns and name != "open_time"
+    )
     wanted = exact.select(texts, pl.col("trades").cast(pl.String))
     return sum(int((told[name] != wanted[name]).sum()) for name in told.columns)
 
@@ -233,12 +297,20 @@ def lost(exact: pl.DataFrame, found: pl.DataFrame) -> int:
 def _text(column: pl.Series) -> pl.Series:
     """Floats as their shortest text, decimals without trailing zeros."""
     if column.dtype == pl.Float64:
-        return pl.Series(column.name, [format(Decimal(repr(v)), "f").removesuffix(".0") for v in column])
+        return pl.Series(
+            column.name, [format(Decimal(repr(v)), "f").removesuffix(".0") for v in column]
+        )
     text = column.cast(pl.String)
-    return text.str.strip_chars_end("0").str.strip_chars_end(".") if isinstance(column.dtype, pl.Decimal) else text
+    return (
+        text.str.strip_chars_end("0").str.strip_chars_end(".")
+        if isinstance(column.dtype, pl.Decimal)
+        else text
+    )
 
 
-def sizes(store: Callable[[pl.DataFrame, Path], tuple[int, pl.DataFrame]], folder: Path) -> Operations:
+def sizes(
+    store: Callable[[pl.DataFrame, Path], tuple[int, pl.DataFrame]], folder: Path
+) -> Operations:
     """For each set of real bars: bytes a bar, and how many values lost digits."""
 
     def one(name: str) -> dict[str, Any]:
@@ -248,7 +320,12 @@ def sizes(store: Callable[[pl.DataFrame, Path], tuple[int, pl.DataFrame]], folde
             size, found = store(bars, place)
         finally:
             shutil.rmtree(place)
-        return {"bytes": size / bars.height, "lost": lost(bars, found), "values": found.width - 1, "of": bars.height * (found.width - 1)}
+        return {
+            "bytes": size / bars.height,
+            "lost": lost(bars, found),
+            "values": found.width - 1,
+            "of": bars.height * (found.width - 1),
+        }
 
     return {name: lambda name=name: one(name) for name in REAL}
 
@@ -259,10 +336,12 @@ def months(bars: pl.DataFrame) -> list[pl.DataFrame]:
 
 @contender("bytes", "ours, an object a month")
 def bytes_ours(folder: Path, quick: bool) -> Operations:
-    from marketdata_assets.lake.parquet import Lake
-    from marketdata_assets.lake.tables import raw
     from marketdata_assets.model.market import Market
-    from marketdata_assets.model.window import TIMEFRAMES, Partition, month_of
+    from marketdata_assets.model.partition import Partition
+    from marketdata_assets.model.table import raw
+    from marketdata_assets.model.timeframe import TIMEFRAMES
+    from marketdata_assets.model.window import month_of
+    from marketdata_assets.storage.parquet import Lake
 
     def store(bars: pl.DataFrame, place: Path) -> tuple[int, pl.DataFrame]:
         lake, table, size, found = Lake(str(place)), raw(TIMEFRAMES["1m"]), 0, []
@@ -294,8 +373,12 @@ def bytes_pyarrow(folder: Path, floats: bool) -> Operations:
     return sizes(store, folder)
 
 
-contender("bytes", "plain Parquet, snappy, floats (pyarrow, pandas)")(lambda folder, quick: bytes_pyarrow(folder, True))
-contender("bytes", "plain Parquet, snappy, DECIMAL(38, 12)")(lambda folder, quick: bytes_pyarrow(folder, False))
+contender("bytes", "plain Parquet, snappy, floats (pyarrow, pandas)")(
+    lambda folder, quick: bytes_pyarrow(folder, True)
+)
+contender("bytes", "plain Parquet, snappy, DECIMAL(38, 12)")(
+    lambda folder, quick: bytes_pyarrow(folder, False)
+)
 
 
 def tree(place: Path) -> int:
@@ -332,7 +415,9 @@ def bytes_duckdb(folder: Path, floats: bool) -> Operations:
 
 
 contender("bytes", "DuckDB's own file, floats")(lambda folder, quick: bytes_duckdb(folder, True))
-contender("bytes", "DuckDB's own file, DECIMAL(38, 12)")(lambda folder, quick: bytes_duckdb(folder, False))
+contender("bytes", "DuckDB's own file, DECIMAL(38, 12)")(
+    lambda folder, quick: bytes_duckdb(folder, False)
+)
 
 
 @contender("bytes", "ArcticDB (LMDB), floats", OTHER)
@@ -342,7 +427,13 @@ def bytes_arctic(folder: Path, quick: bool) -> Operations:
     def store(bars: pl.DataFrame, place: Path) -> tuple[int, pl.DataFrame]:
         library = arcticdb.Arctic(f"lmdb://{place}/a?map_size=1GB").create_library("bars")
         before = tree(place)
-        library.write("a", as_floats(bars).with_columns(pl.col("open_time").dt.replace_time_zone(None)).to_pandas().set_index("open_time"))
+        library.write(
+            "a",
+            as_floats(bars)
+            .with_columns(pl.col("open_time").dt.replace_time_zone(None))
+            .to_pandas()
+            .set_index("open_time"),
+        )
         return tree(place) - before, pl.from_pandas(library.read("a").data.reset_index())
 
     return sizes(store, folder)
@@ -354,7 +445,13 @@ def bytes_freqtrade(folder: Path, quick: bool) -> Operations:
     from freqtrade.enums import CandleType
 
     def store(bars: pl.DataFrame, place: Path) -> tuple[int, pl.DataFrame]:
-        frame = as_floats(bars).select(pl.col("open_time").cast(pl.Datetime("ms", "UTC")).alias("date"), *PRICES, "volume").to_pandas()
+        frame = (
+            as_floats(bars)
+            .select(
+                pl.col("open_time").cast(pl.Datetime("ms", "UTC")).alias("date"), *PRICES, "volume"
+            )
+            .to_pandas()
+        )
         FeatherDataHandler(place).ohlcv_store("A/B", "1m", frame, CandleType.SPOT)
         file = next(place.glob("*.feather"))
         return file.stat().st_size, pl.read_ipc(file)
@@ -365,15 +462,21 @@ def bytes_freqtrade(folder: Path, quick: bool) -> Operations:
 # --------------------------------------------------------------------------------- 3 pipeline
 @contender("pipeline", "ours: lake.read, check_bars, roll_up, lake.write")
 def pipeline_ours(folder: Path, quick: bool) -> Operations:
-    from marketdata_assets.lake.parquet import Lake
-    from marketdata_assets.lake.tables import raw, rollup
     from marketdata_assets.model.bar import empty_bars
-    from marketdata_assets.model.window import TIMEFRAMES, Window, partitions_of
+    from marketdata_assets.model.partition import partitions_of
+    from marketdata_assets.model.table import raw, rollup
+    from marketdata_assets.model.timeframe import TIMEFRAMES
+    from marketdata_assets.model.window import Window
     from marketdata_assets.quality.contract import check_bars
+    from marketdata_assets.storage.parquet import Lake
     from marketdata_assets.transforms.rollup import roll_up
 
     universe, place = settings("parquet", folder), scratch(folder)
-    source, sink, targets = Lake(universe.lake), Lake(str(place)), [TIMEFRAMES[name] for name in TARGETS]
+    source, sink, targets = (
+        Lake(universe.lake),
+        Lake(str(place)),
+        [TIMEFRAMES[name] for name in TARGETS],
+    )
 
     def run() -> None:
         for market in universe.markets:
@@ -382,9 +485,17 @@ def pipeline_ours(folder: Path, quick: bool) -> Operations:
                 bars = check_bars(source.read(raw(TIMEFRAMES["1m"]), partition))
                 first = max(START, min(partition.opens(tf).start for tf in targets))
                 joined = pl.concat([before.filter(pl.col("open_time") >= first), bars])
-                for tf, frame in roll_up(joined, TIMEFRAMES["1m"], targets, Window(first, partition.month.end)).items():
+                for tf, frame in roll_up(
+                    joined, TIMEFRAMES["1m"], targets, Window(first, partition.month.end)
+                ).items():
                     owned = partition.opens(tf)
-                    sink.write(rollup(tf), partition, frame.filter(pl.col("open_time").is_between(owned.start, owned.end, closed="left")))
+                    sink.write(
+                        rollup(tf),
+                        partition,
+                        frame.filter(
+                            pl.col("open_time").is_between(owned.start, owned.end, closed="left")
+                        ),
+                    )
                 before = bars
 
     return {"run": run, "size": lambda: tree(place), "end": lambda: shutil.rmtree(place)}
@@ -392,9 +503,9 @@ def pipeline_ours(folder: Path, quick: bool) -> Operations:
 
 @contender("pipeline", "ours, `derive` as the flow does it, with ledger")
 def pipeline_derive(folder: Path, quick: bool) -> Operations:
-    from marketdata_assets.flows.derive import derive
+    from marketdata_assets.context import open_toolbox
+    from marketdata_assets.flows.derive.rollup import derive
     from marketdata_assets.model.window import Window
-    from marketdata_assets.toolbox import open_toolbox
 
     place = own_copy(folder, "parquet")
     universe = settings("parquet", place)
@@ -406,7 +517,11 @@ def pipeline_derive(folder: Path, quick: bool) -> Operations:
             for _ in derive(toolbox, universe.partitions(universe.markets, Window(START, END))):
                 pass
 
-    return {"run": run, "size": lambda: tree(place / "lake" / "rollup"), "end": lambda: shutil.rmtree(place)}
+    return {
+        "run": run,
+        "size": lambda: tree(place / "lake" / "rollup"),
+        "end": lambda: shutil.rmtree(place),
+    }
 
 
 @contender("pipeline", "pandas style: read_parquet, asserts, resample, to_parquet")
@@ -428,11 +543,17 @@ def pipeline_pandas(folder: Path, quick: bool) -> Operations:
     def run() -> None:
         for file in sorted((folder / "markets").glob("*.parquet")):
             parts = sorted((folder / "months" / f"market={file.stem}").glob("*/data.parquet"))
-            made = valid(pd.concat([pd.read_parquet(part, partitioning=None) for part in parts]).set_index("open_time"))
+            made = valid(
+                pd.concat([pd.read_parquet(part, partitioning=None) for part in parts]).set_index(
+                    "open_time"
+                )
+            )
             for name in TARGETS:
                 made = made.resample(RULES[name], label="left", closed="left").agg(HOW)
                 for month, part in made.groupby(made.index.month):
-                    part.to_parquet(place / f"{file.stem}-{name}-{month}.parquet", compression="zstd")
+                    part.to_parquet(
+                        place / f"{file.stem}-{name}-{month}.parquet", compression="zstd"
+                    )
 
     return {"run": run, "size": lambda: tree(place), "end": lambda: shutil.rmtree(place)}
 
@@ -450,12 +571,18 @@ def pipeline_duckdb(folder: Path, quick: bool) -> Operations:
     def run() -> None:
         with duckdb.connect() as connection:
             source = f"read_parquet('{folder}/months/*/*/data.parquet', hive_partitioning=true)"
-            connection.execute(f"CREATE TEMP TABLE ohlcv_1m AS SELECT * EXCLUDE month FROM {source}")
+            connection.execute(
+                f"CREATE TEMP TABLE ohlcv_1m AS SELECT * EXCLUDE month FROM {source}"
+            )
             doubled = "SELECT count(*) - count(DISTINCT (market, open_time)) FROM ohlcv_1m"
-            assert connection.sql(f"SELECT count(*) FROM ohlcv_1m WHERE {broken}").fetchall() == [(0,)]
+            assert connection.sql(f"SELECT count(*) FROM ohlcv_1m WHERE {broken}").fetchall() == [
+                (0,)
+            ]
             assert connection.sql(doubled).fetchall() == [(0,)]
             for name, parent in parents().items():
-                connection.execute(f"CREATE TEMP TABLE ohlcv_{name} AS {bucket_sql(name, f'ohlcv_{parent}')}")
+                connection.execute(
+                    f"CREATE TEMP TABLE ohlcv_{name} AS {bucket_sql(name, f'ohlcv_{parent}')}"
+                )
                 connection.execute(
                     f"COPY (SELECT *, {MONTH} AS month FROM ohlcv_{name} ORDER BY market, open_time)"
                     f" TO '{place}/{name}' (FORMAT parquet, COMPRESSION zstd, PARTITION_BY (market, month), OVERWRITE_OR_IGNORE)"
@@ -466,22 +593,28 @@ def pipeline_duckdb(folder: Path, quick: bool) -> Operations:
 
 # --------------------------------------------------------------------------------- 4 replace
 def replace_ours(folder: Path, rollups: str) -> Operations:
-    """What an ingest does with corrected bars, then what a derive does: nine tables, the ledger and the week that looks back."""
-    from marketdata_assets.flows import ingest
-    from marketdata_assets.flows.collect import Collected
-    from marketdata_assets.flows.derive import derive
-    from marketdata_assets.lake.ledger import Account
-    from marketdata_assets.lake.tables import raw, rollup
+    """What an ingest does with corrected bars, then what a derive does: nine tables, the ledger and
+    the week that looks back.
+    """
+    from marketdata_assets.context import open_toolbox
+    from marketdata_assets.flows.derive.rollup import derive
+    from marketdata_assets.flows.fetch import ingest
+    from marketdata_assets.flows.fetch.collect import Collected
+    from marketdata_assets.ledger.ledger import Account
     from marketdata_assets.model.market import Market
-    from marketdata_assets.model.window import TIMEFRAMES, Partition, Window, month_of
-    from marketdata_assets.toolbox import open_toolbox
+    from marketdata_assets.model.partition import Partition
+    from marketdata_assets.model.table import raw, rollup
+    from marketdata_assets.model.timeframe import TIMEFRAMES
+    from marketdata_assets.model.window import Window, month_of
 
     place = own_copy(folder, rollups, only=NAME)
     universe, market = settings(rollups, place), Market.parse(MARKET)
     partition, table = Partition(market, month_of(CORRECTED)), raw(TIMEFRAMES["1m"])
     holder = open_toolbox(universe)
     toolbox = holder.__enter__()
-    day = toolbox.lake.read(table, partition).filter(pl.col("open_time").is_between(CORRECTED, CORRECTED + DAY, closed="left"))
+    day = toolbox.lake.read(table, partition).filter(
+        pl.col("open_time").is_between(CORRECTED, CORRECTED + DAY, closed="left")
+    )
     turns = [day, day.with_columns((pl.col("volume") + 1).cast(day["volume"].dtype))]
     for _ in derive(toolbox, universe.partitions([market], Window(START, END))):
         pass
@@ -490,22 +623,34 @@ def replace_ours(folder: Path, rollups: str) -> Operations:
         turns.reverse()
         prepared = ingest._prepare(toolbox, table, partition)
         account, end = Account(day.height, day.height), prepared.wanted.end
-        ingest._store(toolbox, prepared, Collected(turns[0], gaps=tuple(prepared.gaps), account=account, through=end))
+        ingest._store(
+            toolbox,
+            prepared,
+            Collected(turns[0], gaps=tuple(prepared.gaps), account=account, through=end),
+        )
         for _ in derive(toolbox, [partition]):
             pass
 
     def exact() -> str:
         run()
         tf, where = TIMEFRAMES["1d"], Window(CORRECTED, CORRECTED + DAY)
-        read = toolbox.warehouse.read(rollup(tf), market, where) if rollups == "duckdb" else toolbox.lake.read(rollup(tf), partition)
+        read = (
+            toolbox.warehouse.read(rollup(tf), market, where)
+            if rollups == "duckdb"
+            else toolbox.lake.read(rollup(tf), partition)
+        )
         found = read.filter(pl.col("open_time") == CORRECTED)["volume"].to_list()
         return "every digit" if found == [sum(turns[0]["volume"].to_list())] else f"wrong: {found}"
 
     return {"run": run, "exact": exact, "end": lambda: shutil.rmtree(place)}
 
 
-contender("replace", "ours, nine tables, rollups: parquet")(lambda folder, quick: replace_ours(folder, "parquet"))
-contender("replace", "ours, nine tables, rollups: duckdb")(lambda folder, quick: replace_ours(folder, "duckdb"))
+contender("replace", "ours, nine tables, rollups: parquet")(
+    lambda folder, quick: replace_ours(folder, "parquet")
+)
+contender("replace", "ours, nine tables, rollups: duckdb")(
+    lambda folder, quick: replace_ours(folder, "duckdb")
+)
 
 
 def corrected_day(folder: Path) -> pl.DataFrame:
@@ -521,7 +666,9 @@ def replace_delta(folder: Path, quick: bool) -> Operations:
     place = scratch(folder)
     shutil.copytree(open_delta(folder), place / "t", copy_function=os.link)
     day = corrected_day(folder).to_arrow()
-    span = f"open_time >= '{CORRECTED.isoformat()}' AND open_time < '{(CORRECTED + DAY).isoformat()}'"
+    span = (
+        f"open_time >= '{CORRECTED.isoformat()}' AND open_time < '{(CORRECTED + DAY).isoformat()}'"
+    )
 
     def run() -> None:
         where = f"market = '{NAME}' AND month = '2023-06' AND {span}"
@@ -536,7 +683,9 @@ def replace_iceberg(folder: Path, quick: bool) -> Operations:
     from pyiceberg.expressions import And, EqualTo, GreaterThanOrEqual, LessThan
 
     place = scratch(folder)
-    catalog = SqlCatalog("bench", uri=f"sqlite:///{place}/catalog.db", warehouse=f"file://{place}/warehouse")
+    catalog = SqlCatalog(
+        "bench", uri=f"sqlite:///{place}/catalog.db", warehouse=f"file://{place}/warehouse"
+    )
     catalog.create_namespace("bars")
     day = corrected_day(folder).to_arrow()
     table = catalog.create_table("bars.ohlcv_1m", schema=day.schema)
@@ -545,12 +694,20 @@ def replace_iceberg(folder: Path, quick: bool) -> Operations:
         spec.add_identity("month")
     month = pl.col("open_time").dt.strftime("%Y-%m").alias("month")
     for name, frame in list(floats_of(folder))[: 2 if quick else 5]:
-        table.append(frame.select(pl.lit(name).alias("market"), pl.all(), month).to_arrow().cast(day.schema))
-    span = And(GreaterThanOrEqual("open_time", CORRECTED.isoformat()), LessThan("open_time", (CORRECTED + DAY).isoformat()))
+        table.append(
+            frame.select(pl.lit(name).alias("market"), pl.all(), month).to_arrow().cast(day.schema)
+        )
+    span = And(
+        GreaterThanOrEqual("open_time", CORRECTED.isoformat()),
+        LessThan("open_time", (CORRECTED + DAY).isoformat()),
+    )
 
     def run() -> None:
         now = catalog.load_table("bars.ohlcv_1m")
-        now.overwrite(day, overwrite_filter=And(And(EqualTo("market", NAME), EqualTo("month", "2023-06")), span))
+        now.overwrite(
+            day,
+            overwrite_filter=And(And(EqualTo("market", NAME), EqualTo("month", "2023-06")), span),
+        )
 
     return {"run": run, "end": lambda: shutil.rmtree(place)}
 
@@ -575,20 +732,33 @@ def by_duckdb_file(folder: Path, timeframes: list[str]) -> Operations:
                 monday = CORRECTED - timedelta(days=CORRECTED.weekday())
                 bound = {"m": NAME, "a": monday, "b": monday + timedelta(days=7)}
             connection.execute(f"DELETE FROM ohlcv_{name} {inside}", bound)
-            connection.execute(f"INSERT INTO ohlcv_{name} BY NAME {bucket_sql(name, f'ohlcv_{parents()[name]}', inside)}", bound)
+            connection.execute(
+                f"INSERT INTO ohlcv_{name} BY NAME {bucket_sql(name, f'ohlcv_{parents()[name]}', inside)}",
+                bound,
+            )
         connection.execute("COMMIT")
 
     return {"run": run, "end": lambda: shutil.rmtree(place)}
 
 
-contender("replace", "DuckDB, one table, delete and insert, floats")(lambda folder, quick: by_duckdb_file(folder, []))
-contender("replace", "DuckDB, nine tables, delete and insert, floats")(lambda folder, quick: by_duckdb_file(folder, TARGETS))
+contender("replace", "DuckDB, one table, delete and insert, floats")(
+    lambda folder, quick: by_duckdb_file(folder, [])
+)
+contender("replace", "DuckDB, nine tables, delete and insert, floats")(
+    lambda folder, quick: by_duckdb_file(folder, TARGETS)
+)
 # --------------------------------------------------------------------------------- 5 queries
-SPANS = {"day": (CORRECTED, CORRECTED + DAY), "year": (START, END), "hour": (CORRECTED, CORRECTED + timedelta(hours=1))}
+SPANS = {
+    "day": (CORRECTED, CORRECTED + DAY),
+    "year": (START, END),
+    "hour": (CORRECTED, CORRECTED + timedelta(hours=1)),
+}
 
 
 def heights(run: Callable[[], pl.DataFrame]) -> Callable[[], int]:
-    """An operation that gives how many rows it found, so that all contenders can be seen to find the same."""
+    """An operation that gives how many rows it found, so that all contenders can be seen to find the
+    same.
+    """
     return lambda: run().height
 
 
@@ -600,14 +770,22 @@ def queries_ours(folder: Path, rollups: str) -> Operations:
     return {
         "market-day 1m": heights(lambda: reader.bars(MARKET, "1m", *SPANS["day"]).collect()),
         "market-year 1m": heights(lambda: reader.bars(MARKET, "1m", *SPANS["year"]).collect()),
-        "market-year stored 1h": heights(lambda: reader.bars(MARKET, "1h", *SPANS["year"]).collect()),
-        "an hour of all markets": heights(lambda: reader.bars(reader.markets, "1m", *SPANS["hour"]).collect()),
+        "market-year stored 1h": heights(
+            lambda: reader.bars(MARKET, "1h", *SPANS["year"]).collect()
+        ),
+        "an hour of all markets": heights(
+            lambda: reader.bars(reader.markets, "1m", *SPANS["hour"]).collect()
+        ),
         "newest bar of all": heights(lambda: reader.newest("1m")),
     }
 
 
-contender("queries", "ours, the Python reader, rollups: parquet")(lambda folder, quick: queries_ours(folder, "parquet"))
-contender("queries", "ours, the Python reader, rollups: duckdb")(lambda folder, quick: queries_ours(folder, "duckdb"))
+contender("queries", "ours, the Python reader, rollups: parquet")(
+    lambda folder, quick: queries_ours(folder, "parquet")
+)
+contender("queries", "ours, the Python reader, rollups: duckdb")(
+    lambda folder, quick: queries_ours(folder, "duckdb")
+)
 
 
 @contender("queries", "Delta (Polars scan_delta)")
@@ -616,8 +794,14 @@ def queries_delta(folder: Path, quick: bool) -> Operations:
 
     def find(place: str, span: str, *also: pl.Expr) -> Callable[[], int]:
         start, end = SPANS[span]
-        months = [f"2023-{m:02}" for m in range(start.month, 13 if span == "year" else start.month + 1)]
-        wanted = [pl.col("month").is_in(months), pl.col("open_time").is_between(start, end, closed="left"), *also]
+        months = [
+            f"2023-{m:02}" for m in range(start.month, 13 if span == "year" else start.month + 1)
+        ]
+        wanted = [
+            pl.col("month").is_in(months),
+            pl.col("open_time").is_between(start, end, closed="left"),
+            *also,
+        ]
         return heights(lambda: pl.scan_delta(place).filter(*wanted).drop("month").collect())
 
     mine = pl.col("market") == NAME
@@ -626,15 +810,21 @@ def queries_delta(folder: Path, quick: bool) -> Operations:
         "market-year 1m": find(fine, "year", mine),
         "market-year stored 1h": find(coarse, "year", mine),
         "an hour of all markets": find(fine, "hour"),
-        "newest bar of all": heights(lambda: pl.scan_delta(fine).group_by("market").agg(pl.col("open_time").max()).collect()),
+        "newest bar of all": heights(
+            lambda: pl.scan_delta(fine).group_by("market").agg(pl.col("open_time").max()).collect()
+        ),
     }
 
 
-def duckdb_queries(connection: Any, fine: str, coarse: str, month: Callable[[str], str]) -> Operations:
+def duckdb_queries(
+    connection: Any, fine: str, coarse: str, month: Callable[[str], str]
+) -> Operations:
     def find(source: str, span: str, also: str = "") -> Callable[[], int]:
         start, end = SPANS[span]
         where = f"open_time >= TIMESTAMPTZ '{start.isoformat()}' AND open_time < TIMESTAMPTZ '{end.isoformat()}'{also}"
-        return lambda: connection.sql(f"SELECT * FROM {source} WHERE {where}").to_arrow_table().num_rows
+        return lambda: (
+            connection.sql(f"SELECT * FROM {source} WHERE {where}").to_arrow_table().num_rows
+        )
 
     mine = f" AND market = '{NAME}'"
     return {
@@ -642,7 +832,11 @@ def duckdb_queries(connection: Any, fine: str, coarse: str, month: Callable[[str
         "market-year 1m": find(fine, "year", mine),
         "market-year stored 1h": find(coarse, "year", mine),
         "an hour of all markets": find(fine, "hour", month("hour")),
-        "newest bar of all": lambda: connection.sql(f"SELECT market, max(open_time) FROM {fine} GROUP BY 1").to_arrow_table().num_rows,
+        "newest bar of all": lambda: (
+            connection.sql(f"SELECT market, max(open_time) FROM {fine} GROUP BY 1")
+            .to_arrow_table()
+            .num_rows
+        ),
     }
 
 
@@ -663,10 +857,15 @@ def queries_duckdb_hive(folder: Path, quick: bool) -> Operations:
     def build(place: Path) -> None:
         with duckdb.connect(str(open_duckdb(folder)), read_only=True) as source:
             hours = f"SELECT *, {MONTH} AS month FROM ohlcv_1h ORDER BY market, open_time"
-            source.execute(f"COPY ({hours}) TO '{place}' (FORMAT parquet, COMPRESSION zstd, PARTITION_BY (market, month))")
+            source.execute(
+                f"COPY ({hours}) TO '{place}' (FORMAT parquet, COMPRESSION zstd, PARTITION_BY (market, month))"
+            )
 
     coarse = once(folder / "months-1h", build)
-    places = [f"read_parquet('{place}/*/*/*.parquet', hive_partitioning=true)" for place in (folder / "months", coarse)]
+    places = [
+        f"read_parquet('{place}/*/*/*.parquet', hive_partitioning=true)"
+        for place in (folder / "months", coarse)
+    ]
     return duckdb_queries(connection, *places, lambda span: " AND month = '2023-06'")
 
 
@@ -674,7 +873,9 @@ def queries_duckdb_hive(folder: Path, quick: bool) -> Operations:
 def queries_arctic(folder: Path, quick: bool) -> Operations:
     library = open_arctic(folder)
     names = [file.stem for file in (folder / "markets").glob("*.parquet")]
-    naive = {span: tuple(t.replace(tzinfo=None) for t in moments) for span, moments in SPANS.items()}
+    naive = {
+        span: tuple(t.replace(tzinfo=None) for t in moments) for span, moments in SPANS.items()
+    }
     last = timedelta(microseconds=1)
 
     def find(symbols: list[str], span: str) -> Callable[[], int]:
@@ -683,14 +884,19 @@ def queries_arctic(folder: Path, quick: bool) -> Operations:
         between = (naive[span][0], naive[span][1] - last)
         if len(symbols) == 1:
             return lambda: len(library.read(symbols[0], date_range=between).data)
-        return lambda: sum(len(found.data) for found in library.read_batch([ReadRequest(s, date_range=between) for s in symbols]))
+        return lambda: sum(
+            len(found.data)
+            for found in library.read_batch([ReadRequest(s, date_range=between) for s in symbols])
+        )
 
     return {
         "market-day 1m": find([NAME], "day"),
         "market-year 1m": find([NAME], "year"),
         "market-year stored 1h": find([f"{NAME} 1h"], "year"),
         "an hour of all markets": find(names, "hour"),
-        "newest bar of all": lambda: len([library.get_description(name).date_range[1] for name in names]),
+        "newest bar of all": lambda: len(
+            [library.get_description(name).date_range[1] for name in names]
+        ),
     }
 
 
@@ -709,8 +915,24 @@ def exchange(latency_ms: int) -> Iterator[str]:
         raise SystemExit(f"there is no {server}, so there is nothing to fetch from")
     with tempfile.TemporaryDirectory() as temp:
         port = Path(temp) / "port"
-        command = [sys.executable, str(server), "--data", str(SHARED / "marketdata"), "--port", "0", "--port-file", str(port)]
-        command += ["--now", "2023-05-02T00:00:00Z", "--set", f"latency_ms={latency_ms}", "--set", "weight_limit=1000000"]
+        command = [
+            sys.executable,
+            str(server),
+            "--data",
+            str(SHARED / "marketdata"),
+            "--port",
+            "0",
+            "--port-file",
+            str(port),
+        ]
+        command += [
+            "--now",
+            "2023-05-02T00:00:00Z",
+            "--set",
+            f"latency_ms={latency_ms}",
+            "--set",
+            "weight_limit=1000000",
+        ]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             while not port.exists() or not port.read_text().strip():
@@ -722,27 +944,49 @@ def exchange(latency_ms: int) -> Iterator[str]:
 
 
 def fetched(run: Callable[[str], int]) -> Operations:
-    """Bars a second from the first request for bars to the last, and CPU seconds of this process and its children over all."""
+    """Bars a second from the first request for bars to the last, and CPU seconds of this process and
+    its children over all.
+    """
 
     def at(latency_ms: int) -> dict[str, float]:
         with exchange(latency_ms) as url:
-            before, own, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.process_time(), time.perf_counter()
+            before, own, begun = (
+                resource.getrusage(resource.RUSAGE_CHILDREN),
+                time.process_time(),
+                time.perf_counter(),
+            )
             bars = run(url)
             wall, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
-            cpu = time.process_time() - own + after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            cpu = (
+                time.process_time()
+                - own
+                + after.ru_utime
+                + after.ru_stime
+                - before.ru_utime
+                - before.ru_stime
+            )
             with urllib.request.urlopen(f"{url}/_log") as answer:
-                asked = [entry["wall"] for entry in json.load(answer) if entry["path"].endswith("klines")]
+                asked = [
+                    entry["wall"] for entry in json.load(answer) if entry["path"].endswith("klines")
+                ]
         rate = bars / (asked[-1] - asked[0] + latency_ms / 1000)
-        return {"bars": bars, "rate": rate, "limit": rate / LIMIT, "cpu": cpu / wall, "cpu_per_million": cpu / bars * 1e6}
+        return {
+            "bars": bars,
+            "rate": rate,
+            "limit": rate / LIMIT,
+            "cpu": cpu / wall,
+            "cpu_per_million": cpu / bars * 1e6,
+        }
 
     return {"50 ms": lambda: at(50), "0 ms": lambda: at(0)}
 
 
 def fetch_ours(folder: Path, requests_per_minute: int | None) -> Operations:
-    from marketdata_assets.flows.ingest import ingest
-    from marketdata_assets.model.window import TIMEFRAMES, Window
+    from marketdata_assets.context import open_toolbox
+    from marketdata_assets.flows.fetch.ingest import ingest
+    from marketdata_assets.model.timeframe import TIMEFRAMES
+    from marketdata_assets.model.window import Window
     from marketdata_assets.quality.contract import check_bars
-    from marketdata_assets.toolbox import open_toolbox
 
     __import__("ccxt.async_support")
     __import__("pyarrow.parquet")
@@ -755,7 +999,13 @@ def fetch_ours(folder: Path, requests_per_minute: int | None) -> Operations:
         write_universe(place, ["BTC", "ETH"], "parquet", **span, base_url=f"{url}/binance", **limit)
         universe = settings("parquet", place)
         with open_toolbox(universe) as toolbox:
-            done = list(ingest(toolbox, TIMEFRAMES["1m"], universe.partitions(universe.markets, Window(*FETCHED))))
+            done = list(
+                ingest(
+                    toolbox,
+                    TIMEFRAMES["1m"],
+                    universe.partitions(universe.markets, Window(*FETCHED)),
+                )
+            )
         shutil.rmtree(place)
         assert all(d.error is None for d in done), [str(d.error) for d in done if d.error]
         return sum(d.bars.height for d in done)
@@ -763,7 +1013,9 @@ def fetch_ours(folder: Path, requests_per_minute: int | None) -> Operations:
     return fetched(run)
 
 
-contender("fetch", "ours, limited to 3,000 requests a minute: fetch, judge, agree, store")(lambda folder, quick: fetch_ours(folder, 3000))
+contender("fetch", "ours, limited to 3,000 requests a minute: fetch, judge, agree, store")(
+    lambda folder, quick: fetch_ours(folder, 3000)
+)
 contender("fetch", "ours, without a limit")(lambda folder, quick: fetch_ours(folder, 600_000))
 
 
@@ -779,7 +1031,12 @@ def fetch_ccxt(folder: Path, quick: bool) -> Operations:
     import ccxt
 
     def run(url: str) -> int:
-        venue = ccxt.binance({"enableRateLimit": True, "options": {"fetchMarkets": {"types": ["spot"]}, "fetchCurrencies": False}})
+        venue = ccxt.binance(
+            {
+                "enableRateLimit": True,
+                "options": {"fetchMarkets": {"types": ["spot"]}, "fetchCurrencies": False},
+            }
+        )
         venue.urls["api"] = point(venue.urls["api"], f"{url}/binance")
         rows: list[list[float]] = []
         end = int(FETCHED[1].timestamp() * 1000)
@@ -799,7 +1056,10 @@ def fetch_freqtrade(folder: Path, quick: bool) -> Operations:
     def run(url: str) -> int:
         place = scratch(folder)
         api = dict.fromkeys(("public", "private", "v1"), f"{url}/binance/api/v3")
-        ccxt_config = {"urls": {"api": api}, "options": {"fetchMarkets": {"types": ["spot"]}, "fetchCurrencies": False}}
+        ccxt_config = {
+            "urls": {"api": api},
+            "options": {"fetchMarkets": {"types": ["spot"]}, "fetchCurrencies": False},
+        }
         config = {
             "exchange": {"name": "binance", "pair_whitelist": SYMBOLS, "only_from_ccxt": True, "ccxt_config": ccxt_config},
             "stake_currency": "USDT", "dry_run": True, "datadir": str(place / "data"),
@@ -807,12 +1067,23 @@ def fetch_freqtrade(folder: Path, quick: bool) -> Operations:
         }  # fmt: skip
         (place / "config.json").write_text(json.dumps(config))
         span = "-".join(moment.strftime("%Y%m%d") for moment in FETCHED)
-        command = [sys.executable, "-m", "freqtrade", "download-data", "-t", "1m", "--timerange", span]
+        command = [
+            sys.executable,
+            "-m",
+            "freqtrade",
+            "download-data",
+            "-t",
+            "1m",
+            "--timerange",
+            span,
+        ]
         command += ["-c", str(place / "config.json"), "--userdir", str(place)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         files = list(place.rglob("*.feather"))
         if done.returncode or not files:
-            raise SystemExit(f"freqtrade: {(done.stderr or done.stdout).strip().splitlines()[-1][:200]}")
+            raise SystemExit(
+                f"freqtrade: {(done.stderr or done.stdout).strip().splitlines()[-1][:200]}"
+            )
         bars = sum(pl.read_ipc(file).height for file in files)
         shutil.rmtree(place)
         return bars
@@ -824,21 +1095,27 @@ def fetch_freqtrade(folder: Path, quick: bool) -> Operations:
 def dagster_home(place: Path, universe: Any) -> None:
     from marketdata_assets.cli.processes import dagster_environment
 
-    os.environ |= {key: value for key, value in dagster_environment(universe).items() if key == "DAGSTER_HOME"}
+    os.environ |= {
+        key: value for key, value in dagster_environment(universe).items() if key == "DAGSTER_HOME"
+    }
     os.environ["MARKETDATA_UNIVERSE"] = str(place / "universe-parquet.yaml")
 
 
 def dagster_ours(folder: Path, months_a_run: int) -> Operations:
-    """The job `ingest` over one market-year whose rollups are to be made anew, and the same flows without Dagster."""
+    """The job `ingest` over one market-year whose rollups are to be made anew, and the same flows
+    without Dagster.
+    """
+    from marketdata_assets.context import open_toolbox
+    from marketdata_assets.dagster_ext.launcher import open_instance
     from marketdata_assets.defs.jobs import INGEST, build_definitions
-    from marketdata_assets.defs.launcher import open_instance
     from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
-    from marketdata_assets.flows.audit import audit_raw, audit_rollup
-    from marketdata_assets.flows.derive import derive
-    from marketdata_assets.flows.ingest import ingest
+    from marketdata_assets.flows.derive.rollup import derive
+    from marketdata_assets.flows.fetch.ingest import ingest
+    from marketdata_assets.flows.prove.audit import audit_raw, audit_rollup
     from marketdata_assets.model.market import Market
-    from marketdata_assets.model.window import TIMEFRAMES, Window, partitions_of
-    from marketdata_assets.toolbox import open_toolbox
+    from marketdata_assets.model.partition import partitions_of
+    from marketdata_assets.model.timeframe import TIMEFRAMES
+    from marketdata_assets.model.window import Window
 
     place = own_copy(folder, "parquet", only=NAME)
     universe = settings("parquet", place)
@@ -864,11 +1141,20 @@ def dagster_ours(folder: Path, months_a_run: int) -> Operations:
                     for tf in universe.timeframes:
                         audit_rollup(toolbox, derived, tf)
 
-    return {"job": run, "flows": flows, "partitions": lambda: len(partitions), "end": lambda: shutil.rmtree(place)}
+    return {
+        "job": run,
+        "flows": flows,
+        "partitions": lambda: len(partitions),
+        "end": lambda: shutil.rmtree(place),
+    }
 
 
-contender("dagster", "ours, runs of 12 months, nine assets and their checks")(lambda folder, quick: dagster_ours(folder, 12))
-contender("dagster", "ours, runs of two months as `marketdata backfill` starts them")(lambda folder, quick: dagster_ours(folder, 2))
+contender("dagster", "ours, runs of 12 months, nine assets and their checks")(
+    lambda folder, quick: dagster_ours(folder, 12)
+)
+contender("dagster", "ours, runs of two months as `marketdata backfill` starts them")(
+    lambda folder, quick: dagster_ours(folder, 2)
+)
 
 
 def trivial(folder: Path, assets: int) -> Operations:
@@ -881,23 +1167,39 @@ def trivial(folder: Path, assets: int) -> Operations:
     grid = dg.StaticPartitionsDefinition(keys)
 
     def made(number: int) -> dg.AssetsDefinition:
-        @dg.asset(name=f"ohlcv_{number}", partitions_def=grid, deps=[f"ohlcv_{number - 1}"] if number else [])
+        @dg.asset(
+            name=f"ohlcv_{number}",
+            partitions_def=grid,
+            deps=[f"ohlcv_{number - 1}"] if number else [],
+        )
         def nothing() -> None:
             return None
 
         return nothing
 
-    definitions, instance = [made(i) for i in range(assets)], dg.DagsterInstance.from_config(str(place))
+    definitions, instance = (
+        [made(i) for i in range(assets)],
+        dg.DagsterInstance.from_config(str(place)),
+    )
 
     def run() -> None:
         for key in keys:
             assert dg.materialize(definitions, partition_key=key, instance=instance).success
 
-    return {"job": run, "flows": lambda: None, "partitions": lambda: len(keys), "end": lambda: shutil.rmtree(place)}
+    return {
+        "job": run,
+        "flows": lambda: None,
+        "partitions": lambda: len(keys),
+        "end": lambda: shutil.rmtree(place),
+    }
 
 
-contender("dagster", "default Dagster, one run a partition, one trivial asset")(lambda folder, quick: trivial(folder, 1))
-contender("dagster", "default Dagster, one run a partition, nine trivial assets")(lambda folder, quick: trivial(folder, 9))
+contender("dagster", "default Dagster, one run a partition, one trivial asset")(
+    lambda folder, quick: trivial(folder, 1)
+)
+contender("dagster", "default Dagster, one run a partition, nine trivial assets")(
+    lambda folder, quick: trivial(folder, 9)
+)
 # --------------------------------------------------------------------------------- the process
 TIMED_ONCE = ("exact", "size", "partitions")
 """Operations that only tell something."""
@@ -910,7 +1212,10 @@ def main() -> None:
     end = operations.pop("end", lambda: None)
     told = section in ("bytes", "fetch")
     try:
-        found = {op: measure(run, 0 if told or op in TIMED_ONCE else int(rounds)) for op, run in operations.items()}
+        found = {
+            op: measure(run, 0 if told or op in TIMED_ONCE else int(rounds))
+            for op, run in operations.items()
+        }
     finally:
         end()
     print("\n" + json.dumps(found), flush=True)

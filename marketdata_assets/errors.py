@@ -13,8 +13,8 @@
         |   +-- Garbled                     the answer is not what the venue documents
         +-- Wait                            the venue asks for patience until a moment it names
 
-`exit_code` is what the command line returns. Messages say what, where and how to mend it, on one line,
-and never hold a secret.
+`exit_code` is what the command line returns. Messages say what, where and how to mend it, on one
+line, and never hold a secret.
 """
 
 from __future__ import annotations

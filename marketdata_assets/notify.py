@@ -1,7 +1,9 @@
-"""Who is told? Alert channels: a file of JSON lines, and whatever Apprise can reach (chat, mail, pagers, webhooks).
+"""Who is told? Alert channels: a file of JSON lines, and whatever Apprise can reach (chat, mail,
+pagers, webhooks).
 
-`open_channels` gives the channels, `Channel.send` tells one message to one of them. Nothing is repeated here: a message
-that was not taken raises NotSent, and whoever asked may send it again. So it may arrive twice.
+`open_channels` gives the channels, `Channel.send` tells one message to one of them. Nothing is
+repeated here: a message that was not taken raises NotSent, and whoever asked may send it again. So
+it may arrive twice.
 
 An Apprise URL holds secrets. It is never shown: not in names, errors, `repr`, logs or on stderr.
 """
@@ -85,14 +87,17 @@ class Channel(Protocol):
     name: str
 
     def send(self, message: Message) -> None:
-        """Tell it; blocks for DEADLINE seconds at most. Raises NotSent, after which the message may still arrive."""
+        """Tell it; blocks for DEADLINE seconds at most. Raises NotSent, after which the message may
+        still arrive.
+        """
 
 
 def open_channels(file: Path, urls: Sequence[str]) -> list[Channel]:
-    """The file of JSON lines first, then one channel for each Apprise URL, in order; nothing is sent or written yet.
+    """The file of JSON lines first, then one channel for each Apprise URL, in order; nothing is sent
+    or written yet.
 
-    Raises BadInput for a URL that Apprise cannot use; it names the URL's position (from 1) and scheme.
-    Apprise is imported when there is a URL, once per process: about 0.3 s and 40 MB.
+    Raises BadInput for a URL that Apprise cannot use; it names the URL's position (from 1) and
+    scheme. Apprise is imported when there is a URL, once per process: about 0.3 s and 40 MB.
     """
     return [_Lines(file), *(_open(url, position) for position, url in enumerate(urls, 1))]
 
@@ -105,7 +110,9 @@ class _Lines:
         self._file = file
 
     def send(self, message: Message) -> None:
-        """One write of one whole line, so that lines of several processes never mix. Raises NotSent."""
+        """One write of one whole line, so that lines of several processes never mix. Raises
+        NotSent.
+        """
         entry = {
             "at": iso(message.at),
             "event": message.event,
@@ -119,7 +126,9 @@ class _Lines:
             _append(self._file, json.dumps(entry).encode() + b"\n")
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise NotSent(f"channel file: {self._file} cannot be written ({reason}); free or permit it") from error
+            raise NotSent(
+                f"channel file: {self._file} cannot be written ({reason}); free or permit it"
+            ) from error
 
 
 def _append(file: Path, line: bytes) -> None:
@@ -146,27 +155,48 @@ class _Service:
         self._sending: threading.Thread | None = None
 
     def send(self, message: Message) -> None:
-        """Tell it, within DEADLINE seconds. Raises NotSent, at once while an earlier message still hangs."""
+        """Tell it, within DEADLINE seconds. Raises NotSent, at once while an earlier message still
+        hangs.
+        """
         if self._sending and self._sending.is_alive():
-            raise NotSent(f"channel {self.name} still hangs in an earlier message; look at its server")
+            raise NotSent(
+                f"channel {self.name} still hangs in an earlier message; look at its server"
+            )
         taken: list[bool] = []
-        # Apprise bounds each wait for a byte, but neither a name server nor one that sends a byte now and then
-        self._sending = threading.Thread(target=lambda: taken.append(_tell(self._plugin, message)), daemon=True)
+        # Apprise bounds each wait for a byte, but neither a name server nor one that sends a byte
+        # now and then
+        self._sending = threading.Thread(
+            target=lambda: taken.append(_tell(self._plugin, message)), daemon=True
+        )
         self._sending.start()
         self._sending.join(DEADLINE)
         if not taken:
-            raise NotSent(f"channel {self.name} did not answer within {DEADLINE:g} s; look at its server")
+            raise NotSent(
+                f"channel {self.name} did not answer within {DEADLINE:g} s; look at its server"
+            )
         if not taken[0]:
-            raise NotSent(f"channel {self.name} did not take the message; look at its URL and its server")
+            raise NotSent(
+                f"channel {self.name} did not take the message; look at its URL and its server"
+            )
 
 
 def _tell(plugin: NotifyBase, message: Message) -> bool:
-    """Whether the service took all of it: plain text, and split where it is longer than the service allows."""
+    """Whether the service took all of it: plain text, and split where it is longer than the service
+    allows.
+    """
     from apprise import NotifyFormat, NotifyType, OverflowMode
 
     kinds = {Severity.INFO: NotifyType.INFO, Severity.WARNING: NotifyType.WARNING}
-    kind = NotifyType.SUCCESS if message.event == "recovered" else kinds.get(message.severity, NotifyType.FAILURE)
-    overflow = OverflowMode.SPLIT if plugin.overflow_mode is OverflowMode.UPSTREAM else plugin.overflow_mode
+    kind = (
+        NotifyType.SUCCESS
+        if message.event == "recovered"
+        else kinds.get(message.severity, NotifyType.FAILURE)
+    )
+    overflow = (
+        OverflowMode.SPLIT
+        if plugin.overflow_mode is OverflowMode.UPSTREAM
+        else plugin.overflow_mode
+    )
     try:
         with _unheard():
             return plugin.notify(
@@ -176,19 +206,24 @@ def _tell(plugin: NotifyBase, message: Message) -> bool:
                 body_format=NotifyFormat.TEXT,
                 overflow=overflow,
             )
-    except Exception:  # a plugin may raise anything, and the text of what it raises may hold its URL
+    except (
+        Exception
+    ):  # a plugin may raise anything, and the text of what it raises may hold its URL
         return False
 
 
 def _open(url: str, position: int) -> _Service:
     with warnings.catch_warnings():
-        # apprise.utils.pgp imports imghdr for PGPy's sake, which Python 3.11 and 3.12 call deprecated
+        # apprise.utils.pgp imports imghdr for PGPy's sake, which Python 3.11 and 3.12 call
+        # deprecated
         warnings.filterwarnings("ignore", "'imghdr' is deprecated", DeprecationWarning)
         plugin = _plugin(url)
     if plugin is None:
         scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,19}(?=://)", url)
         what = f"alert URL {position} ({f'scheme {scheme[0]}' if scheme else 'without a scheme'})"
-        raise BadInput(f"{what} is not one that Apprise can use; write it as https://appriseit.com/services shows")
+        raise BadInput(
+            f"{what} is not one that Apprise can use; write it as https://appriseit.com/services shows"
+        )
     plugin.socket_connect_timeout = min(DEADLINE, plugin.socket_connect_timeout)
     plugin.socket_read_timeout = min(DEADLINE, plugin.socket_read_timeout)
     return _Service(f"{plugin.schema}-{position}", plugin)
@@ -213,9 +248,11 @@ def _heard(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _unheard() -> Iterator[None]:
-    """Whatever this thread logs meanwhile is dropped: Apprise logs URLs (debug, trace), urllib3 paths (debug).
+    """Whatever this thread logs meanwhile is dropped: Apprise logs URLs (debug, trace), urllib3 paths
+    (debug).
 
-    A logger's filter is not asked for what its children log, so each logger gets it; other threads are not touched.
+    A logger's filter is not asked for what its children log, so each logger gets it; other threads
+    are not touched.
     """
     for logger in [logging.root, *logging.root.manager.loggerDict.copy().values()]:
         if isinstance(logger, logging.Logger):

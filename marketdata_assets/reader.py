@@ -18,27 +18,30 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from marketdata_assets.flows.read import known_market
-from marketdata_assets.flows.revisions import read_as_of
-from marketdata_assets.flows.scan import newest_bars, scan_bars
-from marketdata_assets.flows.sql import connected
-from marketdata_assets.lake.views import answer
+from marketdata_assets.context import Toolbox, open_toolbox
+from marketdata_assets.flows.read.as_of import read_as_of
+from marketdata_assets.flows.read.bars import known_market
+from marketdata_assets.flows.read.scan import newest_bars, scan_bars
+from marketdata_assets.flows.read.sql import connected
 from marketdata_assets.model.market import CONSOLIDATED
-from marketdata_assets.model.window import Window, iso, parse_time, timeframe
-from marketdata_assets.settings import PREFIX, load_settings
-from marketdata_assets.toolbox import Toolbox, open_toolbox
+from marketdata_assets.model.timeframe import timeframe
+from marketdata_assets.model.window import Window, iso, parse_time
+from marketdata_assets.settings.universe import PREFIX, load_settings
+from marketdata_assets.storage.views import answer
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from marketdata_assets.lake.views import Connection
+    from marketdata_assets.storage.views import Connection
 
 Moment = str | datetime | None
 """An ISO text or a datetime, UTC where it names no zone; None is the beginning or our now."""
 
 
 class Reader:
-    """What is stored of one universe. It sends no request to any venue and writes nothing. Raises errors.MarketDataError."""
+    """What is stored of one universe. It sends no request to any venue and writes nothing. Raises
+    errors.MarketDataError.
+    """
 
     def __init__(self, toolbox: Toolbox) -> None:
         self._toolbox = toolbox
@@ -49,35 +52,54 @@ class Reader:
         return [market.key for market in self._toolbox.settings.markets]
 
     def bars(
-        self, market: str | Sequence[str], timeframe_: str, start: Moment = None, end: Moment = None, as_of: Moment = None
+        self,
+        market: str | Sequence[str],
+        timeframe_: str,
+        start: Moment = None,
+        end: Moment = None,
+        as_of: Moment = None,
     ) -> pl.LazyFrame:
-        """The bars that open in `[start, end)`, sorted by open_time: all columns of model.bar, prices and volumes Decimal(38, 12).
+        """The bars that open in `[start, end)`, sorted by open_time: all columns of model.bar, prices
+        and volumes Decimal(38, 12).
 
-        Only the files of those months are read, and of them what the query needs, when it is collected. With a list of
-        markets, the first column is `market`, and each market's bars come after the other's. With `as_of` (our clock) they
-        are the bars that were known at that moment; these are read at once. A consolidated
-        market, such as `consolidated:BTC-USDT`, has a last column `venue`.
+        Only the files of those months are read, and of them what the query needs, when it is
+        collected. With a list of markets, the first column is `market`, and each market's bars come
+        after the other's. With `as_of` (our clock) they are the bars that were known at that
+        moment; these are read at once. A consolidated market, such as `consolidated:BTC-USDT`, has
+        a last column `venue`.
         """
         window, moment = self._window(start, end), _moment(as_of)
         if isinstance(market, str):
             return self._scan(market, timeframe_, window, moment)
         if not market:
             raise ValueError("name at least one market; reader.markets has all of them")
-        frames = [self._scan(key, timeframe_, window, moment).select(pl.lit(key).alias("market"), pl.all()) for key in market]
+        frames = [
+            self._scan(key, timeframe_, window, moment).select(
+                pl.lit(key).alias("market"), pl.all()
+            )
+            for key in market
+        ]
         mixed = any(key.startswith(CONSOLIDATED) for key in market)
         return pl.concat(frames, how="diagonal" if mixed else "vertical")
 
     def newest(self, timeframe_: str) -> pl.DataFrame:
-        """`market`, `open_time`: the newest stored bar of every market of the universe, null where there is none."""
+        """`market`, `open_time`: the newest stored bar of every market of the universe, null where
+        there is none.
+        """
         return newest_bars(self._toolbox, self._toolbox.settings.markets, timeframe(timeframe_))
 
     def sql(self, query: str) -> pl.DataFrame:
-        """The answer of DuckDB to a query over the views `raw.ohlcv_<timeframe>`, `rollup.ohlcv_<timeframe>` and so on."""
+        """The answer of DuckDB to a query over the views `raw.ohlcv_<timeframe>`,
+        `rollup.ohlcv_<timeframe>` and so on.
+        """
         with self.connect() as connection:
             return answer(connection, query)
 
-    def connect(self, markets: Sequence[str] | None = None, start: Moment = None, end: Moment = None) -> AbstractContextManager[Connection]:
-        """A DuckDB connection with those views; over these markets and months only, where they are given (it opens fewer files).
+    def connect(
+        self, markets: Sequence[str] | None = None, start: Moment = None, end: Moment = None
+    ) -> AbstractContextManager[Connection]:
+        """A DuckDB connection with those views; over these markets and months only, where they are
+        given (it opens fewer files).
 
         While it is open and rollups lie in the warehouse, nobody can write there: close it soon.
         """
@@ -93,12 +115,18 @@ class Reader:
 
 
 def _moment(moment: Moment) -> datetime | None:
-    return parse_time(iso(moment) if isinstance(moment, datetime) and moment.tzinfo else str(moment)) if moment is not None else None
+    return (
+        parse_time(iso(moment) if isinstance(moment, datetime) and moment.tzinfo else str(moment))
+        if moment is not None
+        else None
+    )
 
 
 @contextmanager
 def open_reader(universe: str | Path | None = None) -> Iterator[Reader]:
-    """A reader of the universe in that file; by default, of the one that the command `marketdata` uses."""
+    """A reader of the universe in that file; by default, of the one that the command `marketdata`
+    uses.
+    """
     environment = {**os.environ, PREFIX + "UNIVERSE": str(universe)} if universe else None
     with open_toolbox(load_settings(environment)) as toolbox:
         yield Reader(toolbox)

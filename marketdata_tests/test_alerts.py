@@ -1,4 +1,6 @@
-"""Incidents: opened once, recovered once, told to every channel however long that takes; and health with its reasons."""
+"""Incidents: opened once, recovered once, told to every channel however long that takes; and health
+with its reasons.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,16 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from marketdata_assets.flows.alerts import failed_runs_go_on, problems, run_problem, settle
-from marketdata_assets.flows.health import health
-from marketdata_assets.flows.upkeep import forget
-from marketdata_assets.lake.incidents import Problem
-from marketdata_assets.lake.tables import raw
-from marketdata_assets.model.window import TIMEFRAMES, Partition
-from marketdata_assets.settings import Settings
-from marketdata_assets.sources.sandbox import SandboxExchange
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.context import open_toolbox
+from marketdata_assets.flows.operate.alerts import failed_runs_go_on, problems, run_problem, settle
+from marketdata_assets.flows.operate.health import health
+from marketdata_assets.flows.operate.prune import forget
+from marketdata_assets.ledger.incidents import Problem
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import raw
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 from marketdata_tests.steps import at, run_derive, run_ingest, serving
 from marketdata_tests.test_missed import at_time
@@ -30,7 +33,9 @@ WRONG = Problem("stale|x", "error", "x is stale", "its newest bar is old")
 
 
 @pytest.fixture
-def settings(either_database: None, sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settings:
+def settings(
+    either_database: None, sandbox: tuple[SandboxExchange, str], universe: Universe
+) -> Settings:
     return universe(sandbox[1], symbols="[BTC/USDT, ETH/USDT]", since="2024-01-09", now=NOW)
 
 
@@ -46,7 +51,9 @@ def lines(settings: Settings) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def settled(settings: Settings, wrong: list[Problem], goes_on: Any = lambda key: False) -> tuple[int, int]:
+def settled(
+    settings: Settings, wrong: list[Problem], goes_on: Any = lambda key: False
+) -> tuple[int, int]:
     with open_toolbox(settings) as toolbox:
         return settle(toolbox, wrong, goes_on)
 
@@ -63,8 +70,17 @@ def test_one_alert_when_it_begins_and_one_when_it_is_over(settings: Settings) ->
     assert settled(at_time(settings, "2024-01-10T02:00:00Z"), []) == (0, 1)
     assert settled(settings, []) == (0, 0)
     opened, recovered = lines(settings)
-    assert (opened["event"], opened["severity"], opened["title"], opened["at"]) == ("opened", "error", "x is stale", NOW)
-    assert (recovered["event"], recovered["title"], recovered["at"]) == ("recovered", "Recovered: x is stale", "2024-01-10T02:00:00Z")
+    assert (opened["event"], opened["severity"], opened["title"], opened["at"]) == (
+        "opened",
+        "error",
+        "x is stale",
+        NOW,
+    )
+    assert (recovered["event"], recovered["title"], recovered["at"]) == (
+        "recovered",
+        "Recovered: x is stale",
+        "2024-01-10T02:00:00Z",
+    )
     assert settled(settings, [WRONG]) == (1, 0)  # the same again is a new incident
     assert len(lines(settings)) == 3
 
@@ -87,7 +103,9 @@ def test_a_channel_that_is_down_is_told_later_and_holds_up_nobody(settings: Sett
         return web.Response()
 
     with serving(hook) as url:
-        hooked = dataclasses.replace(settings, alerts=(url.replace("http://", "json://") + "/secret-token",))
+        hooked = dataclasses.replace(
+            settings, alerts=(url.replace("http://", "json://") + "/secret-token",)
+        )
         assert settled(hooked, [WRONG]) == (1, 0)
         assert settled(hooked, []) == (0, 1)
         assert [line["event"] for line in lines(settings)] == ["opened", "recovered"]
@@ -125,12 +143,19 @@ def test_a_stale_market_by_its_newest_bar(filled: Settings) -> None:
     assert found(at_time(filled, "2024-01-10T01:00:00Z")) == {}
     wrong = found(at_time(filled, "2024-01-10T01:01:00Z"))
     assert set(wrong) == {"stale|binance:BTC-USDT", "stale|binance:ETH-USDT"}
-    assert "raw/ohlcv_1m: newest bar ended at 2024-01-10T00:00:00Z, 61 minutes behind" in wrong["stale|binance:BTC-USDT"].body
+    assert (
+        "raw/ohlcv_1m: newest bar ended at 2024-01-10T00:00:00Z, 61 minutes behind"
+        in wrong["stale|binance:BTC-USDT"].body
+    )
 
 
-def test_limits_come_from_the_universe(sandbox: Any, universe: Universe, filled: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_come_from_the_universe(
+    sandbox: Any, universe: Universe, filled: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MARKETDATA_FRESHNESS", "{1m: {warn: 1, error: 5}}")
-    strict = universe(sandbox[1], symbols="[BTC/USDT, ETH/USDT]", since="2024-01-09", now="2024-01-10T00:06:00Z")
+    strict = universe(
+        sandbox[1], symbols="[BTC/USDT, ETH/USDT]", since="2024-01-09", now="2024-01-10T00:06:00Z"
+    )
     assert len(found(strict)) == 2
 
 
@@ -184,7 +209,12 @@ def test_health_of_what_is_whole(filled: Settings) -> None:
     with open_toolbox(filled) as toolbox:
         toolbox.ledger.beat("daemon", at("2024-01-09T23:59"))
     whole = ("healthy", [])
-    assert statuses(filled) == {"daemon": whole, "binance": whole, "binance:BTC-USDT": whole, "binance:ETH-USDT": whole}
+    assert statuses(filled) == {
+        "daemon": whole,
+        "binance": whole,
+        "binance:BTC-USDT": whole,
+        "binance:ETH-USDT": whole,
+    }
 
 
 def test_health_says_why(filled: Settings) -> None:
@@ -194,7 +224,10 @@ def test_health_says_why(filled: Settings) -> None:
         toolbox.ledger.fail(RAW, BTC, BTC.month, "it says no", [], filled.now())
         toolbox.ledger.set_check(RAW, BTC, "ohlc", (True, "1 bars break a rule"), filled.now())
     found = statuses(at_time(filled, "2024-01-10T00:20:00Z"))
-    assert found["daemon"] == ("unhealthy", ["its last sensor tick was at 2024-01-09T23:00:00Z: start `marketdata dev`"])
+    assert found["daemon"] == (
+        "unhealthy",
+        ["its last sensor tick was at 2024-01-09T23:00:00Z: start `marketdata dev`"],
+    )
     assert found["binance"] == ("degraded", ["its last 1 requests failed"])
     assert found["binance:ETH-USDT"] == ("degraded", ["raw/ohlcv_1m: 20 minutes behind"])
     status, reasons = found["binance:BTC-USDT"]

@@ -1,4 +1,6 @@
-"""Anomalies: what is planted is found, what is real passes, and each entry keeps its state until its bars are mended."""
+"""Anomalies: what is planted is found, what is real passes, and each entry keeps its state until its
+bars are mended.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,22 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from marketdata_assets.cli.main import app
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.anomalies import mark
-from marketdata_assets.flows.audit import Finding, audit_raw
-from marketdata_assets.flows.ingest import ingest
-from marketdata_assets.lake.anomalies import GONE
-from marketdata_assets.lake.tables import raw
+from marketdata_assets.flows.fetch.ingest import ingest
+from marketdata_assets.flows.prove.anomalies import mark
+from marketdata_assets.flows.prove.audit import Finding, audit_raw
+from marketdata_assets.ledger.anomalies import GONE
 from marketdata_assets.model.anomaly import Anomaly, Severity, State
 from marketdata_assets.model.bar import NAMES, PRICES, SCHEMA
-from marketdata_assets.model.window import TIMEFRAMES, Window, month_of
+from marketdata_assets.model.table import raw
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.quality.anomalies import CONTEXT, REACH, RULES, find_anomalies
-from marketdata_assets.settings import Settings
-from marketdata_assets.sources.sandbox import SandboxExchange
-from marketdata_assets.sources.sandbox_bars import LISTINGS, truth
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import LISTINGS, truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import IMPATIENT, Universe, needs_shared
 from marketdata_tests.samples import BTC, ETH, MINUTE, dump, real_bars
 from marketdata_tests.steps import at, ms, partitions, raw_file, window
@@ -45,7 +48,9 @@ def found(bars: pl.DataFrame, judged: Window = EVER) -> list[tuple[str, datetime
     return [(one.kind, one.start, one.end, one.bars) for one in find_anomalies(bars, TF, judged)]
 
 
-def planted(bars: pl.DataFrame, change: Callable[[Rows], None], first: int = SPOT, count: int = 40) -> pl.DataFrame:
+def planted(
+    bars: pl.DataFrame, change: Callable[[Rows], None], first: int = SPOT, count: int = 40
+) -> pl.DataFrame:
     """The bars after `change` has worked on some of them as Python values."""
     rows = bars[first : first + count].to_dicts()
     change(rows)
@@ -103,7 +108,12 @@ ERRORS: dict[str, tuple[Callable[[Rows], None], str, int, Severity]] = {
     "prices stand for 12 bars": (freeze(12, *PRICES), "frozen", 12, Severity.MEDIUM),
     "five equal bars": (freeze(5, *NAMES[1:]), "frozen", 5, Severity.MEDIUM),
     "a thousand times the volume": (times(1000, *VOLUMES), "volume", 1, Severity.MEDIUM),
-    "many times the volume and the trades": (times(10_000, *VOLUMES, "trades"), "volume", 1, Severity.MEDIUM),
+    "many times the volume and the trades": (
+        times(10_000, *VOLUMES, "trades"),
+        "volume",
+        1,
+        Severity.MEDIUM,
+    ),
     "prices moved without volume": (times(0, *VOLUMES, "trades"), "untraded", 1, Severity.MEDIUM),
     "volume without trades": (times(0, "trades"), "untraded", 1, Severity.MEDIUM),
 }
@@ -151,7 +161,9 @@ def test_prices_that_leave_and_stay_are_a_jump() -> None:
 
 
 def test_a_move_over_the_limit_is_told_whatever_the_market_does() -> None:
-    """A crash of 15 % within a minute, from which the next bars go on: no gap, no wick, and still a word."""
+    """A crash of 15 % within a minute, from which the next bars go on: no gap, no wick, and still a
+    word.
+    """
 
     def crash(rows: Rows) -> None:
         for row in rows[1:]:
@@ -176,7 +188,9 @@ def test_the_newest_bar_waits_for_the_next_and_few_bars_for_more() -> None:
 
 
 def test_many_of_one_kind_are_one_entry() -> None:
-    """Two markets in one file, bar by bar, so that gaps are what is usual: one entry all the same, not a thousand."""
+    """Two markets in one file, bar by bar, so that gaps are what is usual: one entry all the same, not
+    a thousand.
+    """
 
     def mix(rows: Rows) -> None:
         for row in rows[::2]:
@@ -184,7 +198,12 @@ def test_many_of_one_kind_are_one_entry() -> None:
 
     bars = truth("BTCUSDT", "1m", DAYS)
     (one,) = find_anomalies(planted(bars, mix, SPOT, 1000), TF, EVER)
-    assert (one.kind, one.severity, one.start, one.bars) == ("move", Severity.CRITICAL, bars["open_time"][SPOT], 1000)
+    assert (one.kind, one.severity, one.start, one.bars) == (
+        "move",
+        Severity.CRITICAL,
+        bars["open_time"][SPOT],
+        1000,
+    )
 
 
 # --------------------------------------------------------------------------------- what is real
@@ -198,15 +217,27 @@ def other_venue(venue: str, symbol: str) -> pl.DataFrame:
     """Three weeks of March 2023 of a venue that gives fewer columns."""
     rows = dump(venue, symbol, "1m", "2023-03-01_2023-03-21")
     rows = rows.rename({"count": "trades"} if "count" in rows.columns else {})
-    given = [pl.col(n).cast(pl.String).cast(SCHEMA[n]) if n in rows.columns else pl.lit(None, SCHEMA[n]).alias(n) for n in NAMES[1:]]
-    opens = pl.from_epoch("time", time_unit="s").dt.replace_time_zone("UTC").cast(SCHEMA["open_time"]).alias("open_time")
+    given = [
+        pl.col(n).cast(pl.String).cast(SCHEMA[n])
+        if n in rows.columns
+        else pl.lit(None, SCHEMA[n]).alias(n)
+        for n in NAMES[1:]
+    ]
+    opens = (
+        pl.from_epoch("time", time_unit="s")
+        .dt.replace_time_zone("UTC")
+        .cast(SCHEMA["open_time"])
+        .alias("open_time")
+    )
     return rows.select(opens, *given)
 
 
 @needs_shared
 @pytest.mark.parametrize("symbol", ["BTCUSDT", "ETHUSDT"])
 def test_real_march_2023_stays_quiet(symbol: str) -> None:
-    """SVB, USDC off its peg, and the halt of the 24th with its 72 bars without volume: 44,560 bars, not one word."""
+    """SVB, USDC off its peg, and the halt of the 24th with its 72 bars without volume: 44,560 bars,
+    not one word.
+    """
     bars = real_bars(symbol, "1m", "2023-02-01_2023-04-30")
     march = month_of(at("2023-03-01"))
     month = bars.filter(pl.col("open_time").is_between(march.start, march.end, closed="left"))
@@ -227,23 +258,40 @@ def test_thinner_venues_stay_quiet(venue: str, symbol: str) -> None:
 
 @needs_shared
 def test_months_together_or_one_by_one_say_the_same() -> None:
-    """Errors around the end of February: with the bars beside each month, both say what the whole file says."""
-    bars = real_bars("BTCUSDT", "1m", "2023-02-01_2023-04-30").filter(pl.col("open_time") < at("2023-04-01"))
+    """Errors around the end of February: with the bars beside each month, both say what the whole file
+    says.
+    """
+    bars = real_bars("BTCUSDT", "1m", "2023-02-01_2023-04-30").filter(
+        pl.col("open_time") < at("2023-04-01")
+    )
     border = bars["open_time"].search_sorted(at("2023-03-01"))
     places = [border - 300, border - 61, border - 1, border, border + 17, border + 200]
     for place in places:
         bars = planted(bars, all_prices("1.02"), place, 1)
-    expected = [(bars["open_time"][place], 1) for place in places if place not in (border - 1, border)]
+    expected = [
+        (bars["open_time"][place], 1) for place in places if place not in (border - 1, border)
+    ]
     expected.insert(2, (bars["open_time"][border - 1], 2))
     whole = [(start, count) for _, start, _, count in found(bars)]
     assert whole == expected
     each: list[tuple[datetime, int]] = []
     for month in (month_of(at("2023-02-01")), month_of(at("2023-03-01"))):
         context = CONTEXT * MINUTE
-        near = bars.filter(pl.col("open_time").is_between(month.start - context, month.end + context, closed="left"))
+        near = bars.filter(
+            pl.col("open_time").is_between(
+                month.start - context, month.end + context, closed="left"
+            )
+        )
         each += [(start, count) for _, start, _, count in found(near, month)]
-        after = [(start, count) for _, start, _, count in found(near, Window(month.start - REACH * MINUTE, month.end))]
-        assert after == [(start, count) for start, count in whole if month.start - REACH * MINUTE <= start < month.end]
+        after = [
+            (start, count)
+            for _, start, _, count in found(near, Window(month.start - REACH * MINUTE, month.end))
+        ]
+        assert after == [
+            (start, count)
+            for start, count in whole
+            if month.start - REACH * MINUTE <= start < month.end
+        ]
     assert each == whole
 
 
@@ -254,7 +302,14 @@ NOON, LATER = at("2024-01-05T12:00"), at("2024-01-06")
 
 
 def anomaly(kind: str = "spike", start: datetime = NOON, **changes: Any) -> Anomaly:
-    one = Anomaly(kind, Severity.HIGH, start, start + MINUTE, 1, {"says": "100 before, 110 in it", "size": "0.1", "limit": "0.0025"})
+    one = Anomaly(
+        kind,
+        Severity.HIGH,
+        start,
+        start + MINUTE,
+        1,
+        {"says": "100 before, 110 in it", "size": "0.1", "limit": "0.0025"},
+    )
     return one._replace(**changes)
 
 
@@ -266,11 +321,19 @@ def test_entries_keep_their_state(universe: Universe) -> None:
 
         def settle(*found: Anomaly, now: datetime = LATER) -> dict[str, tuple[State, str | None]]:
             entries = store.settle(RAW, BTC, JANUARY, found, now)
-            assert entries == [e for e in store.find(JANUARY, BTC, RAW) if e.anomaly.start >= JANUARY.start]
+            assert entries == [
+                e for e in store.find(JANUARY, BTC, RAW) if e.anomaly.start >= JANUARY.start
+            ]
             return {e.anomaly.kind: (e.state, e.note) for e in entries}
 
-        spike, wick, frozen = anomaly(), anomaly("wick"), anomaly("frozen", bars=12, end=NOON + 12 * MINUTE)
-        assert settle(spike, wick, frozen) == dict.fromkeys(("spike", "wick", "frozen"), (State.OPEN, None))
+        spike, wick, frozen = (
+            anomaly(),
+            anomaly("wick"),
+            anomaly("frozen", bars=12, end=NOON + 12 * MINUTE),
+        )
+        assert settle(spike, wick, frozen) == dict.fromkeys(
+            ("spike", "wick", "frozen"), (State.OPEN, None)
+        )
         ids = {entry.anomaly.kind: entry.id for entry in store.find(EVER)}
         assert store.find(EVER, ETH) == store.find(EVER, table=raw(TIMEFRAMES["1h"])) == []
         assert [entry.anomaly for entry in store.find(EVER)] == [frozen, spike, wick]
@@ -279,7 +342,11 @@ def test_entries_keep_their_state(universe: Universe) -> None:
         assert settle(spike, wick, frozen)["wick"] == (State.ACKNOWLEDGED, "a real crash")
         # the run goes on, the spike's bar is mended, and what a person said stays
         longer = frozen._replace(bars=30, end=NOON + 30 * MINUTE, severity=Severity.CRITICAL)
-        mended = {"spike": (State.RESOLVED, GONE), "wick": (State.ACKNOWLEDGED, "a real crash"), "frozen": (State.OPEN, None)}
+        mended = {
+            "spike": (State.RESOLVED, GONE),
+            "wick": (State.ACKNOWLEDGED, "a real crash"),
+            "frozen": (State.OPEN, None),
+        }
         assert settle(longer) == mended
         assert next(e.anomaly for e in store.find(EVER) if e.id == ids["frozen"]) == longer
         assert settle(longer, now=at("2024-01-07")) == mended
@@ -298,14 +365,23 @@ def test_entries_keep_their_state(universe: Universe) -> None:
 
 
 def test_an_unknown_number_is_bad_input(universe: Universe) -> None:
-    with open_toolbox(universe("http://127.0.0.1:1")) as toolbox, pytest.raises(BadInput, match="no anomaly 7"):
+    with (
+        open_toolbox(universe("http://127.0.0.1:1")) as toolbox,
+        pytest.raises(BadInput, match="no anomaly 7"),
+    ):
         mark(toolbox, 7, State.RESOLVED, None)
 
 
-# --------------------------------------------------------------------------------- from the venue to the person
+# --------------------------------------------------------------------------------- from the venue t
 def test_base_bars_have_the_check_and_references_not(universe: Universe) -> None:
-    graph = build_definitions(universe("http://127.0.0.1:1", extra="reference: [1h]")).get_repository_def().asset_graph
-    assert [key.asset_key.to_user_string() for key in graph.asset_check_keys if key.name == "anomalies"] == ["raw/ohlcv_1m"]
+    graph = (
+        build_definitions(universe("http://127.0.0.1:1", extra="reference: [1h]"))
+        .get_repository_def()
+        .asset_graph
+    )
+    assert [
+        key.asset_key.to_user_string() for key in graph.asset_check_keys if key.name == "anomalies"
+    ] == ["raw/ohlcv_1m"]
 
 
 def check(settings: Settings) -> list[Finding]:
@@ -349,8 +425,12 @@ def spike(symbol: str, moments: Sequence[str], factor: str = "1.05") -> Callable
     return tamper
 
 
-def test_a_spike_from_the_venue_to_the_person_and_back(sandbox: tuple[SandboxExchange, str], universe: Universe) -> None:
-    """Told by the check and the command with its exact bars; acknowledged, reopened, and resolved when the venue mends it."""
+def test_a_spike_from_the_venue_to_the_person_and_back(
+    sandbox: tuple[SandboxExchange, str], universe: Universe
+) -> None:
+    """Told by the check and the command with its exact bars; acknowledged, reopened, and resolved when
+    the venue mends it.
+    """
     exchange, url = sandbox
     settings = universe(url, since="2023-12-30", until="2024-01-03", now="2024-01-10T00:00:00Z")
     last, other = "2023-12-31T23:59:00Z", "2024-01-02T10:00:00Z"
@@ -359,26 +439,41 @@ def test_a_spike_from_the_venue_to_the_person_and_back(sandbox: tuple[SandboxExc
     assert december.passed  # the bar after the last one had not come yet
     assert (january.passed, january.blocking) == (False, False)
     assert january.says == "2 anomalies are open, 2 of them high or critical"
-    assert [(row["kind"], row["severity"], row["state"], row["start"], row["bars"]) for row in january.table] == [
+    assert [
+        (row["kind"], row["severity"], row["state"], row["start"], row["bars"])
+        for row in january.table
+    ] == [
         ("spike", "high", "open", last, 1),
         ("spike", "high", "open", other, 1),
     ]
     assert red(settings) == [january.says]
-    assert all(not finding.passed for finding in check(settings))  # now December knows of its last bar, too
+    assert all(
+        not finding.passed for finding in check(settings)
+    )  # now December knows of its last bar, too
 
     rows = listed()
-    assert [(row["market"], row["start"]) for row in rows] == [("binance:BTC-USDT", last), ("binance:BTC-USDT", other)]
+    assert [(row["market"], row["start"]) for row in rows] == [
+        ("binance:BTC-USDT", last),
+        ("binance:BTC-USDT", other),
+    ]
     (bar,) = rows[1]["bars"]
     true = truth("BTCUSDT", "1m", Window(at(other), at(other) + MINUTE)).row(0, named=True)
     assert bar["open"] == f"{(true['open'] * Decimal('1.05')).normalize():f}"
     assert bar["trades"] == true["trades"]
     assert listed("--start", "2024-01-02") == rows[1:]
-    assert listed("--severity", "low", "--severity", "critical") == listed("--market", "binance:BTC-USDT", "--state", "resolved") == []
+    assert (
+        listed("--severity", "low", "--severity", "critical")
+        == listed("--market", "binance:BTC-USDT", "--state", "resolved")
+        == []
+    )
     assert "spike" in command().output
 
     first, second = (str(row["id"]) for row in rows)
     assert command("--acknowledge", second, "--note", "it is real").exit_code == 0
-    assert [(row["state"], row["note"]) for row in listed("--state", "all")] == [("open", None), ("acknowledged", "it is real")]
+    assert [(row["state"], row["note"]) for row in listed("--state", "all")] == [
+        ("open", None),
+        ("acknowledged", "it is real"),
+    ]
     assert command("--resolve", first).exit_code == 0
     assert red(settings) == []
     assert [finding.numbers for finding in check(settings)] == [
@@ -393,18 +488,27 @@ def test_a_spike_from_the_venue_to_the_person_and_back(sandbox: tuple[SandboxExc
     for month in ("2023-12", "2024-01"):
         raw_file(settings, month).unlink()
     assert all(finding.passed for finding in check(settings))
-    assert [(row["state"], row["note"]) for row in listed("--state", "all")] == [("resolved", GONE)] * 2
+    assert [(row["state"], row["note"]) for row in listed("--state", "all")] == [
+        ("resolved", GONE)
+    ] * 2
     assert listed("--state", "all")[1]["bars"][0]["open"] == f"{true['open'].normalize():f}"
     assert red(settings) == []
 
 
 @needs_shared
 def test_a_spike_that_no_row_rule_can_see(replay: Callable[..., Any], universe: Universe) -> None:
-    """Coinbase gives no quote volume, so that ten times the price is no contradiction; the real bars around it are quiet."""
+    """Coinbase gives no quote volume, so that ten times the price is no contradiction; the real bars
+    around it are quiet.
+    """
     exchange = replay("2023-03-04T00:00:30Z")
     exchange.admin(fault="spike", count=1, match="candles", params={"factor": 10, "n": 1})
     settings = universe(
-        f"{exchange.url}/coinbase", "[BTC/USD]", since="2023-03-03", until="2023-03-04", now="2023-03-05", venue="coinbaseexchange"
+        f"{exchange.url}/coinbase",
+        "[BTC/USD]",
+        since="2023-03-03",
+        until="2023-03-04",
+        now="2023-03-05",
+        venue="coinbaseexchange",
     )
     (finding,) = check(settings)
     assert not finding.passed

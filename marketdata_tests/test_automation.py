@@ -1,4 +1,6 @@
-"""What runs by itself, through Dagster: what sensors and schedules ask for, what stands in the UI without runs, repair."""
+"""What runs by itself, through Dagster: what sensors and schedules ask for, what stands in the UI
+without runs, repair.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +12,45 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.defs.checks import KIND, REFRESH
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
-from marketdata_assets.flows.read import read_bars
-from marketdata_assets.lake.tables import raw
-from marketdata_assets.model.window import TIMEFRAMES, Partition, Window
-from marketdata_assets.settings import Settings
-from marketdata_assets.sources.sandbox import SandboxExchange
-from marketdata_assets.sources.sandbox_bars import truth
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.flows.read.bars import read_bars
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import raw
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 from marketdata_tests.steps import at
 from marketdata_tests.test_dagster import check_results
 from marketdata_tests.test_missed import at_time, file_of
 
-RAW, HOUR, WEEK = (dg.AssetKey(path.split("/")) for path in ("raw/ohlcv_1m", "rollup/ohlcv_1h", "rollup/ohlcv_1w"))
+RAW, HOUR, WEEK = (
+    dg.AssetKey(path.split("/")) for path in ("raw/ohlcv_1m", "rollup/ohlcv_1h", "rollup/ohlcv_1w")
+)
 DEC, JAN = "binance:BTC-USDT|2023-12-01", "binance:BTC-USDT|2024-01-01"
 
 
 @pytest.fixture
 def settings(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settings:
-    """One market: two days of December, the open January; it is noon on the 9th, the venue's clock is further."""
-    return universe(sandbox[1], since="2023-12-30", now="2024-01-09T12:00:00Z", extra="reference: [1h]")
+    """One market: two days of December, the open January; it is noon on the 9th, the venue's clock is
+    further.
+    """
+    return universe(
+        sandbox[1], since="2023-12-30", now="2024-01-09T12:00:00Z", extra="reference: [1h]"
+    )
 
 
-def tick(settings: Settings, instance: dg.DagsterInstance, name: str, cursor: str | None = None) -> Any:
-    """One evaluation of a sensor as the daemon does it; its asset events are stored, as the daemon does."""
+def tick(
+    settings: Settings, instance: dg.DagsterInstance, name: str, cursor: str | None = None
+) -> Any:
+    """One evaluation of a sensor as the daemon does it; its asset events are stored, as the daemon
+    does.
+    """
     repository = build_definitions(settings).get_repository_def()
     context = dg.build_sensor_context(instance=instance, cursor=cursor, repository_def=repository)
     result = repository.get_sensor_def(name)(context)
@@ -52,7 +66,9 @@ def refresh(settings: Settings, instance: dg.DagsterInstance) -> Any:
     )
 
 
-def run(settings: Settings, instance: dg.DagsterInstance, tags: dict[str, str]) -> dg.ExecuteInProcessResult:
+def run(
+    settings: Settings, instance: dg.DagsterInstance, tags: dict[str, str]
+) -> dg.ExecuteInProcessResult:
     job = build_definitions(settings).resolve_job_def(INGEST)
     return job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
 
@@ -65,7 +81,9 @@ def run_requests(settings: Settings, instance: dg.DagsterInstance, requests: Any
 def fill(settings: Settings, instance: dg.DagsterInstance) -> None:
     run_requests(settings, instance, tick(settings, instance, "backfill_missed").run_requests)
     run_requests(settings, instance, refresh(settings, instance))
-    assert not tick(settings, instance, "backfill_missed").run_requests  # it has seen that all is there
+    assert not tick(
+        settings, instance, "backfill_missed"
+    ).run_requests  # it has seen that all is there
 
 
 def events(instance: dg.DagsterInstance, key: dg.AssetKey) -> int:
@@ -75,23 +93,43 @@ def events(instance: dg.DagsterInstance, key: dg.AssetKey) -> int:
 def test_everything_runs_by_itself_by_default(settings: Settings) -> None:
     definitions = build_definitions(settings)
     sensors = {sensor.name: sensor.default_status for sensor in definitions.sensors or ()}
-    assert sensors == dict.fromkeys(("backfill_missed", "watch_markets", "watch_incidents"), dg.DefaultSensorStatus.RUNNING)
-    schedules = {s.name: s.default_status for s in definitions.schedules or () if isinstance(s, dg.ScheduleDefinition)}
-    expected = ("refresh_open", "health_every_six_hours", "prune_every_night", "ask_again_every_night", "ask_again_every_month")
+    assert sensors == dict.fromkeys(
+        ("backfill_missed", "watch_markets", "watch_incidents"), dg.DefaultSensorStatus.RUNNING
+    )
+    schedules = {
+        s.name: s.default_status
+        for s in definitions.schedules or ()
+        if isinstance(s, dg.ScheduleDefinition)
+    }
+    expected = (
+        "refresh_open",
+        "health_every_six_hours",
+        "prune_every_night",
+        "ask_again_every_night",
+        "ask_again_every_month",
+    )
     assert schedules == dict.fromkeys(expected, dg.DefaultScheduleStatus.RUNNING)
     assert all(sensor.description for sensor in definitions.sensors or ())
 
 
-def test_from_an_empty_lake_to_a_whole_one_and_back_after_a_loss(settings: Settings, instance: dg.DagsterInstance) -> None:
+def test_from_an_empty_lake_to_a_whole_one_and_back_after_a_loss(
+    settings: Settings, instance: dg.DagsterInstance
+) -> None:
     first = tick(settings, instance, "backfill_missed")
     (request,) = first.run_requests
     assert (request.tags[RANGE_START], request.tags[RANGE_END]) == (DEC, DEC)
     assert request.tags["dagster/priority"] == "-10"
     assert request.tags["marketdata/reason"] == "1 never fetched"
     (live,) = refresh(settings, instance)
-    assert (live.tags[RANGE_START], live.tags[RANGE_END], live.tags["dagster/priority"]) == (JAN, JAN, "10")
+    assert (live.tags[RANGE_START], live.tags[RANGE_END], live.tags["dagster/priority"]) == (
+        JAN,
+        JAN,
+        "10",
+    )
     run_requests(settings, instance, [request, live])
-    assert tick(settings, instance, "backfill_missed").skip_reason.skip_message == "nothing is missing"
+    assert (
+        tick(settings, instance, "backfill_missed").skip_reason.skip_message == "nothing is missing"
+    )
     assert instance.get_materialized_partitions(RAW) == {DEC, JAN}
 
     file_of(settings, DEC).unlink()
@@ -101,20 +139,28 @@ def test_from_an_empty_lake_to_a_whole_one_and_back_after_a_loss(settings: Setti
     assert instance.get_materialized_partitions(RAW) == {DEC, JAN}
     wanted = Window(at("2023-12-30"), at("2024-01-01"))
     with open_toolbox(settings) as toolbox:
-        assert read_bars(toolbox, settings.markets[0], TIMEFRAMES["1m"], wanted).equals(truth("BTCUSDT", "1m", wanted))
+        assert read_bars(toolbox, settings.markets[0], TIMEFRAMES["1m"], wanted).equals(
+            truth("BTCUSDT", "1m", wanted)
+        )
 
 
-def test_an_event_that_is_gone_is_asked_for(settings: Settings, instance: dg.DagsterInstance) -> None:
+def test_an_event_that_is_gone_is_asked_for(
+    settings: Settings, instance: dg.DagsterInstance
+) -> None:
     fill(settings, instance)
     instance.wipe_asset_partitions(RAW, [DEC])
     (request,) = tick(settings, instance, "backfill_missed").run_requests
     assert request.tags["marketdata/reason"] == "1 Dagster does not show it"
 
 
-def test_a_partition_under_way_is_not_asked_for_again(settings: Settings, instance: dg.DagsterInstance) -> None:
+def test_a_partition_under_way_is_not_asked_for_again(
+    settings: Settings, instance: dg.DagsterInstance
+) -> None:
     (request,) = tick(settings, instance, "backfill_missed").run_requests
     job = build_definitions(settings).resolve_job_def(INGEST)
-    instance.create_run_for_job(job, tags=dict(request.tags), status=dg.DagsterRunStatus.NOT_STARTED)
+    instance.create_run_for_job(
+        job, tags=dict(request.tags), status=dg.DagsterRunStatus.NOT_STARTED
+    )
     later = at_time(settings, "2024-01-09T18:00:00Z")
     assert tick(later, instance, "backfill_missed").skip_reason.skip_message == "1 are under way"
 
@@ -128,18 +174,27 @@ def test_a_refresh_takes_only_what_is_new_and_says_nothing_when_nothing_is(
     exchange.requests.clear()
     before = {key: events(instance, key) for key in (RAW, HOUR, WEEK)}
     run_requests(later, instance, refresh(later, instance))
-    assert len([seen for seen in exchange.requests if seen.query.get("interval") == "1m"]) == 1  # from the watermark
+    assert (
+        len([seen for seen in exchange.requests if seen.query.get("interval") == "1m"]) == 1
+    )  # from the watermark
     assert events(instance, RAW) == before[RAW] + 1
-    assert (events(instance, HOUR), events(instance, WEEK)) == (before[HOUR], before[WEEK])  # no hour, no week has closed
+    assert (events(instance, HOUR), events(instance, WEEK)) == (
+        before[HOUR],
+        before[WEEK],
+    )  # no hour, no week has closed
     # a feed that has died behind green runs: its answers stop at what we have
     dead = {KIND: REFRESH, RANGE_START: JAN, RANGE_END: JAN}
     assert run(later, instance, dead).success
     assert events(instance, RAW) == before[RAW] + 1
-    assert run(later, instance, {RANGE_START: JAN, RANGE_END: JAN}).success  # a person gets an event
+    assert run(
+        later, instance, {RANGE_START: JAN, RANGE_END: JAN}
+    ).success  # a person gets an event
     assert events(instance, RAW) == before[RAW] + 2
 
 
-def test_freshness_turns_red_without_runs_and_green_again(settings: Settings, instance: dg.DagsterInstance) -> None:
+def test_freshness_turns_red_without_runs_and_green_again(
+    settings: Settings, instance: dg.DagsterInstance
+) -> None:
     fill(settings, instance)
     first = tick(settings, instance, "watch_markets")
     assert check_results(instance, RAW, "freshness") == {None: True}
@@ -153,25 +208,36 @@ def test_freshness_turns_red_without_runs_and_green_again(settings: Settings, in
     assert event.severity == dg.AssetCheckSeverity.ERROR
     assert event.metadata["most_minutes_behind"].value == 61
     (row,) = event.metadata["markets"].records
-    assert (row.data["market"], row.data["state"], row.data["minutes behind"]) == ("binance:BTC-USDT", "stale", 61)
+    assert (row.data["market"], row.data["state"], row.data["minutes behind"]) == (
+        "binance:BTC-USDT",
+        "stale",
+        61,
+    )
     run_requests(stale, instance, refresh(stale, instance))
     tick(stale, instance, "watch_markets", red.cursor)
     assert check_results(instance, RAW, "freshness") == {None: True}
 
 
-def test_an_evaluation_follows_every_materialization(settings: Settings, instance: dg.DagsterInstance) -> None:
+def test_an_evaluation_follows_every_materialization(
+    settings: Settings, instance: dg.DagsterInstance
+) -> None:
     """Else the UI would show "not evaluated" after each run."""
     fill(settings, instance)
     first = tick(settings, instance, "watch_markets")
     assert run(settings, instance, {RANGE_START: DEC, RANGE_END: DEC}).success
-    assert {(e.asset_key, e.check_name) for e in tick(settings, instance, "watch_markets", first.cursor).asset_events} >= {
+    assert {
+        (e.asset_key, e.check_name)
+        for e in tick(settings, instance, "watch_markets", first.cursor).asset_events
+    } >= {
         (RAW, "freshness"),
         (RAW, "coverage"),
         (HOUR, "coverage"),
     }
 
 
-def test_coverage_is_red_for_what_is_not_on_disk(settings: Settings, instance: dg.DagsterInstance) -> None:
+def test_coverage_is_red_for_what_is_not_on_disk(
+    settings: Settings, instance: dg.DagsterInstance
+) -> None:
     fill(settings, instance)
     file_of(settings, DEC).unlink()
     result = tick(settings, instance, "watch_markets")
@@ -182,9 +248,15 @@ def test_coverage_is_red_for_what_is_not_on_disk(settings: Settings, instance: d
     assert not check_results(instance, HOUR, "coverage")[None]
 
 
-def test_a_failed_run_is_one_incident_until_a_run_succeeds(settings: Settings, instance: dg.DagsterInstance, universe: Universe) -> None:
+def test_a_failed_run_is_one_incident_until_a_run_succeeds(
+    settings: Settings, instance: dg.DagsterInstance, universe: Universe
+) -> None:
     down = dataclasses.replace(
-        settings, venues={n: dataclasses.replace(v, base_url="http://127.0.0.1:9") for n, v in settings.venues.items()}
+        settings,
+        venues={
+            n: dataclasses.replace(v, base_url="http://127.0.0.1:9")
+            for n, v in settings.venues.items()
+        },
     )
     for _ in range(2):
         assert not run(down, instance, {RANGE_START: DEC, RANGE_END: DEC}).success
@@ -199,12 +271,21 @@ def test_a_failed_run_is_one_incident_until_a_run_succeeds(settings: Settings, i
 
 def alerts(settings: Settings) -> list[tuple[str, str]]:
     lines = Path(settings.state, "alerts.jsonl").read_text().splitlines()
-    return [(line["event"], line["title"]) for line in map(json.loads, lines) if line["incident"].startswith("run|")]
+    return [
+        (line["event"], line["title"])
+        for line in map(json.loads, lines)
+        if line["incident"].startswith("run|")
+    ]
 
 
-def test_a_tick_that_cannot_work_says_why_and_the_next_one_works(settings: Settings, instance: dg.DagsterInstance) -> None:
+def test_a_tick_that_cannot_work_says_why_and_the_next_one_works(
+    settings: Settings, instance: dg.DagsterInstance
+) -> None:
     broken = dataclasses.replace(settings, state=Path("/proc/nowhere"))
-    with pytest.raises(dg.DagsterInvariantViolationError, match=r"ledger\.db cannot be opened .*; mend the folder or set another `state:`"):
+    with pytest.raises(
+        dg.DagsterInvariantViolationError,
+        match=r"ledger\.db cannot be opened .*; mend the folder or set another `state:`",
+    ):
         tick(broken, instance, "backfill_missed")
     assert tick(settings, instance, "backfill_missed").run_requests
 
@@ -216,7 +297,13 @@ def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInsta
         toolbox.ledger.ask([(Partition.parse(DEC), "x")], settings.now())
         toolbox.ledger.park([(Partition.parse(DEC), "x")], settings.now())
     job = build_definitions(settings).resolve_job_def("repair")
-    config = {"ops": {"repair_span": {"config": {"market": "binance:BTC-USDT", "start": "2023-12-01", "end": "2024-01-01"}}}}
+    config = {
+        "ops": {
+            "repair_span": {
+                "config": {"market": "binance:BTC-USDT", "start": "2023-12-01", "end": "2024-01-01"}
+            }
+        }
+    }
     before = events(instance, RAW)
     assert job.execute_in_process(config, instance=instance).success
     assert file_of(settings, DEC).exists()
@@ -232,12 +319,17 @@ def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInsta
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"market": "binance:BTC-USD"}, "market 'binance:BTC-USD' is not in .*; did you mean binance:BTC-USDT"),
+        (
+            {"market": "binance:BTC-USD"},
+            "market 'binance:BTC-USD' is not in .*; did you mean binance:BTC-USDT",
+        ),
         ({"start": "yesterday"}, "'yesterday' is not a date"),
         ({"start": "2024-01-05", "end": "2024-01-01"}, "start must come before end"),
     ],
 )
-def test_a_mistake_in_the_launchpad_is_one_line(settings: Settings, instance: dg.DagsterInstance, config: Any, says: str) -> None:
+def test_a_mistake_in_the_launchpad_is_one_line(
+    settings: Settings, instance: dg.DagsterInstance, config: Any, says: str
+) -> None:
     job = build_definitions(settings).resolve_job_def("repair")
     with pytest.raises(dg.Failure, match=says):
         job.execute_in_process({"ops": {"repair_span": {"config": config}}}, instance=instance)

@@ -1,7 +1,9 @@
-"""Bad answers against a partition that is stored already: each once and then good ones, and each for ever.
+"""Bad answers against a partition that is stored already: each once and then good ones, and each for
+ever.
 
-Half of the span is stored; the other half is asked for while the exchange answers badly. Once: the partition ends
-exactly as the truth. For ever: not one stored bar changes, and the error, the gap or the quarantine names what came.
+Half of the span is stored; the other half is asked for while the exchange answers badly. Once: the
+partition ends exactly as the truth. For ever: not one stored bar changes, and the error, the gap or
+the quarantine names what came.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ import pytest
 from aiohttp import web
 
 from marketdata_assets.errors import VenueDown, VenueRefused
-from marketdata_assets.flows.ingest import Ingested
-from marketdata_assets.settings import Settings
+from marketdata_assets.flows.fetch.ingest import Ingested
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources import ccxt_rest
-from marketdata_assets.sources.sandbox import SandboxExchange, running
-from marketdata_assets.sources.sandbox_bars import klines, truth
+from marketdata_assets.sources.sandbox.bars import klines, truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 from marketdata_tests.conftest import SANDBOX_NOW, Universe
 from marketdata_tests.steps import (
     SkippingClock,
@@ -58,7 +60,7 @@ Answer = Rows | web.StreamResponse
 Bad = Callable[[web.Request, Rows], Any]
 
 
-# --------------------------------------------------------------------------------------------- answers that are no bars
+# --------------------------------------------------------------------------------------------- answ
 
 
 def text(body: str | bytes, status: int = 200, **headers: str) -> Bad:
@@ -66,7 +68,9 @@ def text(body: str | bytes, status: int = 200, **headers: str) -> Bad:
     content = body.encode() if isinstance(body, str) else body
 
     def answer(_: web.Request, __: Rows) -> web.Response:
-        return web.Response(body=content, status=status, headers={"Content-Type": "application/json", **headers})
+        return web.Response(
+            body=content, status=status, headers={"Content-Type": "application/json", **headers}
+        )
 
     return answer
 
@@ -82,7 +86,9 @@ def truncated(_: web.Request, rows: Rows) -> web.Response:
 async def short_read(request: web.Request, rows: Rows) -> web.StreamResponse:
     """The length of the whole, the first half, and the end of the connection."""
     whole = json.dumps(rows).encode()
-    response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(len(whole))})
+    response = web.StreamResponse(
+        headers={"Content-Type": "application/json", "Content-Length": str(len(whole))}
+    )
     await response.prepare(request)
     await response.write(whole[: len(whole) // 2])
     assert request.transport is not None
@@ -93,7 +99,9 @@ async def short_read(request: web.Request, rows: Rows) -> web.StreamResponse:
 def reset(request: web.Request, _: Rows) -> web.Response:
     """A TCP reset before any byte."""
     assert request.transport is not None
-    request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.transport.get_extra_info("socket").setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+    )
     request.transport.abort()
     return web.Response()
 
@@ -125,25 +133,33 @@ async def drip(request: web.Request, rows: Rows) -> web.StreamResponse:
 def bomb(megabytes: int) -> bytes:
     """A list whose blanks are `megabytes` long, gzipped."""
     packer = zlib.compressobj(wbits=31)
-    parts = [packer.compress(b"["), *(packer.compress(b" " * 2**20) for _ in range(megabytes)), packer.compress(b"]")]
+    parts = [
+        packer.compress(b"["),
+        *(packer.compress(b" " * 2**20) for _ in range(megabytes)),
+        packer.compress(b"]"),
+    ]
     return b"".join((*parts, packer.flush()))
 
 
 def gzip_bomb(_: web.Request, __: Rows) -> web.Response:
-    return web.Response(body=bomb(48), headers={"Content-Type": "application/json", "Content-Encoding": "gzip"})
+    return web.Response(
+        body=bomb(48), headers={"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    )
 
 
 def broken_gzip(_: web.Request, rows: Rows) -> web.Response:
     packed = bytearray(gzip.compress(json.dumps(rows).encode()))
     packed[20:60] = bytes(40)
-    return web.Response(body=bytes(packed), headers={"Content-Type": "application/json", "Content-Encoding": "gzip"})
+    return web.Response(
+        body=bytes(packed), headers={"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    )
 
 
 def error_body(code: int, msg: str, status: int = 200, **headers: str) -> Bad:
     return text(json.dumps({"code": code, "msg": msg}), status, **headers)
 
 
-# ------------------------------------------------------------------------------------------- rows that are not klines
+# ------------------------------------------------------------------------------------------- rows t
 
 
 def each(change: Callable[[list[Any]], Any]) -> Bad:
@@ -170,20 +186,36 @@ OPEN_TIME, OPEN, HIGH, LOW, CLOSE, VOLUME, CLOSE_TIME, QUOTE, TRADES, TAKER, TAK
 
 
 def as_dict(row: list[Any]) -> dict[str, Any]:
-    return {"openTime": row[0], "open": row[1], "high": row[2], "low": row[3], "close": row[4], "volume": row[5]}
+    return {
+        "openTime": row[0],
+        "open": row[1],
+        "high": row[2],
+        "low": row[3],
+        "close": row[4],
+        "volume": row[5],
+    }
 
 
 def five_minutes(request: web.Request, _: Rows) -> Rows:
     query = request.query
-    return klines(query["symbol"], "5m", int(query["startTime"]), int(query["endTime"]), 1000, SANDBOX_NOW)
+    return klines(
+        query["symbol"], "5m", int(query["startTime"]), int(query["endTime"]), 1000, SANDBOX_NOW
+    )
 
 
-# -------------------------------------------------------------------------------------- rows that are not these bars
+# -------------------------------------------------------------------------------------- rows that a
 
 
 def other_symbol(request: web.Request, _: Rows) -> Rows:
     query = request.query
-    return klines("ETHUSDT", query["interval"], int(query["startTime"]), int(query["endTime"]), 1000, SANDBOX_NOW)
+    return klines(
+        "ETHUSDT",
+        query["interval"],
+        int(query["startTime"]),
+        int(query["endTime"]),
+        1000,
+        SANDBOX_NOW,
+    )
 
 
 def other_window(request: web.Request, _: Rows) -> Rows:
@@ -209,7 +241,11 @@ def twice(_: web.Request, rows: Rows) -> Rows:
 def contradicting(_: web.Request, rows: Rows) -> Rows:
     """The bars in the middle twice, with another close."""
     at, several = len(rows) // 2, rows[len(rows) // 2 :][:3]
-    return [*rows[:at], *(put(CLOSE, row[OPEN])(list(row)) for row in several if row[OPEN] != row[CLOSE]), *rows[at:]]
+    return [
+        *rows[:at],
+        *(put(CLOSE, row[OPEN])(list(row)) for row in several if row[OPEN] != row[CLOSE]),
+        *rows[at:],
+    ]
 
 
 def shuffled(_: web.Request, rows: Rows) -> Rows:
@@ -222,11 +258,13 @@ def swapped(row: list[Any]) -> list[Any]:
     return row
 
 
-# ---------------------------------------------------------------------------------------------------------- the matrix
+# --------------------------------------------------------------------------------------------------
 
 
 class Fault(NamedTuple):
-    """A bad answer. `says`: what names it when it comes for ever, in the error or among the reasons."""
+    """A bad answer. `says`: what names it when it comes for ever, in the error or among the
+    reasons.
+    """
 
     name: str
     bad: Bad
@@ -251,10 +289,16 @@ REFUSED_WHOLE = (
     Fault("short_read", short_read, "connection broke"),
     Fault("gzip_bomb", gzip_bomb, "larger than 32 MiB"),
     Fault("broken_gzip", broken_gzip, "connection broke|HTTP 200"),
-    Fault("error_200", error_body(-1001, "Internal error; unable to process your request."), "Internal error"),
+    Fault(
+        "error_200",
+        error_body(-1001, "Internal error; unable to process your request."),
+        "Internal error",
+    ),
     Fault("error_200_unknown", error_body(-9876, "something strange"), "something strange"),
     Fault("wrapped", lambda _, rows: web.json_response({"data": rows}), "list of klines"),
-    Fault("text_rows", lambda _, rows: web.json_response([str(row) for row in rows]), "list of klines"),
+    Fault(
+        "text_rows", lambda _, rows: web.json_response([str(row) for row in rows]), "list of klines"
+    ),
     Fault("null_rows", lambda _, rows: web.json_response([None for _ in rows]), "list of klines"),
     Fault("dict_rows", each(as_dict), "list of klines"),
     Fault("short_rows", each(lambda row: row[:6]), "columns instead of 12"),
@@ -263,8 +307,16 @@ REFUSED_WHOLE = (
     Fault("one_short_row", lambda _, rows: [*rows[:-1], rows[-1][:11]], "columns instead of 12"),
     Fault("rotated_columns", each(lambda row: [*row[1:], row[0]]), "column open_time"),
     Fault("reversed_columns", each(lambda row: row[::-1]), "column open_time"),
-    Fault("numbers_for_text", each(lambda row: [row[0], *map(float, row[1:6]), *row[6:]]), "column open"),
-    Fault("one_number_for_text", lambda _, rows: [*rows[:-1], put(CLOSE, 42000)(rows[-1])], "column close"),
+    Fault(
+        "numbers_for_text",
+        each(lambda row: [row[0], *map(float, row[1:6]), *row[6:]]),
+        "column open",
+    ),
+    Fault(
+        "one_number_for_text",
+        lambda _, rows: [*rows[:-1], put(CLOSE, 42000)(rows[-1])],
+        "column close",
+    ),
     Fault("text_for_numbers", each(lambda row: [str(row[0]), *row[1:]]), "column open_time"),
     Fault("text_for_trades", each(put(TRADES, str)), "column trades"),
     Fault("fraction_of_trades", each(put(TRADES, 1.5)), "column trades"),
@@ -284,7 +336,11 @@ REFUSED_WHOLE = (
 """The whole answer is refused and asked for again."""
 
 REFUSALS = (
-    Fault("http_401", error_body(-2015, "Invalid API-key, IP, or permissions for action.", 401), "Invalid API-key|HTTP 401"),
+    Fault(
+        "http_401",
+        error_body(-2015, "Invalid API-key, IP, or permissions for action.", 401),
+        "Invalid API-key|HTTP 401",
+    ),
     Fault("http_403", text(HTML, 403, **{"Content-Type": "text/html"}), "HTTP 403"),
     Fault("http_404", text("not here", 404), "HTTP 404"),
     Fault("http_400_symbol", error_body(-1121, "Invalid symbol.", 400), "Invalid symbol"),
@@ -316,10 +372,16 @@ BROKEN_ROW = (
     Fault("negative_price", each(put(CLOSE, lambda price: "-" + price)), "non_positive_price"),
     Fault("negative_volume", each(put(TAKER, "-1.00000000")), "negative_volume"),
     Fault("negative_trades", each(put(TRADES, -1)), "negative_volume"),
-    Fault("high_below_low", each(lambda row: [row[0], row[1], "1.00", "2.00", *row[4:]]), "high_below"),
+    Fault(
+        "high_below_low", each(lambda row: [row[0], row[1], "1.00", "2.00", *row[4:]]), "high_below"
+    ),
     Fault("low_above_close", each(put(LOW, lambda low: str(Decimal(low) + 100_000))), "low_above"),
     Fault("quote_of_another_price", each(put(QUOTE, "0.00000001")), "vwap_outside"),
-    Fault("more_taken_than_traded", each(put(TAKER, lambda taken: str(Decimal(taken) + 10**6))), "taker_above_total"),
+    Fault(
+        "more_taken_than_traded",
+        each(put(TAKER, lambda taken: str(Decimal(taken) + 10**6))),
+        "taker_above_total",
+    ),
 )
 """Rows in the right form that break a rule."""
 
@@ -327,9 +389,19 @@ MISPLACED = (
     Fault("off_grid", each(moved(lambda t: t + 28_789)), "off_grid"),
     Fault("shifted_half_a_minute", each(moved(lambda t: t + 30_000)), "off_grid"),
     Fault("seconds_for_ms", each(moved(lambda t: t // 1000)), "outside_window"),
-    Fault("year_50000", each(lambda row: [row[0] * 1000, *row[1:6], row[0] * 1000 + 59_999, *row[7:]]), "outside_window|not_a_number"),
-    Fault("before_christ", each(lambda row: [-row[0] * 100, *row[1:6], 59_999 - row[0] * 100, *row[7:]]), "outside_window|not_a_number"),
-    Fault("time_that_wraps", each(moved(lambda t: t + (2**64 // 1000))), "outside_window|not_a_number"),
+    Fault(
+        "year_50000",
+        each(lambda row: [row[0] * 1000, *row[1:6], row[0] * 1000 + 59_999, *row[7:]]),
+        "outside_window|not_a_number",
+    ),
+    Fault(
+        "before_christ",
+        each(lambda row: [-row[0] * 100, *row[1:6], 59_999 - row[0] * 100, *row[7:]]),
+        "outside_window|not_a_number",
+    ),
+    Fault(
+        "time_that_wraps", each(moved(lambda t: t + (2**64 // 1000))), "outside_window|not_a_number"
+    ),
     Fault("other_window", other_window, "outside_window"),
     Fault("next_day", each(moved(lambda t: t + 2 * 86_400_000)), "outside_window"),
 )
@@ -337,7 +409,11 @@ MISPLACED = (
 
 INCOMPLETE = (
     Fault("empty_list", lambda _, __: [], "unanswered"),
-    Fault("gap", lambda _, rows: [row for row in rows if not HOLE <= row[0] < HOLE + 30 * MINUTE], "no_bars"),
+    Fault(
+        "gap",
+        lambda _, rows: [row for row in rows if not HOLE <= row[0] < HOLE + 30 * MINUTE],
+        "no_bars",
+    ),
     Fault("first_half_missing", lambda _, rows: rows[len(rows) // 2 :], "no_bars|unanswered"),
     Fault("last_half_missing", lambda _, rows: rows[: len(rows) // 2], "no_bars|unanswered"),
     Fault("all_but_one_missing", lambda _, rows: rows[5:6], "no_bars|unanswered"),
@@ -365,7 +441,7 @@ BELIEVABLE = (
 """Rows that break no rule; only other answers show that they are wrong."""
 
 
-# ----------------------------------------------------------------------------------------------------------- the stage
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -433,7 +509,9 @@ def stage(half: Path, tmp_path: Path, universe: Universe) -> Iterator[Stage]:
 
 def ids(faults: Sequence[Fault]) -> Any:
     """One test per fault."""
-    return pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in faults])
+    return pytest.mark.parametrize(
+        "fault", [pytest.param(fault, id=fault.name) for fault in faults]
+    )
 
 
 def is_truth(stage: Stage) -> None:
@@ -444,12 +522,14 @@ def old_bars(settings: Settings) -> pl.DataFrame:
     return stored_bars(settings).filter(pl.col("open_time") < window(SINCE, HALF).end)
 
 
-# ---------------------------------------------------------------------------------------------- once, then good answers
+# ---------------------------------------------------------------------------------------------- onc
 
 
 @ids([*REFUSED_WHOLE, *BROKEN_ROW, *MISPLACED, *INCOMPLETE])
 def test_once(stage: Stage, fault: Fault) -> None:
-    """Each page at first badly, then well: the partition is the truth after the same run, and every row accounted for."""
+    """Each page at first badly, then well: the partition is the truth after the same run, and every
+    row accounted for.
+    """
     stage.plant(fault.bad, times=2)
     done = stage.ingest()
     assert done.error is None
@@ -496,17 +576,25 @@ def test_slow_once(stage: Stage, fault: Fault, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("status", "pause"), [(429, 7), (418, 120)])
 def test_nobody_asks_before_the_time_is_up(stage: Stage, status: int, pause: int) -> None:
-    """Nine pages: the first that are in flight are told to wait; by the clock nobody comes back too early."""
+    """Nine pages: the first that are in flight are told to wait; by the clock nobody comes back too
+    early.
+    """
     begun, early = stage.clock.now, [0]
     settings = replace(
-        stage.settings, venues={n: replace(v, since=window("2024-01-01", UNTIL).start) for n, v in stage.settings.venues.items()}
+        stage.settings,
+        venues={
+            n: replace(v, since=window("2024-01-01", UNTIL).start)
+            for n, v in stage.settings.venues.items()
+        },
     )
 
     async def patience(request: web.Request, _: Rows) -> web.Response | None:
         if stage.clock.now - begun >= pause or request.query.get("startTime") == "0":
             return None
         early[0] += 1
-        return web.json_response({"code": -1003, "msg": "Slow down."}, status=status, headers={"Retry-After": str(pause)})
+        return web.json_response(
+            {"code": -1003, "msg": "Slow down."}, status=status, headers={"Retry-After": str(pause)}
+        )
 
     stage.exchange.tamper = patience
     (done,) = run_ingest(settings, stage.clock.policy())
@@ -517,10 +605,12 @@ def test_nobody_asks_before_the_time_is_up(stage: Stage, status: int, pause: int
     assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-01", UNTIL)))
 
 
-# ------------------------------------------------------------------------------------------------------------ for ever
+# --------------------------------------------------------------------------------------------------
 
 
-def always(stage: Stage, fault: Fault, **limits: Any) -> tuple[Ingested, dict[str, bytes], pl.DataFrame]:
+def always(
+    stage: Stage, fault: Fault, **limits: Any
+) -> tuple[Ingested, dict[str, bytes], pl.DataFrame]:
     """What comes of it, and what was stored before."""
     before, old = lake_files(stage.settings), old_bars(stage.settings)
     stage.plant(fault.bad)
@@ -540,7 +630,9 @@ def named(found: str, fault: Fault) -> bool:
 
 @ids(REFUSED_WHOLE)
 def test_always_refused(stage: Stage, fault: Fault) -> None:
-    """The venue counts as down after six tries a page; the files are the same, and the error says why."""
+    """The venue counts as down after six tries a page; the files are the same, and the error says
+    why.
+    """
     done, before, _ = always(stage, fault)
     assert lake_files(stage.settings) == before
     assert type(done.error) is VenueDown
@@ -574,8 +666,14 @@ def test_always_slow(stage: Stage, fault: Fault, monkeypatch: pytest.MonkeyPatch
 
 @ids(PATIENCE)
 def test_always_asked_for_patience(stage: Stage, fault: Fault) -> None:
-    """Fifteen minutes of our patience (policy.longest_wait), and the venue counts as down; never a hammering."""
-    enough = Fault(fault.name, lambda request, rows: (fault if stage.requests < 100 else REFUSALS[1]).bad(request, rows), fault.says)
+    """Fifteen minutes of our patience (policy.longest_wait), and the venue counts as down; never a
+    hammering.
+    """
+    enough = Fault(
+        fault.name,
+        lambda request, rows: (fault if stage.requests < 100 else REFUSALS[1]).bad(request, rows),
+        fault.says,
+    )
     done, before, _ = always(stage, enough)
     assert lake_files(stage.settings) == before
     assert type(done.error) is VenueDown
@@ -585,7 +683,9 @@ def test_always_asked_for_patience(stage: Stage, fault: Fault) -> None:
 
 @ids([*BROKEN_ROW, *MISPLACED])
 def test_always_broken(stage: Stage, fault: Fault) -> None:
-    """Not a row is believed, the files are the same, and every row stands in quarantine with its reason."""
+    """Not a row is believed, the files are the same, and every row stands in quarantine with its
+    reason.
+    """
     done, before, _ = always(stage, fault)
     assert lake_files(stage.settings) == before
     assert done.error is None
@@ -602,7 +702,9 @@ HEALED = ("null_open_time", "infinity", "off_grid", "seconds_for_ms", "other_win
 
 @ids([fault for fault in (*BROKEN_ROW, *MISPLACED) if fault.name in HEALED])
 def test_a_bad_day_heals_on_the_next(stage: Stage, fault: Fault) -> None:
-    """What was refused all through one run is asked again in the next, and believed when it is good."""
+    """What was refused all through one run is asked again in the next, and believed when it is
+    good.
+    """
     always(stage, fault)
     heals(stage)
 
@@ -621,7 +723,9 @@ def test_always_one_broken_row(stage: Stage, fault: Fault) -> None:
     good = truth("BTCUSDT", "1m", WANTED)
     assert_bars(stored_bars(stage.settings), good.filter(pl.col("open_time").dt.epoch("ms") != at))
     assert old_bars(stage.settings).equals(old)
-    assert [(gap.bars, gap.reason) for gap in done.gaps if gap.reason != "no_bars"] == [(1, "quarantined")]
+    assert [(gap.bars, gap.reason) for gap in done.gaps if gap.reason != "no_bars"] == [
+        (1, "quarantined")
+    ]
     (row,) = quarantined(stage.settings)
     assert row["open_time"] == "2024-01-09T03:14:00Z"
     assert row["seen"] >= 1
@@ -651,7 +755,11 @@ def test_always_too_few(stage: Stage, fault: Fault) -> None:
     assert bars.join(good, on=good.columns, how="anti").is_empty()
     assert bars["open_time"].n_unique() == bars.height
     assert bars.height + sum(gap.bars for gap in done.gaps) == WANTED.count(done.timeframe)
-    assert any(named(gap.reason, fault) for gap in done.gaps if gap.window.start >= window(HALF, UNTIL).start)
+    assert any(
+        named(gap.reason, fault)
+        for gap in done.gaps
+        if gap.window.start >= window(HALF, UNTIL).start
+    )
     assert all(gap.evidence for gap in done.gaps)
     assert stage.requests <= 40
     if fault.name == "empty_list":
@@ -683,7 +791,9 @@ def test_always_harmless(stage: Stage, fault: Fault) -> None:
 
 
 def test_always_contradicting_rows(stage: Stage) -> None:
-    """Bars told in two ways in every answer are not stored in either; both ways stand in quarantine."""
+    """Bars told in two ways in every answer are not stored in either; both ways stand in
+    quarantine.
+    """
     done, _, old = always(stage, BELIEVABLE[0])
     bars, good = stored_bars(stage.settings), truth("BTCUSDT", "1m", WANTED)
     assert done.error is None
@@ -694,19 +804,23 @@ def test_always_contradicting_rows(stage: Stage) -> None:
     assert 1 <= disputed.height <= 12
     rows = quarantined(stage.settings)
     assert {row["reasons"] for row in rows} == {"conflict"}
-    assert {row["open_time"][:16] for row in rows} == {moment.strftime("%Y-%m-%dT%H:%M") for moment in disputed["open_time"]}
+    assert {row["open_time"][:16] for row in rows} == {
+        moment.strftime("%Y-%m-%dT%H:%M") for moment in disputed["open_time"]
+    }
     assert stage.requests <= 16
 
 
 @ids(BELIEVABLE[1:])
 def test_always_believable(stage: Stage, fault: Fault) -> None:
-    """Answers that contradict the stored bar at their edge are not believed about the bars beyond it."""
+    """Answers that contradict the stored bar at their edge are not believed about the bars beyond
+    it.
+    """
     done, before, _ = always(stage, fault)
     assert lake_files(stage.settings) == before
     assert stage.reasons or done.error
 
 
-# ----------------------------------------------------------------------------------------------------- size and records
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_memory_stays_small(stage: Stage) -> None:
@@ -727,7 +841,9 @@ def test_the_memory_stays_small(stage: Stage) -> None:
 
 
 def test_failures_are_logged(stage: Stage) -> None:
-    """Each request that failed stands in the fetch log with its outcome, also when the run went well."""
+    """Each request that failed stands in the fetch log with its outcome, also when the run went
+    well.
+    """
     stage.plant(text(HTML), times=3)
     stage.ingest()
     assert logged_requests(stage.settings)["garbled"] == 3
@@ -754,7 +870,7 @@ def test_a_failed_run_logs_all_its_requests(stage: Stage) -> None:
     assert sum(logged_requests(stage.settings).values()) - before == done.requests == stage.requests
 
 
-# ------------------------------------------------------------------------------- the same through ccxt's `fetch_ohlcv`
+# ------------------------------------------------------------------------------- the same through c
 
 GENERIC = window("2024-01-05", "2024-01-05T10:00")
 KNOWN_END = "2024-01-05T04:00"
@@ -763,7 +879,14 @@ KNOWN_END = "2024-01-05T04:00"
 def candle(second: int) -> list[Any]:
     """Coinbase's order: time, low, high, open, close, volume; numbers and no text."""
     cents = 4_200_000 + second // 60 % 977 * 7
-    return [second, (cents - 150) / 100, (cents + 250) / 100, cents / 100, (cents + 99) / 100, second // 60 % 31 / 8]
+    return [
+        second,
+        (cents - 150) / 100,
+        (cents + 250) / 100,
+        cents / 100,
+        (cents + 99) / 100,
+        second // 60 % 31 / 8,
+    ]
 
 
 def candles(request: web.Request) -> Rows:
@@ -780,7 +903,9 @@ def true_candles(first: str, end: str) -> list[tuple[Any, ...]]:
 
 def stored_candles(settings: Settings) -> list[tuple[Any, ...]]:
     bars = stored_bars(settings, "coinbaseexchange%3ABTC-USD")
-    return bars.select(pl.col("open_time").dt.epoch("ms"), "open", "high", "low", "close", "volume").rows()
+    return bars.select(
+        pl.col("open_time").dt.epoch("ms"), "open", "high", "low", "close", "volume"
+    ).rows()
 
 
 _GENERIC = [
@@ -799,7 +924,11 @@ _GENERIC = [
 ]
 WHOLE_GENERIC = (
     *(fault for fault in REFUSED_WHOLE if fault.name in _GENERIC),
-    Fault("message_200", text('{"message": "service unavailable"}'), "service unavailable|no list|HTTP 200|shape"),
+    Fault(
+        "message_200",
+        text('{"message": "service unavailable"}'),
+        "service unavailable|no list|HTTP 200|shape",
+    ),
 )
 ROWS_GENERIC = (
     Fault("null_price", each(put(4, None)), "null"),
@@ -824,7 +953,9 @@ ROWS_GENERIC = (
 
 @pytest.fixture
 def generic(universe: Universe) -> Iterator[tuple[Settings, list[Bad | None]]]:
-    """A venue that goes through `fetch_ohlcv`, four of ten hours stored, and how it answers about the rest."""
+    """A venue that goes through `fetch_ohlcv`, four of ten hours stored, and how it answers about the
+    rest.
+    """
     how: list[Any] = [None]
 
     def answer(request: web.Request) -> Any:
@@ -832,14 +963,33 @@ def generic(universe: Universe) -> Iterator[tuple[Settings, list[Bad | None]]]:
         return web.json_response(found) if isinstance(found, list) else found
 
     with serving(coinbase(answer, "2024-01-06T00:00:30")) as url:
-        known = universe(url, "[BTC/USD]", since="2024-01-05", until=KNOWN_END, now="2024-01-07", venue="coinbaseexchange")
+        known = universe(
+            url,
+            "[BTC/USD]",
+            since="2024-01-05",
+            until=KNOWN_END,
+            now="2024-01-07",
+            venue="coinbaseexchange",
+        )
         assert run_ingest(known)[0].complete
-        yield universe(url, "[BTC/USD]", since="2024-01-05", until="2024-01-05T10:00", now="2024-01-07", venue="coinbaseexchange"), how
+        yield (
+            universe(
+                url,
+                "[BTC/USD]",
+                since="2024-01-05",
+                until="2024-01-05T10:00",
+                now="2024-01-07",
+                venue="coinbaseexchange",
+            ),
+            how,
+        )
 
 
 @ids([*WHOLE_GENERIC, *ROWS_GENERIC])
 def test_fetch_ohlcv(generic: tuple[Settings, list[Bad | None]], fault: Fault) -> None:
-    """For ever: the files are the same and it is named. Then each page once badly: the partition is the truth."""
+    """For ever: the files are the same and it is named. Then each page once badly: the partition is
+    the truth.
+    """
     settings, how = generic
     before = lake_files(settings)
     how[0] = fault.bad
@@ -866,11 +1016,19 @@ def test_fetch_ohlcv(generic: tuple[Settings, list[Bad | None]], fault: Fault) -
     assert stored_candles(settings) == true_candles("2024-01-05", "2024-01-05T10:00")
 
 
-def test_one_answer_from_another_day_stops_nothing(generic: tuple[Settings, list[Bad | None]]) -> None:
-    """The first of five pages is answered with bars of two days later; all pages are asked, and all is the truth."""
+def test_one_answer_from_another_day_stops_nothing(
+    generic: tuple[Settings, list[Bad | None]],
+) -> None:
+    """The first of five pages is answered with bars of two days later; all pages are asked, and all is
+    the truth.
+    """
     settings, how = generic
     settings = replace(
-        settings, venues={name: replace(venue, until=window(SINCE, "2024-01-05T22:00").end) for name, venue in settings.venues.items()}
+        settings,
+        venues={
+            name: replace(venue, until=window(SINCE, "2024-01-05T22:00").end)
+            for name, venue in settings.venues.items()
+        },
     )
     left = [1]
 
@@ -886,7 +1044,9 @@ def test_one_answer_from_another_day_stops_nothing(generic: tuple[Settings, list
 
 @ids(BELIEVABLE[1:])
 def test_always_believable_about_earlier_days(stage: Stage, fault: Fault) -> None:
-    """The same when the universe grows to earlier days: the stored bars are then the witnesses on the other side."""
+    """The same when the universe grows to earlier days: the stored bars are then the witnesses on the
+    other side.
+    """
     earlier = {
         name: replace(venue, since=window("2024-01-05", UNTIL).start, until=window(SINCE, HALF).end)
         for name, venue in stage.settings.venues.items()
@@ -899,7 +1059,14 @@ def test_always_believable_about_earlier_days(stage: Stage, fault: Fault) -> Non
 
 def test_a_retry_after_that_is_no_date(stage: Stage) -> None:
     """Dates that no calendar holds count as no header at all; the run goes on."""
-    for header in ("Fri, 31 Dec 9999 23:59:59 -9999", "Fri, 31 Dec 99999 23:59:59 GMT", "1e400", "٣"):
-        stage.plant(error_body(-1003, "Too many requests.", 429, **{"Retry-After": header}), times=1)
+    for header in (
+        "Fri, 31 Dec 9999 23:59:59 -9999",
+        "Fri, 31 Dec 99999 23:59:59 GMT",
+        "1e400",
+        "٣",
+    ):
+        stage.plant(
+            error_body(-1003, "Too many requests.", 429, **{"Retry-After": header}), times=1
+        )
         done = stage.ingest()
         assert done.error is None or type(done.error) is VenueDown

@@ -15,10 +15,10 @@ import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from marketdata_assets.cli.processes import start, stop
-from marketdata_assets.flows.audit import RAW_CHECKS
+from marketdata_assets.flows.prove.audit import RAW_CHECKS
 from marketdata_assets.model.window import Window, parse_time
-from marketdata_assets.sources.sandbox import SandboxExchange
-from marketdata_assets.sources.sandbox_bars import truth
+from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -53,7 +53,8 @@ def chromium() -> str:
 
 @pytest.fixture
 def ui(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path) -> Iterator[str]:
-    """The address of `marketdata dev` over two markets and two months. Afterwards no process of the test is left.
+    """The address of `marketdata dev` over two markets and two months. Afterwards no process of the
+    test is left.
 
     It is three o'clock, and the exchange's clock stands at midnight: a feed that has died.
     """
@@ -93,7 +94,9 @@ def processes_of(folder: Path) -> list[str]:
 
 @pytest.fixture
 def page(chromium: str, ui: str, tmp_path: Path) -> Iterator[Page]:
-    """A fresh headless Chromium; what it saw last is kept in `last.png`. Errors of the page's own code are ours."""
+    """A fresh headless Chromium; what it saw last is kept in `last.png`. Errors of the page's own code
+    are ours.
+    """
     errors: list[object] = []
     with sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
@@ -122,7 +125,9 @@ def open_asset(page: Page, key: str, tab: str) -> None:
 
 
 def open_partition(page: Page, key: str, partition: str) -> None:
-    """A partition's panel on its asset's Partitions tab. The UI brings it up to date only when it is opened."""
+    """A partition's panel on its asset's Partitions tab. The UI brings it up to date only when it is
+    opened.
+    """
     page.goto(f"/assets/{key}?view=partitions&partition={quote(partition)}")
     expect(page.get_by_text(partition).filter(visible=True)).to_be_visible()
 
@@ -138,13 +143,17 @@ def materialize(page: Page, key: str, market: str, month: str) -> None:
     open_asset(page, key, "Partitions")
     page.get_by_role("button", name="Materialize…").click()
     dialog = page.get_by_role("dialog").filter(has_text="Launch runs to materialize")
-    dialog.get_by_placeholder("ex: ").fill(month)  # first: until this field is there, both fields look alike
+    dialog.get_by_placeholder("ex: ").fill(
+        month
+    )  # first: until this field is there, both fields look alike
     dialog.get_by_placeholder("ex: ").press("Enter")
     dialog.get_by_text("Select a partition or create one").click()
     page.get_by_role("menuitem", name=market).click()
     page.keyboard.press("Escape")
     expect(dialog.get_by_text("1 partition", exact=True)).to_be_visible()
-    with page.expect_response(lambda answer: "mutation Launch" in (answer.request.post_data or "")) as launched:
+    with page.expect_response(
+        lambda answer: "mutation Launch" in (answer.request.post_data or "")
+    ) as launched:
         dialog.get_by_role("button", name="Launch 1 run").click()
     run = re.search(r"\w{8}-\w{4}-\w{4}-\w{4}-\w{12}", launched.value.text())
     assert run, launched.value.text()
@@ -160,7 +169,12 @@ def test_a_partition_is_materialized_by_clicking(page: Page) -> None:
     open_asset(page, RAW, "Events")
     page.get_by_text(PARTITION).filter(visible=True).first.click()
     expect(page.get_by_text(f"Partition {PARTITION} materialized in run")).to_be_visible()
-    for shown in (f"rows {ROWS}", f"first_bar {SINCE}T00:00:00Z", f"last_bar {SINCE}T23:59:00Z", "rows_quarantined 0"):
+    for shown in (
+        f"rows {ROWS}",
+        f"first_bar {SINCE}T00:00:00Z",
+        f"last_bar {SINCE}T23:59:00Z",
+        "rows_quarantined 0",
+    ):
         expect(page.get_by_role("row", name=shown, exact=True)).to_be_visible()
     for picture in ("closes", "coverage"):
         expect(page.get_by_role("img", name=picture)).to_be_visible()
@@ -179,10 +193,16 @@ def test_the_checks_of_a_partition_are_shown_as_passed(page: Page) -> None:
     materialize(page, RAW, MARKET, MONTH)
     page.get_by_placeholder("Filter…", exact=True).fill("type:ASSET_CHECK_EVALUATION")
     for check in RAW_CHECKS:
-        expect(page.get_by_text(f"Check {check} succeeded for materialization of raw / ohlcv_1m.").first).to_be_visible()
+        expect(
+            page.get_by_text(
+                f"Check {check} succeeded for materialization of raw / ohlcv_1m."
+            ).first
+        ).to_be_visible()
     for check in RAW_CHECKS:
         open_check(page, RAW, check)  # its overview may wait for the next run, when two ran at once
-        page.get_by_role("tablist").filter(has_text="Execution history").get_by_role("tab", name="Partitions").click()
+        page.get_by_role("tablist").filter(has_text="Execution history").get_by_role(
+            "tab", name="Partitions"
+        ).click()
         expect(page.get_by_text(re.compile(r"Passed \([1-9]\d*\)"))).to_be_visible()
         page.get_by_text(MARKET, exact=True).filter(visible=True).first.click()
         page.get_by_text(MONTH, exact=True).filter(visible=True).last.click()

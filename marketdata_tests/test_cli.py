@@ -18,18 +18,21 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from marketdata_assets.flows.alerts import problems, settle
-from marketdata_assets.model.window import Partition, Window, parse_time
-from marketdata_assets.settings import Settings
-from marketdata_assets.sources.sandbox import SandboxExchange
-from marketdata_assets.sources.sandbox_bars import truth
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.context import open_toolbox
+from marketdata_assets.flows.operate.alerts import problems, settle
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.window import Window, parse_time
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 
 SPAN = Window(parse_time("2023-12-01"), parse_time("2024-01-10"))
 
 
-def marketdata(*arguments: str, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+def marketdata(
+    *arguments: str, timeout: int = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, "-m", "marketdata_assets.cli.main", *arguments],
         capture_output=True,
@@ -55,9 +58,17 @@ def bar_requests(exchange: SandboxExchange) -> int:
     return sum("klines" in seen.path for seen in exchange.requests)
 
 
-def test_the_main_job(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path) -> None:
+def test_the_main_job(
+    sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path
+) -> None:
     exchange, url = sandbox
-    universe(url, symbols="[BTC/USDT, SHIB/USDT]", since="2023-12-01", extra="reference: [1h]", now="2024-01-10T00:00:00Z")
+    universe(
+        url,
+        symbols="[BTC/USDT, SHIB/USDT]",
+        since="2023-12-01",
+        extra="reference: [1h]",
+        now="2024-01-10T00:00:00Z",
+    )
     planned = json.loads(marketdata("plan", "--format", "json").stdout)
     assert planned["partitions"] == 4
 
@@ -65,11 +76,23 @@ def test_the_main_job(sandbox: tuple[SandboxExchange, str], universe: Universe, 
     assert first.returncode == 0, says(first)
     assert abs(bar_requests(exchange) - planned["requests"]) <= 0.15 * planned["requests"] + 10
 
-    table = list(csv.DictReader(io.StringIO(marketdata("bars", "binance:SHIB-USDT", "1m", "--format", "csv").stdout)))
+    table = list(
+        csv.DictReader(
+            io.StringIO(marketdata("bars", "binance:SHIB-USDT", "1m", "--format", "csv").stdout)
+        )
+    )
     expected = truth("SHIBUSDT", "1m", SPAN)
-    assert [row["open_time"] for row in table] == expected["open_time"].dt.strftime("%Y-%m-%dT%H:%M:%SZ").to_list()
-    assert [row["open"] for row in table] == [f"{value.normalize():f}" for value in expected["open"]]
-    assert not any("E" in row["volume"] or row["close"].endswith(("0", ".")) for row in table if "." in row["close"])
+    assert [row["open_time"] for row in table] == expected["open_time"].dt.strftime(
+        "%Y-%m-%dT%H:%M:%SZ"
+    ).to_list()
+    assert [row["open"] for row in table] == [
+        f"{value.normalize():f}" for value in expected["open"]
+    ]
+    assert not any(
+        "E" in row["volume"] or row["close"].endswith(("0", "."))
+        for row in table
+        if "." in row["close"]
+    )
 
     files = lake_digests(tmp_path / "lake")
     before = bar_requests(exchange)
@@ -79,17 +102,28 @@ def test_the_main_job(sandbox: tuple[SandboxExchange, str], universe: Universe, 
     assert lake_digests(tmp_path / "lake") == files
 
     for row in json.loads(marketdata("coverage", "--format", "json").stdout):
-        assert row["expected"] == sum(value for name, value in row.items() if name not in ("market", "expected"))
+        assert row["expected"] == sum(
+            value for name, value in row.items() if name not in ("market", "expected")
+        )
         assert row["not_fetched"] == 0
 
     out = tmp_path / "day.parquet"
-    assert marketdata("bars", "binance:BTC-USDT", "1d", "--format", "parquet", "--out", str(out)).returncode == 0
+    assert (
+        marketdata(
+            "bars", "binance:BTC-USDT", "1d", "--format", "parquet", "--out", str(out)
+        ).returncode
+        == 0
+    )
     days = truth("BTCUSDT", "1d", SPAN)
     assert pl.read_parquet(out).height == days.height
     as_json = json.loads(marketdata("bars", "binance:BTC-USDT", "1d", "--format", "json").stdout)
     assert [row["trades"] for row in as_json] == days["trades"].to_list()
     assert json.loads(marketdata("quarantine", "list", "--format", "json").stdout) == []
-    assert not [p.name for p in tmp_path.iterdir() if p.name not in ("lake", "state", "market.duckdb", "universe.yaml", "day.parquet")]
+    assert not [
+        p.name
+        for p in tmp_path.iterdir()
+        if p.name not in ("lake", "state", "market.duckdb", "universe.yaml", "day.parquet")
+    ]
 
 
 @pytest.fixture
@@ -107,7 +141,11 @@ def stored(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settings
         (["bars", "binance:₿-USDT", "1m"], 2, "not in"),
         (["bars", "binance:BTC-USDT", "7m"], 2, "1m 5m 15m 30m 1h 4h 12h 1d 1w"),
         (["bars", "binance:BTC-USDT", "1m", "--start", "yesterday"], 2, "not a date such as"),
-        (["bars", "binance:BTC-USDT", "1m", "--start", "2024-01-02", "--end", "2024-01-01"], 2, "--start must come before --end"),
+        (
+            ["bars", "binance:BTC-USDT", "1m", "--start", "2024-01-02", "--end", "2024-01-01"],
+            2,
+            "--start must come before --end",
+        ),
         (["backfill", "--start", "2031-01-01"], 2, "lies in the future"),
         (["backfill", "--market", "binance:DOGE-USDT"], 2, "not in"),
         (["bars", "binance:BTC-USDT", "1m", "--format", "xml"], 2, "table, csv, json, parquet"),
@@ -120,7 +158,9 @@ def stored(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settings
         (["nonsense"], 2, "No such command"),
     ],
 )
-def test_bad_words_are_one_clear_error(stored: Settings, arguments: list[str], code: int, words: str) -> None:
+def test_bad_words_are_one_clear_error(
+    stored: Settings, arguments: list[str], code: int, words: str
+) -> None:
     done = marketdata(*arguments)
     assert done.returncode == code
     assert words in says(done)
@@ -129,13 +169,17 @@ def test_bad_words_are_one_clear_error(stored: Settings, arguments: list[str], c
 def test_missing_and_broken_universe(tmp_path: Path) -> None:
     done = marketdata("plan", MARKETDATA_UNIVERSE=str(tmp_path / "none.yaml"))
     assert (done.returncode, "there is no universe file" in says(done)) == (2, True)
-    (tmp_path / "u.yaml").write_text("venues:\n  binnance: {symbols: [BTC/USDT], since: 2024-01-01}\n")
+    (tmp_path / "u.yaml").write_text(
+        "venues:\n  binnance: {symbols: [BTC/USDT], since: 2024-01-01}\n"
+    )
     done = marketdata("plan", MARKETDATA_UNIVERSE=str(tmp_path / "u.yaml"))
     assert done.returncode == 2
     assert re.search(r"u\.yaml line 2: unknown venue 'binnance'; did you mean 'binance", says(done))
 
 
-def test_symbol_unknown_to_the_venue(sandbox: tuple[SandboxExchange, str], universe: Universe) -> None:
+def test_symbol_unknown_to_the_venue(
+    sandbox: tuple[SandboxExchange, str], universe: Universe
+) -> None:
     universe(sandbox[1], symbols="[BTC/USDC]", since="2024-01-01", until="2024-01-03")
     done = marketdata("backfill")
     assert done.returncode == 2
@@ -145,7 +189,11 @@ def test_symbol_unknown_to_the_venue(sandbox: tuple[SandboxExchange, str], unive
 def test_venue_down_is_exit_3(universe: Universe) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        universe(f"http://127.0.0.1:{probe.getsockname()[1]}/binance", since="2024-01-01", until="2024-01-03")
+        universe(
+            f"http://127.0.0.1:{probe.getsockname()[1]}/binance",
+            since="2024-01-01",
+            until="2024-01-03",
+        )
         done = marketdata("backfill")
     assert done.returncode == 3
     assert "binance" in says(done)
@@ -174,15 +222,21 @@ def test_base_url_that_is_no_exchange(universe: Universe) -> None:
     assert "the answer is not JSON: it is text" in says(done)
 
 
-def test_lake_that_cannot_be_written(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path) -> None:
+def test_lake_that_cannot_be_written(
+    sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("in the way")
-    universe(sandbox[1], since="2024-01-01", until="2024-01-03", lake=str(tmp_path / "file" / "lake"))
+    universe(
+        sandbox[1], since="2024-01-01", until="2024-01-03", lake=str(tmp_path / "file" / "lake")
+    )
     done = marketdata("backfill")
     assert done.returncode == 3
     assert "mend the folder or set another `lake:`" in says(done)
 
 
-def test_state_that_cannot_be_written(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path) -> None:
+def test_state_that_cannot_be_written(
+    sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path
+) -> None:
     universe(sandbox[1], since="2024-01-01", until="2024-01-03")
     (tmp_path / "file").write_text("in the way")
     done = marketdata("backfill", MARKETDATA_STATE=str(tmp_path / "file" / "state"))
@@ -199,13 +253,26 @@ sys.stdin.readline()
 """
 
 
-def test_duckdb_held_by_another_process_is_waited_for(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path) -> None:
+def test_duckdb_held_by_another_process_is_waited_for(
+    sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path
+) -> None:
     settings = universe(sandbox[1], since="2024-01-01", until="2024-01-03")
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(settings.duckdb)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(settings.duckdb)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    backfill = subprocess.Popen([sys.executable, "-m", "marketdata_assets.cli.main", "backfill"], stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "lake").rglob("data.parquet")):  # the raw bars are there: the rollups wait
+    backfill = subprocess.Popen(
+        [sys.executable, "-m", "marketdata_assets.cli.main", "backfill"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(
+        (tmp_path / "lake").rglob("data.parquet")
+    ):  # the raw bars are there: the rollups wait
         assert backfill.poll() is None
         threading.Event().wait(0.1)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -213,25 +280,46 @@ def test_duckdb_held_by_another_process_is_waited_for(sandbox: tuple[SandboxExch
     holder.communicate("go\n", timeout=30)
     _, errors = backfill.communicate(timeout=120)
     assert backfill.returncode == 0, errors
-    assert len(marketdata("bars", "binance:BTC-USDT", "1h", "--format", "csv").stdout.splitlines()) == 49
+    assert (
+        len(marketdata("bars", "binance:BTC-USDT", "1h", "--format", "csv").stdout.splitlines())
+        == 49
+    )
 
 
-def test_two_backfills_at_once_are_one(sandbox: tuple[SandboxExchange, str], universe: Universe) -> None:
+def test_two_backfills_at_once_are_one(
+    sandbox: tuple[SandboxExchange, str], universe: Universe
+) -> None:
     exchange, url = sandbox
     universe(url, since="2024-01-01", until="2024-01-09")
     command = [sys.executable, "-m", "marketdata_assets.cli.main", "backfill"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
     texts = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], texts
-    asked = [seen.query["startTime"] for seen in exchange.requests if "klines" in seen.path and seen.query.get("startTime") != "0"]
-    assert len(marketdata("bars", "binance:BTC-USDT", "1d", "--format", "csv").stdout.splitlines()) == 9
-    assert len(asked) <= 1.5 * (8 * 1440 / 998) + 4  # nothing was fetched twice, but for holes asked again
+    asked = [
+        seen.query["startTime"]
+        for seen in exchange.requests
+        if "klines" in seen.path and seen.query.get("startTime") != "0"
+    ]
+    assert (
+        len(marketdata("bars", "binance:BTC-USDT", "1d", "--format", "csv").stdout.splitlines())
+        == 9
+    )
+    assert (
+        len(asked) <= 1.5 * (8 * 1440 / 998) + 4
+    )  # nothing was fetched twice, but for holes asked again
 
 
-def test_no_secret_anywhere(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path) -> None:
+def test_no_secret_anywhere(
+    sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path
+) -> None:
     canary = "CANARY-5f1c9a"
     universe(sandbox[1], symbols="[BTC/USDT, NOPE/USDT]", since="2024-01-01", until="2024-01-02")
-    secrets = dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "BINANCE_APIKEY", "BINANCE_SECRET", "MARKETDATA_API_KEY"), canary)
+    secrets = dict.fromkeys(
+        ("AWS_SECRET_ACCESS_KEY", "BINANCE_APIKEY", "BINANCE_SECRET", "MARKETDATA_API_KEY"), canary
+    )
     texts = [says(marketdata("backfill", **secrets))]
     file = tmp_path / "universe.yaml"
     file.write_text(file.read_text().replace("/binance", f"/binance?apikey={canary}"))
@@ -240,7 +328,11 @@ def test_no_secret_anywhere(sandbox: tuple[SandboxExchange, str], universe: Univ
     texts.append(says(marketdata("backfill", **secrets)))
     file.unlink()
     assert not [text for text in texts if canary in text]
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and canary.encode() in path.read_bytes()]
+    assert not [
+        path
+        for path in tmp_path.rglob("*")
+        if path.is_file() and canary.encode() in path.read_bytes()
+    ]
 
 
 def test_health_alerts_parked_and_prune(stored: Settings) -> None:
@@ -260,10 +352,18 @@ def test_health_alerts_parked_and_prune(stored: Settings) -> None:
         settle(toolbox, problems(toolbox), lambda key: False)
     assert marketdata("health").returncode == 1
     (alert,) = json.loads(marketdata("alerts", "--open", "--format", "json").stdout)
-    assert (alert["title"], alert["severity"], alert["recovered"]) == ("binance:BTC-USDT|2024-01-01 is parked", "error", None)
+    assert (alert["title"], alert["severity"], alert["recovered"]) == (
+        "binance:BTC-USDT|2024-01-01 is parked",
+        "error",
+        None,
+    )
     assert "1 incidents, 1 of them open" in says(marketdata("alerts"))
     (parked,) = json.loads(marketdata("parked", "--format", "json").stdout)
-    assert (parked["partition"], parked["attempts"], parked["reason"]) == (partition.key, 1, "failed: it says no")
+    assert (parked["partition"], parked["attempts"], parked["reason"]) == (
+        partition.key,
+        1,
+        "failed: it says no",
+    )
     assert "0 partitions are parked" in says(marketdata("parked", "--start", "2024-01-03"))
     assert "1 partitions unparked" in says(marketdata("parked", "--unpark"))
     assert json.loads(marketdata("parked", "--format", "json").stdout) == []
@@ -284,16 +384,27 @@ def test_a_wrong_alert_url_is_told_at_the_start(stored: Settings) -> None:
 
 def test_every_command_has_help() -> None:
     listed = re.findall(r"^[│ ]+([a-z]+) {2,}", marketdata("--help", COLUMNS="100").stdout, re.M)
-    assert {"backfill", "bars", "coverage", "quarantine", "plan", "health", "alerts", "parked", "prune", "sandbox", "dev", "demo"} <= set(
-        listed
-    )
+    assert {
+        "backfill",
+        "bars",
+        "coverage",
+        "quarantine",
+        "plan",
+        "health",
+        "alerts",
+        "parked",
+        "prune",
+        "sandbox",
+        "dev",
+        "demo",
+    } <= set(listed)
     for command in listed:
         assert marketdata(command, "--help").returncode == 0
 
 
 def test_commands_without_dagster_import_neither_dagster_nor_ccxt() -> None:
     code = (
-        "import sys, marketdata_assets.cli.main, marketdata_assets.flows.read, marketdata_assets.flows.plan, marketdata_assets.toolbox;"
+        "import sys, marketdata_assets.cli.main, marketdata_assets.flows.read.bars, marketdata_assets.flows.fetch.plan, marketdata_assets.context;"
         "heavy = {'dagster', 'ccxt', 'pandera', 'pyarrow', 'duckdb', 'boto3', 'aiohttp'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )

@@ -1,4 +1,6 @@
-"""Second opinions: one series of several venues with its provenance, and how far these venues lie apart."""
+"""Second opinions: one series of several venues with its provenance, and how far these venues lie
+apart.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +18,33 @@ import dagster as dg
 import polars as pl
 import pytest
 
+from marketdata_assets.charts import differences as drawn
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.defs.checks import KIND
 from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
-from marketdata_assets.defs.pictures import differences as drawn
 from marketdata_assets.errors import BadInput, StoreFailed
-from marketdata_assets.flows.consolidate import Consolidated, audit_consolidated, behind, consolidate
-from marketdata_assets.flows.read import known_market, read_bars
-from marketdata_assets.flows.retire import REMOVED, retire
-from marketdata_assets.lake.consolidations import NO_TRADE
-from marketdata_assets.lake.tables import consolidated, raw, reconciled
+from marketdata_assets.flows.derive.consolidate import (
+    Consolidated,
+    audit_consolidated,
+    behind,
+    consolidate,
+)
+from marketdata_assets.flows.operate.retire import REMOVED, retire
+from marketdata_assets.flows.read.bars import known_market, read_bars
+from marketdata_assets.ledger.consolidations import NO_TRADE
 from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.market import CONSOLIDATED, Market
-from marketdata_assets.model.window import TIMEFRAMES, Partition, Window, from_ms, iso, month_of
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import consolidated, raw, reconciled
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window, from_ms, iso, month_of
 from marketdata_assets.quality.reconcile import differences, opinions, reconcile, worst
 from marketdata_assets.reader import Reader
-from marketdata_assets.settings import Settings, load_settings
-from marketdata_assets.sources.sandbox import SandboxExchange
-from marketdata_assets.sources.sandbox_bars import truth
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.transforms.consolidate import consolidate as as_one_series
 from marketdata_assets.transforms.consolidate import switches
 from marketdata_tests.conftest import needs_shared
@@ -51,16 +60,22 @@ KEY = dg.AssetKey(["consolidated", "ohlcv_1m"])
 BTC = Market(CONSOLIDATED, "BTC/USDT")
 
 
-# --------------------------------------------------------------------------------- the pure functions
+# --------------------------------------------------------------------------------- the pure functio
 def span(first: int, end: int) -> Window:
     """Minutes counted from START."""
     return Window(START + first * MINUTE, START + end * MINUTE)
 
 
 def test_the_first_venue_that_was_up_tells_the_minute():
-    """a: bars 0 1, no trade in 2 and 3, down 4 to 6. b: bars 0 to 4, no trade in 5. c: bars in all but 7."""
+    """a: bars 0 1, no trade in 2 and 3, down 4 to 6. b: bars 0 to 4, no trade in 5. c: bars in all but
+    7.
+    """
     whole = minutes(8)
-    bars = {"a": frame(row(m) for m in whole[:2]), "b": frame(row(m, trades=2) for m in whole[:5]), "c": frame(row(m) for m in whole[:7])}
+    bars = {
+        "a": frame(row(m) for m in whole[:2]),
+        "b": frame(row(m, trades=2) for m in whole[:5]),
+        "c": frame(row(m) for m in whole[:7]),
+    }
     found = as_one_series(bars, {"a": [span(2, 4)], "b": [span(5, 6)]})
     assert list(zip(found["open_time"], found["venue"], strict=True)) == [
         *((whole[i], "a") for i in (0, 1)),
@@ -79,8 +94,12 @@ def test_any_pattern_of_lacks_against_a_loop_over_minutes(seed: int):
     for n, venue in enumerate(("a", "b", "c", "d")[: dice.randint(1, 4)]):
         state = [dice.choice(("bar", "bar", "quiet", "down")) for _ in range(40)]
         each = [state[i // 5] for i in range(200)]
-        bars[venue] = frame(random_rows(seed * 10 + n, [m for m, s in zip(whole, each, strict=True) if s == "bar"]))
-        quiet[venue] = [Window(m, m + MINUTE) for m, s in zip(whole, each, strict=True) if s == "quiet"]
+        bars[venue] = frame(
+            random_rows(seed * 10 + n, [m for m, s in zip(whole, each, strict=True) if s == "bar"])
+        )
+        quiet[venue] = [
+            Window(m, m + MINUTE) for m, s in zip(whole, each, strict=True) if s == "quiet"
+        ]
         dice.shuffle(quiet[venue])
     expected = []
     for m in whole:
@@ -105,17 +124,32 @@ def closes(*values: str | None, volume: int = 1) -> pl.DataFrame:
 
 
 def test_basis_points_by_hand():
-    found = differences(closes("100.25", "101", None, "99", "100"), closes("100", "101", "100", "100", "102"), M1)
+    found = differences(
+        closes("100.25", "101", None, "99", "100"), closes("100", "101", "100", "100", "102"), M1
+    )
     assert found["open_time"].to_list() == [START + i * MINUTE for i in (0, 1, 3, 4)]
-    assert found["close_bp"].to_list() == [Decimal("25"), Decimal(0), Decimal("-100"), Decimal("-196.0784")]
+    assert found["close_bp"].to_list() == [
+        Decimal("25"),
+        Decimal(0),
+        Decimal("-100"),
+        Decimal("-196.0784"),
+    ]
     # 101/100.25 - 101/100 = -0.25187...%; nothing before 3; 100/99 - 102/100 = -0.98989...%
     assert found["return_bp"].to_list() == [None, Decimal("-25.1870"), None, Decimal("-98.9899")]
 
 
 def test_basis_points_against_fractions():
     dice = random.Random(5)
-    pairs = [(Decimal(dice.randrange(1, 10**14)).scaleb(-8), Decimal(dice.randrange(1, 10**14)).scaleb(-8)) for _ in range(300)]
-    ours, theirs = (frame(row(m, close=p[i]) for m, p in zip(minutes(300), pairs, strict=True)) for i in (0, 1))
+    pairs = [
+        (
+            Decimal(dice.randrange(1, 10**14)).scaleb(-8),
+            Decimal(dice.randrange(1, 10**14)).scaleb(-8),
+        )
+        for _ in range(300)
+    ]
+    ours, theirs = (
+        frame(row(m, close=p[i]) for m, p in zip(minutes(300), pairs, strict=True)) for i in (0, 1)
+    )
     for found, (a, b) in zip(differences(ours, theirs, M1)["close_bp"], pairs, strict=True):
         exact = (Fraction(a) / Fraction(b) - 1) * 10_000
         assert abs(Fraction(found) - exact) <= Fraction(1, 10_000) + abs(exact) / 10**12
@@ -129,15 +163,25 @@ def test_a_bar_without_trades_is_no_opinion():
 def test_every_pair_in_order_and_its_spread():
     dice = random.Random(7)
     bars = {
-        venue: frame(row(m, close=Decimal(20_000) + dice.randrange(-60, 60)) for m in minutes(1000)) for venue in ("kraken", "binance", "b")
+        venue: frame(row(m, close=Decimal(20_000) + dice.randrange(-60, 60)) for m in minutes(1000))
+        for venue in ("kraken", "binance", "b")
     }
     pairs = reconcile(bars, M1)
     found = list(opinions(pairs))
-    assert [(o.venue, o.other, o.bars) for o in found] == [("kraken", "binance", 1000), ("kraken", "b", 1000), ("binance", "b", 1000)]
-    apart = sorted(abs((float(x) / float(y) - 1) * 1e4) for x, y in zip(bars["kraken"]["close"], bars["b"]["close"], strict=True))
+    assert [(o.venue, o.other, o.bars) for o in found] == [
+        ("kraken", "binance", 1000),
+        ("kraken", "b", 1000),
+        ("binance", "b", 1000),
+    ]
+    apart = sorted(
+        abs((float(x) / float(y) - 1) * 1e4)
+        for x, y in zip(bars["kraken"]["close"], bars["b"]["close"], strict=True)
+    )
     assert found[1].close.most == pytest.approx(apart[-1], abs=1e-4)
     assert found[1].close.p50 == pytest.approx(statistics.median(apart), abs=1e-4)
-    assert found[1].close.p99 == pytest.approx(statistics.quantiles(apart, n=100, method="inclusive")[98], abs=1e-4)
+    assert found[1].close.p99 == pytest.approx(
+        statistics.quantiles(apart, n=100, method="inclusive")[98], abs=1e-4
+    )
     assert (found[1].warned, found[1].failed) == (sum(value >= 25 for value in apart), 0)
     assert pairs["open_time"].is_sorted()
     assert abs(worst(pairs, 1)["close_bp"][0]) == max(abs(value) for value in pairs["close_bp"])
@@ -145,13 +189,18 @@ def test_every_pair_in_order_and_its_spread():
 
 def test_the_picture_is_small_and_names_its_limits():
     bars = {
-        venue: frame(row(m, close=Decimal(20_000 + i * shift)) for i, m in enumerate(minutes(44_640)[::60]))
+        venue: frame(
+            row(m, close=Decimal(20_000 + i * shift)) for i, m in enumerate(minutes(44_640)[::60])
+        )
         for venue, shift in (("a", 1), ("b", 2))
     }
     picture = drawn(reconcile(bars, TIMEFRAMES["1h"]), month_of(START), 25, 100)
     assert picture.startswith("![differences](data:image/svg+xml")
     assert len(picture) < 1000
-    assert drawn(reconcile({"a": frame([]), "b": frame([])}, M1), month_of(START), 25, 100) == "no two venues"
+    assert (
+        drawn(reconcile({"a": frame([]), "b": frame([])}, M1), month_of(START), 25, 100)
+        == "no two venues"
+    )
 
 
 # --------------------------------------------------------------------------------- the universe
@@ -165,13 +214,33 @@ VENUES = """venues:
 @pytest.mark.parametrize(
     ("text", "line", "complaint"),
     [
-        ("consolidate: {BTC/USDT: [binance, kraken, bitstamp]}", 5, "'bitstamp' is not a venue of this universe; it has binance, kraken"),
-        ("consolidate:\n  BTC/USD:\n    - kraken\n    - binance", 8, "binance has no BTC/USD but BTC/USDT, ETH/USDT; add it there"),
-        ("consolidate: {BTC/USDT: [binance, coinbaseexchange]}", 5, "binance has 1m bars and coinbaseexchange has 1h bars"),
+        (
+            "consolidate: {BTC/USDT: [binance, kraken, bitstamp]}",
+            5,
+            "'bitstamp' is not a venue of this universe; it has binance, kraken",
+        ),
+        (
+            "consolidate:\n  BTC/USD:\n    - kraken\n    - binance",
+            8,
+            "binance has no BTC/USD but BTC/USDT, ETH/USDT; add it there",
+        ),
+        (
+            "consolidate: {BTC/USDT: [binance, coinbaseexchange]}",
+            5,
+            "binance has 1m bars and coinbaseexchange has 1h bars",
+        ),
         ("consolidate: {BTC/USDT: [kraken, kraken]}", 5, "kraken is written twice"),
         ("consolidate: {BTC/USDT: [kraken]}", 5, "at least two venues are expected here"),
-        ("consolidate: {BTCUSDT: [kraken, binance]}", 5, "symbol 'BTCUSDT' is not a unified symbol"),
-        ("consolidate: {BTC/USDT: [kraken, 'binance:us']}", 5, "venue 'binance:us' is not a ccxt id"),
+        (
+            "consolidate: {BTCUSDT: [kraken, binance]}",
+            5,
+            "symbol 'BTCUSDT' is not a unified symbol",
+        ),
+        (
+            "consolidate: {BTC/USDT: [kraken, 'binance:us']}",
+            5,
+            "venue 'binance:us' is not a ccxt id",
+        ),
         ("consolidate: {BTC/USDT: kraken}", 5, "a list such as"),
         ("consolidate: [BTC/USDT]", 5, "`key: value` lines are expected here"),
     ],
@@ -189,25 +258,34 @@ def test_a_good_entry(tmp_path: Path):
     file = tmp_path / "universe.yaml"
     file.write_text(VENUES + "consolidate: {BTC/USDT: [kraken, binance]}\n")
     settings = load_settings({"MARKETDATA_UNIVERSE": str(file), "MARKETDATA_NOW": "2024-03-05"})
-    assert settings.consolidate == {BTC: (Market("kraken", "BTC/USDT"), Market("binance", "BTC/USDT"))}
+    assert settings.consolidate == {
+        BTC: (Market("kraken", "BTC/USDT"), Market("binance", "BTC/USDT"))
+    }
     assert settings.span(BTC) == window("2024-01-01", "2024-03-05")
     assert settings.consolidated_timeframes == (M1,)
     assert BTC not in settings.markets
-    with pytest.raises(BadInput, match="consolidated:BTC-USDT is no market of a venue; it is made of kraken:BTC-USDT binance:BTC-USDT"):
+    with pytest.raises(
+        BadInput,
+        match="consolidated:BTC-USDT is no market of a venue; it is made of kraken:BTC-USDT binance:BTC-USDT",
+    ):
         settings.market("consolidated:BTC-USDT")
 
 
-# --------------------------------------------------------------------------------- real bars, an outage and back
+# --------------------------------------------------------------------------------- real bars, an ou
 Make = Callable[..., Settings]
 
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """`write(venues, rest, now=...)`: a universe of several venues below tmp_path, each as `name: {...}`."""
+    """`write(venues, rest, now=...)`: a universe of several venues below tmp_path, each as `name:
+    {...}`.
+    """
 
     def make(venues: Sequence[str], rest: str, now: str) -> Settings:
         places = [f"lake: {tmp_path / 'lake'}", "rollups: parquet", f"state: {tmp_path / 'state'}"]
-        (tmp_path / "universe.yaml").write_text("\n".join(["venues:", *(f"  {venue}" for venue in venues), *places, rest, ""]))
+        (tmp_path / "universe.yaml").write_text(
+            "\n".join(["venues:", *(f"  {venue}" for venue in venues), *places, rest, ""])
+        )
         monkeypatch.setenv("MARKETDATA_UNIVERSE", str(tmp_path / "universe.yaml"))
         monkeypatch.setenv("MARKETDATA_NOW", now)
         return load_settings()
@@ -223,20 +301,30 @@ def make_all(settings: Settings, timeframe: str = "1m") -> list[Consolidated]:
 
 def reasons(settings: Settings) -> dict[str, str]:
     with open_toolbox(settings) as toolbox:
-        return {partition.key: late.reason for partition, late in behind(toolbox, look=True).items()}
+        return {
+            partition.key: late.reason for partition, late in behind(toolbox, look=True).items()
+        }
 
 
 def series(settings: Settings) -> pl.DataFrame:
     with open_toolbox(settings) as toolbox:
-        return read_bars(toolbox, known_market(toolbox, BTC.key), M1, window("2000-01-01", "2100-01-01"))
+        return read_bars(
+            toolbox, known_market(toolbox, BTC.key), M1, window("2000-01-01", "2100-01-01")
+        )
 
 
-SYMBOLS = {"coinbaseexchange": ("coinbase", "BTC-USDT"), "binanceus": ("binanceus", "BTCUSDT"), "kraken": ("kraken", "XBTUSDT")}
+SYMBOLS = {
+    "coinbaseexchange": ("coinbase", "BTC-USDT"),
+    "binanceus": ("binanceus", "BTCUSDT"),
+    "kraken": ("kraken", "XBTUSDT"),
+}
 MARCH = "consolidated:BTC-USDT|2023-03-01"
 
 
 def the_exchange_s_own(exchange: Any, end: str) -> list[tuple[datetime, Decimal, str]]:
-    """By the exchange's truth: of each minute the close of Coinbase, else of Binance.US, which has every minute."""
+    """By the exchange's truth: of each minute the close of Coinbase, else of Binance.US, which has
+    every minute.
+    """
     found: dict[datetime, tuple[datetime, Decimal, str]] = {}
     for venue in ("coinbaseexchange", "binanceus"):
         for bar in exchange.truth(*SYMBOLS[venue], "1m", "2023-03-04T10:00:00Z", end):
@@ -252,18 +340,24 @@ def say_of_gaps(settings: Settings, cause: str, which: str) -> int:
 
 def quiet_at_coinbase(settings: Settings) -> list[Window]:
     with open_toolbox(settings) as toolbox:
-        return toolbox.consolidations.quiet(raw(M1), Partition.parse("coinbaseexchange:BTC-USDT|2023-03-01"))
+        return toolbox.consolidations.quiet(
+            raw(M1), Partition.parse("coinbaseexchange:BTC-USDT|2023-03-01")
+        )
 
 
 @needs_shared
 def test_a_venue_goes_down_and_comes_back(replay: Callable[..., Any], write: Make) -> None:
-    """Coinbase first: its maintenance of 2023-03-04 from 17:00, then an outage, then it is back. Its own series never changes hands."""
+    """Coinbase first: its maintenance of 2023-03-04 from 17:00, then an outage, then it is back. Its
+    own series never changes hands.
+    """
     exchange = replay("2023-03-04T19:00:30Z", kraken_rate=0, coinbase_rate=0)
     venues = [
         f"{name}: {{symbols: [BTC/USDT], since: 2023-03-04T10:00, base_url: '{exchange.url}/{name.removesuffix('exchange')}'}}"
         for name in SYMBOLS
     ]
-    settings = write(venues, "consolidate: {BTC/USDT: [coinbaseexchange, binanceus, kraken]}", now="2023-03-05")
+    settings = write(
+        venues, "consolidate: {BTC/USDT: [coinbaseexchange, binanceus, kraken]}", now="2023-03-05"
+    )
     assert all(done.error is None for done in run_ingest(settings))
     say_of_gaps(settings, "", "bars > 0")
     (done,) = make_all(settings)
@@ -275,7 +369,8 @@ def test_a_venue_goes_down_and_comes_back(replay: Callable[..., Any], write: Mak
     assert set(during["venue"]) == {"binanceus"}
     assert reasons(settings) == {}
 
-    # who was up and had no trade gives no bar: the ledger's word on each gap of Coinbase but its maintenance
+    # who was up and had no trade gives no bar: the ledger's word on each gap of Coinbase but its
+    # maintenance
     assert say_of_gaps(settings, NO_TRADE, "market LIKE 'coinbase%' AND bars < 60") > 10
     quiet = quiet_at_coinbase(settings)
     assert reasons(settings) == {MARCH: "its venues' bars have changed"}
@@ -286,7 +381,11 @@ def test_a_venue_goes_down_and_comes_back(replay: Callable[..., Any], write: Mak
     assert set(during["open_time"]) <= set(done.bars["open_time"])
 
     # down: the next one stands in
-    native = {name: content for name, content in lake_files(settings).items() if name.startswith("raw/") and "coinbase" in name}
+    native = {
+        name: content
+        for name, content in lake_files(settings).items()
+        if name.startswith("raw/") and "coinbase" in name
+    }
     assert len(native) == 1
     exchange.admin(op="outage", venue="coinbase", on=True)
     exchange.admin(op="now", now="2023-03-04T23:00:30Z")
@@ -313,7 +412,12 @@ def test_a_venue_goes_down_and_comes_back(replay: Callable[..., Any], write: Mak
     for market in settings.markets:  # never mixed into a venue's own series
         with open_toolbox(settings) as toolbox:
             bars = read_bars(toolbox, market, M1, window("2023-03-01", "2023-04-01"))
-        told = {r["t"]: Decimal(r["c"]) for r in exchange.truth(*SYMBOLS[market.venue], "1m", "2023-03-04T10:00Z", "2023-03-04T23:00Z")}
+        told = {
+            r["t"]: Decimal(r["c"])
+            for r in exchange.truth(
+                *SYMBOLS[market.venue], "1m", "2023-03-04T10:00Z", "2023-03-04T23:00Z"
+            )
+        }
         traded = bars.filter(pl.col("volume") > 0) if market.venue == "kraken" else bars
         assert dict(zip(traded["open_time"].dt.epoch("ms"), traded["close"], strict=True)) == told
     make_all(settings)
@@ -322,17 +426,36 @@ def test_a_venue_goes_down_and_comes_back(replay: Callable[..., Any], write: Mak
 
 @needs_shared
 @pytest.mark.parametrize(("factor", "severity", "red"), [(1.005, "warning", 0), (1.02, "error", 1)])
-def test_a_planted_spike_is_found(replay: Callable[..., Any], write: Make, factor: float, severity: str, red: int) -> None:
-    """One close of Binance.US is restated half a percent, or two percent, higher; the calm real hours beside it are within 25 bp."""
+def test_a_planted_spike_is_found(
+    replay: Callable[..., Any], write: Make, factor: float, severity: str, red: int
+) -> None:
+    """One close of Binance.US is restated half a percent, or two percent, higher; the calm real hours
+    beside it are within 25 bp.
+    """
     exchange = replay("2023-03-05T12:00:30Z", kraken_rate=0, coinbase_rate=0)
     hour = "2023-03-05T09:00:00Z", "2023-03-05T10:00:00Z"
     traded = {r["t"] for r in exchange.truth("coinbase", "BTC-USDT", "1m", *hour)}
-    bar = next(r for r in exchange.truth("binanceus", "BTCUSDT", "1m", *hour) if r["t"] in traded and Decimal(r["v"]) > 0)
-    exchange.admin(op="restate", venue="binanceus", symbol="BTCUSDT", t=bar["t"], close=float(bar["c"]) * factor)
+    bar = next(
+        r
+        for r in exchange.truth("binanceus", "BTCUSDT", "1m", *hour)
+        if r["t"] in traded and Decimal(r["v"]) > 0
+    )
+    exchange.admin(
+        op="restate",
+        venue="binanceus",
+        symbol="BTCUSDT",
+        t=bar["t"],
+        close=float(bar["c"]) * factor,
+    )
     names = ("coinbaseexchange", "binanceus")
     base = {name: f"{exchange.url}/{name.removesuffix('exchange')}" for name in names}
-    venues = [f"{name}: {{symbols: [BTC/USDT], since: 2023-03-05T08:00, base_url: '{base[name]}'}}" for name in names]
-    settings = write(venues, "consolidate: {BTC/USDT: [coinbaseexchange, binanceus]}", now="2023-03-06")
+    venues = [
+        f"{name}: {{symbols: [BTC/USDT], since: 2023-03-05T08:00, base_url: '{base[name]}'}}"
+        for name in names
+    ]
+    settings = write(
+        venues, "consolidate: {BTC/USDT: [coinbaseexchange, binanceus]}", now="2023-03-06"
+    )
     run_ingest(settings)
     (done,) = make_all(settings)
     with open_toolbox(settings) as toolbox:
@@ -347,7 +470,7 @@ def test_a_planted_spike_is_found(replay: Callable[..., Any], write: Make, facto
     assert finding.shown["coinbaseexchange_binanceus_close_bp_max"] == pytest.approx(-spike, abs=20)
 
 
-# --------------------------------------------------------------------------------- Dagster, commands and readers on the sandbox
+# --------------------------------------------------------------------------------- Dagster, command
 ENDS = {"binance": "2023-11-29", "binanceus": "2023-12-02"}
 NOV, DEC = "2023-11-01", "2023-12-01"
 ALL = {f"consolidated:{name}|{month}" for name in ("BTC-USDT", "ETH-USDT") for month in (NOV, DEC)}
@@ -362,9 +485,13 @@ def settings(sandbox: tuple[SandboxExchange, str], write: Make) -> Settings:
     return write(venues, rest, now="2024-01-10T00:00:00Z")
 
 
-def run(settings: Settings, instance: dg.DagsterInstance, start: str, end: str) -> dg.ExecuteInProcessResult:
+def run(
+    settings: Settings, instance: dg.DagsterInstance, start: str, end: str
+) -> dg.ExecuteInProcessResult:
     job = build_definitions(settings).resolve_job_def(CONSOLIDATE)
-    return job.execute_in_process(instance=instance, tags={RANGE_START: start, RANGE_END: end}, raise_on_error=False)
+    return job.execute_in_process(
+        instance=instance, tags={RANGE_START: start, RANGE_END: end}, raise_on_error=False
+    )
 
 
 def test_the_asset_and_what_it_is_made_of(settings: Settings):
@@ -373,10 +500,17 @@ def test_the_asset_and_what_it_is_made_of(settings: Settings):
     node = graph.get(KEY)
     assert node.parent_keys == {dg.AssetKey(["raw", "ohlcv_1m"])}
     assert set(node.partitions_def.get_partition_keys()) == ALL
-    mapping, above = node.partition_mappings[dg.AssetKey(["raw", "ohlcv_1m"])], graph.get(dg.AssetKey(["raw", "ohlcv_1m"])).partitions_def
+    mapping, above = (
+        node.partition_mappings[dg.AssetKey(["raw", "ohlcv_1m"])],
+        graph.get(dg.AssetKey(["raw", "ohlcv_1m"])).partitions_def,
+    )
     one = node.partitions_def.subset_with_partition_keys([f"consolidated:ETH-USDT|{DEC}"])
-    needs = mapping.get_upstream_mapped_partitions_result_for_partitions(one, node.partitions_def, above)
-    assert set(needs.partitions_subset.get_partition_keys()) == {f"{venue}:ETH-USDT|{DEC}" for venue in ("binance", "binanceus")}
+    needs = mapping.get_upstream_mapped_partitions_result_for_partitions(
+        one, node.partitions_def, above
+    )
+    assert set(needs.partitions_subset.get_partition_keys()) == {
+        f"{venue}:ETH-USDT|{DEC}" for venue in ("binance", "binanceus")
+    }
     gives = mapping.get_downstream_partitions_for_partitions(
         above.subset_with_partition_keys([f"binance:BTC-USDT|{NOV}"]), above, node.partitions_def
     )
@@ -384,12 +518,18 @@ def test_the_asset_and_what_it_is_made_of(settings: Settings):
     ingest, mine = (definitions.resolve_job_def(name).asset_layer for name in (INGEST, CONSOLIDATE))
     assert KEY not in ingest.executable_asset_keys
     assert mine.executable_asset_keys == {KEY}
-    assert {check.name for check in mine.asset_graph.asset_check_keys if check.asset_key == KEY} == {"reconciled"}
+    assert {
+        check.name for check in mine.asset_graph.asset_check_keys if check.asset_key == KEY
+    } == {"reconciled"}
     assert node.metadata["dagster/column_schema"].columns[-1].name == "venue"
 
 
 def test_without_the_key_there_is_nothing_of_it(sandbox: tuple[SandboxExchange, str], write: Make):
-    plain = write([f"binance: {{symbols: [BTC/USDT], since: 2023-11-28, base_url: '{sandbox[1]}'}}"], "", now="2024-01-10")
+    plain = write(
+        [f"binance: {{symbols: [BTC/USDT], since: 2023-11-28, base_url: '{sandbox[1]}'}}"],
+        "",
+        now="2024-01-10",
+    )
     definitions = build_definitions(plain)
     assert KEY not in definitions.get_repository_def().asset_graph.get_all_asset_keys()
     assert "keep_consolidated" not in {sensor.name for sensor in definitions.sensors or ()}
@@ -403,28 +543,51 @@ def test_a_range_run(settings: Settings, instance: dg.DagsterInstance):
     assert instance.get_materialized_partitions(KEY) == ALL
     assert check_results(instance, KEY, "reconciled") == {None: True, **dict.fromkeys(ALL, True)}
     assert checked_partitions(settings, instance, KEY, "reconciled")["SUCCEEDED"] == ALL
-    btc, eth = (latest(instance, KEY, f"consolidated:{name}|{NOV}") for name in ("BTC-USDT", "ETH-USDT"))
-    there = {name: truth(name, "1m", window("2023-11-28", "2023-12-01")) for name in ("BTCUSDT", "ETHUSDT")}
+    btc, eth = (
+        latest(instance, KEY, f"consolidated:{name}|{NOV}") for name in ("BTC-USDT", "ETH-USDT")
+    )
+    there = {
+        name: truth(name, "1m", window("2023-11-28", "2023-12-01"))
+        for name in ("BTCUSDT", "ETHUSDT")
+    }
     day = there["BTCUSDT"].filter(pl.col("open_time") < at("2023-11-29")).height
-    assert (btc["bars_binance"], btc["bars_binanceus"], btc["switches"]) == (day, there["BTCUSDT"].height - day, 1)
-    assert (eth["bars_binanceus"], eth["switches"], eth["switched"]) == (there["ETHUSDT"].height, 0, "never")
+    assert (btc["bars_binance"], btc["bars_binanceus"], btc["switches"]) == (
+        day,
+        there["BTCUSDT"].height - day,
+        1,
+    )
+    assert (eth["bars_binanceus"], eth["switches"], eth["switched"]) == (
+        there["ETHUSDT"].height,
+        0,
+        "never",
+    )
     assert "bars_binance" not in eth
     assert btc["rows"] == btc["dagster/partition_row_count"] == there["BTCUSDT"].height
     for picture in (btc["closes"], btc["differences"]):
         assert picture.startswith("![")
         assert len(picture) < 1000
-    assert not run(settings, instance, f"consolidated:BTC-USDT|{DEC}", f"consolidated:ETH-USDT|{NOV}").success  # ends swapped
-    assert run(settings, instance, f"consolidated:BTC-USDT|{NOV}", f"consolidated:BTC-USDT|{NOV}").success
+    assert not run(
+        settings, instance, f"consolidated:BTC-USDT|{DEC}", f"consolidated:ETH-USDT|{NOV}"
+    ).success  # ends swapped
+    assert run(
+        settings, instance, f"consolidated:BTC-USDT|{NOV}", f"consolidated:BTC-USDT|{NOV}"
+    ).success
 
 
-def test_a_difference_in_the_check_and_a_failure_that_stays_alone(settings: Settings, instance: dg.DagsterInstance):
+def test_a_difference_in_the_check_and_a_failure_that_stays_alone(
+    settings: Settings, instance: dg.DagsterInstance
+):
     run_ingest(settings)
     btc, eth = (Partition.parse(f"binance:{name}|{NOV}") for name in ("BTC-USDT", "ETH-USDT"))
     with open_toolbox(settings) as toolbox:
         bars = toolbox.lake.read(raw(M1), btc)
         assert bars is not None
         toolbox.lake.write(
-            raw(M1), btc, bars.with_columns(pl.col("close") * Decimal("1.02")).select(pl.col(n).cast(bars.schema[n]) for n in NAMES)
+            raw(M1),
+            btc,
+            bars.with_columns(pl.col("close") * Decimal("1.02")).select(
+                pl.col(n).cast(bars.schema[n]) for n in NAMES
+            ),
         )
         toolbox.lake.delete(raw(M1), eth)
     done = run(settings, instance, f"consolidated:BTC-USDT|{NOV}", f"consolidated:ETH-USDT|{NOV}")
@@ -432,29 +595,49 @@ def test_a_difference_in_the_check_and_a_failure_that_stays_alone(settings: Sett
     assert instance.get_materialized_partitions(KEY) == {f"consolidated:BTC-USDT|{NOV}"}
     key = dg.AssetCheckKey(KEY, "reconciled")
     records = instance.event_log_storage.get_asset_check_execution_history(key, limit=5)
-    events = [record.event.dagster_event for record in records if record.event and record.event.dagster_event]
-    told = [e.asset_check_evaluation_data for e in events if e.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION]
+    events = [
+        record.event.dagster_event
+        for record in records
+        if record.event and record.event.dagster_event
+    ]
+    told = [
+        e.asset_check_evaluation_data
+        for e in events
+        if e.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION
+    ]
     found = [f for f in told if f.partition == f"consolidated:BTC-USDT|{NOV}"]
-    assert [(f.passed, f.severity, f.blocking) for f in found] == [(False, dg.AssetCheckSeverity.ERROR, False)]
+    assert [(f.passed, f.severity, f.blocking) for f in found] == [
+        (False, dg.AssetCheckSeverity.ERROR, False)
+    ]
     metadata = {name: value.value for name, value in found[0].metadata.items()}
     assert metadata["binance_binanceus_close_bp_max"] == pytest.approx(200, abs=0.01)
     assert metadata["failed"] == bars.filter(pl.col("volume") > 0).height
     assert len(metadata["rows"].records) == 20
     assert metadata["differences"].startswith("![differences]")
     with open_toolbox(settings) as toolbox:
-        assert {key: count for key, (count, _) in toolbox.ledger.failing().items()} == {}  # lost is not to blame on anybody
+        assert {
+            key: count for key, (count, _) in toolbox.ledger.failing().items()
+        } == {}  # lost is not to blame on anybody
         state = toolbox.ledger.state(TABLE, Partition.parse(f"consolidated:ETH-USDT|{NOV}"))
     assert state is not None
-    assert "raw/ohlcv_1m binance:ETH-USDT|2023-11-01 is not in the lake any more" in str(state.error)
+    assert "raw/ohlcv_1m binance:ETH-USDT|2023-11-01 is not in the lake any more" in str(
+        state.error
+    )
     assert state.bytes is None
 
 
 def test_it_keeps_itself_up_to_date(settings: Settings, instance: dg.DagsterInstance):
-    assert tick(settings, instance, "keep_consolidated").skip_reason.skip_message == "every consolidated partition is up to date"
+    assert (
+        tick(settings, instance, "keep_consolidated").skip_reason.skip_message
+        == "every consolidated partition is up to date"
+    )
     run_ingest(settings)
     first = tick(settings, instance, "keep_consolidated")
     (request,) = first.run_requests
-    assert (request.tags[RANGE_START], request.tags[RANGE_END]) == (f"consolidated:BTC-USDT|{NOV}", f"consolidated:ETH-USDT|{DEC}")
+    assert (request.tags[RANGE_START], request.tags[RANGE_END]) == (
+        f"consolidated:BTC-USDT|{NOV}",
+        f"consolidated:ETH-USDT|{DEC}",
+    )
     assert request.tags[KIND] == CONSOLIDATE
     assert (
         tick(settings, instance, "keep_consolidated").run_requests[0].run_key == request.run_key
@@ -466,7 +649,8 @@ def test_it_keeps_itself_up_to_date(settings: Settings, instance: dg.DagsterInst
     # one raw partition changes, one object is lost, one event is gone: these and no others
     with open_toolbox(settings) as toolbox, toolbox.ledger.transaction() as db:
         db.execute(
-            "UPDATE partitions SET digest = 'other' WHERE market = 'binanceus:BTC-USDT' AND month = ? AND tbl = 'raw/ohlcv_1m'", (DEC,)
+            "UPDATE partitions SET digest = 'other' WHERE market = 'binanceus:BTC-USDT' AND month = ? AND tbl = 'raw/ohlcv_1m'",
+            (DEC,),
         )
     (Path(settings.lake) / TABLE.path(Partition.parse(f"consolidated:ETH-USDT|{NOV}"))).unlink()
     instance.wipe_asset_partitions(KEY, [f"consolidated:ETH-USDT|{DEC}"])
@@ -482,7 +666,9 @@ def test_it_keeps_itself_up_to_date(settings: Settings, instance: dg.DagsterInst
         assert job.execute_in_process(instance=instance, tags=dict(request.tags)).success
     assert instance.get_materialized_partitions(KEY) == ALL
     assert reasons(settings) == {}
-    nothing = dg.AssetKey(["reconciled", "ohlcv_1m"])  # `retire` takes back events of whatever it removes; this table is no asset
+    nothing = dg.AssetKey(
+        ["reconciled", "ohlcv_1m"]
+    )  # `retire` takes back events of whatever it removes; this table is no asset
     instance.wipe_asset_partitions(nothing, sorted(ALL))
     assert instance.get_materialized_partitions(nothing) == set()
 
@@ -493,20 +679,42 @@ def test_another_order_of_venues_is_another_series(settings: Settings):
     assert reasons(settings) == {}
     parts = {**settings.consolidate, BTC: tuple(reversed(settings.consolidate[BTC]))}
     turned = replace(settings, consolidate=parts)
-    assert reasons(turned) == {f"consolidated:BTC-USDT|{month}": "its venues' bars have changed" for month in (NOV, DEC)}
-    assert [done.changed for done in make_all(turned)] == [True, False]  # in December there is one venue only
+    assert reasons(turned) == {
+        f"consolidated:BTC-USDT|{month}": "its venues' bars have changed" for month in (NOV, DEC)
+    }
+    assert [done.changed for done in make_all(turned)] == [
+        True,
+        False,
+    ]  # in December there is one venue only
     assert set(series(turned)["venue"]) == {"binanceus"}
 
 
 def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: Make):
-    venues = [f"{name}: {{symbols: [BTC/USDT], since: 2023-11-28, until: {end}, base_url: '{sandbox[1]}'}}" for name, end in ENDS.items()]
-    settings = write(venues, "timeframes: [1h]\nconsolidate: {BTC/USDT: [binance, binanceus]}", now="2024-01-10T00:00:00Z")
+    venues = [
+        f"{name}: {{symbols: [BTC/USDT], since: 2023-11-28, until: {end}, base_url: '{sandbox[1]}'}}"
+        for name, end in ENDS.items()
+    ]
+    settings = write(
+        venues,
+        "timeframes: [1h]\nconsolidate: {BTC/USDT: [binance, binanceus]}",
+        now="2024-01-10T00:00:00Z",
+    )
     assert (series(settings).columns, series(settings).height) == ([*NAMES, "venue"], 0)
     first = marketdata("backfill")
     assert first.returncode == 0, says(first)
     second = marketdata("backfill")
     assert (second.returncode, "nothing to do" in says(second)) == (0, True)
-    told = marketdata("bars", "consolidated:BTC-USDT", "1m", "--start", "2023-11-28T23:59", "--end", "2023-11-29T00:01", "--format", "csv")
+    told = marketdata(
+        "bars",
+        "consolidated:BTC-USDT",
+        "1m",
+        "--start",
+        "2023-11-28T23:59",
+        "--end",
+        "2023-11-29T00:01",
+        "--format",
+        "csv",
+    )
     lines = told.stdout.splitlines()
     assert lines[0] == ",".join([*NAMES, "venue"])
     assert [(line.split(",")[0], line.split(",")[-1]) for line in lines[1:]] == [
@@ -523,34 +731,62 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
         both = reader.bars(["consolidated:BTC-USDT", "binanceus:BTC-USDT"], "1m").collect()
         assert both.columns == ["market", *NAMES, "venue"]
         assert both["venue"].null_count() == expected.height
-        counts = reader.sql("SELECT market, venue, count(*) FROM consolidated.ohlcv_1m GROUP BY ALL ORDER BY ALL").rows()
-        assert counts == [("consolidated:BTC-USDT", "binance", 1440), ("consolidated:BTC-USDT", "binanceus", expected.height - 1440)]
-        compared = reader.sql("SELECT count(*), max(abs(close_bp)), max(abs(return_bp)) FROM reconciled.ohlcv_1m").row(0)
-        assert compared == (expected.filter((pl.col("open_time") < at("2023-11-29")) & (pl.col("volume") > 0)).height, 0, 0)
+        counts = reader.sql(
+            "SELECT market, venue, count(*) FROM consolidated.ohlcv_1m GROUP BY ALL ORDER BY ALL"
+        ).rows()
+        assert counts == [
+            ("consolidated:BTC-USDT", "binance", 1440),
+            ("consolidated:BTC-USDT", "binanceus", expected.height - 1440),
+        ]
+        compared = reader.sql(
+            "SELECT count(*), max(abs(close_bp)), max(abs(return_bp)) FROM reconciled.ohlcv_1m"
+        ).row(0)
+        assert compared == (
+            expected.filter(
+                (pl.col("open_time") < at("2023-11-29")) & (pl.col("volume") > 0)
+            ).height,
+            0,
+            0,
+        )
     gone = replace(settings, consolidate={})
     with open_toolbox(gone) as toolbox:  # taken out of the universe: still read
-        assert read_bars(toolbox, known_market(toolbox, BTC.key), M1, window("2023-11-28", "2024-01-01")).equals(bars)
+        assert read_bars(
+            toolbox, known_market(toolbox, BTC.key), M1, window("2023-11-28", "2024-01-01")
+        ).equals(bars)
 
 
 def test_retention(settings: Settings):
     run_ingest(settings)
     make_all(settings)
-    before = {name: content for name, content in lake_files(settings).items() if not name.startswith("raw/")}
+    before = {
+        name: content
+        for name, content in lake_files(settings).items()
+        if not name.startswith("raw/")
+    }
     old = replace(settings, retention={"raw/ohlcv_1m": 5})
     with open_toolbox(old) as toolbox, toolbox.ledger.transaction() as db:
         db.execute("UPDATE partitions SET rolled = digest WHERE tbl = 'raw/ohlcv_1m'")
     with open_toolbox(old) as toolbox:
-        assert {(gone.table.name, gone.partition.month_key[:7]) for gone in retire(toolbox) if gone.what == REMOVED} == {
-            ("raw/ohlcv_1m", "2023-11")
-        }
+        assert {
+            (gone.table.name, gone.partition.month_key[:7])
+            for gone in retire(toolbox)
+            if gone.what == REMOVED
+        } == {("raw/ohlcv_1m", "2023-11")}
         assert behind(toolbox, look=True) == {}
         (left,) = consolidate(toolbox, M1, [Partition(BTC, month_of(at(NOV)))])
         assert (left.changed, left.error, left.bars.height) == (False, None, 3 * 1440)
         assert "it stays as it is" in str(left.note)
-    assert {name: content for name, content in lake_files(settings).items() if not name.startswith("raw/")} == before
+    assert {
+        name: content
+        for name, content in lake_files(settings).items()
+        if not name.startswith("raw/")
+    } == before
     short = replace(old, retention={TABLE.name: 5, reconciled(M1).name: 5})
     with open_toolbox(short) as toolbox:
-        assert {(gone.table.name, gone.what) for gone in retire(toolbox)} == {(TABLE.name, "removed"), (reconciled(M1).name, "removed")}
+        assert {(gone.table.name, gone.what) for gone in retire(toolbox)} == {
+            (TABLE.name, "removed"),
+            (reconciled(M1).name, "removed"),
+        }
         assert behind(toolbox, look=True) == {}
     assert {name.partition("/")[0] for name in lake_files(settings)} == {"raw"}
 
@@ -574,16 +810,30 @@ def test_the_ledger_in_both_databases(settings: Settings):
         assert set(behind(toolbox, look=True)) == {Partition(BTC, partition.month)}
         list(consolidate(toolbox, M1, list(behind(toolbox, look=True))))
         with toolbox.ledger.transaction() as db:  # two others in its place: as many bars, elsewhere
-            db.execute('UPDATE gaps SET start = ?, "end" = ? WHERE cause = ?', ("2023-11-28T07:00:00Z", "2023-11-28T07:02:00Z", NO_TRADE))
-        assert [late.reason for late in behind(toolbox, look=True).values()] == ["its venues' bars have changed"]
-        assert toolbox.consolidations.quiet(raw(M1), partition) == [window("2023-11-28T07:00", "2023-11-28T07:02")]
+            db.execute(
+                'UPDATE gaps SET start = ?, "end" = ? WHERE cause = ?',
+                ("2023-11-28T07:00:00Z", "2023-11-28T07:02:00Z", NO_TRADE),
+            )
+        assert [late.reason for late in behind(toolbox, look=True).values()] == [
+            "its venues' bars have changed"
+        ]
+        assert toolbox.consolidations.quiet(raw(M1), partition) == [
+            window("2023-11-28T07:00", "2023-11-28T07:02")
+        ]
 
 
-def test_a_lake_that_is_not_mounted_is_left_alone(settings: Settings, monkeypatch: pytest.MonkeyPatch):
+def test_a_lake_that_is_not_mounted_is_left_alone(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
     run_ingest(settings)
     make_all(settings)
-    monkeypatch.setattr("marketdata_assets.flows.consolidate.MANY", 3)
+    monkeypatch.setattr("marketdata_assets.flows.derive.consolidate.MANY", 3)
     for partition in sorted(ALL):
         (Path(settings.lake) / TABLE.path(Partition.parse(partition))).unlink()
-    with open_toolbox(settings) as toolbox, pytest.raises(StoreFailed, match=r"4 of 4 consolidated objects are not in .* is it mounted"):
+    with (
+        open_toolbox(settings) as toolbox,
+        pytest.raises(
+            StoreFailed, match=r"4 of 4 consolidated objects are not in .* is it mounted"
+        ),
+    ):
         behind(toolbox, look=True)

@@ -1,4 +1,6 @@
-"""Corrections: a venue tells closed bars otherwise; the new revision is read, the old one is kept, and every moment can be read."""
+"""Corrections: a venue tells closed bars otherwise; the new revision is read, the old one is kept, and
+every moment can be read.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +20,40 @@ from typer.testing import CliRunner
 
 from marketdata_assets import open_reader
 from marketdata_assets.cli.main import app
+from marketdata_assets.context import Toolbox, open_toolbox
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.ingest import Ingested, ingest, take_in
-from marketdata_assets.flows.lock import lock, verify
-from marketdata_assets.flows.read import read_bars
-from marketdata_assets.flows.revisions import Correction, corrections, read_as_of
-from marketdata_assets.lake.fingerprint import fingerprint
-from marketdata_assets.lake.lockfile import write_lock
-from marketdata_assets.lake.parquet import Lake
-from marketdata_assets.lake.tables import history, raw
+from marketdata_assets.flows.fetch.ingest import Ingested, ingest, take_in
+from marketdata_assets.flows.prove.corrections import Correction, corrections
+from marketdata_assets.flows.read.as_of import read_as_of
+from marketdata_assets.flows.read.bars import read_bars
+from marketdata_assets.flows.read.lock import lock, verify
 from marketdata_assets.model.bar import NAMES, SCHEMA
-from marketdata_assets.model.window import TIMEFRAMES, Partition, Window
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import history, raw
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window
 from marketdata_assets.quality.split import REJECTED_SCHEMA
-from marketdata_assets.settings import Settings, load_settings
-from marketdata_assets.sources.sandbox import SandboxExchange, running
-from marketdata_assets.sources.sandbox_bars import truth
-from marketdata_assets.toolbox import Toolbox, open_toolbox
+from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.storage.fingerprint import fingerprint
+from marketdata_assets.storage.lockfile import write_lock
+from marketdata_assets.storage.parquet import Lake
 from marketdata_assets.transforms.rollup import roll_up
 from marketdata_tests.conftest import SANDBOX_NOW, Universe
 from marketdata_tests.samples import BTC
-from marketdata_tests.steps import SkippingClock, at, bar_requests, coinbase, ms, partitions, quarantined, run_derive, serving, window
+from marketdata_tests.steps import (
+    SkippingClock,
+    at,
+    bar_requests,
+    coinbase,
+    ms,
+    partitions,
+    quarantined,
+    run_derive,
+    serving,
+    window,
+)
 
 MINUTE = TIMEFRAMES["1m"]
 ROLLED = ("5m", "1h", "1d")
@@ -61,7 +77,12 @@ class Stage:
         if request.query["interval"] != "1m":
             return None
         now = {int(t.timestamp() * 1000): rest for t, *rest in self.told.rows()}
-        return [row if row[0] not in now else [row[0], *map(str, now[row[0]][:5]), row[6], *self._rest(now[row[0]])] for row in rows]
+        return [
+            row
+            if row[0] not in now
+            else [row[0], *map(str, now[row[0]][:5]), row[6], *self._rest(now[row[0]])]
+            for row in rows
+        ]
 
     @staticmethod
     def _rest(values: list[Any]) -> list[Any]:
@@ -70,9 +91,17 @@ class Stage:
 
     def correct(self, opens: list[datetime], factor: str = "1.25") -> None:
         """All amounts of these bars by a factor, and the close moved to the high."""
-        grown = [(pl.col(n) * Decimal(factor)).round(8).cast(SCHEMA[n]).alias(n) for n in SCHEMA if "volume" in n]
-        changed = self.told.filter(pl.col("open_time").is_in(opens)).with_columns(*grown, pl.col("high").alias("close"))
-        self.told = pl.concat([self.told.join(changed, on="open_time", how="anti"), changed]).sort("open_time")
+        grown = [
+            (pl.col(n) * Decimal(factor)).round(8).cast(SCHEMA[n]).alias(n)
+            for n in SCHEMA
+            if "volume" in n
+        ]
+        changed = self.told.filter(pl.col("open_time").is_in(opens)).with_columns(
+            *grown, pl.col("high").alias("close")
+        )
+        self.told = pl.concat([self.told.join(changed, on="open_time", how="anti"), changed]).sort(
+            "open_time"
+        )
 
     def at(self, text: str) -> Settings:
         self.patch.setenv("MARKETDATA_NOW", text)
@@ -98,8 +127,12 @@ def stage(universe: Universe, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage
         yield found
 
 
-def assert_reads(toolbox: Toolbox, expected: pl.DataFrame, span: Window, moment: datetime | None = None) -> None:
-    """All timeframes, now or as of a moment, equal what `expected` holds and what is rolled up from it."""
+def assert_reads(
+    toolbox: Toolbox, expected: pl.DataFrame, span: Window, moment: datetime | None = None
+) -> None:
+    """All timeframes, now or as of a moment, equal what `expected` holds and what is rolled up from
+    it.
+    """
     read: Callable[..., pl.DataFrame] = read_bars if moment is None else read_as_of
     rest = () if moment is None else (moment,)
     assert_frame_equal(read(toolbox, BTC, MINUTE, span, *rest), expected, check_exact=True)
@@ -109,8 +142,12 @@ def assert_reads(toolbox: Toolbox, expected: pl.DataFrame, span: Window, moment:
 
 
 @pytest.mark.parametrize("rollups", ["duckdb", "parquet"])
-def test_every_revision_can_be_read_as_of_its_time(stage: Stage, rollups: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bars are corrected, some of them twice; before, between and after, each moment reads what was known then."""
+def test_every_revision_can_be_read_as_of_its_time(
+    stage: Stage, rollups: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bars are corrected, some of them twice; before, between and after, each moment reads what was
+    known then.
+    """
     monkeypatch.setenv("MARKETDATA_ROLLUPS", rollups)
     stage.ingest("2024-01-05T00:00:01")
     dice, first = random.Random(5), stage.told
@@ -127,29 +164,49 @@ def test_every_revision_can_be_read_as_of_its_time(stage: Stage, rollups: str, m
     assert quarantined(stage.settings) == []
     with open_toolbox(stage.at("2024-01-08")) as toolbox:
         assert_reads(toolbox, third, stage.span)
-        for moment, known in (("2024-01-05T12:00", first), ("2024-01-06", second), ("2024-01-06T12:00", second), ("2024-01-07", third)):
+        for moment, known in (
+            ("2024-01-05T12:00", first),
+            ("2024-01-06", second),
+            ("2024-01-06T12:00", second),
+            ("2024-01-07", third),
+        ):
             assert_reads(toolbox, known, stage.span, at(moment))
-        assert_reads(toolbox, third.filter(pl.col("open_time") < at("2024-01-02")), window("2023-12-30", "2024-01-02"), at("2024-01-08"))
+        assert_reads(
+            toolbox,
+            third.filter(pl.col("open_time") < at("2024-01-02")),
+            window("2023-12-30", "2024-01-02"),
+            at("2024-01-08"),
+        )
     with open_reader() as reader:
         found = reader.bars(BTC.key, "1m", as_of=at("2024-01-06")).collect()
         assert_frame_equal(found, second, check_exact=True)
 
 
 def test_what_was_not_corrected_stays(stage: Stage) -> None:
-    """Only the corrected bar and the rollups that hold it change; the month without a correction keeps its bytes."""
+    """Only the corrected bar and the rollups that hold it change; the month without a correction keeps
+    its bytes.
+    """
     moment = at("2024-01-02T10:07")
-    files = {p: p.read_bytes() for p in Path(stage.settings.lake).rglob("*month=2023-12*/*.parquet")}
+    files = {
+        p: p.read_bytes() for p in Path(stage.settings.lake).rglob("*month=2023-12*/*.parquet")
+    }
     with open_toolbox(stage.settings) as toolbox:
-        before = {name: read_bars(toolbox, BTC, TIMEFRAMES[name], stage.span) for name in ("1m", *ROLLED)}
+        before = {
+            name: read_bars(toolbox, BTC, TIMEFRAMES[name], stage.span) for name in ("1m", *ROLLED)
+        }
     stage.correct([moment])
     (_, done) = stage.ingest("2024-01-06", stage.span)
     assert done.replaced["open_time"].to_list() == [moment]
     with open_toolbox(stage.settings) as toolbox:
         for name, was in before.items():
             now = read_bars(toolbox, BTC, TIMEFRAMES[name], stage.span)
-            changed = now.join(was, on=now.columns, how="anti", nulls_equal=True)["open_time"].to_list()
+            changed = now.join(was, on=now.columns, how="anti", nulls_equal=True)[
+                "open_time"
+            ].to_list()
             assert changed == [TIMEFRAMES[name].floor(moment)]
-    assert files == {p: p.read_bytes() for p in Path(stage.settings.lake).rglob("*month=2023-12*/*.parquet")}
+    assert files == {
+        p: p.read_bytes() for p in Path(stage.settings.lake).rglob("*month=2023-12*/*.parquet")
+    }
     assert files
 
 
@@ -165,8 +222,16 @@ def test_the_report_says_what_changed_by_how_much_and_since_when(stage: Stage) -
         assert list(corrections(toolbox, [BTC], window("2023-12-30", "2024-01-02"))) == []
     first, second = found
     assert late == [second]
-    assert (first.open_time, first.known_at, first.corrected_at) == (moment, at("2024-01-05"), at("2024-01-06"))
-    assert (second.known_at, second.corrected_at, second.source) == (at("2024-01-06"), at("2024-01-07"), "rest")
+    assert (first.open_time, first.known_at, first.corrected_at) == (
+        moment,
+        at("2024-01-05"),
+        at("2024-01-06"),
+    )
+    assert (second.known_at, second.corrected_at, second.source) == (
+        at("2024-01-06"),
+        at("2024-01-07"),
+        "rest",
+    )
     was, became = first.changes["volume"]
     assert became == (was * Decimal("1.25")).quantize(Decimal("1e-8"))
     assert second.changes["volume"] == (became, became * 2)
@@ -174,8 +239,12 @@ def test_the_report_says_what_changed_by_how_much_and_since_when(stage: Stage) -
     assert isinstance(first, Correction)
 
 
-def test_the_last_hour_is_asked_again_with_the_newest_bars(universe: Universe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refresh finds what was corrected in the last hour, two neighbours as well, in the request that brings the new bars."""
+def test_the_last_hour_is_asked_again_with_the_newest_bars(
+    universe: Universe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refresh finds what was corrected in the last hour, two neighbours as well, in the request that
+    brings the new bars.
+    """
     clock = [ms("2024-01-02T10:00")]
     exchange = SandboxExchange(now=lambda: clock[0], weight_limit=10**9)
     with running(exchange) as url:
@@ -185,7 +254,10 @@ def test_the_last_hour_is_asked_again_with_the_newest_bars(universe: Universe, m
         stage.correct([at("2024-01-02T09:20"), at("2024-01-02T09:21"), at("2024-01-02T08:00")])
         clock[0] = ms("2024-01-02T10:05")
         (done,) = stage.ingest("2024-01-02T10:05")
-        assert done.replaced["open_time"].to_list() == [at("2024-01-02T09:20"), at("2024-01-02T09:21")]
+        assert done.replaced["open_time"].to_list() == [
+            at("2024-01-02T09:20"),
+            at("2024-01-02T09:21"),
+        ]
         assert len(bar_requests(exchange)) == 2  # the second one confirms
         assert done.bars.height == 34 * 60 + 5
         monkeypatch.setenv("MARKETDATA_CORRECTIONS", "{run_minutes: 0}")
@@ -197,22 +269,34 @@ def test_the_last_hour_is_asked_again_with_the_newest_bars(universe: Universe, m
 
 def test_a_correction_that_breaks_a_rule_is_refused_and_the_old_bar_stays(stage: Stage) -> None:
     moment, good = at("2024-01-02T10:07"), stage.told
-    stage.told = good.with_columns(pl.when(pl.col("open_time") == moment).then(-pl.col("volume")).otherwise("volume").alias("volume"))
+    stage.told = good.with_columns(
+        pl.when(pl.col("open_time") == moment)
+        .then(-pl.col("volume"))
+        .otherwise("volume")
+        .alias("volume")
+    )
     done = stage.ingest("2024-01-06", stage.span)
-    assert all(d.account.balanced and d.error is None and d.replaced.is_empty() and d.complete for d in done)
-    assert {(row["open_time"], row["reasons"].split()[0]) for row in quarantined(stage.settings)} == {
-        ("2024-01-02T10:07:00Z", "negative_volume")
-    }
+    assert all(
+        d.account.balanced and d.error is None and d.replaced.is_empty() and d.complete
+        for d in done
+    )
+    assert {
+        (row["open_time"], row["reasons"].split()[0]) for row in quarantined(stage.settings)
+    } == {("2024-01-02T10:07:00Z", "negative_volume")}
     with open_toolbox(stage.settings) as toolbox:
         assert_reads(toolbox, good, stage.span)
 
 
 def test_a_venue_that_denies_most_bars_is_not_believed(stage: Stage) -> None:
-    """Another symbol's bars for a day are refused as a whole; with the days around them, of which most agree, they are taken."""
+    """Another symbol's bars for a day are refused as a whole; with the days around them, of which most
+    agree, they are taken.
+    """
     good, day = stage.told, window("2024-01-01", "2024-01-02")
     stage.correct([t for t in good["open_time"] if day.start <= t < day.end])
     (_, done) = stage.ingest("2024-01-06", day)
-    assert "contradict the stored bars of [2024-01-01T00:00:00Z, 2024-01-02T00:00:00Z)" in str(done.error)
+    assert "contradict the stored bars of [2024-01-01T00:00:00Z, 2024-01-02T00:00:00Z)" in str(
+        done.error
+    )
     with open_toolbox(stage.settings) as toolbox:
         assert_reads(toolbox, good, stage.span)
         assert toolbox.lake.read(history(MINUTE), done.partition) is None
@@ -226,14 +310,17 @@ def test_a_venue_that_denies_most_bars_is_not_believed(stage: Stage) -> None:
 def test_as_of_before_the_first_fetch_is_told(stage: Stage) -> None:
     with open_toolbox(stage.at("2024-01-06")) as toolbox:
         with pytest.raises(
-            BadInput, match=r"nothing of binance:BTC-USDT in these months was known at 2024-01-04T00:00:00Z; the first of it was"
+            BadInput,
+            match=r"nothing of binance:BTC-USDT in these months was known at 2024-01-04T00:00:00Z; the first of it was",
         ):
             read_as_of(toolbox, BTC, MINUTE, stage.span, at("2024-01-04"))
         with pytest.raises(BadInput, match="lies in the future"):
             read_as_of(toolbox, BTC, MINUTE, stage.span, at("2024-01-07"))
 
 
-def test_a_run_that_died_between_history_and_bars_loses_and_doubles_nothing(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_died_between_history_and_bars_loses_and_doubles_nothing(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moment, first = at("2024-01-02T10:07"), stage.told
     stage.correct([moment])
     write = Lake.write
@@ -253,43 +340,76 @@ def test_a_run_that_died_between_history_and_bars_loses_and_doubles_nothing(stag
             assert_reads(toolbox, first, stage.span, at(moment_))
     stage.ingest("2024-01-07", stage.span)
     with open_toolbox(stage.at("2024-01-08")) as toolbox:
-        assert [c.corrected_at for c in corrections(toolbox, [BTC], stage.span)] == [at("2024-01-07")]
+        assert [c.corrected_at for c in corrections(toolbox, [BTC], stage.span)] == [
+            at("2024-01-07")
+        ]
         assert_reads(toolbox, first, stage.span, at("2024-01-06T12:00"))
         assert_reads(toolbox, stage.told, stage.span)
 
 
-def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(universe: Universe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """New ones are stored with their source, equal ones are identical, other ones are refused; nothing is asked."""
-    settings = universe("http://127.0.0.1:1", since="2024-01-01", until="2024-01-02", now="2024-01-05")
+def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(
+    universe: Universe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New ones are stored with their source, equal ones are identical, other ones are refused; nothing
+    is asked.
+    """
+    settings = universe(
+        "http://127.0.0.1:1", since="2024-01-01", until="2024-01-02", now="2024-01-05"
+    )
     day = window("2024-01-01", "2024-01-02")
     bars = truth("BTCUSDT", "1m", day)
     (january,) = partitions(settings)
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
     with open_toolbox(settings) as toolbox:
         half = take_in(toolbox, MINUTE, january, bars.head(720), empty, "a.zip")
-        assert (half.account.stored, half.complete, half.wanted) == (720, False, window("2024-01-01", "2024-01-01T12:00"))
+        assert (half.account.stored, half.complete, half.wanted) == (
+            720,
+            False,
+            window("2024-01-01", "2024-01-01T12:00"),
+        )
         hole = bars.slice(700).filter(pl.col("open_time") != at("2024-01-01T20:00"))
         moved = hole.with_columns(
-            pl.when(pl.col("open_time") == at("2024-01-01T11:50")).then(pl.lit(7)).otherwise("trades").alias("trades")
+            pl.when(pl.col("open_time") == at("2024-01-01T11:50"))
+            .then(pl.lit(7))
+            .otherwise("trades")
+            .alias("trades")
         )
         done = take_in(toolbox, MINUTE, january, moved, empty, "b.csv")
-        assert (done.account.received, done.account.stored, done.account.identical, done.account.quarantined) == (739, 719, 19, 1)
+        assert (
+            done.account.received,
+            done.account.stored,
+            done.account.identical,
+            done.account.quarantined,
+        ) == (739, 719, 19, 1)
         assert done.complete
         assert [(gap.bars, gap.reason) for gap in done.gaps] == [(1, "no_bars")]
         assert "b.csv holds both neighbours" in done.gaps[0].evidence
         stored = toolbox.lake.read(raw(MINUTE), january, provenance=True)
         assert stored is not None
-        assert stored.group_by("source").len().sort("source").rows() == [("a.zip", 720), ("b.csv", 719)]
-        assert_frame_equal(stored.select(NAMES), bars.filter(pl.col("open_time") != at("2024-01-01T20:00")), check_exact=True)
+        assert stored.group_by("source").len().sort("source").rows() == [
+            ("a.zip", 720),
+            ("b.csv", 719),
+        ]
+        assert_frame_equal(
+            stored.select(NAMES),
+            bars.filter(pl.col("open_time") != at("2024-01-01T20:00")),
+            check_exact=True,
+        )
         again = take_in(toolbox, MINUTE, january, bars, empty, "c.csv")
         assert (again.account.stored, again.account.identical, again.gaps) == (1, 1439, ())
         assert fingerprint(again.bars) == fingerprint(bars)
     ((row),) = quarantined(settings)
-    assert (row["open_time"], row["reasons"], row["source"]) == ("2024-01-01T11:50:00Z", "disagrees", "b.csv")
+    assert (row["open_time"], row["reasons"], row["source"]) == (
+        "2024-01-01T11:50:00Z",
+        "disagrees",
+        "b.csv",
+    )
 
 
 def test_columns_that_a_file_does_not_give_are_no_disagreement(universe: Universe) -> None:
-    settings = universe("http://127.0.0.1:1", since="2024-01-01", until="2024-01-02", now="2024-01-05")
+    settings = universe(
+        "http://127.0.0.1:1", since="2024-01-01", until="2024-01-02", now="2024-01-05"
+    )
     bars = truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-02"))
     (january,) = partitions(settings)
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
@@ -314,7 +434,9 @@ def test_bars_of_before_revisions_were_kept_count_as_always_known(stage: Stage) 
 def test_a_pinned_dataset_is_proved_and_read_after_corrections(
     stage: Stage, rollups: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Three locks, with corrections between them: each is proved, from the history where it must be, and read by its file."""
+    """Three locks, with corrections between them: each is proved, from the history where it must be,
+    and read by its file.
+    """
     monkeypatch.setenv("MARKETDATA_ROLLUPS", rollups)
     stage.ingest("2024-01-05T00:00:01")
     locks, told, dice = [], [], random.Random(5)
@@ -333,8 +455,21 @@ def test_a_pinned_dataset_is_proved_and_read_after_corrections(
             assert bool(found.from_history) == (one is not locks[-1])
     for one, bars in zip(locks, told, strict=True):
         write_lock(tmp_path / "pinned.lock.json", one)
-        done = CliRunner().invoke(app, ["bars", BTC.key, "1m", "--as-of", str(tmp_path / "pinned.lock.json"), "--format", "csv"])
-        closes = pl.read_csv(done.stdout_bytes, schema_overrides={"close": pl.String})["close"].cast(SCHEMA["close"])
+        done = CliRunner().invoke(
+            app,
+            [
+                "bars",
+                BTC.key,
+                "1m",
+                "--as-of",
+                str(tmp_path / "pinned.lock.json"),
+                "--format",
+                "csv",
+            ],
+        )
+        closes = pl.read_csv(done.stdout_bytes, schema_overrides={"close": pl.String})[
+            "close"
+        ].cast(SCHEMA["close"])
         assert closes.equals(bars["close"])
 
 
@@ -349,23 +484,37 @@ def test_what_was_changed_by_hand_is_not_proved_from_history(stage: Stage) -> No
         assert [(d.table, d.what) for d in found.differences] == [("raw/ohlcv_1m", "other content")]
 
 
-def test_the_venue_and_a_file_that_gives_more_or_less_do_not_contradict_each_other(universe: Universe) -> None:
-    """Bars with a trade count from a file, then the API without one; bars without quote volume, then the API with it."""
+def test_the_venue_and_a_file_that_gives_more_or_less_do_not_contradict_each_other(
+    universe: Universe,
+) -> None:
+    """Bars with a trade count from a file, then the API without one; bars without quote volume, then
+    the API with it.
+    """
     span, empty = window("2024-01-01", "2024-01-01T12:00"), pl.DataFrame(schema=REJECTED_SCHEMA)
     every = truth("BTCUSDT", "1m", span)
-    more = every.with_columns(pl.lit(None, SCHEMA[n]).alias(n) for n in NAMES if "quote" in n or "taker" in n)
+    more = every.with_columns(
+        pl.lit(None, SCHEMA[n]).alias(n) for n in NAMES if "quote" in n or "taker" in n
+    )
 
     def candles(request: web.Request) -> web.Response:
         start, end = (at(request.query[n].removesuffix("Z")) for n in ("start", "end"))
-        rows = more.filter(pl.col("open_time").is_between(start, end)).sort("open_time", descending=True)
+        rows = more.filter(pl.col("open_time").is_between(start, end)).sort(
+            "open_time", descending=True
+        )
         answer = [
-            [int(t.timestamp()), *map(float, (low, high, opened, close, volume))] for t, opened, high, low, close, volume, *_ in rows.rows()
+            [int(t.timestamp()), *map(float, (low, high, opened, close, volume))]
+            for t, opened, high, low, close, volume, *_ in rows.rows()
         ]
         return web.json_response(answer)
 
     with serving(coinbase(candles, "2024-01-01T12:00:00")) as url:
         settings = universe(
-            url, symbols="[BTC/USD]", since="2024-01-01", until="2024-01-01T12:00", venue="coinbaseexchange", now="2024-01-05"
+            url,
+            symbols="[BTC/USD]",
+            since="2024-01-01",
+            until="2024-01-01T12:00",
+            venue="coinbaseexchange",
+            now="2024-01-05",
         )
         (january,) = partitions(settings)
         with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:

@@ -1,4 +1,6 @@
-"""kill -9 of every process of `marketdata dev`: what the UI says of runs is true soon after, and nothing is left behind."""
+"""kill -9 of every process of `marketdata dev`: what the UI says of runs is true soon after, and
+nothing is left behind.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,17 @@ import dagster as dg
 import pytest
 
 from marketdata_assets.cli import processes
-from marketdata_assets.defs import launcher
-from marketdata_assets.defs.launcher import PROCESS_TAG, lives, process_id
+from marketdata_assets.dagster_ext import launcher
+from marketdata_assets.dagster_ext.launcher import PROCESS_TAG, lives, process_id
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.sources.sandbox import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 from marketdata_tests.conftest import SANDBOX_NOW
 
-BTC_DEC, BTC, ETH = "binance:BTC-USDT|2023-12-01", "binance:BTC-USDT|2024-01-01", "binance:ETH-USDT|2024-01-01"
+BTC_DEC, BTC, ETH = (
+    "binance:BTC-USDT|2023-12-01",
+    "binance:BTC-USDT|2024-01-01",
+    "binance:ETH-USDT|2024-01-01",
+)
 TICKS = 20.0
 """Two ticks of the run monitoring."""
 UNIVERSE = """# the sensors find nothing to do: all months lie too far back
@@ -62,14 +68,23 @@ def soon(true: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 class Stack:
-    """`marketdata dev` as processes that carry a mark, on an exchange that can hold its answers back."""
+    """`marketdata dev` as processes that carry a mark, on an exchange that can hold its answers
+    back.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.mark, self.hold, self.held = folder, f"MARKETDATA_MARK={uuid.uuid4()}", threading.Event(), 0
+        self.folder, self.mark, self.hold, self.held = (
+            folder,
+            f"MARKETDATA_MARK={uuid.uuid4()}",
+            threading.Event(),
+            0,
+        )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
-        self.exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=self._answer)
+        self.exchange = SandboxExchange(
+            now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=self._answer
+        )
 
     async def _answer(self, *_: Any) -> None:
         self.held += self.hold.is_set()
@@ -78,10 +93,20 @@ class Stack:
 
     def start(self) -> None:
         name, _, value = self.mark.partition("=")
-        environment = {**os.environ, name: value, "MARKETDATA_UNIVERSE": str(self.folder / "universe.yaml")}
+        environment = {
+            **os.environ,
+            name: value,
+            "MARKETDATA_UNIVERSE": str(self.folder / "universe.yaml"),
+        }
         with (self.folder / "dev.log").open("w") as log:
-            self.supervisor = subprocess.Popen(self.command(), env=environment, stdout=log, stderr=log, start_new_session=True)
-        soon(lambda: self.supervisor.poll() is not None or self.said("UI ready"), 120, "the UI is ready")
+            self.supervisor = subprocess.Popen(
+                self.command(), env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        soon(
+            lambda: self.supervisor.poll() is not None or self.said("UI ready"),
+            120,
+            "the UI is ready",
+        )
         assert self.supervisor.poll() is None, self.log()
 
     def command(self) -> list[str]:
@@ -98,7 +123,9 @@ class Stack:
         found = []
         for process in Path("/proc").iterdir():
             with suppress(OSError):
-                if process.name.isdigit() and self.mark in (process / "environ").read_bytes().decode().split("\0"):
+                if process.name.isdigit() and self.mark in (
+                    process / "environ"
+                ).read_bytes().decode().split("\0"):
                     line = (process / "cmdline").read_bytes().decode().replace("\0", " ")
                     found += [int(process.name)] if words in line else []
         return found
@@ -114,7 +141,9 @@ class Stack:
 
     def ask(self, query: str, **variables: Any) -> Any:
         body = json.dumps({"query": query, "variables": variables}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/graphql", body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/graphql", body, {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return json.load(answer)["data"]
@@ -125,8 +154,15 @@ class Stack:
             raise ConnectionError(says) from None
 
     def launch(self, partition: str) -> str:
-        selector = {"repositoryLocationName": "marketdata_assets", "repositoryName": "__repository__", "jobName": "ingest"}
-        tags = [{"key": f"dagster/asset_partition_range_{end}", "value": partition} for end in ("start", "end")]
+        selector = {
+            "repositoryLocationName": "marketdata_assets",
+            "repositoryName": "__repository__",
+            "jobName": "ingest",
+        }
+        tags = [
+            {"key": f"dagster/asset_partition_range_{end}", "value": partition}
+            for end in ("start", "end")
+        ]
         launched = self.ask(LAUNCH, selector=selector, tags=tags)["launchRun"]
         return launched["run"]["runId"] if launched["__typename"] == "LaunchRunSuccess" else ""
 
@@ -181,12 +217,16 @@ def test_a_process_is_known_by_more_than_its_number() -> None:
     assert not lives(known)
 
 
-def test_a_process_that_outlives_its_run_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_outlives_its_run_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launcher, "LOOK_SECONDS", 0.1)
     with dg.DagsterInstance.ephemeral() as instance:
         starter = launcher.ProcessRunLauncher()
         starter.register_instance(instance)
-        run = instance.create_run_for_job(dg.GraphDefinition("nothing").to_job(), status=dg.DagsterRunStatus.CANCELED)
+        run = instance.create_run_for_job(
+            dg.GraphDefinition("nothing").to_job(), status=dg.DagsterRunStatus.CANCELED
+        )
         hangs = subprocess.Popen(["sleep", "60"])
         starter._children[threading.current_thread()] = hangs
         starter._watch(hangs, run.run_id, tmp_path / "log")
@@ -204,9 +244,14 @@ def test_a_service_that_cannot_start_is_given_up(monkeypatch: pytest.MonkeyPatch
             service.tend(dict(os.environ), heard.append)
             threading.Event().wait(0.05)
 
-    with pytest.raises(StoreFailed, match="the thing ended with code 0, 3 times in a row right after its start"):
+    with pytest.raises(
+        StoreFailed, match="the thing ended with code 0, 3 times in a row right after its start"
+    ):
         dies_again()
-    assert heard == ["the thing ended with code 0; starting it again", "the thing ended with code 0; starting it again in 0.1 s"]
+    assert heard == [
+        "the thing ended with code 0; starting it again",
+        "the thing ended with code 0; starting it again in 0.1 s",
+    ]
 
 
 # --------------------------------------------------------------------------------- the whole
@@ -243,8 +288,13 @@ def test_a_run_whose_process_is_killed_has_failed_and_gives_its_slots_back(stack
         os.kill(worker, signal.SIGKILL)
         said = stack.becomes(run_id, "FAILURE", TICKS)
         assert any("its process was killed by signal 9 (Killed)" in message for message in said)
-        # at once by who watches the process, or by the run monitoring where the machine is too busy for that
-        assert soon(lambda: slots.claim_concurrency_slot("narrow", "another", "rollups").is_claimed, 3 * TICKS, "the slot is free")
+        # at once by who watches the process, or by the run monitoring where the machine is too busy
+        # for that
+        assert soon(
+            lambda: slots.claim_concurrency_slot("narrow", "another", "rollups").is_claimed,
+            3 * TICKS,
+            "the slot is free",
+        )
 
 
 def test_runs_outlive_the_code_server_and_the_daemon(stack: Stack) -> None:
@@ -280,23 +330,39 @@ def test_a_code_server_that_lost_its_own_child_is_replaced_and_reloads(stack: St
 
 def test_a_second_one_on_the_same_state_is_refused(stack: Stack) -> None:
     environment = {**os.environ, "MARKETDATA_UNIVERSE": str(stack.folder / "universe.yaml")}
-    second = subprocess.run(stack.command(), env=environment, capture_output=True, text=True, timeout=60)
+    second = subprocess.run(
+        stack.command(), env=environment, capture_output=True, text=True, timeout=60
+    )
     assert second.returncode == 2
-    assert f"http://127.0.0.1:{stack.port} (process {stack.supervisor.pid}) already serves" in " ".join(second.stderr.split())
+    assert (
+        f"http://127.0.0.1:{stack.port} (process {stack.supervisor.pid}) already serves"
+        in " ".join(second.stderr.split())
+    )
     assert "Traceback" not in second.stderr
 
 
 def test_everything_killed_and_started_again(stack: Stack) -> None:
-    """The truth after a restart: what was running has failed, what was queued runs. Then a polite end, with a run at work."""
+    """The truth after a restart: what was running has failed, what was queued runs. Then a polite end,
+    with a run at work.
+    """
     killed, _ = stack.working(BTC)
     os.kill(stack.pids("defs.launcher run")[0], signal.SIGSTOP)
     queued, begun = (soon(lambda: stack.launch(ETH), 60, "a run can be launched") for _ in range(2))
-    stack.kill("cli.main dev", "dagster_webserver", "code-server start", "defs.launcher run", "execute_run")
+    stack.kill(
+        "cli.main dev", "dagster_webserver", "code-server start", "defs.launcher run", "execute_run"
+    )
     stack.supervisor.wait()
-    orphan = stack.pids("api grpc")  # nobody tells the second process of the code server; it hears no more heartbeats
+    orphan = stack.pids(
+        "api grpc"
+    )  # nobody tells the second process of the code server; it hears no more heartbeats
     with stack.instance() as instance:
-        instance.report_dagster_event(dg.DagsterEvent(dg.DagsterEventType.RUN_STARTING.value, "ingest"), begun)
-        statuses = {run_id: instance.get_run_by_id(run_id).status.value for run_id in (killed, queued, begun)}  # type: ignore[union-attr]
+        instance.report_dagster_event(
+            dg.DagsterEvent(dg.DagsterEventType.RUN_STARTING.value, "ingest"), begun
+        )
+        statuses = {
+            run_id: instance.get_run_by_id(run_id).status.value
+            for run_id in (killed, queued, begun)
+        }  # type: ignore[union-attr]
     assert statuses == {killed: "STARTED", queued: "QUEUED", begun: "STARTING"}
     stack.start()
     for run_id in (killed, begun):

@@ -1,4 +1,6 @@
-"""Delta Lake tables: exact, one commit per change, nothing lost or doubled whoever else commits, and read by others."""
+"""Delta Lake tables: exact, one commit per change, nothing lost or doubled whoever else commits, and
+read by others.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +27,39 @@ from deltalake.schema import PrimitiveType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import marketdata_assets.lake.delta as delta_module
+import marketdata_assets.storage.delta as delta_module
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.defs.assets import raw_asset, rollup_assets
 from marketdata_assets.defs.delta import MAINTAIN, delta_assets, delta_job_and_schedule
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, market_months
 from marketdata_assets.errors import BadInput, Damaged, StoreFailed
-from marketdata_assets.flows.publish import Published, maintain, publish
-from marketdata_assets.lake.delta import ATTEMPTS, DeltaTables, columns_of
-from marketdata_assets.lake.tables import Table, raw, rollup
+from marketdata_assets.flows.derive.publish import Published, maintain, publish
 from marketdata_assets.model.bar import DECIMAL, NAMES
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import TIMEFRAMES, Partition, Window
-from marketdata_assets.settings import Settings
-from marketdata_assets.sources.sandbox import SandboxExchange
-from marketdata_assets.sources.sandbox_bars import truth
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange
+from marketdata_assets.storage.delta import ATTEMPTS, DeltaTables, columns_of
 from marketdata_assets.transforms.rollup import roll_up
 from marketdata_tests.conftest import Universe
-from marketdata_tests.samples import BTC, DECIMALS, ETH, FEBRUARY, JANUARY, MINUTE, frame, kill, minutes, row, start_python
+from marketdata_tests.samples import (
+    BTC,
+    DECIMALS,
+    ETH,
+    FEBRUARY,
+    JANUARY,
+    MINUTE,
+    frame,
+    kill,
+    minutes,
+    row,
+    start_python,
+)
 from marketdata_tests.samples import random_bars as bars
 from marketdata_tests.steps import at, partitions, run_derive, run_ingest, window
 
@@ -66,7 +82,9 @@ sys.stdin.read()
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """A real S3 server, named in the environment as users name theirs. A process of its own: deltalake holds the GIL while it waits."""
+    """A real S3 server, named in the environment as users name theirs. A process of its own: deltalake
+    holds the GIL while it waits.
+    """
     server = start_python(SERVER, stderr=subprocess.DEVNULL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", server.stdout.readline().strip())
@@ -99,7 +117,11 @@ def theirs(tables: DeltaTables, table: Table = TABLE) -> DeltaTable:
 
 
 def rows_of(partition: Partition, found: pl.DataFrame) -> Any:
-    return found.select(pl.lit(partition.market.key).alias("market"), pl.lit(partition.month_key[:7]).alias("month"), pl.all()).to_arrow()
+    return found.select(
+        pl.lit(partition.market.key).alias("market"),
+        pl.lit(partition.month_key[:7]).alias("month"),
+        pl.all(),
+    ).to_arrow()
 
 
 def stored(tables: DeltaTables, partition: Partition = JANUARY, **as_of: Any) -> pl.DataFrame:
@@ -122,16 +144,23 @@ def test_what_is_replaced_is_read(tables: DeltaTables):
 def test_the_same_rows_make_no_version(tables: DeltaTables):
     first = tables.replace(TABLE, JANUARY, bars())
     assert tables.replace(TABLE, JANUARY, bars().reverse()) == first._replace(changed=False)
-    assert DeltaTables(tables.location).replace(TABLE, JANUARY, bars()) == first._replace(changed=False)
+    assert DeltaTables(tables.location).replace(TABLE, JANUARY, bars()) == first._replace(
+        changed=False
+    )
     assert theirs(tables).version() == 1
     sizes = pl.DataFrame(theirs(tables).get_add_actions())["size_bytes"]
     assert sizes.to_list() == [first.bytes]
 
 
 @settings(max_examples=20)
-@given(st.lists(st.one_of(DECIMALS, st.just(Decimal(0))), min_size=1, max_size=12), st.integers(0, 3))
+@given(
+    st.lists(st.one_of(DECIMALS, st.just(Decimal(0))), min_size=1, max_size=12), st.integers(0, 3)
+)
 def test_every_digit_comes_back(local: DeltaTables, values: list[Decimal], missing: int):
-    rows = [row(moment, close=value, quote_volume=value) for moment, value in zip(minutes(len(values)), values, strict=True)]
+    rows = [
+        row(moment, close=value, quote_volume=value)
+        for moment, value in zip(minutes(len(values)), values, strict=True)
+    ]
     for r in rows[:missing]:
         r["quote_volume"] = r["trades"] = None
     local.replace(TABLE, JANUARY, frame(rows))
@@ -147,24 +176,36 @@ def test_a_replacement_touches_no_other_partition(tables: DeltaTables):
     assert stored(tables).equals(bars(5, 7))
     assert stored(tables, OTHER).equals(bars(3))
     assert tables.read(TABLE, BTC, ALWAYS).equals(pl.concat([bars(5, 7), FEBRUARY_BARS]))
-    assert tables.read(TABLE, BTC, Window(JANUARY.month.start + MINUTE, JANUARY.month.start + 3 * MINUTE)).equals(bars(5)[1:3])
+    assert tables.read(
+        TABLE, BTC, Window(JANUARY.month.start + MINUTE, JANUARY.month.start + 3 * MINUTE)
+    ).equals(bars(5)[1:3])
     assert tables.read(WEEKS, BTC, ALWAYS).is_empty()
 
 
 def test_a_week_lies_in_the_month_of_its_sunday_and_is_found_by_its_monday(local: DeltaTables):
     monday = at("2024-01-29")
     days = frame(row(monday + i * TIMEFRAMES["1d"].width) for i in range(7))
-    weeks = roll_up(days, TIMEFRAMES["1d"], [TIMEFRAMES["1w"]], window("2024-01-29", "2024-02-05"))[TIMEFRAMES["1w"]]
+    weeks = roll_up(days, TIMEFRAMES["1d"], [TIMEFRAMES["1w"]], window("2024-01-29", "2024-02-05"))[
+        TIMEFRAMES["1w"]
+    ]
     local.replace(WEEKS, FEBRUARY, weeks)
     assert local.read(WEEKS, BTC, window("2024-01-29", "2024-01-30")).equals(weeks)
     with pytest.raises(BadInput, match="bars of another month"):
         local.replace(WEEKS, JANUARY, weeks)
 
 
-@pytest.mark.parametrize("wrong", [FEBRUARY_BARS, pl.concat([bars(), bars()])], ids=["another month", "twice"])
+@pytest.mark.parametrize(
+    "wrong", [FEBRUARY_BARS, pl.concat([bars(), bars()])], ids=["another month", "twice"]
+)
 def test_bars_that_do_not_belong_are_refused(local: DeltaTables, wrong: pl.DataFrame):
-    for act in (lambda: local.replace(TABLE, JANUARY, wrong), lambda: local.merge(TABLE, JANUARY, wrong, ["close"])):
-        with pytest.raises(BadInput, match=r"^raw/ohlcv_1m binance:BTC-USDT\|2024-01-01: bars of another month, or twice the same bar$"):
+    for act in (
+        lambda: local.replace(TABLE, JANUARY, wrong),
+        lambda: local.merge(TABLE, JANUARY, wrong, ["close"]),
+    ):
+        with pytest.raises(
+            BadInput,
+            match=r"^raw/ohlcv_1m binance:BTC-USDT\|2024-01-01: bars of another month, or twice the same bar$",
+        ):
             act()
 
 
@@ -173,7 +214,13 @@ def test_merge_corrects_chosen_columns_and_nothing_else(tables: DeltaTables):
     tables.replace(TABLE, JANUARY, bars())
     tables.replace(TABLE, OTHER, bars(3))
     moments = minutes(100)
-    right = frame([row(moments[4], close=Decimal("0.000000000001"), trades=None), row(moments[50]), row(moments[99] + MINUTE)])
+    right = frame(
+        [
+            row(moments[4], close=Decimal("0.000000000001"), trades=None),
+            row(moments[50]),
+            row(moments[99] + MINUTE),
+        ]
+    )
     done = tables.merge(TABLE, JANUARY, right, ["close", "trades"])
     assert (done.changed, done.rows) == (True, 100)
     expected = bars().rows(named=True)
@@ -202,8 +249,8 @@ WORKER = """
 import itertools, sys
 from decimal import Decimal
 import polars as pl
-from marketdata_assets.lake.delta import DeltaTables
-from marketdata_assets.lake.tables import raw
+from marketdata_assets.storage.delta import DeltaTables
+from marketdata_assets.model.table import raw
 from marketdata_assets.model.bar import DECIMAL
 from marketdata_assets.model.window import TIMEFRAMES, Partition
 location, file, me = sys.argv[1:]
@@ -231,12 +278,17 @@ for close in itertools.cycle((1, 2)):
 
 @pytest.fixture
 def start(tables: DeltaTables, tmp_path: Path) -> Iterator[Callable[..., list[Any]]]:
-    """`start(work, count)`: so many lean processes that do the same work, all ready when the first begins."""
+    """`start(work, count)`: so many lean processes that do the same work, all ready when the first
+    begins.
+    """
     bars().write_parquet(tmp_path / "bars")
     started: list[Any] = []
 
     def begin(work: str, count: int = 4) -> list[Any]:
-        started[:] = [start_python(WORKER.format(work=work), tables.location, str(tmp_path / "bars"), str(n)) for n in range(count)]
+        started[:] = [
+            start_python(WORKER.format(work=work), tables.location, str(tmp_path / "bars"), str(n))
+            for n in range(count)
+        ]
         for worker in started:
             assert worker.stdout.readline() == "ready\n", worker.communicate()
         for worker in started:
@@ -254,7 +306,9 @@ def finish(workers: list[Any]) -> None:
     assert [worker.returncode for worker in workers] == [0] * len(workers), said
 
 
-def test_processes_that_commit_to_one_partition_lose_nothing(tables: DeltaTables, start: Callable[..., list[Any]]):
+def test_processes_that_commit_to_one_partition_lose_nothing(
+    tables: DeltaTables, start: Callable[..., list[Any]]
+):
     """Each corrects a bar of its own, three times, as fast as it can: a lost update would show."""
     tables.replace(TABLE, JANUARY, bars())
     finish(start(SAME))
@@ -266,7 +320,9 @@ def test_processes_that_commit_to_one_partition_lose_nothing(tables: DeltaTables
     assert len(theirs(tables).file_uris()) == 1
 
 
-def test_processes_that_make_the_table_and_their_own_partitions_lose_nothing(tables: DeltaTables, start: Callable[..., list[Any]]):
+def test_processes_that_make_the_table_and_their_own_partitions_lose_nothing(
+    tables: DeltaTables, start: Callable[..., list[Any]]
+):
     finish(start(DIFFERENT, 3))
     for me in range(3):
         assert tables.read(TABLE, Market("binance", f"C{me}/USDT"), ALWAYS).equals(
@@ -276,7 +332,9 @@ def test_processes_that_make_the_table_and_their_own_partitions_lose_nothing(tab
     assert theirs(tables).version() == 3 * 3
 
 
-def test_killed_writers_leave_the_partition_whole(tables: DeltaTables, start: Callable[..., list[Any]]):
+def test_killed_writers_leave_the_partition_whole(
+    tables: DeltaTables, start: Callable[..., list[Any]]
+):
     good = [bars().with_columns(close=pl.lit(Decimal(close), DECIMAL)) for close in (1, 2)]
     for n, writer in enumerate(start(FOREVER, 2)):
         for _ in range(n + 1):
@@ -288,7 +346,7 @@ def test_killed_writers_leave_the_partition_whole(tables: DeltaTables, start: Ca
     assert stored(tables).equals(bars(3))
 
 
-# --------------------------------------------------------------------------------- moved forward by someone else
+# --------------------------------------------------------------------------------- moved forward by
 @pytest.fixture
 def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`meanwhile(act)`: somebody else acts between our reading and our commit; the first time only."""
@@ -311,7 +369,9 @@ def append_again(tables: DeltaTables) -> None:
 
 
 def replace_theirs(tables: DeltaTables) -> None:
-    write_deltalake(theirs(tables), rows_of(JANUARY, bars(8)), mode="overwrite", predicate=_where(JANUARY))
+    write_deltalake(
+        theirs(tables), rows_of(JANUARY, bars(8)), mode="overwrite", predicate=_where(JANUARY)
+    )
 
 
 def _where(partition: Partition) -> str:
@@ -323,13 +383,19 @@ FOREIGN: dict[str, Callable[[DeltaTables], object]] = {
     "the partition replaced": replace_theirs,
     "the partition deleted": lambda tables: theirs(tables).delete(_where(JANUARY)),
     "the partition sorted": lambda tables: theirs(tables).optimize.z_order(["open_time"]),
-    "a property set": lambda tables: theirs(tables).alter.set_table_properties({"delta.checkpointInterval": "50"}),
-    "rows updated": lambda tables: theirs(tables).update({"trades": "42"}, predicate=_where(JANUARY)),
+    "a property set": lambda tables: theirs(tables).alter.set_table_properties(
+        {"delta.checkpointInterval": "50"}
+    ),
+    "rows updated": lambda tables: theirs(tables).update(
+        {"trades": "42"}, predicate=_where(JANUARY)
+    ),
 }
 
 
 @pytest.mark.parametrize("foreign", FOREIGN)
-def test_a_foreign_commit_in_between_is_a_clean_retry(tables: DeltaTables, meanwhile: Callable[..., None], foreign: str):
+def test_a_foreign_commit_in_between_is_a_clean_retry(
+    tables: DeltaTables, meanwhile: Callable[..., None], foreign: str
+):
     pauses: list[float] = []
     tables._pause = pauses.append
     tables.replace(TABLE, JANUARY, bars())
@@ -342,15 +408,23 @@ def test_a_foreign_commit_in_between_is_a_clean_retry(tables: DeltaTables, meanw
     assert 0 < pauses[0] <= 0.05
 
 
-def test_a_correction_keeps_what_somebody_else_wrote_in_between(tables: DeltaTables, meanwhile: Callable[..., None]):
+def test_a_correction_keeps_what_somebody_else_wrote_in_between(
+    tables: DeltaTables, meanwhile: Callable[..., None]
+):
     tables._pause = lambda seconds: None
     tables.replace(TABLE, JANUARY, bars())
     meanwhile(lambda: replace_theirs(tables))
     tables.merge(TABLE, JANUARY, frame([row(minutes(1)[0])]), ["close"])
-    assert stored(tables).equals(bars(8).with_columns(close=pl.concat([pl.Series([Decimal(105)], dtype=DECIMAL), bars(8)["close"][1:]])))
+    assert stored(tables).equals(
+        bars(8).with_columns(
+            close=pl.concat([pl.Series([Decimal(105)], dtype=DECIMAL), bars(8)["close"][1:]])
+        )
+    )
 
 
-def test_a_foreign_commit_elsewhere_is_no_conflict(tables: DeltaTables, meanwhile: Callable[..., None]):
+def test_a_foreign_commit_elsewhere_is_no_conflict(
+    tables: DeltaTables, meanwhile: Callable[..., None]
+):
     pauses: list[float] = []
     tables._pause = pauses.append
     tables.replace(TABLE, JANUARY, bars())
@@ -374,7 +448,9 @@ def test_somebody_who_is_always_faster_is_told(local: DeltaTables, meanwhile: Ca
     local._pause = pauses.append
     local.replace(TABLE, JANUARY, bars())
     meanwhile(lambda: append_again(local), times=ATTEMPTS)
-    with pytest.raises(StoreFailed, match=rf"raw/ohlcv_1m: others were faster {ATTEMPTS} times; run it again"):
+    with pytest.raises(
+        StoreFailed, match=rf"raw/ohlcv_1m: others were faster {ATTEMPTS} times; run it again"
+    ):
         local.replace(TABLE, JANUARY, bars(2))
     assert len(pauses) == ATTEMPTS
     assert max(pauses) <= 2
@@ -383,7 +459,9 @@ def test_somebody_who_is_always_faster_is_told(local: DeltaTables, meanwhile: Ca
 
 
 @pytest.mark.parametrize("when", ["before", "in between"])
-def test_a_foreign_schema_change_is_told_and_nothing_is_lost(tables: DeltaTables, meanwhile: Callable[..., None], when: str):
+def test_a_foreign_schema_change_is_told_and_nothing_is_lost(
+    tables: DeltaTables, meanwhile: Callable[..., None], when: str
+):
     tables._pause = lambda seconds: None
     tables.replace(TABLE, JANUARY, bars())
 
@@ -391,8 +469,14 @@ def test_a_foreign_schema_change_is_told_and_nothing_is_lost(tables: DeltaTables
         theirs(tables).alter.add_columns([Field("note", PrimitiveType("string"))])
 
     change() if when == "before" else meanwhile(change)
-    for act in (lambda: tables.replace(TABLE, JANUARY, bars(2)), lambda: tables.merge(TABLE, JANUARY, bars(2), ["close"])):
-        with pytest.raises(StoreFailed, match=r"raw/ohlcv_1m: somebody changed note; nothing is written to it until that is taken back"):
+    for act in (
+        lambda: tables.replace(TABLE, JANUARY, bars(2)),
+        lambda: tables.merge(TABLE, JANUARY, bars(2), ["close"]),
+    ):
+        with pytest.raises(
+            StoreFailed,
+            match=r"raw/ohlcv_1m: somebody changed note; nothing is written to it until that is taken back",
+        ):
             act()
     assert theirs(tables).version() == 2
     theirs(tables).restore(1)
@@ -423,7 +507,10 @@ def test_time_travel_by_version_and_by_moment(tables: DeltaTables):
     assert stored(tables, as_of=0).is_empty()
     assert stored(tables).equals(bars(3))
     for as_of in (4, -1, at("2024-01-01")):
-        with pytest.raises(BadInput, match=rf"raw/ohlcv_1m has no version {re.escape(str(as_of))} any more, or not yet; its newest is 3$"):
+        with pytest.raises(
+            BadInput,
+            match=rf"raw/ohlcv_1m has no version {re.escape(str(as_of))} any more, or not yet; its newest is 3$",
+        ):
             stored(tables, as_of=as_of)
 
 
@@ -434,7 +521,11 @@ def test_history_says_what_was_done(tables: DeltaTables):
     tables.merge(TABLE, JANUARY, bars(2, 1), ["close", "volume"])
     theirs(tables).delete(_where(JANUARY))
     deleted, merged, replaced, created = tables.history(TABLE)
-    assert (replaced.version, replaced.operation, replaced.note) == (1, "WRITE", "replace binance:BTC-USDT|2024-01-01: 100 bars")
+    assert (replaced.version, replaced.operation, replaced.note) == (
+        1,
+        "WRITE",
+        "replace binance:BTC-USDT|2024-01-01: 100 bars",
+    )
     assert merged.note == "merge close volume binance:BTC-USDT|2024-01-01: 100 bars"
     assert (deleted.version, deleted.operation, deleted.note) == (3, "DELETE", "")
     assert created.operation == "CREATE TABLE"
@@ -448,7 +539,10 @@ def test_files_of_others_are_sorted_into_one(tables: DeltaTables):
     tables.replace(TABLE, JANUARY, bars()[::2])
     tables.replace(TABLE, OTHER, bars(3))
     write_deltalake(theirs(tables), rows_of(JANUARY, bars()[1::2]), mode="append")
-    version, others = theirs(tables).version(), theirs(tables).file_uris(file_pruning_predicate=_where(OTHER))
+    version, others = (
+        theirs(tables).version(),
+        theirs(tables).file_uris(file_pruning_predicate=_where(OTHER)),
+    )
     would = tables.maintain(TABLE, 7, dry_run=True)
     assert (would.version, would.partitions_compacted) == (version, 1)
     assert theirs(tables).version() == version
@@ -458,7 +552,11 @@ def test_files_of_others_are_sorted_into_one(tables: DeltaTables):
     files = theirs(tables).file_uris(file_pruning_predicate=_where(JANUARY))
     assert len(files) == 1
     assert theirs(tables).file_uris(file_pruning_predicate=_where(OTHER)) == others
-    assert pl.DataFrame(theirs(tables).to_pyarrow_table(filters=[("market", "=", BTC.key)])).select(NAMES).equals(bars())
+    assert (
+        pl.DataFrame(theirs(tables).to_pyarrow_table(filters=[("market", "=", BTC.key)]))
+        .select(NAMES)
+        .equals(bars())
+    )
     assert stored(tables).equals(bars())
     assert stored(tables, OTHER).equals(bars(3))
     for old in range(version + 1):
@@ -483,13 +581,17 @@ def test_old_versions_go_and_those_inside_the_retention_stay(local: DeltaTables)
         local.replace(TABLE, JANUARY, bars(seed))
     age(local, 2, 8)  # what version 1 held was replaced eight days ago
     age(local, 3, 6)
-    orphan = Path(local.uri(TABLE)) / "market=binance%3ABTC-USDT/month=2024-01/of-a-dead-writer.parquet"
+    orphan = (
+        Path(local.uri(TABLE)) / "market=binance%3ABTC-USDT/month=2024-01/of-a-dead-writer.parquet"
+    )
     orphan.write_bytes(b"x" * 1000)
     os.utime(orphan, (0, 0))
     fresh = orphan.with_name("of-a-living-writer.parquet")
     fresh.write_bytes(b"x")
     local = DeltaTables(local.location)
-    first = next(iter(pl.DataFrame(DeltaTable(local.uri(TABLE), version=1).get_add_actions())["size_bytes"]))
+    first = next(
+        iter(pl.DataFrame(DeltaTable(local.uri(TABLE), version=1).get_add_actions())["size_bytes"])
+    )
     would = local.maintain(TABLE, 7, dry_run=True)
     assert (would.files_removed, would.bytes_removed) == (2, 1000 + first)
     assert orphan.exists()
@@ -497,9 +599,14 @@ def test_old_versions_go_and_those_inside_the_retention_stay(local: DeltaTables)
     done = local.maintain(TABLE, 7)
     assert done[1:] == would[1:]
     assert (orphan.exists(), fresh.exists()) == (False, True)
-    assert [stored(local, as_of=version).equals(bars(version)) for version in (2, 3, 4)] == [True] * 3
+    assert [stored(local, as_of=version).equals(bars(version)) for version in (2, 3, 4)] == [
+        True
+    ] * 3
     assert stored(local).equals(bars(4))
-    with pytest.raises(Damaged, match="a file of it cannot be read; it is gone, damaged, or older than the history that is kept"):
+    with pytest.raises(
+        Damaged,
+        match="a file of it cannot be read; it is gone, damaged, or older than the history that is kept",
+    ):
         stored(local, as_of=1)
     assert local.maintain(TABLE, 7).files_removed == 0
 
@@ -510,7 +617,9 @@ def by_duckdb_dataset(table: DeltaTable) -> pl.DataFrame:
 
 
 def by_duckdb_files(table: DeltaTable) -> pl.DataFrame:
-    return duckdb.sql(f"SELECT * FROM read_parquet({table.file_uris()}, hive_partitioning=true)").pl()
+    return duckdb.sql(
+        f"SELECT * FROM read_parquet({table.file_uris()}, hive_partitioning=true)"
+    ).pl()
 
 
 def by_polars(table: DeltaTable) -> pl.DataFrame:
@@ -521,13 +630,22 @@ def by_pandas(table: DeltaTable) -> pl.DataFrame:
     found = table.to_pandas()
     assert isinstance(found["close"].iloc[0], Decimal)
     return pl.DataFrame(
-        {"market": found["market"], "open_time": found["open_time"], "close": pl.Series(found["close"].tolist(), dtype=DECIMAL)}
+        {
+            "market": found["market"],
+            "open_time": found["open_time"],
+            "close": pl.Series(found["close"].tolist(), dtype=DECIMAL),
+        }
     )
 
 
 @pytest.mark.parametrize("read", [by_duckdb_dataset, by_duckdb_files, by_polars, by_pandas])
-def test_everybody_reads_every_digit(local: DeltaTables, read: Callable[[DeltaTable], pl.DataFrame]):
-    wide = [row(moment, close=Decimal("12345678901234567890123456.000000000001")) for moment in minutes(2)]
+def test_everybody_reads_every_digit(
+    local: DeltaTables, read: Callable[[DeltaTable], pl.DataFrame]
+):
+    wide = [
+        row(moment, close=Decimal("12345678901234567890123456.000000000001"))
+        for moment in minutes(2)
+    ]
     local.replace(TABLE, JANUARY, bars(9))
     local.replace(TABLE, JANUARY, bars())
     local.replace(TABLE, OTHER, frame(wide))
@@ -538,20 +656,30 @@ def test_everybody_reads_every_digit(local: DeltaTables, read: Callable[[DeltaTa
 
 
 def test_nothing_in_it_that_spark_does_not_know(local: DeltaTables):
-    """Reader version 1, writer version 2, no feature; what the log says of the columns, byte for byte."""
+    """Reader version 1, writer version 2, no feature; what the log says of the columns, byte for
+    byte.
+    """
     local.replace(TABLE, JANUARY, bars())
     local.merge(TABLE, JANUARY, bars(2, 3), ["close"])
     local.maintain(TABLE, 7)
     assert theirs(local).protocol() == (1, 2, None, None)
     actions = [
-        json.loads(line) for log in sorted(Path(local.uri(TABLE)).glob("_delta_log/*.json")) for line in log.read_text().splitlines()
+        json.loads(line)
+        for log in sorted(Path(local.uri(TABLE)).glob("_delta_log/*.json"))
+        for line in log.read_text().splitlines()
     ]
     metadata = [action["metaData"] for action in actions if "metaData" in action][-1]
-    fields = {field["name"]: field["type"] for field in json.loads(metadata["schemaString"])["fields"]}
+    fields = {
+        field["name"]: field["type"] for field in json.loads(metadata["schemaString"])["fields"]
+    }
     numbers = dict.fromkeys(NAMES[1:], "decimal(38,12)") | {"trades": "long"}
     assert fields == {"market": "string", "month": "string", "open_time": "timestamp", **numbers}
     assert metadata["partitionColumns"] == ["market", "month"]
-    assert {key: value for key, value in metadata["configuration"].items() if "statsColumns" not in key.lower()} == {
+    assert {
+        key: value
+        for key, value in metadata["configuration"].items()
+        if "statsColumns" not in key.lower()
+    } == {
         "delta.deletedFileRetentionDuration": "interval 7 days",
         "delta.logRetentionDuration": "interval 30 days",
     } | {"delta.dataSkippingStatsColumns": "open_time"}
@@ -561,7 +689,7 @@ def test_nothing_in_it_that_spark_does_not_know(local: DeltaTables):
     assert not any(add.get("deletionVector") for add in adds)
 
 
-# --------------------------------------------------------------------------------- stores that refuse
+# --------------------------------------------------------------------------------- stores that refu
 def test_a_damaged_file_is_told_and_mended_by_a_replacement(local: DeltaTables):
     local.replace(TABLE, JANUARY, bars())
     local.replace(TABLE, OTHER, bars(3))
@@ -577,7 +705,9 @@ def test_a_damaged_file_is_told_and_mended_by_a_replacement(local: DeltaTables):
 
 
 def one_clean_line(told: pytest.ExceptionInfo[Exception]) -> bool:
-    return not re.search(r"[\n\x1b]|CANARY|Traceback", str(told.value)) and len(str(told.value)) < 500
+    return (
+        not re.search(r"[\n\x1b]|CANARY|Traceback", str(told.value)) and len(str(told.value)) < 500
+    )
 
 
 def test_a_damaged_log_is_told(local: DeltaTables):
@@ -590,23 +720,36 @@ def test_a_damaged_log_is_told(local: DeltaTables):
 
 def test_a_folder_that_cannot_be_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreFailed, match=r"file/delta/raw/ohlcv_1m: .*mend the folder or set another") as told:
+    with pytest.raises(
+        StoreFailed, match=r"file/delta/raw/ohlcv_1m: .*mend the folder or set another"
+    ) as told:
         DeltaTables(str(tmp_path / "file/delta")).replace(TABLE, JANUARY, bars())
     assert one_clean_line(told)
 
 
 def test_a_bucket_that_is_not_there_is_told(s3: str):
-    for act in (lambda t: t.replace(TABLE, JANUARY, bars()), lambda t: stored(t), lambda t: t.maintain(TABLE, 7)):
-        with pytest.raises(StoreFailed, match=r"^s3://nobodys/raw/ohlcv_1m: NoSuchBucket; check the bucket, AWS_ENDPOINT_URL") as told:
+    for act in (
+        lambda t: t.replace(TABLE, JANUARY, bars()),
+        lambda t: stored(t),
+        lambda t: t.maintain(TABLE, 7),
+    ):
+        with pytest.raises(
+            StoreFailed,
+            match=r"^s3://nobodys/raw/ohlcv_1m: NoSuchBucket; check the bucket, AWS_ENDPOINT_URL",
+        ) as told:
             act(DeltaTables("s3://nobodys"))
         assert one_clean_line(told)
 
 
-def test_a_server_that_is_not_there_is_told_without_the_keys(s3: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_server_that_is_not_there_is_told_without_the_keys(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+):
     with socket.create_server(("127.0.0.1", 0)) as free:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
     tables = DeltaTables("s3://bucket/prefix")
-    with pytest.raises(StoreFailed, match=r"^s3://bucket/prefix/raw/ohlcv_1m: .*refused.*; check the bucket") as told:
+    with pytest.raises(
+        StoreFailed, match=r"^s3://bucket/prefix/raw/ohlcv_1m: .*refused.*; check the bucket"
+    ) as told:
         tables.replace(TABLE, JANUARY, bars())
     assert one_clean_line(told)
 
@@ -624,14 +767,24 @@ BOTH = pytest.mark.parametrize("published", ["duckdb", "parquet"], indirect=True
 
 @pytest.fixture
 def delta_in_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MARKETDATA_DELTA", f"{{location: {tmp_path / 'delta'}, timeframes: [1m, 1h]}}")
+    monkeypatch.setenv(
+        "MARKETDATA_DELTA", f"{{location: {tmp_path / 'delta'}, timeframes: [1m, 1h]}}"
+    )
 
 
 @pytest.fixture
-def published(request: pytest.FixtureRequest, sandbox: Sandbox, universe: Universe, delta_in_folder: None) -> Settings:
+def published(
+    request: pytest.FixtureRequest, sandbox: Sandbox, universe: Universe, delta_in_folder: None
+) -> Settings:
     """Two markets, four days over two months, fetched and rolled up; `delta:` publishes 1m and 1h."""
     rollups = getattr(request, "param", "parquet")
-    made = universe(sandbox[1], symbols="[BTC/USDT, ETH/USDT]", since="2023-11-29", until="2023-12-03", rollups=rollups)
+    made = universe(
+        sandbox[1],
+        symbols="[BTC/USDT, ETH/USDT]",
+        since="2023-11-29",
+        until="2023-12-03",
+        rollups=rollups,
+    )
     run_ingest(made)
     run_derive(made)
     return made
@@ -649,7 +802,9 @@ def test_what_is_stored_is_published(published: Settings):
         done = publish_all(published, timeframe)
         assert [(d.changed, d.error) for d in done] == [(True, None)] * 4
         again = publish_all(published, timeframe)
-        assert [(d.changed, d.rows, d.bytes) for d in again] == [(False, d.rows, d.bytes) for d in done]
+        assert [(d.changed, d.rows, d.bytes) for d in again] == [
+            (False, d.rows, d.bytes) for d in done
+        ]
         assert {d.version for d in again} == {4}
     expected = truth("ETHUSDT", "1m", window("2023-11-29", "2023-12-03"))
     assert tables.read(TABLE, ETH, ALWAYS).select(expected.columns).equals(expected)
@@ -677,7 +832,9 @@ def test_what_is_lost_here_erases_nothing_there(published: Settings):
         file.unlink()
     published.duckdb.unlink(missing_ok=True)
     for timeframe in ("1m", "1h"):
-        assert {(d.version, d.changed) for d in publish_all(published, timeframe)} == {(None, False)}
+        assert {(d.version, d.changed) for d in publish_all(published, timeframe)} == {
+            (None, False)
+        }
     assert DeltaTables(published.delta.location).read(TABLE, BTC, ALWAYS).equals(before)
 
 
@@ -689,7 +846,9 @@ def test_all_tables_are_maintained(published: Settings):
         assert set(maintain(toolbox, dry_run=True)) == {"rollup/ohlcv_1h"}
 
 
-def test_a_place_shared_with_the_lake_is_refused(sandbox: Sandbox, universe: Universe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_place_shared_with_the_lake_is_refused(
+    sandbox: Sandbox, universe: Universe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     """Its cleaning would take the lake's objects for files that no version needs."""
     monkeypatch.setenv("MARKETDATA_DELTA", f"{{location: {tmp_path / 'lake'}, timeframes: [1m]}}")
     with pytest.raises(BadInput, match="is the lake or lies in it"):
@@ -703,13 +862,20 @@ MINUTES, HOURS = dg.AssetKey(["delta", "ohlcv_1m"]), dg.AssetKey(["delta", "ohlc
 
 @pytest.fixture(name="settings")
 def universe_with_delta(sandbox: Sandbox, universe: Universe, delta_in_folder: None) -> Settings:
-    return universe(sandbox[1], symbols="[BTC/USDT, ETH/USDT]", since="2023-11-29", until="2023-12-03")
+    return universe(
+        sandbox[1], symbols="[BTC/USDT, ETH/USDT]", since="2023-11-29", until="2023-12-03"
+    )
 
 
 def definitions(settings: Settings) -> dg.Definitions:
-    """The raw, rolled-up and Delta assets, and the maintenance, as `build_definitions` puts them together."""
+    """The raw, rolled-up and Delta assets, and the maintenance, as `build_definitions` puts them
+    together.
+    """
     grid, silent = market_months(settings), lambda event: None
-    assets = [*(raw_asset(settings, tf, grid, silent) for tf in settings.raw_timeframes), rollup_assets(settings, grid, silent)]
+    assets = [
+        *(raw_asset(settings, tf, grid, silent) for tf in settings.raw_timeframes),
+        rollup_assets(settings, grid, silent),
+    ]
     job, schedule = delta_job_and_schedule(settings)
     return dg.Definitions(
         assets=[*assets, *delta_assets(settings, grid)],
@@ -721,7 +887,9 @@ def definitions(settings: Settings) -> dg.Definitions:
 
 
 def shown(instance: dg.DagsterInstance, key: dg.AssetKey, partition: str) -> dict[str, Any]:
-    records = instance.fetch_materializations(dg.AssetRecordsFilter(asset_key=key, asset_partitions=[partition]), limit=1).records
+    records = instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=key, asset_partitions=[partition]), limit=1
+    ).records
     return {name: value.value for name, value in records[0].asset_materialization.metadata.items()}
 
 
@@ -730,7 +898,9 @@ def test_the_assets_end_to_end(settings: Settings, instance: dg.DagsterInstance)
     keys = [partition.key for partition in partitions(settings)]
     tags = {RANGE_START: keys[0], RANGE_END: keys[-1]}
     for turn in range(2):
-        done = defs.resolve_job_def("everything").execute_in_process(instance=instance, tags=tags, raise_on_error=False)
+        done = defs.resolve_job_def("everything").execute_in_process(
+            instance=instance, tags=tags, raise_on_error=False
+        )
         assert done.success
         for key, table, width in ((MINUTES, TABLE, 1), (HOURS, rollup(TIMEFRAMES["1h"]), 60)):
             assert instance.get_materialized_partitions(key) == set(keys)
@@ -744,40 +914,71 @@ def test_the_assets_end_to_end(settings: Settings, instance: dg.DagsterInstance)
         node = graph.get(key)
         assert (node.group_name, node.kinds) == ("delta", {"deltalake", "parquet"})
         assert node.parent_keys == {dg.AssetKey([source, key.path[-1]])}
-        assert [column.name for column in node.metadata["dagster/column_schema"].columns][:3] == ["market", "month", "open_time"]
+        assert [column.name for column in node.metadata["dagster/column_schema"].columns][:3] == [
+            "market",
+            "month",
+            "open_time",
+        ]
     theirs(DeltaTables(settings.delta.location)).delete(_where(partitions(settings)[0]))
     for dry_run, published in ((True, 0), (False, 1), (False, 0)):
         config = {"ops": {"maintain_tables": {"config": {"dry_run": dry_run}}}}
-        done = defs.resolve_job_def(MAINTAIN).execute_in_process(instance=instance, run_config=config)
+        done = defs.resolve_job_def(MAINTAIN).execute_in_process(
+            instance=instance, run_config=config
+        )
         (event,) = [e for e in done.all_events if e.event_type == dg.DagsterEventType.STEP_OUTPUT]
-        found = {name: value.value for name, value in event.event_specific_data.metadata.items() if name != "tables"}
-        assert found == {"dry_run": dry_run, "partitions_published": published, **dict.fromkeys(NOTHING, 0)}
-        tables = {record.data["table"] for record in event.event_specific_data.metadata["tables"].records}
+        found = {
+            name: value.value
+            for name, value in event.event_specific_data.metadata.items()
+            if name != "tables"
+        }
+        assert found == {
+            "dry_run": dry_run,
+            "partitions_published": published,
+            **dict.fromkeys(NOTHING, 0),
+        }
+        tables = {
+            record.data["table"] for record in event.event_specific_data.metadata["tables"].records
+        }
         assert tables == {"raw/ohlcv_1m", "rollup/ohlcv_1h"}
-        events = [e.asset_key for e in done.all_events if e.event_type == dg.DagsterEventType.ASSET_MATERIALIZATION]
+        events = [
+            e.asset_key
+            for e in done.all_events
+            if e.event_type == dg.DagsterEventType.ASSET_MATERIALIZATION
+        ]
         assert events == [MINUTES] * published
-    assert defs.resolve_schedule_def("maintain_delta_every_night").default_status == dg.DefaultScheduleStatus.RUNNING
+    assert (
+        defs.resolve_schedule_def("maintain_delta_every_night").default_status
+        == dg.DefaultScheduleStatus.RUNNING
+    )
 
 
 def test_a_red_partition_fails_alone(settings: Settings, instance: dg.DagsterInstance):
     run_ingest(settings)
-    next(Path(settings.lake).glob("raw/ohlcv_1m/*BTC*/month=2023-11/data.parquet")).write_bytes(b"garbage")
+    next(Path(settings.lake).glob("raw/ohlcv_1m/*BTC*/month=2023-11/data.parquet")).write_bytes(
+        b"garbage"
+    )
     keys = [partition.key for partition in partitions(settings)]
     job = dg.Definitions(
         assets=delta_assets(settings, market_months(settings)),
         jobs=[dg.define_asset_job("minutes", [MINUTES])],
     ).resolve_job_def("minutes")
-    done = job.execute_in_process(instance=instance, tags={RANGE_START: keys[0], RANGE_END: keys[-1]}, raise_on_error=False)
+    done = job.execute_in_process(
+        instance=instance, tags={RANGE_START: keys[0], RANGE_END: keys[-1]}, raise_on_error=False
+    )
     assert not done.success
     (failure,) = [event for event in done.all_events if event.is_step_failure]
-    assert "1 partitions failed and 3 are stored; first binance:BTC-USDT|2023-11-01: " in str(failure.step_failure_data.user_failure_data)
+    assert "1 partitions failed and 3 are stored; first binance:BTC-USDT|2023-11-01: " in str(
+        failure.step_failure_data.user_failure_data
+    )
     assert instance.get_materialized_partitions(MINUTES) == set(keys[1:])
 
 
 def test_a_timeframe_that_nobody_makes_is_told(monkeypatch: pytest.MonkeyPatch, universe: Universe):
     monkeypatch.setenv("MARKETDATA_DELTA", "{location: s3://bucket/delta, timeframes: [1m]}")
     hourly = universe("http://127.0.0.1:1", extra="base: 1h")
-    with pytest.raises(BadInput, match="publishes 1m, but there are no such bars; choose of 1h 4h 12h 1d 1w"):
+    with pytest.raises(
+        BadInput, match="publishes 1m, but there are no such bars; choose of 1h 4h 12h 1d 1w"
+    ):
         delta_assets(hourly, market_months(hourly))
     monkeypatch.delenv("MARKETDATA_DELTA")
     without = universe("http://127.0.0.1:1")
@@ -785,4 +986,11 @@ def test_a_timeframe_that_nobody_makes_is_told(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_columns_of_a_table():
-    assert list(columns_of(WEEKS)) == ["market", "month", *NAMES, "vwap", "bars_expected", "bars_present"]
+    assert list(columns_of(WEEKS)) == [
+        "market",
+        "month",
+        *NAMES,
+        "vwap",
+        "bars_expected",
+        "bars_present",
+    ]

@@ -1,4 +1,6 @@
-"""`deploy/` is right without a cluster: every file is rendered and read by what will read it (Kubernetes' models, Dagster, our CLI)."""
+"""`deploy/` is right without a cluster: every file is rendered and read by what will read it
+(Kubernetes' models, Dagster, our CLI).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ from moto.server import ThreadedMotoServer
 from typer.main import get_command
 
 from marketdata_assets.cli.main import app
-from marketdata_assets.settings import load_settings
+from marketdata_assets.settings.universe import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -43,12 +45,20 @@ VALUES = yaml.safe_load((K8S / "values.yaml").read_text())
 USER = 10001
 
 
-# --------------------------------------------------------------------------------- Kubernetes' own models, strictly
-PLAIN: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float), "datetime": str}
+# --------------------------------------------------------------------------------- Kubernetes' own
+PLAIN: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "float": (int, float),
+    "datetime": str,
+}
 
 
 def faults(value: Any, kind: str, place: str) -> Iterator[str]:
-    """What the API server would refuse or ignore: unknown fields, wrong types, missing fields. `kind` as the models write it."""
+    """What the API server would refuse or ignore: unknown fields, wrong types, missing fields. `kind`
+    as the models write it.
+    """
     if kind == "object" or value is None:
         return
     many = re.fullmatch(r"(list|dict)[\[(](?:str, )?(.+)[\])]", kind)
@@ -68,7 +78,9 @@ def _model_faults(value: dict[str, Any], model: Any, place: str) -> Iterator[str
         yield f"{place}.{name}: {model.__name__} has no such field"
     known = {fields[name]: item for name, item in value.items() if name in fields}
     for attribute, item in known.items():
-        yield from faults(item, model.openapi_types[attribute], f"{place}.{model.attribute_map[attribute]}")
+        yield from faults(
+            item, model.openapi_types[attribute], f"{place}.{model.attribute_map[attribute]}"
+        )
     try:
         model(**known)  # the models know what is required
     except ValueError as error:
@@ -82,13 +94,15 @@ def check(document: dict[str, Any]) -> list[str]:
     return list(faults(document, f"V1{document['kind']}", document["kind"]))
 
 
-# --------------------------------------------------------------------------------- what `kubectl apply --kustomize` sends
+# --------------------------------------------------------------------------------- what `kubectl ap
 def documents(name: str) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all((K8S / name).read_text()) if document]
 
 
 def env_file(text: str) -> dict[str, str]:
-    return dict(line.split("=", 1) for line in text.splitlines() if line and not line.startswith("#"))
+    return dict(
+        line.split("=", 1) for line in text.splitlines() if line and not line.startswith("#")
+    )
 
 
 KUSTOMIZATION = yaml.safe_load((K8S / "kustomization.yaml").read_text())
@@ -96,7 +110,9 @@ ENVIRONMENT = env_file((K8S / "environment.env").read_text())
 
 
 def rendered() -> list[dict[str, Any]]:
-    """Our reading of kustomization.yaml; `test_kustomize_agrees` compares it with the real one where there is a kubectl."""
+    """Our reading of kustomization.yaml; `test_kustomize_agrees` compares it with the real one where
+    there is a kubectl.
+    """
     found = [document for name in KUSTOMIZATION["resources"] for document in documents(name)]
     for entry in KUSTOMIZATION["configMapGenerator"]:
         data = {Path(name).name: (K8S / name).read_text() for name in entry.get("files", [])}
@@ -123,18 +139,29 @@ def names(kind: str) -> set[str]:
 def test_every_manifest_is_valid() -> None:
     assert [fault for document in [*RENDERED, SECRET] for fault in check(document)] == []
     assert set(DEPLOYMENTS) == {"web", "daemon"}
-    assert all(d["metadata"].get("namespace", "marketdata") == "marketdata" for d in [*RENDERED, SECRET])
+    assert all(
+        d["metadata"].get("namespace", "marketdata") == "marketdata" for d in [*RENDERED, SECRET]
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda spec: spec["containers"][0].update(livenesProbe={}), "livenesProbe: V1Container has no such field"),
+        (
+            lambda spec: spec["containers"][0].update(livenesProbe={}),
+            "livenesProbe: V1Container has no such field",
+        ),
         (lambda spec: spec["containers"][0].pop("name"), "Invalid value for `name`"),
         (lambda spec: spec.update(terminationGracePeriodSeconds="60"), "int is expected"),
         (lambda spec: spec["containers"][0].update(command="marketdata"), "list[str] is expected"),
-        (lambda spec: spec["containers"][0]["resources"]["limits"].update(cpu=1), "str is expected"),
-        (lambda spec: spec["securityContext"].update(seccompProfile="RuntimeDefault"), "V1SeccompProfile is expected"),
+        (
+            lambda spec: spec["containers"][0]["resources"]["limits"].update(cpu=1),
+            "str is expected",
+        ),
+        (
+            lambda spec: spec["securityContext"].update(seccompProfile="RuntimeDefault"),
+            "V1SeccompProfile is expected",
+        ),
     ],
 )
 def test_the_validator_can_fail(change: Any, says: str) -> None:
@@ -144,7 +171,11 @@ def test_the_validator_can_fail(change: Any, says: str) -> None:
 
 
 def test_kustomization_names_every_manifest() -> None:
-    generated = {file for entry in KUSTOMIZATION["configMapGenerator"] for file in [*entry.get("files", []), *entry.get("envs", [])]}
+    generated = {
+        file
+        for entry in KUSTOMIZATION["configMapGenerator"]
+        for file in [*entry.get("files", []), *entry.get("envs", [])]
+    }
     listed = {*KUSTOMIZATION["resources"], *generated}
     others = {"kustomization.yaml", "secret.example.yaml", "values.yaml"}
     assert listed | others == {file.name for file in K8S.iterdir() if file.name != "secret.yaml"}
@@ -156,9 +187,15 @@ def test_kustomize_agrees(tmp_path: Path) -> None:
     """Another image in environment.env reaches every container; all else is as we read it."""
     folder = Path(shutil.copytree(K8S, tmp_path / "k"))
     file = folder / "environment.env"
-    file.write_text(file.read_text().replace(ENVIRONMENT["MARKETDATA_IMAGE"], "other.example.com/image:9"))
-    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True)
-    expected = json.loads(json.dumps(RENDERED).replace(ENVIRONMENT["MARKETDATA_IMAGE"], "other.example.com/image:9"))
+    file.write_text(
+        file.read_text().replace(ENVIRONMENT["MARKETDATA_IMAGE"], "other.example.com/image:9")
+    )
+    done = subprocess.run(
+        ["kubectl", "kustomize", folder], capture_output=True, text=True, check=True
+    )
+    expected = json.loads(
+        json.dumps(RENDERED).replace(ENVIRONMENT["MARKETDATA_IMAGE"], "other.example.com/image:9")
+    )
     assert sorted(map(_sorted, yaml.safe_load_all(done.stdout))) == sorted(map(_sorted, expected))
 
 
@@ -166,7 +203,7 @@ def _sorted(document: Any) -> str:
     return json.dumps(document, sort_keys=True)
 
 
-# --------------------------------------------------------------------------------- what every pod has to be
+# --------------------------------------------------------------------------------- what every pod h
 def check_pod(spec: dict[str, Any], long_running: bool) -> None:
     security = spec["securityContext"]
     assert security["runAsNonRoot"] is True
@@ -176,15 +213,27 @@ def check_pod(spec: dict[str, Any], long_running: bool) -> None:
     maps = {v["configMap"]["name"] for v in spec["volumes"] if "configMap" in v}
     for container in spec["containers"]:
         own = container["securityContext"]
-        assert own == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+        assert own == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
         assert container["resources"]["limits"]["memory"]
         assert container["resources"]["requests"].keys() == {"cpu", "memory"}
         assert container["image"] == ENVIRONMENT["MARKETDATA_IMAGE"]
-        assert {m["mountPath"] for m in container["volumeMounts"]} == {"/etc/marketdata", "/state", "/tmp"}
-        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in spec["volumes"]}
+        assert {m["mountPath"] for m in container["volumeMounts"]} == {
+            "/etc/marketdata",
+            "/state",
+            "/tmp",
+        }
+        assert {m["name"] for m in container["volumeMounts"]} == {
+            v["name"] for v in spec["volumes"]
+        }
         assert not long_running or {"livenessProbe", "readinessProbe"} <= container.keys()
         maps |= {e["configMapRef"]["name"] for e in container["envFrom"] if "configMapRef" in e}
-        assert {e["secretRef"]["name"] for e in container["envFrom"] if "secretRef" in e} == {SECRET["metadata"]["name"]}
+        assert {e["secretRef"]["name"] for e in container["envFrom"] if "secretRef" in e} == {
+            SECRET["metadata"]["name"]
+        }
     assert maps == names("ConfigMap")
 
 
@@ -206,22 +255,43 @@ def test_references_resolve() -> None:
     assert all(not selector or selector["matchLabels"] in labels for selector in selectors)
     binding = by_kind["RoleBinding"]
     assert binding["roleRef"]["name"] in names("Role")
-    assert [(s["name"], s["namespace"]) for s in binding["subjects"]] == [("marketdata", "marketdata")]
+    assert [(s["name"], s["namespace"]) for s in binding["subjects"]] == [
+        ("marketdata", "marketdata")
+    ]
 
 
 def test_access_is_what_the_launcher_calls() -> None:
     role = next(d for d in RENDERED if d["kind"] == "Role")
-    allowed = {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
-    assert allowed >= {("jobs", "create"), ("jobs", "delete"), ("jobs", "list"), ("jobs/status", "get")}
+    allowed = {
+        (resource, verb)
+        for rule in role["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert allowed >= {
+        ("jobs", "create"),
+        ("jobs", "delete"),
+        ("jobs", "list"),
+        ("jobs/status", "get"),
+    }
     assert allowed >= {("pods", "list"), ("pods", "get"), ("pods/log", "get"), ("events", "list")}
     assert not any("*" in pair or pair[0] == "secrets" for pair in allowed)
-    assert {verb for resource, verb in allowed if not resource.startswith("jobs")} == {"get", "list", "watch"}
+    assert {verb for resource, verb in allowed if not resource.startswith("jobs")} == {
+        "get",
+        "list",
+        "watch",
+    }
 
 
-# --------------------------------------------------------------------------------- Dagster reads its settings and makes a run
+# --------------------------------------------------------------------------------- Dagster reads it
 @pytest.fixture
 def instance_ref(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InstanceRef:
-    for key, value in {**ENVIRONMENT, "PGPASSWORD": "hunter2/&", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}.items():
+    for key, value in {
+        **ENVIRONMENT,
+        "PGPASSWORD": "hunter2/&",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+    }.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr("dagster_k8s.launcher.load_kubernetes_config", lambda **_: None)
     shutil.copy(K8S / "dagster.yaml", tmp_path)
@@ -231,9 +301,15 @@ def instance_ref(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InstanceRef
 def test_dagster_loads_the_settings(instance_ref: InstanceRef) -> None:
     assert instance_ref.event_storage_data.class_name == "PooledPostgresEventLogStorage"
     config = yaml.safe_load((K8S / "dagster.yaml").read_text())["event_log_storage"]["config"]
-    fields = {key: ENVIRONMENT[value["env"]] for key, value in config["postgres_db"].items() if key not in ("scheme", "password")}
+    fields = {
+        key: ENVIRONMENT[value["env"]]
+        for key, value in config["postgres_db"].items()
+        if key not in ("scheme", "password")
+    }
     url = pg_url_from_config({"postgres_db": {**fields, "scheme": config["postgres_db"]["scheme"]}})
-    assert url == ENVIRONMENT["MARKETDATA_DATABASE"].replace("postgresql://", "postgresql+psycopg2://"), "ledger and Dagster: one database"
+    assert url == ENVIRONMENT["MARKETDATA_DATABASE"].replace(
+        "postgresql://", "postgresql+psycopg2://"
+    ), "ledger and Dagster: one database"
     logs = instance_ref.compute_log_manager
     assert isinstance(logs, S3ComputeLogManager)
     assert logs._s3_bucket == ENVIRONMENT["MARKETDATA_LOGS_BUCKET"]
@@ -250,7 +326,10 @@ def test_limits_are_the_built_in_ones_but_wider() -> None:
     runs, most = ours["concurrency"]["runs"], built_in["concurrency"]["runs"]
     (limit,), (narrow,) = runs["tag_concurrency_limits"], most["tag_concurrency_limits"]
     assert (limit["key"], limit["value"]) == (narrow["key"], narrow["value"])
-    assert runs["max_concurrent_runs"] - limit["limit"] >= most["max_concurrent_runs"] - narrow["limit"], "places for the open month"
+    assert (
+        runs["max_concurrent_runs"] - limit["limit"]
+        >= most["max_concurrent_runs"] - narrow["limit"]
+    ), "places for the open month"
 
 
 class _Cluster:
@@ -263,13 +342,19 @@ class _Cluster:
         self.jobs.append((namespace, client.ApiClient().sanitize_for_serialization(body)))
 
 
-def launch(instance: dg.DagsterInstance, launcher: Any, module: ModuleCodePointer) -> tuple[str, dict[str, Any]]:
+def launch(
+    instance: dg.DagsterInstance, launcher: Any, module: ModuleCodePointer
+) -> tuple[str, dict[str, Any]]:
     cluster = launcher._api_client = _Cluster()
     if not launcher.has_instance:
         launcher.register_instance(instance)
-    origin = JobPythonOrigin("ingest", RepositoryPythonOrigin(sys.executable, module, entry_point=["dagster"]))
+    origin = JobPythonOrigin(
+        "ingest", RepositoryPythonOrigin(sys.executable, module, entry_point=["dagster"])
+    )
     job = module.load_target().resolve_job_def("ingest")
-    run = instance.create_run_for_job(job, job_code_origin=origin, status=dg.DagsterRunStatus.NOT_STARTED)
+    run = instance.create_run_for_job(
+        job, job_code_origin=origin, status=dg.DagsterRunStatus.NOT_STARTED
+    )
     launcher.launch_run(LaunchRunContext(run, workspace=None))
     ((namespace, manifest),) = cluster.jobs
     assert namespace == "marketdata"
@@ -309,68 +394,127 @@ def test_a_run_is_a_valid_job(instance_ref: InstanceRef, code: ModuleCodePointer
     assert job["spec"]["ttlSecondsAfterFinished"] > 0
     assert job["spec"]["backoffLimit"] == 0
     pod = job["spec"]["template"]["spec"]
-    assert (pod["serviceAccountName"], pod["automountServiceAccountToken"]) == ("marketdata-run", False)
+    assert (pod["serviceAccountName"], pod["automountServiceAccountToken"]) == (
+        "marketdata-run",
+        False,
+    )
     (container,) = pod["containers"]
     assert container["args"][:3] == ["dagster", "api", "execute_run"]
     assert "hunter2" not in json.dumps(job)
 
 
 def test_a_run_needs_nothing_but_its_pod(
-    database: str, instance_ref: InstanceRef, code: ModuleCodePointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: str,
+    instance_ref: InstanceRef,
+    code: ModuleCodePointer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The Job's own command, with its environment alone: state in a real PostgreSQL, output in S3, no folder of the daemon's."""
+    """The Job's own command, with its environment alone: state in a real PostgreSQL, output in S3, no
+    folder of the daemon's.
+    """
     parts, s3 = urlsplit(database), ThreadedMotoServer(port=0)
     s3.start()
     host, port = s3.get_host_and_port()
-    variables = {"PGHOST": "", "PGUSER": str(parts.username), "PGDATABASE": parts.path[1:], "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    variables = {
+        "PGHOST": "",
+        "PGUSER": str(parts.username),
+        "PGDATABASE": parts.path[1:],
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
     boto3.client("s3").create_bucket(Bucket=ENVIRONMENT["MARKETDATA_LOGS_BUCKET"])
     home = tmp_path / "home"
     home.mkdir()
     socket = f"params: {{ host: {parse_qs(parts.query)['host'][0]} }}"  # the test's server listens on no port
-    (home / "dagster.yaml").write_text((K8S / "dagster.yaml").read_text().replace("postgres_db:\n", f"postgres_db:\n      {socket}\n"))
+    (home / "dagster.yaml").write_text(
+        (K8S / "dagster.yaml")
+        .read_text()
+        .replace("postgres_db:\n", f"postgres_db:\n      {socket}\n")
+    )
     with dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home))) as instance:
         run_id, job = launch(instance, instance.run_launcher, code)
         home.rename(tmp_path / "of the daemon")
         (container,) = job["spec"]["template"]["spec"]["containers"]
-        given = {entry["name"]: entry["value"] for entry in container["env"]} | {"DAGSTER_HOME": str(tmp_path)}
+        given = {entry["name"]: entry["value"] for entry in container["env"]} | {
+            "DAGSTER_HOME": str(tmp_path)
+        }
         secret = {"PGPASSWORD": "x", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
         path = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(tmp_path)}
-        done = subprocess.run(container["args"], env=ENVIRONMENT | secret | given | variables | path, capture_output=True, text=True)
+        done = subprocess.run(
+            container["args"],
+            env=ENVIRONMENT | secret | given | variables | path,
+            capture_output=True,
+            text=True,
+        )
         run = instance.get_run_by_id(run_id)
         assert run is not None
         assert run.status is dg.DagsterRunStatus.SUCCESS, done.stderr[-2000:]
-        logs = boto3.client("s3").list_objects_v2(Bucket=ENVIRONMENT["MARKETDATA_LOGS_BUCKET"])["Contents"]
+        logs = boto3.client("s3").list_objects_v2(Bucket=ENVIRONMENT["MARKETDATA_LOGS_BUCKET"])[
+            "Contents"
+        ]
         assert [f"{run_id}/compute_logs" in entry["Key"] for entry in logs] == [True, True]
     s3.stop()
 
 
 def test_helm_values_say_the_same() -> None:
-    """What the official chart makes of values.yaml for its launcher is what our dagster.yaml says, and Dagster accepts it."""
+    """What the official chart makes of values.yaml for its launcher is what our dagster.yaml says, and
+    Dagster accepts it.
+    """
     ours = yaml.safe_load((K8S / "dagster.yaml").read_text())
     helm = VALUES["runLauncher"]["config"]["k8sRunLauncher"]
-    config = {re.sub(r"[A-Z]|(?<=[a-z])8", lambda m: "_" + m[0].lower() if m[0].isalpha() else m[0], k): v for k, v in helm.items()}
-    config = {k: [e["name"] for e in v] if k in ("env_config_maps", "env_secrets") else v for k, v in config.items()}
-    config["run_k8s_config"] = {re.sub("[A-Z]", lambda m: "_" + m[0].lower(), k): v for k, v in config.pop("run_k8s_config").items()}
+    config = {
+        re.sub(r"[A-Z]|(?<=[a-z])8", lambda m: "_" + m[0].lower() if m[0].isalpha() else m[0], k): v
+        for k, v in helm.items()
+    }
+    config = {
+        k: [e["name"] for e in v] if k in ("env_config_maps", "env_secrets") else v
+        for k, v in config.items()
+    }
+    config["run_k8s_config"] = {
+        re.sub("[A-Z]", lambda m: "_" + m[0].lower(), k): v
+        for k, v in config.pop("run_k8s_config").items()
+    }
     expected = ours["run_launcher"]["config"]
-    assert {k: config[k] for k in config.keys() & expected.keys()} == {k: expected[k] for k in config.keys() & expected.keys()}
+    assert {k: config[k] for k in config.keys() & expected.keys()} == {
+        k: expected[k] for k in config.keys() & expected.keys()
+    }
     assert len(config.keys() & expected.keys()) == 8
-    accepted = process_config(K8sRunLauncher.config_type(), {**config, "instance_config_map": "dagster-instance"})
+    accepted = process_config(
+        K8sRunLauncher.config_type(), {**config, "instance_config_map": "dagster-instance"}
+    )
     assert accepted.success, accepted.errors
-    runs, queue = ours["concurrency"]["runs"], VALUES["dagsterDaemon"]["runCoordinator"]["config"]["queuedRunCoordinator"]
-    assert (queue["maxConcurrentRuns"], queue["tagConcurrencyLimits"]) == (runs["max_concurrent_runs"], runs["tag_concurrency_limits"])
-    monitoring = {re.sub("[A-Z]", lambda m: "_" + m[0].lower(), k): v for k, v in VALUES["dagsterDaemon"]["runMonitoring"].items()}
+    runs, queue = (
+        ours["concurrency"]["runs"],
+        VALUES["dagsterDaemon"]["runCoordinator"]["config"]["queuedRunCoordinator"],
+    )
+    assert (queue["maxConcurrentRuns"], queue["tagConcurrencyLimits"]) == (
+        runs["max_concurrent_runs"],
+        runs["tag_concurrency_limits"],
+    )
+    monitoring = {
+        re.sub("[A-Z]", lambda m: "_" + m[0].lower(), k): v
+        for k, v in VALUES["dagsterDaemon"]["runMonitoring"].items()
+    }
     assert monitoring == ours["run_monitoring"]
     database = VALUES["postgresql"]
-    assert (database["enabled"], database["postgresqlPassword"], database["postgresqlHost"]) == (False, "", ENVIRONMENT["PGHOST"])
-    assert database["postgresqlScheme"] == ours["event_log_storage"]["config"]["postgres_db"]["scheme"]
+    assert (database["enabled"], database["postgresqlPassword"], database["postgresqlHost"]) == (
+        False,
+        "",
+        ENVIRONMENT["PGHOST"],
+    )
+    assert (
+        database["postgresqlScheme"] == ours["event_log_storage"]["config"]["postgres_db"]["scheme"]
+    )
 
 
 def test_helm_pods() -> None:
     (deployment,) = VALUES["dagster-user-deployments"]["deployments"]
     for pod in (deployment, VALUES["dagsterWebserver"], VALUES["dagsterDaemon"]):
-        assert f"{pod['image']['repository']}:{pod['image']['tag']}" == ENVIRONMENT["MARKETDATA_IMAGE"]
+        assert (
+            f"{pod['image']['repository']}:{pod['image']['tag']}" == ENVIRONMENT["MARKETDATA_IMAGE"]
+        )
         assert pod["podSecurityContext"]["runAsNonRoot"] is True
         assert list(faults(pod["podSecurityContext"], "V1PodSecurityContext", "pod")) == []
         assert list(faults(pod["securityContext"], "V1SecurityContext", "container")) == []
@@ -381,8 +525,32 @@ def test_helm_pods() -> None:
 
 # --------------------------------------------------------------------------------- Compose
 SERVICE_KEYS = {
-    *("image", "build", "hostname", "user", "init", "read_only", "cap_drop", "security_opt", "restart", "stop_grace_period", "mem_limit"),
-    *("shm_size", "networks", "ports", "configs", "volumes", "tmpfs", "environment", "command", "healthcheck", "depends_on", "deploy"),
+    *(
+        "image",
+        "build",
+        "hostname",
+        "user",
+        "init",
+        "read_only",
+        "cap_drop",
+        "security_opt",
+        "restart",
+        "stop_grace_period",
+        "mem_limit",
+    ),
+    *(
+        "shm_size",
+        "networks",
+        "ports",
+        "configs",
+        "volumes",
+        "tmpfs",
+        "environment",
+        "command",
+        "healthcheck",
+        "depends_on",
+        "deploy",
+    ),
     "logging",
 }
 
@@ -414,12 +582,18 @@ def test_compose_secrets_have_no_default() -> None:
     example = (DEPLOY / ".env.example").read_text()
     assert env_file(example) == dict.fromkeys(asked, ""), "required ones are there and empty"
     optional = set(re.findall(r"^# (\w+)=$", example, re.M))
-    passed_on = {key for key, value in COMPOSE["services"]["web"]["environment"].items() if value is None}
+    passed_on = {
+        key for key, value in COMPOSE["services"]["web"]["environment"].items() if value is None
+    }
     assert optional == passed_on | set(re.findall(r"\$\{(\w+):-", text))
 
 
 def interpolate(text: str) -> str:
-    return re.sub(r"\$\{(\w+):[?-][^}]*\}", lambda m: {"MARKETDATA_LAKE": "s3://bucket/prefix"}.get(m[1], "s3cret"), text)
+    return re.sub(
+        r"\$\{(\w+):[?-][^}]*\}",
+        lambda m: {"MARKETDATA_LAKE": "s3://bucket/prefix"}.get(m[1], "s3cret"),
+        text,
+    )
 
 
 IMAGE_ENV = dict(re.findall(r"(MARKETDATA_\w+)=(\S+)", (DEPLOY / "Dockerfile").read_text()))
@@ -428,7 +602,11 @@ IMAGE_ENV = dict(re.findall(r"(MARKETDATA_\w+)=(\S+)", (DEPLOY / "Dockerfile").r
 @pytest.mark.parametrize("where", ["compose", "kubernetes"])
 def test_the_universe_loads(where: str) -> None:
     """The variables of a container and its universe make settings that many workers can share."""
-    compose = {k: interpolate(v) for k, v in COMPOSE["services"]["worker"]["environment"].items() if v is not None}
+    compose = {
+        k: interpolate(v)
+        for k, v in COMPOSE["services"]["worker"]["environment"].items()
+        if v is not None
+    }
     environ = {**IMAGE_ENV, **(compose if where == "compose" else ENVIRONMENT)}
     file = ROOT / "data" / "universe.yaml" if where == "compose" else K8S / "universe.yaml"
     settings = load_settings({**environ, "MARKETDATA_UNIVERSE": str(file)})
@@ -438,10 +616,14 @@ def test_the_universe_loads(where: str) -> None:
     assert settings.database.startswith("postgresql://marketdata@postgres")
     assert settings.broker == ("redis://:s3cret@redis:6379/0" if where == "compose" else None)
     config = "/etc/marketdata/universe.yaml"
-    assert config == IMAGE_ENV["MARKETDATA_UNIVERSE"] == COMPOSE["services"]["worker"]["configs"][0]["target"]
+    assert (
+        config
+        == IMAGE_ENV["MARKETDATA_UNIVERSE"]
+        == COMPOSE["services"]["worker"]["configs"][0]["target"]
+    )
 
 
-# --------------------------------------------------------------------------------- image, commands, secrets, words
+# --------------------------------------------------------------------------------- image, commands,
 def test_dockerfile() -> None:
     text = re.sub(r"\\\n\s*", "", (DEPLOY / "Dockerfile").read_text())
     steps = [line.split(None, 1) for line in text.splitlines() if line and not line.startswith("#")]
@@ -450,16 +632,30 @@ def test_dockerfile() -> None:
     assert len(set(bases)) == 1
     assert re.fullmatch(r"python:3\.\d+-slim-\w+", bases[0])
     assert [rest for step, rest in steps if step == "USER"][-1] == f"{USER}:{USER}"
-    assert "ENTRYPOINT" not in {step for step, _ in steps}, "the arguments of a run are a whole command"
-    ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert "ENTRYPOINT" not in {step for step, _ in steps}, (
+        "the arguments of a run are a whole command"
+    )
+    ignored = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert ignored[0] == "*"
-    sources = {s for step, rest in steps if step == "COPY" and not rest.startswith("--from") for s in rest.split()[:-1]}
+    sources = {
+        s
+        for step, rest in steps
+        if step == "COPY" and not rest.startswith("--from")
+        for s in rest.split()[:-1]
+    }
     assert sources == {line[1:] for line in ignored if line.startswith("!")}
     assert all((ROOT / source).exists() for source in sources)
     assert not any(fnmatch.fnmatch(source, "*.env") for source in sources)
     extras = set(re.search(r'"\.\[([\w,]+)\]"', text)[1].split(","))  # type: ignore[index]
     assert {"workers", "kubernetes"} <= extras
-    assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for extra in extras)
+    assert all(
+        re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+        for extra in extras
+    )
 
 
 def commands() -> Iterator[list[str]]:
@@ -470,12 +666,18 @@ def commands() -> Iterator[list[str]]:
     for deployment in DEPLOYMENTS.values():
         (container,) = deployment["spec"]["template"]["spec"]["containers"]
         yield container["command"]
-        yield from (container[p]["exec"]["command"] for p in container if p.endswith("Probe") and "exec" in container[p])
+        yield from (
+            container[p]["exec"]["command"]
+            for p in container
+            if p.endswith("Probe") and "exec" in container[p]
+        )
     for line in re.findall(r"^marketdata .*", (DEPLOY / "README.md").read_text(), re.M):
         yield shlex.split(line)
 
 
-@pytest.mark.parametrize("command", sorted({" ".join(c) for c in commands() if c[0] == "marketdata"}))
+@pytest.mark.parametrize(
+    "command", sorted({" ".join(c) for c in commands() if c[0] == "marketdata"})
+)
 def test_every_command_exists(command: str) -> None:
     """Parsed by the CLI itself: name, arguments and options."""
     _, name, *arguments = command.split()
@@ -487,22 +689,40 @@ def test_every_command_exists(command: str) -> None:
 def secrets_in(text: str) -> list[str]:
     """Values that stand where a secret belongs; `${NAME...}` and `{ env: NAME }` are none."""
     text = re.sub(r"\$\{[^}]*\}", "$", text)
-    named = re.findall(r"(?im)^[^#\n]*?(\w*(?:password|passwd|cli_auth|access_key|token)[:=] *[^\s#]+)", text)
-    known = [*re.findall(r"AKIA\w+|BEGIN [A-Z ]*PRIVATE", text), *re.findall(r"://\w*:(?!password@|\$@)[^@/\s]+@", text)]
+    named = re.findall(
+        r"(?im)^[^#\n]*?(\w*(?:password|passwd|cli_auth|access_key|token)[:=] *[^\s#]+)", text
+    )
+    known = [
+        *re.findall(r"AKIA\w+|BEGIN [A-Z ]*PRIVATE", text),
+        *re.findall(r"://\w*:(?!password@|\$@)[^@/\s]+@", text),
+    ]
     return [n for n in named if not re.search(r'[:=] *(\$|""|\{|~|false)$', n)] + known
 
 
 @pytest.mark.parametrize(
-    "text", ["PASSWORD: admin", "a_password=x", "u: redis://:pw@host", "postgresql://me:pw@h/d", "AWS_SECRET_ACCESS_KEY: k"]
+    "text",
+    [
+        "PASSWORD: admin",
+        "a_password=x",
+        "u: redis://:pw@host",
+        "postgresql://me:pw@h/d",
+        "AWS_SECRET_ACCESS_KEY: k",
+    ],
 )
 def test_the_search_for_secrets_finds_them(text: str) -> None:
     assert secrets_in(text)
 
 
 def test_no_secret_is_written_anywhere() -> None:
-    files = [file for file in DEPLOY.rglob("*") if file.is_file() and file.name not in (".env", "secret.yaml")]
+    files = [
+        file
+        for file in DEPLOY.rglob("*")
+        if file.is_file() and file.name not in (".env", "secret.yaml")
+    ]
     assert len(files) > 15
-    assert {file.name: secrets_in(file.read_text()) for file in files} == {file.name: [] for file in files}
+    assert {file.name: secrets_in(file.read_text()) for file in files} == {
+        file.name: [] for file in files
+    }
     assert set(SECRET["stringData"].values()) == {""}
     assert {"secret.yaml", ".env"} <= set((DEPLOY / ".gitignore").read_text().split())
 

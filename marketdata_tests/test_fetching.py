@@ -1,4 +1,6 @@
-"""Fetching through real ccxt from real HTTP servers: exact numbers, closed bars, clear errors, no secret anywhere."""
+"""Fetching through real ccxt from real HTTP servers: exact numbers, closed bars, clear errors, no
+secret anywhere.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,26 @@ from aiohttp import web
 from marketdata_assets.errors import BadInput, MarketDataError, Retry, VenueDown, VenueRefused, Wait
 from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import TIMEFRAMES, Timeframe, Window
-from marketdata_assets.settings import Venue
+from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
+from marketdata_assets.model.window import Window
+from marketdata_assets.settings.universe import Venue
 from marketdata_assets.sources import ccxt_rest
 from marketdata_assets.sources.base import Fetched
 from marketdata_assets.sources.ccxt_rest import CcxtSource
-from marketdata_assets.sources.sandbox import SandboxExchange, running
-from marketdata_assets.sources.sandbox_bars import klines, truth
+from marketdata_assets.sources.sandbox.bars import klines, truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 from marketdata_tests.conftest import SANDBOX_NOW, Universe, needs_shared
-from marketdata_tests.steps import assert_bars, at, bar_requests, coinbase, ms, run_ingest, serving, stored_bars, window
+from marketdata_tests.steps import (
+    assert_bars,
+    at,
+    bar_requests,
+    coinbase,
+    ms,
+    run_ingest,
+    serving,
+    stored_bars,
+    window,
+)
 
 BTC = Market("binance", "BTC/USDT")
 MINUTE = TIMEFRAMES["1m"]
@@ -43,7 +56,12 @@ def venue(name: str, url: str, *symbols: str) -> Venue:
 
 
 def fetch(
-    wanted: Venue, span: Window, symbol: str | None = None, timeframe: Timeframe = MINUTE, deadline: float = 15.0, times: int = 1
+    wanted: Venue,
+    span: Window,
+    symbol: str | None = None,
+    timeframe: Timeframe = MINUTE,
+    deadline: float = 15.0,
+    times: int = 1,
 ) -> Fetched:
     """One page by a source of its own."""
 
@@ -51,7 +69,9 @@ def fetch(
         source = CcxtSource(wanted, deadline)
         try:
             for _ in range(times):
-                fetched = await source.fetch(Market(wanted.name, symbol or wanted.symbols[0]), timeframe, span)
+                fetched = await source.fetch(
+                    Market(wanted.name, symbol or wanted.symbols[0]), timeframe, span
+                )
             return fetched
         finally:
             await source.close()
@@ -59,35 +79,53 @@ def fetch(
     return asyncio.run(visit())
 
 
-# ------------------------------------------------------------------------------------------------------ exact numbers
+# --------------------------------------------------------------------------------------------------
 
 
 def test_binance_rows_are_the_texts_that_were_sent(sandbox: Sandbox) -> None:
     """All ten columns, digit by digit and zero by zero; nothing was a float on the way."""
     fetched = fetch(venue("binance", sandbox[1]), window("2024-01-07T23:00", "2024-01-08T01:00"))
-    rows = klines("BTCUSDT", "1m", ms("2024-01-07T23:00"), ms("2024-01-08T00:59"), 1000, SANDBOX_NOW)
+    rows = klines(
+        "BTCUSDT", "1m", ms("2024-01-07T23:00"), ms("2024-01-08T00:59"), 1000, SANDBOX_NOW
+    )
     assert fetched.rows.columns == list(NAMES)
-    assert fetched.rows.dtypes == [pl.Int64() if name in ("open_time", "trades") else pl.String() for name in NAMES]
+    assert fetched.rows.dtypes == [
+        pl.Int64() if name in ("open_time", "trades") else pl.String() for name in NAMES
+    ]
     assert fetched.rows.rows() == [(*row[:6], *row[7:11]) for row in rows]
     assert len(rows) == 120
     (request,) = fetched.requests
-    assert (request.kind, request.outcome, request.status, request.rows, request.error) == ("bars", "answered", 200, 120, None)
+    assert (request.kind, request.outcome, request.status, request.rows, request.error) == (
+        "bars",
+        "answered",
+        200,
+        120,
+        None,
+    )
 
 
 @pytest.mark.parametrize("interval", ["1m", "1h", "1w"])
 def test_every_timeframe_is_the_venues_own(sandbox: Sandbox, interval: str) -> None:
-    span = window("2023-12-04", "2024-01-01") if interval != "1m" else window("2023-12-04", "2023-12-04T10:00")
+    span = (
+        window("2023-12-04", "2024-01-01")
+        if interval != "1m"
+        else window("2023-12-04", "2023-12-04T10:00")
+    )
     fetched = fetch(venue("binance", sandbox[1]), span, timeframe=TIMEFRAMES[interval])
     expected = truth("BTCUSDT", interval, span)
     assert fetched.rows["open_time"].to_list() == expected["open_time"].dt.epoch("ms").to_list()
-    assert [Decimal(text) for text in fetched.rows["quote_volume"]] == expected["quote_volume"].to_list()
+    assert [Decimal(text) for text in fetched.rows["quote_volume"]] == expected[
+        "quote_volume"
+    ].to_list()
 
 
 LONG = "12345678.123456789012"
 
 
 def test_json_numbers_keep_every_digit(universe: Universe) -> None:
-    """Venues that send numbers and not text: 20 digits, exponents, whole numbers; a float would have lost them."""
+    """Venues that send numbers and not text: 20 digits, exponents, whole numbers; a float would have
+    lost them.
+    """
     start = ms("2024-01-01") // 1000
     rows = [
         f"[{start},{LONG},{LONG},{LONG},{LONG},1e-05]",
@@ -95,9 +133,21 @@ def test_json_numbers_keep_every_digit(universe: Universe) -> None:
         f"[{start + 120},7,7,7,7,0]",
     ]
     body = f"[{','.join(reversed(rows))}]"
-    with serving(coinbase(lambda _: web.Response(text=body, content_type="application/json"), "2024-01-02T00:00:30")) as url:
+    with serving(
+        coinbase(
+            lambda _: web.Response(text=body, content_type="application/json"),
+            "2024-01-02T00:00:30",
+        )
+    ) as url:
         (done,) = run_ingest(
-            universe(url, "[BTC/USD]", since="2024-01-01", until="2024-01-01T00:03", now="2024-01-02", venue="coinbaseexchange")
+            universe(
+                url,
+                "[BTC/USD]",
+                since="2024-01-01",
+                until="2024-01-01T00:03",
+                now="2024-01-02",
+                venue="coinbaseexchange",
+            )
         )
     assert done.error is None
     assert done.account.quarantined == 0
@@ -107,32 +157,54 @@ def test_json_numbers_keep_every_digit(universe: Universe) -> None:
     assert done.bars["volume"].to_list() == exact
 
 
-# ----------------------------------------------------------------------------------------------------- generic venues
+# --------------------------------------------------------------------------------------------------
 
 
 def replayed(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> pl.DataFrame:
     """Rows of the replay's /_truth as bars."""
-    texts = {"open_time": [row["t"] for row in rows], **{name: [row[key] for row in rows] for name, key in columns.items()}}
+    texts = {
+        "open_time": [row["t"] for row in rows],
+        **{name: [row[key] for row in rows] for name, key in columns.items()},
+    }
     frame = pl.DataFrame(texts).with_columns((pl.col("open_time") * 1000).cast(SCHEMA["open_time"]))
     return frame.with_columns(pl.col(name).cast(SCHEMA[name]) for name in columns)
 
 
 FIVE = {"open": "o", "high": "h", "low": "l", "close": "c", "volume": "v"}
-NINE = {**FIVE, "quote_volume": "qv", "trades": "n", "taker_buy_volume": "tbv", "taker_buy_quote_volume": "tbq"}
+NINE = {
+    **FIVE,
+    "quote_volume": "qv",
+    "trades": "n",
+    "taker_buy_volume": "tbv",
+    "taker_buy_quote_volume": "tbq",
+}
 NOT_GIVEN = ("quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume")
 
 
 @needs_shared
 def test_kraken(replay: Callable[..., Any], universe: Universe) -> None:
-    """The last 12 hours that Kraken keeps; its own flat bars where nobody traded; mid-minute, so the last one is open."""
+    """The last 12 hours that Kraken keeps; its own flat bars where nobody traded; mid-minute, so the
+    last one is open.
+    """
     exchange = replay("2023-03-10T12:00:30Z", kraken_rate=0)
-    settings = universe(f"{exchange.url}/kraken", "[BTC/USD]", since="2023-03-10T02:00", now="2023-03-11", venue="kraken")
+    settings = universe(
+        f"{exchange.url}/kraken",
+        "[BTC/USD]",
+        since="2023-03-10T02:00",
+        now="2023-03-11",
+        venue="kraken",
+    )
     (done,) = run_ingest(settings)
-    real = replayed(exchange.truth("kraken", "XBTUSD", "1m", "2023-03-10T02:00:00Z", "2023-03-10T12:00:00Z"), FIVE)
+    real = replayed(
+        exchange.truth("kraken", "XBTUSD", "1m", "2023-03-10T02:00:00Z", "2023-03-10T12:00:00Z"),
+        FIVE,
+    )
     bars = stored_bars(settings, "kraken%3ABTC-USD")
     assert done.error is None
     assert done.account.balanced
-    assert bars["open_time"].to_list() == [at("2023-03-10T02:00") + i * MINUTE.width for i in range(600)]
+    assert bars["open_time"].to_list() == [
+        at("2023-03-10T02:00") + i * MINUTE.width for i in range(600)
+    ]
     assert_bars(bars.join(real, on="open_time", how="semi"), real)
     assert 500 < real.height <= 600
     quiet = bars.join(real, on="open_time", how="anti")
@@ -142,13 +214,23 @@ def test_kraken(replay: Callable[..., Any], universe: Universe) -> None:
 
 @needs_shared
 def test_coinbase(replay: Callable[..., Any], universe: Universe) -> None:
-    """A day with its real maintenance, which is longer than a page; minutes without trades are missing, not made up."""
+    """A day with its real maintenance, which is longer than a page; minutes without trades are
+    missing, not made up.
+    """
     exchange = replay("2023-03-05T12:00:30Z", coinbase_rate=0)
     settings = universe(
-        f"{exchange.url}/coinbase", "[BTC/USD]", since="2023-03-04", until="2023-03-05", now="2023-03-11", venue="coinbaseexchange"
+        f"{exchange.url}/coinbase",
+        "[BTC/USD]",
+        since="2023-03-04",
+        until="2023-03-05",
+        now="2023-03-11",
+        venue="coinbaseexchange",
     )
     (done,) = run_ingest(settings)
-    real = replayed(exchange.truth("coinbase", "BTC-USD", "1m", "2023-03-04T00:00:00Z", "2023-03-05T00:00:00Z"), FIVE)
+    real = replayed(
+        exchange.truth("coinbase", "BTC-USD", "1m", "2023-03-04T00:00:00Z", "2023-03-05T00:00:00Z"),
+        FIVE,
+    )
     bars = stored_bars(settings, "coinbaseexchange%3ABTC-USD")
     assert done.error is None
     assert done.account.balanced
@@ -175,12 +257,23 @@ def test_coinbase(replay: Callable[..., Any], universe: Universe) -> None:
     ],
 )
 def test_other_venues_tell_their_troubles_in_their_own_ways(
-    replay: Callable[..., Any], name: str, fault: str, params: dict[str, Any], kind: type[MarketDataError]
+    replay: Callable[..., Any],
+    name: str,
+    fault: str,
+    params: dict[str, Any],
+    kind: type[MarketDataError],
 ) -> None:
-    """Kraken says `too many requests` and `busy` with status 200; each is told from bars, and from each other."""
+    """Kraken says `too many requests` and `busy` with status 200; each is told from bars, and from
+    each other.
+    """
     exchange = replay("2023-03-10T12:00:30Z", kraken_rate=0, coinbase_rate=0)
     exchange.admin(fault=fault, match="OHLC|candles", params=params)
-    wanted = Venue(name, ("BTC/USD",), at("2023-03-01"), base_url=f"{exchange.url}/{name.removesuffix('exchange')}")
+    wanted = Venue(
+        name,
+        ("BTC/USD",),
+        at("2023-03-01"),
+        base_url=f"{exchange.url}/{name.removesuffix('exchange')}",
+    )
     error = raised(lambda: fetch(wanted, window("2023-03-10T10:00", "2023-03-10T11:00")))
     assert isinstance(error, kind)
     assert str(error).startswith(name)
@@ -189,26 +282,36 @@ def test_other_venues_tell_their_troubles_in_their_own_ways(
 @needs_shared
 def test_binance_us_keeps_nine_columns(replay: Callable[..., Any]) -> None:
     exchange = replay("2023-03-10T12:00:30Z")
-    wanted = Venue("binanceus", ("BTC/USDT",), at("2023-03-01"), base_url=f"{exchange.url}/binanceus")
+    wanted = Venue(
+        "binanceus", ("BTC/USDT",), at("2023-03-01"), base_url=f"{exchange.url}/binanceus"
+    )
     fetched = fetch(wanted, window("2023-03-10T02:00", "2023-03-10T12:00"))
-    rows = exchange.truth("binanceus", "BTCUSDT", "1m", "2023-03-10T02:00:00Z", "2023-03-10T12:00:00Z")
+    rows = exchange.truth(
+        "binanceus", "BTCUSDT", "1m", "2023-03-10T02:00:00Z", "2023-03-10T12:00:00Z"
+    )
     assert fetched.rows.rows() == [(row["t"], *(row[key] for key in NINE.values())) for row in rows]
     assert len(rows) == 600
 
 
-# ------------------------------------------------------------------------------------------------------- only closed bars
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ours", ["2024-01-09T06:31:30", "2024-01-09T06:30:20", "2031-07-01", "2024-01-31T23:59:59"])
+@pytest.mark.parametrize(
+    "ours", ["2024-01-09T06:31:30", "2024-01-09T06:30:20", "2031-07-01", "2024-01-31T23:59:59"]
+)
 def test_closed_is_by_the_venues_clock(universe: Universe, ours: str) -> None:
-    """The exchange stands at 06:31:59.999, in mid-minute; we are right, late, years ahead, or weeks ahead."""
+    """The exchange stands at 06:31:59.999, in mid-minute; we are right, late, years ahead, or weeks
+    ahead.
+    """
     exchange = SandboxExchange(now=lambda: ms("2024-01-09T06:32") - 1, weight_limit=10**9)
     with running(exchange) as url:
         settings = universe(url, since="2024-01-09", until="2024-02-01", now=ours)
         done = run_ingest(settings)[0]
     assert done.error is None
     last = min(at(ours), at("2024-01-09T06:31"))
-    assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", Window(at("2024-01-09"), MINUTE.floor(last))))
+    assert_bars(
+        stored_bars(settings), truth("BTCUSDT", "1m", Window(at("2024-01-09"), MINUTE.floor(last)))
+    )
 
 
 def test_nothing_is_stored_of_a_minute_that_is_still_open(universe: Universe) -> None:
@@ -219,22 +322,30 @@ def test_nothing_is_stored_of_a_minute_that_is_still_open(universe: Universe) ->
         return klines("BTCUSDT", "1m", int(request.query["startTime"]), now[0], 1000, now[0])
 
     with running(SandboxExchange(now=lambda: now[0], weight_limit=10**9, tamper=generous)) as url:
-        settings = universe(url, since="2024-01-09", until="2024-01-09T01:00", now="2024-01-09T00:05")
+        settings = universe(
+            url, since="2024-01-09", until="2024-01-09T01:00", now="2024-01-09T00:05"
+        )
         assert run_ingest(settings)[0].error is None
         assert stored_bars(settings).height == 4
         now[0] += 1
         assert run_ingest(settings)[0].error is None
-    assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T00:05")))
+    assert_bars(
+        stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T00:05"))
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- pages
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bars", [1, 2, 997, 998, 999, 1000, 1001, 1996, 1997, 2994])
 def test_page_edges(sandbox: Sandbox, universe: Universe, bars: int) -> None:
-    """Every length around one, two and three pages, in a span without holes: all bars, and no more requests than needed."""
+    """Every length around one, two and three pages, in a span without holes: all bars, and no more
+    requests than needed.
+    """
     start = at("2024-01-05T13:00")
-    settings = universe(sandbox[1], since=start.isoformat(), until=(start + bars * MINUTE.width).isoformat())
+    settings = universe(
+        sandbox[1], since=start.isoformat(), until=(start + bars * MINUTE.width).isoformat()
+    )
     (done,) = run_ingest(settings)
     expected = truth("BTCUSDT", "1m", Window(start, start + bars * MINUTE.width))
     assert done.complete
@@ -247,7 +358,10 @@ def test_page_edges(sandbox: Sandbox, universe: Universe, bars: int) -> None:
 def test_a_span_over_two_months(sandbox: Sandbox, universe: Universe) -> None:
     settings = universe(sandbox[1], since="2023-12-31T20:00", until="2024-01-01T04:00")
     assert [done.bars.height for done in run_ingest(settings)] == [240, 240]
-    assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2023-12-31T20:00", "2024-01-01T04:00")))
+    assert_bars(
+        stored_bars(settings),
+        truth("BTCUSDT", "1m", window("2023-12-31T20:00", "2024-01-01T04:00")),
+    )
 
 
 def test_several_pages_are_in_flight(universe: Universe) -> None:
@@ -277,7 +391,11 @@ def test_a_source_can_be_used_again_after_closing(sandbox: Sandbox) -> None:
     async def visit() -> list[int]:
         source, found = CcxtSource(venue("binance", sandbox[1])), []
         for _ in range(2):
-            found.append((await source.fetch(BTC, MINUTE, window("2024-01-05", "2024-01-05T01:00"))).rows.height)
+            found.append(
+                (
+                    await source.fetch(BTC, MINUTE, window("2024-01-05", "2024-01-05T01:00"))
+                ).rows.height
+            )
             await source.close()
         await source.close()
         return found
@@ -285,7 +403,7 @@ def test_a_source_can_be_used_again_after_closing(sandbox: Sandbox) -> None:
     assert asyncio.run(visit()) == [60, 60]
 
 
-# ------------------------------------------------------------------------------------------------------- what goes wrong
+# --------------------------------------------------------------------------------------------------
 
 
 def raised(action: Callable[[], object]) -> MarketDataError:
@@ -295,9 +413,14 @@ def raised(action: Callable[[], object]) -> MarketDataError:
     return caught.value
 
 
-@pytest.mark.parametrize(("symbol", "nearest"), [("BTC/USDC", "BTC/USDT"), ("SOLL/USDT", "SOL/USDT"), ("DOGE/USD", "DOGE/USDT")])
+@pytest.mark.parametrize(
+    ("symbol", "nearest"),
+    [("BTC/USDC", "BTC/USDT"), ("SOLL/USDT", "SOL/USDT"), ("DOGE/USD", "DOGE/USDT")],
+)
 def test_an_unknown_symbol_names_the_nearest(sandbox: Sandbox, symbol: str, nearest: str) -> None:
-    error = raised(lambda: fetch(venue("binance", sandbox[1], symbol), window("2024-01-05", "2024-01-06")))
+    error = raised(
+        lambda: fetch(venue("binance", sandbox[1], symbol), window("2024-01-05", "2024-01-06"))
+    )
     assert type(error) is BadInput
     assert error.exit_code == 2
     assert symbol in str(error)
@@ -306,7 +429,11 @@ def test_an_unknown_symbol_names_the_nearest(sandbox: Sandbox, symbol: str, near
 
 
 def test_a_symbol_like_no_other_is_still_clear(sandbox: Sandbox) -> None:
-    error = raised(lambda: fetch(venue("binance", sandbox[1], "QQQQQ/ZZZZZ"), window("2024-01-05", "2024-01-06")))
+    error = raised(
+        lambda: fetch(
+            venue("binance", sandbox[1], "QQQQQ/ZZZZZ"), window("2024-01-05", "2024-01-06")
+        )
+    )
     assert type(error) is BadInput
     assert "did you mean" not in str(error)
 
@@ -318,8 +445,15 @@ def free_port() -> int:
 
 
 def test_a_closed_port_is_venue_down(universe: Universe) -> None:
-    """After all retries, with exit code 3; nothing is stored and the other partition is tried as well."""
-    settings = universe(f"http://127.0.0.1:{free_port()}/binance", since="2023-12-31", until="2024-01-02", now="2024-01-10")
+    """After all retries, with exit code 3; nothing is stored and the other partition is tried as
+    well.
+    """
+    settings = universe(
+        f"http://127.0.0.1:{free_port()}/binance",
+        since="2023-12-31",
+        until="2024-01-02",
+        now="2024-01-10",
+    )
     for done in run_ingest(settings):
         assert type(done.error) is VenueDown
         assert done.error.exit_code == 3
@@ -342,7 +476,9 @@ def test_a_closed_port_is_venue_down(universe: Universe) -> None:
         (429, "slow down", Wait, "HTTP 429"),
     ],
 )
-def test_a_base_url_that_is_no_exchange(status: int, body: str, kind: type[MarketDataError], says: str) -> None:
+def test_a_base_url_that_is_no_exchange(
+    status: int, body: str, kind: type[MarketDataError], says: str
+) -> None:
     """Each kind of foreign server gives one clear error of our tree that names the venue."""
 
     async def answer(_: web.Request) -> web.Response:
@@ -365,7 +501,9 @@ def test_a_server_that_says_nothing_ends_with_the_deadline() -> None:
         return web.Response()
 
     with serving(silent) as url:
-        error = raised(lambda: fetch(venue("binance", url), window("2024-01-05", "2024-01-06"), deadline=0.3))
+        error = raised(
+            lambda: fetch(venue("binance", url), window("2024-01-05", "2024-01-06"), deadline=0.3)
+        )
     assert isinstance(error, Retry)
 
 
@@ -389,7 +527,9 @@ def test_retry_after_is_read(header: str | None, least: float) -> None:
     """Seconds as told; a pause of our own where the header is missing or makes no sense."""
 
     async def answer(_: web.Request) -> web.Response:
-        return web.json_response(TOO_MUCH, status=429, headers={"Retry-After": header} if header else {})
+        return web.json_response(
+            TOO_MUCH, status=429, headers={"Retry-After": header} if header else {}
+        )
 
     with serving(answer) as url:
         error = raised(lambda: fetch(venue("binance", url), window("2024-01-05", "2024-01-06")))
@@ -437,7 +577,11 @@ def test_retry_after_may_be_a_date() -> None:
     until = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=300)
 
     async def answer(_: web.Request) -> web.Response:
-        return web.json_response(TOO_MUCH, status=429, headers={"Retry-After": until.strftime("%a, %d %b %Y %H:%M:%S GMT")})
+        return web.json_response(
+            TOO_MUCH,
+            status=429,
+            headers={"Retry-After": until.strftime("%a, %d %b %Y %H:%M:%S GMT")},
+        )
 
     with serving(answer) as url:
         error = raised(lambda: fetch(venue("binance", url), window("2024-01-05", "2024-01-06")))
@@ -445,7 +589,7 @@ def test_retry_after_may_be_a_date() -> None:
     assert 200 < error.seconds <= 300
 
 
-# -------------------------------------------------------------------------------------------------------------------- TLS
+# --------------------------------------------------------------------------------------------------
 
 
 def self_signed(folder: Path) -> Path:
@@ -456,16 +600,22 @@ def self_signed(folder: Path) -> Path:
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    )
     builder = builder.serial_number(x509.random_serial_number())
     builder = builder.not_valid_before(dt.datetime.now(dt.UTC) - dt.timedelta(days=1))
     builder = builder.not_valid_after(dt.datetime.now(dt.UTC) + dt.timedelta(days=2))
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+    builder = builder.add_extension(
+        x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+        critical=False,
+    )
     certificate = builder.sign(key, hashes.SHA256())
     pem = serialization.Encoding.PEM
     file = folder / "self-signed.pem"
     file.write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()) + certificate.public_bytes(pem)
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + certificate.public_bytes(pem)
     )
     return file
 
@@ -481,14 +631,16 @@ def test_a_certificate_that_nobody_signed_is_refused(tmp_path: Path) -> None:
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(file)
     with serving(answer, tls) as url:
-        with urllib.request.urlopen(f"{url}/control", context=ssl.create_default_context(cafile=file), timeout=10) as control:
+        with urllib.request.urlopen(
+            f"{url}/control", context=ssl.create_default_context(cafile=file), timeout=10
+        ) as control:
             assert control.status == 200
         error = raised(lambda: fetch(venue("binance", url), window("2024-01-05", "2024-01-06")))
     assert isinstance(error, Retry)
     assert seen == ["/control"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- secrets
+# --------------------------------------------------------------------------------------------------
 
 CANARIES = {
     "AWS_SECRET_ACCESS_KEY": "canary-aws-7f3a",
@@ -504,8 +656,12 @@ def grep(folder: Path, words: Iterable[str]) -> list[tuple[Path, str]]:
     return [(path, word) for path in files for word in words if word.encode() in path.read_bytes()]
 
 
-def test_requests_carry_no_key(universe: Universe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys in the environment reach neither the exchange, nor an error, nor a file, on good days and on bad ones."""
+def test_requests_carry_no_key(
+    universe: Universe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys in the environment reach neither the exchange, nor an error, nor a file, on good days and
+    on bad ones.
+    """
     for name, word in CANARIES.items():
         monkeypatch.setenv(name, word)
     monkeypatch.setenv("HTTP_PROXY", "http://user:canary-proxy@127.0.0.1:1")
@@ -527,7 +683,12 @@ def test_requests_carry_no_key(universe: Universe, tmp_path: Path, monkeypatch: 
     assert type(error) is VenueDown
     assert not [word for word in words if word in str(error) or word in repr(error.requests)]
     assert len(seen) > 5
-    assert not [line for line in seen for word in ("canary", "apikey", "signature", "authorization", "cookie") if word in line.lower()]
+    assert not [
+        line
+        for line in seen
+        for word in ("canary", "apikey", "signature", "authorization", "cookie")
+        if word in line.lower()
+    ]
     assert grep(tmp_path, words) == []
 
 
@@ -547,8 +708,12 @@ def test_a_key_in_base_url_is_refused_and_not_repeated(universe: Universe, url: 
     assert "CANARY" not in str(error)
 
 
-def test_the_deadline_has_a_seam(universe: Universe, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
-    """Tests that need a short deadline replace the class that the toolbox opens; this one proves that it is used."""
+def test_the_deadline_has_a_seam(
+    universe: Universe, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
+) -> None:
+    """Tests that need a short deadline replace the class that the toolbox opens; this one proves that
+    it is used.
+    """
     built: list[Any] = []
 
     def build(*args: Any, **kwargs: Any) -> CcxtSource:
@@ -556,5 +721,7 @@ def test_the_deadline_has_a_seam(universe: Universe, monkeypatch: pytest.MonkeyP
         return CcxtSource(*args, **kwargs)
 
     monkeypatch.setattr(ccxt_rest, "CcxtSource", partial(build, deadline=5.0))
-    assert run_ingest(universe(sandbox[1], since="2024-01-05", until="2024-01-05T01:00"))[0].complete
+    assert run_ingest(universe(sandbox[1], since="2024-01-05", until="2024-01-05T01:00"))[
+        0
+    ].complete
     assert built == [{"deadline": 5.0}]

@@ -1,4 +1,6 @@
-"""Gaps: every hole gets the cause that the facts prove and no other, and every market and day sums to the minute."""
+"""Gaps: every hole gets the cause that the facts prove and no other, and every market and day sums to
+the minute.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,21 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows import gaps as flow
-from marketdata_assets.flows.audit import audit_gaps, audit_raw
-from marketdata_assets.flows.gaps import Explained, explain, reopen, words_of
-from marketdata_assets.flows.ingest import ingest, take_in
-from marketdata_assets.flows.missed import missed
-from marketdata_assets.flows.plan import plan
-from marketdata_assets.flows.read import coverage
-from marketdata_assets.lake.ledger import Account, Entry, Gap, State
-from marketdata_assets.lake.tables import raw
-from marketdata_assets.model.window import TIMEFRAMES, Window
-from marketdata_assets.quality.causes import (
+from marketdata_assets.flows.fetch.ingest import ingest, take_in
+from marketdata_assets.flows.fetch.plan import plan
+from marketdata_assets.flows.operate.backfill import missed
+from marketdata_assets.flows.prove import gaps as flow
+from marketdata_assets.flows.prove.audit import audit_gaps, audit_raw
+from marketdata_assets.flows.prove.gaps import Explained, explain, reopen, words_of
+from marketdata_assets.flows.read.coverage import coverage
+from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
+from marketdata_assets.model.intervals import without
+from marketdata_assets.model.table import raw
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window
+from marketdata_assets.quality.gap_causes import (
     CAUSES,
     DELISTED,
     HALTED,
@@ -41,11 +46,9 @@ from marketdata_assets.quality.causes import (
     ask_again_at,
     classify,
 )
-from marketdata_assets.quality.gaps import without
 from marketdata_assets.quality.halts import Halt, known_halts, registry
 from marketdata_assets.quality.split import REJECTED_SCHEMA
-from marketdata_assets.settings import Settings, load_settings
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.settings.universe import Settings, load_settings
 from marketdata_tests.conftest import IMPATIENT, Universe
 from marketdata_tests.samples import BTC, dump, frame, row
 from marketdata_tests.steps import at, lake_files, partitions, run_ingest, window
@@ -58,7 +61,9 @@ KNOWN = (Halt("binance", HOLE, "suspended", "somebody"),)
 
 def facts(hole: Window = HOLE, **known: Any) -> Facts:
     """A hole told twice, of a market that is never silent, about which nothing else is known."""
-    return Facts(**{"hole": hole, "timeframe": M1, "told": True, "answers": 2, "habits": NEVER, **known})
+    return Facts(
+        **{"hole": hole, "timeframe": M1, "told": True, "answers": 2, "habits": NEVER, **known}
+    )
 
 
 def silent(*others: tuple[Habit, ...], hole: Window = HOLE) -> tuple[Silence, ...]:
@@ -82,30 +87,66 @@ SHORT = minutes("2023-03-24T12:40", 1)
 CASES: dict[str, tuple[Facts, list[tuple[str, bool]]]] = {
     "nothing is known": (facts(), [("", False)]),
     "all markets are silent": (facts(silences=silent(NEVER)), [(HALTED, True)]),
-    "all are silent, but nobody has answered": (facts(silences=silent(NEVER), told=False), [("", False)]),
-    "all are silent for a minute, as they often are": (facts(SHORT, habits=OFTEN, silences=silent(OFTEN, hole=SHORT)), [(NO_TRADE, True)]),
-    "another market is not fetched yet": (facts(silences=silent(NEVER), pending=True), [("", False)]),
+    "all are silent, but nobody has answered": (
+        facts(silences=silent(NEVER), told=False),
+        [("", False)],
+    ),
+    "all are silent for a minute, as they often are": (
+        facts(SHORT, habits=OFTEN, silences=silent(OFTEN, hole=SHORT)),
+        [(NO_TRADE, True)],
+    ),
+    "another market is not fetched yet": (
+        facts(silences=silent(NEVER), pending=True),
+        [("", False)],
+    ),
     "the registry alone": (facts(halts=KNOWN, others={"binance:ETH-USDT": 80}), [("", False)]),
     "one market for 80 minutes": (facts(silences=silent()), [(HALTED, True)]),
     "one market for a minute": (facts(SHORT, silences=silent(hole=SHORT)), [("", False)]),
-    "one market for ten minutes": (facts(w := minutes("2023-03-24T12:40", 10), silences=silent(hole=w)), [("", False)]),
-    "one market for ten minutes, known": (facts(w, silences=silent(hole=w), halts=KNOWN), [(HALTED, True)]),
+    "one market for ten minutes": (
+        facts(w := minutes("2023-03-24T12:40", 10), silences=silent(hole=w)),
+        [("", False)],
+    ),
+    "one market for ten minutes, known": (
+        facts(w, silences=silent(hole=w), halts=KNOWN),
+        [(HALTED, True)],
+    ),
     "one market for ten minutes, and another venue traded": (
         facts(w, silences=silent(hole=w), elsewhere="kraken:BTC-USD"),
         [(HALTED, True)],
     ),
-    "one market for a minute, known": (facts(SHORT, silences=silent(hole=SHORT), halts=KNOWN), [("", False)]),
+    "one market for a minute, known": (
+        facts(SHORT, silences=silent(hole=SHORT), halts=KNOWN),
+        [("", False)],
+    ),
     "the native bar has more": (facts(SHORT, natives=(native("7", "6"),)), [(MISSING, True)]),
     "the native bar has more, all are silent": (
         facts(SHORT, natives=(native("7", "6"),), silences=silent(NEVER, hole=SHORT)),
         [(MISSING, True)],
     ),
-    "the native bar has more, others are not fetched yet": (facts(SHORT, natives=(native("7", "6"),), pending=True), [(MISSING, True)]),
-    "the native bar has more, and nobody has answered": (facts(SHORT, natives=(native("7", "6"),), told=False), [(MISSING, False)]),
-    "the native bar is what ours add up to": (facts(SHORT, natives=(native("6", "6.000"),)), [(NO_TRADE, True)]),
-    "ours hold more than the native bar": (facts(SHORT, natives=(native("6", "7"),)), [("", False)]),
-    "all are silent, and the native bar agrees": (facts(silences=silent(NEVER), natives=(native("6", "6"),)), [(HALTED, True)]),
-    "the native bar tells of the first five minutes only": (facts(natives=(native("7", "6"),)), [(MISSING, True), ("", False)]),
+    "the native bar has more, others are not fetched yet": (
+        facts(SHORT, natives=(native("7", "6"),), pending=True),
+        [(MISSING, True)],
+    ),
+    "the native bar has more, and nobody has answered": (
+        facts(SHORT, natives=(native("7", "6"),), told=False),
+        [(MISSING, False)],
+    ),
+    "the native bar is what ours add up to": (
+        facts(SHORT, natives=(native("6", "6.000"),)),
+        [(NO_TRADE, True)],
+    ),
+    "ours hold more than the native bar": (
+        facts(SHORT, natives=(native("6", "7"),)),
+        [("", False)],
+    ),
+    "all are silent, and the native bar agrees": (
+        facts(silences=silent(NEVER), natives=(native("6", "6"),)),
+        [(HALTED, True)],
+    ),
+    "the native bar tells of the first five minutes only": (
+        facts(natives=(native("7", "6"),)),
+        [(MISSING, True), ("", False)],
+    ),
     "the venue omits empty minutes": (facts(SHORT, habits=OFTEN), [(NO_TRADE, True)]),
     "it does, and was never silent so long": (facts(habits=OFTEN), [("", False)]),
     "it sends empty minutes as bars": (facts(SHORT, habits=OFTEN, zeros=9000), [("", False)]),
@@ -117,8 +158,14 @@ CASES: dict[str, tuple[Facts, list[tuple[str, bool]]]] = {
         facts(trailing=True, listed=False, told=False, others={"binance:ETH-USDT": 1}),
         [(DELISTED, True)],
     ),
-    "told so only once": (facts(trailing=True, listed=False, told=False, answers=1, others={"binance:ETH-USDT": 1}), [(DELISTED, False)]),
-    "no other market goes on": (facts(trailing=True, listed=False, told=False), [(DELISTED, False)]),
+    "told so only once": (
+        facts(trailing=True, listed=False, told=False, answers=1, others={"binance:ETH-USDT": 1}),
+        [(DELISTED, False)],
+    ),
+    "no other market goes on": (
+        facts(trailing=True, listed=False, told=False),
+        [(DELISTED, False)],
+    ),
     "silent to the end and listed": (facts(trailing=True, listed=True, told=False), [("", False)]),
     "silent to the end, nobody asked": (facts(trailing=True, told=False), [("", False)]),
     "a coarser table where base bars lack": (
@@ -144,11 +191,16 @@ def test_a_hole_is_cut_where_the_others_come_back() -> None:
     """The market that trades less stays silent five minutes longer: that is no halt any more."""
     longer = Window(HOLE.start, HOLE.end + 5 * M1.width)
     parts = classify(facts(longer, habits=OFTEN, silences=silent(NEVER)))
-    assert [(part.window, part.cause) for part in parts] == [(HOLE, HALTED), (Window(HOLE.end, longer.end), NO_TRADE)]
+    assert [(part.window, part.cause) for part in parts] == [
+        (HOLE, HALTED),
+        (Window(HOLE.end, longer.end), NO_TRADE),
+    ]
 
 
 def test_silence_in_a_row_is_less_rare_than_by_lot() -> None:
-    """20 minutes on Kraken's BTC/USDT, where a third of all minutes is empty: no halt, though 0.32^20 is one in 10^10."""
+    """20 minutes on Kraken's BTC/USDT, where a third of all minutes is empty: no halt, though 0.32^20
+    is one in 10^10.
+    """
     kraken = Habit(30240, 9796, 5255)
     assert (9796 / 30240) ** 20 < 1e-9 < kraken.chance(20) < 1e-6
     assert Habit(44640, 0, 0).chance(1) == pytest.approx(1 / 44642)
@@ -158,7 +210,10 @@ def test_silence_in_a_row_is_less_rare_than_by_lot() -> None:
 def test_parts_are_the_hole_and_nothing_else(data: st.DataObject) -> None:
     def some(most: int = 90) -> Window:
         first = data.draw(st.integers(0, most))
-        return Window(HOLE.start + first * M1.width, HOLE.start + (first + data.draw(st.integers(1, 60))) * M1.width)
+        return Window(
+            HOLE.start + first * M1.width,
+            HOLE.start + (first + data.draw(st.integers(1, 60))) * M1.width,
+        )
 
     hole = some(30)
     found = facts(
@@ -166,7 +221,10 @@ def test_parts_are_the_hole_and_nothing_else(data: st.DataObject) -> None:
         told=data.draw(st.booleans()),
         habits=data.draw(st.sampled_from([NEVER, OFTEN])),
         pending=data.draw(st.sampled_from([False, False, True])),
-        silences=tuple(Silence(w, (NEVER,) * data.draw(st.integers(0, 2))) for w in without(hole, [some(), some()])),
+        silences=tuple(
+            Silence(w, (NEVER,) * data.draw(st.integers(0, 2)))
+            for w in without(hole, [some(), some()])
+        ),
         natives=tuple(
             Native(tf, tf.floor(some().start), Decimal(data.draw(st.integers(0, 1))), Decimal(1), 1)
             for tf in data.draw(st.lists(st.sampled_from([M15, H1]), max_size=4))
@@ -198,26 +256,47 @@ def test_the_distance_grows_to_a_month() -> None:
 
 # --------------------------------------------------------------------------------- the sum
 def gap(first: int, end: int, since: datetime, reason: str = "no_bars", cause: str = "") -> Gap:
-    return Gap(Window(since + first * M1.width, since + end * M1.width), end - first, reason, 2, "", cause)
+    return Gap(
+        Window(since + first * M1.width, since + end * M1.width), end - first, reason, 2, "", cause
+    )
 
 
 @examples(max_examples=25)
 @given(st.data())
 def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) -> None:
-    """Bars, gaps of every kind and what was never asked for, at random: each part is what counting minute by minute gives."""
-    settings = universe("http://127.0.0.1:9", since="2024-01-30T22:00", until="2024-02-01T02:00", now="2024-03-01")
-    kinds = [("present", "", ""), ("no_bars", NO_TRADE, NO_TRADE), ("no_bars", HALTED, HALTED), ("unanswered", DELISTED, DELISTED)]
-    kinds += [("no_bars", "", MISSING), ("unanswered", MISSING, MISSING), ("quarantined", "", "quarantined")]
+    """Bars, gaps of every kind and what was never asked for, at random: each part is what counting
+    minute by minute gives.
+    """
+    settings = universe(
+        "http://127.0.0.1:9", since="2024-01-30T22:00", until="2024-02-01T02:00", now="2024-03-01"
+    )
+    kinds = [
+        ("present", "", ""),
+        ("no_bars", NO_TRADE, NO_TRADE),
+        ("no_bars", HALTED, HALTED),
+        ("unanswered", DELISTED, DELISTED),
+    ]
+    kinds += [
+        ("no_bars", "", MISSING),
+        ("unanswered", MISSING, MISSING),
+        ("quarantined", "", "quarantined"),
+    ]
     truth: dict[datetime, str] = {}
     with open_toolbox(settings) as toolbox:
-        toolbox.ledger.set_listed(BTC, listed := at("2024-01-30T22:00") + data.draw(st.integers(0, 200)) * M1.width, "test")
+        toolbox.ledger.set_listed(
+            BTC,
+            listed := at("2024-01-30T22:00") + data.draw(st.integers(0, 200)) * M1.width,
+            "test",
+        )
         for partition in partitions(settings):
             wanted = partition.opens(M1) & settings.span(BTC)
             moment, bars, gaps = max(wanted.start, listed), [], []
             through = Window(moment, wanted.end).start + data.draw(st.integers(0, 2000)) * M1.width
             while moment < min(through, wanted.end):
                 reason, cause, part = data.draw(st.sampled_from(kinds))
-                stretch = Window(moment, min(moment + data.draw(st.integers(1, 300)) * M1.width, wanted.end))
+                stretch = Window(
+                    moment, min(moment + data.draw(st.integers(1, 300)) * M1.width, wanted.end)
+                )
                 opens = [stretch.start + i * M1.width for i in range(stretch.count(M1))]
                 truth |= dict.fromkeys(opens, part or "present")
                 if reason == "present":
@@ -225,10 +304,24 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
                 else:
                     gaps.append(gap(0, len(opens), stretch.start, reason, cause))
                 moment = stretch.end
-            size, digest = toolbox.lake.write(raw(M1), partition, frame(bars) if bars else frame([row(listed)]).clear())
-            state = State(wanted.start, moment, None, False, len(bars), size, digest, None, 1, 0, None)
+            size, digest = toolbox.lake.write(
+                raw(M1), partition, frame(bars) if bars else frame([row(listed)]).clear()
+            )
+            state = State(
+                wanted.start, moment, None, False, len(bars), size, digest, None, 1, 0, None
+            )
             toolbox.ledger.commit(
-                Entry(raw(M1), partition, state, Account(), gaps, [], pl.DataFrame(schema=REJECTED_SCHEMA), [], settings.now())
+                Entry(
+                    raw(M1),
+                    partition,
+                    state,
+                    Account(),
+                    gaps,
+                    [],
+                    pl.DataFrame(schema=REJECTED_SCHEMA),
+                    [],
+                    settings.now(),
+                )
             )
         span = settings.span(BTC)
         first, last = sorted(data.draw(st.tuples(st.integers(0, 1680), st.integers(0, 1680))))
@@ -257,7 +350,16 @@ def explained(settings: Settings, ask: bool = False) -> list[Explained]:
 
 
 def told(found: list[Explained]) -> list[tuple[str, str, str, int, str]]:
-    return [(one.market.symbol, one.table.timeframe.name, f"{one.gap.window.start:%H:%M}", one.gap.bars, one.kind) for one in found]
+    return [
+        (
+            one.market.symbol,
+            one.table.timeframe.name,
+            f"{one.gap.window.start:%H:%M}",
+            one.gap.bars,
+            one.kind,
+        )
+        for one in found
+    ]
 
 
 def days_sum(settings: Settings) -> int:
@@ -274,8 +376,12 @@ def days_sum(settings: Settings) -> int:
     return days
 
 
-def test_the_halt_of_a_venue(replay: Callable[..., Any], universe: Universe, either_database: None) -> None:
-    """2023-03-24: both markets lack 80 minutes, and the native bars with them; the check on the asset says so."""
+def test_the_halt_of_a_venue(
+    replay: Callable[..., Any], universe: Universe, either_database: None
+) -> None:
+    """2023-03-24: both markets lack 80 minutes, and the native bars with them; the check on the asset
+    says so.
+    """
     exchange = replay("2023-03-26T00:02:30Z")
     settings = universe(
         f"{exchange.url}/binance",
@@ -292,7 +398,9 @@ def test_the_halt_of_a_venue(replay: Callable[..., Any], universe: Universe, eit
     assert [row["cause"] for row in before[0].table] == ["unexplained"]
     found = explained(settings)
     assert told(found) == [
-        (s, tf, t, n, HALTED) for s in ("BTC/USDT", "ETH/USDT") for tf, t, n in (("1m", "12:40", 80), ("15m", "12:45", 5))
+        (s, tf, t, n, HALTED)
+        for s in ("BTC/USDT", "ETH/USDT")
+        for tf, t, n in (("1m", "12:40", 80), ("15m", "12:45", 5))
     ]
     proof = found[0].as_dict()["proof"]
     assert proof["before"]["open_time"] == "2023-03-24T12:39:00Z"
@@ -300,23 +408,33 @@ def test_the_halt_of_a_venue(replay: Callable[..., Any], universe: Universe, eit
     assert proof["after"]["open_time"] == "2023-03-24T14:00:00Z"
     assert proof["venue"] == {"binance:ETH-USDT": 0}
     assert proof["known_halts"][0]["what"] == "trading was suspended"
-    assert all(request["outcome"] == "answered" and request["rows"] for request in proof["requests"])
+    assert all(
+        request["outcome"] == "answered" and request["rows"] for request in proof["requests"]
+    )
     assert all(one.gap.next_ask is None and one.gap.first_asked == settings.now() for one in found)
     assert days_sum(settings) == 6
     with open_toolbox(settings) as toolbox:
-        (halted,) = coverage(toolbox, settings.markets[:1], window("2023-03-24T12:30", "2023-03-24T12:50"))
+        (halted,) = coverage(
+            toolbox, settings.markets[:1], window("2023-03-24T12:30", "2023-03-24T12:50")
+        )
         assert (halted.expected, halted.present, halted.halted) == (20, 10, 10)
         after = audit_gaps(toolbox, done[0])
         assert [row["cause"] for row in after.table] == [HALTED]
         assert "by chance once in" in str(after.table[0]["evidence"])
         assert plan(toolbox, partitions(settings))[0].reason == "rollups are not up to date"
     exchange.log()
-    assert all(one.complete for one in run_ingest(at_time(settings, "2024-03-26T00:00:00Z")))  # a year later, still explained
+    assert all(
+        one.complete for one in run_ingest(at_time(settings, "2024-03-26T00:00:00Z"))
+    )  # a year later, still explained
     assert exchange.log() == []
 
 
-def test_maintenance_and_minutes_without_trades(replay: Callable[..., Any], universe: Universe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Coinbase 2023-03-04: 277 minutes without either market are a halt, and the five more of BTC/USDT are not; Binance traded on."""
+def test_maintenance_and_minutes_without_trades(
+    replay: Callable[..., Any], universe: Universe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coinbase 2023-03-04: 277 minutes without either market are a halt, and the five more of BTC/USDT
+    are not; Binance traded on.
+    """
     exchange = replay("2023-03-06T00:02:30Z", coinbase_rate=0)
     universe("http://127.0.0.1:9")
     span = "since: 2023-03-04, until: 2023-03-06"
@@ -332,8 +450,16 @@ def test_maintenance_and_minutes_without_trades(replay: Callable[..., Any], univ
     usd = [one for one in found if one.market.symbol == "BTC/USD"]
     assert [(one.gap.bars, one.kind) for one in usd if one.gap.bars > 1] == [(277, HALTED)]
     assert {one.kind for one in usd} == {HALTED, NO_TRADE}
-    usdt = [one for one in found if one.market.symbol == "BTC/USDT" and one.market.venue == "coinbaseexchange"]
-    maintenance = [(f"{one.gap.window.start:%H:%M}", one.gap.bars, one.kind) for one in usdt if HALT_DAY & one.gap.window]
+    usdt = [
+        one
+        for one in found
+        if one.market.symbol == "BTC/USDT" and one.market.venue == "coinbaseexchange"
+    ]
+    maintenance = [
+        (f"{one.gap.window.start:%H:%M}", one.gap.bars, one.kind)
+        for one in usdt
+        if HALT_DAY & one.gap.window
+    ]
     assert maintenance == [("17:00", 277, HALTED), ("21:37", 5, NO_TRADE)]
     assert {one.kind for one in usdt[:-1]} == {HALTED, NO_TRADE}
     halted = next(one for one in usdt if one.kind == HALTED).as_dict()["proof"]
@@ -346,14 +472,28 @@ HALT_DAY = window("2023-03-04T17:00", "2023-03-04T21:40")
 
 
 def test_what_the_archive_leaves_out(universe: Universe) -> None:
-    """Kraken's own files, 16 March 2023: empty minutes of two markets are no trade; 12 minutes without both are a halt."""
+    """Kraken's own files, 16 March 2023: empty minutes of two markets are no trade; 12 minutes without
+    both are a halt.
+    """
     settings = universe(
-        "http://127.0.0.1:9", "[BTC/USD, BTC/USDT]", since="2023-03-15", until="2023-03-18", now="2023-04-01", venue="kraken"
+        "http://127.0.0.1:9",
+        "[BTC/USD, BTC/USDT]",
+        since="2023-03-15",
+        until="2023-03-18",
+        now="2023-04-01",
+        venue="kraken",
     )
     nothing = pl.DataFrame(schema=REJECTED_SCHEMA)
     with open_toolbox(settings) as toolbox:
         for partition, name in zip(partitions(settings), ("XBTUSD", "XBTUSDT"), strict=True):
-            take_in(toolbox, M1, partition, archived(name, settings.span(partition.market)), nothing, "archive")
+            take_in(
+                toolbox,
+                M1,
+                partition,
+                archived(name, settings.span(partition.market)),
+                nothing,
+                "archive",
+            )
     found = explained(settings)
     assert ("BTC/USD", "1m", "22:01", 12, HALTED) in told(found)
     usdt = [one for one in found if one.market.symbol == "BTC/USDT"]
@@ -364,23 +504,38 @@ def test_what_the_archive_leaves_out(universe: Universe) -> None:
 
 
 def archived(name: str, span: Window) -> pl.DataFrame:
-    """Kraken's file, with a bar in the first and the last minute, so that nothing lies outside of what it tells."""
+    """Kraken's file, with a bar in the first and the last minute, so that nothing lies outside of what
+    it tells.
+    """
     rows = dump("kraken", name, "1m", "2023-03-01_2023-03-21").with_columns(
         pl.from_epoch("time", time_unit="s").dt.replace_time_zone("UTC")
     )
     rows = rows.filter(pl.col("time").is_between(span.start, span.end, closed="left"))
-    prices = {p: pl.col(p).cast(pl.Decimal(38, 12)) for p in ("open", "high", "low", "close", "volume")}
+    prices = {
+        p: pl.col(p).cast(pl.Decimal(38, 12)) for p in ("open", "high", "low", "close", "volume")
+    }
     bars = frame([row(span.start), row(span.end - M1.width)])
     given = rows.select(pl.col("time").cast(bars.schema["open_time"]).alias("open_time"), **prices)
     edges = bars.join(given, on="open_time", how="anti")
     return pl.concat([given, edges], how="diagonal").select(bars.columns).sort("open_time")
 
 
-def test_a_minute_that_the_venue_lost(replay: Callable[..., Any], universe: Universe, either_database: None) -> None:
-    """SOL 2023-02-14 16:39: the native 15m and 1h bars hold trades that no 1m bar has, once they are fetched."""
+def test_a_minute_that_the_venue_lost(
+    replay: Callable[..., Any], universe: Universe, either_database: None
+) -> None:
+    """SOL 2023-02-14 16:39: the native 15m and 1h bars hold trades that no 1m bar has, once they are
+    fetched.
+    """
     exchange = replay("2023-02-15T00:02:30Z")
     base_url = f"{exchange.url}/binance"
-    settings = universe(base_url, "[SOL/USDT]", since="2023-02-14", until="2023-02-15", now="2023-02-15", extra="reference: [15m, 1h]")
+    settings = universe(
+        base_url,
+        "[SOL/USDT]",
+        since="2023-02-14",
+        until="2023-02-15",
+        now="2023-02-15",
+        extra="reference: [15m, 1h]",
+    )
     run_ingest(settings)
     assert [(one.kind, words_of(one.gap)) for one in explained(settings)] == [
         ("unexplained", "other markets of the venue have to be fetched first")
@@ -391,7 +546,10 @@ def test_a_minute_that_the_venue_lost(replay: Callable[..., Any], universe: Univ
     assert told([lost]) == [("SOL/USDT", "1m", "16:39", 1, MISSING)]
     assert lost.gap.next_ask is None
     quarter, hour = lost.as_dict()["proof"]["native"]
-    assert quarter == "the venue's 15m bar of 2023-02-14T16:30:00Z has volume 94072.85, ours in it 89305.35, 1 bars lack"
+    assert (
+        quarter
+        == "the venue's 15m bar of 2023-02-14T16:30:00Z has volume 94072.85, ours in it 89305.35, 1 bars lack"
+    )
     assert hour.startswith("the venue's 1h bar of 2023-02-14T16:00:00Z has volume ")
     exchange.log()
     run_ingest(at_time(settings, "2023-06-01T00:00:00Z"))
@@ -399,36 +557,67 @@ def test_a_minute_that_the_venue_lost(replay: Callable[..., Any], universe: Univ
 
 
 # --------------------------------------------------------------------------------- asking again
-def test_a_gap_is_asked_for_again_at_growing_distance(replay: Callable[..., Any], universe: Universe) -> None:
-    """Without a second witness SOL's minute stays open: after 1, 4 and 16 hours, and not a minute before."""
+def test_a_gap_is_asked_for_again_at_growing_distance(
+    replay: Callable[..., Any], universe: Universe
+) -> None:
+    """Without a second witness SOL's minute stays open: after 1, 4 and 16 hours, and not a minute
+    before.
+    """
     exchange = replay("2023-02-15T00:02:30Z")
-    settings = universe(f"{exchange.url}/binance", "[SOL/USDT]", since="2023-02-14", until="2023-02-15", now="2023-02-15T02:00:00Z")
+    settings = universe(
+        f"{exchange.url}/binance",
+        "[SOL/USDT]",
+        since="2023-02-14",
+        until="2023-02-15",
+        now="2023-02-15T02:00:00Z",
+    )
     run_ingest(settings)
     for hours in (1, 4, 16, 64):
-        for moment, wanted in ((timedelta(hours=hours, minutes=-1), False), (timedelta(hours=hours), True)):
+        for moment, wanted in (
+            (timedelta(hours=hours, minutes=-1), False),
+            (timedelta(hours=hours), True),
+        ):
             now = at_time(settings, (at("2023-02-15T02:00") + moment).isoformat())
             explained(now)
             exchange.log()
             with open_toolbox(now) as toolbox:
                 assert (plan(toolbox, partitions(now))[0].bars == 1) is wanted
-                assert bool([b for b in missed(toolbox, 9, (), {}).blocks if "rollups" not in str(b)]) is wanted
+                assert (
+                    bool([b for b in missed(toolbox, 9, (), {}).blocks if "rollups" not in str(b)])
+                    is wanted
+                )
                 toolbox.ledger.forget_asks(partitions(now))
             run_ingest(now)
             assert bool([entry for entry in exchange.log() if "klines" in entry["path"]]) is wanted
     (one,) = explained(now)
-    assert (one.kind, one.gap.answers >= 10, one.gap.first_asked) == ("unexplained", True, at("2023-02-15T02:00"))
+    assert (one.kind, one.gap.answers >= 10, one.gap.first_asked) == (
+        "unexplained",
+        True,
+        at("2023-02-15T02:00"),
+    )
     assert one.gap.next_ask == at("2023-02-15T02:00") + timedelta(hours=256)
     assert len(one.as_dict()["proof"]["requests"]) == 6
 
 
 def test_reopened(replay: Callable[..., Any], universe: Universe, either_database: None) -> None:
-    """The cause is forgotten, the next run asks and nothing before it explains; another moment is refused, with the nearest gap."""
+    """The cause is forgotten, the next run asks and nothing before it explains; another moment is
+    refused, with the nearest gap.
+    """
     exchange = replay("2023-03-26T00:02:30Z")
-    settings = universe(f"{exchange.url}/binance", "[BTC/USDT, ETH/USDT]", since="2023-03-24", until="2023-03-25", now="2023-03-26")
+    settings = universe(
+        f"{exchange.url}/binance",
+        "[BTC/USDT, ETH/USDT]",
+        since="2023-03-24",
+        until="2023-03-25",
+        now="2023-03-26",
+    )
     run_ingest(settings)
     assert [one.kind for one in explained(settings)] == [HALTED, HALTED]
     with open_toolbox(settings) as toolbox:
-        with pytest.raises(BadInput, match=r"begins at 2023-03-24T12:41:00Z; the nearest is --start 2023-03-24T12:40:00Z"):
+        with pytest.raises(
+            BadInput,
+            match=r"begins at 2023-03-24T12:41:00Z; the nearest is --start 2023-03-24T12:40:00Z",
+        ):
             reopen(toolbox, BTC, at("2023-03-24T12:41"))
         assert [one.gap.bars for one in reopen(toolbox, BTC, HOLE.start)] == [80]
     assert [one.kind for one in explained(settings)] == ["unexplained", HALTED]
@@ -436,15 +625,24 @@ def test_reopened(replay: Callable[..., Any], universe: Universe, either_databas
         assert [task.bars for task in plan(toolbox, partitions(settings))] == [80, 0]
     exchange.log()
     run_ingest(settings)
-    assert {entry["query"]["symbol"] for entry in exchange.log() if "klines" in entry["path"]} == {"BTCUSDT"}
+    assert {entry["query"]["symbol"] for entry in exchange.log() if "klines" in entry["path"]} == {
+        "BTCUSDT"
+    }
     (again, _) = explained(settings)
     assert (again.kind, again.gap.answers) == (HALTED, 4)
 
 
 def test_a_market_that_left_its_venue(replay: Callable[..., Any], universe: Universe) -> None:
-    """ETH is taken off the list: its silence is one gap, delisted when told twice; the other market goes on."""
+    """ETH is taken off the list: its silence is one gap, delisted when told twice; the other market
+    goes on.
+    """
     exchange = replay("2024-02-02T00:00:30Z")
-    settings = universe(f"{exchange.url}/binance", "[BTC/USDT, ETH/USDT]", since="2024-02-01", now="2024-02-02T00:00:00Z")
+    settings = universe(
+        f"{exchange.url}/binance",
+        "[BTC/USDT, ETH/USDT]",
+        since="2024-02-01",
+        now="2024-02-02T00:00:00Z",
+    )
     run_ingest(settings)
     exchange.admin(op="delist", venue="binance", symbol="ETHUSDT")
     for day, kinds in ((4, ["not final"]), (4, ["final"]), (5, ["final"])):
@@ -458,13 +656,22 @@ def test_a_market_that_left_its_venue(replay: Callable[..., Any], universe: Univ
         ]
     with open_toolbox(later) as toolbox:
         btc, eth = coverage(toolbox, later.markets)
-    assert (btc.present, eth.present, eth.delisted, eth.missing_at_source) == (4 * 1440, 1440, 3 * 1440, 0)
+    assert (btc.present, eth.present, eth.delisted, eth.missing_at_source) == (
+        4 * 1440,
+        1440,
+        3 * 1440,
+        0,
+    )
     assert days_sum(later) == 8
 
 
-def test_a_symbol_that_was_never_there_is_a_mistake(replay: Callable[..., Any], universe: Universe) -> None:
+def test_a_symbol_that_was_never_there_is_a_mistake(
+    replay: Callable[..., Any], universe: Universe
+) -> None:
     exchange = replay("2024-02-02T00:00:30Z")
-    settings = universe(f"{exchange.url}/binance", "[BTC/USDTT]", since="2024-02-01", now="2024-02-02T00:00:00Z")
+    settings = universe(
+        f"{exchange.url}/binance", "[BTC/USDTT]", since="2024-02-01", now="2024-02-02T00:00:00Z"
+    )
     (done,) = run_ingest(settings)
     assert isinstance(done.error, BadInput)
 
@@ -476,30 +683,72 @@ def test_the_command(replay: Callable[..., Any], universe: Universe) -> None:
     from marketdata_assets.cli.main import app
 
     exchange = replay("2023-03-26T00:02:30Z")
-    settings = universe(f"{exchange.url}/binance", "[BTC/USDT, ETH/USDT]", since="2023-03-24", until="2023-03-25", now="2023-03-26")
+    settings = universe(
+        f"{exchange.url}/binance",
+        "[BTC/USDT, ETH/USDT]",
+        since="2023-03-24",
+        until="2023-03-25",
+        now="2023-03-26",
+    )
     run_ingest(settings)
     before, run = lake_files(settings), CliRunner().invoke
     rows = json.loads(run(app, ["gaps", "--format", "json", "--cause", "halted"]).stdout)
     assert [(r["market"], r["table"], r["from"], r["until"], r["bars"]) for r in rows] == [
-        (f"binance:{name}", "raw/ohlcv_1m", "2023-03-24T12:40:00Z", "2023-03-24T14:00:00Z", 80) for name in ("BTC-USDT", "ETH-USDT")
+        (f"binance:{name}", "raw/ohlcv_1m", "2023-03-24T12:40:00Z", "2023-03-24T14:00:00Z", 80)
+        for name in ("BTC-USDT", "ETH-USDT")
     ]
-    assert (rows[0]["asked"], rows[0]["next_ask"], rows[0]["proof"]["venue"]) == (2, None, {"binance:ETH-USDT": 0})
-    assert json.loads(run(app, ["gaps", "--format", "json", "--end", "2023-03-24T12:40"]).stdout) == []
-    assert "2 gaps, 160 bars" in run(app, ["gaps", "-m", "binance:BTC-USDT", "-m", "binance:ETH-USDT"]).stdout
+    assert (rows[0]["asked"], rows[0]["next_ask"], rows[0]["proof"]["venue"]) == (
+        2,
+        None,
+        {"binance:ETH-USDT": 0},
+    )
+    assert (
+        json.loads(run(app, ["gaps", "--format", "json", "--end", "2023-03-24T12:40"]).stdout) == []
+    )
+    assert (
+        "2 gaps, 160 bars"
+        in run(app, ["gaps", "-m", "binance:BTC-USDT", "-m", "binance:ETH-USDT"]).stdout
+    )
     (day,) = json.loads(
         run(
-            app, ["coverage", "-m", "binance:BTC-USDT", "--start", "2023-03-24T13:00", "--end", "2023-03-24T15:00", "--format", "json"]
+            app,
+            [
+                "coverage",
+                "-m",
+                "binance:BTC-USDT",
+                "--start",
+                "2023-03-24T13:00",
+                "--end",
+                "2023-03-24T15:00",
+                "--format",
+                "json",
+            ],
         ).stdout
     )
     assert (day["expected"], day["halted"], day["present"]) == (120, 60, 60)
     for wrong, says in (
         (["gaps", "--cause", "bored"], "--cause bored is not one of"),
         (["gaps", "--reopen", "--start", "2023-03-24T12:40"], "--reopen needs one --market"),
-        (["gaps", "--reopen", "-m", "binance:ETH-USDT", "--start", "2023-03-25"], "the nearest is --start 2023-03-24T12:40:00Z"),
+        (
+            ["gaps", "--reopen", "-m", "binance:ETH-USDT", "--start", "2023-03-25"],
+            "the nearest is --start 2023-03-24T12:40:00Z",
+        ),
     ):
         assert says in str(run(app, wrong).exception)
     (opened,) = json.loads(
-        run(app, ["gaps", "--reopen", "-m", "binance:ETH-USDT", "--start", "2023-03-24T12:40", "--format", "json"]).stdout
+        run(
+            app,
+            [
+                "gaps",
+                "--reopen",
+                "-m",
+                "binance:ETH-USDT",
+                "--start",
+                "2023-03-24T12:40",
+                "--format",
+                "json",
+            ],
+        ).stdout
     )
     assert opened["market"] == "binance:ETH-USDT"
     assert lake_files(settings) == before

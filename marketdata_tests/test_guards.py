@@ -1,6 +1,8 @@
-"""Guards in simulated time: retries, waits, the weight count, the breaker and the limiter, shared through one ledger.
+"""Guards in simulated time: retries, waits, the weight count, the breaker and the limiter, shared
+through one ledger.
 
-The far side is faked here and nowhere else: minutes of waiting pass in no time, and every request's moment is known.
+The far side is faked here and nowhere else: minutes of waiting pass in no time, and every request's
+moment is known.
 """
 
 from __future__ import annotations
@@ -18,10 +20,19 @@ from typing import Any
 import polars as pl
 import pytest
 
-from marketdata_assets.errors import BadInput, Garbled, MarketDataError, Retry, VenueDown, VenueRefused, Wait
-from marketdata_assets.lake.ledger import BREAKER_FIRST, BREAKER_LIMIT, BREAKER_LONGEST, Ledger
+from marketdata_assets.errors import (
+    BadInput,
+    Garbled,
+    MarketDataError,
+    Retry,
+    VenueDown,
+    VenueRefused,
+    Wait,
+)
+from marketdata_assets.ledger.ledger import BREAKER_FIRST, BREAKER_LIMIT, BREAKER_LONGEST, Ledger
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import TIMEFRAMES, Timeframe, Window
+from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
+from marketdata_assets.model.window import Window
 from marketdata_assets.sources.base import Fetched, Request
 from marketdata_assets.sources.guards import Guarded, Policy
 
@@ -34,7 +45,9 @@ MANY = 2000
 
 
 class World:
-    """Simulated time: it stands still while anybody works, and jumps to the next alarm when all sleep."""
+    """Simulated time: it stands still while anybody works, and jumps to the next alarm when all
+    sleep.
+    """
 
     def __init__(self, now: float = NOON) -> None:
         self.now = now
@@ -78,7 +91,9 @@ Script = Iterable[Exception | None]
 
 
 class FakeVenue:
-    """Answers by script (None is a good answer, and so is all that follows it), and knows when it was asked."""
+    """Answers by script (None is a good answer, and so is all that follows it), and knows when it was
+    asked.
+    """
 
     page_size = 123
     skips_gaps = True
@@ -114,7 +129,17 @@ class FakeVenue:
         error = next(self._script, None)
         if error is not None:
             if isinstance(error, MarketDataError):
-                error.requests = (Request("bars", self.asked[-1], 0.1, type(error).__name__.lower(), 500, None, str(error)),)
+                error.requests = (
+                    Request(
+                        "bars",
+                        self.asked[-1],
+                        0.1,
+                        type(error).__name__.lower(),
+                        500,
+                        None,
+                        str(error),
+                    ),
+                )
             raise error
         return Request("bars", self.asked[-1], 0.1, "answered", 200, 1)
 
@@ -145,7 +170,7 @@ def outcomes(requests: Iterable[Request]) -> list[str]:
     return [request.outcome for request in requests]
 
 
-# ----------------------------------------------------------------------------------------------------------- retrying
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_good_answer_costs_one_request_and_no_wait(world: World, ledger: Ledger) -> None:
@@ -161,7 +186,9 @@ def test_a_good_answer_costs_one_request_and_no_wait(world: World, ledger: Ledge
 
 
 def test_retries_back_off_exponentially(world: World, ledger: Ledger) -> None:
-    """0.5, 1, 2, 4, 8 seconds at full jitter; then the sixth answer counts, and all six requests are told."""
+    """0.5, 1, 2, 4, 8 seconds at full jitter; then the sixth answer counts, and all six requests are
+    told.
+    """
     venue = FakeVenue(world, [retry(), Garbled("binance: text"), retry(), retry(), retry()])
     (fetched,) = world.run(fetch(Guarded(venue, "binance", ledger, None, world.policy())))
     assert world.slept == [0.5, 1.0, 2.0, 4.0, 8.0]
@@ -171,7 +198,11 @@ def test_retries_back_off_exponentially(world: World, ledger: Ledger) -> None:
 
 def test_backoff_is_capped_and_jittered(world: World, ledger: Ledger) -> None:
     """A cap of 3 s at jitter 1, and of half of that at jitter 0.5."""
-    for jitter, expected in ((1.0, [0.5, 1.0, 2.0, 3.0, 3.0]), (0.5, [0.25, 0.5, 1.0, 1.5, 1.5]), (0.0, [0.0] * 5)):
+    for jitter, expected in (
+        (1.0, [0.5, 1.0, 2.0, 3.0, 3.0]),
+        (0.5, [0.25, 0.5, 1.0, 1.5, 1.5]),
+        (0.0, [0.0] * 5),
+    ):
         world.slept.clear()
         venue = FakeVenue(world, [retry() for _ in range(5)])
         policy = world.policy(jitter, backoff_cap=3.0)
@@ -180,7 +211,9 @@ def test_backoff_is_capped_and_jittered(world: World, ledger: Ledger) -> None:
 
 
 def test_jitter_is_full_by_default() -> None:
-    """Uniform below the exponential delay: two clients that failed together do not come back together."""
+    """Uniform below the exponential delay: two clients that failed together do not come back
+    together.
+    """
     policy = Policy()
     delays = [policy.delay(4) for _ in range(400)]
     assert 0 <= min(delays) < 0.5
@@ -190,7 +223,9 @@ def test_jitter_is_full_by_default() -> None:
 
 
 def test_gives_up_after_six_tries_and_says_why(world: World, ledger: Ledger) -> None:
-    """The last reason stands in the error, every request is told, and nobody sleeps after the last try."""
+    """The last reason stands in the error, every request is told, and nobody sleeps after the last
+    try.
+    """
     venue = FakeVenue(world, for_ever(retry))
     (error,) = world.run(fetch(Guarded(venue, "binance", ledger, None, world.policy())))
     assert type(error) is VenueDown
@@ -202,8 +237,12 @@ def test_gives_up_after_six_tries_and_says_why(world: World, ledger: Ledger) -> 
     assert len(world.slept) == 5
 
 
-@pytest.mark.parametrize("final", [VenueRefused("binance: Invalid symbol."), BadInput("no such symbol")])
-def test_a_final_no_is_not_asked_again(world: World, ledger: Ledger, final: MarketDataError) -> None:
+@pytest.mark.parametrize(
+    "final", [VenueRefused("binance: Invalid symbol."), BadInput("no such symbol")]
+)
+def test_a_final_no_is_not_asked_again(
+    world: World, ledger: Ledger, final: MarketDataError
+) -> None:
     """Neither at once, nor after retries that came before it; the requests so far are told."""
     venue = FakeVenue(world, [retry(), final])
     (error,) = world.run(fetch(Guarded(venue, "binance", ledger, None, world.policy())))
@@ -228,7 +267,7 @@ def test_clock_and_listing_are_guarded_too(world: World, ledger: Ledger) -> None
     assert [moment - NOON for moment in venue.asked] == [0, 0.5, 0.5, 7.5]
 
 
-# ------------------------------------------------------------------------------------------------------------ waiting
+# --------------------------------------------------------------------------------------------------
 
 
 def test_retry_after_is_honoured(world: World, ledger: Ledger) -> None:
@@ -243,10 +282,15 @@ def test_retry_after_is_honoured(world: World, ledger: Ledger) -> None:
 
 
 def test_a_pause_holds_for_all_who_share_the_ledger(world: World, tmp_path: Path) -> None:
-    """Eight requests of two instances in flight: after the first 429 nobody asks before the time is up."""
+    """Eight requests of two instances in flight: after the first 429 nobody asks before the time is
+    up.
+    """
     first, second = (FakeVenue(world, takes=0.2) for _ in range(2))
     first._script = iter([Wait("binance: HTTP 429", 45.0)])
-    guards = [Guarded(venue, "binance", Ledger(tmp_path), None, world.policy()) for venue in (first, second)]
+    guards = [
+        Guarded(venue, "binance", Ledger(tmp_path), None, world.policy())
+        for venue in (first, second)
+    ]
 
     async def visitor(guarded: Guarded, begin: float) -> Fetched:
         await world.until(begin)
@@ -275,7 +319,9 @@ def test_a_shorter_pause_does_not_end_a_longer_one(world: World, ledger: Ledger)
 
 
 def test_a_ban_beyond_our_patience_is_venue_down(world: World, ledger: Ledger) -> None:
-    """Told at once, with the moment it ends, by whoever asked and by whoever comes later; nobody sends a request."""
+    """Told at once, with the moment it ends, by whoever asked and by whoever comes later; nobody sends
+    a request.
+    """
     venue = FakeVenue(world, [Wait("binance: HTTP 418", 7200)])
     guarded = Guarded(venue, "binance", ledger, None, world.policy())
     for _ in range(3):
@@ -295,10 +341,16 @@ def test_a_ban_beyond_our_patience_tells_its_requests(world: World, ledger: Ledg
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 1.0, 100.0])
-def test_a_venue_that_asks_for_patience_for_ever_is_given_up(world: World, ledger: Ledger, seconds: float) -> None:
-    """`longest_wait` bounds one request's waiting in all, and a Retry-After of 0 is no invitation to hammer."""
+def test_a_venue_that_asks_for_patience_for_ever_is_given_up(
+    world: World, ledger: Ledger, seconds: float
+) -> None:
+    """`longest_wait` bounds one request's waiting in all, and a Retry-After of 0 is no invitation to
+    hammer.
+    """
     venue = FakeVenue(world, for_ever(lambda: Wait("binance: HTTP 429", seconds)))
-    (error,) = world.run(fetch(Guarded(venue, "binance", ledger, None, world.policy(longest_wait=900))))
+    (error,) = world.run(
+        fetch(Guarded(venue, "binance", ledger, None, world.policy(longest_wait=900)))
+    )
     assert type(error) is VenueDown
     assert "429" in str(error)
     assert world.now - NOON <= 1000
@@ -306,7 +358,9 @@ def test_a_venue_that_asks_for_patience_for_ever_is_given_up(world: World, ledge
 
 
 @pytest.mark.parametrize("seconds", [1e12, float("inf")])
-def test_an_absurd_retry_after_is_an_error_of_ours(world: World, ledger: Ledger, seconds: float) -> None:
+def test_an_absurd_retry_after_is_an_error_of_ours(
+    world: World, ledger: Ledger, seconds: float
+) -> None:
     """One mad header must not stop a venue for good."""
     venue = FakeVenue(world, [Wait("binance: HTTP 429", seconds)])
     guarded = Guarded(venue, "binance", ledger, None, world.policy())
@@ -316,11 +370,13 @@ def test_an_absurd_retry_after_is_an_error_of_ours(world: World, ledger: Ledger,
     assert isinstance(world.run(fetch(guarded))[0], Fetched)
 
 
-# ------------------------------------------------------------------------------------------------------- used weight
+# --------------------------------------------------------------------------------------------------
 
 
 class WeighedVenue(FakeVenue):
-    """Binance's count: `weight` a request, so much allowed in each of its minutes, 429 beyond. `meter` is shared."""
+    """Binance's count: `weight` a request, so much allowed in each of its minutes, 429 beyond. `meter`
+    is shared.
+    """
 
     def __init__(self, world: World, limit: int, weight: int, meter: dict[int, int]) -> None:
         super().__init__(world, takes=0.05)
@@ -339,7 +395,9 @@ class WeighedVenue(FakeVenue):
 
 
 def test_the_weight_limit_is_never_reached(world: World, tmp_path: Path) -> None:
-    """Two instances, eight requests in flight each, as fast as they can: no 429, and the budget is well used."""
+    """Two instances, eight requests in flight each, as fast as they can: no 429, and the budget is
+    well used.
+    """
     meter: dict[int, int] = {}
     venues = [WeighedVenue(world, 1200, 2, meter) for _ in range(2)]
     guards = [Guarded(venue, "binance", Ledger(tmp_path), None, world.policy()) for venue in venues]
@@ -356,7 +414,9 @@ def test_the_weight_limit_is_never_reached(world: World, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("used", "paused"), [(5600, False), (5900, True), (6000, True)])
-def test_a_nearly_used_up_minute_is_left_alone(world: World, ledger: Ledger, used: int, paused: bool) -> None:
+def test_a_nearly_used_up_minute_is_left_alone(
+    world: World, ledger: Ledger, used: int, paused: bool
+) -> None:
     """At 12:00:20 the next request waits for 12:01 when little is left, and goes at once otherwise."""
     world.now = NOON + 20
     venue = FakeVenue(world)
@@ -368,7 +428,7 @@ def test_a_nearly_used_up_minute_is_left_alone(world: World, ledger: Ledger, use
     assert venue.asked[1] in (NOON + 20, pytest.approx(NOON + 60, abs=2))
 
 
-# --------------------------------------------------------------------------------------------------------- the breaker
+# --------------------------------------------------------------------------------------------------
 
 
 def broken(world: World, ledger: Ledger, script: Script = ()) -> tuple[FakeVenue, Guarded]:
@@ -383,11 +443,15 @@ def broken(world: World, ledger: Ledger, script: Script = ()) -> tuple[FakeVenue
 
 
 def test_the_breaker_fails_fast(world: World, tmp_path: Path) -> None:
-    """After 30 failures in a row no request is sent, by no instance, and the error tells until when."""
+    """After 30 failures in a row no request is sent, by no instance, and the error tells until
+    when.
+    """
     venue, guarded = broken(world, Ledger(tmp_path))
     other = FakeVenue(world)
     second = Guarded(other, "binance", Ledger(tmp_path), None, world.policy())
-    for error in world.run(fetch(guarded), fetch(second), guarded.now(), second.first_open(MARKET, MINUTE)):
+    for error in world.run(
+        fetch(guarded), fetch(second), guarded.now(), second.first_open(MARKET, MINUTE)
+    ):
         assert type(error) is VenueDown
         assert "2024-03-01T12:00:30Z" in str(error)
     assert venue.asked == other.asked == []
@@ -401,7 +465,10 @@ def test_a_success_starts_the_count_anew(world: World, ledger: Ledger) -> None:
     run = [retry() for _ in range(29)]
     venue = FakeVenue(world, [*run, None, *run, None])
     guarded = Guarded(venue, "binance", ledger, None, world.policy(0.0, attempts=100))
-    assert all(isinstance(fetched, Fetched) for fetched in world.run(fetch(guarded)) + world.run(fetch(guarded)))
+    assert all(
+        isinstance(fetched, Fetched)
+        for fetched in world.run(fetch(guarded)) + world.run(fetch(guarded))
+    )
     assert len(venue.asked) == 60
 
 
@@ -434,11 +501,15 @@ def test_half_open_lets_one_through_and_its_success_closes(world: World, ledger:
     found = world.run(*(fetch(guarded) for _ in range(4)))
     assert sorted(type(answer).__name__ for answer in found) == ["Fetched"] + ["VenueDown"] * 3
     assert len(venue.asked) == 1
-    assert all(isinstance(fetched, Fetched) for fetched in world.run(*(fetch(guarded) for _ in range(4))))
+    assert all(
+        isinstance(fetched, Fetched) for fetched in world.run(*(fetch(guarded) for _ in range(4)))
+    )
 
 
 def test_half_open_and_still_down_stays_shut(world: World, ledger: Ledger) -> None:
-    """The trial request fails, is not retried against the open breaker, and the next trial is 30 s away."""
+    """The trial request fails, is not retried against the open breaker, and the next trial is 30 s
+    away.
+    """
     venue, guarded = broken(world, ledger, for_ever(retry))
     world.now = NOON + BREAKER_FIRST + 1
     assert type(world.run(fetch(guarded))[0]) is VenueDown
@@ -470,20 +541,29 @@ def test_a_refusal_is_an_answer(world: World, ledger: Ledger) -> None:
     assert len(venue.asked) == BREAKER_LIMIT + 5
 
 
-# --------------------------------------------------------------------------------------------------------- the limiter
+# --------------------------------------------------------------------------------------------------
 
 
 def busiest(moments: Iterable[float], seconds: float) -> int:
     """The most requests in any window `[t, t + seconds)`, by the moments they were sent."""
     ordered = sorted(moments)
-    ends = (next((j for j in range(i, len(ordered)) if ordered[j] >= t + seconds - 1e-6), len(ordered)) for i, t in enumerate(ordered))
+    ends = (
+        next((j for j in range(i, len(ordered)) if ordered[j] >= t + seconds - 1e-6), len(ordered))
+        for i, t in enumerate(ordered)
+    )
     return max(end - i for i, end in enumerate(ends))
 
 
-def crowd(world: World, folder: Path, per_minute: int | None, instances: int, workers: int, each: int) -> list[FakeVenue]:
-    """So many instances with so many workers, each of which fetches so often; the venues they asked."""
+def crowd(
+    world: World, folder: Path, per_minute: int | None, instances: int, workers: int, each: int
+) -> list[FakeVenue]:
+    """So many instances with so many workers, each of which fetches so often; the venues they
+    asked.
+    """
     venues = [FakeVenue(world, takes=0.02) for _ in range(instances)]
-    guards = [Guarded(venue, "binance", Ledger(folder), per_minute, world.policy()) for venue in venues]
+    guards = [
+        Guarded(venue, "binance", Ledger(folder), per_minute, world.policy()) for venue in venues
+    ]
 
     async def worker(guarded: Guarded) -> None:
         for _ in range(each):
@@ -494,9 +574,13 @@ def crowd(world: World, folder: Path, per_minute: int | None, instances: int, wo
 
 
 @pytest.mark.parametrize("per_minute", [6, 60, 600])
-def test_the_limiter_holds_over_all_instances(world: World, tmp_path: Path, per_minute: int) -> None:
+def test_the_limiter_holds_over_all_instances(
+    world: World, tmp_path: Path, per_minute: int
+) -> None:
     """Never more than `per_minute` in any 60 s, and at least as many less one."""
-    venues = crowd(world, tmp_path, per_minute, instances=2, workers=4, each=max(4, per_minute * 3 // 8))
+    venues = crowd(
+        world, tmp_path, per_minute, instances=2, workers=4, each=max(4, per_minute * 3 // 8)
+    )
     moments = [moment for venue in venues for moment in venue.asked]
     assert busiest(moments, 60) <= per_minute
     assert busiest(moments, 1) <= max(1, per_minute / 60 * 2 + 1)
@@ -527,7 +611,9 @@ def test_waiting_for_the_limiter_is_told(world: World, ledger: Ledger) -> None:
     guarded = Guarded(venue, "binance", ledger, 60, world.policy())
     found = world.run(*(fetch(guarded) for _ in range(10)))
     assert [fetched.waited for fetched in found] == pytest.approx([i * 60 / 59 for i in range(10)])
-    assert [fetched.waited for fetched in found] == pytest.approx([moment - NOON for moment in venue.asked])
+    assert [fetched.waited for fetched in found] == pytest.approx(
+        [moment - NOON for moment in venue.asked]
+    )
 
 
 def test_places_are_unique_among_threads(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Ingest, derive, plan, read and coverage, end to end on the sandbox exchange: exact, explained, and never asked twice."""
+"""Ingest, derive, plan, read and coverage, end to end on the sandbox exchange: exact, explained, and
+never asked twice.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,21 @@ import polars as pl
 import pytest
 from aiohttp import web
 
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.errors import BadInput, VenueDown, VenueRefused
-from marketdata_assets.flows.derive import derive
-from marketdata_assets.flows.ingest import ingest
-from marketdata_assets.flows.plan import Task, plan
-from marketdata_assets.flows.read import Coverage, coverage, read_bars
-from marketdata_assets.lake.tables import raw
+from marketdata_assets.flows.derive.rollup import derive
+from marketdata_assets.flows.fetch.ingest import ingest
+from marketdata_assets.flows.fetch.plan import Task, plan
+from marketdata_assets.flows.read.bars import read_bars
+from marketdata_assets.flows.read.coverage import Coverage, coverage
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import TIMEFRAMES, Partition, Timeframe, Window, month_of
-from marketdata_assets.settings import Settings
-from marketdata_assets.sources.sandbox import SandboxExchange, running
-from marketdata_assets.sources.sandbox_bars import LISTINGS, truth
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import raw
+from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
+from marketdata_assets.model.window import Window, month_of
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import LISTINGS, truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 from marketdata_tests.conftest import Universe, universe
 from marketdata_tests.steps import (
     SkippingClock,
@@ -56,9 +61,13 @@ Tamper = Callable[[web.Request, list[list[Any]]], Any]
 
 
 @contextmanager
-def exchange_at(now: int | list[int] = NOW, tamper: Any = None) -> Iterator[tuple[SandboxExchange, str]]:
+def exchange_at(
+    now: int | list[int] = NOW, tamper: Any = None
+) -> Iterator[tuple[SandboxExchange, str]]:
     """A sandbox exchange; a list holds a clock that the test moves."""
-    exchange = SandboxExchange(now=lambda: now if isinstance(now, int) else now[0], weight_limit=10**9, tamper=tamper)
+    exchange = SandboxExchange(
+        now=lambda: now if isinstance(now, int) else now[0], weight_limit=10**9, tamper=tamper
+    )
     with running(exchange) as url:
         yield exchange, url
 
@@ -94,14 +103,17 @@ def everything_is_true(settings: Settings, span: Window) -> None:
     """All markets, all timeframes, nine columns, read back from the lake and from the rollups."""
     for market in settings.markets:
         for timeframe in (MINUTE, *settings.rolled(market)):
-            found, expected = read(settings, market, timeframe, span), whole(market.symbol.replace("/", ""), timeframe, span)
+            found, expected = (
+                read(settings, market, timeframe, span),
+                whole(market.symbol.replace("/", ""), timeframe, span),
+            )
             if expected.is_empty() and timeframe != MINUTE:
                 assert found.is_empty()
             else:
                 assert_bars(found, expected)
 
 
-# ------------------------------------------------------------------------------------- two months of three markets
+# ------------------------------------------------------------------------------------- two months o
 
 
 @dataclass
@@ -119,7 +131,9 @@ class Two:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
     folder = tmp_path_factory.mktemp("two")
     with exchange_at() as (exchange, url), pytest.MonkeyPatch.context() as patch:
-        settings = universe.__wrapped__(folder, patch)(url, "[BTC/USDT, ADA/USDT]", until="2024-03-01")
+        settings = universe.__wrapped__(folder, patch)(
+            url, "[BTC/USDT, ADA/USDT]", until="2024-03-01"
+        )
         tasks = planned(settings)
         assert exchange.requests == []
         done = run_ingest(settings)
@@ -129,11 +143,15 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
 
 
 def test_two_months_are_exact(two: Two) -> None:
-    """Every bar of every timeframe; the halt of the 8th and the holes are holes, and no bar is made up."""
+    """Every bar of every timeframe; the halt of the 8th and the holes are holes, and no bar is made
+    up.
+    """
     everything_is_true(two.settings, MONTHS)
     for market in ("BTC", "ADA"):
         bars = stored_bars(two.settings, f"binance%3A{market}-USDT")
-        assert bars.filter(pl.col("open_time").is_between(at("2024-01-08T02:00"), at("2024-01-08T03:19"))).is_empty()
+        assert bars.filter(
+            pl.col("open_time").is_between(at("2024-01-08T02:00"), at("2024-01-08T03:19"))
+        ).is_empty()
 
 
 def test_every_row_is_accounted_for(two: Two) -> None:
@@ -148,9 +166,13 @@ def test_every_row_is_accounted_for(two: Two) -> None:
 
 
 def test_every_missing_bar_has_its_evidence(two: Two) -> None:
-    """Halts and holes are `no_bars`, told by two answers, with what was asked and when; they are all and nothing else."""
+    """Halts and holes are `no_bars`, told by two answers, with what was asked and when; they are all
+    and nothing else.
+    """
     for done in two.done:
-        expected = set(range(ms(str(done.wanted.start)[:19]), ms(str(done.wanted.end)[:19]), 60_000))
+        expected = set(
+            range(ms(str(done.wanted.start)[:19]), ms(str(done.wanted.end)[:19]), 60_000)
+        )
         missing = expected - set(done.bars["open_time"].dt.epoch("ms").to_list())
         told: set[int] = set()
         for gap in done.gaps:
@@ -166,13 +188,19 @@ def test_every_missing_bar_has_its_evidence(two: Two) -> None:
 def test_coverage_sums_and_is_right(two: Two) -> None:
     for found, symbol in zip(covered(two.settings), ("BTCUSDT", "ADAUSDT"), strict=True):
         present = truth(symbol, "1m", MONTHS).height
-        assert (found.expected, found.present, found.missing_at_source) == (60 * 1440, present, 60 * 1440 - present)
+        assert (found.expected, found.present, found.missing_at_source) == (
+            60 * 1440,
+            present,
+            60 * 1440 - present,
+        )
 
 
 def test_the_plan_was_right(two: Two) -> None:
     """Partitions, bars and requests were told before; holes cost a few requests more."""
     assert [task.partition.key for task in two.tasks] == [done.partition.key for done in two.done]
-    assert [task.bars for task in two.tasks] == [done.bars.height + sum(gap.bars for gap in done.gaps) for done in two.done]
+    assert [task.bars for task in two.tasks] == [
+        done.bars.height + sum(gap.bars for gap in done.gaps) for done in two.done
+    ]
     told = sum(task.requests for task in two.tasks)
     holes = sum(len(done.gaps) for done in two.done)
     assert told <= two.bar_requests <= told + holes
@@ -209,11 +237,13 @@ def test_a_partition_outside_the_universe_asks_nothing(two: Two) -> None:
     assert covered(two.settings) == before
 
 
-# ----------------------------------------------------------------------------------------------------- the open month
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_open_month_is_refreshed_in_place(universe: Universe) -> None:
-    """From minute to minute and hour to hour: one request each, only new rows, and only the rollups they close."""
+    """From minute to minute and hour to hour: one request each, only new rows, and only the rollups
+    they close.
+    """
     clock = [ms("2024-01-09T06:31:30")]
     with exchange_at(clock) as (exchange, url):
         settings = universe(url, since="2024-01-07", until="2024-02-01", now="2024-01-31")
@@ -231,12 +261,16 @@ def test_the_open_month_is_refreshed_in_place(universe: Universe) -> None:
             (done,) = run_ingest(settings)
             (derived,) = run_derive(settings)
             end = MINUTE.floor(at(f"2024-01-09T{text}"))
-            assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", Window(at("2024-01-07"), end)))
+            assert_bars(
+                stored_bars(settings), truth("BTCUSDT", "1m", Window(at("2024-01-07"), end))
+            )
             assert done.account.balanced
             assert not done.complete
             assert len(bar_requests(exchange)) == (0 if text == "06:31:59" else 1)
             assert done.account.received <= done.account.stored + 63  # the last hour is asked again
-            assert {timeframe.name: rows for timeframe, rows in derived.changed.items() if rows} == closed
+            assert {
+                timeframe.name: rows for timeframe, rows in derived.changed.items() if rows
+            } == closed
         everything_is_true(settings, window("2024-01-07", "2024-01-09T08:00"))
         assert exchange.requests[-1].path.endswith("klines")
 
@@ -244,8 +278,16 @@ def test_the_open_month_is_refreshed_in_place(universe: Universe) -> None:
 @pytest.mark.parametrize(
     ("since", "until", "moments"),
     [
-        ("2024-01-07T12:00", "2024-01-09", ["08T02:00:30", "08T02:40", "08T03:10", "08T03:20", "08T03:21", "08T05:00", "10T00:00"]),
-        ("2024-01-31T12:00", "2024-02-01T12:00", ["31T23:59:30", "32T00:00", "32T00:00:59", "32T00:01", "32T13:00"]),
+        (
+            "2024-01-07T12:00",
+            "2024-01-09",
+            ["08T02:00:30", "08T02:40", "08T03:10", "08T03:20", "08T03:21", "08T05:00", "10T00:00"],
+        ),
+        (
+            "2024-01-31T12:00",
+            "2024-02-01T12:00",
+            ["31T23:59:30", "32T00:00", "32T00:00:59", "32T00:01", "32T13:00"],
+        ),
     ],
     ids=["halt", "month"],
 )
@@ -255,7 +297,9 @@ def test_the_clock_passes(universe: Universe, since: str, until: str, moments: l
     with exchange_at(clock) as (_, url):
         settings = universe(url, since=since, until=until, now="2024-02-02")
         for moment in moments:
-            clock[0] = ms(f"2024-01-{moment}") if moment[:2] != "32" else ms(f"2024-02-01{moment[2:]}")
+            clock[0] = (
+                ms(f"2024-01-{moment}") if moment[:2] != "32" else ms(f"2024-02-01{moment[2:]}")
+            )
             found = run_ingest(settings)
             run_derive(settings)
             assert all(done.error is None and done.account.balanced for done in found)
@@ -269,16 +313,27 @@ def unfinished(moment: int, times: int) -> Tamper:
     left = [times]
 
     async def tamper(request: web.Request, rows: list[list[Any]]) -> Any:
-        if request.query.get("startTime") == "0" or left[0] == 0 or not any(row[0] == moment for row in rows):
+        if (
+            request.query.get("startTime") == "0"
+            or left[0] == 0
+            or not any(row[0] == moment for row in rows)
+        ):
             return None
         left[0] -= 1
-        return [row if row[0] != moment else [*row[:4], row[1], "0.00001000", row[6], row[1][:4], 1, "0", "0", "0"] for row in rows]
+        return [
+            row
+            if row[0] != moment
+            else [*row[:4], row[1], "0.00001000", row[6], row[1][:4], 1, "0", "0", "0"]
+            for row in rows
+        ]
 
     return tamper
 
 
 def test_a_bar_that_was_stored_wrong_is_replaced(universe: Universe) -> None:
-    """The newest bar came unfinished: the next refresh sees it, asks once more, and replaces it everywhere."""
+    """The newest bar came unfinished: the next refresh sees it, asks once more, and replaces it
+    everywhere.
+    """
     clock, wrong = [ms("2024-01-09T06:35")], ms("2024-01-09T06:34")
     with exchange_at(clock) as (exchange, url):
 
@@ -299,7 +354,10 @@ def test_a_bar_that_was_stored_wrong_is_replaced(universe: Universe) -> None:
         assert len(bar_requests(exchange)) == 2
         everything_is_true(settings, window("2024-01-09", "2024-01-09T06:45"))
         assert quarantined(settings) == []
-        assert (done.replaced["open_time"].to_list(), done.replaced["close"].to_list()) == ([at("2024-01-09T06:34")], [was])
+        assert (done.replaced["open_time"].to_list(), done.replaced["close"].to_list()) == (
+            [at("2024-01-09T06:34")],
+            [was],
+        )
 
 
 def test_one_strange_answer_replaces_nothing(universe: Universe) -> None:
@@ -313,7 +371,9 @@ def test_one_strange_answer_replaces_nothing(universe: Universe) -> None:
         (done,) = run_ingest(settings)
         assert done.account.balanced
         assert done.account.quarantined == 1
-        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T06:45")))
+        assert_bars(
+            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T06:45"))
+        )
 
 
 @pytest.mark.parametrize("back", ["2024-01-08T18:00", "1970-01-01", "2023-12-31"])
@@ -333,11 +393,13 @@ def test_a_clock_that_goes_back_takes_nothing_away(universe: Universe, back: str
         everything_is_true(settings, window("2024-01-07", "2024-01-09T09:00"))
 
 
-# --------------------------------------------------------------------------------------------------------- listing dates
+# --------------------------------------------------------------------------------------------------
 
 
 def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
-    """SHIB is listed on 2021-05-10 at 11:30: the month before costs no bar request, and both say `not_listed`."""
+    """SHIB is listed on 2021-05-10 at 11:30: the month before costs no bar request, and both say
+    `not_listed`.
+    """
     assert str(LISTINGS["SHIBUSDT"].listed) == "2021-05-10 11:30:00+00:00"
     with exchange_at(ms("2021-07-01")) as (exchange, url):
         settings = universe(url, "[SHIB/USDT]", since="2021-04-01", until="2021-06-01")
@@ -345,7 +407,9 @@ def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
         run_derive(settings)
         span = window("2021-05-10", "2021-06-01")
         assert (april.error, april.bars.height, april.complete) == (None, 0, True)
-        assert min(int(seen.query["startTime"]) for seen in bar_requests(exchange)) == ms("2021-05-10T11:30")
+        assert min(int(seen.query["startTime"]) for seen in bar_requests(exchange)) == ms(
+            "2021-05-10T11:30"
+        )
         assert len(bar_requests(exchange)) <= 33 + len(may.gaps)
         (found,) = covered(settings)
         present = truth("SHIBUSDT", "1m", span).height
@@ -353,7 +417,9 @@ def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
         assert (found.present, found.not_listed, found.not_fetched) == (present, early, 0)
         assert found.missing_at_source == 61 * 1440 - present - early
         for timeframe in (MINUTE, *settings.rolled(settings.markets[0])):
-            bars = read(settings, settings.markets[0], timeframe, window("2021-04-01", "2021-06-01"))
+            bars = read(
+                settings, settings.markets[0], timeframe, window("2021-04-01", "2021-06-01")
+            )
             assert_bars(bars, whole("SHIBUSDT", timeframe, window("2021-04-01", "2021-06-01")))
         exchange.requests.clear()
         run_ingest(settings)
@@ -362,7 +428,9 @@ def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
 
 
 def test_one_bad_answer_about_the_listing_is_made_good(universe: Universe) -> None:
-    """The first answer was empty: the next run asks again, and the bars before the listing are explained."""
+    """The first answer was empty: the next run asks again, and the bars before the listing are
+    explained.
+    """
     bad = [1]
 
     async def tamper(request: web.Request, rows: list[list[Any]]) -> Any:
@@ -379,19 +447,25 @@ def test_one_bad_answer_about_the_listing_is_made_good(universe: Universe) -> No
         assert found.not_listed == 1440 + 11 * 60 + 30
 
 
-# ------------------------------------------------------------------------------------------------------ holes that remain
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("edge", ["02:00", "02:01", "02:40", "03:19", "03:20", "03:21"])
 def test_a_halt_at_the_edge_of_a_page(universe: Universe, edge: str) -> None:
-    """The first page ends just before, in, or just after the halt: explained all the same, in one run."""
+    """The first page ends just before, in, or just after the halt: explained all the same, in one
+    run.
+    """
     since = at(f"2024-01-08T{edge}") - 998 * MINUTE.width
     with exchange_at() as (exchange, url):
         settings = universe(url, since=since.isoformat(), until="2024-01-08T12:00")
         (done,) = run_ingest(settings)
         assert done.complete
-        assert [(gap.window, gap.reason) for gap in done.gaps] == [(window("2024-01-08T02:00", "2024-01-08T03:20"), "no_bars")]
-        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", Window(since, at("2024-01-08T12:00"))))
+        assert [(gap.window, gap.reason) for gap in done.gaps] == [
+            (window("2024-01-08T02:00", "2024-01-08T03:20"), "no_bars")
+        ]
+        assert_bars(
+            stored_bars(settings), truth("BTCUSDT", "1m", Window(since, at("2024-01-08T12:00")))
+        )
         assert len(bar_requests(exchange)) <= 4
 
 
@@ -409,7 +483,9 @@ def without(first: str, end: str, times: list[int]) -> Tamper:
 
 
 def test_an_unanswered_hole_is_asked_for_in_three_runs(universe: Universe) -> None:
-    """The end of the span is never delivered: nobody knows whether it exists. After three runs it is given up."""
+    """The end of the span is never delivered: nobody knows whether it exists. After three runs it is
+    given up.
+    """
     with exchange_at(tamper=without("2024-01-05T20:00", "2024-02-01", [10**6])) as (exchange, url):
         settings = universe(url, since="2024-01-05", until="2024-01-06")
         asked, told = [], []
@@ -418,7 +494,10 @@ def test_an_unanswered_hole_is_asked_for_in_three_runs(universe: Universe) -> No
             (done,) = run_ingest(settings)
             asked.append(len(bar_requests(exchange)))
             told.append([(gap.bars, gap.reason, gap.answers, done.complete) for gap in done.gaps])
-            assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T20:00")))
+            assert_bars(
+                stored_bars(settings),
+                truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T20:00")),
+            )
         assert told == [[(240, "unanswered", n, n == 3)] for n in (1, 2, 3, 3, 3)]
         assert all(1 <= n <= 4 for n in asked[:3])
         assert asked[3:] == [0, 0]
@@ -435,16 +514,27 @@ def test_an_unanswered_hole_is_filled_when_it_is_answered(universe: Universe) ->
         assert planned(settings)[0].bars == 240
         left[0] = 0
         assert run_ingest(settings)[0].complete
-        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06")))
+        assert_bars(
+            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06"))
+        )
 
 
 def test_a_hole_that_two_answers_agree_on_is_not_asked_again(universe: Universe) -> None:
-    """Neighbours delivered, nothing between, twice: `no_bars` with its evidence; the third run sends no request."""
-    with exchange_at(tamper=without("2024-01-05T10:00", "2024-01-05T10:30", [10**6])) as (exchange, url):
+    """Neighbours delivered, nothing between, twice: `no_bars` with its evidence; the third run sends
+    no request.
+    """
+    with exchange_at(tamper=without("2024-01-05T10:00", "2024-01-05T10:30", [10**6])) as (
+        exchange,
+        url,
+    ):
         settings = universe(url, since="2024-01-05", until="2024-01-06")
         (done,) = run_ingest(settings)
         (gap,) = done.gaps
-        assert (gap.window, gap.bars, gap.reason) == (window("2024-01-05T10:00", "2024-01-05T10:30"), 30, "no_bars")
+        assert (gap.window, gap.bars, gap.reason) == (
+            window("2024-01-05T10:00", "2024-01-05T10:30"),
+            30,
+            "no_bars",
+        )
         assert "1410 rows" in gap.evidence or "2 rows" in gap.evidence
         assert len(bar_requests(exchange)) <= 4
         exchange.requests.clear()
@@ -457,20 +547,26 @@ def test_a_hole_that_the_second_answer_fills_is_none(universe: Universe) -> None
         settings = universe(url, since="2024-01-05", until="2024-01-06")
         (done,) = run_ingest(settings)
         assert (done.complete, done.gaps) == (True, ())
-        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06")))
+        assert_bars(
+            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06"))
+        )
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_an_empty_answer_about_all_is_not_the_last_word(universe: Universe, times: int) -> None:
-    """A span of one page: an empty list is asked for once more in the same run, and again in the next."""
+    """A span of one page: an empty list is asked for once more in the same run, and again in the
+    next.
+    """
     with exchange_at(tamper=without("2024-01-05", "2024-01-06", [times])) as (_, url):
         settings = universe(url, since="2024-01-05", until="2024-01-05T12:00")
         assert run_ingest(settings)[0].complete is (times == 1)
         assert run_ingest(settings)[0].complete
-        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T12:00")))
+        assert_bars(
+            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T12:00"))
+        )
 
 
-# --------------------------------------------------------------------------------------------------------- broken files
+# --------------------------------------------------------------------------------------------------
 
 
 def truncate(file: Path) -> None:
@@ -506,7 +602,9 @@ BREAK: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", [*BREAK, "flipped"])
 def test_a_damaged_file_is_repaired(universe: Universe, damage: str) -> None:
-    """The plan and the coverage say so, reading it is a clear error, and one ingest brings back the same bytes."""
+    """The plan and the coverage say so, reading it is a clear error, and one ingest brings back the
+    same bytes.
+    """
     with exchange_at() as (_, url):
         settings = universe(url, since="2024-01-07", until="2024-01-09", now="2024-01-10")
         run_ingest(settings)
@@ -520,8 +618,12 @@ def test_a_damaged_file_is_repaired(universe: Universe, damage: str) -> None:
         (done,) = run_ingest(settings)
         assert done.error is None
         assert done.complete
-        assert {name: body for name, body in lake_files(settings).items() if "damaged" not in name} == good
-        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-09")))
+        assert {
+            name: body for name, body in lake_files(settings).items() if "damaged" not in name
+        } == good
+        assert_bars(
+            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-09"))
+        )
         assert (done.note is None) is (damage in ("deleted", "fewer_rows"))
         assert covered(settings)[0].not_fetched == 0
         run_derive(settings)
@@ -529,7 +631,9 @@ def test_a_damaged_file_is_repaired(universe: Universe, damage: str) -> None:
 
 
 def test_a_damaged_file_with_the_venue_down(universe: Universe) -> None:
-    """What lies there is set aside and not lost; the error is the venue's, and a later run repairs it."""
+    """What lies there is set aside and not lost; the error is the venue's, and a later run repairs
+    it.
+    """
 
     async def down(_: web.Request, __: Any) -> web.Response:
         return web.Response(status=503)
@@ -546,14 +650,16 @@ def test_a_damaged_file_with_the_venue_down(universe: Universe) -> None:
         assert covered(settings)[0].not_fetched == 2 * 1440
         exchange.tamper = None
         assert run_ingest(settings)[0].complete
-        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-09")))
+        assert_bars(
+            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-09"))
+        )
 
 
-# ---------------------------------------------------------------------------------------------------- several at once
+# --------------------------------------------------------------------------------------------------
 
 OTHER = """
 import json, sys
-from marketdata_assets.settings import load_settings
+from marketdata_assets.settings.universe import load_settings
 from marketdata_tests.steps import run_ingest
 settings = load_settings()
 print("started", flush=True)
@@ -563,7 +669,9 @@ print(json.dumps([[done.requests, done.bars.height, done.complete, str(done.erro
 
 
 def test_two_processes_and_one_partition(universe: Universe) -> None:
-    """The one that comes second waits while the first one fetches; then it finds the work done and asks nothing."""
+    """The one that comes second waits while the first one fetches; then it finds the work done and
+    asks nothing.
+    """
     go = threading.Event()
 
     async def slow(request: web.Request, _: Any) -> None:
@@ -576,7 +684,9 @@ def test_two_processes_and_one_partition(universe: Universe) -> None:
         first = threading.Thread(target=lambda: mine.extend(run_ingest(settings)))
         first.start()
         command = [sys.executable, "-W", "error", "-c", OTHER]
-        with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as second:
+        with subprocess.Popen(
+            command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
+        ) as second:
             assert second.stdout is not None
             assert second.stdout.readline() == "started\n"
             assert mine == []
@@ -585,10 +695,14 @@ def test_two_processes_and_one_partition(universe: Universe) -> None:
             theirs = json.loads(second.stdout.read())
         assert second.returncode == 0
         rows = 36 * 60 - 80
-        assert [(done.requests > 0, done.bars.height, done.complete) for done in mine] == [(True, rows, True)]
+        assert [(done.requests > 0, done.bars.height, done.complete) for done in mine] == [
+            (True, rows, True)
+        ]
         assert theirs == [[0, rows, True, "None"]]
         assert len(bar_requests(exchange)) == mine[0].requests
-        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-08T12:00")))
+        assert_bars(
+            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-08T12:00"))
+        )
 
 
 def test_four_threads_and_the_same_partitions(universe: Universe) -> None:
@@ -596,12 +710,16 @@ def test_four_threads_and_the_same_partitions(universe: Universe) -> None:
     with exchange_at() as (exchange, url):
         settings = universe(url, "[BTC/USDT, ETH/USDT]", since="2024-01-05", until="2024-01-07")
         found: list[Any] = []
-        threads = [threading.Thread(target=lambda: found.append(run_ingest(settings))) for _ in range(4)]
+        threads = [
+            threading.Thread(target=lambda: found.append(run_ingest(settings))) for _ in range(4)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert [[(done.error, done.complete) for done in one] for one in found] == [[(None, True)] * 2] * 4
+        assert [[(done.error, done.complete) for done in one] for one in found] == [
+            [(None, True)] * 2
+        ] * 4
         pages = [(seen.query["symbol"], seen.query["startTime"]) for seen in bar_requests(exchange)]
         assert len(pages) == len(set(pages)) == sum(done.requests for one in found for done in one)
         everything = window("2024-01-05", "2024-01-07")
@@ -612,7 +730,9 @@ def test_four_threads_and_the_same_partitions(universe: Universe) -> None:
 def test_whoever_stops_early_leaves_nothing_locked(universe: Universe) -> None:
     """After the first of three partitions: the work ahead is dropped, and the next run does it."""
     with exchange_at() as (_, url):
-        settings = universe(url, "[BTC/USDT, ETH/USDT, ADA/USDT]", since="2024-01-05", until="2024-01-06")
+        settings = universe(
+            url, "[BTC/USDT, ETH/USDT, ADA/USDT]", since="2024-01-05", until="2024-01-06"
+        )
         with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:
             results = ingest(toolbox, MINUTE, partitions(settings))
             assert next(results).complete
@@ -622,27 +742,36 @@ def test_whoever_stops_early_leaves_nothing_locked(universe: Universe) -> None:
 
 @pytest.mark.parametrize("kind", ["unknown_symbol", "refused", "garbled"])
 def test_one_market_that_fails_does_not_stop_the_others(universe: Universe, kind: str) -> None:
-    """The one in the middle fails by name; the two others are stored, and the failure stands in the plan."""
+    """The one in the middle fails by name; the two others are stored, and the failure stands in the
+    plan.
+    """
 
     async def tamper(request: web.Request, _: Any) -> web.Response | None:
         if request.query["symbol"] != "ETHUSDT" or kind == "unknown_symbol":
             return None
         return (
-            web.json_response({"code": -1121, "msg": "Invalid symbol."}, status=400) if kind == "refused" else web.Response(text="<html>")
+            web.json_response({"code": -1121, "msg": "Invalid symbol."}, status=400)
+            if kind == "refused"
+            else web.Response(text="<html>")
         )
 
-    symbol, error = {"unknown_symbol": ("NOPE/USDT", BadInput), "refused": ("ETH/USDT", VenueRefused), "garbled": ("ETH/USDT", VenueDown)}[
-        kind
-    ]
+    symbol, error = {
+        "unknown_symbol": ("NOPE/USDT", BadInput),
+        "refused": ("ETH/USDT", VenueRefused),
+        "garbled": ("ETH/USDT", VenueDown),
+    }[kind]
     with exchange_at(tamper=tamper) as (_, url):
-        settings = universe(url, f"[BTC/USDT, {symbol}, ADA/USDT]", since="2024-01-05", until="2024-01-05T12:00")
+        settings = universe(
+            url, f"[BTC/USDT, {symbol}, ADA/USDT]", since="2024-01-05", until="2024-01-05T12:00"
+        )
         before, failed, after = run_ingest(settings)
         run_derive(settings)
         assert type(failed.error) is error
         assert (before.complete, failed.complete, after.complete) == (True, False, True)
         for name in ("BTC", "ADA"):
             assert_bars(
-                stored_bars(settings, f"binance%3A{name}-USDT"), truth(f"{name}USDT", "1m", window("2024-01-05", "2024-01-05T12:00"))
+                stored_bars(settings, f"binance%3A{name}-USDT"),
+                truth(f"{name}USDT", "1m", window("2024-01-05", "2024-01-05T12:00")),
             )
         (task,) = planned(settings)
         assert task.partition.market.symbol == symbol
@@ -655,7 +784,7 @@ def test_one_market_that_fails_does_not_stop_the_others(universe: Universe, kind
         assert (state.attempts, state.failures, state.error) == (1, blamed, str(failed.error))
 
 
-# -------------------------------------------------------------------------------------------- universes that change
+# -------------------------------------------------------------------------------------------- unive
 
 
 def test_a_universe_that_grows_on_both_sides(universe: Universe) -> None:
@@ -682,7 +811,9 @@ def test_a_universe_that_grows_on_both_sides(universe: Universe) -> None:
     ],
 )
 def test_coverage_counts_only_what_is_asked_for(universe: Universe, since: str, until: str) -> None:
-    """Stored: the 5th to the 9th. A universe that now wants another part of the month counts its own bars and holes."""
+    """Stored: the 5th to the 9th. A universe that now wants another part of the month counts its own
+    bars and holes.
+    """
     with exchange_at() as (_, url):
         run_ingest(universe(url, since="2024-01-05", until="2024-01-09"))
         settings = universe(url, since=since, until=until)
@@ -708,16 +839,28 @@ def test_months_in_any_order(universe: Universe) -> None:
 
 
 def test_a_bar_that_comes_late_reaches_the_next_months_week(universe: Universe) -> None:
-    """The last hours of January were not delivered when February's first week was made of what there was."""
-    with exchange_at(tamper=without("2024-01-31T20:00", "2024-02-01T01:00", [10**6])) as (exchange, url):
+    """The last hours of January were not delivered when February's first week was made of what there
+    was.
+    """
+    with exchange_at(tamper=without("2024-01-31T20:00", "2024-02-01T01:00", [10**6])) as (
+        exchange,
+        url,
+    ):
         settings = universe(url, since="2024-01-29", until="2024-02-05")
         january, february = partitions(settings)
-        assert [gap.reason for gap in run_ingest(settings, wanted=[january])[0].gaps] == ["unanswered"]
+        assert [gap.reason for gap in run_ingest(settings, wanted=[january])[0].gaps] == [
+            "unanswered"
+        ]
         exchange.tamper = None
         run_ingest(settings, wanted=[february])
         run_derive(settings)
         week = TIMEFRAMES["1w"]
-        assert read(settings, BTC, week, window("2024-01-29", "2024-02-05"))["bars_present"].to_list()[0] < 7 * 1440 - 200
+        assert (
+            read(settings, BTC, week, window("2024-01-29", "2024-02-05"))["bars_present"].to_list()[
+                0
+            ]
+            < 7 * 1440 - 200
+        )
         assert run_ingest(settings, wanted=[january])[0].complete
         with open_toolbox(settings) as toolbox:
             list(derive(toolbox, [january]))
@@ -726,14 +869,25 @@ def test_a_bar_that_comes_late_reaches_the_next_months_week(universe: Universe) 
 
 @pytest.mark.parametrize("rollups", ["duckdb", "parquet"])
 def test_hourly_base_and_references(universe: Universe, rollups: str) -> None:
-    """`base: 1h` fetches no minutes; coverage still counts minutes; a reference is the venue's own bar."""
+    """`base: 1h` fetches no minutes; coverage still counts minutes; a reference is the venue's own
+    bar.
+    """
     with exchange_at() as (exchange, url):
-        settings = universe(url, since="2024-01-01", until="2024-02-01", extra="base: 1h\nreference: [1d]", rollups=rollups)
+        settings = universe(
+            url,
+            since="2024-01-01",
+            until="2024-02-01",
+            extra="base: 1h\nreference: [1d]",
+            rollups=rollups,
+        )
         for timeframe in ("1h", "1d"):
             (done,) = run_ingest(settings, timeframe=timeframe)
             assert done.complete
             assert done.account.balanced
-            assert_bars(stored_bars(settings, timeframe=timeframe), truth("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")))
+            assert_bars(
+                stored_bars(settings, timeframe=timeframe),
+                truth("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),
+            )
         run_derive(settings)
         assert {seen.query["interval"] for seen in bar_requests(exchange)} == {"1h", "1d"}
         for timeframe in settings.rolled(BTC):
@@ -743,12 +897,16 @@ def test_hourly_base_and_references(universe: Universe, rollups: str) -> None:
             )
         (found,) = covered(settings)
         hours = truth("BTCUSDT", "1h", window("2024-01-01", "2024-02-01")).height
-        assert (found.expected, found.present, found.missing_at_source) == (31 * 1440, hours * 60, (31 * 24 - hours) * 60)
+        assert (found.expected, found.present, found.missing_at_source) == (
+            31 * 1440,
+            hours * 60,
+            (31 * 24 - hours) * 60,
+        )
         with pytest.raises(BadInput, match="1m"):
             read(settings, BTC, MINUTE, window("2024-01-01", "2024-02-01"))
 
 
-# ------------------------------------------------------------------------------------------------------------- the plan
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_plan_follows_what_is_there(universe: Universe) -> None:
@@ -756,9 +914,13 @@ def test_the_plan_follows_what_is_there(universe: Universe) -> None:
     clock = [ms("2024-01-09T06:00")]
     with exchange_at(clock) as (exchange, url):
         settings = universe(url, since="2024-01-09", until="2024-01-20", now="2024-01-09T06:00")
-        assert [(task.bars, task.requests, task.reason) for task in planned(settings)] == [(360, 1, "missing")]
+        assert [(task.bars, task.requests, task.reason) for task in planned(settings)] == [
+            (360, 1, "missing")
+        ]
         run_ingest(settings)
-        assert [(task.bars, task.reason) for task in planned(settings)] == [(0, "rollups are not up to date")]
+        assert [(task.bars, task.reason) for task in planned(settings)] == [
+            (0, "rollups are not up to date")
+        ]
         run_derive(settings)
         assert planned(settings) == []
         clock[0] = ms("2024-01-09T07:00")
@@ -782,4 +944,6 @@ def test_the_plan_follows_what_is_there(universe: Universe) -> None:
         run_ingest(settings)
         run_derive(settings)
         settings.duckdb.unlink()
-        assert [(task.bars, task.reason) for task in planned(settings)] == [(0, "rollups are not up to date")]
+        assert [(task.bars, task.reason) for task in planned(settings)] == [
+            (0, "rollups are not up to date")
+        ]

@@ -1,4 +1,5 @@
-"""kill -9 at random moments of a backfill: nothing lost, doubled or half-written, and readable at every moment between.
+"""kill -9 at random moments of a backfill: nothing lost, doubled or half-written, and readable at
+every moment between.
 
 MARKETDATA_TEST_KILLS sets how many kills (default 3), MARKETDATA_TEST_SEED at which moments.
 """
@@ -15,32 +16,40 @@ from pathlib import Path
 
 import pytest
 
-from marketdata_assets.flows.read import coverage, read_bars
-from marketdata_assets.model.window import TIMEFRAMES, Window, parse_time
-from marketdata_assets.settings import Settings
-from marketdata_assets.sources.sandbox import SandboxExchange
-from marketdata_assets.sources.sandbox_bars import truth
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.context import open_toolbox
+from marketdata_assets.flows.read.bars import read_bars
+from marketdata_assets.flows.read.coverage import coverage
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window, parse_time
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 
 KILLS = int(os.environ.get("MARKETDATA_TEST_KILLS", "3"))
 SPAN = Window(parse_time("2023-11-01"), parse_time("2024-01-01"))
 SYMBOLS = {"BTC/USDT": "BTCUSDT", "ETH/USDT": "ETHUSDT"}
 DAGSTER_STATUS = """
-from marketdata_assets.defs.launcher import open_instance
+from marketdata_assets.dagster_ext.launcher import open_instance
 with open_instance() as instance:
     print(sorted({run.status.value for run in instance.get_runs()}))
 """
-"""Whoever opens the instance next ends the runs that were killed: the last backfill may have found nothing left to do."""
+"""Whoever opens the instance next ends the runs that were killed: the last backfill may have found
+nothing left to do.
+"""
 
 
 def start_backfill() -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "marketdata_assets.cli.main", "backfill"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
 
 
 def kill_after_first_request(exchange: SandboxExchange, delay: float, at_worker: bool) -> None:
-    """Start a backfill, wait until it asks for bars, let it work for `delay` seconds, then kill it or a worker of it."""
+    """Start a backfill, wait until it asks for bars, let it work for `delay` seconds, then kill it or
+    a worker of it.
+    """
     before = bar_requests(exchange)
     process = start_backfill()
     while process.poll() is None and bar_requests(exchange) == before:
@@ -68,14 +77,26 @@ def assert_readable_and_true(settings: Settings, whole: bool) -> None:
             for name in ("1m", "1h", "1d"):
                 expected = truth(SYMBOLS[market.symbol], name, SPAN)
                 found = read_bars(toolbox, market, TIMEFRAMES[name], SPAN).select(expected.columns)
-                there = expected if whole else expected.join(found.select("open_time"), on="open_time", how="semi")
+                there = (
+                    expected
+                    if whole
+                    else expected.join(found.select("open_time"), on="open_time", how="semi")
+                )
                 assert found.equals(there), f"{market} {name}"
 
 
 @pytest.mark.timeout(120 + 40 * KILLS)
-def test_kill_at_random_moments(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path) -> None:
+def test_kill_at_random_moments(
+    sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path
+) -> None:
     exchange, url = sandbox
-    settings = universe(url, symbols="[BTC/USDT, ETH/USDT]", since="2023-11-01", until="2024-01-01", extra="reference: [1h]")
+    settings = universe(
+        url,
+        symbols="[BTC/USDT, ETH/USDT]",
+        since="2023-11-01",
+        until="2024-01-01",
+        extra="reference: [1h]",
+    )
     dice = random.Random(os.environ.get("MARKETDATA_TEST_SEED"))
     for _ in range(KILLS):
         kill_after_first_request(exchange, dice.uniform(0, 4), at_worker=dice.random() < 0.3)
@@ -86,10 +107,17 @@ def test_kill_at_random_moments(sandbox: tuple[SandboxExchange, str], universe: 
     assert_readable_and_true(settings, whole=True)
     assert not list((tmp_path / "lake" / ".writing").iterdir())
     with open_toolbox(settings) as toolbox:
-        assert all(row["received"] == row["stored"] + row["identical"] + row["quarantined"] for row in toolbox.ledger.accounts())
+        assert all(
+            row["received"] == row["stored"] + row["identical"] + row["quarantined"]
+            for row in toolbox.ledger.accounts()
+        )
         assert all(c.not_fetched == 0 for c in coverage(toolbox, settings.markets))
     environment = {**os.environ, "DAGSTER_HOME": str(tmp_path / "state" / "dagster")}
     status = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", DAGSTER_STATUS], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-W", "ignore", "-c", DAGSTER_STATUS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert set(status.stdout.strip("[]\n").replace("'", "").split(", ")) <= {"SUCCESS", "FAILURE"}

@@ -1,4 +1,6 @@
-"""Where bars rest: one promise for a local folder and for S3, kept through crashes, full disks and damaged objects."""
+"""Where bars rest: one promise for a local folder and for S3, kept through crashes, full disks and
+damaged objects.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +27,34 @@ from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from marketdata_assets.errors import Damaged, StoreFailed
-from marketdata_assets.lake.fingerprint import fingerprint
-from marketdata_assets.lake.objects import ATTEMPTS
-from marketdata_assets.lake.parquet import Lake, decode, encode
-from marketdata_assets.lake.tables import folder, raw, rollup
 from marketdata_assets.model.bar import DECIMAL, NAMES, SCHEMA, empty_bars
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import TIMEFRAMES, Partition, month_of
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import folder, raw, rollup
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import month_of
+from marketdata_assets.storage.fingerprint import fingerprint
+from marketdata_assets.storage.objects import ATTEMPTS
+from marketdata_assets.storage.parquet import Lake, decode, encode
 from marketdata_assets.transforms.rollup import roll_up
-from marketdata_tests.samples import BTC, DECIMALS, FEBRUARY, JANUARY, frame, kill, minutes, row, start_python
+from marketdata_tests.samples import (
+    BTC,
+    DECIMALS,
+    FEBRUARY,
+    JANUARY,
+    frame,
+    kill,
+    minutes,
+    row,
+    start_python,
+)
 from marketdata_tests.samples import random_bars as bars
 
 TABLE = raw(TIMEFRAMES["1m"])
 PATH = "raw/ohlcv_1m/market=binance%3ABTC-USDT/month=2024-01/data.parquet"
 
 
-# --------------------------------------------------------------------------------- two stores, looked at from outside
+# --------------------------------------------------------------------------------- two stores, look
 @dataclass
 class Place:
     """A lake, and its objects behind its back."""
@@ -53,7 +67,11 @@ class Place:
         if self.base:
             return (self.base / path).read_bytes() if (self.base / path).exists() else None
         found = {o.key: o for o in self.bucket.objects.filter(Prefix=self.prefix + path)}
-        return bytes(found[self.prefix + path].get()["Body"].read()) if self.prefix + path in found else None
+        return (
+            bytes(found[self.prefix + path].get()["Body"].read())
+            if self.prefix + path in found
+            else None
+        )
 
     def put(self, path: str, content: bytes) -> None:
         if self.base:
@@ -64,8 +82,12 @@ class Place:
 
     def names(self) -> list[str]:
         if self.base:
-            return sorted(p.relative_to(self.base).as_posix() for p in self.base.rglob("*") if p.is_file())
-        return sorted(o.key.removeprefix(self.prefix) for o in self.bucket.objects.filter(Prefix=self.prefix))
+            return sorted(
+                p.relative_to(self.base).as_posix() for p in self.base.rglob("*") if p.is_file()
+            )
+        return sorted(
+            o.key.removeprefix(self.prefix) for o in self.bucket.objects.filter(Prefix=self.prefix)
+        )
 
     @property
     def prefix(self) -> str:
@@ -98,7 +120,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return Place(Lake(f"s3://bucket/{tmp_path.name}"), bucket=boto3.resource("s3").Bucket("bucket"))
 
 
-# --------------------------------------------------------------------------------- one contract for both
+# --------------------------------------------------------------------------------- one contract for
 def test_what_is_not_there_is_none(place: Place):
     assert place.lake.read(TABLE, JANUARY) is None
     assert place.lake.size(TABLE, JANUARY) is None
@@ -117,8 +139,14 @@ def test_what_is_written_is_read(place: Place):
 
 def test_sizes_of_a_whole_table_at_once(place: Place, monkeypatch: pytest.MonkeyPatch):
     assert place.lake.sizes(TABLE) == {}
-    partitions = [Partition.parse(f"{market}|2024-{month:02}-01") for market in ("binance:BTC-USDT", "kraken:X-Y_Y") for month in (1, 2, 3)]
-    stored = {(p.market.key, p.month_key): place.lake.write(TABLE, p, bars()).bytes for p in partitions}
+    partitions = [
+        Partition.parse(f"{market}|2024-{month:02}-01")
+        for market in ("binance:BTC-USDT", "kraken:X-Y_Y")
+        for month in (1, 2, 3)
+    ]
+    stored = {
+        (p.market.key, p.month_key): place.lake.write(TABLE, p, bars()).bytes for p in partitions
+    }
     place.lake.write(rollup(TIMEFRAMES["1h"]), JANUARY, bars())
     place.lake.set_aside(TABLE, partitions[-1])
     del stored[partitions[-1].market.key, partitions[-1].month_key]
@@ -126,10 +154,15 @@ def test_sizes_of_a_whole_table_at_once(place: Place, monkeypatch: pytest.Monkey
 
 
 @settings(max_examples=20)
-@given(st.lists(st.one_of(DECIMALS, st.just(Decimal(0))), min_size=1, max_size=12), st.integers(0, 3))
+@given(
+    st.lists(st.one_of(DECIMALS, st.just(Decimal(0))), min_size=1, max_size=12), st.integers(0, 3)
+)
 def test_every_digit_comes_back(place: Place, values: list[Decimal], missing: int):
     """Up to 26 digits, at any scale, with nulls where they may be; the column keeps its type."""
-    rows = [row(moment, close=value, quote_volume=value) for moment, value in zip(minutes(len(values)), values, strict=True)]
+    rows = [
+        row(moment, close=value, quote_volume=value)
+        for moment, value in zip(minutes(len(values)), values, strict=True)
+    ]
     for r in rows[:missing]:
         r["quote_volume"] = r["trades"] = None
     place.lake.write(TABLE, JANUARY, frame(rows))
@@ -145,7 +178,10 @@ def test_no_bars_are_bars_too(place: Place):
 
 
 def test_a_write_replaces_the_whole_object_and_no_other(place: Place):
-    other, hourly = Partition(Market("binance", "ETH/USDT"), JANUARY.month), rollup(TIMEFRAMES["1h"])
+    other, hourly = (
+        Partition(Market("binance", "ETH/USDT"), JANUARY.month),
+        rollup(TIMEFRAMES["1h"]),
+    )
     place.lake.write(TABLE, FEBRUARY, bars(2))
     place.lake.write(TABLE, other, bars(3))
     place.lake.write(TABLE, JANUARY, bars(4, 500))
@@ -202,7 +238,9 @@ def rewritten(change: Any) -> bytes:
 )
 def test_a_damaged_object_is_told_and_set_aside(place: Place, content: bytes):
     place.put(PATH, content)
-    with pytest.raises(Damaged, match=r"data.parquet is damaged .*backfill. fetches it again") as told:
+    with pytest.raises(
+        Damaged, match=r"data.parquet is damaged .*backfill. fetches it again"
+    ) as told:
         place.lake.read(TABLE, JANUARY)
     assert "\n" not in str(told.value)
     assert place.lake.set_aside(TABLE, JANUARY).endswith(PATH + ".damaged")
@@ -213,7 +251,9 @@ def test_a_damaged_object_is_told_and_set_aside(place: Place, content: bytes):
 
 
 def test_a_flipped_bit_is_told_or_changes_nothing():
-    """Checksums guard the pages; a bent footer may be any kind of nonsense, and is never another kind of error."""
+    """Checksums guard the pages; a bent footer may be any kind of nonsense, and is never another kind
+    of error.
+    """
     content = encode(bars())
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     told = 0
@@ -230,24 +270,36 @@ def test_a_flipped_bit_is_told_or_changes_nothing():
 
 
 def test_columns_are_bound_by_name(place: Place):
-    place.put(PATH, rewritten(lambda frame: frame.select(reversed(NAMES)).with_columns(pl.lit(1).alias("extra"))))
+    place.put(
+        PATH,
+        rewritten(
+            lambda frame: frame.select(reversed(NAMES)).with_columns(pl.lit(1).alias("extra"))
+        ),
+    )
     assert place.lake.read(TABLE, JANUARY).equals(bars())
 
 
 # --------------------------------------------------------------------------------- read by anybody
 def by_duckdb(shelf: Path) -> pl.DataFrame:
-    return duckdb.sql(f"SELECT * FROM read_parquet('{shelf}/**/*.parquet', union_by_name=true)").pl()
+    return duckdb.sql(
+        f"SELECT * FROM read_parquet('{shelf}/**/*.parquet', union_by_name=true)"
+    ).pl()
 
 
 def by_polars(shelf: Path) -> pl.DataFrame:
-    objects = [pl.scan_parquet(file, hive_partitioning=True) for file in sorted(shelf.rglob("*.parquet"))]
+    objects = [
+        pl.scan_parquet(file, hive_partitioning=True) for file in sorted(shelf.rglob("*.parquet"))
+    ]
     return pl.concat(objects, how="vertical_relaxed").collect()
 
 
 def by_pandas(shelf: Path) -> pl.DataFrame:
     found = pd.read_parquet(shelf)
     assert isinstance(found["volume"].iloc[0], Decimal)
-    return pl.DataFrame({name: found[name].tolist() for name in ("market", "month", "volume")}, schema_overrides={"volume": DECIMAL})
+    return pl.DataFrame(
+        {name: found[name].tolist() for name in ("market", "month", "volume")},
+        schema_overrides={"volume": DECIMAL},
+    )
 
 
 READERS = pytest.mark.parametrize("read", [by_duckdb, by_polars, by_pandas])
@@ -262,29 +314,51 @@ def volumes(found: pl.DataFrame) -> dict[tuple[str, str], list[Decimal]]:
 
 @READERS
 def test_everybody_reads_it_unaided(tmp_path: Path, read: Any):
-    """Two months of one market and one of a contract, scanned together: the markets are the right ones."""
+    """Two months of one market and one of a contract, scanned together: the markets are the right
+    ones.
+    """
     lake, contract = Lake(str(tmp_path)), Market("binance", "BTC/USDT:USDT")
     written = {JANUARY: "1.25", FEBRUARY: "22.75", Partition(contract, JANUARY.month): "333.01"}
     for partition, volume in written.items():
-        lake.write(TABLE, partition, frame([row(moment, volume=Decimal(volume)) for moment in minutes(3, partition.month.start)]))
-    expected = {(p.market.key, p.month_key[:7]): [Decimal(volume)] * 3 for p, volume in written.items()}
+        lake.write(
+            TABLE,
+            partition,
+            frame(
+                [
+                    row(moment, volume=Decimal(volume))
+                    for moment in minutes(3, partition.month.start)
+                ]
+            ),
+        )
+    expected = {
+        (p.market.key, p.month_key[:7]): [Decimal(volume)] * 3 for p, volume in written.items()
+    }
     assert volumes(read(tmp_path / "raw/ohlcv_1m")) == expected
 
 
 @pytest.mark.parametrize("read", [by_duckdb, by_polars])
 def test_everybody_reads_months_of_different_digits_exactly(tmp_path: Path, read: Any):
-    """Each object has the scale its digits need; read as README.md says, DuckDB and Polars find the wider one for all."""
+    """Each object has the scale its digits need; read as README.md says, DuckDB and Polars find the
+    wider one for all.
+    """
     lake = Lake(str(tmp_path))
     lake.write(TABLE, JANUARY, frame([row(JANUARY.month.start, volume=Decimal("1.25"))]))
     lake.write(TABLE, FEBRUARY, frame([row(FEBRUARY.month.start, volume=Decimal("1.12345"))]))
     found = volumes(read(tmp_path / "raw/ohlcv_1m"))
-    assert found == {(BTC.key, "2024-01"): [Decimal("1.25")], (BTC.key, "2024-02"): [Decimal("1.12345")]}
+    assert found == {
+        (BTC.key, "2024-01"): [Decimal("1.25")],
+        (BTC.key, "2024-02"): [Decimal("1.12345")],
+    }
 
 
 @pytest.mark.parametrize("read", [by_duckdb, by_polars])
-@pytest.mark.parametrize("wide", ["12345678901234567890123456.5", "12345678901234567890123456", "1234567.123456789012"])
+@pytest.mark.parametrize(
+    "wide", ["12345678901234567890123456.5", "12345678901234567890123456", "1234567.123456789012"]
+)
 def test_everybody_reads_narrow_and_wide_numbers_exactly(tmp_path: Path, read: Any, wide: str):
-    """Sixteen digits before the point, twelve behind it, and twenty-six before it: no reader may cut one for the other."""
+    """Sixteen digits before the point, twelve behind it, and twenty-six before it: no reader may cut
+    one for the other.
+    """
     lake, month, written = Lake(str(tmp_path)), JANUARY.month, {}
     for text in ("1234567890123456.25", "1.123456789012", wide):
         lake.write(TABLE, Partition(BTC, month), frame([row(month.start, volume=Decimal(text))]))
@@ -301,12 +375,26 @@ def test_a_market_as_a_folder():
 
 def test_decimals_lie_there_as_small_integers():
     """The scale the digits need, as delta-packed INT64; what is wider falls back to 38 digits."""
-    sample = frame([row(m, close=Decimal("100.25"), volume=Decimal("123456789012345678901.5")) for m in minutes(1000)])
+    sample = frame(
+        [
+            row(m, close=Decimal("100.25"), volume=Decimal("123456789012345678901.5"))
+            for m in minutes(1000)
+        ]
+    )
     file = pq.ParquetFile(io.BytesIO(encode(sample)))
     kinds = {file.schema.column(i).name: file.schema.column(i) for i in range(len(NAMES))}
-    assert (kinds["close"].physical_type, str(kinds["close"].logical_type)) == ("INT64", "Decimal(precision=18, scale=2)")
-    assert (kinds["open"].physical_type, str(kinds["open"].logical_type)) == ("INT64", "Decimal(precision=18, scale=0)")
-    assert (kinds["volume"].physical_type, str(kinds["volume"].logical_type)) == ("FIXED_LEN_BYTE_ARRAY", "Decimal(precision=38, scale=12)")
+    assert (kinds["close"].physical_type, str(kinds["close"].logical_type)) == (
+        "INT64",
+        "Decimal(precision=18, scale=2)",
+    )
+    assert (kinds["open"].physical_type, str(kinds["open"].logical_type)) == (
+        "INT64",
+        "Decimal(precision=18, scale=0)",
+    )
+    assert (kinds["volume"].physical_type, str(kinds["volume"].logical_type)) == (
+        "FIXED_LEN_BYTE_ARRAY",
+        "Decimal(precision=38, scale=12)",
+    )
     assert file.num_row_groups == 1
     chunk = file.metadata.row_group(0).column(NAMES.index("close"))
     assert (chunk.compression, "DELTA_BINARY_PACKED" in chunk.encodings) == ("ZSTD", True)
@@ -323,7 +411,7 @@ def test_the_widest_integers_fit(digits: int):
 HASHES = """
 import hashlib, os, sys
 import polars as pl
-from marketdata_assets.lake.parquet import encode
+from marketdata_assets.storage.parquet import encode
 assert pl.thread_pool_size() == int(os.environ["POLARS_MAX_THREADS"])
 whole = pl.read_parquet(sys.argv[1])
 pieces = pl.concat([whole[i : i + 333] for i in range(0, whole.height, 333)], rechunk=False)
@@ -333,7 +421,12 @@ print(*(hashlib.sha256(encode(f)).hexdigest() for f in (whole, pieces, whole.rev
 
 def test_files_are_byte_identical_for_any_number_of_threads(tmp_path: Path):
     bars(7, 5000).write_parquet(tmp_path / "bars")
-    running = [start_python(HASHES, str(tmp_path / "bars"), env={**os.environ, "POLARS_MAX_THREADS": str(n)}) for n in (1, 2, 8)]
+    running = [
+        start_python(
+            HASHES, str(tmp_path / "bars"), env={**os.environ, "POLARS_MAX_THREADS": str(n)}
+        )
+        for n in (1, 2, 8)
+    ]
     said = [process.communicate() for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], said
     assert len({digest for out, _ in said for digest in out.split()}) == 1
@@ -343,8 +436,8 @@ def test_files_are_byte_identical_for_any_number_of_threads(tmp_path: Path):
 WRITER = """
 import itertools, sys
 import polars as pl
-from marketdata_assets.lake.parquet import Lake
-from marketdata_assets.lake.tables import raw
+from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.model.table import raw
 from marketdata_assets.model.window import TIMEFRAMES, Partition
 table, partition = raw(TIMEFRAMES["1m"]), Partition.parse("binance:BTC-USDT|2024-01-01")
 lake, *frames = Lake(sys.argv[1]), *map(pl.read_parquet, sys.argv[2:])
@@ -370,9 +463,17 @@ def files(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
-def test_a_reader_never_sees_half_an_object_whenever_a_writer_is_killed(tmp_path: Path, frames: list[str]):
-    """Ten writers rewrite one object, two at a time, and are killed one by one, each at a random moment of its work."""
-    dice, lake, good = Random(), Lake(str(tmp_path / "lake")), [pl.read_parquet(file) for file in frames]
+def test_a_reader_never_sees_half_an_object_whenever_a_writer_is_killed(
+    tmp_path: Path, frames: list[str]
+):
+    """Ten writers rewrite one object, two at a time, and are killed one by one, each at a random
+    moment of its work.
+    """
+    dice, lake, good = (
+        Random(),
+        Lake(str(tmp_path / "lake")),
+        [pl.read_parquet(file) for file in frames],
+    )
     lake.write(TABLE, JANUARY, good[0])
 
     def is_whole() -> bool:
@@ -410,7 +511,9 @@ lake.write(table, partition, frames[1])
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
-def test_sweep_takes_what_the_dead_left_and_not_what_the_living_write(tmp_path: Path, frames: list[str], moment: str):
+def test_sweep_takes_what_the_dead_left_and_not_what_the_living_write(
+    tmp_path: Path, frames: list[str], moment: str
+):
     """A writer stands still between writing aside and renaming, and is killed there."""
     lake = Lake(str(tmp_path / "lake"))
     before = lake.write(TABLE, JANUARY, bars(1))
@@ -420,13 +523,16 @@ def test_sweep_takes_what_the_dead_left_and_not_what_the_living_write(tmp_path: 
     assert lake.sweep() == 0
     assert len(files(tmp_path / "lake")) == 2
     kill(writer)
-    assert fingerprint(pl.read_parquet((tmp_path / "lake" / PATH).read_bytes()).cast(SCHEMA)) == before.digest
+    assert (
+        fingerprint(pl.read_parquet((tmp_path / "lake" / PATH).read_bytes()).cast(SCHEMA))
+        == before.digest
+    )
     assert lake.sweep() == 1
     assert files(tmp_path / "lake") == [PATH]
     assert lake.read(TABLE, JANUARY).equals(bars(1))
 
 
-# --------------------------------------------------------------------------------- stores that refuse
+# --------------------------------------------------------------------------------- stores that refu
 FULL = """
 import resource
 from marketdata_assets.errors import StoreFailed
@@ -445,7 +551,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, frames: list[str]):
     process = start_python(WRITER + FULL, lake.location, *frames)
     said, errors = process.communicate()
     assert process.returncode == 3, errors
-    assert said == f"{tmp_path / 'lake' / PATH} cannot be written: File too large; mend the folder or set another `lake:`\n"
+    assert (
+        said
+        == f"{tmp_path / 'lake' / PATH} cannot be written: File too large; mend the folder or set another `lake:`\n"
+    )
     assert lake.read(TABLE, JANUARY).equals(bars(1))
     assert files(tmp_path / "lake") == [PATH]
 
@@ -454,8 +563,14 @@ def test_a_folder_that_cannot_be_is_told(tmp_path: Path):
     """As root no permission bites: the lake lies below a regular file."""
     (tmp_path / "file").write_text("x")
     lake = Lake(str(tmp_path / "file/lake"))
-    for act, verb in ((lambda: lake.write(TABLE, JANUARY, bars()), "written"), (lambda: lake.read(TABLE, JANUARY), "read")):
-        with pytest.raises(StoreFailed, match=rf"file/lake/{PATH} cannot be {verb}: Not a directory; mend the folder or set another"):
+    for act, verb in (
+        (lambda: lake.write(TABLE, JANUARY, bars()), "written"),
+        (lambda: lake.read(TABLE, JANUARY), "read"),
+    ):
+        with pytest.raises(
+            StoreFailed,
+            match=rf"file/lake/{PATH} cannot be {verb}: Not a directory; mend the folder or set another",
+        ):
             act()
     assert lake.size(TABLE, JANUARY) is None
     assert lake.sweep() == 0
@@ -473,17 +588,31 @@ def test_a_folder_in_the_objects_place_is_told(tmp_path: Path):
 
 def test_a_bucket_that_is_not_there_is_told(s3: str):
     lake = Lake("s3://nobodys-bucket/prefix")
-    acts = (lambda: lake.write(TABLE, JANUARY, bars()), lambda: lake.read(TABLE, JANUARY), lambda: lake.size(TABLE, JANUARY))
+    acts = (
+        lambda: lake.write(TABLE, JANUARY, bars()),
+        lambda: lake.read(TABLE, JANUARY),
+        lambda: lake.size(TABLE, JANUARY),
+    )
     for act in acts:
-        with pytest.raises(StoreFailed, match=r"^s3://nobodys-bucket/prefix/raw/.*: NoSuchBucket; there is no such bucket; make it"):
+        with pytest.raises(
+            StoreFailed,
+            match=r"^s3://nobodys-bucket/prefix/raw/.*: NoSuchBucket; there is no such bucket; make it",
+        ):
             act()
 
 
-def test_a_server_that_is_not_there_is_told_without_the_keys(s3: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_server_that_is_not_there_is_told_without_the_keys(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+):
     with socket.create_server(("127.0.0.1", 0)) as free:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
-    monkeypatch.setattr("botocore.endpoint.time", type("Clock", (), {"sleep": staticmethod(lambda seconds: None)}))
-    with pytest.raises(StoreFailed, match="EndpointConnectionError; the server does not answer; check AWS_ENDPOINT_URL") as told:
+    monkeypatch.setattr(
+        "botocore.endpoint.time", type("Clock", (), {"sleep": staticmethod(lambda seconds: None)})
+    )
+    with pytest.raises(
+        StoreFailed,
+        match="EndpointConnectionError; the server does not answer; check AWS_ENDPOINT_URL",
+    ) as told:
         Lake("s3://bucket/prefix").read(TABLE, JANUARY)
     assert "CANARY" not in str(told.value)
 
@@ -493,7 +622,9 @@ def test_keys_that_are_not_there_are_told(s3: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(StoreFailed, match="NoCredentialsError; there are no AWS credentials; set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(
+        StoreFailed, match="NoCredentialsError; there are no AWS credentials; set AWS_ACCESS_KEY_ID"
+    ):
         Lake("s3://bucket/prefix").read(TABLE, JANUARY)
 
 
@@ -506,11 +637,16 @@ def test_an_answer_that_breaks_off_is_told(s3: str, monkeypatch: pytest.MonkeyPa
                 connection, _ = server.accept()
                 with connection:
                     connection.recv(65536)
-                    connection.sendall(b"HTTP/1.1 200 OK\r\nETag: x\r\nContent-Length: 1000\r\nContent-Type: x/y\r\n\r\n0123456789")
+                    connection.sendall(
+                        b"HTTP/1.1 200 OK\r\nETag: x\r\nContent-Length: 1000\r\nContent-Type: x/y\r\n\r\n0123456789"
+                    )
 
         thread = threading.Thread(target=answer)
         thread.start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
-        with pytest.raises(StoreFailed, match=r"^s3://bucket/prefix/raw/.*: \w+; the server's answers break off; check AWS_ENDPOINT_URL"):
+        with pytest.raises(
+            StoreFailed,
+            match=r"^s3://bucket/prefix/raw/.*: \w+; the server's answers break off; check AWS_ENDPOINT_URL",
+        ):
             Lake("s3://bucket/prefix").read(TABLE, JANUARY)
         thread.join()

@@ -1,4 +1,6 @@
-"""The house keeps its arrows: a room imports only rooms to its left, and every framework has one home (DESIGN.md, section 3)."""
+"""The house keeps its arrows: a room imports only rooms to its left, and every framework has one home
+(DESIGN.md, section 3).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ import marketdata_assets.errors
 
 PACKAGE = "marketdata_assets"
 ROOT = Path(marketdata_assets.errors.__file__).parent
-MODULES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
+MODULES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted(ROOT.rglob("*.py"))
+}
 
 _LOW = {"errors", "model"}
 _TOOLS = {"sources", "quality", "transforms", "lake", "notify"}
@@ -69,16 +74,31 @@ ALLOWED_CLOCKS = {
 
 
 def imports(source: str, file: str) -> Iterator[str]:
-    """The dotted name of everything a module imports, inside functions too; relative imports resolved."""
+    """The dotted name of everything a module imports, inside functions too; relative imports
+    resolved.
+    """
     folder = [PACKAGE, *Path(file).parts[:-1]]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*(folder[: len(folder) - node.level + 1] if node.level else []), *filter(None, [node.module])])
+            base = ".".join(
+                [
+                    *(folder[: len(folder) - node.level + 1] if node.level else []),
+                    *filter(None, [node.module]),
+                ]
+            )
             yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
-            yield from (a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "import_module",
+            "__import__",
+        ):
+            yield from (
+                a.value
+                for a in node.args[:1]
+                if isinstance(a, ast.Constant) and isinstance(a.value, str)
+            )
 
 
 def wrong_arrows(source: str, file: str) -> list[str]:
@@ -90,7 +110,9 @@ def wrong_arrows(source: str, file: str) -> list[str]:
             target = rest.partition(".")[0]
             forbidden = target != room and target not in ARROWS[room]
         else:
-            forbidden = top in HOMES and not file.startswith(HOMES[top]) and (file, name) not in WARM_UPS
+            forbidden = (
+                top in HOMES and not file.startswith(HOMES[top]) and (file, name) not in WARM_UPS
+            )
         found += [f"{file} imports {name}"] if forbidden else []
     return found
 
@@ -98,10 +120,24 @@ def wrong_arrows(source: str, file: str) -> list[str]:
 def clocks(source: str) -> set[str]:
     """The clocks a module reads and the sleeps it sleeps, under their own names."""
     tree = ast.parse(source)
-    aliases = {a.asname: a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names if a.asname}
-    froms = {f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+    aliases = {
+        a.asname: a.name
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Import)
+        for a in n.names
+        if a.asname
+    }
+    froms = {
+        f"{n.module}.{a.name}"
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom)
+        for a in n.names
+    }
     chains = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    full = {".".join([aliases.get(first, first), *rest]) for first, *rest in (chain.split(".") for chain in chains)}
+    full = {
+        ".".join([aliases.get(first, first), *rest])
+        for first, *rest in (chain.split(".") for chain in chains)
+    }
     return {match.group(2) for name in full | froms if (match := CLOCKS.search(name))}
 
 
@@ -114,24 +150,31 @@ def test_no_arrow_points_right():
 
 
 def test_every_module_has_a_docstring():
-    assert [file for file, source in MODULES.items() if not ast.get_docstring(ast.parse(source))] == []
+    assert [
+        file for file, source in MODULES.items() if not ast.get_docstring(ast.parse(source))
+    ] == []
 
 
 def test_clocks_are_read_only_where_a_reason_is_written_down():
-    assert {(file, clock) for file, source in MODULES.items() for clock in clocks(source)} == set(ALLOWED_CLOCKS)
+    assert {(file, clock) for file, source in MODULES.items() for clock in clocks(source)} == set(
+        ALLOWED_CLOCKS
+    )
 
 
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("model/bar.py", "from marketdata_assets.settings import Settings"),
+        ("model/bar.py", "from marketdata_assets.settings.universe import Settings"),
         ("model/bar.py", "from marketdata_assets import lake"),
         ("model/bar.py", "from ..lake import ledger"),
         ("lake/parquet.py", "import marketdata_assets.quality.rules"),
         ("lake/parquet.py", "def read():\n    from marketdata_assets.sources.base import Source"),
-        ("lake/parquet.py", "import importlib\nimportlib.import_module('marketdata_assets.sources.base')"),
-        ("quality/rules.py", "from marketdata_assets.settings import Settings"),
-        ("toolbox.py", "from marketdata_assets.flows.plan import plan"),
+        (
+            "lake/parquet.py",
+            "import importlib\nimportlib.import_module('marketdata_assets.sources.base')",
+        ),
+        ("quality/rules.py", "from marketdata_assets.settings.universe import Settings"),
+        ("toolbox.py", "from marketdata_assets.flows.fetch.plan import plan"),
         ("flows/plan.py", "from marketdata_assets.cli.main import main"),
         ("cli/main.py", "from marketdata_assets.defs.assets import raw_asset"),
         ("defs/assets.py", "from marketdata_assets.definitions import defs"),
@@ -149,9 +192,18 @@ def test_an_arrow_that_points_right_is_found(file: str, source: str):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("sources/ccxt_rest.py", "import ccxt\nfrom marketdata_assets.settings import Venue"),
-        ("lake/warehouse.py", "import duckdb\nfrom .tables import Table\nfrom marketdata_assets.model.bar import NAMES"),
-        ("definitions.py", "import dagster\nfrom marketdata_assets.defs.jobs import build_definitions"),
+        (
+            "sources/ccxt_rest.py",
+            "import ccxt\nfrom marketdata_assets.settings.universe import Venue",
+        ),
+        (
+            "lake/warehouse.py",
+            "import duckdb\nfrom .tables import Table\nfrom marketdata_assets.model.bar import NAMES",
+        ),
+        (
+            "definitions.py",
+            "import dagster\nfrom marketdata_assets.defs.jobs import build_definitions",
+        ),
         ("settings.py", "import yaml, dataclasses\nfrom marketdata_assets.errors import BadInput"),
     ],
 )
@@ -175,4 +227,9 @@ def test_a_clock_is_found(source: str, clock: str):
 
 
 def test_what_is_no_wall_clock_is_let_through():
-    assert clocks("import time, asyncio\nbegun = time.monotonic() + time.perf_counter()\nsettings.now()\nasyncio.sleep(0)") == set()
+    assert (
+        clocks(
+            "import time, asyncio\nbegun = time.monotonic() + time.perf_counter()\nsettings.now()\nasyncio.sleep(0)"
+        )
+        == set()
+    )

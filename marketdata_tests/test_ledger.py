@@ -1,4 +1,6 @@
-"""The ledger: what all processes share of a venue, and what each partition's ingest wrote down, whole or not at all."""
+"""The ledger: what all processes share of a venue, and what each partition's ingest wrote down, whole
+or not at all.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.lake.ledger import (
+from marketdata_assets.ledger.ledger import (
     BREAKER_FIRST,
     BREAKER_LIMIT,
     BREAKER_LONGEST,
@@ -33,12 +35,24 @@ from marketdata_assets.lake.ledger import (
     State,
     logged,
 )
-from marketdata_assets.lake.tables import raw
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import TIMEFRAMES, Partition, Window
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import raw
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window
 from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.sources.base import Request
-from marketdata_tests.samples import BTC, ETH, FEBRUARY, JANUARY, MINUTE, START, at, kill, start_python
+from marketdata_tests.samples import (
+    BTC,
+    ETH,
+    FEBRUARY,
+    JANUARY,
+    MINUTE,
+    START,
+    at,
+    kill,
+    start_python,
+)
 
 TABLE = raw(TIMEFRAMES["1m"])
 NOW = at("2024-02-01T12:00")
@@ -50,7 +64,9 @@ FRESH_VENUES = map("venue{}".format, itertools.count())
 @pytest.fixture(params=["sqlite", "postgres"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
     """Where a ledger lies: a state folder, and the URL of a database or nothing."""
-    return str(tmp_path / "state"), request.getfixturevalue("database") if request.param == "postgres" else ""
+    return str(tmp_path / "state"), request.getfixturevalue(
+        "database"
+    ) if request.param == "postgres" else ""
 
 
 Open = Callable[[], Ledger]
@@ -75,27 +91,41 @@ def most_in_a_minute(sent: Sequence[float]) -> int:
 
 
 def queue(ledger: Ledger, venue: str, limit: int, arrivals: Sequence[float]) -> list[float]:
-    """When each of these callers sends its request: at its turn, or at once when its turn has passed."""
+    """When each of these callers sends its request: at its turn, or at once when its turn has
+    passed.
+    """
     return [max(now, ledger.reserve(venue, now, limit)) for now in arrivals]
 
 
-CROWDS = st.lists(st.tuples(st.sampled_from([0.0, 0.001, 0.3, 1.0, 20.0, 59.0, 61.0, 300.0]), st.integers(1, 120)), min_size=1, max_size=8)
+CROWDS = st.lists(
+    st.tuples(
+        st.sampled_from([0.0, 0.001, 0.3, 1.0, 20.0, 59.0, 61.0, 300.0]), st.integers(1, 120)
+    ),
+    min_size=1,
+    max_size=8,
+)
 """How long nobody comes, and how many then come at once."""
 
 
 @settings(max_examples=50)
 @given(st.integers(1, 100), CROWDS)
-def test_no_minute_ever_sees_more_than_the_limit(ledger: Ledger, limit: int, crowds: list[tuple[float, int]]):
+def test_no_minute_ever_sees_more_than_the_limit(
+    ledger: Ledger, limit: int, crowds: list[tuple[float, int]]
+):
     """Bursts, trickles and long rests, in simulated time."""
     moments = itertools.accumulate((pause for pause, _ in crowds), initial=T0)
-    arrivals = [now for now, (_, size) in zip(list(moments)[1:], crowds, strict=True) for _ in range(size)]
+    arrivals = [
+        now for now, (_, size) in zip(list(moments)[1:], crowds, strict=True) for _ in range(size)
+    ]
     sent = queue(ledger, next(FRESH_VENUES), limit, arrivals)
     assert most_in_a_minute(sent) <= limit
     assert sent == sorted(sent)
 
 
 def test_the_limit_is_the_only_bottleneck(ledger: Ledger):
-    """At Binance's 3000 a minute, 1003 requests in a row (a million bars) take what the limit dictates and at most 15 % more."""
+    """At Binance's 3000 a minute, 1003 requests in a row (a million bars) take what the limit dictates
+    and at most 15 % more.
+    """
     sent = queue(ledger, "binance", 3000, [T0] * 1003)
     assert sent[-1] - T0 <= 1.15 * 1003 / 3000 * 60
     assert most_in_a_minute(queue(ledger, "binance", 3000, [T0] * 3500)) <= 3000
@@ -105,7 +135,9 @@ def test_a_rest_is_not_saved_up(ledger: Ledger):
     """After an hour of silence the burst is what it was at first: at most a second's worth."""
     first = queue(ledger, "binance", 600, [T0] * 30)
     later = queue(ledger, "binance", 600, [T0 + 3600] * 30)
-    assert [turn - T0 for turn in first] == pytest.approx([turn - T0 - 3600 for turn in later], abs=1e-5)
+    assert [turn - T0 for turn in first] == pytest.approx(
+        [turn - T0 - 3600 for turn in later], abs=1e-5
+    )
     assert sum(turn < T0 + 0.001 for turn in first) <= 10
     assert first[-1] > T0 + 1.9
 
@@ -122,7 +154,7 @@ def test_venues_do_not_wait_for_each_other(ledger: Ledger):
 RESERVE = """
 import sys
 from pathlib import Path
-from marketdata_assets.lake.ledger import Ledger
+from marketdata_assets.ledger.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]), sys.argv[2] or None)
 print("open", flush=True)
 sys.stdin.readline()
@@ -130,8 +162,12 @@ print(*(repr(ledger.reserve("binance", float(sys.argv[3]), 120)) for _ in range(
 """
 
 
-def test_all_processes_of_an_instance_stand_in_one_queue(ledger: Ledger, another: Open, place: tuple[str, str]):
-    """Two processes and two ledgers of this one, 400 requests at the same moment, 120 a minute: not two alike in any."""
+def test_all_processes_of_an_instance_stand_in_one_queue(
+    ledger: Ledger, another: Open, place: tuple[str, str]
+):
+    """Two processes and two ledgers of this one, 400 requests at the same moment, 120 a minute: not
+    two alike in any.
+    """
     others = [start_python(RESERVE, *place, str(T0)) for _ in range(2)]
     for other in others:
         assert other.stdout.readline() == "open\n"
@@ -149,7 +185,7 @@ def test_all_processes_of_an_instance_stand_in_one_queue(ledger: Ledger, another
     assert max(sent) - T0 < 1.15 * 400 / 120 * 60
 
 
-# --------------------------------------------------------------------------------- pauses and the breaker
+# --------------------------------------------------------------------------------- pauses and the b
 def test_a_pause_holds_for_everybody_and_never_shrinks(ledger: Ledger, another: Open):
     assert ledger.paused_until("binance") == 0
     ledger.pause("binance", T0 + 60)
@@ -222,7 +258,7 @@ def test_each_try_that_fails_opens_it_for_longer(ledger: Ledger):
 HOLD = """
 import sys
 from pathlib import Path
-from marketdata_assets.lake.ledger import Ledger
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.window import Partition
 with Ledger(Path(sys.argv[1]), sys.argv[2] or None).lock("binance:BTC-USDT|2024-01-01", wait=True) as got:
     print(got, flush=True)
@@ -230,16 +266,25 @@ with Ledger(Path(sys.argv[1]), sys.argv[2] or None).lock("binance:BTC-USDT|2024-
 """
 
 
-@pytest.mark.parametrize("end", [lambda process: process.communicate("let go\n"), kill], ids=["let go", "killed"])
-def test_a_partition_is_held_against_other_processes(ledger: Ledger, place: tuple[str, str], end: Callable[[Any], None]):
+@pytest.mark.parametrize(
+    "end", [lambda process: process.communicate("let go\n"), kill], ids=["let go", "killed"]
+)
+def test_a_partition_is_held_against_other_processes(
+    ledger: Ledger, place: tuple[str, str], end: Callable[[Any], None]
+):
     holder = start_python(HOLD, *place)
     assert holder.stdout.readline() == "True\n"
     with ledger.lock(JANUARY.key, wait=False) as got:
         assert got is False
-    with ledger.lock(FEBRUARY.key, wait=False) as january, ledger.lock(Partition(ETH, JANUARY.month).key, wait=False) as eth:
+    with (
+        ledger.lock(FEBRUARY.key, wait=False) as january,
+        ledger.lock(Partition(ETH, JANUARY.month).key, wait=False) as eth,
+    ):
         assert january is eth is True
     end(holder)
-    with ledger.lock(JANUARY.key) as got:  # it waits: PostgreSQL takes a moment to see that a client is gone
+    with ledger.lock(
+        JANUARY.key
+    ) as got:  # it waits: PostgreSQL takes a moment to see that a client is gone
         assert got is True
 
 
@@ -274,7 +319,7 @@ def test_a_partition_is_held_against_other_threads_and_given_up_after_an_excepti
     assert got == [False, True]
 
 
-# --------------------------------------------------------------------------------- one ingest, written down
+# --------------------------------------------------------------------------------- one ingest, writ
 GAP = Gap(Window(START, START + 5 * MINUTE), 5, "no_bars", 2, "asked twice")
 FETCH = LoggedFetch(JANUARY.month, T0, 0.25, "answered", 200, 1000, None)
 STATE = State(
@@ -290,7 +335,12 @@ STATE = State(
     failures=0,
     error=None,
 )
-REJECTED = (0, START + 7 * MINUTE, "off_grid unclosed", '{"open_time":"1704067200000","close":"1.50"}')
+REJECTED = (
+    0,
+    START + 7 * MINUTE,
+    "off_grid unclosed",
+    '{"open_time":"1704067200000","close":"1.50"}',
+)
 
 
 def rejected(*rows: Any) -> pl.DataFrame:
@@ -299,8 +349,16 @@ def rejected(*rows: Any) -> pl.DataFrame:
 
 def entry(**changes: Any) -> Entry:
     """One ingest of January with one gap, one request and one rejected row."""
-    parts = {"state": STATE, "account": Account(4320, 4315, 4, 1), "gaps": [GAP], "fetches": [FETCH], "rejected": rejected(REJECTED)}
-    return Entry(**{"table": TABLE, "partition": JANUARY, **parts, "answers": [0], "now": NOW, **changes})
+    parts = {
+        "state": STATE,
+        "account": Account(4320, 4315, 4, 1),
+        "gaps": [GAP],
+        "fetches": [FETCH],
+        "rejected": rejected(REJECTED),
+    }
+    return Entry(
+        **{"table": TABLE, "partition": JANUARY, **parts, "answers": [0], "now": NOW, **changes}
+    )
 
 
 def everything(ledger: Ledger, partition: Partition = JANUARY) -> list[Any]:
@@ -323,8 +381,20 @@ def test_what_is_committed_is_read(ledger: Ledger, another: Open):
     assert other.gaps(TABLE, JANUARY) == [GAP]
     assert other.requests() == [("answered", "", 1)]
     counts = {"received": 4320, "stored": 4315, "identical": 4, "quarantined": 1}
-    assert other.accounts() == [{"table": "raw/ohlcv_1m", "market": "binance:BTC-USDT", "month": "2024-01-01", "rows": 4315, **counts}]
-    assert [other.state(TABLE, FEBRUARY), other.gaps(TABLE, FEBRUARY), other.states(TABLE, ETH)] == [None, [], {}]
+    assert other.accounts() == [
+        {
+            "table": "raw/ohlcv_1m",
+            "market": "binance:BTC-USDT",
+            "month": "2024-01-01",
+            "rows": 4315,
+            **counts,
+        }
+    ]
+    assert [
+        other.state(TABLE, FEBRUARY),
+        other.gaps(TABLE, FEBRUARY),
+        other.states(TABLE, ETH),
+    ] == [None, [], {}]
 
 
 def test_the_next_ingest_replaces_state_and_gaps_of_its_partition_alone(ledger: Ledger):
@@ -332,8 +402,20 @@ def test_the_next_ingest_replaces_state_and_gaps_of_its_partition_alone(ledger: 
     ledger.commit(entry())
     ledger.commit(entry(partition=other))
     later = Gap(Window(START + 9 * MINUTE, START + 10 * MINUTE), 1, "unanswered", 1, "nobody knows")
-    done = replace(STATE, through=JANUARY.month.end, newest=None, complete=True, rows=0, bytes=99, digest="d2", rolled="d1", attempts=2)
-    ledger.commit(entry(state=done, gaps=[later], rejected=rejected(), account=Account(10, 10, 0, 0)))
+    done = replace(
+        STATE,
+        through=JANUARY.month.end,
+        newest=None,
+        complete=True,
+        rows=0,
+        bytes=99,
+        digest="d2",
+        rolled="d1",
+        attempts=2,
+    )
+    ledger.commit(
+        entry(state=done, gaps=[later], rejected=rejected(), account=Account(10, 10, 0, 0))
+    )
     assert (ledger.state(TABLE, JANUARY), ledger.gaps(TABLE, JANUARY)) == (done, [later])
     assert (ledger.state(TABLE, other), ledger.gaps(TABLE, other)) == (STATE, [GAP])
     assert ledger.requests() == [("answered", "", 3)]
@@ -344,12 +426,23 @@ def test_the_next_ingest_replaces_state_and_gaps_of_its_partition_alone(ledger: 
     "broken",
     [
         {"rejected": rejected(REJECTED, (0, START, None, "{}"))},
-        {"gaps": [GAP, GAP._replace(window=Window(START + MINUTE, START + 2 * MINUTE), reason=None)]},
+        {
+            "gaps": [
+                GAP,
+                GAP._replace(window=Window(START + MINUTE, START + 2 * MINUTE), reason=None),
+            ]
+        },
         {"state": replace(STATE, rows=None)},
         {"answers": [5]},
         {"account": object()},
     ],
-    ids=["a rejected row without a reason", "a gap without a reason", "a state without rows", "an answer without a request", "no account"],
+    ids=[
+        "a rejected row without a reason",
+        "a gap without a reason",
+        "a state without rows",
+        "an answer without a request",
+        "no account",
+    ],
 )
 def test_an_ingest_is_written_down_whole_or_not_at_all(ledger: Ledger, broken: dict[str, Any]):
     ledger.commit(entry())
@@ -362,7 +455,9 @@ def test_an_ingest_is_written_down_whole_or_not_at_all(ledger: Ledger, broken: d
 
 
 def test_a_failure_keeps_what_is_stored(ledger: Ledger):
-    """Attempts and failures count up, the error is named; state, gaps and quarantine stay as they were."""
+    """Attempts and failures count up, the error is named; state, gaps and quarantine stay as they
+    were.
+    """
     ledger.commit(entry())
     before = everything(ledger)
     refused = FETCH._replace(outcome="retry", status=502, rows=None, error="HTTP 502")
@@ -410,7 +505,9 @@ def test_a_market_is_listed_where_it_was_told(ledger: Ledger, another: Open):
         ("unanswered", 1, "delisted", True),
     ],
 )
-def test_a_gap_is_settled_by_evidence_or_by_asking_often_enough(reason: str, answers: int, cause: str, settled: bool):
+def test_a_gap_is_settled_by_evidence_or_by_asking_often_enough(
+    reason: str, answers: int, cause: str, settled: bool
+):
     gap = GAP._replace(reason=reason, answers=answers, cause=cause)
     assert gap.settled is settled
     assert gap.due(NOW) is not settled  # as long as nobody has said when it is asked again
@@ -419,14 +516,20 @@ def test_a_gap_is_settled_by_evidence_or_by_asking_often_enough(reason: str, ans
 
 
 def test_requests_become_rows_of_the_fetch_log():
-    requests = [Request("bars", T0, 0.5, "wait", 429, None, "slow down"), Request("bars", T0 + 1, 0.1, "answered", 200, 7)]
+    requests = [
+        Request("bars", T0, 0.5, "wait", 429, None, "slow down"),
+        Request("bars", T0 + 1, 0.1, "answered", 200, 7),
+    ]
     assert logged(requests, JANUARY.month) == [
         LoggedFetch(JANUARY.month, T0, 0.5, "wait", 429, None, "slow down"),
         LoggedFetch(JANUARY.month, T0 + 1, 0.1, "answered", 200, 7, None),
     ]
 
 
-@pytest.mark.parametrize(("parts", "balanced"), [((4320, 4315, 4, 1), True), ((4320, 4315, 4, 0), False), ((0, 0, 0, 0), True)])
+@pytest.mark.parametrize(
+    ("parts", "balanced"),
+    [((4320, 4315, 4, 1), True), ((4320, 4315, 4, 0), False), ((0, 0, 0, 0), True)],
+)
 def test_an_account_sums(parts: tuple[int, int, int, int], balanced: bool):
     assert Account(*parts).balanced is balanced
 
@@ -452,19 +555,34 @@ def test_a_rejected_row_keeps_its_fields_and_where_it_came_from(ledger: Ledger):
     }
 
 
-@pytest.mark.parametrize("open_time", [START + 7 * MINUTE, None], ids=["with a time", "without a time"])
+@pytest.mark.parametrize(
+    "open_time", [START + 7 * MINUTE, None], ids=["with a time", "without a time"]
+)
 def test_the_same_row_is_kept_once_and_counted(ledger: Ledger, open_time: Any):
     same = (0, open_time, "null", '{"close":null}')
     ledger.commit(entry(rejected=rejected(same, same)))
     ledger.commit(entry(rejected=rejected(same), now=NOW + timedelta(days=1)))
     (found,) = ledger.quarantined(BTC, JANUARY.month)
     assert (found["seen"], found["fetch_id"]) == (3, 2)
-    assert (found["first_seen"], found["last_seen"]) == ("2024-02-01T12:00:00Z", "2024-02-02T12:00:00Z")
+    assert (found["first_seen"], found["last_seen"]) == (
+        "2024-02-01T12:00:00Z",
+        "2024-02-02T12:00:00Z",
+    )
 
 
 def test_rows_that_differ_in_anything_are_kept_each(ledger: Ledger):
-    rows = [(0, START, "null", '{"a":"1"}'), (0, START, "null", '{"a":"2"}'), (0, START, "unclosed", '{"a":"1"}')]
-    ledger.commit(entry(rejected=rejected(*rows, (0, START + MINUTE, "null", '{"a":"1"}'), (0, None, "null", '{"a":"1"}'))))
+    rows = [
+        (0, START, "null", '{"a":"1"}'),
+        (0, START, "null", '{"a":"2"}'),
+        (0, START, "unclosed", '{"a":"1"}'),
+    ]
+    ledger.commit(
+        entry(
+            rejected=rejected(
+                *rows, (0, START + MINUTE, "null", '{"a":"1"}'), (0, None, "null", '{"a":"1"}')
+            )
+        )
+    )
     ledger.commit(entry(partition=Partition(ETH, JANUARY.month), rejected=rejected(rows[0])))
     assert [r["seen"] for r in ledger.quarantined(None, JANUARY.month)] == [1] * 6
 
@@ -473,7 +591,13 @@ def test_quarantine_is_read_by_market_and_window(ledger: Ledger):
     """Half-open, by moments and not by text: the fraction of a second counts."""
     half = timedelta(milliseconds=500)
     times = [START, START + half, START + MINUTE - half, START + MINUTE, START + MINUTE + half]
-    ledger.commit(entry(rejected=rejected(*((0, moment, "off_grid", json.dumps({"n": i})) for i, moment in enumerate(times)))))
+    ledger.commit(
+        entry(
+            rejected=rejected(
+                *((0, moment, "off_grid", json.dumps({"n": i})) for i, moment in enumerate(times))
+            )
+        )
+    )
     ledger.commit(entry(partition=Partition(ETH, JANUARY.month)))
 
     def found(start: Any, end: Any, **options: Any) -> list[int]:
@@ -486,14 +610,14 @@ def test_quarantine_is_read_by_market_and_window(ledger: Ledger):
     assert [r["market"] for r in everybodys] == [BTC.key] * 5 + [ETH.key]
 
 
-# --------------------------------------------------------------------------------- a store that refuses
+# --------------------------------------------------------------------------------- a store that ref
 @pytest.fixture
 def blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
     """A ledger whose file another program holds, and whose patience is over at once."""
     connect = sqlite3.connect
     Ledger(tmp_path / "state")  # makes the tables
     at_once = lambda file, **options: connect(file, **{**options, "timeout": 0})  # noqa: E731
-    monkeypatch.setattr("marketdata_assets.lake.database.sqlite3.connect", at_once)
+    monkeypatch.setattr("marketdata_assets.ledger.database.sqlite3.connect", at_once)
     impatient = Ledger(tmp_path / "state")
     with connect(tmp_path / "state/ledger.db", isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -512,7 +636,10 @@ def blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]
     ],
 )
 def test_a_file_that_somebody_holds_is_told(blocked: Ledger, act: Callable[[Ledger], Any]):
-    with pytest.raises(StoreFailed, match=r"ledger\.db cannot be written \(database is locked\); mend the folder or set another `state:`"):
+    with pytest.raises(
+        StoreFailed,
+        match=r"ledger\.db cannot be written \(database is locked\); mend the folder or set another `state:`",
+    ):
         act(blocked)
 
 
@@ -523,7 +650,9 @@ def test_places_that_cannot_be_are_told(tmp_path: Path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text/ledger.db").write_text("hello\n" * 1000)
     for name in ("file/state", "folder", "text"):
-        with pytest.raises(StoreFailed, match=r"ledger\.db cannot be .*; mend the folder or set another `state:`") as told:
+        with pytest.raises(
+            StoreFailed, match=r"ledger\.db cannot be .*; mend the folder or set another `state:`"
+        ) as told:
             Ledger(tmp_path / name)
         assert told.value.exit_code == 3
 

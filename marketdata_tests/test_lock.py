@@ -18,17 +18,19 @@ import duckdb
 import polars as pl
 import pytest
 
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.errors import BadInput, Damaged, StoreFailed
-from marketdata_assets.flows.lock import Verified, lock, pinned_moment, verify
-from marketdata_assets.lake.fingerprint import fingerprint
-from marketdata_assets.lake.lockfile import LockFile, read_lock, write_lock
-from marketdata_assets.lake.tables import Table, raw, rollup
+from marketdata_assets.flows.read.lock import Verified, lock, pinned_moment, verify
 from marketdata_assets.model.bar import TIME
-from marketdata_assets.model.window import TIMEFRAMES, Partition, Window
-from marketdata_assets.settings import Settings, load_settings
-from marketdata_assets.sources.sandbox import SandboxExchange, running
-from marketdata_assets.sources.sandbox_bars import truth
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window
+from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.storage.fingerprint import fingerprint
+from marketdata_assets.storage.lockfile import LockFile, read_lock, write_lock
 from marketdata_tests.conftest import SANDBOX_NOW
 from marketdata_tests.samples import frame, minutes, row
 from marketdata_tests.steps import at, run_derive, run_ingest, window
@@ -37,23 +39,48 @@ NOW = "2024-01-10T00:00:00Z"
 M1, H1 = TIMEFRAMES["1m"], TIMEFRAMES["1h"]
 BTC = "binance:BTC-USDT"
 DECEMBER, JANUARY = (Partition.parse(f"{BTC}|{month}-01") for month in ("2023-12", "2024-01"))
-WANTS = {"symbols": "[BTC/USDT, ETH/USDT]", "since": "2023-12-20", "base": "1m", "reference": "[1h]"}
+WANTS = {
+    "symbols": "[BTC/USDT, ETH/USDT]",
+    "since": "2023-12-20",
+    "base": "1m",
+    "reference": "[1h]",
+}
 
 Copy = Callable[..., Settings]
 
 
-def universe_of(folder: Path, rollups: str = "parquet", lake: str | None = None, now: str = NOW, top: str = "", **wants: str) -> Settings:
-    """A universe over the stores of a folder; `wants` changes what it wants of Binance, "" leaves a key out."""
+def universe_of(
+    folder: Path,
+    rollups: str = "parquet",
+    lake: str | None = None,
+    now: str = NOW,
+    top: str = "",
+    **wants: str,
+) -> Settings:
+    """A universe over the stores of a folder; `wants` changes what it wants of Binance, "" leaves a
+    key out.
+    """
     lines = [f"    {key}: {value}" for key, value in {**WANTS, **wants}.items() if value]
-    places = [f"lake: {lake or folder / 'lake'}", f"duckdb: {folder / 'market.duckdb'}", f"state: {folder / 'state'}"]
+    places = [
+        f"lake: {lake or folder / 'lake'}",
+        f"duckdb: {folder / 'market.duckdb'}",
+        f"state: {folder / 'state'}",
+    ]
     file = folder / "universe.yaml"
-    file.write_text("\n".join(["venues:", "  binance:", *lines, *places, f"rollups: {rollups}", *top.splitlines()]) + "\n")
+    file.write_text(
+        "\n".join(
+            ["venues:", "  binance:", *lines, *places, f"rollups: {rollups}", *top.splitlines()]
+        )
+        + "\n"
+    )
     return load_settings({"MARKETDATA_UNIVERSE": str(file), "MARKETDATA_NOW": now})
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve days of December and nine of January, of two markets; rollups lie in the lake and in DuckDB."""
+    """Twelve days of December and nine of January, of two markets; rollups lie in the lake and in
+    DuckDB.
+    """
     folder = tmp_path_factory.mktemp("original")
     with running(SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)) as url:
         settings = universe_of(folder, base_url=url)
@@ -80,9 +107,16 @@ def locked(original: Path) -> LockFile:
     return locked_in(universe_of(original))
 
 
-def locked_in(settings: Settings, name: str = "bars", tables: list[str] | None = None, span: Window | None = None) -> LockFile:
+def locked_in(
+    settings: Settings,
+    name: str = "bars",
+    tables: list[str] | None = None,
+    span: Window | None = None,
+) -> LockFile:
     with open_toolbox(settings) as toolbox:
-        return lock(toolbox, name, settings.markets, span or Window(settings.since, settings.now()), tables)
+        return lock(
+            toolbox, name, settings.markets, span or Window(settings.since, settings.now()), tables
+        )
 
 
 def verified(settings: Settings, locked: LockFile) -> Verified:
@@ -112,9 +146,14 @@ def test_the_lock_says_what_is_stored(original: Path, locked: LockFile):
     """Polars alone reads the objects; the number of all is that of the file's lines."""
     rows = {(p.table, p.partition.key): p for p in locked.partitions}
     files = sorted((original / "lake").glob("*/*/*/*/data.parquet"))
-    held = {path.relative_to(original / "lake"): pl.read_parquet(path.read_bytes()) for path in files}
+    held = {
+        path.relative_to(original / "lake"): pl.read_parquet(path.read_bytes()) for path in files
+    }
     held = {path: bars for path, bars in held.items() if bars.height}
-    assert {Path(Table(t.partition("/")[0], TIMEFRAMES[t.rpartition("_")[2]]).path(Partition.parse(k))) for t, k in rows} == set(held)
+    assert {
+        Path(Table(t.partition("/")[0], TIMEFRAMES[t.rpartition("_")[2]]).path(Partition.parse(k)))
+        for t, k in rows
+    } == set(held)
     for pinned in locked.partitions:
         table = Table(pinned.table.partition("/")[0], TIMEFRAMES[pinned.table.rpartition("_")[2]])
         opens = held[Path(table.path(pinned.partition))]["open_time"]
@@ -124,7 +163,10 @@ def test_the_lock_says_what_is_stored(original: Path, locked: LockFile):
     partitions = [line.rstrip(",") for line in lines if line.startswith('{"table"')]
     assert len(partitions) == len(rows) == 2 * 2 * (2 + 8)
     assert partitions == sorted(partitions)
-    assert hashlib.sha256("".join(line + "\n" for line in partitions).encode()).hexdigest() == locked.dataset
+    assert (
+        hashlib.sha256("".join(line + "\n" for line in partitions).encode()).hexdigest()
+        == locked.dataset
+    )
     assert lines[-2:] == [f'"dataset": "{locked.dataset}"', "}"]
 
 
@@ -135,16 +177,32 @@ def test_the_same_bars_and_moment_give_the_same_bytes(original: Path, locked: Lo
 
 
 def test_no_path_and_no_address_is_in_it(copy: Copy, tmp_path: Path):
-    text = locked_in(copy(base_url="http://127.0.0.1:9/secret", ws_url="ws://127.0.0.1:9/secret")).text()
-    assert not [word for word in ("http", "ws:", "secret", "127.0.0.1", str(tmp_path)) if word in text]
+    text = locked_in(
+        copy(base_url="http://127.0.0.1:9/secret", ws_url="ws://127.0.0.1:9/secret")
+    ).text()
+    assert not [
+        word for word in ("http", "ws:", "secret", "127.0.0.1", str(tmp_path)) if word in text
+    ]
 
 
 def test_tables_markets_and_months_can_be_chosen(original: Path):
     settings = universe_of(original)
     with open_toolbox(settings) as toolbox:
-        found = lock(toolbox, "few", [DECEMBER.market], window("2023-12-31", "2024-01-01"), ["rollup/ohlcv_1d", "raw/ohlcv_1m"])
-    assert [(p.table, p.partition) for p in found.partitions] == [("raw/ohlcv_1m", DECEMBER), ("rollup/ohlcv_1d", DECEMBER)]
-    assert (found.venues["binance"].symbols, found.span) == (("BTC/USDT",), window("2023-12-01", "2024-01-01"))
+        found = lock(
+            toolbox,
+            "few",
+            [DECEMBER.market],
+            window("2023-12-31", "2024-01-01"),
+            ["rollup/ohlcv_1d", "raw/ohlcv_1m"],
+        )
+    assert [(p.table, p.partition) for p in found.partitions] == [
+        ("raw/ohlcv_1m", DECEMBER),
+        ("rollup/ohlcv_1d", DECEMBER),
+    ]
+    assert (found.venues["binance"].symbols, found.span) == (
+        ("BTC/USDT",),
+        window("2023-12-01", "2024-01-01"),
+    )
     assert differs(settings, found) == []
 
 
@@ -168,13 +226,17 @@ def test_a_lake_that_has_lost_something_is_not_locked(copy: Copy):
     with pytest.raises(Damaged, match="is damaged"):
         locked_in(settings)
     stored(settings).unlink()
-    with pytest.raises(Damaged, match=r"month=2023-12/data.parquet is gone; `marketdata backfill` fetches it again"):
+    with pytest.raises(
+        Damaged, match=r"month=2023-12/data.parquet is gone; `marketdata backfill` fetches it again"
+    ):
         locked_in(settings)
 
 
 def test_bad_wishes_are_told(original: Path, tmp_path: Path):
     settings = universe_of(original)
-    with pytest.raises(BadInput, match=r"table 'raw/ohlcv_5m' is not one of raw/ohlcv_1h, raw/ohlcv_1m, rollup"):
+    with pytest.raises(
+        BadInput, match=r"table 'raw/ohlcv_5m' is not one of raw/ohlcv_1h, raw/ohlcv_1m, rollup"
+    ):
         locked_in(settings, tables=["raw/ohlcv_5m"])
     with pytest.raises(BadInput, match="no name for a dataset"):
         locked_in(settings, name="../bars")
@@ -184,25 +246,35 @@ def test_bad_wishes_are_told(original: Path, tmp_path: Path):
         locked_in(settings, span=window("2023-01-01", "2023-02-01"))
 
 
-# --------------------------------------------------------------------------------- copies that prove
+# --------------------------------------------------------------------------------- copies that prov
 @pytest.mark.parametrize("rollups", ["parquet", "duckdb"])
 def test_a_copy_proves(copy: Copy, locked: LockFile, rollups: str):
-    """The lock was made of rollups in Parquet; those in DuckDB hold the same, and have the same number."""
+    """The lock was made of rollups in Parquet; those in DuckDB hold the same, and have the same
+    number.
+    """
     settings = copy(rollups=rollups)
     proves(settings, locked)
     assert locked_in(settings).text() == locked.text()
 
 
-def test_a_copy_in_s3_proves_without_a_ledger(original: Path, locked: LockFile, bucket: str, tmp_path: Path):
+def test_a_copy_in_s3_proves_without_a_ledger(
+    original: Path, locked: LockFile, bucket: str, tmp_path: Path
+):
     client = boto3.client("s3")
     for file in (original / "lake").rglob("data.parquet"):
-        client.put_object(Bucket=bucket, Key=f"copy/{file.relative_to(original / 'lake')}", Body=file.read_bytes())
+        client.put_object(
+            Bucket=bucket, Key=f"copy/{file.relative_to(original / 'lake')}", Body=file.read_bytes()
+        )
     settings = universe_of(tmp_path, lake=f"s3://{bucket}/copy")
     proves(settings, locked)
     assert locked_in(settings).text() == locked.text()
 
 
-@pytest.mark.parametrize("options", [{"compression": "gzip"}, {"compression": "uncompressed", "row_group_size": 500}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"compression": "gzip"}, {"compression": "uncompressed", "row_group_size": 500}],
+    ids=str,
+)
 def test_another_packing_proves(copy: Copy, locked: LockFile, options: dict[str, Any]):
     settings = copy()
     for file in Path(settings.lake).rglob("data.parquet"):
@@ -222,8 +294,14 @@ def test_an_open_month_may_grow(copy: Copy, locked: LockFile):
         assert grown.height > before.height + 2000
         toolbox.lake.write(raw(M1), JANUARY, grown)
         proves(settings, locked)
-        toolbox.lake.write(raw(M1), JANUARY, grown.with_columns(pl.col("close").shift(1, fill_value=pl.col("close").first())))
-    assert differs(settings, locked) == [("raw/ohlcv_1m", JANUARY.key, "other content", before.height, before.height)]
+        toolbox.lake.write(
+            raw(M1),
+            JANUARY,
+            grown.with_columns(pl.col("close").shift(1, fill_value=pl.col("close").first())),
+        )
+    assert differs(settings, locked) == [
+        ("raw/ohlcv_1m", JANUARY.key, "other content", before.height, before.height)
+    ]
 
 
 def test_a_month_after_the_lock_is_no_difference(copy: Copy, locked: LockFile):
@@ -234,31 +312,47 @@ def test_a_month_after_the_lock_is_no_difference(copy: Copy, locked: LockFile):
     proves(settings, locked)
 
 
-# --------------------------------------------------------------------------------- what differs is found and named
+# --------------------------------------------------------------------------------- what differs is
 def one_digit(bars: pl.DataFrame) -> pl.DataFrame:
     """One unit of the last place that is stored, in the volume of one bar."""
     unit = pl.lit(1).cast(pl.Decimal(38, 12)) / 10**12
-    return bars.with_columns(pl.when(pl.int_range(pl.len()) == 777).then(pl.col("volume") + unit).otherwise("volume"))
+    return bars.with_columns(
+        pl.when(pl.int_range(pl.len()) == 777).then(pl.col("volume") + unit).otherwise("volume")
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "what", "more", "words"),
     [
         (one_digit, "other content", 0, "stored 2023-12-20T00:00:00Z .. 2023-12-31T23:59:00Z"),
-        (lambda bars: bars.with_columns(pl.when(pl.int_range(pl.len()) != 5).then("trades")), "other content", 0, "stored"),
-        (lambda bars: bars[1:], "fewer rows", -1, "locked 2023-12-20T00:00:00Z .. 2023-12-31T23:59:00Z"),
+        (
+            lambda bars: bars.with_columns(pl.when(pl.int_range(pl.len()) != 5).then("trades")),
+            "other content",
+            0,
+            "stored",
+        ),
+        (
+            lambda bars: bars[1:],
+            "fewer rows",
+            -1,
+            "locked 2023-12-20T00:00:00Z .. 2023-12-31T23:59:00Z",
+        ),
         (lambda bars: bars[:700].vstack(bars[703:]), "fewer rows", -3, "stored"),
         (lambda bars: bars[:0], "missing", None, "nothing is stored"),
     ],
     ids=["one digit", "one null", "first row", "three rows", "all rows"],
 )
-def test_one_change_is_found(copy: Copy, locked: LockFile, change: Any, what: str, more: int | None, words: str):
+def test_one_change_is_found(
+    copy: Copy, locked: LockFile, change: Any, what: str, more: int | None, words: str
+):
     settings = copy()
     with open_toolbox(settings) as toolbox:
         bars = toolbox.lake.read(raw(M1), DECEMBER)
         toolbox.lake.write(raw(M1), DECEMBER, change(bars))
     rows = bars.height
-    assert differs(settings, locked) == [("raw/ohlcv_1m", DECEMBER.key, what, rows, 0 if more is None else rows + more)]
+    assert differs(settings, locked) == [
+        ("raw/ohlcv_1m", DECEMBER.key, what, rows, 0 if more is None else rows + more)
+    ]
     assert words in verified(settings, locked).differences[0].says
 
 
@@ -270,7 +364,12 @@ def test_the_first_bar_that_lacks_is_named(copy: Copy, locked: LockFile):
         assert hours.height == 12 * 24
         toolbox.lake.write(rollup(H1), DECEMBER, hours[:30].vstack(hours[32:]))
     (found,) = verified(settings, locked).differences
-    assert (found.table, found.what, found.locked, found.stored) == ("rollup/ohlcv_1h", "fewer rows", 288, 286)
+    assert (found.table, found.what, found.locked, found.stored) == (
+        "rollup/ohlcv_1h",
+        "fewer rows",
+        288,
+        286,
+    )
     assert found.says.endswith("the first bar that lacks opened 2023-12-21T06:00:00Z")
 
 
@@ -287,7 +386,10 @@ def test_rows_that_came_before_the_locked_ones_are_told_apart(copy: Copy, locked
 
 def test_a_partition_that_was_not_locked_is_extra(copy: Copy, locked: LockFile):
     settings = copy()
-    few = LockFile(**{name: getattr(locked, name) for name in LockFile.__slots__} | {"partitions": locked.partitions[1:]})
+    few = LockFile(
+        **{name: getattr(locked, name) for name in LockFile.__slots__}
+        | {"partitions": locked.partitions[1:]}
+    )
     gone = locked.partitions[0]
     assert differs(settings, few) == [(gone.table, gone.partition.key, "extra rows", 0, gone.rows)]
 
@@ -297,17 +399,29 @@ def test_a_partition_that_was_not_locked_is_extra(copy: Copy, locked: LockFile):
     [
         (lambda path: path.unlink(), "missing"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "damaged"),
-        (lambda path: path.write_bytes(path.read_bytes()[:5000] + b"\xff" + path.read_bytes()[5001:]), "damaged"),
+        (
+            lambda path: path.write_bytes(
+                path.read_bytes()[:5000] + b"\xff" + path.read_bytes()[5001:]
+            ),
+            "damaged",
+        ),
         (lambda path: path.write_bytes(b""), "damaged"),
-        (lambda path: pl.read_parquet(path.read_bytes()).drop("close").write_parquet(path), "damaged"),
+        (
+            lambda path: pl.read_parquet(path.read_bytes()).drop("close").write_parquet(path),
+            "damaged",
+        ),
     ],
     ids=["gone", "cut short", "a byte", "empty", "a column"],
 )
 @pytest.mark.parametrize("table", [raw(M1), rollup(H1)], ids=lambda table: table.name)
-def test_an_object_that_is_gone_or_damaged_is_named(copy: Copy, locked: LockFile, harm: Any, what: str, table: Table):
+def test_an_object_that_is_gone_or_damaged_is_named(
+    copy: Copy, locked: LockFile, harm: Any, what: str, table: Table
+):
     settings = copy()
     harm(stored(settings, table))
-    rows = next(p.rows for p in locked.partitions if (p.table, p.partition) == (table.name, DECEMBER))
+    rows = next(
+        p.rows for p in locked.partitions if (p.table, p.partition) == (table.name, DECEMBER)
+    )
     assert differs(settings, locked) == [(table.name, DECEMBER.key, what, rows, 0)]
 
 
@@ -322,10 +436,14 @@ def test_an_object_that_is_gone_or_damaged_is_named(copy: Copy, locked: LockFile
     ],
     ids=["digit", "null", "removed", "added"],
 )  # fmt: skip
-def test_a_change_in_duckdb_is_found(copy: Copy, locked: LockFile, statement: str, what: str, more: int):
+def test_a_change_in_duckdb_is_found(
+    copy: Copy, locked: LockFile, statement: str, what: str, more: int
+):
     settings = copy(rollups="duckdb")
     with duckdb.connect(str(settings.duckdb)) as connection:
-        connection.execute(statement.format(there=f"market = '{BTC}' AND open_time = '2023-12-24T06:00:00Z'"))
+        connection.execute(
+            statement.format(there=f"market = '{BTC}' AND open_time = '2023-12-24T06:00:00Z'")
+        )
     assert differs(settings, locked) == [("rollup/ohlcv_1h", DECEMBER.key, what, 288, 288 + more)]
 
 
@@ -339,14 +457,23 @@ def test_without_the_duckdb_file_every_rollup_is_missing(copy: Copy, locked: Loc
 
 def told(bars: pl.DataFrame, moments: dict[int, str]) -> pl.DataFrame:
     """These rows are known since these moments, the others since long ago."""
-    known = pl.Series("known_at", [at(moments.get(i, "2023-12-31")) for i in range(bars.height)], dtype=TIME)
+    known = pl.Series(
+        "known_at", [at(moments.get(i, "2023-12-31")) for i in range(bars.height)], dtype=TIME
+    )
     return bars.with_columns(known, pl.lit("rest").alias("source"))
 
 
 def test_bars_that_came_or_were_corrected_since_are_told(copy: Copy, locked: LockFile):
-    """Three since, one of them as the lock was made; a rollup of them says so too, and other months do not."""
+    """Three since, one of them as the lock was made; a rollup of them says so too, and other months do
+    not.
+    """
     settings = copy()
-    moments = {0: "2024-01-10", 60: "2024-01-10T00:00:00.25", 70: "2024-01-11", 90: "2024-01-10T09:00:00"}
+    moments = {
+        0: "2024-01-10",
+        60: "2024-01-10T00:00:00.25",
+        70: "2024-01-11",
+        90: "2024-01-10T09:00:00",
+    }
     with open_toolbox(settings) as toolbox:
         raw_bars = toolbox.lake.read(raw(M1), DECEMBER)
         for table, partition in ((rollup(H1), DECEMBER), (rollup(H1), JANUARY)):
@@ -358,20 +485,31 @@ def test_bars_that_came_or_were_corrected_since_are_told(copy: Copy, locked: Loc
     assert [d.says.endswith(words) for d in found.differences] == [True, True, False]
 
 
-# --------------------------------------------------------------------------------- another universe, and files that are none
+# --------------------------------------------------------------------------------- another universe
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"symbols": "[BTC/USDT]"}, "market binance:ETH-USDT is not in it"),
         ({"base": "5m"}, "binance has base 5m in it, and 1m in the lock"),
         ({"reference": ""}, "table raw/ohlcv_1h of binance is not in it"),
-        ({"top": "timeframes: [1h, 1d]"}, "table rollup/ohlcv_12h of binance is not in it; table rollup/ohlcv_15m"),
-        ({"since": "2024-01-01"}, "it wants binance since 2024-01-01T00:00:00Z, and the lock holds it since 2023-12-20T00:00:00Z"),
-        ({"until": "2024-01-05"}, "it wants binance until 2024-01-05T00:00:00Z, and the lock holds it until 2024-01-10T00:00:00Z"),
+        (
+            {"top": "timeframes: [1h, 1d]"},
+            "table rollup/ohlcv_12h of binance is not in it; table rollup/ohlcv_15m",
+        ),
+        (
+            {"since": "2024-01-01"},
+            "it wants binance since 2024-01-01T00:00:00Z, and the lock holds it since 2023-12-20T00:00:00Z",
+        ),
+        (
+            {"until": "2024-01-05"},
+            "it wants binance until 2024-01-05T00:00:00Z, and the lock holds it until 2024-01-10T00:00:00Z",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else str(next(iter(value))),
 )
-def test_another_universe_is_told(tmp_path: Path, locked: LockFile, changes: dict[str, str], words: str):
+def test_another_universe_is_told(
+    tmp_path: Path, locked: LockFile, changes: dict[str, str], words: str
+):
     with pytest.raises(BadInput, match="bars was locked in another universe than ") as told:
         verified(universe_of(tmp_path, **changes), locked)
     assert words in str(told.value)
@@ -386,7 +524,10 @@ def test_another_venue_is_told(tmp_path: Path, locked: LockFile):
 
 
 def test_a_universe_that_wants_more_proves(copy: Copy, locked: LockFile):
-    proves(copy(symbols="[SHIB/USDT, ETH/USDT, BTC/USDT]", until="2024-01-10", reference="[1h, 1d]"), locked)
+    proves(
+        copy(symbols="[SHIB/USDT, ETH/USDT, BTC/USDT]", until="2024-01-10", reference="[1h, 1d]"),
+        locked,
+    )
 
 
 def changed(**keys: Any) -> Callable[[str], str]:
@@ -423,12 +564,17 @@ def line(text: str, number: int) -> str:
         (changed(dataset="0" * 64), "is not as `marketdata lock` wrote it"),
         (changed(more=1), "is not as `marketdata lock` wrote it"),
         (lambda text: line(text, 3), "is not as `marketdata lock` wrote it"),
-        (lambda text: text.replace('"rows":', '"rows":1', 1), "is not as `marketdata lock` wrote it"),
+        (
+            lambda text: text.replace('"rows":', '"rows":1', 1),
+            "is not as `marketdata lock` wrote it",
+        ),
         (lambda text: text.replace("2023-12", "2023-13"), "is not as `marketdata lock` wrote it"),
         (lambda text: text.replace('"symbols"', '"coins"'), "is not as `marketdata lock` wrote it"),
     ],
 )
-def test_a_file_that_is_no_lock_is_told(locked: LockFile, tmp_path: Path, spoil: Callable[[str], str], words: str):
+def test_a_file_that_is_no_lock_is_told(
+    locked: LockFile, tmp_path: Path, spoil: Callable[[str], str], words: str
+):
     file = tmp_path / "bars.lock.json"
     file.write_text(spoil(locked.text()))
     with pytest.raises(BadInput) as told:
@@ -439,7 +585,10 @@ def test_a_file_that_is_no_lock_is_told(locked: LockFile, tmp_path: Path, spoil:
 
 
 def test_files_that_cannot_be_read_or_written(locked: LockFile, tmp_path: Path):
-    for wrong, words in ((tmp_path / "none", "there is no such file"), (tmp_path, "cannot be read: Is a directory")):
+    for wrong, words in (
+        (tmp_path / "none", "there is no such file"),
+        (tmp_path, "cannot be read: Is a directory"),
+    ):
         with pytest.raises(BadInput, match=words):
             read_lock(wrong)
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
@@ -454,7 +603,9 @@ def test_files_that_cannot_be_read_or_written(locked: LockFile, tmp_path: Path):
 
 # --------------------------------------------------------------------------------- the hash itself
 def by_hand(bars: pl.DataFrame) -> str:
-    """The fingerprint by its documentation alone, value by value: a lock outlives the release that wrote it."""
+    """The fingerprint by its documentation alone, value by value: a lock outlives the release that
+    wrote it.
+    """
     digest = hashlib.sha256(f"{bars.height}\n".encode())
     names = {"open_time": "Datetime(time_unit='us', time_zone='UTC')", "trades": "Int64"}
     for name in bars.columns:
@@ -463,7 +614,11 @@ def by_hand(bars: pl.DataFrame) -> str:
         digest.update(bytes(value is None for value in values))
         for value in values:
             if name == "open_time":
-                digest.update(((value - at("1970-01-01")) // timedelta(microseconds=1)).to_bytes(8, "little", signed=True))
+                digest.update(
+                    ((value - at("1970-01-01")) // timedelta(microseconds=1)).to_bytes(
+                        8, "little", signed=True
+                    )
+                )
             elif name == "trades":
                 digest.update((value or 0).to_bytes(8, "little", signed=True))
             else:
@@ -472,10 +627,16 @@ def by_hand(bars: pl.DataFrame) -> str:
 
 
 def test_the_hash_is_the_documented_one():
-    rows = [row(moment, trades=None if i % 3 else i, quote_volume=None if i % 2 else -i) for i, moment in enumerate(minutes(9))]
+    rows = [
+        row(moment, trades=None if i % 3 else i, quote_volume=None if i % 2 else -i)
+        for i, moment in enumerate(minutes(9))
+    ]
     for bars in (frame(rows), frame(rows)[2:5], frame(rows)[:0]):
         assert fingerprint(bars) == by_hand(bars)
-    assert fingerprint(frame(rows)[:0]) == "90e0f1a3159e4ae2d0ed232eb520d44c2feadff0f1a2bbdfa0c1fa826b140124"
+    assert (
+        fingerprint(frame(rows)[:0])
+        == "90e0f1a3159e4ae2d0ed232eb520d44c2feadff0f1a2bbdfa0c1fa826b140124"
+    )
 
 
 # --------------------------------------------------------------------------------- the commands
@@ -488,7 +649,9 @@ def command(copy: Copy, tmp_path: Path) -> Iterator[Callable[..., tuple[int, str
     def run(*words: str) -> tuple[int, str, str]:
         environment = {**os.environ, "MARKETDATA_UNIVERSE": settings.source, "MARKETDATA_NOW": NOW}
         argv = [sys.executable, "-m", "marketdata_assets.cli.main", *words]
-        done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            argv, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout, done.stderr
 
@@ -496,7 +659,9 @@ def command(copy: Copy, tmp_path: Path) -> Iterator[Callable[..., tuple[int, str
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_lock_and_verify_as_commands(command: Callable[..., tuple[int, str, str]], locked: LockFile, tmp_path: Path):
+def test_lock_and_verify_as_commands(
+    command: Callable[..., tuple[int, str, str]], locked: LockFile, tmp_path: Path
+):
     code, told, _ = command("lock")
     file = tmp_path / "work/universe.lock.json"
     assert code == 0
@@ -510,8 +675,15 @@ def test_lock_and_verify_as_commands(command: Callable[..., tuple[int, str, str]
     stored(universe_of(tmp_path)).unlink()
     code, told, _ = command("verify", "--lock", str(file), "--format", "json")
     found = json.loads(told)
-    assert (code, found["proved"], found["partitions"], found["dataset"]) == (1, 39, 40, locked.dataset)
-    assert [(d["table"], d["market"], d["month"], d["what"]) for d in found["differences"]] == [("raw/ohlcv_1m", BTC, "2023-12", "missing")]
+    assert (code, found["proved"], found["partitions"], found["dataset"]) == (
+        1,
+        39,
+        40,
+        locked.dataset,
+    )
+    assert [(d["table"], d["market"], d["month"], d["what"]) for d in found["differences"]] == [
+        ("raw/ohlcv_1m", BTC, "2023-12", "missing")
+    ]
     code, told, _ = command("verify", "--lock", str(file))
     assert code == 1
     assert "missing" in told

@@ -1,4 +1,6 @@
-"""What the words mean: keys that round-trip, grids and months counted a second way, by hand and by calendar."""
+"""What the words mean: keys that round-trip, grids and months counted a second way, by hand and by
+calendar.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +16,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.bar import COLUMNS, DECIMAL, NAMES, ROLLUP_COLUMNS, SCHEMA, decimal_text, empty_bars
-from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import (
-    TIMEFRAMES,
-    Partition,
-    Window,
-    from_ms,
-    iso,
-    month_of,
-    parse_time,
-    partitions_of,
-    timeframe,
-    to_ms,
+from marketdata_assets.model.bar import (
+    COLUMNS,
+    DECIMAL,
+    NAMES,
+    ROLLUP_COLUMNS,
+    SCHEMA,
+    decimal_text,
+    empty_bars,
 )
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.partition import Partition, partitions_of
+from marketdata_assets.model.timeframe import TIMEFRAMES, timeframe
+from marketdata_assets.model.window import Window, from_ms, iso, month_of, parse_time, to_ms
 from marketdata_tests.samples import BTC, DECIMALS, MINUTE, at
 
 # --------------------------------------------------------------------------------- markets
 _ASSETS = st.builds(
-    str.__add__, st.sampled_from(string.ascii_letters + string.digits), st.text(string.ascii_letters + string.digits + ".$", max_size=9)
+    str.__add__,
+    st.sampled_from(string.ascii_letters + string.digits),
+    st.text(string.ascii_letters + string.digits + ".$", max_size=9),
 )
 _SPOT = st.builds("{}/{}".format, _ASSETS, _ASSETS)
-_CONTRACTS = st.builds("{}:{}{}".format, _SPOT, _ASSETS, st.sampled_from(["", "-250328", "-250328-50000-C"]))
+_CONTRACTS = st.builds(
+    "{}:{}{}".format, _SPOT, _ASSETS, st.sampled_from(["", "-250328", "-250328-50000-C"])
+)
 SYMBOLS = _SPOT | _CONTRACTS
 HOSTILE = [
     "",
@@ -100,7 +105,20 @@ def test_a_hostile_symbol_is_refused(symbol: str):
     assert "BTC/USDT" in str(refused.value)
 
 
-@pytest.mark.parametrize("venue", ["", "Binance", "../binance", "binance:", "bin ance", "binance|", "1inch", "b" + "ö", "binance\n"])
+@pytest.mark.parametrize(
+    "venue",
+    [
+        "",
+        "Binance",
+        "../binance",
+        "binance:",
+        "bin ance",
+        "binance|",
+        "1inch",
+        "b" + "ö",
+        "binance\n",
+    ],
+)
 def test_a_hostile_venue_is_refused(venue: str):
     with pytest.raises(BadInput):
         Market(venue, "BTC/USDT")
@@ -128,13 +146,15 @@ def test_what_is_no_key_is_refused(key: str):
     assert len(str(refused.value)) < 300
 
 
-@given(st.text(max_size=80) | st.builds("binance:{}".format, st.text(string.printable, max_size=20)))
+@given(
+    st.text(max_size=80) | st.builds("binance:{}".format, st.text(string.printable, max_size=20))
+)
 def test_any_text_is_a_key_exactly_or_refused(text: str):
     with suppress(BadInput):
         assert Market.parse(text).key == text
 
 
-# --------------------------------------------------------------------------------- moments and timeframes
+# --------------------------------------------------------------------------------- moments and time
 MOMENTS = st.datetimes(datetime(1969, 1, 1), datetime(2199, 12, 31), timezones=st.just(UTC))
 
 
@@ -178,7 +198,11 @@ def test_floor_and_ceil_follow_the_calendar(moment: datetime, name: str):
 def test_weeks_begin_on_monday():
     week = TIMEFRAMES["1w"]
     assert week.floor(at("2024-03-03T23:59:59.999999")) == at("2024-02-26")
-    assert week.floor(at("2024-03-04")) == week.ceil(at("2024-02-26T00:00:00.000001")) == at("2024-03-04")
+    assert (
+        week.floor(at("2024-03-04"))
+        == week.ceil(at("2024-02-26T00:00:00.000001"))
+        == at("2024-03-04")
+    )
     assert week.floor(at("1969-12-31")) == at("1969-12-29")
 
 
@@ -205,7 +229,16 @@ def test_a_moment_by_hand(text: str, moment: str):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "yesterday", "2023-02-29", "2024-13-01", "2024-03-01T25:00", "1704067200", "0001-01-01T00:00:00+05:00"]
+    "text",
+    [
+        "",
+        "yesterday",
+        "2023-02-29",
+        "2024-13-01",
+        "2024-03-01T25:00",
+        "1704067200",
+        "0001-01-01T00:00:00+05:00",
+    ],
 )
 def test_what_is_no_moment_is_refused(text: str):
     with pytest.raises(BadInput, match="is not a date such as"):
@@ -213,7 +246,11 @@ def test_what_is_no_moment_is_refused(text: str):
 
 
 # --------------------------------------------------------------------------------- windows
-WINDOWS = st.builds(lambda start, length: Window(start, start + length * timedelta(seconds=20)), MOMENTS, st.integers(-200, 3000))
+WINDOWS = st.builds(
+    lambda start, length: Window(start, start + length * timedelta(seconds=20)),
+    MOMENTS,
+    st.integers(-200, 3000),
+)
 
 
 @given(WINDOWS, st.sampled_from(["1m", "5m", "15m", "1h"]))
@@ -274,7 +311,9 @@ def test_every_minute_belongs_to_exactly_one_partition(moment: datetime, name: s
     """Of the months around it, exactly one owns the bar that holds the minute."""
     opened = grid_floor(moment, name)
     near = partitions_of(BTC, Window(moment - timedelta(days=40), moment + timedelta(days=40)))
-    owners = [p for p in near if p.opens(TIMEFRAMES[name]).start <= opened < p.opens(TIMEFRAMES[name]).end]
+    owners = [
+        p for p in near if p.opens(TIMEFRAMES[name]).start <= opened < p.opens(TIMEFRAMES[name]).end
+    ]
     last = opened + TIMEFRAMES[name].width - MINUTE
     assert [p.month_key for p in owners] == [f"{last.year}-{last.month:02}-01"]
 
@@ -290,7 +329,9 @@ def test_a_week_lies_in_the_month_of_its_sunday():
 @given(SYMBOLS, MONTHS)
 def test_a_partition_key_leads_back(symbol: str, span: Window):
     partition = Partition(Market("binance", symbol), span)
-    assert partition.key == f"binance:{partition.market.key.partition(':')[2]}|{span.start:%Y-%m}-01"
+    assert (
+        partition.key == f"binance:{partition.market.key.partition(':')[2]}|{span.start:%Y-%m}-01"
+    )
     assert Partition.parse(partition.key) == partition
 
 
@@ -342,8 +383,17 @@ def test_the_columns_of_a_bar():
         "taker_buy_volume",
         "taker_buy_quote_volume",
     )
-    assert {c.name for c in COLUMNS if c.optional} == {"quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume"}
-    assert [c.name for c in ROLLUP_COLUMNS[len(COLUMNS) :]] == ["vwap", "bars_expected", "bars_present"]
+    assert {c.name for c in COLUMNS if c.optional} == {
+        "quote_volume",
+        "trades",
+        "taker_buy_volume",
+        "taker_buy_quote_volume",
+    }
+    assert [c.name for c in ROLLUP_COLUMNS[len(COLUMNS) :]] == [
+        "vwap",
+        "bars_expected",
+        "bars_present",
+    ]
     assert empty_bars().schema == pl.Schema(SCHEMA)
     assert empty_bars().is_empty()
 
@@ -351,7 +401,12 @@ def test_the_columns_of_a_bar():
 @given(st.lists(DECIMALS, min_size=1, max_size=20))
 def test_decimals_as_text_keep_every_digit_and_no_zero_too_many(values: list[Decimal]):
     values = [*values, Decimal(0), Decimal(100), Decimal("-1.25")]
-    texts = pl.DataFrame({"v": values}, schema={"v": DECIMAL}).select(decimal_text("v"))["v"].to_list()
+    texts = (
+        pl.DataFrame({"v": values}, schema={"v": DECIMAL}).select(decimal_text("v"))["v"].to_list()
+    )
     assert [Decimal(text) for text in texts] == values
     assert texts[-3:] == ["0", "100", "-1.25"]
-    assert all(set(text) <= set("0123456789.-") and not (("." in text) and text.endswith(("0", "."))) for text in texts)
+    assert all(
+        set(text) <= set("0123456789.-") and not (("." in text) and text.endswith(("0", ".")))
+        for text in texts
+    )

@@ -1,4 +1,6 @@
-"""Alert channels against real parts: files written by several processes, servers that answer, refuse, hang and trickle."""
+"""Alert channels against real parts: files written by several processes, servers that answer, refuse,
+hang and trickle.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ STALE = Message(
 )
 
 
-def message(event: str = "opened", severity: Severity = Severity.WARNING, **changed: str) -> Message:
+def message(
+    event: str = "opened", severity: Severity = Severity.WARNING, **changed: str
+) -> Message:
     facts = {"incident": STALE.incident, "title": STALE.title, "body": STALE.body, **changed}
     return Message(event=event, severity=severity, at=STALE.at, **facts)
 
@@ -98,7 +102,9 @@ def channels(*urls):
 def process(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     """A process of its own that runs the code, with `message`, `channels` and `notify` at hand."""
     command = [sys.executable, *options.pop("flags", ()), "-c", START + code, *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def run(code: str, *arguments: object, **options: Any) -> tuple[int | None, str, str]:
@@ -137,7 +143,12 @@ def test_severities_compare_by_rank():
     assert max(mildest_first) is Severity.CRITICAL
     for i, one in enumerate(mildest_first):
         for j, other in enumerate(mildest_first):
-            assert (one < other, one <= other, one > other, one >= other) == (i < j, i <= j, i > j, i >= j)
+            assert (one < other, one <= other, one > other, one >= other) == (
+                i < j,
+                i <= j,
+                i > j,
+                i >= j,
+            )
 
 
 def test_not_sent_is_an_error_of_ours():
@@ -151,7 +162,11 @@ def test_each_message_is_one_line_of_the_file(tmp_path: Path):
     assert channel.name == "file"
     assert not file.parent.exists()
     channel.send(STALE)
-    channel.send(message("recovered", Severity.INFO, title="fresh again", body="line\u2028separator \udc80 \x00"))
+    channel.send(
+        message(
+            "recovered", Severity.INFO, title="fresh again", body="line\u2028separator \udc80 \x00"
+        )
+    )
     assert lines(file) == [
         {
             "at": "2024-03-01T12:00:00.500000Z",
@@ -207,8 +222,15 @@ def test_lines_of_several_processes_never_mix(tmp_path: Path):
 @pytest.mark.parametrize("wrong", ["a folder", "below a file", "full"])
 def test_a_file_that_cannot_be_written_is_not_sent(tmp_path: Path, wrong: str):
     (tmp_path / "plain").write_text("")
-    (channel,) = open_channels({"a folder": tmp_path, "below a file": tmp_path / "plain" / "x", "full": Path("/dev/full")}[wrong], [])
-    with pytest.raises(NotSent, match=r"^channel file: .* cannot be written \(.+\); free or permit it$"):
+    (channel,) = open_channels(
+        {"a folder": tmp_path, "below a file": tmp_path / "plain" / "x", "full": Path("/dev/full")}[
+            wrong
+        ],
+        [],
+    )
+    with pytest.raises(
+        NotSent, match=r"^channel file: .* cannot be written \(.+\); free or permit it$"
+    ):
         channel.send(STALE)
 
 
@@ -246,12 +268,16 @@ def test_a_disk_that_takes_a_part_of_a_line_leaves_only_whole_lines(tmp_path: Pa
         ("recovered", Severity.INFO, "success"),
     ],
 )
-def test_a_service_is_told_what_and_how_bad(service: Callable[[str], Channel], event: str, severity: Severity, kind: str):
+def test_a_service_is_told_what_and_how_bad(
+    service: Callable[[str], Channel], event: str, severity: Severity, kind: str
+):
     hook = Hook()
     with serving(hook.answer) as base:
         service(json_url(base, "hook?-key=v")).send(message(event, severity))
     assert hook.paths == ["/hook?key=v"]
-    assert [(got["title"], got["message"], got["type"]) for got in hook.sent] == [(STALE.title, STALE.body, kind)]
+    assert [(got["title"], got["message"], got["type"]) for got in hook.sent] == [
+        (STALE.title, STALE.body, kind)
+    ]
 
 
 def test_channels_stand_in_order_and_are_named_by_service_and_position(tmp_path: Path):
@@ -261,7 +287,13 @@ def test_channels_stand_in_order_and_are_named_by_service_and_position(tmp_path:
         "jsons://127.0.0.1/a",
         "mailtos://me:secret@example.com",
     ]
-    assert [channel.name for channel in open_channels(tmp_path / "x", urls)] == ["file", "json-1", "slack-2", "jsons-3", "mailtos-4"]
+    assert [channel.name for channel in open_channels(tmp_path / "x", urls)] == [
+        "file",
+        "json-1",
+        "slack-2",
+        "jsons-3",
+        "mailtos-4",
+    ]
 
 
 def test_a_long_message_is_split_unless_the_url_says_otherwise(service: Callable[[str], Channel]):
@@ -287,7 +319,10 @@ def test_an_answer_that_is_no_success_is_not_sent(service: Callable[[str], Chann
     hook = Hook(status)
     with serving(hook.answer) as base, pytest.raises(NotSent) as caught:
         service(json_url(base, "hook?retry=5&wait=1&optional=yes")).send(STALE)
-    assert str(caught.value) == "channel json-1 did not take the message; look at its URL and its server"
+    assert (
+        str(caught.value)
+        == "channel json-1 did not take the message; look at its URL and its server"
+    )
     assert len(hook.sent) == 1
 
 
@@ -308,11 +343,15 @@ def test_a_timeout_in_the_url_is_kept_and_bounded(service: Callable[[str], Chann
     assert notify.DEADLINE == 10
 
 
-def test_a_service_that_trickles_blocks_no_longer_than_the_deadline(service: Callable[[str], Channel], monkeypatch: pytest.MonkeyPatch):
+def test_a_service_that_trickles_blocks_no_longer_than_the_deadline(
+    service: Callable[[str], Channel], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(notify, "DEADLINE", 0.3)
     with serving(trickle) as base:
         channel, begun = service(json_url(base)), time.monotonic()
-        with pytest.raises(NotSent, match=r"^channel json-1 did not answer within 0\.3 s; look at its server$"):
+        with pytest.raises(
+            NotSent, match=r"^channel json-1 did not answer within 0\.3 s; look at its server$"
+        ):
             channel.send(STALE)
         assert 0.3 <= time.monotonic() - begun < 5
         begun = time.monotonic()
@@ -321,7 +360,9 @@ def test_a_service_that_trickles_blocks_no_longer_than_the_deadline(service: Cal
         assert time.monotonic() - begun < 0.3
 
 
-def test_a_channel_that_hung_works_again(service: Callable[[str], Channel], monkeypatch: pytest.MonkeyPatch):
+def test_a_channel_that_hung_works_again(
+    service: Callable[[str], Channel], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(notify, "DEADLINE", 0.2)
     hook, slow = Hook(), True
 
@@ -354,11 +395,16 @@ def test_a_channel_that_hung_works_again(service: Callable[[str], Channel], monk
         ("", "alert URL 2 (without a scheme)"),
     ],
 )
-def test_a_url_that_apprise_cannot_use_is_bad_input(tmp_path: Path, url: str, shown: str | None, heard: io.StringIO):
+def test_a_url_that_apprise_cannot_use_is_bad_input(
+    tmp_path: Path, url: str, shown: str | None, heard: io.StringIO
+):
     shown = shown or "alert URL 2 (scheme https)"
     with pytest.raises(BadInput) as caught:
         open_channels(tmp_path / "x", ["json://127.0.0.1/a", url])
-    assert str(caught.value) == f"{shown} is not one that Apprise can use; write it as https://appriseit.com/services shows"
+    assert (
+        str(caught.value)
+        == f"{shown} is not one that Apprise can use; write it as https://appriseit.com/services shows"
+    )
     assert CANARY not in "".join(traceback.format_exception(caught.value)) + heard.getvalue()
 
 
@@ -366,7 +412,9 @@ def test_a_url_that_apprise_cannot_use_is_bad_input(tmp_path: Path, url: str, sh
 @pytest.fixture
 def heard() -> Iterator[io.StringIO]:
     """All that anybody logs, at every level, with tracebacks."""
-    logging.getLogger("urllib3").setLevel(logging.NOTSET)  # the client of Kubernetes has made it quiet for all
+    logging.getLogger("urllib3").setLevel(
+        logging.NOTSET
+    )  # the client of Kubernetes has made it quiet for all
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     level = logging.root.level
@@ -377,11 +425,16 @@ def heard() -> Iterator[io.StringIO]:
     logging.root.removeHandler(handler)
 
 
-def test_no_secret_is_ever_shown(tmp_path: Path, heard: io.StringIO, refused: str, capfd: pytest.CaptureFixture[str]):
+def test_no_secret_is_ever_shown(
+    tmp_path: Path, heard: io.StringIO, refused: str, capfd: pytest.CaptureFixture[str]
+):
     secret = f"{CANARY}/{CANARY}?-token={CANARY}&+Authorization={CANARY}&:key={CANARY}"
     shown = ""
     with serving(Hook().answer) as good, serving(Hook(500).answer) as bad:
-        addresses = [json_url(base.replace("://", f"://{CANARY}:{CANARY}@"), secret) for base in (good, bad, refused)]
+        addresses = [
+            json_url(base.replace("://", f"://{CANARY}:{CANARY}@"), secret)
+            for base in (good, bad, refused)
+        ]
         channels = open_channels(tmp_path / "alerts.jsonl", [*addresses, addresses[0] + "&rto=-1"])
         for channel in channels:
             shown += repr(channel) + str(channel) + channel.name
@@ -401,7 +454,9 @@ def test_no_secret_is_ever_shown(tmp_path: Path, heard: io.StringIO, refused: st
         assert f"/{CANARY}" in heard.getvalue()
 
 
-def test_other_threads_are_heard_while_a_message_is_sent(service: Callable[[str], Channel], heard: io.StringIO):
+def test_other_threads_are_heard_while_a_message_is_sent(
+    service: Callable[[str], Channel], heard: io.StringIO
+):
     inside, told = threading.Event(), threading.Event()
 
     async def answer(request: web.Request) -> web.StreamResponse:

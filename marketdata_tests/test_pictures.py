@@ -1,4 +1,6 @@
-"""Pictures are read back: every candle, hole and cell is found where its numbers say, in SVG that Markdown leaves alone."""
+"""Pictures are read back: every candle, hole and cell is found where its numbers say, in SVG that
+Markdown leaves alone.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marketdata_assets.defs import pictures
-from marketdata_assets.defs.pictures import candles, heat_map
+from marketdata_assets import charts as pictures
+from marketdata_assets.charts import candles, heat_map
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.window import month_of
-from marketdata_assets.sources.sandbox_bars import truth
+from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_tests.samples import START, Row, at, frame, row
 
 MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
@@ -30,21 +32,27 @@ NS = "{http://www.w3.org/2000/svg}"
 Stroke = tuple[float, float, float, float]
 
 
-# ------------------------------------------------------------------------------------------------------ reading them back
+# --------------------------------------------------------------------------------------------------
 
 
 def svg_of(markdown: str, name: str) -> ElementTree.Element:
     """The picture, provided that the Markdown is one image and nothing in its address can end it."""
-    found = re.fullmatch(rf"!\[{name}\]\(data:image/svg\+xml(;base64)?,([^\s()#\"'&\\]+)\)", markdown)
+    found = re.fullmatch(
+        rf"!\[{name}\]\(data:image/svg\+xml(;base64)?,([^\s()#\"'&\\]+)\)", markdown
+    )
     assert found, markdown[:100]
     packed, text = found.groups()
     assert packed or not re.search(r"%(?![0-9A-F]{2})", text)
-    return ElementTree.fromstring(base64.b64decode(text, validate=True).decode() if packed else unquote(text, errors="strict"))
+    return ElementTree.fromstring(
+        base64.b64decode(text, validate=True).decode() if packed else unquote(text, errors="strict")
+    )
 
 
 def strokes(root: ElementTree.Element, colour: str) -> list[list[Stroke]]:
     """The lines of each path of that colour, from and to, in the units of the path."""
-    return [pen(path.attrib["d"]) for path in root.iter(f"{NS}path") if path.get("stroke") == colour]
+    return [
+        pen(path.attrib["d"]) for path in root.iter(f"{NS}path") if path.get("stroke") == colour
+    ]
 
 
 def pen(path: str) -> list[Stroke]:
@@ -59,13 +67,19 @@ def pen(path: str) -> list[Stroke]:
             x, y = (values[0], values[1]) if letter == "M" else (x + values[0], y + values[1])
             continue
         (value,) = values
-        x, y = (x, value if letter == "V" else y + value) if letter in "Vv" else (value if letter == "H" else x + value, y)
+        x, y = (
+            (x, value if letter == "V" else y + value)
+            if letter in "Vv"
+            else (value if letter == "H" else x + value, y)
+        )
         lines.append((*old, x, y))
     return lines
 
 
 def texts(root: ElementTree.Element) -> list[tuple[float, float, str]]:
-    return [(float(t.get("x", 0)), float(t.get("y", 0)), t.text or "") for t in root.iter(f"{NS}text")]
+    return [
+        (float(t.get("x", 0)), float(t.get("y", 0)), t.text or "") for t in root.iter(f"{NS}text")
+    ]
 
 
 def title(root: ElementTree.Element) -> str:
@@ -87,7 +101,11 @@ def y_of(root: ElementTree.Element, price: Decimal) -> float:
 
 def x_of(root: ElementTree.Element, moment: datetime, year: int = 2024) -> float:
     """Where the first and the last date below say that the moment is."""
-    days = [(x, at(f"{year}-{t}")) for x, y, t in texts(root) if y > pictures.VOLUME_BOTTOM and re.fullmatch(r"\d\d-\d\d", t)]
+    days = [
+        (x, at(f"{year}-{t}"))
+        for x, y, t in texts(root)
+        if y > pictures.VOLUME_BOTTOM and re.fullmatch(r"\d\d-\d\d", t)
+    ]
     (x0, first), *_, (x1, last) = days
     return x0 + (moment - first) / (last - first) * (x1 - x0)
 
@@ -97,10 +115,12 @@ def bodies_and_wicks(root: ElementTree.Element, colour: str) -> list[tuple[Strok
     return list(zip(*paths, strict=True)) if paths else []
 
 
-# ---------------------------------------------------------------------------------------------------------------- candles
+# --------------------------------------------------------------------------------------------------
 
 
-def minutes(count: int, step: timedelta = MINUTE, start: datetime = START, **changes: Decimal | None) -> pl.DataFrame:
+def minutes(
+    count: int, step: timedelta = MINUTE, start: datetime = START, **changes: Decimal | None
+) -> pl.DataFrame:
     return frame(row(start + i * step, **changes) for i in range(count))
 
 
@@ -122,7 +142,9 @@ def without(bars: pl.DataFrame, start: str, end: str) -> pl.DataFrame:
 def by_hand(bars: pl.DataFrame, width: timedelta) -> list[Row]:
     """The candles, made with Python's own sums."""
     found = []
-    for opened, group in groupby(bars.iter_rows(named=True), key=lambda r: START + (r["open_time"] - START) // width * width):
+    for opened, group in groupby(
+        bars.iter_rows(named=True), key=lambda r: START + (r["open_time"] - START) // width * width
+    ):
         rows = list(group)
         ends = {"open": rows[0]["open"], "close": rows[-1]["close"]}
         span = {"high": max(r["high"] for r in rows), "low": min(r["low"] for r in rows)}
@@ -130,7 +152,9 @@ def by_hand(bars: pl.DataFrame, width: timedelta) -> list[Row]:
     return found
 
 
-def test_every_candle_of_a_month_lies_where_its_prices_and_its_time_say(month: pl.DataFrame) -> None:
+def test_every_candle_of_a_month_lies_where_its_prices_and_its_time_say(
+    month: pl.DataFrame,
+) -> None:
     bars = without(month, "2024-03-15T03:00", "2024-03-18T03:00")
     root = svg_of(candles(bars), "candles")
     wanted = by_hand(bars, timedelta(hours=6))
@@ -138,9 +162,19 @@ def test_every_candle_of_a_month_lies_where_its_prices_and_its_time_say(month: p
     drawn = {colour: bodies_and_wicks(root, colour) for colour in (pictures.UP, pictures.DOWN)}
     assert sum(map(len, drawn.values())) == len(wanted)
     for candle in wanted:
-        body, wick = drawn[pictures.UP if candle["close"] >= candle["open"] else pictures.DOWN].pop(0)
-        assert body[0] == body[2] == wick[0] == wick[2] == pytest.approx(x_of(root, candle["at"] + timedelta(hours=3)), abs=0.2)
-        assert [wick[1], wick[3]] == pytest.approx([y_of(root, candle["high"]), y_of(root, candle["low"])], abs=0.2)
+        body, wick = drawn[pictures.UP if candle["close"] >= candle["open"] else pictures.DOWN].pop(
+            0
+        )
+        assert (
+            body[0]
+            == body[2]
+            == wick[0]
+            == wick[2]
+            == pytest.approx(x_of(root, candle["at"] + timedelta(hours=3)), abs=0.2)
+        )
+        assert [wick[1], wick[3]] == pytest.approx(
+            [y_of(root, candle["high"]), y_of(root, candle["low"])], abs=0.2
+        )
         ends = sorted([y_of(root, candle["open"]), y_of(root, candle["close"])])
         slack = max(0.2, (1 - (ends[1] - ends[0])) / 2 + 0.1)  # a body is never thinner than 1 px
         assert [body[1], body[3]] == pytest.approx(ends, abs=slack)
@@ -151,14 +185,24 @@ def test_volumes_are_drawn_to_scale(month: pl.DataFrame) -> None:
     (bars,) = strokes(svg_of(candles(month), "candles"), pictures.VOLUME)
     volumes = [float(candle["volume"]) for candle in by_hand(month, timedelta(hours=6))]
     full = pictures.VOLUME_BOTTOM - pictures.VOLUME_TOP
-    assert [down - up for _, down, _, up in bars] == pytest.approx([v / max(volumes) * full for v in volumes], abs=0.06)
+    assert [down - up for _, down, _, up in bars] == pytest.approx(
+        [v / max(volumes) * full for v in volumes], abs=0.06
+    )
 
 
 def test_the_title_has_the_exact_prices(month: pl.DataFrame) -> None:
     prices = {name: month[name].to_list() for name in ("open", "high", "low", "close")}
-    facts = {"first": prices["open"][0], "last": prices["close"][-1], "high": max(prices["high"]), "low": min(prices["low"])}
+    facts = {
+        "first": prices["open"][0],
+        "last": prices["close"][-1],
+        "high": max(prices["high"]),
+        "low": min(prices["low"]),
+    }
     said = ", ".join(f"{name} {value.normalize():f}" for name, value in facts.items())
-    assert title(svg_of(candles(month), "candles")) == f"6h, 2024-03-01 to 2024-03-31 UTC: {said}; shaded: no bars"
+    assert (
+        title(svg_of(candles(month), "candles"))
+        == f"6h, 2024-03-01 to 2024-03-31 UTC: {said}; shaded: no bars"
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +226,9 @@ def test_the_title_has_the_exact_prices(month: pl.DataFrame) -> None:
         (5, 7 * 1440, "1w", 5),
     ],
 )
-def test_the_width_is_the_finest_round_one_that_gives_no_more_than_124(count: int, step: int, name: str, drawn: int) -> None:
+def test_the_width_is_the_finest_round_one_that_gives_no_more_than_124(
+    count: int, step: int, name: str, drawn: int
+) -> None:
     root = svg_of(candles(minutes(count, step * MINUTE)), "candles")
     assert title(root).startswith(f"{name}, 2024-01-01")
     assert len(bodies_and_wicks(root, pictures.UP)) == drawn
@@ -215,7 +261,9 @@ def test_a_hole_is_as_high_as_the_plot() -> None:
 def test_what_is_thinner_than_half_a_pixel_is_no_hole_of_the_picture(month: pl.DataFrame) -> None:
     still = without(month, "2024-03-20T12:00", "2024-03-20T12:04")
     assert candles(still) != candles(month)  # its volume is less
-    assert strokes(svg_of(candles(still), "candles"), pictures.SHADE) == strokes(svg_of(candles(month), "candles"), pictures.SHADE)
+    assert strokes(svg_of(candles(still), "candles"), pictures.SHADE) == strokes(
+        svg_of(candles(month), "candles"), pictures.SHADE
+    )
 
 
 def test_missing_hours_of_coarse_bars_are_holes_too() -> None:
@@ -227,11 +275,15 @@ def test_missing_hours_of_coarse_bars_are_holes_too() -> None:
 
 
 def test_up_is_green_and_down_is_red() -> None:
-    up, same, down = (row(START + i * MINUTE, close=Decimal(100 + d)) for i, d in enumerate((5, 0, -5)))
+    up, same, down = (
+        row(START + i * MINUTE, close=Decimal(100 + d)) for i, d in enumerate((5, 0, -5))
+    )
     root = svg_of(candles(frame([up, same, down])), "candles")
     assert len(bodies_and_wicks(root, pictures.UP)) == 2
     ((body, wick),) = bodies_and_wicks(root, pictures.DOWN)
-    assert [body[1], body[3], wick[1], wick[3]] == pytest.approx([y_of(root, Decimal(p)) for p in (100, 95, 110, 90)], abs=0.2)
+    assert [body[1], body[3], wick[1], wick[3]] == pytest.approx(
+        [y_of(root, Decimal(p)) for p in (100, 95, 110, 90)], abs=0.2
+    )
 
 
 def test_no_bars() -> None:
@@ -259,7 +311,9 @@ def test_without_volume_only_the_volume_is_missing(volume: Decimal | None) -> No
 
 
 def test_some_null_volumes_leave_the_others() -> None:
-    bars = frame(row(START + i * MINUTE, volume=None if i == 1 else Decimal(i + 1)) for i in range(4))
+    bars = frame(
+        row(START + i * MINUTE, volume=None if i == 1 else Decimal(i + 1)) for i in range(4)
+    )
     (found,) = strokes(svg_of(candles(bars), "candles"), pictures.VOLUME)
     assert [round(down - up) for _, down, _, up in found] == [11, 33, 44]
 
@@ -268,8 +322,20 @@ def test_some_null_volumes_leave_the_others() -> None:
     ("price", "labels"),
     [
         ("100", ["99.0", "99.5", "100.0", "100.5", "101.0"]),
-        ("0.000000001", ["0.000000000990", "0.000000000995", "0.000000001000", "0.000000001005", "0.000000001010"]),
-        ("1000000000000", ["990000000000", "995000000000", "1000000000000", "1005000000000", "1010000000000"]),
+        (
+            "0.000000001",
+            [
+                "0.000000000990",
+                "0.000000000995",
+                "0.000000001000",
+                "0.000000001005",
+                "0.000000001010",
+            ],
+        ),
+        (
+            "1000000000000",
+            ["990000000000", "995000000000", "1000000000000", "1005000000000", "1010000000000"],
+        ),
         ("0", ["-1.0", "-0.5", "0.0", "0.5", "1.0"]),
     ],
 )
@@ -277,7 +343,9 @@ def test_a_price_that_never_moved_lies_amid_its_axis(price: str, labels: list[st
     root = svg_of(candles(flat(price)), "candles")
     assert [text for _, text in price_labels(root)] == labels
     found = bodies_and_wicks(root, pictures.UP)
-    assert [(body[1] + body[3]) / 2 for body, _ in found] == pytest.approx([(pictures.TOP + pictures.BOTTOM) / 2] * 3, abs=0.11)
+    assert [(body[1] + body[3]) / 2 for body, _ in found] == pytest.approx(
+        [(pictures.TOP + pictures.BOTTOM) / 2] * 3, abs=0.11
+    )
     assert f"first {price}, last {price}, high {price}, low {price}" in title(root)
 
 
@@ -288,15 +356,25 @@ def test_small_moves_of_a_huge_price_are_drawn_exactly() -> None:
     root = svg_of(candles(bars), "candles")
     ((body, wick),) = bodies_and_wicks(root, pictures.UP)
     assert (body[1] - wick[1]) == pytest.approx((wick[3] - wick[1]) / 2, abs=0.11)
-    assert [text[-5:] for _, text in price_labels(root)] == ["00000", "00001", "00002", "00003", "00004"]
+    assert [text[-5:] for _, text in price_labels(root)] == [
+        "00000",
+        "00001",
+        "00002",
+        "00003",
+        "00004",
+    ]
     assert title(root).endswith("high 1000000000000.000000000004, low 1000000000000")
 
 
 @given(low=st.integers(1, 10**16), span=st.integers(0, 10**16), exponent=st.integers(-12, 0))
 @settings(max_examples=150)
-def test_price_axes_have_four_or_five_round_evenly_spaced_labels(low: int, span: int, exponent: int) -> None:
+def test_price_axes_have_four_or_five_round_evenly_spaced_labels(
+    low: int, span: int, exponent: int
+) -> None:
     bottom, top = Decimal(low).scaleb(exponent), Decimal(low + span).scaleb(exponent)
-    root = svg_of(candles(frame([row(START, open=bottom, low=bottom, high=top, close=top)])), "candles")
+    root = svg_of(
+        candles(frame([row(START, open=bottom, low=bottom, high=top, close=top)])), "candles"
+    )
     labels = price_labels(root)
     prices = [Decimal(text) for _, text in labels]
     assert len(prices) in (4, 5)
@@ -313,28 +391,50 @@ def test_price_axes_have_four_or_five_round_evenly_spaced_labels(low: int, span:
 
 
 def test_labels_stay_inside_the_picture(month: pl.DataFrame) -> None:
-    for bars in (month, flat("0.000000000001"), flat("99999999999999999999999999"), minutes(90), minutes(5, 7 * DAY)):
+    for bars in (
+        month,
+        flat("0.000000000001"),
+        flat("99999999999999999999999999"),
+        minutes(90),
+        minutes(5, 7 * DAY),
+    ):
         root = svg_of(candles(bars), "candles")
         assert all(x + 5.5 * len(text) <= pictures.WIDTH for x, y, text in texts(root) if y != 18)
 
 
-@pytest.mark.parametrize(("price", "squeezed"), [("100", False), ("55688.73", False), ("10000000000000.123456789012", True)])
+@pytest.mark.parametrize(
+    ("price", "squeezed"),
+    [("100", False), ("55688.73", False), ("10000000000000.123456789012", True)],
+)
 def test_only_a_title_that_is_too_long_is_squeezed(price: str, squeezed: bool) -> None:
-    (line,) = [t for t in svg_of(candles(flat(price)), "candles").iter(f"{NS}text") if t.get("y") == "18"]
+    (line,) = [
+        t for t in svg_of(candles(flat(price)), "candles").iter(f"{NS}text") if t.get("y") == "18"
+    ]
     assert line.get("textLength") == ("700" if squeezed else None)
 
 
 @pytest.mark.parametrize(
     ("bars", "labels"),
     [
-        (minutes(31 * 24, timedelta(hours=1)), ["01-01", "01-06", "01-11", "01-16", "01-21", "01-26", "01-31"]),
-        (minutes(24, timedelta(hours=1), at("2024-01-31T15:00")), ["16:00", "20:00", "02-01", "04:00", "08:00", "12:00"]),
+        (
+            minutes(31 * 24, timedelta(hours=1)),
+            ["01-01", "01-06", "01-11", "01-16", "01-21", "01-26", "01-31"],
+        ),
+        (
+            minutes(24, timedelta(hours=1), at("2024-01-31T15:00")),
+            ["16:00", "20:00", "02-01", "04:00", "08:00", "12:00"],
+        ),
         (minutes(10, DAY, at("2024-01-30")), ["01-30", "02-01", "02-03", "02-05", "02-07"]),
         (minutes(4, 7 * DAY), ["01-01", "01-08", "01-15", "01-22"]),
-        (minutes(600, timedelta(hours=1), at("2024-01-05T11:00")), ["01-06", "01-11", "01-16", "01-21", "01-26"]),
+        (
+            minutes(600, timedelta(hours=1), at("2024-01-05T11:00")),
+            ["01-06", "01-11", "01-16", "01-21", "01-26"],
+        ),
     ],
 )
-def test_time_labels_are_dates_at_midnight_and_times_between(bars: pl.DataFrame, labels: list[str]) -> None:
+def test_time_labels_are_dates_at_midnight_and_times_between(
+    bars: pl.DataFrame, labels: list[str]
+) -> None:
     root = svg_of(candles(bars), "candles")
     assert [text for _, y, text in texts(root) if y > pictures.VOLUME_BOTTOM] == labels
 
@@ -354,10 +454,15 @@ def test_candles_stay_below_25000_characters(month: pl.DataFrame) -> None:
     assert len(candles(wide)) < 25_000
 
 
-# --------------------------------------------------------------------------------------------------------------- heat map
+# --------------------------------------------------------------------------------------------------
 
 FIRST = date(2024, 1, 1)
-COLOURS = (pictures.FULL, pictures.EMPTY, pictures.UNWANTED, *(colour for _, colour in pictures.PARTS))
+COLOURS = (
+    pictures.FULL,
+    pictures.EMPTY,
+    pictures.UNWANTED,
+    *(colour for _, colour in pictures.PARTS),
+)
 SHARES = (1.0, 0.0, None, 0.95, 0.6, 0.3)
 """One for each of the colours, in their order."""
 
@@ -385,7 +490,9 @@ def left_and_cell(root: ElementTree.Element) -> tuple[int, int]:
 
 
 def names(markdown: str) -> list[str]:
-    return [text for x, y, text in texts(svg_of(markdown, "coverage")) if x == 0 and y > pictures.HEAD]
+    return [
+        text for x, y, text in texts(svg_of(markdown, "coverage")) if x == 0 and y > pictures.HEAD
+    ]
 
 
 def months(markdown: str) -> list[str]:
@@ -419,7 +526,9 @@ def test_colours_are_all_different_and_only_full_is_green() -> None:
 @pytest.mark.parametrize(("days", "size"), [(180, 1), (181, 2), (360, 2), (361, 3), (3650, 21)])
 def test_a_cell_of_many_days_is_the_worst_of_them(days: int, size: int) -> None:
     dice = Random(days)
-    shares: list[float | None] = [dice.choice([0.3, 0.95]) if dice.random() < 1 / days * 20 else 1.0 for _ in range(days)]
+    shares: list[float | None] = [
+        dice.choice([0.3, 0.95]) if dice.random() < 1 / days * 20 else 1.0 for _ in range(days)
+    ]
     shares[: 2 * size] = [None] * (2 * size)
     shares[3 * size - 1] = 0.0
     (row,) = cells(heat_map({"a": shares}, FIRST))
@@ -462,9 +571,13 @@ def test_forty_markets_need_no_last_line() -> None:
 
 
 def test_two_green_markets_of_ninety_days_fit_inline() -> None:
-    picture = heat_map({"binance:BTC-USDT": [1.0] * 90, "binance:ETH-USDT": [1.0] * 90}, date(2024, 3, 1))
+    picture = heat_map(
+        {"binance:BTC-USDT": [1.0] * 90, "binance:ETH-USDT": [1.0] * 90}, date(2024, 3, 1)
+    )
     assert len(picture) < 1_000
-    assert [len(path) for path in strokes(svg_of(picture, "coverage"), pictures.FULL)] == [2]  # one rectangle a row
+    assert [len(path) for path in strokes(svg_of(picture, "coverage"), pictures.FULL)] == [
+        2
+    ]  # one rectangle a row
 
 
 def test_sizes_of_large_maps() -> None:
@@ -490,7 +603,11 @@ def test_a_map_is_as_wide_as_dagsters_table_at_most(count: int) -> None:
         (date(2024, 3, 1), 90, ["2024-03", "2024-04", "2024-05"]),
         (date(2024, 1, 15), 60, ["2024-02", "2024-03"]),
         (date(2024, 1, 3), 10, ["2024-01-03"]),
-        (date(2023, 11, 30), 1000, ["2024-01", "2024-07", "2025-01", "2025-07", "2026-01", "2026-07"]),
+        (
+            date(2023, 11, 30),
+            1000,
+            ["2024-01", "2024-07", "2025-01", "2025-07", "2026-01", "2026-07"],
+        ),
         (date(2015, 1, 1), 3650, ["2016-01", "2018-01", "2020-01", "2022-01", "2024-01"]),
     ],
 )
@@ -506,7 +623,10 @@ def test_months_are_ticked_along_the_top(first: date, days: int, labels: list[st
 def test_a_month_is_ticked_at_its_first_day() -> None:
     root = svg_of(heat_map({"a": [1.0] * 60}, date(2024, 1, 15)), "coverage")
     left, cell = left_and_cell(root)
-    assert [x for x, y, _ in texts(root) if y < pictures.HEAD] == [left + 17 * cell, left + 46 * cell]
+    assert [x for x, y, _ in texts(root) if y < pictures.HEAD] == [
+        left + 17 * cell,
+        left + 46 * cell,
+    ]
 
 
 def test_names_may_hold_what_xml_and_markdown_use() -> None:
@@ -532,4 +652,7 @@ def test_maps_are_the_same_twice() -> None:
 def test_the_shorter_encoding_is_taken() -> None:
     plain, odd = "<svg d='" + "M1,2v3" * 50 + "'/>", "<svg a='" + "' '" * 100 + "'/>"
     assert pictures._image("x", plain).startswith("![x](data:image/svg+xml,<svg%20d=%27M1,2v3")
-    assert pictures._image("x", odd) == f"![x](data:image/svg+xml;base64,{base64.b64encode(odd.encode()).decode()})"
+    assert (
+        pictures._image("x", odd)
+        == f"![x](data:image/svg+xml;base64,{base64.b64encode(odd.encode()).decode()})"
+    )

@@ -1,4 +1,6 @@
-"""Wiped partitions are missing everywhere; pruned runs leave every asset's page as it was. On runs that really ran."""
+"""Wiped partitions are missing everywhere; pruned runs leave every asset's page as it was. On runs
+that really ran.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,18 @@ from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster_graphql.schema import create_schema
 
 from marketdata_assets.cli.processes import dagster_environment
-from marketdata_assets.defs import wiping
-from marketdata_assets.defs.event_log import PooledSqliteEventLogStorage
+from marketdata_assets.context import open_toolbox
+from marketdata_assets.dagster_ext import partition_wiping as wiping
+from marketdata_assets.dagster_ext.event_log import PooledSqliteEventLogStorage
+from marketdata_assets.dagster_ext.launcher import RUN_LOGS
+from marketdata_assets.dagster_ext.prune import Pruned, prune
 from marketdata_assets.defs.jobs import INGEST, build_definitions
-from marketdata_assets.defs.launcher import RUN_LOGS
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, market_months
-from marketdata_assets.defs.prune import Pruned, prune
-from marketdata_assets.lake.tables import raw
-from marketdata_assets.model.window import TIMEFRAMES, Partition
-from marketdata_assets.settings import Settings, load_settings
-from marketdata_assets.sources.sandbox import SandboxExchange, running
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import raw
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 from marketdata_tests.conftest import SANDBOX_NOW
 
 RAW, HOUR = dg.AssetKey(["raw", "ohlcv_1m"]), dg.AssetKey(["rollup", "ohlcv_1h"])
@@ -48,21 +51,31 @@ PLANNED = ("ASSET_MATERIALIZATION_PLANNED", "ASSET_CHECK_EVALUATION_PLANNED")
 LATER = datetime.now(UTC) + timedelta(days=10)
 
 
-def run(settings: Settings, instance: dg.DagsterInstance, start: str, end: str) -> dg.ExecuteInProcessResult:
+def run(
+    settings: Settings, instance: dg.DagsterInstance, start: str, end: str
+) -> dg.ExecuteInProcessResult:
     job = build_definitions(settings).resolve_job_def(INGEST)
-    return job.execute_in_process(instance=instance, tags={RANGE_START: start, RANGE_END: end}, raise_on_error=False)
+    return job.execute_in_process(
+        instance=instance, tags={RANGE_START: start, RANGE_END: end}, raise_on_error=False
+    )
 
 
 def swap(settings: Settings, key: str) -> None:
-    """Exchange high and low of stored bars: the blocking check turns red, and a second time heals it."""
+    """Exchange high and low of stored bars: the blocking check turns red, and a second time heals
+    it.
+    """
     with open_toolbox(settings) as toolbox:
         table, partition = raw(TIMEFRAMES["1m"]), Partition.parse(key)
         bars = toolbox.lake.read(table, partition)
         assert bars is not None
-        toolbox.lake.write(table, partition, bars.rename({"high": "low", "low": "high"}).select(bars.columns))
+        toolbox.lake.write(
+            table, partition, bars.rename({"high": "low", "low": "high"}).select(bars.columns)
+        )
 
 
-def open_instance(monkeypatch: pytest.MonkeyPatch, home: Path) -> tuple[Settings, AbstractContextManager[dg.DagsterInstance]]:
+def open_instance(
+    monkeypatch: pytest.MonkeyPatch, home: Path
+) -> tuple[Settings, AbstractContextManager[dg.DagsterInstance]]:
     monkeypatch.setenv("MARKETDATA_UNIVERSE", str(home / "universe.yaml"))
     monkeypatch.setenv("MARKETDATA_STATE", str(home / "state"))
     settings = load_settings()
@@ -75,14 +88,27 @@ def open_instance(monkeypatch: pytest.MonkeyPatch, home: Path) -> tuple[Settings
 def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A home with six finished runs and one that is under way; tests work on copies of it.
 
-    All four partitions; BTC_DEC again; BTC_NOV fails and succeeds; ETH_NOV fails, so that its rollups are red;
-    BTC_DEC again, also under way.
+    All four partitions; BTC_DEC again; BTC_NOV fails and succeeds; ETH_NOV fails, so that its
+    rollups are red; BTC_DEC again, also under way.
     """
     home = tmp_path_factory.mktemp("history")
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
     with running(exchange) as url, pytest.MonkeyPatch.context() as patch:
-        venue = ["  binance:", "    symbols: [BTC/USDT, ETH/USDT]", "    since: 2023-11-30", "    until: 2023-12-02", "    reference: [1h]"]
-        lines = ["venues:", *venue, f"    base_url: {url}", f"lake: {home / 'lake'}", "rollups: parquet", "timeframes: [1h, 1d]"]
+        venue = [
+            "  binance:",
+            "    symbols: [BTC/USDT, ETH/USDT]",
+            "    since: 2023-11-30",
+            "    until: 2023-12-02",
+            "    reference: [1h]",
+        ]
+        lines = [
+            "venues:",
+            *venue,
+            f"    base_url: {url}",
+            f"lake: {home / 'lake'}",
+            "rollups: parquet",
+            "timeframes: [1h, 1d]",
+        ]
         (home / "universe.yaml").write_text("\n".join(lines) + "\n")
         settings, opened = open_instance(patch, home)
         with opened as instance:
@@ -126,7 +152,9 @@ def index_of(instance: dg.DagsterInstance) -> sqlite3.Connection:
 
 def statuses(home: Home, key: dg.AssetKey) -> dict[str, AssetPartitionStatus | None]:
     settings, instance = home
-    return dict(instance.get_status_by_partition(key, KEYS, market_months(settings)) or dict.fromkeys(KEYS))
+    return dict(
+        instance.get_status_by_partition(key, KEYS, market_months(settings)) or dict.fromkeys(KEYS)
+    )
 
 
 def pages(home: Home) -> dict[str, Any]:
@@ -145,10 +173,14 @@ def pages(home: Home) -> dict[str, Any]:
         shown[f"{name} latest"] = instance.get_latest_materialization_event(key)
         shown[f"{name} record"] = instance.get_asset_records([key])
         shown[f"{name} tags"] = instance.get_event_tags_for_asset(key)
-        shown[f"{name} latest runs"] = [instance.get_latest_planned_materialization_info(key, k) for k in (None, *KEYS)]
+        shown[f"{name} latest runs"] = [
+            instance.get_latest_planned_materialization_info(key, k) for k in (None, *KEYS)
+        ]
     for check in graph.asset_check_keys:
         shown[f"{check} history"] = log.get_asset_check_execution_history(check, limit=1000)
-        shown[f"{check} latest"] = instance.event_log_storage.get_latest_asset_check_execution_by_key([check])
+        shown[f"{check} latest"] = (
+            instance.event_log_storage.get_latest_asset_check_execution_by_key([check])
+        )
         shown[f"{check} evaluation"] = instance.get_latest_asset_check_evaluation_record(check)
         shown[f"{check} grid"] = log.get_asset_check_state([(check, grid)])
         shown[f"{check} partitions"] = log.get_asset_check_partition_info([check])
@@ -157,14 +189,22 @@ def pages(home: Home) -> dict[str, Any]:
 
 
 def checked(instance: dg.DagsterInstance, check: dg.AssetCheckKey) -> set[str | None]:
-    return {r.partition for r in instance.event_log_storage.get_asset_check_execution_history(check, limit=1000)}
+    return {
+        r.partition
+        for r in instance.event_log_storage.get_asset_check_execution_history(check, limit=1000)
+    }
 
 
 GOOD, RED = AssetPartitionStatus.MATERIALIZED, AssetPartitionStatus.FAILED
 
 
 def test_the_history_is_what_these_tests_need(home: Home) -> None:
-    assert statuses(home, RAW) == {BTC_NOV: GOOD, BTC_DEC: AssetPartitionStatus.IN_PROGRESS, ETH_NOV: GOOD, ETH_DEC: GOOD}
+    assert statuses(home, RAW) == {
+        BTC_NOV: GOOD,
+        BTC_DEC: AssetPartitionStatus.IN_PROGRESS,
+        ETH_NOV: GOOD,
+        ETH_DEC: GOOD,
+    }
     assert statuses(home, HOUR)[ETH_NOV] == RED
     assert checked(home[1], OHLC) == {None, *KEYS}
     assert sum(1 for name, value in pages(home).items() if value) > 50
@@ -178,23 +218,40 @@ def test_wiped_partitions_are_missing_everywhere_and_the_others_stay(home: Home)
     statuses(home, HOUR)  # cached by now
     before = pages(home)
     instance.wipe_asset_partitions(HOUR, [BTC_NOV, ETH_NOV])
-    assert statuses(home, HOUR) == {**before["rollup/ohlcv_1h statuses"], BTC_NOV: None, ETH_NOV: None}
+    assert statuses(home, HOUR) == {
+        **before["rollup/ohlcv_1h statuses"],
+        BTC_NOV: None,
+        ETH_NOV: None,
+    }
     assert instance.get_materialized_partitions(HOUR) == {BTC_DEC, ETH_DEC}
-    kept = [r for r in before["rollup/ohlcv_1h materializations"] if r.partition_key in (BTC_DEC, ETH_DEC)]
+    kept = [
+        r
+        for r in before["rollup/ohlcv_1h materializations"]
+        if r.partition_key in (BTC_DEC, ETH_DEC)
+    ]
     assert instance.fetch_materializations(HOUR, limit=1000).records == kept
     assert len(instance.get_event_tags_for_asset(HOUR)) == len(kept)
     assert checked(instance, COMPLETE) == {None, BTC_DEC, ETH_DEC}
-    assert {info.partition_key for info in storage(instance).get_asset_check_partition_info([COMPLETE])} == {None, BTC_DEC, ETH_DEC}
-    assert [instance.get_latest_planned_materialization_info(HOUR, key) for key in (BTC_NOV, ETH_NOV)] == [None, None]
+    assert {
+        info.partition_key for info in storage(instance).get_asset_check_partition_info([COMPLETE])
+    } == {None, BTC_DEC, ETH_DEC}
+    assert [
+        instance.get_latest_planned_materialization_info(HOUR, key) for key in (BTC_NOV, ETH_NOV)
+    ] == [None, None]
     after = pages(home)
-    assert {name for name in before if after[name] != before[name]} <= {n for n in before if n.startswith("rollup/ohlcv_1h")} | {
-        f"{COMPLETE} {part}" for part in ("history", "partitions", "grid")
-    } | {f"{dg.AssetCheckKey(HOUR, 'matches_native')} {part}" for part in ("history", "partitions", "grid")}
+    assert {name for name in before if after[name] != before[name]} <= {
+        n for n in before if n.startswith("rollup/ohlcv_1h")
+    } | {f"{COMPLETE} {part}" for part in ("history", "partitions", "grid")} | {
+        f"{dg.AssetCheckKey(HOUR, 'matches_native')} {part}"
+        for part in ("history", "partitions", "grid")
+    }
     assert run(settings, instance, BTC_NOV, BTC_NOV).success
     assert statuses(home, HOUR)[BTC_NOV] == GOOD
     assert checked(instance, COMPLETE) == {None, BTC_NOV, BTC_DEC, ETH_DEC}
     with closing(index_of(instance)) as index:
-        assert index.execute("SELECT cached_status_data FROM asset_keys WHERE asset_key LIKE '%ohlcv_1h%'").fetchone()[0]
+        assert index.execute(
+            "SELECT cached_status_data FROM asset_keys WHERE asset_key LIKE '%ohlcv_1h%'"
+        ).fetchone()[0]
 
 
 def test_the_latest_materialization_is_the_newest_of_the_rest(home: Home) -> None:
@@ -204,7 +261,10 @@ def test_the_latest_materialization_is_the_newest_of_the_rest(home: Home) -> Non
     other = instance.fetch_materializations(HOUR, limit=1).records[0]
     latest = instance.get_latest_materialization_event(HOUR)
     assert latest == other.event_log_entry
-    assert instance.get_asset_records([HOUR])[0].asset_entry.last_materialization_storage_id == other.storage_id
+    assert (
+        instance.get_asset_records([HOUR])[0].asset_entry.last_materialization_storage_id
+        == other.storage_id
+    )
     planned = instance.get_latest_planned_materialization_info(HOUR)
     assert planned is not None
     assert planned.storage_id > other.storage_id
@@ -219,7 +279,9 @@ def test_events_of_wiped_checks_leave_the_index_and_run_logs_stay(home: Home) ->
     runs = {r.run_id: len(instance.all_logs(r.run_id)) for r in instance.get_runs()}
     instance.wipe_asset_partitions(RAW, [ETH_NOV])
     with closing(index_of(instance)) as index:
-        events = index.execute("SELECT event FROM event_logs WHERE dagster_event_type = 'ASSET_CHECK_EVALUATION'")
+        events = index.execute(
+            "SELECT event FROM event_logs WHERE dagster_event_type = 'ASSET_CHECK_EVALUATION'"
+        )
         data = [json.loads(e)["dagster_event"]["event_specific_data"] for (e,) in events]
     found = Counter((tuple(d["asset_key"]["path"]), d["partition"]) for d in data)
     assert found["raw", "ohlcv_1m", ETH_NOV] == found[("raw", "ohlcv_1m"), ETH_NOV] == 0
@@ -233,7 +295,9 @@ def test_ids_are_not_used_again(home: Home) -> None:
     settings, instance = home
     with closing(index_of(instance)) as index:
         last = "SELECT max(id) FROM event_logs"
-        index.execute("DELETE FROM event_logs WHERE id > (SELECT max(id) FROM event_logs WHERE asset_key LIKE '%ohlcv_1h%')")
+        index.execute(
+            "DELETE FROM event_logs WHERE id > (SELECT max(id) FROM event_logs WHERE asset_key LIKE '%ohlcv_1h%')"
+        )
         index.commit()
         before = index.execute(last).fetchone()[0]
         for key in (RAW, HOUR, dg.AssetKey(["raw", "ohlcv_1h"])):
@@ -265,7 +329,9 @@ def test_a_wipe_is_whole_or_not_at_all(home: Home, monkeypatch: pytest.MonkeyPat
 
 def test_thousands_of_partitions_are_wiped_at_once(home: Home) -> None:
     instance = home[1]
-    instance.wipe_asset_partitions(HOUR, [*KEYS, *(f"binance:X{i}-USDT|2023-11-01" for i in range(50_000))])
+    instance.wipe_asset_partitions(
+        HOUR, [*KEYS, *(f"binance:X{i}-USDT|2023-11-01" for i in range(50_000))]
+    )
     assert instance.get_materialized_partitions(HOUR) == set()
 
 
@@ -273,12 +339,16 @@ def test_thousands_of_partitions_are_wiped_at_once(home: Home) -> None:
 def graphql(instance: dg.DagsterInstance) -> Iterator[Callable[..., Any]]:
     """What the web server would answer."""
     origin = LoadableTargetOrigin(module_name="marketdata_assets.definitions")
-    quiet = warnings.catch_warnings(action="ignore", category=DeprecationWarning)  # Dagster's own, about its own
+    quiet = warnings.catch_warnings(
+        action="ignore", category=DeprecationWarning
+    )  # Dagster's own, about its own
     with quiet, in_process_test_workspace(instance, origin) as context:
         schema = create_schema()
 
         def ask(query: str, **variables: Any) -> Any:
-            answer = asyncio.run(schema.execute_async(query, context_value=context, variable_values=variables))
+            answer = asyncio.run(
+                schema.execute_async(query, context_value=context, variable_values=variables)
+            )
             assert answer.errors is None
             return answer.data
 
@@ -292,12 +362,18 @@ def test_the_buttons_mutation_wipes_a_range(home: Home) -> None:
     grid = """query { assetNodeOrError(assetKey: {path: ["rollup", "ohlcv_1h"]}) { ... on AssetNode {
         partitionStats { numMaterialized numFailed } } } }"""
     with graphql(instance) as ask:
-        assert ask(grid)["assetNodeOrError"]["partitionStats"] == {"numMaterialized": 2, "numFailed": 1}
+        assert ask(grid)["assetNodeOrError"]["partitionStats"] == {
+            "numMaterialized": 2,
+            "numFailed": 1,
+        }
         span = {"start": ETH_NOV, "end": ETH_DEC}
         asked = [{"assetKey": {"path": ["rollup", "ohlcv_1h"]}, "partitions": {"range": span}}]
         assert ask(wipe, wiped=asked)["wipeAssets"] == {"__typename": "AssetWipeSuccess"}
     with graphql(instance) as ask:
-        assert ask(grid)["assetNodeOrError"]["partitionStats"] == {"numMaterialized": 1, "numFailed": 0}
+        assert ask(grid)["assetNodeOrError"]["partitionStats"] == {
+            "numMaterialized": 1,
+            "numFailed": 0,
+        }
 
 
 # --- pruned runs
@@ -305,7 +381,11 @@ def test_the_buttons_mutation_wipes_a_range(home: Home) -> None:
 
 def files(home: Home) -> dict[str, int]:
     state = home[0].state / "dagster"
-    return {str(f.relative_to(state)): f.stat().st_size for f in state.rglob("*") if f.is_file() and f.suffix not in (".db-wal", ".db-shm")}
+    return {
+        str(f.relative_to(state)): f.stat().st_size
+        for f in state.rglob("*")
+        if f.is_file() and f.suffix not in (".db-wal", ".db-shm")
+    }
 
 
 def pruned(home: Home, **options: Any) -> Pruned:
@@ -324,11 +404,15 @@ def test_pages_are_unchanged_and_old_runs_are_gone(home: Home) -> None:
     left = files(home)
     assert gone.logs == gone.runs == gone.outputs == 6
     assert [name for name in left if name.endswith((".db", ".err"))] == [
-        name for name in sizes if Path(name).stem in ("index", "runs", "schedules", "") or under_way(instance) in name
+        name
+        for name in sizes
+        if Path(name).stem in ("index", "runs", "schedules", "") or under_way(instance) in name
     ]
     went = {name: size for name, size in sizes.items() if name not in left}
     assert sum(size for name, size in went.items() if name.startswith("history")) == gone.log_bytes
-    assert sum(size for name, size in went.items() if name.startswith("storage")) == gone.output_bytes
+    assert (
+        sum(size for name, size in went.items() if name.startswith("storage")) == gone.output_bytes
+    )
     assert not list((settings.state / "dagster/storage").iterdir())
     assert asdict(pruned(home)) == asdict(Pruned(dry_run=False))
 
@@ -339,7 +423,10 @@ def under_way(instance: dg.DagsterInstance) -> str:
 
 def test_what_old_runs_printed_goes_with_them(home: Home) -> None:
     _, instance = home
-    finished, working = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))[0].run_id, under_way(instance)
+    finished, working = (
+        instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))[0].run_id,
+        under_way(instance),
+    )
     logs = Path(instance.root_directory, RUN_LOGS)
     logs.mkdir()
     for run_id in (finished, working):
@@ -355,9 +442,14 @@ def test_plans_that_tell_something_stay(home: Home) -> None:
         before = {(run_id, kind): count for run_id, kind, count in index.execute(all_events)}
         gone = pruned(home)
         after = {(run_id, kind): count for run_id, kind, count in index.execute(all_events)}
-    lost = {(run_id, kind): count - after.get((run_id, kind), 0) for (run_id, kind), count in before.items()}
+    lost = {
+        (run_id, kind): count - after.get((run_id, kind), 0)
+        for (run_id, kind), count in before.items()
+    }
     assert sum(lost.values()) == gone.plans > 0
-    succeeded = {r.run_id for r in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.SUCCESS]))}
+    succeeded = {
+        r.run_id for r in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.SUCCESS]))
+    }
     assert {run_id for (run_id, kind), count in lost.items() if count} == succeeded
     assert {kind for (run_id, kind), count in lost.items() if count} == set(PLANNED)
 
@@ -400,16 +492,35 @@ def test_the_page_of_a_pruned_run_shows_what_the_index_keeps(home: Home) -> None
         before = ask(PAGE, id=first)["runOrError"]
         pruned(home)
         after = ask(PAGE, id=first)
-    assert len(after["logsForRun"]["events"]) == len(after["runOrError"]["eventConnection"]["events"])
-    kinds = Counter(event["__typename"] for event in after["runOrError"]["eventConnection"]["events"])
-    assert {"RunStartEvent", "RunSuccessEvent", "MaterializationEvent", "AssetCheckEvaluationEvent"} <= set(kinds)
+    assert len(after["logsForRun"]["events"]) == len(
+        after["runOrError"]["eventConnection"]["events"]
+    )
+    kinds = Counter(
+        event["__typename"] for event in after["runOrError"]["eventConnection"]["events"]
+    )
+    assert {
+        "RunStartEvent",
+        "RunSuccessEvent",
+        "MaterializationEvent",
+        "AssetCheckEvaluationEvent",
+    } <= set(kinds)
     assert "ExecutionStepStartEvent" not in kinds
     for same in ("status", "startTime", "endTime", "stats", "assetChecks", "assetMaterializations"):
         assert after["runOrError"][same] == before[same]
     assert instance.all_logs("never was") == []
     # a query across all runs opens every log
-    assert len(storage(instance).get_event_records(dg.EventRecordsFilter(dg.DagsterEventType.ASSET_CHECK_EVALUATION))) > 50
-    assert {Path(name).stem for name in files(home) if name.startswith("history/runs/")} == {"index", under_way(instance)}
+    assert (
+        len(
+            storage(instance).get_event_records(
+                dg.EventRecordsFilter(dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+            )
+        )
+        > 50
+    )
+    assert {Path(name).stem for name in files(home) if name.startswith("history/runs/")} == {
+        "index",
+        under_way(instance),
+    }
 
 
 def test_a_pruned_run_can_still_log_and_be_deleted(home: Home) -> None:
@@ -452,7 +563,9 @@ def test_a_log_that_is_open_anywhere_waits(home: Home) -> None:
         for run in instance.get_runs()[2:] * 2:  # it opens others and lets go of it
             other.all_logs(run.run_id)
         storage(other).close_shard(open_here)
-        storage(other)._initialized_dbs.add(open_here)  # what it has once opened, it believes to be complete for ever
+        storage(other)._initialized_dbs.add(
+            open_here
+        )  # what it has once opened, it believes to be complete for ever
         assert pruned(home).logs == 1
         assert 0 < len(other.all_logs(open_here)) < shown
         other.report_engine_event("came late", other.get_run_by_id(open_here))
@@ -463,7 +576,7 @@ KILLED = """
 import os, signal, sqlite3, sys
 from datetime import datetime
 import dagster as dg
-from marketdata_assets.defs import prune as module
+from marketdata_assets.dagster_ext import prune as module
 left = 0
 
 def step(*_):
@@ -494,10 +607,17 @@ for left in range(4, 10_000, 9):
 
 
 def test_killed_again_and_again_it_ends_the_same(home: Home) -> None:
-    """One process after the other is killed, each nine steps (deletions and queries) later, until one comes through."""
+    """One process after the other is killed, each nine steps (deletions and queries) later, until one
+    comes through.
+    """
     before, sizes = pages(home), files(home)
     going = pruned(home, dry_run=True)
-    done = subprocess.run([sys.executable, "-c", KILLED, LATER.isoformat()], capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, LATER.isoformat()],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+    )
     assert done.stdout.count("killed") >= 5, done.stderr
     after = pages(home)
     assert [name for name in before if after[name] != before[name]] == []
@@ -526,7 +646,14 @@ def test_free_space_is_given_back_where_it_is_worth_it(home: Home) -> None:
 
 
 def test_as_a_process_it_prints_one_object(home: Home) -> None:
-    command = [sys.executable, "-m", "marketdata_assets.defs.prune", "--days", "0", "--dry-run"]
+    command = [
+        sys.executable,
+        "-m",
+        "marketdata_assets.dagster_ext.prune",
+        "--days",
+        "0",
+        "--dry-run",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
     said = json.loads(done.stdout)
     assert said == asdict(pruned(home, dry_run=True))

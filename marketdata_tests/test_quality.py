@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marketdata_assets.model.bar import COLUMNS, NAMES, SCHEMA, empty_bars
-from marketdata_assets.model.window import TIMEFRAMES, Timeframe, Window, to_ms
-from marketdata_assets.quality.agree import agree
+from marketdata_assets.model.intervals import holes, merged, runs, without
+from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
+from marketdata_assets.model.window import Window, to_ms
+from marketdata_assets.quality.agreement import agree
 from marketdata_assets.quality.contract import check_bars
-from marketdata_assets.quality.gaps import holes, merged, runs, without
 from marketdata_assets.quality.rules import REQUIRED, rules
 from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
 from marketdata_tests.conftest import needs_shared
@@ -30,7 +31,9 @@ M1 = TIMEFRAMES["1m"]
 ASKED = Window(START, START + timedelta(days=1))
 LATER = START + timedelta(days=2)
 NOON = START + timedelta(hours=12)
-SENT_SCHEMA = {name: pl.Int64() if name in ("open_time", "trades") else pl.String() for name in NAMES}
+SENT_SCHEMA = {
+    name: pl.Int64() if name in ("open_time", "trades") else pl.String() for name in NAMES
+}
 TEXTS = [name for name, dtype in SENT_SCHEMA.items() if dtype == pl.String]
 
 
@@ -43,7 +46,11 @@ def sent(open_time: datetime | int | None = NOON, **changes: Any) -> Row:
 
 
 def judge(
-    rows: Iterable[Row], timeframe: Timeframe = M1, asked: Window = ASKED, closed: datetime = LATER, columns: Sequence[str] = REQUIRED
+    rows: Iterable[Row],
+    timeframe: Timeframe = M1,
+    asked: Window = ASKED,
+    closed: datetime = LATER,
+    columns: Sequence[str] = REQUIRED,
 ) -> Split:
     """Split rows of one answer."""
     frame = pl.DataFrame([{name: r[name] for name in NAMES} for r in rows], schema=SENT_SCHEMA)
@@ -57,36 +64,55 @@ def reasons(*args: Any, **kwargs: Any) -> list[str]:
     return judged.rejected["reasons"].str.split(" ").to_list()[0] if judged.rejected.height else []
 
 
-# --------------------------------------------------------------------------------- one row, one rule
+# --------------------------------------------------------------------------------- one row, one rul
 BROKEN: dict[str, list[Row]] = {
     "null": [sent(**{column.name: None}) for column in COLUMNS if not column.optional],
     "not_a_number": [
         *(sent(**{name: "NaN"}) for name in TEXTS),
-        *(sent(volume=text) for text in ("inf", "-Infinity", "", " ", "ten", "1,5", "0x10", "1.2.3", "1" + "0" * 26)),
+        *(
+            sent(volume=text)
+            for text in ("inf", "-Infinity", "", " ", "ten", "1,5", "0x10", "1.2.3", "1" + "0" * 26)
+        ),
         sent(to_ms(NOON) * 1000),  # microseconds for milliseconds: the year 55971
         sent(to_ms(NOON) + 2**61),  # a thousand times that wraps around to a good moment
         sent(-(2**62)),
     ],
     "too_precise": [
-        *(sent(**{name: f"{sent()[name]}.0000000000001"}) for name in ("high", "quote_volume", "taker_buy_quote_volume")),
+        *(
+            sent(**{name: f"{sent()[name]}.0000000000001"})
+            for name in ("high", "quote_volume", "taker_buy_quote_volume")
+        ),
         sent(taker_buy_volume="1e-13"),
         sent(taker_buy_volume="1.00000000000010e-0"),
         sent(taker_buy_volume="0.25E-11"),
         sent(taker_buy_volume="0.5e-12"),
     ],
     "non_positive_price": [sent(low="0"), sent(low="-0.000000000001")],
-    "negative_volume": [sent(taker_buy_volume="-1"), sent(taker_buy_quote_volume="-0.000000000001"), sent(trades=-1)],
+    "negative_volume": [
+        sent(taker_buy_volume="-1"),
+        sent(taker_buy_quote_volume="-0.000000000001"),
+        sent(trades=-1),
+    ],
     "high_below": [sent(high="104.999999999999"), sent(open="111")],
     "low_above": [sent(low="100.000000000001"), sent(close="89.9")],
-    "vwap_outside": [sent(quote_volume="1100.01"), sent(quote_volume="899.99"), sent(volume="0", taker_buy_volume="0")],
-    "taker_above_total": [sent(taker_buy_volume="10.000000000001"), sent(taker_buy_quote_volume="1030.1")],
+    "vwap_outside": [
+        sent(quote_volume="1100.01"),
+        sent(quote_volume="899.99"),
+        sent(volume="0", taker_buy_volume="0"),
+    ],
+    "taker_above_total": [
+        sent(taker_buy_volume="10.000000000001"),
+        sent(taker_buy_quote_volume="1030.1"),
+    ],
     "off_grid": [sent(NOON + timedelta(milliseconds=1)), sent(at("2024-01-01T10:28:14.789"))],
     "outside_window": [sent(START - MINUTE), sent(ASKED.end)],
     "unclosed": [],
 }
 
 
-@pytest.mark.parametrize(("rule", "broken"), [(rule, broken) for rule, rows in BROKEN.items() for broken in rows])
+@pytest.mark.parametrize(
+    ("rule", "broken"), [(rule, broken) for rule, rows in BROKEN.items() for broken in rows]
+)
 def test_a_row_breaks_exactly_one_rule(rule: str, broken: Row):
     assert reasons([broken]) == [rule]
 
@@ -99,7 +125,9 @@ def test_every_rule_is_tried():
 def test_a_bar_is_closed_when_its_end_is_at_the_venues_clock():
     assert reasons([sent(NOON)], closed=NOON + MINUTE) == []
     assert reasons([sent(NOON)], closed=NOON + MINUTE - timedelta(milliseconds=1)) == ["unclosed"]
-    assert reasons([sent(NOON)], timeframe=TIMEFRAMES["4h"], closed=NOON + timedelta(hours=3)) == ["unclosed"]
+    assert reasons([sent(NOON)], timeframe=TIMEFRAMES["4h"], closed=NOON + timedelta(hours=3)) == [
+        "unclosed"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -109,8 +137,17 @@ def test_a_bar_is_closed_when_its_end_is_at_the_venues_clock():
         sent(START),
         sent(ASKED.end - MINUTE),
         sent(quote_volume=None, trades=None, taker_buy_volume=None, taker_buy_quote_volume=None),
-        sent(volume="0", quote_volume="0", trades=0, taker_buy_volume="0", taker_buy_quote_volume="0"),
-        sent(open="100", high="100", low="100", close="100", quote_volume="1000", taker_buy_quote_volume="600"),
+        sent(
+            volume="0", quote_volume="0", trades=0, taker_buy_volume="0", taker_buy_quote_volume="0"
+        ),
+        sent(
+            open="100",
+            high="100",
+            low="100",
+            close="100",
+            quote_volume="1000",
+            taker_buy_quote_volume="600",
+        ),
         sent(taker_buy_volume="10", taker_buy_quote_volume="1030"),
         sent(quote_volume="1100"),
         sent(volume="10.0000000000000000"),
@@ -143,13 +180,18 @@ def test_the_stamps_of_2018_02_are_off_the_grid(hour: int):
     assert judged.rejected["open_time"].to_list() == [opened]
 
 
-@pytest.mark.parametrize(("day", "on_grid"), [("2024-01-08", True), ("2024-01-04", False), ("2024-01-07", False), ("1969-12-29", True)])
+@pytest.mark.parametrize(
+    ("day", "on_grid"),
+    [("2024-01-08", True), ("2024-01-04", False), ("2024-01-07", False), ("1969-12-29", True)],
+)
 def test_the_grid_of_weeks_is_monday(day: str, on_grid: bool):
     asked = Window(at("1960-01-01"), at("2025-01-01"))
-    assert reasons([sent(at(day))], TIMEFRAMES["1w"], asked, asked.end) == ([] if on_grid else ["off_grid"])
+    assert reasons([sent(at(day))], TIMEFRAMES["1w"], asked, asked.end) == (
+        [] if on_grid else ["off_grid"]
+    )
 
 
-# --------------------------------------------------------------------------------- nothing is bent, nothing is lost
+# --------------------------------------------------------------------------------- nothing is bent,
 _WRITTEN = st.from_regex(r"[+-]?[0-9]{0,4}(\.[0-9]{0,15})?([eE][+-]?[0-9]{1,2})?", fullmatch=True)
 _NUMERALS = st.text("0123456789.eE+-_ ,", max_size=20) | _WRITTEN
 
@@ -157,7 +199,9 @@ _NUMERALS = st.text("0123456789.eE+-_ ,", max_size=20) | _WRITTEN
 @given(st.lists(_NUMERALS | st.floats().map(repr), min_size=1, max_size=30))
 def test_a_number_is_kept_exactly_or_refused(texts: list[str]):
     """Whatever is written, what is stored is that very number."""
-    judged = judge([sent(taker_buy_volume=text, volume="1e25", quote_volume=None) for text in texts])
+    judged = judge(
+        [sent(taker_buy_volume=text, volume="1e25", quote_volume=None) for text in texts]
+    )
     for text, value in zip(kept_texts(texts, judged), judged.kept["taker_buy_volume"], strict=True):
         try:
             assert Decimal(text) == value
@@ -167,24 +211,46 @@ def test_a_number_is_kept_exactly_or_refused(texts: list[str]):
 
 def kept_texts(texts: list[str], judged: Split) -> list[str]:
     """The texts that are not among the rejected ones, in order."""
-    refused = Counter(json.loads(fields)["taker_buy_volume"] for fields in judged.rejected["fields"])
-    assert all(texts.count(text) == count for text, count in refused.items()), "one text, two verdicts"
+    refused = Counter(
+        json.loads(fields)["taker_buy_volume"] for fields in judged.rejected["fields"]
+    )
+    assert all(texts.count(text) == count for text, count in refused.items()), (
+        "one text, two verdicts"
+    )
     return [text for text in texts if text not in refused]
 
 
 _MESSY = st.fixed_dictionaries(
-    {name: st.sampled_from(["1", "2", "3", "3", "2.5", "0", "-1", "abc", "2.0000000000001", None]) for name in TEXTS}
+    {
+        name: st.sampled_from(
+            ["1", "2", "3", "3", "2.5", "0", "-1", "abc", "2.0000000000001", None]
+        )
+        for name in TEXTS
+    }
     | {"trades": st.sampled_from([0, 7, -1, None])}
-    | {"open_time": st.sampled_from([None, *(to_ms(NOON) + ms for ms in (0, 60_000, 60_001, -86_400_000, 43_200_000, 2**60))])}
+    | {
+        "open_time": st.sampled_from(
+            [
+                None,
+                *(to_ms(NOON) + ms for ms in (0, 60_000, 60_001, -86_400_000, 43_200_000, 2**60)),
+            ]
+        )
+    }
 )
 
 
 def verdict(r: Row) -> set[str]:
     """The rules a messy row breaks, by plain Python."""
     price = {n: number(r[n]) for n in ("open", "high", "low", "close")}
-    amount = {n: number(r[n]) for n in ("volume", "quote_volume", "taker_buy_volume", "taker_buy_quote_volume")}
+    amount = {
+        n: number(r[n])
+        for n in ("volume", "quote_volume", "taker_buy_volume", "taker_buy_quote_volume")
+    }
     moment = r["open_time"] if r["open_time"] is not None and r["open_time"] < 10**14 else None
-    others = [v for n, v in price.items() if n != "high" and v is not None], [v for n, v in price.items() if n != "low" and v is not None]
+    others = (
+        [v for n, v in price.items() if n != "high" and v is not None],
+        [v for n, v in price.items() if n != "low" and v is not None],
+    )
     low, high, volume, quote = price["low"], price["high"], amount["volume"], amount["quote_volume"]
     known = None not in (low, high, volume, quote)
     pairs = [(amount["taker_buy_volume"], volume), (amount["taker_buy_quote_volume"], quote)]
@@ -199,7 +265,8 @@ def verdict(r: Row) -> set[str]:
         "vwap_outside": known and not low * volume <= quote <= high * volume,
         "taker_above_total": any(None not in pair and pair[0] > pair[1] for pair in pairs),
         "off_grid": moment is not None and moment % 60_000 != 0,
-        "outside_window": moment is not None and not to_ms(ASKED.start) <= moment < to_ms(ASKED.end),
+        "outside_window": moment is not None
+        and not to_ms(ASKED.start) <= moment < to_ms(ASKED.end),
         "unclosed": moment is not None and moment + 60_000 > to_ms(ASKED.end),
     }
     return {name for name, is_broken in broken.items() if is_broken}
@@ -216,8 +283,11 @@ def test_every_row_ends_in_one_frame_with_the_reasons_that_python_finds(rows: li
     judged = judge(rows, closed=ASKED.end)
     verdicts = [verdict(r) for r in rows]
     assert judged.kept.height + judged.rejected.height == len(rows)
-    # where one of its four numbers is unknown, the row is broken anyway and vwap_outside may be named or not
-    unsure = [{"vwap_outside"} - v if {"null", "not_a_number"} & v else set() for v in verdicts if v]
+    # where one of its four numbers is unknown, the row is broken anyway and vwap_outside may be
+    # named or not
+    unsure = [
+        {"vwap_outside"} - v if {"null", "not_a_number"} & v else set() for v in verdicts if v
+    ]
     found = [set(text.split(" ")) for text in judged.rejected["reasons"]]
     assert [f - u for f, u in zip(found, unsure, strict=True)] == [v for v in verdicts if v]
     refused = [json.loads(fields) for fields in judged.rejected["fields"]]
@@ -240,12 +310,21 @@ def as_numbers(r: Row) -> tuple[Any, ...]:
 
 @needs_shared
 @pytest.mark.parametrize(
-    ("symbol", "span"), [("BTCUSDT", "2023-02-01_2023-04-30"), ("ETHUSDT", "2024-01-01_2024-02-29"), ("SOLUSDT", "2023-02-01_2023-02-28")]
+    ("symbol", "span"),
+    [
+        ("BTCUSDT", "2023-02-01_2023-04-30"),
+        ("ETHUSDT", "2024-01-01_2024-02-29"),
+        ("SOLUSDT", "2023-02-01_2023-02-28"),
+    ],
 )
 def test_no_real_bar_breaks_a_rule(symbol: str, span: str):
-    """Real data of Binance holds no broken bar, the zero-volume minutes before the halt of 2023-03-24 included."""
+    """Real data of Binance holds no broken bar, the zero-volume minutes before the halt of 2023-03-24
+    included.
+    """
     rows = dump("binance_spot", symbol, "1m", span).rename({"count": "trades"}).select(NAMES)
-    judged = split(asked_columns(rows, 0, Window(at("2023-01-01"), at("2025-01-01"))), M1, at("2025-01-01"))
+    judged = split(
+        asked_columns(rows, 0, Window(at("2023-01-01"), at("2025-01-01"))), M1, at("2025-01-01")
+    )
     assert (judged.kept.height, judged.rejected.height) == (rows.height, 0)
     assert judged.kept["volume"].sum() == sum(map(Decimal, rows["volume"]))
 
@@ -268,7 +347,10 @@ Vote = tuple[int, int, int]
 def ballots(votes: Iterable[Vote]) -> pl.DataFrame:
     """Kept rows of several answers."""
     votes = list(votes)
-    rows = frame(row(START + minute * MINUTE, close=Decimal(90 + variant), trades=None) for _, minute, variant in votes)
+    rows = frame(
+        row(START + minute * MINUTE, close=Decimal(90 + variant), trades=None)
+        for _, minute, variant in votes
+    )
     return rows.select(pl.Series("answer", [answer for answer, _, _ in votes], pl.Int64), pl.all())
 
 
@@ -287,8 +369,20 @@ def as_votes(rows: pl.DataFrame) -> list[Vote]:
         ([(0, 0, 1), (1, 0, 1)], [(0, 1)], 1, [], []),
         ([(0, 0, 1), (1, 0, 2)], [], 0, [], [(0, 0, 1), (1, 0, 2)]),
         ([(0, 0, 1), (1, 0, 2), (2, 0, 2)], [(0, 2)], 1, [(0, 0, 1)], []),
-        ([(0, 0, 1), (1, 0, 1), (2, 0, 2), (3, 0, 2)], [], 0, [], [(0, 0, 1), (1, 0, 1), (2, 0, 2), (3, 0, 2)]),
-        ([(0, 0, 1), (1, 0, 1), (2, 0, 2), (3, 0, 2), (4, 0, 3)], [], 0, [], [(0, 0, 1), (1, 0, 1), (2, 0, 2), (3, 0, 2), (4, 0, 3)]),
+        (
+            [(0, 0, 1), (1, 0, 1), (2, 0, 2), (3, 0, 2)],
+            [],
+            0,
+            [],
+            [(0, 0, 1), (1, 0, 1), (2, 0, 2), (3, 0, 2)],
+        ),
+        (
+            [(0, 0, 1), (1, 0, 1), (2, 0, 2), (3, 0, 2), (4, 0, 3)],
+            [],
+            0,
+            [],
+            [(0, 0, 1), (1, 0, 1), (2, 0, 2), (3, 0, 2), (4, 0, 3)],
+        ),
         ([(0, 0, 1), (1, 0, 2), (2, 0, 3)], [], 0, [], [(0, 0, 1), (1, 0, 2), (2, 0, 3)]),
         # an answer that repeats itself has one voice
         ([(0, 0, 1), (0, 0, 1), (1, 0, 2)], [], 0, [], [(0, 0, 1), (0, 0, 1), (1, 0, 2)]),
@@ -296,11 +390,21 @@ def as_votes(rows: pl.DataFrame) -> list[Vote]:
         # an answer that contradicts itself is outvoted by two others
         ([(0, 0, 1), (0, 0, 2), (1, 0, 2), (2, 0, 2)], [(0, 2)], 2, [(0, 0, 1)], []),
         # one contradiction leaves the other minutes alone; -1 is what is stored
-        ([(-1, 0, 1), (0, 0, 2), (1, 0, 2), (0, 1, 1), (0, 2, 1), (1, 2, 3)], [(0, 2), (1, 1)], 1, [(-1, 0, 1)], [(0, 2, 1), (1, 2, 3)]),
+        (
+            [(-1, 0, 1), (0, 0, 2), (1, 0, 2), (0, 1, 1), (0, 2, 1), (1, 2, 3)],
+            [(0, 2), (1, 1)],
+            1,
+            [(-1, 0, 1)],
+            [(0, 2, 1), (1, 2, 3)],
+        ),
     ],
 )
 def test_agreement_by_hand(
-    votes: list[Vote], believed: list[tuple[int, int]], identical: int, outvoted: list[Vote], still_open: list[Vote]
+    votes: list[Vote],
+    believed: list[tuple[int, int]],
+    identical: int,
+    outvoted: list[Vote],
+    still_open: list[Vote],
 ):
     agreement = agree(ballots(votes))
     assert [vote[1:] for vote in as_votes(agreement.bars)] == believed
@@ -308,7 +412,11 @@ def test_agreement_by_hand(
     assert sorted(as_votes(agreement.outvoted)) == outvoted
     assert sorted(as_votes(agreement.open)) == still_open
     assert agreement.bars.schema == pl.Schema(SCHEMA)
-    assert agreement.outvoted.schema == agreement.open.schema == pl.Schema({"answer": pl.Int64(), **SCHEMA})
+    assert (
+        agreement.outvoted.schema
+        == agreement.open.schema
+        == pl.Schema({"answer": pl.Int64(), **SCHEMA})
+    )
 
 
 @given(st.lists(st.tuples(st.integers(-1, 4), st.integers(0, 3), st.integers(1, 3)), max_size=20))
@@ -321,9 +429,17 @@ def test_agreement_accounts_for_every_row(votes: list[Vote]):
         if not others or (most > 1 and others[0][1] < most):
             believed[minute] = first
     assert [vote[1:] for vote in as_votes(agreement.bars)] == sorted(believed.items())
-    assert sorted(as_votes(agreement.outvoted)) == sorted(v for v in votes if believed.get(v[1], v[2]) != v[2])
+    assert sorted(as_votes(agreement.outvoted)) == sorted(
+        v for v in votes if believed.get(v[1], v[2]) != v[2]
+    )
     assert sorted(as_votes(agreement.open)) == sorted(v for v in votes if v[1] not in believed)
-    assert len(votes) == agreement.bars.height + agreement.identical + agreement.outvoted.height + agreement.open.height
+    assert (
+        len(votes)
+        == agreement.bars.height
+        + agreement.identical
+        + agreement.outvoted.height
+        + agreement.open.height
+    )
 
 
 def test_two_bars_that_lack_the_same_values_are_one_bar():
@@ -332,7 +448,7 @@ def test_two_bars_that_lack_the_same_values_are_one_bar():
     assert (agreement.bars.height, agreement.identical, agreement.open.height) == (1, 1, 0)
 
 
-# --------------------------------------------------------------------------------- gaps, as sets of grid places
+# --------------------------------------------------------------------------------- gaps, as sets of
 GRIDS = st.sampled_from([TIMEFRAMES[name] for name in ("1m", "1h", "1w")])
 PLACES = st.sets(st.integers(-12, 40), max_size=30)
 
@@ -344,7 +460,11 @@ def window_of(tf: Timeframe, first: int, last: int) -> Window:
 
 def places(windows: Iterable[Window], tf: Timeframe) -> list[int]:
     """Every place of the windows, in order, as often as it is there."""
-    return [i for w in windows for i in range((w.start - tf.origin) // tf.width, (w.end - tf.origin) // tf.width)]
+    return [
+        i
+        for w in windows
+        for i in range((w.start - tf.origin) // tf.width, (w.end - tf.origin) // tf.width)
+    ]
 
 
 def blocks(found: set[int]) -> list[tuple[int, int]]:
@@ -354,11 +474,15 @@ def blocks(found: set[int]) -> list[tuple[int, int]]:
     return list(zip(first, last, strict=True))
 
 
-SPANS = st.tuples(st.integers(-15, 45), st.integers(-2, 30)).map(lambda span: (span[0], span[0] + span[1]))
+SPANS = st.tuples(st.integers(-15, 45), st.integers(-2, 30)).map(
+    lambda span: (span[0], span[0] + span[1])
+)
 
 
 @given(GRIDS, PLACES, SPANS, st.floats(0, 0.99), st.floats(0, 0.99))
-def test_holes_are_what_no_bar_fills(tf: Timeframe, there: set[int], span: tuple[int, int], before: float, after: float):
+def test_holes_are_what_no_bar_fills(
+    tf: Timeframe, there: set[int], span: tuple[int, int], before: float, after: float
+):
     """The window's ends need not lie on the grid: a bar counts when it opens inside."""
     whole = window_of(tf, *span)
     window = Window(whole.start - before * tf.width, whole.end - after * tf.width)
@@ -368,14 +492,20 @@ def test_holes_are_what_no_bar_fills(tf: Timeframe, there: set[int], span: tuple
 
 
 @given(GRIDS, SPANS, st.lists(SPANS, max_size=8))
-def test_what_is_cut_out_is_gone_and_the_rest_is_there_once(tf: Timeframe, span: tuple[int, int], cuts: list[tuple[int, int]]):
+def test_what_is_cut_out_is_gone_and_the_rest_is_there_once(
+    tf: Timeframe, span: tuple[int, int], cuts: list[tuple[int, int]]
+):
     rest = without(window_of(tf, *span), [window_of(tf, *cut) for cut in cuts])
     assert places(rest, tf) == sorted(set(range(*span)) - {i for cut in cuts for i in range(*cut)})
     assert all(rest)
 
 
-@given(GRIDS, st.lists(SPANS.filter(lambda span: span[0] < span[1]), max_size=10), st.integers(1, 40))
-def test_merged_windows_cover_the_same_and_stay_within_reach(tf: Timeframe, spans: list[tuple[int, int]], reach: int):
+@given(
+    GRIDS, st.lists(SPANS.filter(lambda span: span[0] < span[1]), max_size=10), st.integers(1, 40)
+)
+def test_merged_windows_cover_the_same_and_stay_within_reach(
+    tf: Timeframe, spans: list[tuple[int, int]], reach: int
+):
     windows = [window_of(tf, *span) for span in spans]
     joined = merged(windows, reach, tf)
     assert all(any(j.start <= w.start and w.end <= j.end for j in joined) for w in windows)
@@ -388,13 +518,21 @@ def test_merged_windows_cover_the_same_and_stay_within_reach(tf: Timeframe, span
 
 @given(GRIDS, st.lists(st.integers(-12, 40), max_size=30))
 def test_runs_hold_just_those_open_times(tf: Timeframe, there: list[int]):
-    assert runs([tf.origin + i * tf.width for i in there], tf) == [window_of(tf, *block) for block in blocks(set(there))]
+    assert runs([tf.origin + i * tf.width for i in there], tf) == [
+        window_of(tf, *block) for block in blocks(set(there))
+    ]
 
 
-# --------------------------------------------------------------------------------- the contract of a frame
+# --------------------------------------------------------------------------------- the contract of
 def clean_bars() -> pl.DataFrame:
     """Three bars as they may be stored."""
-    return frame([row(START), row(START + MINUTE, trades=None, quote_volume=None), row(START + 3 * MINUTE, volume=Decimal(0))])
+    return frame(
+        [
+            row(START),
+            row(START + MINUTE, trades=None, quote_volume=None),
+            row(START + 3 * MINUTE, volume=Decimal(0)),
+        ]
+    )
 
 
 def test_the_contract_lets_clean_bars_through():
@@ -417,12 +555,25 @@ def test_the_contract_lets_clean_bars_through():
         (lambda bars: bars.with_columns(pl.col("volume").cast(pl.Decimal(38, 8))), "volume"),
         (lambda bars: bars.with_columns(pl.col("trades").cast(pl.Int32)), "trades"),
         (lambda bars: bars.with_columns(pl.col("open_time").dt.cast_time_unit("ms")), "open_time"),
-        (lambda bars: bars.with_columns(pl.col("open_time").dt.replace_time_zone(None)), "open_time"),
+        (
+            lambda bars: bars.with_columns(pl.col("open_time").dt.replace_time_zone(None)),
+            "open_time",
+        ),
         (lambda bars: pl.concat([bars, bars[-1:]]), "ascending"),
         (lambda bars: bars.reverse(), "ascending"),
-        *((lambda bars, n=c.name: bars.with_columns(pl.lit(None, SCHEMA[n]).alias(n)), c.name) for c in COLUMNS if not c.optional),
-        *((lambda bars, n=n: bars.with_columns(pl.lit(0).cast(SCHEMA[n]).alias(n)), n) for n in ("open", "high", "low", "close")),
-        *((lambda bars, n=n: bars.with_columns(pl.lit(-1).cast(SCHEMA[n]).alias(n)), n) for n in NAMES[5:]),
+        *(
+            (lambda bars, n=c.name: bars.with_columns(pl.lit(None, SCHEMA[n]).alias(n)), c.name)
+            for c in COLUMNS
+            if not c.optional
+        ),
+        *(
+            (lambda bars, n=n: bars.with_columns(pl.lit(0).cast(SCHEMA[n]).alias(n)), n)
+            for n in ("open", "high", "low", "close")
+        ),
+        *(
+            (lambda bars, n=n: bars.with_columns(pl.lit(-1).cast(SCHEMA[n]).alias(n)), n)
+            for n in NAMES[5:]
+        ),
     ],
 )
 def test_the_contract_refuses_what_is_no_frame_of_bars(change: Any, column: str):

@@ -1,4 +1,6 @@
-"""Reading without Dagster: LazyFrames and SQL give every digit, open only the files they need, and explain mistakes."""
+"""Reading without Dagster: LazyFrames and SQL give every digit, open only the files they need, and
+explain mistakes.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +17,35 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from marketdata_assets import open_reader
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.read import read_bars
-from marketdata_assets.lake import objects
-from marketdata_assets.lake.tables import raw
+from marketdata_assets.flows.read.bars import read_bars
 from marketdata_assets.model.bar import ROLLUP_SCHEMA, SCHEMA
-from marketdata_assets.model.window import TIMEFRAMES, Partition
-from marketdata_assets.settings import Settings
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import raw
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage import objects
 from marketdata_tests.steps import at, run_derive, run_ingest, window
 
 BTC, ETH = "binance:BTC-USDT", "binance:ETH-USDT"
 
 
 @pytest.fixture(params=["parquet", "duckdb", "s3"])
-def stored(request: pytest.FixtureRequest, sandbox: Any, universe: Callable[..., Settings]) -> Settings:
+def stored(
+    request: pytest.FixtureRequest, sandbox: Any, universe: Callable[..., Settings]
+) -> Settings:
     """Two markets over a turn of the month, with rollups in objects, in DuckDB, or all of it in S3."""
     rollups = "duckdb" if request.param == "duckdb" else "parquet"
     lake = f"s3://{request.getfixturevalue('bucket')}/lake" if request.param == "s3" else None
-    settings = universe(sandbox[1], symbols="[BTC/USDT, ETH/USDT]", since="2023-12-25", until="2024-01-02", rollups=rollups, lake=lake)
+    settings = universe(
+        sandbox[1],
+        symbols="[BTC/USDT, ETH/USDT]",
+        since="2023-12-25",
+        until="2024-01-02",
+        rollups=rollups,
+        lake=lake,
+    )
     run_ingest(settings)
     run_derive(settings)
     return settings
@@ -63,7 +75,10 @@ def test_many_markets_come_one_after_the_other(stored: Settings):
         assert reader.markets == [BTC, ETH]
         found = reader.bars(reader.markets, "1h", "2023-12-31", "2024-01-02").collect()
         for key in reader.markets:
-            assert_frame_equal(found.filter(market=key).drop("market"), expected(stored, key, "1h", "2023-12-31", "2024-01-02"))
+            assert_frame_equal(
+                found.filter(market=key).drop("market"),
+                expected(stored, key, "1h", "2023-12-31", "2024-01-02"),
+            )
         assert found["market"].unique(maintain_order=True).to_list() == [BTC, ETH]
         with pytest.raises(ValueError, match="at least one market"):
             reader.bars([], "1h")
@@ -72,16 +87,23 @@ def test_many_markets_come_one_after_the_other(stored: Settings):
 def test_the_newest_bars_of_all_markets(stored: Settings):
     with open_reader() as reader:
         for timeframe in ("1m", "1h", "1d", "1w"):
-            truth = [expected(stored, key, timeframe, "2020-01-01", "2025-01-01")["open_time"].max() for key in reader.markets]
+            truth = [
+                expected(stored, key, timeframe, "2020-01-01", "2025-01-01")["open_time"].max()
+                for key in reader.markets
+            ]
             assert reader.newest(timeframe).rows() == list(zip(reader.markets, truth, strict=True))
 
 
 def test_sql_sees_every_table_and_every_digit(stored: Settings):
     with open_reader() as reader:
-        tables = reader.sql("SELECT DISTINCT schema || '.' || name AS t FROM (SHOW ALL TABLES) WHERE database = 'memory' ORDER BY t")
+        tables = reader.sql(
+            "SELECT DISTINCT schema || '.' || name AS t FROM (SHOW ALL TABLES) WHERE database = 'memory' ORDER BY t"
+        )
         assert {"raw.ohlcv_1m", "rollup.ohlcv_1h", "rollup.ohlcv_1w"} <= set(tables["t"])
         for timeframe, layer in (("1m", "raw"), ("1h", "rollup")):
-            found = reader.sql(f"SELECT * FROM {layer}.ohlcv_{timeframe} WHERE market = '{ETH}' ORDER BY open_time").drop("market")
+            found = reader.sql(
+                f"SELECT * FROM {layer}.ohlcv_{timeframe} WHERE market = '{ETH}' ORDER BY open_time"
+            ).drop("market")
             truth = expected(stored, ETH, timeframe, "2020-01-01", "2025-01-01")
             assert_frame_equal(found.cast(dict(truth.schema)), truth)  # type: ignore[arg-type]
         total = reader.sql("SELECT sum(volume) AS v FROM raw.ohlcv_1m").item()
@@ -91,28 +113,52 @@ def test_sql_sees_every_table_and_every_digit(stored: Settings):
 
 def test_sql_over_some_markets_and_months_opens_only_their_files(stored: Settings):
     with open_reader() as reader, reader.connect([ETH], "2024-01-01", "2024-01-02") as connection:
-        keys = connection.execute("SELECT DISTINCT market, month(open_time) FROM raw.ohlcv_1m").fetchall()
+        keys = connection.execute(
+            "SELECT DISTINCT market, month(open_time) FROM raw.ohlcv_1m"
+        ).fetchall()
         assert keys == [(ETH, 1)]
 
 
-def test_nothing_is_read_before_it_is_needed_and_only_what_is_needed(sandbox: Any, universe: Callable[..., Settings], bucket: str):
-    """The other months of a market may be anything: a query that does not reach them never opens them."""
+def test_nothing_is_read_before_it_is_needed_and_only_what_is_needed(
+    sandbox: Any, universe: Callable[..., Settings], bucket: str
+):
+    """The other months of a market may be anything: a query that does not reach them never opens
+    them.
+    """
     settings = universe(sandbox[1], since="2023-11-29", until="2024-01-02", rollups="parquet")
     run_ingest(settings)
     (december,) = Path(settings.lake).glob("raw/ohlcv_1m/*/month=2023-12/data.parquet")
     december.write_bytes(b"no Parquet at all")
     with open_reader() as reader:
         assert reader.bars(BTC, "1m", "2024-01-01", "2024-01-02").collect().height == 1440
-        assert reader.bars(BTC, "1m", "2023-11-30", "2023-11-30T01:00").select("close").collect().height == 60
+        assert (
+            reader.bars(BTC, "1m", "2023-11-30", "2023-11-30T01:00")
+            .select("close")
+            .collect()
+            .height
+            == 60
+        )
 
 
-def test_s3_is_not_asked_for_a_listing(sandbox: Any, universe: Callable[..., Settings], bucket: str, monkeypatch: pytest.MonkeyPatch):
-    settings = universe(sandbox[1], since="2023-12-30", until="2024-01-02", rollups="parquet", lake=f"s3://{bucket}/lake")
+def test_s3_is_not_asked_for_a_listing(
+    sandbox: Any, universe: Callable[..., Settings], bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    settings = universe(
+        sandbox[1],
+        since="2023-12-30",
+        until="2024-01-02",
+        rollups="parquet",
+        lake=f"s3://{bucket}/lake",
+    )
     run_ingest(settings)
     run_derive(settings)
     calls: list[str] = []
     real = objects._Bucket._call
-    monkeypatch.setattr(objects._Bucket, "_call", lambda self, verb, *a, **k: (calls.append(verb), real(self, verb, *a, **k))[1])
+    monkeypatch.setattr(
+        objects._Bucket,
+        "_call",
+        lambda self, verb, *a, **k: (calls.append(verb), real(self, verb, *a, **k))[1],
+    )
     with open_reader() as reader:
         assert reader.bars(BTC, "1m", "2023-12-31", "2024-01-01").collect().height == 1440
         assert reader.bars(BTC, "1h", "2023-12-31", "2024-01-01").collect().height == 24
@@ -120,13 +166,18 @@ def test_s3_is_not_asked_for_a_listing(sandbox: Any, universe: Callable[..., Set
     assert calls == []
 
 
-def test_a_lake_is_read_where_there_is_no_ledger(stored: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_lake_is_read_where_there_is_no_ledger(
+    stored: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """An analyst's machine has the lake's place and nothing else."""
     if stored.rollups == "duckdb":
         pytest.skip("the warehouse is a file of the machine that writes it")
     monkeypatch.setenv("MARKETDATA_STATE", str(tmp_path / "elsewhere"))
     with open_reader() as reader:
-        assert_frame_equal(reader.bars(BTC, "1h").collect(), expected(stored, BTC, "1h", "2020-01-01", "2025-01-01"))
+        assert_frame_equal(
+            reader.bars(BTC, "1h").collect(),
+            expected(stored, BTC, "1h", "2020-01-01", "2025-01-01"),
+        )
         assert reader.bars(BTC, "1m", "2023-12-31", "2024-01-02").collect().height == 2 * 1440
 
 
@@ -142,7 +193,9 @@ def test_months_of_different_digits_are_one_frame(sandbox: Any, universe: Callab
         toolbox.lake.write(table, january, finer.cast(dict(SCHEMA)))  # type: ignore[arg-type]
     with open_reader() as reader:
         found = reader.bars(BTC, "1m").collect()
-        assert_frame_equal(found.filter(pl.col("open_time") >= at("2024-01-01")), finer.cast(dict(SCHEMA)))  # type: ignore[arg-type]
+        assert_frame_equal(
+            found.filter(pl.col("open_time") >= at("2024-01-01")), finer.cast(dict(SCHEMA))
+        )  # type: ignore[arg-type]
         by_sql = reader.sql("SELECT volume FROM raw.ohlcv_1m ORDER BY open_time")
         assert by_sql["volume"].to_list() == found["volume"].to_list()
 
@@ -150,7 +203,10 @@ def test_months_of_different_digits_are_one_frame(sandbox: Any, universe: Callab
 @pytest.mark.parametrize(
     ("ask", "says"),
     [
-        (lambda r: r.bars("binance:BTC-USD", "1m"), "market 'binance:BTC-USD' is not in .*did you mean"),
+        (
+            lambda r: r.bars("binance:BTC-USD", "1m"),
+            "market 'binance:BTC-USD' is not in .*did you mean",
+        ),
         (lambda r: r.bars(BTC, "2h"), "timeframe '2h' is not one of"),
         (lambda r: r.bars(BTC, "1m", "yesterday"), "'yesterday' is not a date"),
     ],
@@ -163,7 +219,9 @@ def test_mistakes_are_told(stored: Settings, ask: Callable[[Any], Any], says: st
 def test_moments_are_texts_or_datetimes(stored: Settings):
     with open_reader() as reader:
         by_text = reader.bars(BTC, "1m", "2023-12-31", "2024-01-01").collect()
-        naive = reader.bars(BTC, "1m", at("2023-12-31").replace(tzinfo=None), at("2023-12-31") + timedelta(days=1)).collect()
+        naive = reader.bars(
+            BTC, "1m", at("2023-12-31").replace(tzinfo=None), at("2023-12-31") + timedelta(days=1)
+        ).collect()
         assert_frame_equal(by_text, naive)
         assert by_text.height == 1440
 
@@ -180,7 +238,11 @@ def test_reading_needs_neither_dagster_nor_a_venue(stored: Settings):
 
 # --------------------------------------------------------------------------------- the command
 def marketdata(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "marketdata_assets.cli.main", *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "marketdata_assets.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture
@@ -195,13 +257,18 @@ def test_the_command_answers(small: Settings, tmp_path: Path):
     query = "SELECT market, open_time, close FROM rollup.ohlcv_12h ORDER BY open_time LIMIT 1"
     done = marketdata("sql", query, "--format", "csv")
     first = expected(small, BTC, "12h", "2024-01-01", "2024-01-02").row(0, named=True)
-    assert done.stdout.splitlines() == ["market,open_time,close", f"{BTC},2024-01-01T00:00:00Z,{first['close'].normalize():f}"], done.stderr
+    assert done.stdout.splitlines() == [
+        "market,open_time,close",
+        f"{BTC},2024-01-01T00:00:00Z,{first['close'].normalize():f}",
+    ], done.stderr
     file = tmp_path / "answer.parquet"
     assert marketdata("sql", query, "--format", "parquet", "--out", str(file)).returncode == 0
     assert pl.read_parquet(file)["close"].item() == first["close"]
 
 
-@pytest.mark.parametrize("query", ["SELEKT 1", "SELECT nothing FROM raw.ohlcv_1m", "SELECT * FROM raw.ohlcv_7m"])
+@pytest.mark.parametrize(
+    "query", ["SELEKT 1", "SELECT nothing FROM raw.ohlcv_1m", "SELECT * FROM raw.ohlcv_7m"]
+)
 def test_a_query_that_cannot_be_answered_is_one_line(small: Settings, query: str):
     done = marketdata("sql", query)
     assert done.returncode == 2

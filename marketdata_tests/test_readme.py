@@ -1,4 +1,6 @@
-"""README tells the truth: every path, command and make target it names is there, and its test command is what CI runs."""
+"""README tells the truth: every path, command and make target it names is there, and its test command
+is what CI runs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_every_path_exists() -> None:
-    paths = set(re.findall(r"`((?:marketdata_assets|marketdata_tests|bench|data)/[\w./]+\.\w+)`", README))
+    paths = set(
+        re.findall(r"`((?:marketdata_assets|marketdata_tests|bench|data)/[\w./]+\.\w+)`", README)
+    )
     assert len(paths) > 15
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
 
@@ -26,7 +30,9 @@ def test_every_command_exists_and_is_named() -> None:
 
 def test_make_targets_and_ci() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^make (\w+)", README, re.M)) | set(re.findall(r"`make (\w+)", README))
+    targets = set(re.findall(r"^make (\w+)", README, re.M)) | set(
+        re.findall(r"`make (\w+)", README)
+    )
     assert targets >= {"demo", "test", "dev"}
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
     assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()

@@ -1,4 +1,6 @@
-"""Repair with a receipt: planned, done, proved; clean-up of what must not be stored; replay of what should have been."""
+"""Repair with a receipt: planned, done, proved; clean-up of what must not be stored; replay of what
+should have been.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +18,37 @@ from typer.testing import CliRunner
 
 from marketdata_assets.cli.main import app
 from marketdata_assets.cli.processes import dagster_environment
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import BadInput, MarketDataError
-from marketdata_assets.flows.ingest import clean_stored, ingest
-from marketdata_assets.flows.read import coverage, read_bars
-from marketdata_assets.flows.repair import plan_repair
-from marketdata_assets.flows.replay import replay
-from marketdata_assets.lake.fingerprint import fingerprint
-from marketdata_assets.lake.ledger import Account, Entry, Gap
-from marketdata_assets.lake.tables import raw
+from marketdata_assets.flows.fetch.ingest import clean_stored, ingest
+from marketdata_assets.flows.fetch.replay import replay
+from marketdata_assets.flows.operate.repair import plan_repair
+from marketdata_assets.flows.read.bars import read_bars
+from marketdata_assets.flows.read.coverage import coverage
+from marketdata_assets.ledger.ledger import Account, Entry, Gap
 from marketdata_assets.model.bar import NAMES
-from marketdata_assets.model.window import TIMEFRAMES, Window
+from marketdata_assets.model.table import raw
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window
 from marketdata_assets.quality.clean import clean
 from marketdata_assets.quality.split import REJECTED_SCHEMA
-from marketdata_assets.settings import Settings, load_settings
-from marketdata_assets.sources.sandbox import SandboxExchange
-from marketdata_assets.sources.sandbox_bars import truth
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.server import SandboxExchange
+from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_tests.conftest import Universe
 from marketdata_tests.samples import BTC, JANUARY, frame, minutes, row
-from marketdata_tests.steps import at, bar_requests, partitions, quarantined, run_derive, run_ingest, stored_bars, window
+from marketdata_tests.steps import (
+    at,
+    bar_requests,
+    partitions,
+    quarantined,
+    run_derive,
+    run_ingest,
+    stored_bars,
+    window,
+)
 
 MINUTE = TIMEFRAMES["1m"]
 SPAN = window("2023-12-30", "2024-01-03")
@@ -43,7 +56,9 @@ TRUTH = truth("BTCUSDT", "1m", SPAN)
 
 
 @pytest.fixture
-def stored(sandbox: tuple[SandboxExchange, str], universe: Universe) -> tuple[SandboxExchange, Settings]:
+def stored(
+    sandbox: tuple[SandboxExchange, str], universe: Universe
+) -> tuple[SandboxExchange, Settings]:
     """Four days over the turn of a month, fetched and rolled up."""
     exchange, url = sandbox
     settings = universe(url, since="2023-12-30", until="2024-01-03", now="2024-01-05")
@@ -76,25 +91,39 @@ def test_a_whole_span_needs_nothing(stored: tuple[SandboxExchange, Settings]) ->
     assert exchange.requests == []
 
 
-def test_a_repair_finds_corrections_and_writes_a_receipt(stored: tuple[SandboxExchange, Settings], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planned without a request; done through Dagster; rows and hashes before and after are those of the bars."""
+def test_a_repair_finds_corrections_and_writes_a_receipt(
+    stored: tuple[SandboxExchange, Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planned without a request; done through Dagster; rows and hashes before and after are those of
+    the bars.
+    """
     exchange, settings = stored
     moment = at("2024-01-02T10:59")
 
     async def tamper(request: Any, rows: list[list[Any]]) -> Any:
         wrong = int(moment.timestamp() * 1000)
-        return [[*r[:4], r[2], *r[5:]] if r[0] == wrong and request.query["interval"] == "1m" else r for r in rows]
+        return [
+            [*r[:4], r[2], *r[5:]] if r[0] == wrong and request.query["interval"] == "1m" else r
+            for r in rows
+        ]
 
     exchange.tamper = tamper
     planned = call("repair", "--start", "2024-01-01", "--dry-run")
     assert [(step["what"], step["bars"]) for step in planned["steps"]] == [("ask again", 2880)]
     assert exchange.requests == []
     with open_toolbox(settings) as toolbox:
-        before = {name: read_bars(toolbox, BTC, TIMEFRAMES[name], JANUARY.month) for name in ("1m", "1h")}
+        before = {
+            name: read_bars(toolbox, BTC, TIMEFRAMES[name], JANUARY.month) for name in ("1m", "1h")
+        }
     monkeypatch.setenv("MARKETDATA_NOW", "2024-01-06")
     receipt = call("repair", "--start", "2024-01-01")
     assert len(bar_requests(exchange)) == receipt["requests"] > 0
-    assert (receipt["corrected"], receipt["refused"], receipt["failed"], receipt["cleaned"]) == (1, 0, [], [])
+    assert (receipt["corrected"], receipt["refused"], receipt["failed"], receipt["cleaned"]) == (
+        1,
+        0,
+        [],
+        [],
+    )
     assert receipt["at"] == "2024-01-06T00:00:00Z"
     with open_toolbox(settings) as toolbox:
         for name, was in before.items():
@@ -105,26 +134,50 @@ def test_a_repair_finds_corrections_and_writes_a_receipt(stored: tuple[SandboxEx
             assert (line["hash_before"], line["hash_after"]) == (fingerprint(was), fingerprint(now))
             assert line["hash_before"] != line["hash_after"]
     (correction,) = call("corrections")
-    assert (correction["open_time"], correction["corrected"]) == ("2024-01-02T10:59:00Z", "2024-01-06T00:00:00Z")
+    assert (correction["open_time"], correction["corrected"]) == (
+        "2024-01-02T10:59:00Z",
+        "2024-01-06T00:00:00Z",
+    )
     assert set(correction["changes"]) == {"close"}
     assert correction["changes"]["close"]["by"].startswith("+")
     assert [r["receipt"] for r in call("receipts")] == [receipt["receipt"]]
     assert call("receipts", str(receipt["receipt"]))["body"]["corrected"] == 1
-    as_of = call("bars", BTC.key, "1m", "--start", "2024-01-02T10:59", "--end", "2024-01-02T11:00", "--as-of", "2024-01-05T12:00")
+    as_of = call(
+        "bars",
+        BTC.key,
+        "1m",
+        "--start",
+        "2024-01-02T10:59",
+        "--end",
+        "2024-01-02T11:00",
+        "--as-of",
+        "2024-01-05T12:00",
+    )
     assert Decimal(as_of[0]["close"]) == Decimal(correction["changes"]["close"]["was"])
 
 
-@pytest.mark.parametrize(("name", "found"), [("ask_again_every_night", 1), ("ask_again_every_month", 2)])
+@pytest.mark.parametrize(
+    ("name", "found"), [("ask_again_every_night", 1), ("ask_again_every_month", 2)]
+)
 def test_by_night_and_by_month_the_venue_is_asked_again(
-    sandbox: tuple[SandboxExchange, str], universe: Universe, monkeypatch: pytest.MonkeyPatch, name: str, found: int
+    sandbox: tuple[SandboxExchange, str],
+    universe: Universe,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    found: int,
 ) -> None:
     """The schedules' own runs find what was corrected in their days, and nothing before."""
     exchange, url = sandbox
     run_ingest(universe(url, since="2023-12-30", until="2024-01-03", now="2024-01-03T00:30"))
-    corrected = {int(at(text).timestamp() * 1000) for text in ("2023-12-30T12:00", "2024-01-02T10:59")}
+    corrected = {
+        int(at(text).timestamp() * 1000) for text in ("2023-12-30T12:00", "2024-01-02T10:59")
+    }
 
     async def tamper(request: Any, rows: list[list[Any]]) -> Any:
-        return [[*r[:4], r[2], *r[5:]] if r[0] in corrected and request.query["interval"] == "1m" else r for r in rows]
+        return [
+            [*r[:4], r[2], *r[5:]] if r[0] in corrected and request.query["interval"] == "1m" else r
+            for r in rows
+        ]
 
     exchange.tamper = tamper
     monkeypatch.setenv("MARKETDATA_NOW", "2024-01-03T01:40")
@@ -135,17 +188,31 @@ def test_by_night_and_by_month_the_venue_is_asked_again(
     schedule = definitions.resolve_schedule_def(name)
     with dg.DagsterInstance.get() as instance:
         (request,) = schedule.evaluate_tick(dg.build_schedule_context(instance)).run_requests or ()
-        result = definitions.resolve_job_def("repair").execute_in_process(request.run_config, instance=instance)
+        result = definitions.resolve_job_def("repair").execute_in_process(
+            request.run_config, instance=instance
+        )
     assert result.success
     assert len(call("corrections")) == found
 
 
-def test_a_repair_that_fails_says_so_and_keeps_what_is_there(stored: tuple[SandboxExchange, Settings]) -> None:
+def test_a_repair_that_fails_says_so_and_keeps_what_is_there(
+    stored: tuple[SandboxExchange, Settings],
+) -> None:
     exchange, settings = stored
 
     async def tamper(_: Any, rows: list[list[Any]]) -> Any:
         return [
-            [r[0], *[str(Decimal(x) * 2) for x in r[1:5]], r[5], r[6], str(Decimal(r[7]) * 2), r[8], r[9], str(Decimal(r[10]) * 2), r[11]]
+            [
+                r[0],
+                *[str(Decimal(x) * 2) for x in r[1:5]],
+                r[5],
+                r[6],
+                str(Decimal(r[7]) * 2),
+                r[8],
+                r[9],
+                str(Decimal(r[10]) * 2),
+                r[11],
+            ]
             for r in rows
         ]
 
@@ -169,27 +236,44 @@ def test_bad_words(stored: tuple[SandboxExchange, Settings]) -> None:
 
 
 # --------------------------------------------------------------------------------- clean-up
-def test_rows_that_must_not_be_stored_are_taken_out_with_an_audit(stored: tuple[SandboxExchange, Settings]) -> None:
-    """Twice the same: once. Two that differ: none, until the venue is asked. Of another month, or against a rule: out."""
+def test_rows_that_must_not_be_stored_are_taken_out_with_an_audit(
+    stored: tuple[SandboxExchange, Settings],
+) -> None:
+    """Twice the same: once. Two that differ: none, until the venue is asked. Of another month, or
+    against a rule: out.
+    """
     _, settings = stored
     disputed, broken = at("2024-01-01T05:00"), at("2024-01-01T06:00")
 
     def change(bars: pl.DataFrame) -> pl.DataFrame:
         doubled = bars.slice(100, 3)
-        other = bars.filter(pl.col("open_time") == disputed).with_columns(pl.col("high").alias("close"))
+        other = bars.filter(pl.col("open_time") == disputed).with_columns(
+            pl.col("high").alias("close")
+        )
         overlap = bars.head(2).with_columns(pl.col("open_time") - timedelta(days=1))
-        negative = pl.when(pl.col("open_time") == broken).then(-pl.col("volume")).otherwise("volume").alias("volume")
+        negative = (
+            pl.when(pl.col("open_time") == broken)
+            .then(-pl.col("volume"))
+            .otherwise("volume")
+            .alias("volume")
+        )
         return pl.concat([bars.with_columns(negative), doubled, other, overlap]).sort("open_time")
 
     tamper_with(settings, change)
     (step,) = [s for s in call("repair", "--dry-run")["steps"] if s["what"] == "clean"]
-    assert step["why"] == "3 rows stored twice, 2 rows: conflict, 1 rows: negative_volume vwap_outside taker_above_total, 2 rows: overlap"
+    assert (
+        step["why"]
+        == "3 rows stored twice, 2 rows: conflict, 1 rows: negative_volume vwap_outside taker_above_total, 2 rows: overlap"
+    )
     receipt = call("repair")
     assert [c["says"] for c in receipt["cleaned"]] == [step["why"]]
     assert receipt["stored"] == 2
     assert_frame_equal(stored_bars(settings), TRUTH, check_exact=True)
     found = quarantined(settings)
-    assert sorted(r["reasons"] for r in found) == ["conflict"] * 2 + ["negative_volume vwap_outside taker_above_total"] + ["overlap"] * 2
+    assert (
+        sorted(r["reasons"] for r in found)
+        == ["conflict"] * 2 + ["negative_volume vwap_outside taker_above_total"] + ["overlap"] * 2
+    )
     assert {r["source"] for r in found} == {"clean-up"}
     assert call("repair", "--dry-run")["steps"] == []
     with open_toolbox(settings) as toolbox:
@@ -205,7 +289,9 @@ def test_clean_rows_stay_as_they_are() -> None:
     assert_frame_equal(cleaned.bars, bars, check_exact=True)
 
 
-def test_a_damaged_object_is_set_aside_and_fetched(stored: tuple[SandboxExchange, Settings]) -> None:
+def test_a_damaged_object_is_set_aside_and_fetched(
+    stored: tuple[SandboxExchange, Settings],
+) -> None:
     _, settings = stored
     (file,) = Path(settings.lake).glob("raw/ohlcv_1m/*/month=2024-01/data.parquet")
     file.write_bytes(b"PAR1" + bytes(file.stat().st_size - 4))
@@ -218,19 +304,38 @@ def test_a_damaged_object_is_set_aside_and_fetched(stored: tuple[SandboxExchange
 
 # --------------------------------------------------------------------------------- replay
 def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
-    """Refuse these bars of January, as an earlier release with another rule would have; they are not stored then."""
+    """Refuse these bars of January, as an earlier release with another rule would have; they are not
+    stored then.
+    """
     with open_toolbox(settings) as toolbox:
         stored = toolbox.lake.read(raw(MINUTE), JANUARY, provenance=True)
         state = toolbox.ledger.state(raw(MINUTE), JANUARY)
         assert stored is not None
         assert state is not None
-        lies = toolbox.lake.write(raw(MINUTE), JANUARY, stored.join(bars, on="open_time", how="anti"))
+        lies = toolbox.lake.write(
+            raw(MINUTE), JANUARY, stored.join(bars, on="open_time", how="anti")
+        )
         fields = pl.struct(
-            pl.col("open_time").dt.epoch("ms").cast(pl.String), *(pl.col(n).cast(pl.String) for n in NAMES[1:])
+            pl.col("open_time").dt.epoch("ms").cast(pl.String),
+            *(pl.col(n).cast(pl.String) for n in NAMES[1:]),
         ).struct.json_encode()
-        refused = bars.select(pl.lit(-1, pl.Int64).alias("answer"), "open_time", pl.lit(reasons).alias("reasons"), fields.alias("fields"))
-        gaps = [Gap(Window(t, t + MINUTE.width), 1, "quarantined", 3, "") for t in sorted(set(bars["open_time"]))]
-        kept = state.__class__(**{**{n: getattr(state, n) for n in state.__slots__}, "bytes": lies.bytes, "digest": lies.digest})
+        refused = bars.select(
+            pl.lit(-1, pl.Int64).alias("answer"),
+            "open_time",
+            pl.lit(reasons).alias("reasons"),
+            fields.alias("fields"),
+        )
+        gaps = [
+            Gap(Window(t, t + MINUTE.width), 1, "quarantined", 3, "")
+            for t in sorted(set(bars["open_time"]))
+        ]
+        kept = state.__class__(
+            **{
+                **{n: getattr(state, n) for n in state.__slots__},
+                "bytes": lies.bytes,
+                "digest": lies.digest,
+            }
+        )
         entry = Entry(
             raw(MINUTE),
             JANUARY,
@@ -245,10 +350,14 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
         toolbox.ledger.commit(entry)
 
 
-def test_rows_that_a_mended_rule_takes_are_replayed(stored: tuple[SandboxExchange, Settings]) -> None:
+def test_rows_that_a_mended_rule_takes_are_replayed(
+    stored: tuple[SandboxExchange, Settings],
+) -> None:
     """They are stored, rolled up, marked, and told in a receipt; no request is made."""
     exchange, settings = stored
-    bars = TRUTH.filter(pl.col("open_time").is_between(at("2024-01-01T05:00"), at("2024-01-01T05:02")))
+    bars = TRUTH.filter(
+        pl.col("open_time").is_between(at("2024-01-01T05:00"), at("2024-01-01T05:02"))
+    )
     quarantine(settings, bars, "vwap_outside")
     run_derive(settings)
     assert [r["outcome"] for r in call("quarantine", "replay", "--dry-run")] == ["stored"] * 3
@@ -259,33 +368,53 @@ def test_rows_that_a_mended_rule_takes_are_replayed(stored: tuple[SandboxExchang
     assert_frame_equal(stored_bars(settings), TRUTH, check_exact=True)
     with open_toolbox(settings) as toolbox:
         hours = read_bars(toolbox, BTC, TIMEFRAMES["1h"], JANUARY.month)
-        assert hours.filter(pl.col("open_time") == at("2024-01-01T05:00"))["bars_present"].to_list() == [60]
+        assert hours.filter(pl.col("open_time") == at("2024-01-01T05:00"))[
+            "bars_present"
+        ].to_list() == [60]
     assert call("quarantine", "replay") == []
     assert {r["replayed_at"] for r in quarantined(settings)} == {"2024-01-05T00:00:00Z"}
     assert [r["kind"] for r in call("receipts")] == ["replay"]
 
 
-def test_rows_that_still_break_a_rule_or_contradict_each_other_stay_refused(stored: tuple[SandboxExchange, Settings]) -> None:
+def test_rows_that_still_break_a_rule_or_contradict_each_other_stay_refused(
+    stored: tuple[SandboxExchange, Settings],
+) -> None:
     _, settings = stored
     bars = TRUTH.filter(pl.col("open_time") == at("2024-01-01T05:00"))
-    negative = TRUTH.filter(pl.col("open_time") == at("2024-01-01T05:01")).with_columns(-pl.col("volume"))
+    negative = TRUTH.filter(pl.col("open_time") == at("2024-01-01T05:01")).with_columns(
+        -pl.col("volume")
+    )
     other = bars.with_columns((pl.col("trades") + 1).alias("trades"))
     quarantine(settings, pl.concat([bars, other, negative]), "too_precise")
-    quarantine(settings, TRUTH.filter(pl.col("open_time") == at("2024-01-01T05:02")), "outside_window")
+    quarantine(
+        settings, TRUTH.filter(pl.col("open_time") == at("2024-01-01T05:02")), "outside_window"
+    )
     with open_toolbox(settings) as toolbox:
         found = replay(toolbox, [BTC], SPAN)
-    assert sorted(one.outcome for one in found) == ["negative_volume vwap_outside taker_above_total"] + ["several different rows"] * 2
+    assert (
+        sorted(one.outcome for one in found)
+        == ["negative_volume vwap_outside taker_above_total"] + ["several different rows"] * 2
+    )
     assert stored_bars(settings).height == TRUTH.height - 3
 
 
-def test_a_repair_plans_for_every_table(sandbox: tuple[SandboxExchange, str], universe: Universe) -> None:
+def test_a_repair_plans_for_every_table(
+    sandbox: tuple[SandboxExchange, str], universe: Universe
+) -> None:
     _, url = sandbox
-    settings = universe(url, since="2024-01-01", until="2024-01-03", now="2024-01-05", extra="reference: [1h]")
+    settings = universe(
+        url, since="2024-01-01", until="2024-01-03", now="2024-01-05", extra="reference: [1h]"
+    )
     with open_toolbox(settings) as toolbox:
         steps = plan_repair(toolbox, partitions(settings), None)
         assert [(s.what, s.bars) for s in steps] == [("fetch", 2880 + 48)]
         for name in ("1m", "1h"):
-            assert all(done.complete for done in ingest(toolbox, TIMEFRAMES[name], partitions(settings)))
+            assert all(
+                done.complete for done in ingest(toolbox, TIMEFRAMES[name], partitions(settings))
+            )
         steps = plan_repair(toolbox, partitions(settings), SPAN)
-        assert [(s.table, s.what, s.bars) for s in steps][:2] == [("raw/ohlcv_1m", "ask again", 2880), ("raw/ohlcv_1h", "ask again", 48)]
+        assert [(s.table, s.what, s.bars) for s in steps][:2] == [
+            ("raw/ohlcv_1m", "ask again", 2880),
+            ("raw/ohlcv_1h", "ask again", 48),
+        ]
         assert [s.what for s in steps][2:] == ["roll up"]

@@ -1,4 +1,6 @@
-"""Real bars of Binance over loopback: exact in nine columns, in every timeframe, on good days and under faults."""
+"""Real bars of Binance over loopback: exact in nine columns, in every timeframe, on good days and
+under faults.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,28 @@ from typing import Any
 import polars as pl
 import pytest
 
-from marketdata_assets.flows.audit import RAW_CHECKS, audit_raw, audit_rollup
-from marketdata_assets.flows.derive import derive
-from marketdata_assets.flows.ingest import ingest
-from marketdata_assets.flows.read import coverage, read_bars
+from marketdata_assets.context import open_toolbox
+from marketdata_assets.flows.derive.rollup import derive
+from marketdata_assets.flows.fetch.ingest import ingest
+from marketdata_assets.flows.prove.audit import RAW_CHECKS, audit_raw, audit_rollup
+from marketdata_assets.flows.read.bars import read_bars
+from marketdata_assets.flows.read.coverage import coverage
 from marketdata_assets.model.bar import SCHEMA
-from marketdata_assets.model.window import TIMEFRAMES, Timeframe, Window
-from marketdata_assets.settings import Settings
+from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
+from marketdata_assets.model.window import Window
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources import ccxt_rest
-from marketdata_assets.toolbox import open_toolbox
 from marketdata_tests.conftest import Universe, needs_shared
-from marketdata_tests.steps import SkippingClock, assert_bars, at, lake_files, partitions, run_derive, run_ingest, window
+from marketdata_tests.steps import (
+    SkippingClock,
+    assert_bars,
+    at,
+    lake_files,
+    partitions,
+    run_derive,
+    run_ingest,
+    window,
+)
 
 pytestmark = needs_shared
 
@@ -79,7 +92,9 @@ _TRUTH: dict[tuple[str, str, Window], pl.DataFrame] = {}
 
 
 def expected(exchange: Any, symbol: str, timeframe: Timeframe, span: Window) -> pl.DataFrame:
-    """The exchange's own bars that lie wholly in the span; asked once, they are the same in every test."""
+    """The exchange's own bars that lie wholly in the span; asked once, they are the same in every
+    test.
+    """
     key = (symbol, timeframe.name, span)
     if key not in _TRUTH:
         _TRUTH[key] = _expected(exchange, symbol, timeframe, span)
@@ -87,9 +102,19 @@ def expected(exchange: Any, symbol: str, timeframe: Timeframe, span: Window) -> 
 
 
 def _expected(exchange: Any, symbol: str, timeframe: Timeframe, span: Window) -> pl.DataFrame:
-    rows = exchange.truth("binance", symbol, timeframe.name, span.start.isoformat(), span.end.isoformat())
-    frame = pl.DataFrame({"open_time": [row["t"] for row in rows], **{name: [row[key] for row in rows] for name, key in NINE.items()}})
-    frame = frame.with_columns((pl.col("open_time") * 1000).cast(SCHEMA["open_time"]), *(pl.col(name).cast(SCHEMA[name]) for name in NINE))
+    rows = exchange.truth(
+        "binance", symbol, timeframe.name, span.start.isoformat(), span.end.isoformat()
+    )
+    frame = pl.DataFrame(
+        {
+            "open_time": [row["t"] for row in rows],
+            **{name: [row[key] for row in rows] for name, key in NINE.items()},
+        }
+    )
+    frame = frame.with_columns(
+        (pl.col("open_time") * 1000).cast(SCHEMA["open_time"]),
+        *(pl.col(name).cast(SCHEMA[name]) for name in NINE),
+    )
     return frame.filter(pl.col("open_time") + timeframe.width <= span.end)
 
 
@@ -106,9 +131,17 @@ def everything_is_true(settings: Settings, exchange: Any, span: Window) -> int:
 
 
 def test_a_month_of_two_markets(replay: Callable[..., Any], universe: Universe) -> None:
-    """January 2024 of BTC and ETH; the native 1h bars agree with ours, all checks are green, the second run asks nothing."""
+    """January 2024 of BTC and ETH; the native 1h bars agree with ours, all checks are green, the
+    second run asks nothing.
+    """
     exchange = replay("2024-02-01T00:00:30Z")
-    settings = universe(f"{exchange.url}/binance", "[BTC/USDT, ETH/USDT]", until="2024-02-01", now="2024-02-02", extra="reference: [1h]")
+    settings = universe(
+        f"{exchange.url}/binance",
+        "[BTC/USDT, ETH/USDT]",
+        until="2024-02-01",
+        now="2024-02-02",
+        extra="reference: [1h]",
+    )
     hours = run_ingest(settings, timeframe="1h")
     with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:
         done = list(ingest(toolbox, MINUTE, partitions(settings)))
@@ -118,13 +151,27 @@ def test_a_month_of_two_markets(replay: Callable[..., Any], universe: Universe) 
             assert [finding.check for finding in findings] == list(RAW_CHECKS)
             assert all(finding.passed for finding in findings)
         for one in derived:
-            findings = [finding for timeframe in one.frames for finding in audit_rollup(toolbox, one, timeframe)]
+            findings = [
+                finding
+                for timeframe in one.frames
+                for finding in audit_rollup(toolbox, one, timeframe)
+            ]
             assert all(finding.passed for finding in findings)
-            (native,) = [finding.numbers for finding in findings if finding.check == "matches_native"]
+            (native,) = [
+                finding.numbers for finding in findings if finding.check == "matches_native"
+            ]
             assert native == {"compared": 31 * 24, "different": 0, "within_tolerance": 0}
         for found in coverage(toolbox, settings.markets):
-            assert (found.expected, found.present, found.missing_at_source, found.not_fetched) == (44640, 44640, 0, 0)
-    assert all(one.complete and one.account.balanced and one.account.quarantined == 0 for one in (*hours, *done))
+            assert (found.expected, found.present, found.missing_at_source, found.not_fetched) == (
+                44640,
+                44640,
+                0,
+                0,
+            )
+    assert all(
+        one.complete and one.account.balanced and one.account.quarantined == 0
+        for one in (*hours, *done)
+    )
     assert everything_is_true(settings, exchange, JANUARY) > 2 * 55_000
     before = lake_files(settings)
     exchange.log()
@@ -135,54 +182,91 @@ def test_a_month_of_two_markets(replay: Callable[..., Any], universe: Universe) 
 
 
 def test_the_real_halt(replay: Callable[..., Any], universe: Universe) -> None:
-    """2023-03-24: a bar cut short at 12:39 and no bars until 14:00; explained, and rolled up as Binance did."""
+    """2023-03-24: a bar cut short at 12:39 and no bars until 14:00; explained, and rolled up as
+    Binance did.
+    """
     exchange = replay("2023-03-28T00:00:30Z")
-    settings = universe(f"{exchange.url}/binance", "[BTC/USDT, ETH/USDT]", since="2023-03-20", until="2023-03-28", now="2023-03-29")
+    settings = universe(
+        f"{exchange.url}/binance",
+        "[BTC/USDT, ETH/USDT]",
+        since="2023-03-20",
+        until="2023-03-28",
+        now="2023-03-29",
+    )
     done = run_ingest(settings)
     run_derive(settings)
     assert everything_is_true(settings, exchange, HALT) > 2 * 11_000
     for one in done:
         assert one.complete
         assert one.account.balanced
-        assert [(gap.window, gap.bars, gap.reason) for gap in one.gaps] == [(window("2023-03-24T12:40", "2023-03-24T14:00"), 80, "no_bars")]
+        assert [(gap.window, gap.bars, gap.reason) for gap in one.gaps] == [
+            (window("2023-03-24T12:40", "2023-03-24T14:00"), 80, "no_bars")
+        ]
 
 
 def plant(exchange: Any, seed: int, share: float) -> None:
-    """So large a share of klines answers goes wrong, all kinds alike; the clock is asked rarely, so it lies half the time."""
+    """So large a share of klines answers goes wrong, all kinds alike; the clock is asked rarely, so it
+    lies half the time.
+    """
     exchange.admin(op="seed", seed=seed)
     for name, params in FAULTS.items():
-        match, rate = ("time", 0.5) if name in NOT_KLINES else ("klines", share / (len(FAULTS) - len(NOT_KLINES)))
+        match, rate = (
+            ("time", 0.5)
+            if name in NOT_KLINES
+            else ("klines", share / (len(FAULTS) - len(NOT_KLINES)))
+        )
         exchange.admin(fault=name, rate=rate, match=match, params=params)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize(("span", "share"), [(JANUARY, 0.03), (HALT, 0.15)], ids=["january", "halt"])
+@pytest.mark.parametrize(
+    ("span", "share"), [(JANUARY, 0.03), (HALT, 0.15)], ids=["january", "halt"]
+)
 def test_bad_answers_among_good_ones(
-    replay: Callable[..., Any], universe: Universe, monkeypatch: pytest.MonkeyPatch, seed: int, span: Window, share: float
+    replay: Callable[..., Any],
+    universe: Universe,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    span: Window,
+    share: float,
 ) -> None:
-    """All kinds mixed, 3 % of a month and 15 % of a week: the same bars as without, and every row is accounted for."""
+    """All kinds mixed, 3 % of a month and 15 % of a week: the same bars as without, and every row is
+    accounted for.
+    """
     monkeypatch.setattr(ccxt_rest, "CcxtSource", partial(ccxt_rest.CcxtSource, deadline=0.8))
     exchange = replay("2024-02-01T00:02:30Z" if span is JANUARY else "2023-03-28T00:02:30Z")
     plant(exchange, seed, share)
     since, until = (str(moment)[:10] for moment in (span.start, span.end))
-    settings = universe(f"{exchange.url}/binance", "[BTC/USDT, ETH/USDT]", since=since, until=until, now="2024-02-02")
+    settings = universe(
+        f"{exchange.url}/binance",
+        "[BTC/USDT, ETH/USDT]",
+        since=since,
+        until=until,
+        now="2024-02-02",
+    )
     for _ in range(3):
         found = run_ingest(settings)
         assert all(one.error is None and one.account.balanced for one in found)
         if all(one.complete for one in found):
             break
     assert all(one.complete for one in found)
-    assert [entry for entry in exchange.log(clear=False) if set(entry["fault"]) - {"slow", "clock_skew"}]
+    assert [
+        entry for entry in exchange.log(clear=False) if set(entry["fault"]) - {"slow", "clock_skew"}
+    ]
     run_derive(settings)
     assert everything_is_true(settings, exchange, span) > 20_000
 
 
-def test_a_third_of_bad_answers(replay: Callable[..., Any], universe: Universe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_third_of_bad_answers(
+    replay: Callable[..., Any], universe: Universe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ten times as many, over two days: whatever is stored is true, and in the end all is."""
     monkeypatch.setattr(ccxt_rest, "CcxtSource", partial(ccxt_rest.CcxtSource, deadline=0.8))
     exchange = replay("2024-01-20T00:02:30Z")
     plant(exchange, 4, 0.3)
-    settings = universe(f"{exchange.url}/binance", since="2024-01-10", until="2024-01-20", now="2024-02-02")
+    settings = universe(
+        f"{exchange.url}/binance", since="2024-01-10", until="2024-01-20", now="2024-02-02"
+    )
     (_market,) = settings.markets
     truth = expected(exchange, "BTCUSDT", MINUTE, window("2024-01-10", "2024-01-20"))
     for _ in range(8):

@@ -1,4 +1,6 @@
-"""Retention and cheaper places: old months go when nothing needs them, everything else reads as before."""
+"""Retention and cheaper places: old months go when nothing needs them, everything else reads as
+before.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,18 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from marketdata_assets import open_reader
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.flows.missed import missed
-from marketdata_assets.flows.plan import plan
-from marketdata_assets.flows.read import coverage, daily_coverage, read_bars
-from marketdata_assets.flows.retire import retire
-from marketdata_assets.lake.tables import raw, rollup
-from marketdata_assets.model.window import TIMEFRAMES, Window
-from marketdata_assets.settings import Settings, load_settings
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.flows.fetch.plan import plan
+from marketdata_assets.flows.operate.backfill import missed
+from marketdata_assets.flows.operate.retire import retire
+from marketdata_assets.flows.read.bars import read_bars
+from marketdata_assets.flows.read.coverage import coverage, daily_coverage
+from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window
+from marketdata_assets.settings.universe import Settings, load_settings
 from marketdata_tests.steps import at, partitions, run_derive, run_ingest
 
 MARKET = "binance:BTC-USDT"
@@ -34,11 +38,23 @@ Stored = Callable[..., Settings]
 
 
 @pytest.fixture
-def stored(sandbox: Any, universe: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> Stored:
-    """Months from October to December; `stored(...)` then loads the universe with these keys, at that moment."""
+def stored(
+    sandbox: Any, universe: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> Stored:
+    """Months from October to December; `stored(...)` then loads the universe with these keys, at that
+    moment.
+    """
 
-    def make(now: str = LONG_AGO, rollups: str = "parquet", lake: str | None = None, derive: bool = True, **keys: str) -> Settings:
-        settings = universe(sandbox[1], since="2023-10-01", until="2023-12-01", rollups=rollups, lake=lake)
+    def make(
+        now: str = LONG_AGO,
+        rollups: str = "parquet",
+        lake: str | None = None,
+        derive: bool = True,
+        **keys: str,
+    ) -> Settings:
+        settings = universe(
+            sandbox[1], since="2023-10-01", until="2023-12-01", rollups=rollups, lake=lake
+        )
         run_ingest(settings)
         if derive:
             run_derive(settings)
@@ -52,20 +68,32 @@ def stored(sandbox: Any, universe: Callable[..., Settings], monkeypatch: pytest.
 
 def went(settings: Settings, dry_run: bool = False) -> list[tuple[str, str, str]]:
     with open_toolbox(settings) as toolbox:
-        return [(r.table.name, r.partition.month_key[:7] if r.partition else "all", r.what) for r in retire(toolbox, dry_run)]
+        return [
+            (r.table.name, r.partition.month_key[:7] if r.partition else "all", r.what)
+            for r in retire(toolbox, dry_run)
+        ]
 
 
 def bars(settings: Settings, timeframe: str) -> pl.DataFrame:
     with open_toolbox(settings) as toolbox:
-        found = read_bars(toolbox, settings.market(MARKET), TIMEFRAMES[timeframe], Window(at("2020-01-01"), at("2026-01-01")))
+        found = read_bars(
+            toolbox,
+            settings.market(MARKET),
+            TIMEFRAMES[timeframe],
+            Window(at("2020-01-01"), at("2026-01-01")),
+        )
     with open_reader() as reader:
-        assert_frame_equal(reader.bars(MARKET, timeframe, "2020-01-01", "2026-01-01").collect(), found)
+        assert_frame_equal(
+            reader.bars(MARKET, timeframe, "2020-01-01", "2026-01-01").collect(), found
+        )
     return found
 
 
 @pytest.mark.parametrize("rollups", ["parquet", "duckdb"])
 def test_raw_months_go_and_every_rollup_stays(stored: Stored, rollups: str):
-    """40 days before January 10th lies in December: of October and November only the one that December's first week needs stays."""
+    """40 days before January 10th lies in December: of October and November only the one that
+    December's first week needs stays.
+    """
     settings = stored("2024-01-10", rollups, retention="{raw/ohlcv_1m: 40}")
     before = {name: bars(settings, name) for name in ("1h", "1d", "1w")}
     dry = went(settings, dry_run=True)
@@ -80,7 +108,10 @@ def test_raw_months_go_and_every_rollup_stays(stored: Stored, rollups: str):
 
 def test_what_is_gone_is_neither_missing_nor_asked_for(stored: Stored):
     settings = stored("2024-02-15", retention="{raw/ohlcv_1m: 10}")
-    assert went(settings) == [("raw/ohlcv_1m", "2023-10", "removed"), ("raw/ohlcv_1m", "2023-11", "removed")]
+    assert went(settings) == [
+        ("raw/ohlcv_1m", "2023-10", "removed"),
+        ("raw/ohlcv_1m", "2023-11", "removed"),
+    ]
     assert partitions(settings) == []
     with open_toolbox(settings) as toolbox:
         assert [c.expected for c in coverage(toolbox, settings.markets)] == [0]
@@ -99,7 +130,11 @@ def test_a_month_whose_rollups_are_not_made_stays(stored: Stored):
 
 def test_a_month_that_a_run_works_on_stays(stored: Stored):
     settings = stored("2024-02-15", retention="{raw/ohlcv_1m: 10}")
-    with open_toolbox(settings) as toolbox, open_toolbox(settings) as other, toolbox.ledger.lock(f"{MARKET}|2023-10-01"):
+    with (
+        open_toolbox(settings) as toolbox,
+        open_toolbox(settings) as other,
+        toolbox.ledger.lock(f"{MARKET}|2023-10-01"),
+    ):
         found = [(r.partition.month_key[:7], r.what) for r in retire(other) if r.partition]
     assert found == [("2023-10", "kept"), ("2023-11", "removed")]
 
@@ -123,7 +158,10 @@ def test_old_months_move_to_a_colder_place_and_read_as_before(stored: Stored, tm
     before = {name: bars(settings, name) for name in ("1m", "1h", "1w")}
     moved = went(settings)
     assert {(month, what) for _, month, what in moved} == {("2023-10", "moved")}
-    assert {table for table, *_ in moved} == {raw(MINUTES).name, *(rollup(tf).name for tf in settings.rollup_timeframes)}
+    assert {table for table, *_ in moved} == {
+        raw(MINUTES).name,
+        *(rollup(tf).name for tf in settings.rollup_timeframes),
+    }
     assert len(list((tmp_path / "cold").rglob("data.parquet"))) == len(moved)
     assert not list((tmp_path / "lake").glob("*/*/*/month=2023-10/*"))
     for name, frame in before.items():
@@ -143,8 +181,14 @@ def test_a_move_that_does_not_arrive_leaves_the_object_where_it_is(stored: Store
     assert list((tmp_path / "lake").glob("raw/*/*/month=2023-10/data.parquet"))
 
 
-def test_in_s3_old_months_change_their_class_or_their_bucket(stored: Stored, bucket: str, monkeypatch: pytest.MonkeyPatch):
-    settings = stored("2023-12-20", lake=f"s3://{bucket}/lake", cold="{after_days: 31, storage_class: STANDARD_IA}")
+def test_in_s3_old_months_change_their_class_or_their_bucket(
+    stored: Stored, bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    settings = stored(
+        "2023-12-20",
+        lake=f"s3://{bucket}/lake",
+        cold="{after_days: 31, storage_class: STANDARD_IA}",
+    )
     before = bars(settings, "1h")
     assert {(month, what) for _, month, what in went(settings)} == {("2023-10", "moved")}
     with open_toolbox(settings) as toolbox:
@@ -159,14 +203,30 @@ def test_in_s3_old_months_change_their_class_or_their_bucket(stored: Stored, buc
 
 def test_the_command_and_the_job_say_the_same(stored: Stored, monkeypatch: pytest.MonkeyPatch):
     settings = stored("2024-02-15", retention="{raw/ohlcv_1m: 10}")
-    command = [sys.executable, "-m", "marketdata_assets.cli.main", "retire", "--dry-run", "--format", "json"]
+    command = [
+        sys.executable,
+        "-m",
+        "marketdata_assets.cli.main",
+        "retire",
+        "--dry-run",
+        "--format",
+        "json",
+    ]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert [(row["partition"], row["what"]) for row in told] == [(f"{MARKET}|2023-{month}-01", "removed") for month in (10, 11)]
+    assert [(row["partition"], row["what"]) for row in told] == [
+        (f"{MARKET}|2023-{month}-01", "removed") for month in (10, 11)
+    ]
     job, wiped = build_definitions(settings).resolve_job_def("retire"), []
-    monkeypatch.setattr(dg.DagsterInstance, "wipe_asset_partitions", lambda _, key, keys: wiped.append((key.to_user_string(), list(keys))))
+    monkeypatch.setattr(
+        dg.DagsterInstance,
+        "wipe_asset_partitions",
+        lambda _, key, keys: wiped.append((key.to_user_string(), list(keys))),
+    )
     for dry_run, left in ((True, 2), (False, 0)):
         with dg.DagsterInstance.ephemeral() as instance:
-            assert job.execute_in_process(instance=instance, run_config={"ops": {"let_go": {"config": {"dry_run": dry_run}}}}).success
+            assert job.execute_in_process(
+                instance=instance, run_config={"ops": {"let_go": {"config": {"dry_run": dry_run}}}}
+            ).success
         with open_toolbox(settings) as toolbox:
             assert len(toolbox.lake.sizes(raw(MINUTES))) == left
     assert wiped == [("raw/ohlcv_1m", [f"{MARKET}|2023-10-01", f"{MARKET}|2023-11-01"])]

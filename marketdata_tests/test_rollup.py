@@ -18,10 +18,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA, SCHEMA, empty_bars
-from marketdata_assets.model.window import TIMEFRAMES, Timeframe, Window
+from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
+from marketdata_assets.model.window import Window
 from marketdata_assets.transforms.rollup import roll_up
 from marketdata_tests.conftest import needs_shared
-from marketdata_tests.samples import START, Row, at, dump, frame, minutes, random_rows, real_bars, row, start_python
+from marketdata_tests.samples import (
+    START,
+    Row,
+    at,
+    dump,
+    frame,
+    minutes,
+    random_rows,
+    real_bars,
+    row,
+    start_python,
+)
 
 M1, H1, W1 = TIMEFRAMES["1m"], TIMEFRAMES["1h"], TIMEFRAMES["1w"]
 COARSER = [tf for tf in TIMEFRAMES.values() if tf.parent]
@@ -29,7 +41,7 @@ FOREVER = Window(at("2000-01-01"), at("2100-01-01"))
 VOLUMES = ("volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume")
 
 
-# --------------------------------------------------------------------------------- the same by plain Python
+# --------------------------------------------------------------------------------- the same by plai
 def bucket(moment: datetime, tf: Timeframe) -> datetime:
     """The open time of the coarse bar, by the calendar's own fields."""
     day = moment.replace(hour=0, minute=0)
@@ -38,7 +50,9 @@ def bucket(moment: datetime, tf: Timeframe) -> datetime:
     return day + timedelta(minutes=(moment.hour * 60 + moment.minute) // tf.minutes * tf.minutes)
 
 
-def aggregate(rows: Sequence[Row], base: Timeframe, tf: Timeframe, whole: Window) -> list[tuple[Any, ...]]:
+def aggregate(
+    rows: Sequence[Row], base: Timeframe, tf: Timeframe, whole: Window
+) -> list[tuple[Any, ...]]:
     """The bars of one timeframe, each from its own rows alone."""
     found = []
     for opened, group in groupby(rows, key=lambda r: bucket(r["open_time"], tf)):
@@ -46,10 +60,20 @@ def aggregate(rows: Sequence[Row], base: Timeframe, tf: Timeframe, whole: Window
         if opened < whole.start or opened + tf.width > whole.end:
             continue
         with localcontext(prec=60):
-            sums = {name: None if any(r[name] is None for r in part) else sum(r[name] for r in part) for name in VOLUMES}
-        prices = (part[0]["open"], max(r["high"] for r in part), min(r["low"] for r in part), part[-1]["close"])
+            sums = {
+                name: None if any(r[name] is None for r in part) else sum(r[name] for r in part)
+                for name in VOLUMES
+            }
+        prices = (
+            part[0]["open"],
+            max(r["high"] for r in part),
+            min(r["low"] for r in part),
+            part[-1]["close"],
+        )
         counts = (tf.width // base.width, len(part))
-        found.append((opened, *prices, *sums.values(), vwap(sums["quote_volume"], sums["volume"]), *counts))
+        found.append(
+            (opened, *prices, *sums.values(), vwap(sums["quote_volume"], sums["volume"]), *counts)
+        )
     return found
 
 
@@ -61,13 +85,18 @@ def vwap(quote: Decimal | None, volume: Decimal) -> Decimal | None:
         return (quote / volume).quantize(Decimal(1).scaleb(-12), ROUND_HALF_EVEN)
 
 
-def holed(seed: int, base: Timeframe, start: datetime, count: int, holes: float, nulls: float) -> list[Row]:
-    """Random bars on the grid of `base`, with holes; volumes may be zero, prices have up to 18 digits."""
+def holed(
+    seed: int, base: Timeframe, start: datetime, count: int, holes: float, nulls: float
+) -> list[Row]:
+    """Random bars on the grid of `base`, with holes; volumes may be zero, prices have up to 18
+    digits.
+    """
     dice = Random(seed)
     opens = [start + i * base.width for i in range(count) if dice.random() >= holes]
     rows = random_rows(seed, opens, 18, nulls)
     for r in rows:
-        # the average stays among the prices, as the rules demand, and at times there is no trade at all
+        # the average stays among the prices, as the rules demand, and at times there is no trade at
+        # all
         r["volume"] = Decimal(0) if dice.random() < 0.2 else r["volume"]
         r["quote_volume"] = r["quote_volume"] and r["volume"] * dice.randrange(1, 10**4)
     return rows
@@ -136,10 +165,21 @@ def test_rollups_of_many_bars_are_the_same_for_any_number_of_threads(tmp_path: P
     running = []
     for threads in (1, 2, 8):
         (tmp_path / str(threads)).mkdir()
-        running.append(start_python(QUARTER, str(tmp_path / str(threads)), env={**os.environ, "POLARS_MAX_THREADS": str(threads)}))
-    assert [(process.communicate(), process.returncode) for process in running] == [(("", ""), 0)] * 3
+        running.append(
+            start_python(
+                QUARTER,
+                str(tmp_path / str(threads)),
+                env={**os.environ, "POLARS_MAX_THREADS": str(threads)},
+            )
+        )
+    assert [(process.communicate(), process.returncode) for process in running] == [
+        (("", ""), 0)
+    ] * 3
     for hours in (1, 4, 24):
-        made = [pl.read_parquet(tmp_path / str(threads) / str(91 * 24 // hours)) for threads in (1, 2, 8)]
+        made = [
+            pl.read_parquet(tmp_path / str(threads) / str(91 * 24 // hours))
+            for threads in (1, 2, 8)
+        ]
         assert made[0].equals(made[1])
         assert made[0].equals(made[2])
         found = duckdb.sql(
@@ -155,14 +195,40 @@ def test_rollups_of_many_bars_are_the_same_for_any_number_of_threads(tmp_path: P
 def test_an_hour_by_hand():
     """Three bars of one hour, none in the next, one in the hour after that."""
     rows = [
-        row(at("2024-01-01T05:00"), open=Decimal("1.5"), high=Decimal(3), low=Decimal(1), close=Decimal(2), volume=Decimal("0.1")),
-        row(at("2024-01-01T05:01"), open=Decimal(2), high=Decimal(9), low=Decimal(2), close=Decimal(8), volume=Decimal("0.2")),
-        row(at("2024-01-01T05:59"), open=Decimal(8), high=Decimal(8), low=Decimal("0.5"), close=Decimal("0.7"), volume=Decimal("0.3")),
+        row(
+            at("2024-01-01T05:00"),
+            open=Decimal("1.5"),
+            high=Decimal(3),
+            low=Decimal(1),
+            close=Decimal(2),
+            volume=Decimal("0.1"),
+        ),
+        row(
+            at("2024-01-01T05:01"),
+            open=Decimal(2),
+            high=Decimal(9),
+            low=Decimal(2),
+            close=Decimal(8),
+            volume=Decimal("0.2"),
+        ),
+        row(
+            at("2024-01-01T05:59"),
+            open=Decimal(8),
+            high=Decimal(8),
+            low=Decimal("0.5"),
+            close=Decimal("0.7"),
+            volume=Decimal("0.3"),
+        ),
         row(at("2024-01-01T07:30")),
     ]
     first, second = roll_up(frame(rows), M1, [H1], FOREVER)[H1].rows(named=True)
     assert first["open_time"] == at("2024-01-01T05:00")
-    assert [first[n] for n in ("open", "high", "low", "close")] == [Decimal("1.5"), Decimal(9), Decimal("0.5"), Decimal("0.7")]
+    assert [first[n] for n in ("open", "high", "low", "close")] == [
+        Decimal("1.5"),
+        Decimal(9),
+        Decimal("0.5"),
+        Decimal("0.7"),
+    ]
     assert [first[n] for n in VOLUMES] == [Decimal("0.6"), 3090, 21, 18, 1860]
     assert (first["vwap"], first["bars_expected"], first["bars_present"]) == (Decimal(5150), 60, 3)
     assert second["open_time"] == at("2024-01-01T07:00")
@@ -170,7 +236,9 @@ def test_an_hour_by_hand():
 
 
 def test_weeks_run_from_monday_to_sunday():
-    days = [row(at(f"2024-01-{day:02}")) for day in (7, 8, 14, 15)]  # Sunday, Monday, Sunday, Monday
+    days = [
+        row(at(f"2024-01-{day:02}")) for day in (7, 8, 14, 15)
+    ]  # Sunday, Monday, Sunday, Monday
     weeks = roll_up(frame(days), TIMEFRAMES["1d"], [W1], FOREVER)[W1]
     assert weeks.select("open_time", "bars_expected", "bars_present").rows() == [
         (at("2024-01-01"), 7, 1),
@@ -179,7 +247,9 @@ def test_weeks_run_from_monday_to_sunday():
     ]
 
 
-@pytest.mark.parametrize("name", ["quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume"])
+@pytest.mark.parametrize(
+    "name", ["quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume"]
+)
 def test_one_missing_value_makes_the_sum_unknown_and_no_other(name: str):
     rows = [row(moment) for moment in minutes(120)]
     rows[30][name] = None
@@ -191,7 +261,9 @@ def test_one_missing_value_makes_the_sum_unknown_and_no_other(name: str):
 
 
 def test_a_bucket_without_trades_has_no_vwap():
-    quiet = dict.fromkeys(("volume", "quote_volume", "taker_buy_volume", "taker_buy_quote_volume"), Decimal(0))
+    quiet = dict.fromkeys(
+        ("volume", "quote_volume", "taker_buy_volume", "taker_buy_quote_volume"), Decimal(0)
+    )
     made = roll_up(frame(row(moment, **quiet) for moment in minutes(60)), M1, [H1], FOREVER)[H1]
     assert (made["volume"][0], made["vwap"][0]) == (0, None)
 
@@ -226,13 +298,23 @@ def test_nothing_comes_of_nothing():
     assert all(f.is_empty() and f.schema == pl.Schema(ROLLUP_SCHEMA) for f in made.values())
 
 
-# --------------------------------------------------------------------------------- what the exchange itself says
-SPANS = {"2023-02-01_2023-04-30": ("2023-02-01", "2023-05-01"), "2024-01-01_2024-02-29": ("2024-01-01", "2024-03-01")}
+# --------------------------------------------------------------------------------- what the exchang
+SPANS = {
+    "2023-02-01_2023-04-30": ("2023-02-01", "2023-05-01"),
+    "2024-01-01_2024-02-29": ("2024-01-01", "2024-03-01"),
+}
 
 
-def rolled(symbol: str, base: str, span: str, start: str, end: str, names: Sequence[str]) -> dict[Timeframe, pl.DataFrame]:
+def rolled(
+    symbol: str, base: str, span: str, start: str, end: str, names: Sequence[str]
+) -> dict[Timeframe, pl.DataFrame]:
     """Real bars of one file, rolled up."""
-    return roll_up(real_bars(symbol, base, span), TIMEFRAMES[base], [TIMEFRAMES[n] for n in names], Window(at(start), at(end)))
+    return roll_up(
+        real_bars(symbol, base, span),
+        TIMEFRAMES[base],
+        [TIMEFRAMES[n] for n in names],
+        Window(at(start), at(end)),
+    )
 
 
 @needs_shared
@@ -245,8 +327,12 @@ def rolled(symbol: str, base: str, span: str, start: str, end: str, names: Seque
         ("ETHUSDT", "2024-01-01_2024-02-29", ["15m", "1h", "1d"]),
     ],
 )
-def test_rollups_equal_the_native_bars_in_all_nine_columns(symbol: str, span: str, names: list[str]):
-    """Every native bar of the dumps, in order and digit for digit, and not one bar more: 2023-03-24 with its halt as well."""
+def test_rollups_equal_the_native_bars_in_all_nine_columns(
+    symbol: str, span: str, names: list[str]
+):
+    """Every native bar of the dumps, in order and digit for digit, and not one bar more: 2023-03-24
+    with its halt as well.
+    """
     made = rolled(symbol, "1m", span, *SPANS[span], names)
     for name in names:
         native = real_bars(symbol, name, span)
@@ -260,8 +346,12 @@ def test_the_halt_of_2023_03_24():
     made = rolled("BTCUSDT", "1m", "2023-02-01_2023-04-30", "2023-02-01", "2023-05-01", ["1h"])[H1]
     day = made.filter(pl.col("open_time").dt.date() == at("2023-03-24").date())
     assert [hour for hour in range(24) if hour not in day["open_time"].dt.hour()] == [13]
-    assert day.filter(pl.col("open_time").dt.hour().is_between(11, 14))["bars_present"].to_list() == [60, 40, 60]
-    assert day.filter(pl.col("open_time").dt.hour() == 12).select("volume", "quote_volume", "trades", "vwap").row(0) == (0, 0, 0, None)
+    assert day.filter(pl.col("open_time").dt.hour().is_between(11, 14))[
+        "bars_present"
+    ].to_list() == [60, 40, 60]
+    assert day.filter(pl.col("open_time").dt.hour() == 12).select(
+        "volume", "quote_volume", "trades", "vwap"
+    ).row(0) == (0, 0, 0, None)
 
 
 @needs_shared
@@ -284,8 +374,12 @@ def test_the_only_known_difference_is_a_minute_that_the_dump_lacks():
 
 @needs_shared
 def test_hours_that_the_exchange_published_roll_up_to_its_four_hours():
-    """In 2020 Binance summed quote volumes as floats: our exact sums differ from its own in the last digit or two."""
-    made = rolled("BTCUSDT", "1h", "2020-02-01_2020-03-31", "2020-02-01", "2020-04-01", ["4h"])[TIMEFRAMES["4h"]]
+    """In 2020 Binance summed quote volumes as floats: our exact sums differ from its own in the last
+    digit or two.
+    """
+    made = rolled("BTCUSDT", "1h", "2020-02-01_2020-03-31", "2020-02-01", "2020-04-01", ["4h"])[
+        TIMEFRAMES["4h"]
+    ]
     native = real_bars("BTCUSDT", "4h", "2020-02-01_2020-03-31")
     summed_as_floats = ("quote_volume", "taker_buy_quote_volume")
     assert made.select(NAMES).drop(summed_as_floats).equals(native.drop(summed_as_floats))
@@ -296,15 +390,23 @@ def test_hours_that_the_exchange_published_roll_up_to_its_four_hours():
 @needs_shared
 @pytest.mark.parametrize("symbol", ["BTCUSDT", "ETHUSDT"])
 def test_rollups_equal_the_bars_of_the_api(symbol: str):
-    """The API's own 5m to 1w as floats; its last week reaches beyond the minutes we have, so it is no bar of ours."""
+    """The API's own 5m to 1w as floats; its last week reaches beyond the minutes we have, so it is no
+    bar of ours.
+    """
     span = "2024-01-01_2024-02-29"
     five, names = list(NAMES[:6]), ["5m", "15m", "1h", "4h", "1d", "1w"]
     made = rolled(symbol, "1m", span, *SPANS[span], names)
     for name in names:
         native = dump("binance_spot_native_ohlcv", symbol, name, span)
-        opens = pl.from_epoch("open_time", time_unit="ms").dt.replace_time_zone("UTC").cast(SCHEMA["open_time"])
+        opens = (
+            pl.from_epoch("open_time", time_unit="ms")
+            .dt.replace_time_zone("UTC")
+            .cast(SCHEMA["open_time"])
+        )
         native = native.select(opens, *five[1:])
-        ours = made[TIMEFRAMES[name]].select("open_time", *(pl.col(n).cast(pl.Float64) for n in five[1:]))
+        ours = made[TIMEFRAMES[name]].select(
+            "open_time", *(pl.col(n).cast(pl.Float64) for n in five[1:])
+        )
         beyond = native[ours.height :]["open_time"].to_list()
         assert beyond == ([at("2024-02-26")] if name == "1w" else [])
         assert ours.equals(native[: ours.height]), name

@@ -21,9 +21,10 @@ from aiohttp import web
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.bar import COLUMNS, SCHEMA
-from marketdata_assets.model.window import TIMEFRAMES, Window
-from marketdata_assets.sources.sandbox import LOG_SIZE, SandboxExchange, running, serve
-from marketdata_assets.sources.sandbox_bars import LISTINGS, klines, truth
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window
+from marketdata_assets.sources.sandbox.bars import LISTINGS, klines, truth
+from marketdata_assets.sources.sandbox.server import LOG_SIZE, SandboxExchange, running, serve
 
 Row = list[Any]
 MINUTE, DAY = 60_000, 86_400_000
@@ -96,7 +97,7 @@ def ask_klines(url: str, **query: object) -> Answer:
     return ask(url, "/api/v3/klines", **{"symbol": "BTCUSDT", "interval": "1m", **query})
 
 
-# ----------------------------------------------------------------------------------------------------------- the data
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_data_never_changes() -> None:
@@ -143,14 +144,18 @@ def test_a_minute_is_the_same_in_whatever_range_it_is_asked(symbol: str) -> None
     assert len(rows) > 600
     for offset, limit in ((0, 1), (1, 7), (333, 61), (700, 1000), (239, 2)):
         page = klines(symbol, "1m", start + offset * MINUTE, end - 1, limit, LATER)
-        assert page == [row for time, row in rows.items() if time >= start + offset * MINUTE][:limit]
+        assert (
+            page == [row for time, row in rows.items() if time >= start + offset * MINUTE][:limit]
+        )
     for limit in (1, 2, 100, 500):
         assert klines(symbol, "1m", None, end - 1, limit, LATER) == list(rows.values())[-limit:]
 
 
 @pytest.mark.parametrize("symbol", LISTINGS)
 def test_every_minute_is_possible(symbol: str) -> None:
-    """Order of prices, room for the quote amounts, ticks and steps: checked with decimals on the wire's own text."""
+    """Order of prices, room for the quote amounts, ticks and steps: checked with decimals on the
+    wire's own text.
+    """
     listing = LISTINGS[symbol]
     tick, step = Decimal(1).scaleb(-listing.tick), Decimal(1).scaleb(-listing.step)
     for row in pages(symbol, ms("2024-03-06"), ms("2024-03-10")):
@@ -175,7 +180,9 @@ def test_every_minute_is_possible(symbol: str) -> None:
 def test_prices_are_continuous_and_move() -> None:
     """A minute opens where the one before closed; over years a market wanders by tens of percent."""
     rows = pages("BTCUSDT", ms("2024-03-01"), ms("2024-03-03"))
-    assert all(after[1] == before[4] for before, after in pairwise(rows) if after[0] - before[0] == MINUTE)
+    assert all(
+        after[1] == before[4] for before, after in pairwise(rows) if after[0] - before[0] == MINUTE
+    )
     assert len({row[4] for row in rows}) > 2000
     weekly = [Decimal(row[4]) for row in klines("BTCUSDT", "1w", 0, LATER, 1000, LATER)]
     assert max(weekly) > Decimal("1.5") * min(weekly)
@@ -189,7 +196,9 @@ def test_coarse_bars_are_the_sum_of_their_minutes(symbol: str, interval: str) ->
     grouped = groupby(two_weeks(symbol), key=lambda row: start + (row[0] - start) // width * width)
     expected = [merged(list(rows), time, width) for time, rows in grouped]
     assert pages(symbol, start, start + 14 * DAY, interval) == expected
-    assert len(expected) == 14 * DAY // width - {"5m": 16, "15m": 5, "30m": 2, "1h": 1}.get(interval, 0)
+    assert len(expected) == 14 * DAY // width - {"5m": 16, "15m": 5, "30m": 2, "1h": 1}.get(
+        interval, 0
+    )
 
 
 def test_weeks_open_on_monday_and_the_first_may_be_short() -> None:
@@ -205,7 +214,10 @@ def test_halts_are_shared_and_holes_are_not() -> None:
     """One halt of 80 minutes on the 8th for all; beside it each symbol misses its own few minutes."""
     month = Window(datetime(2024, 3, 1, tzinfo=UTC), datetime(2024, 4, 1, tzinfo=UTC))
     every = set(range(ms("2024-03-01"), ms("2024-04-01"), MINUTE))
-    missing = {symbol: every - set(truth(symbol, "1m", month)["open_time"].dt.epoch("ms").to_list()) for symbol in LISTINGS}
+    missing = {
+        symbol: every - set(truth(symbol, "1m", month)["open_time"].dt.epoch("ms").to_list())
+        for symbol in LISTINGS
+    }
     halt = set(range(ms("2024-03-08T02:00"), ms("2024-03-08T03:20"), MINUTE))
     assert set.intersection(*missing.values()) == halt
     holes = {symbol: runs(times - halt) for symbol, times in missing.items()}
@@ -215,12 +227,16 @@ def test_halts_are_shared_and_holes_are_not() -> None:
 
 
 def test_quiet_stretches_are_flat() -> None:
-    """A minute without volume stands at the last price, even where a page begins in the middle of the stretch."""
+    """A minute without volume stands at the last price, even where a page begins in the middle of the
+    stretch.
+    """
     rows = pages("SHIBUSDT", ms("2024-03-09"), ms("2024-03-23"))
     quiet = [row for row in rows if row[5] == "0.00000000"]
     assert 3 <= len(runs(row[0] for row in quiet)) <= 14
     assert max(map(len, runs(row[0] for row in quiet))) <= 12
-    assert all(len(set(row[1:5])) == 1 and {row[7], row[9], row[10]} == {"0.00000000"} for row in quiet)
+    assert all(
+        len(set(row[1:5])) == 1 and {row[7], row[9], row[10]} == {"0.00000000"} for row in quiet
+    )
     closes = {row[0]: row[4] for row in rows}
     assert all(closes.get(row[0] - MINUTE, row[4]) == row[4] for row in quiet)
     assert all(klines("SHIBUSDT", "1m", row[0], row[0], 1, LATER) == [row] for row in quiet)
@@ -228,8 +244,14 @@ def test_quiet_stretches_are_flat() -> None:
 
 def test_an_open_bar_grows_into_its_closed_self() -> None:
     """At the opening nothing has traded yet; nothing shrinks; at the end it is the closed bar."""
-    opened, done = ms("2024-03-20T12:34"), klines("BTCUSDT", "1m", ms("2024-03-20T12:34"), LATER, 1, LATER)[0]
-    states = [klines("BTCUSDT", "1m", opened, LATER, 5, opened + late) for late in (0, 1, 20_000, 59_999, 60_000)]
+    opened, done = (
+        ms("2024-03-20T12:34"),
+        klines("BTCUSDT", "1m", ms("2024-03-20T12:34"), LATER, 1, LATER)[0],
+    )
+    states = [
+        klines("BTCUSDT", "1m", opened, LATER, 5, opened + late)
+        for late in (0, 1, 20_000, 59_999, 60_000)
+    ]
     assert [len(rows) for rows in states] == [1, 1, 1, 1, 2]
     assert states[0][0][5] == "0.00000000"
     assert len(set(states[0][0][1:5])) == 1
@@ -239,21 +261,38 @@ def test_an_open_bar_grows_into_its_closed_self() -> None:
     for before, after in pairwise(rows[0] for rows in states):
         assert all(Decimal(before[i]) <= Decimal(after[i]) for i in (2, 5, 7, 8, 9, 10))
         assert Decimal(before[3]) >= Decimal(after[3])
-        assert Decimal(after[3]) * Decimal(after[5]) <= Decimal(after[7]) <= Decimal(after[2]) * Decimal(after[5])
+        assert (
+            Decimal(after[3]) * Decimal(after[5])
+            <= Decimal(after[7])
+            <= Decimal(after[2]) * Decimal(after[5])
+        )
     minutes = klines("BTCUSDT", "1m", ms("2024-03-20T12:00"), LATER, 100, NOW)
-    assert klines("BTCUSDT", "1h", None, LATER, 1, NOW) == [merged(minutes, ms("2024-03-20T12:00"), 60 * MINUTE)]
+    assert klines("BTCUSDT", "1h", None, LATER, 1, NOW) == [
+        merged(minutes, ms("2024-03-20T12:00"), 60 * MINUTE)
+    ]
 
 
 @pytest.mark.parametrize("interval", TIMEFRAMES)
 def test_truth_is_what_the_wire_says(interval: str) -> None:
     """In the model's columns, over a window at whose ends no bar opens."""
-    window = Window(datetime(2024, 3, 3, 13, 7, tzinfo=UTC), datetime(2024, 3, 13, 17, 33, tzinfo=UTC))
+    window = Window(
+        datetime(2024, 3, 3, 13, 7, tzinfo=UTC), datetime(2024, 3, 13, 17, 33, tzinfo=UTC)
+    )
     frame = truth("SOLUSDT", interval, window)
     rows = pages("SOLUSDT", ms("2024-03-03T13:07"), ms("2024-03-13T17:33"), interval)
     assert dict(frame.schema) == SCHEMA
     assert sum(frame.null_count().row(0)) == 0
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
-    wire = [(epoch + timedelta(milliseconds=r[0]), *map(Decimal, r[1:6]), Decimal(r[7]), r[8], *map(Decimal, r[9:11])) for r in rows]
+    wire = [
+        (
+            epoch + timedelta(milliseconds=r[0]),
+            *map(Decimal, r[1:6]),
+            Decimal(r[7]),
+            r[8],
+            *map(Decimal, r[9:11]),
+        )
+        for r in rows
+    ]
     assert [c.name for c in COLUMNS][5:8] == ["volume", "quote_volume", "trades"]
     assert frame.rows() == wire
     assert len(wire) > 0
@@ -270,7 +309,7 @@ def test_truth_needs_no_clock_and_refuses_strangers() -> None:
         truth("BTCUSDT", "2h", Window(long_ago, soon))
 
 
-# ----------------------------------------------------------------------------------------------------------- the wire
+# --------------------------------------------------------------------------------------------------
 
 
 def test_endpoints_with_and_without_the_prefix() -> None:
@@ -289,7 +328,9 @@ def test_endpoints_with_and_without_the_prefix() -> None:
 
 
 def test_pages_follow_binances_rules() -> None:
-    """500 rows by default, 1000 at most, the newest without a start, both ends inclusive, nothing after the clock."""
+    """500 rows by default, 1000 at most, the newest without a start, both ends inclusive, nothing
+    after the clock.
+    """
     with running(SandboxExchange(now=lambda: NOW)) as url:
         opened = NOW // MINUTE * MINUTE
         newest = ask_klines(url).body
@@ -301,7 +342,10 @@ def test_pages_follow_binances_rules() -> None:
         assert [row[0] for row in both] == [start + i * MINUTE for i in range(4)]
         inside = ask_klines(url, startTime=start + 1, endTime=start + 3 * MINUTE - 1).body
         assert [row[0] for row in inside] == [start + MINUTE, start + 2 * MINUTE]
-        assert [r[0] for r in ask_klines(url, endTime=start, limit=2).body] == [start - MINUTE, start]
+        assert [r[0] for r in ask_klines(url, endTime=start, limit=2).body] == [
+            start - MINUTE,
+            start,
+        ]
         assert ask_klines(url, startTime=NOW + MINUTE).body == []
         assert ask_klines(url, startTime=start, endTime=start - 1).body == []
         halted = ask_klines(url, endTime=ms("2024-03-08T03:19"), limit=1).body
@@ -340,7 +384,12 @@ def test_exchange_info_knows_its_markets_and_their_listing() -> None:
     early = ms("2020-06-01")
     with running(SandboxExchange(now=lambda: early, weight_limit=777)) as url:
         info = ask(url, "/api/v3/exchangeInfo").body
-        assert {entry["symbol"] for entry in info["symbols"]} == {"BTCUSDT", "ETHUSDT", "DOGEUSDT", "ADAUSDT"}
+        assert {entry["symbol"] for entry in info["symbols"]} == {
+            "BTCUSDT",
+            "ETHUSDT",
+            "DOGEUSDT",
+            "ADAUSDT",
+        }
         assert info["rateLimits"][0]["rateLimitType"] == "REQUEST_WEIGHT"
         assert info["rateLimits"][0]["limit"] == 777
         assert info["serverTime"] == early
@@ -354,7 +403,9 @@ def test_exchange_info_knows_its_markets_and_their_listing() -> None:
 
 
 def test_weight_is_counted_by_the_clock_minute() -> None:
-    """429 with Retry-After above the limit, forgotten in the next minute even while the market's clock is frozen."""
+    """429 with Retry-After above the limit, forgotten in the next minute even while the market's clock
+    is frozen.
+    """
     wall = [ms("2030-01-01T00:00:40.500")]
     with running(SandboxExchange(now=lambda: NOW, weight_limit=5, wall=lambda: wall[0])) as url:
         used = [ask_klines(url, limit=1) for _ in range(3)]
@@ -368,7 +419,9 @@ def test_weight_is_counted_by_the_clock_minute() -> None:
 
 
 def test_going_on_after_429_is_banned() -> None:
-    """The eleventh request after the first 429 gets 418, and so does the next minute; after the ban all is well."""
+    """The eleventh request after the first 429 gets 418, and so does the next minute; after the ban
+    all is well.
+    """
     wall = [ms("2030-01-01T00:00:10")]
     exchange = SandboxExchange(now=lambda: NOW, weight_limit=0, wall=lambda: wall[0])
     with running(exchange) as url:
@@ -384,7 +437,9 @@ def test_going_on_after_429_is_banned() -> None:
 def test_tamper_plants_faults() -> None:
     """Other rows, a whole other answer, or nothing at all; a refusal may be raised."""
 
-    async def tamper(request: web.Request, rows: list[Row]) -> list[Row] | web.StreamResponse | None:
+    async def tamper(
+        request: web.Request, rows: list[Row]
+    ) -> list[Row] | web.StreamResponse | None:
         fault = request.query["limit"]
         if fault == "3":
             return [*rows[:1], *rows]
@@ -445,12 +500,22 @@ def test_ccxt_takes_it_for_binance() -> None:
     ccxt = pytest.importorskip("ccxt.async_support")
 
     async def visit(url: str) -> tuple[dict[str, Any], list[Row], int]:
-        binance = ccxt.binance({"options": {"fetchMarkets": {"types": ["spot"]}, "fetchCurrencies": False}})
+        binance = ccxt.binance(
+            {"options": {"fetchMarkets": {"types": ["spot"]}, "fetchCurrencies": False}}
+        )
         api = binance.urls["api"].items()
-        binance.urls["api"] = {name: re.sub(r"^https?://[^/]+", url, link) if isinstance(link, str) else link for name, link in api}
+        binance.urls["api"] = {
+            name: re.sub(r"^https?://[^/]+", url, link) if isinstance(link, str) else link
+            for name, link in api
+        }
         try:
             markets = await binance.load_markets()
-            query = {"symbol": "SHIBUSDT", "interval": "1m", "startTime": ms("2024-03-08T01:59"), "limit": 2}
+            query = {
+                "symbol": "SHIBUSDT",
+                "interval": "1m",
+                "startTime": ms("2024-03-08T01:59"),
+                "limit": 2,
+            }
             return markets, await binance.publicGetKlines(query), await binance.fetch_time()
         finally:
             await binance.close()

@@ -1,4 +1,6 @@
-"""The DuckDB warehouse: exactly these bars, only what changed, all or nothing, and a patient wait for the file."""
+"""The DuckDB warehouse: exactly these bars, only what changed, all or nothing, and a patient wait for
+the file.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.lake.tables import rollup
-from marketdata_assets.lake.warehouse import Warehouse
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA
-from marketdata_assets.model.window import TIMEFRAMES, Window
-from marketdata_tests.samples import BTC, ETH, FEBRUARY, JANUARY, START, kill, random_rows, start_python
+from marketdata_assets.model.table import rollup
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window
+from marketdata_assets.storage.warehouse import Warehouse
+from marketdata_tests.samples import (
+    BTC,
+    ETH,
+    FEBRUARY,
+    JANUARY,
+    START,
+    kill,
+    random_rows,
+    start_python,
+)
 
 H1, D1 = TIMEFRAMES["1h"], TIMEFRAMES["1d"]
 MONTH = JANUARY.month
@@ -32,9 +44,16 @@ ALWAYS = Window(START - timedelta(days=400), START + timedelta(days=400))
 
 def hours(seed: int, count: int = 24, start: int = 0, digits: int = 12) -> pl.DataFrame:
     """Hourly rollups from January's hour `start` on, random in all numbers."""
-    rows = random_rows(seed, [START + (start + i) * H1.width for i in range(count)], digits, nulls=0.2)
-    rows = [{**r, "vwap": r["quote_volume"], "bars_expected": 60, "bars_present": 60 - i % 3} for i, r in enumerate(rows)]
-    return pl.DataFrame([{name: r[name] for name in ROLLUP_SCHEMA} for r in rows], schema=ROLLUP_SCHEMA)
+    rows = random_rows(
+        seed, [START + (start + i) * H1.width for i in range(count)], digits, nulls=0.2
+    )
+    rows = [
+        {**r, "vwap": r["quote_volume"], "bars_expected": 60, "bars_present": 60 - i % 3}
+        for i, r in enumerate(rows)
+    ]
+    return pl.DataFrame(
+        [{name: r[name] for name in ROLLUP_SCHEMA} for r in rows], schema=ROLLUP_SCHEMA
+    )
 
 
 @pytest.fixture
@@ -51,7 +70,7 @@ def get(warehouse: Warehouse, market: Any = BTC, window: Window = ALWAYS) -> pl.
     return warehouse.read(rollup(H1), market, window)
 
 
-# --------------------------------------------------------------------------------- exactly these bars
+# --------------------------------------------------------------------------------- exactly these ba
 def test_what_is_not_there_is_empty(warehouse: Warehouse):
     assert not warehouse.exists
     assert get(warehouse).equals(pl.DataFrame(schema=ROLLUP_SCHEMA))
@@ -84,22 +103,29 @@ def test_a_window_is_read_half_open(warehouse: Warehouse):
 def test_moments_do_not_depend_on_where_the_machine_stands(warehouse: Warehouse):
     put(warehouse, hours(1))
     reader = (
-        "import sys; from pathlib import Path; from marketdata_assets.lake.warehouse import *;"
+        "import sys; from pathlib import Path; from marketdata_assets.storage.warehouse import *;"
         "from marketdata_assets.model.window import TIMEFRAMES, Window, parse_time;"
         "found = Warehouse(Path(sys.argv[1])).read(Table('rollup', TIMEFRAMES['1h']), Market('binance', 'BTC/USDT'),"
         " Window(parse_time('2024-01-01T03:00Z'), parse_time('2024-01-01T05:00Z')));"
         "print(*found['open_time'].dt.epoch('s'), found.schema['open_time'])"
     )
-    process = start_python(reader, str(warehouse.path), env={**os.environ, "TZ": "America/New_York"})
+    process = start_python(
+        reader, str(warehouse.path), env={**os.environ, "TZ": "America/New_York"}
+    )
     said, errors = process.communicate()
     assert said.strip() == "1704078000 1704081600 Datetime(time_unit='us', time_zone='UTC')", errors
 
 
-# --------------------------------------------------------------------------------- only what changed
+# --------------------------------------------------------------------------------- only what change
 def test_only_rows_that_differ_are_touched(warehouse: Warehouse):
     bars = hours(1)
     assert [put(warehouse, bars), put(warehouse, bars)] == [24, 0]
-    changed = bars.with_columns(pl.when(pl.col("open_time") == START + 5 * H1.width).then(pl.lit(7)).otherwise("trades").alias("trades"))
+    changed = bars.with_columns(
+        pl.when(pl.col("open_time") == START + 5 * H1.width)
+        .then(pl.lit(7))
+        .otherwise("trades")
+        .alias("trades")
+    )
     assert put(warehouse, changed.cast(ROLLUP_SCHEMA)) == 1
     assert get(warehouse).equals(changed.cast(ROLLUP_SCHEMA))
     assert put(warehouse, pl.concat([changed.cast(ROLLUP_SCHEMA), hours(2, 2, start=24)])) == 2
@@ -111,30 +137,47 @@ def test_only_rows_that_differ_are_touched(warehouse: Warehouse):
 
 
 def test_untouched_rows_stay_where_they_are(warehouse: Warehouse):
-    """By DuckDB's own row ids (which hold while somebody keeps the file open): what did not change was not written again."""
+    """By DuckDB's own row ids (which hold while somebody keeps the file open): what did not change was
+    not written again.
+    """
     put(warehouse, hours(1))
     with duckdb.connect(str(warehouse.path), config={"threads": "1"}) as keeper:
 
         def row_ids() -> dict[int, int]:
-            return dict(keeper.execute("SELECT epoch(open_time)::BIGINT // 3600, rowid FROM rollup.ohlcv_1h").fetchall())
+            return dict(
+                keeper.execute(
+                    "SELECT epoch(open_time)::BIGINT // 3600, rowid FROM rollup.ohlcv_1h"
+                ).fetchall()
+            )
 
         before = row_ids()
         put(warehouse, pl.concat([hours(1)[:10], hours(9, 1, start=10), hours(1)[11:]]))
         after = row_ids()
-    assert [hour for hour in before if before[hour] != after[hour]] == [START.timestamp() // 3600 + 10]
+    assert [hour for hour in before if before[hour] != after[hour]] == [
+        START.timestamp() // 3600 + 10
+    ]
 
 
 @settings(max_examples=8)
 @given(st.lists(st.tuples(st.integers(0, 3), st.sets(st.integers(0, 11))), min_size=1, max_size=4))
 def test_any_frame_follows_any_other(tmp_path: Path, states: list[tuple[int, set[int]]]):
-    """Whatever was there, afterwards exactly the new bars are, and the count is the number of bars that differ."""
+    """Whatever was there, afterwards exactly the new bars are, and the count is the number of bars
+    that differ.
+    """
     warehouse = Warehouse(tmp_path / f"{len(list(tmp_path.iterdir()))}.duckdb")
     before: dict[Any, Any] = {}
     for seed, places in states:
         versions = (hours(seed + i % 2, 12) for i in range(12))
-        frame = pl.concat([hours(0, 0), *(version[i : i + 1] for i, version in enumerate(versions) if i in places)])
+        frame = pl.concat(
+            [
+                hours(0, 0),
+                *(version[i : i + 1] for i, version in enumerate(versions) if i in places),
+            ]
+        )
         after = {r[0]: r for r in frame.rows()}
-        assert put(warehouse, frame) == sum(before.get(moment) != after.get(moment) for moment in before.keys() | after.keys())
+        assert put(warehouse, frame) == sum(
+            before.get(moment) != after.get(moment) for moment in before.keys() | after.keys()
+        )
         assert get(warehouse).equals(frame)
         before = after
 
@@ -154,7 +197,13 @@ def test_other_markets_windows_and_timeframes_are_left_alone(warehouse: Warehous
 
 def test_columns_are_bound_by_name(warehouse: Warehouse):
     put(warehouse, hours(1))
-    assert put(warehouse, hours(1).select(reversed(ROLLUP_SCHEMA)).with_columns(pl.lit(1).alias("extra"))) == 0
+    assert (
+        put(
+            warehouse,
+            hours(1).select(reversed(ROLLUP_SCHEMA)).with_columns(pl.lit(1).alias("extra")),
+        )
+        == 0
+    )
     with pytest.raises(pl.exceptions.ColumnNotFoundError):
         put(warehouse, hours(2).drop("close"))
     assert get(warehouse).equals(hours(1))
@@ -172,7 +221,9 @@ def test_an_exception_in_the_middle_leaves_the_old_rows(warehouse: Warehouse):
     """The hours are good and written first; the days lack a column."""
     warehouse.replace(BTC, {H1: hours(1), D1: hours(2, 2)}, {H1: MONTH, D1: MONTH})
     with pytest.raises(pl.exceptions.PolarsError):
-        warehouse.replace(BTC, {H1: hours(3), D1: hours(4, 2).drop("close")}, {H1: MONTH, D1: MONTH})
+        warehouse.replace(
+            BTC, {H1: hours(3), D1: hours(4, 2).drop("close")}, {H1: MONTH, D1: MONTH}
+        )
     with pytest.raises(KeyError):
         warehouse.replace(BTC, {H1: hours(3), D1: hours(4, 2)}, {H1: MONTH})
     assert get(warehouse).equals(hours(1))
@@ -202,7 +253,7 @@ import itertools, sys
 from pathlib import Path
 import duckdb, polars as pl, pyarrow
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.lake.warehouse import Warehouse
+from marketdata_assets.storage.warehouse import Warehouse
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.window import TIMEFRAMES, month_of, parse_time
 market, month = Market("binance", "BTC/USDT"), month_of(parse_time("2024-01-01"))
@@ -252,9 +303,16 @@ for frame in itertools.cycle(frames):
 """
 
 
-def test_the_file_opens_and_is_whole_whenever_its_writer_is_killed(tmp_path: Path, frames: list[str]):
-    """Five writers in turn rewrite a month in two tables, each killed at a random moment: always both old or both new."""
-    warehouse, good = Warehouse(tmp_path / "market.duckdb"), [pl.read_parquet(file) for file in frames]
+def test_the_file_opens_and_is_whole_whenever_its_writer_is_killed(
+    tmp_path: Path, frames: list[str]
+):
+    """Five writers in turn rewrite a month in two tables, each killed at a random moment: always both
+    old or both new.
+    """
+    warehouse, good = (
+        Warehouse(tmp_path / "market.duckdb"),
+        [pl.read_parquet(file) for file in frames],
+    )
     writers = [start_python(WRITER + FOREVER, str(warehouse.path), *frames) for _ in range(5)]
     for writer in writers:
         _, errors = writer.communicate("go\n")
@@ -265,7 +323,7 @@ def test_the_file_opens_and_is_whole_whenever_its_writer_is_killed(tmp_path: Pat
     assert get(warehouse).equals(hours(3))
 
 
-# --------------------------------------------------------------------------------- a file that somebody holds
+# --------------------------------------------------------------------------------- a file that some
 @pytest.fixture
 def held(warehouse: Warehouse) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the file until it is told to let go."""
@@ -280,13 +338,18 @@ def held(warehouse: Warehouse) -> Iterator[subprocess.Popen[str]]:
 def test_patience_ends_with_one_clear_error(warehouse: Warehouse, held: subprocess.Popen[str]):
     impatient = Warehouse(warehouse.path, patience=0.1)
     for act in (lambda: put(impatient, hours(2)), lambda: get(impatient)):
-        with pytest.raises(StoreFailed, match=r"another process holds it; close that process or set another `duckdb:`") as told:
+        with pytest.raises(
+            StoreFailed,
+            match=r"another process holds it; close that process or set another `duckdb:`",
+        ) as told:
             act()
         assert str(told.value).startswith(str(warehouse.path))
         assert told.value.exit_code == 3
 
 
-def test_whoever_waits_gets_its_turn(warehouse: Warehouse, held: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch):
+def test_whoever_waits_gets_its_turn(
+    warehouse: Warehouse, held: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+):
     """The file is let go while the writer waits for the third time."""
     pauses = []
 
@@ -295,7 +358,7 @@ def test_whoever_waits_gets_its_turn(warehouse: Warehouse, held: subprocess.Pope
         if len(pauses) == 3:
             held.communicate("let go\n")
 
-    monkeypatch.setattr("marketdata_assets.lake.warehouse._pause", pause)
+    monkeypatch.setattr("marketdata_assets.storage.warehouse._pause", pause)
     assert put(warehouse, hours(2)) == 24
     assert pauses == [None, None, None]
     assert get(warehouse).equals(hours(2))
@@ -322,7 +385,7 @@ def test_readers_and_a_writer_of_one_process_take_turns(warehouse: Warehouse):
     assert seen == [True] * 20
 
 
-# --------------------------------------------------------------------------------- files that are none
+# --------------------------------------------------------------------------------- files that are n
 def overwritten(path: Path, first: int) -> None:
     """Flip every bit from a place on."""
     content = bytearray(path.read_bytes())
@@ -342,7 +405,9 @@ def overwritten(path: Path, first: int) -> None:
     ids=["text", "empty", "cut short", "headers overwritten", "blocks overwritten"],
 )
 def test_a_damaged_file_is_told_at_once(tmp_path: Path, harm: Any):
-    """In a folder whose name, like DuckDB's "block", holds the word lock: that is no reason to wait."""
+    """In a folder whose name, like DuckDB's "block", holds the word lock: that is no reason to
+    wait.
+    """
     warehouse = Warehouse(tmp_path / "locker/market.duckdb", patience=3600.0)
     put(warehouse, hours(1, 700))
     harm(warehouse.path)
@@ -364,7 +429,17 @@ def test_a_place_that_cannot_be_is_told(tmp_path: Path):
 def test_the_tables_have_the_columns_of_the_registry(warehouse: Warehouse):
     put(warehouse, hours(1))
     with duckdb.connect(str(warehouse.path), read_only=True) as connection:
-        types = dict(connection.execute("SELECT column_name, data_type FROM information_schema.columns").fetchall())
+        types = dict(
+            connection.execute(
+                "SELECT column_name, data_type FROM information_schema.columns"
+            ).fetchall()
+        )
     assert list(types) == ["market", *NAMES, "vwap", "bars_expected", "bars_present"]
-    assert {types[name] for name in ("open", "volume", "vwap", "taker_buy_quote_volume")} == {"DECIMAL(38,12)"}
-    assert (types["open_time"], types["trades"], types["bars_present"]) == ("TIMESTAMP WITH TIME ZONE", "BIGINT", "BIGINT")
+    assert {types[name] for name in ("open", "volume", "vwap", "taker_buy_quote_volume")} == {
+        "DECIMAL(38,12)"
+    }
+    assert (types["open_time"], types["trades"], types["bars_present"]) == (
+        "TIMESTAMP WITH TIME ZONE",
+        "BIGINT",
+        "BIGINT",
+    )

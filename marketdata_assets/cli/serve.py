@@ -15,10 +15,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
-from marketdata_assets.cli.processes import BROKER, ROOT, Service, Supervisor, dagster_environment, only_one, start, stop, write_file
+from marketdata_assets.cli.processes import (
+    BROKER,
+    ROOT,
+    Service,
+    Supervisor,
+    dagster_environment,
+    only_one,
+    start,
+    stop,
+    write_file,
+)
 from marketdata_assets.errors import BadInput, StoreFailed
-from marketdata_assets.lake.ledger import Ledger
-from marketdata_assets.settings import PREFIX, Settings, load_settings
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.settings.universe import PREFIX, Settings, load_settings
 
 _LOCATION = "marketdata_assets"
 _STARTUP = 120
@@ -36,10 +46,18 @@ def serve_ui(settings: Settings, port: int, say: Callable[[str], None]) -> None:
         try:
             with Supervisor(environment, say) as supervisor:
                 _await(lambda: _connect(code_port), supervisor.begin(_code_server(code_port)))
-                web = Service("the web server", ["dagster_webserver", "-w", workspace, "-h", "127.0.0.1", "-p", str(port)])
+                web = Service(
+                    "the web server",
+                    ["dagster_webserver", "-w", workspace, "-h", "127.0.0.1", "-p", str(port)],
+                )
                 _await(lambda: _get(f"{url}/server_info"), supervisor.begin(web))
-                # ours looks after runs that are processes of this machine; those of workers are looked after by their launcher
-                module = "dagster._daemon" if settings.broker else "marketdata_assets.defs.launcher"
+                # ours looks after runs that are processes of this machine; those of workers are
+                # looked after by their launcher
+                module = (
+                    "dagster._daemon"
+                    if settings.broker
+                    else "marketdata_assets.dagster_ext.launcher"
+                )
                 supervisor.begin(Service("the daemon", [module, "run", "-w", workspace]))
                 say(f"UI ready at {url}")
                 supervisor.tend()
@@ -51,8 +69,12 @@ def serve_ui(settings: Settings, port: int, say: Callable[[str], None]) -> None:
 ROLES = ("web", "daemon", "worker")
 
 
-def serve_role(settings: Settings, role: str, host: str, port: int, processes: int, say: Callable[[str], None]) -> None:
-    """One role of an instance that many machines share, until we are asked to end; it is started again when it dies."""
+def serve_role(
+    settings: Settings, role: str, host: str, port: int, processes: int, say: Callable[[str], None]
+) -> None:
+    """One role of an instance that many machines share, until we are asked to end; it is started again
+    when it dies.
+    """
     environment = _shared_environment(settings)
     service = _role(settings, role, environment, host, port, processes)
     only = _Only(Ledger(settings.state, settings.database)) if role == "daemon" else None
@@ -63,14 +85,18 @@ def serve_role(settings: Settings, role: str, host: str, port: int, processes: i
 
 
 class _Only:
-    """Holds a lock in the database, as two daemons would ask for everything twice; takes it again when the server was restarted."""
+    """Holds a lock in the database, as two daemons would ask for everything twice; takes it again when
+    the server was restarted.
+    """
 
     def __init__(self, database: Ledger) -> None:
         self._database, self._held, self._next = database, ExitStack(), 0.0
 
     def __enter__(self) -> Self:
         if not self._held.enter_context(self._database.lock("daemon", wait=False)):
-            raise BadInput("another daemon already serves this database; there must be one, as two would ask for everything twice")
+            raise BadInput(
+                "another daemon already serves this database; there must be one, as two would ask for everything twice"
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,37 +124,62 @@ def check_role(settings: Settings, role: str, host: str, port: int) -> bool:
             return False
         return True
     ping = ["inspect", "ping", "--destination", _node(settings), "--timeout", "10"]
-    arguments = ["dagster._daemon", "liveness-check"] if role == "daemon" else ["celery", "-A", "dagster_celery.app", *ping]
+    arguments = (
+        ["dagster._daemon", "liveness-check"]
+        if role == "daemon"
+        else ["celery", "-A", "dagster_celery.app", *ping]
+    )
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return start(arguments, environment, **quiet).wait() == 0
 
 
 def _shared_environment(settings: Settings) -> dict[str, str]:
     if not settings.database:
-        raise BadInput(f"{settings.source}: there is no `database:`, which many machines need; on one, use `marketdata dev`")
+        raise BadInput(
+            f"{settings.source}: there is no `database:`, which many machines need; on one, use `marketdata dev`"
+        )
     environment = dagster_environment(settings)
     home = Path(environment["DAGSTER_HOME"])
     write_file(home / "dagster_celery_config.py", _CELERY_CONFIG)
-    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, (str(home), os.environ.get("PYTHONPATH"))))}
+    return environment | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(home), os.environ.get("PYTHONPATH"))))
+    }
 
 
 _CELERY_CONFIG = """\
 # Made by `marketdata serve`: the module that `celery -A dagster_celery.app` reads.
-from marketdata_assets.defs.celery_runs import celery_config
+from marketdata_assets.dagster_ext.celery_runs import celery_config
 
 globals().update(celery_config())
 """
 
 
-def _role(settings: Settings, role: str, environment: dict[str, str], host: str, port: int, processes: int) -> Service:
+def _role(
+    settings: Settings, role: str, environment: dict[str, str], host: str, port: int, processes: int
+) -> Service:
     workspace = str(ROOT / "workspace.yaml")
     if role == "web":
-        return Service("the web server", ["dagster_webserver", "-w", workspace, "-h", host, "-p", str(port)])
+        return Service(
+            "the web server", ["dagster_webserver", "-w", workspace, "-h", host, "-p", str(port)]
+        )
     if role == "daemon":
         return Service("the daemon", ["dagster._daemon", "run", "-w", workspace])
     if BROKER not in environment:
-        raise BadInput("there is no `broker:`; a worker takes its runs from one, such as redis://host:6379/0")
-    how = ["--queues", "dagster", "--hostname", _node(settings), "--concurrency", str(processes), "-O", "fair", "--loglevel", "WARNING"]
+        raise BadInput(
+            "there is no `broker:`; a worker takes its runs from one, such as redis://host:6379/0"
+        )
+    how = [
+        "--queues",
+        "dagster",
+        "--hostname",
+        _node(settings),
+        "--concurrency",
+        str(processes),
+        "-O",
+        "fair",
+        "--loglevel",
+        "WARNING",
+    ]
     return Service("the worker", ["celery", "-A", "dagster_celery.app", "worker", *how])
 
 
@@ -147,10 +198,29 @@ def _workspace(home: Path, code_port: int) -> str:
 
 
 def _code_server(port: int) -> Service:
-    """A door that can be reloaded and, behind it, the process with our code; that one ends when the door is silent."""
-    where = ["-h", "127.0.0.1", "-p", str(port), "-m", f"{_LOCATION}.definitions", "--location-name", _LOCATION]
-    how = ["--use-python-environment-entry-point", "--heartbeat-ttl", "10", "--log-level", "warning"]
-    return Service("the code server", ["dagster", "code-server", "start", *where, *how], two_processes=True)
+    """A door that can be reloaded and, behind it, the process with our code; that one ends when the
+    door is silent.
+    """
+    where = [
+        "-h",
+        "127.0.0.1",
+        "-p",
+        str(port),
+        "-m",
+        f"{_LOCATION}.definitions",
+        "--location-name",
+        _LOCATION,
+    ]
+    how = [
+        "--use-python-environment-entry-point",
+        "--heartbeat-ttl",
+        "10",
+        "--log-level",
+        "warning",
+    ]
+    return Service(
+        "the code server", ["dagster", "code-server", "start", *where, *how], two_processes=True
+    )
 
 
 def _check_free(port: int) -> None:
@@ -191,7 +261,11 @@ def _connect(port: int) -> None:
 def run_sandbox() -> Iterator[str]:
     """The sandbox exchange in a process of its own, on a free port; its base_url."""
     port = _free_port()
-    child = start(["marketdata_assets.cli.main", "sandbox", "--port", str(port)], dict(os.environ), stdout=subprocess.DEVNULL)
+    child = start(
+        ["marketdata_assets.cli.main", "sandbox", "--port", str(port)],
+        dict(os.environ),
+        stdout=subprocess.DEVNULL,
+    )
     try:
         _await(lambda: _get(f"http://127.0.0.1:{port}/api/v3/ping"), child)
         yield f"http://127.0.0.1:{port}/binance"
@@ -206,7 +280,9 @@ def _free_port() -> int:
 
 
 def demo_universe(folder: Path, url: str) -> Settings:
-    """Write the demo's universe (two markets, the last whole months and the open one) and read it as any other."""
+    """Write the demo's universe (two markets, the last whole months and the open one) and read it as
+    any other.
+    """
     today = datetime.now(UTC).replace(day=1)
     since = today
     for _ in range(DEMO_MONTHS):
@@ -215,9 +291,13 @@ def demo_universe(folder: Path, url: str) -> Settings:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "universe.yaml"
-        file.write_text(_UNIVERSE.format(since=since.date(), url=url, folder=folder), encoding="utf-8")
+        file.write_text(
+            _UNIVERSE.format(since=since.date(), url=url, folder=folder), encoding="utf-8"
+        )
     except OSError as error:
-        raise StoreFailed(f"{folder} cannot be written: {error.strerror}; choose another --folder") from None
+        raise StoreFailed(
+            f"{folder} cannot be written: {error.strerror}; choose another --folder"
+        ) from None
     os.environ[PREFIX + "UNIVERSE"] = str(file)  # for the processes of Dagster that the demo starts
     return load_settings()
 

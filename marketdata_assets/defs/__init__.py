@@ -1,1 +1,3 @@
-"""Dagster's door, thin: an asset body reads its keys, calls one flow, returns the result as metadata."""
+"""Dagster's door, thin: an asset body reads its keys, calls one flow, returns the result as
+metadata.
+"""

@@ -9,25 +9,29 @@ from typing import Any
 import dagster as dg
 from dagster_duckdb import DuckDBResource
 
+from marketdata_assets.charts import candles, sparkline
+from marketdata_assets.context import Tell, Toolbox, open_toolbox
 from marketdata_assets.defs.checks import IMPORT, KIND, Results, check_specs, failure_told, finished
 from marketdata_assets.defs.partitions import partitions_of_run
-from marketdata_assets.defs.pictures import candles, sparkline
 from marketdata_assets.errors import CheckFailed
-from marketdata_assets.flows.audit import audit_gaps, audit_raw, audit_rollup
-from marketdata_assets.flows.derive import Derived, derive
-from marketdata_assets.flows.gaps import explain
-from marketdata_assets.flows.imports import as_stored
-from marketdata_assets.flows.ingest import Ingested, ingest
-from marketdata_assets.flows.read import daily_coverage
-from marketdata_assets.flows.repair import Told, told
-from marketdata_assets.lake.tables import Table, raw, rollup
+from marketdata_assets.flows.derive.rollup import Derived, derive
+from marketdata_assets.flows.fetch.imports import as_stored
+from marketdata_assets.flows.fetch.ingest import Ingested, ingest
+from marketdata_assets.flows.operate.repair import Told, told
+from marketdata_assets.flows.prove.audit import audit_gaps, audit_raw, audit_rollup
+from marketdata_assets.flows.prove.gaps import explain
+from marketdata_assets.flows.read.coverage import daily_coverage
 from marketdata_assets.model.bar import Column
-from marketdata_assets.model.window import Partition, Timeframe, Window, iso
-from marketdata_assets.settings import Settings
-from marketdata_assets.toolbox import Tell, Toolbox, open_toolbox
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import Window, iso
+from marketdata_assets.settings.universe import Settings
 
 WAREHOUSE_POOL = "warehouse"
-"""How many runs write rollups at once (dagster.yaml). Within them a lock lets one write; venues have a limiter."""
+"""How many runs write rollups at once (dagster.yaml). Within them a lock lets one write; venues have a
+limiter.
+"""
 
 
 def asset_key(table: Table) -> dg.AssetKey:
@@ -44,7 +48,13 @@ def _spec(
     freshness_policy: dg.FreshnessPolicy | None = None,
 ) -> dg.AssetSpec:
     columns = [
-        dg.TableColumn(c.name, _type_name(c), c.meaning, constraints=dg.TableColumnConstraints(nullable=c.optional)) for c in table.columns
+        dg.TableColumn(
+            c.name,
+            _type_name(c),
+            c.meaning,
+            constraints=dg.TableColumnConstraints(nullable=c.optional),
+        )
+        for c in table.columns
     ]
     return dg.AssetSpec(
         asset_key(table),
@@ -55,7 +65,10 @@ def _spec(
         owners=["team:marketdata"],
         skippable=skippable,
         freshness_policy=freshness_policy,
-        metadata={"dagster/column_schema": dg.TableSchema(columns=columns), "dagster/table_name": table.name},
+        metadata={
+            "dagster/column_schema": dg.TableSchema(columns=columns),
+            "dagster/table_name": table.name,
+        },
     )
 
 
@@ -65,7 +78,9 @@ def _type_name(column: Column) -> str:
     return "bigint" if column.dtype.is_integer() else "decimal(38, 12)"
 
 
-def raw_asset(settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitionsDefinition, tell: Tell) -> dg.AssetsDefinition:
+def raw_asset(
+    settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitionsDefinition, tell: Tell
+) -> dg.AssetsDefinition:
     """The asset of one fetched timeframe."""
     table = raw(timeframe)
     what = (
@@ -74,7 +89,11 @@ def raw_asset(settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitions
         "text says what to do; rows refused by a rule are in `marketdata quarantine list`."
     )
     quiet, limits = _keeps_quiet(settings, timeframe), settings.limits(timeframe)
-    policy = dg.FreshnessPolicy.time_window(fail_window=limits.error, warn_window=limits.warn) if quiet else None
+    policy = (
+        dg.FreshnessPolicy.time_window(fail_window=limits.error, warn_window=limits.warn)
+        if quiet
+        else None
+    )
     store = "s3" if settings.lake.startswith("s3://") else "parquet"
 
     @dg.multi_asset(
@@ -88,10 +107,20 @@ def raw_asset(settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitions
         partitions = partitions_of_run(context)
         results = Results(context, asset_key(table), tell, skippable=quiet)
         with failure_told(tell, partitions), open_toolbox(settings, tell=tell) as toolbox:
-            fetch_into(results, toolbox, timeframe, partitions, asks=context.run.tags.get(KIND) != IMPORT)
-            if results.failed and (good := [p for p in results.good if settings.venues[p.market.venue].base == timeframe]):
-                # this step fails and the next is skipped: those that are well must not wait for the others
-                rollups = {tf: Results(context, asset_key(rollup(tf)), tell) for tf in settings.rollup_timeframes}
+            fetch_into(
+                results, toolbox, timeframe, partitions, asks=context.run.tags.get(KIND) != IMPORT
+            )
+            if results.failed and (
+                good := [
+                    p for p in results.good if settings.venues[p.market.venue].base == timeframe
+                ]
+            ):
+                # this step fails and the next is skipped: those that are well must not wait for the
+                # others
+                rollups = {
+                    tf: Results(context, asset_key(rollup(tf)), tell)
+                    for tf in settings.rollup_timeframes
+                }
                 roll_up_into(rollups, toolbox, good)
                 for rolled in rollups.values():
                     rolled.log_done()
@@ -101,15 +130,21 @@ def raw_asset(settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitions
 
 
 def _keeps_quiet(settings: Settings, timeframe: Timeframe) -> bool:
-    """Whether a refresh without new bars leaves no event here, so that Dagster's freshness badge tells the truth.
+    """Whether a refresh without new bars leaves no event here, so that Dagster's freshness badge tells
+    the truth.
 
-    What it leaves out, Dagster leaves out downstream too: only the one base may do so, never a reference beside it.
+    What it leaves out, Dagster leaves out downstream too: only the one base may do so, never a
+    reference beside it.
     """
-    wanted_now = any(venue.until is None or venue.until > settings.now() for venue in settings.venues.values())
+    wanted_now = any(
+        venue.until is None or venue.until > settings.now() for venue in settings.venues.values()
+    )
     return wanted_now and {venue.base for venue in settings.venues.values()} == {timeframe}
 
 
-def rollup_assets(settings: Settings, grid: dg.MultiPartitionsDefinition, tell: Tell) -> dg.AssetsDefinition:
+def rollup_assets(
+    settings: Settings, grid: dg.MultiPartitionsDefinition, tell: Tell
+) -> dg.AssetsDefinition:
     """All rollups: one step, one read of the raw bars, an asset per timeframe."""
     tables = {tf: rollup(tf) for tf in settings.rollup_timeframes}
     deps = [raw(tf) for tf in settings.raw_timeframes]
@@ -126,8 +161,13 @@ def rollup_assets(settings: Settings, grid: dg.MultiPartitionsDefinition, tell: 
     )
     def roll_up(context: dg.AssetExecutionContext, warehouse: DuckDBResource) -> Iterator[Any]:
         partitions = partitions_of_run(context)
-        results = {tf: Results(context, asset_key(t), tell, skippable=True) for tf, t in tables.items()}
-        with failure_told(tell, partitions), open_toolbox(settings, warehouse.get_connection) as toolbox:
+        results = {
+            tf: Results(context, asset_key(t), tell, skippable=True) for tf, t in tables.items()
+        }
+        with (
+            failure_told(tell, partitions),
+            open_toolbox(settings, warehouse.get_connection) as toolbox,
+        ):
             roll_up_into(results, toolbox, partitions)
         yield from finished(list(results.values()))
 
@@ -142,18 +182,31 @@ def fetch_into(
     again: Window | None = None,
     asks: bool = True,
 ) -> list[Told]:
-    """Ingest and audit the partitions of a raw asset, and what each brought; bars of `again` are asked for once more.
+    """Ingest and audit the partitions of a raw asset, and what each brought; bars of `again` are asked
+    for once more.
 
     `asks`: off after an import, when what files have told is audited and no venue is asked.
     """
     fetched, unexplained = [], []
-    for done in ingest(toolbox, timeframe, partitions, again) if asks else (as_stored(toolbox, timeframe, p) for p in partitions):
+    for done in (
+        ingest(toolbox, timeframe, partitions, again)
+        if asks
+        else (as_stored(toolbox, timeframe, p) for p in partitions)
+    ):
         fetched.append(told(done))
         findings = audit_raw(toolbox, done) if done.error is None else []
-        results.add(done.partition, _raw_metadata(done), findings, done.error, changed=done.account.stored > 0)
+        results.add(
+            done.partition,
+            _raw_metadata(done),
+            findings,
+            done.error,
+            changed=done.account.stored > 0,
+        )
         if any(not gap.cause for gap in done.gaps):
             unexplained.append(replace(done, bars=done.bars.select("open_time")))
-    explained = explain(toolbox, partitions, ask=asks)  # what one market lacks, the others tell apart
+    explained = explain(
+        toolbox, partitions, ask=asks
+    )  # what one market lacks, the others tell apart
     for done in unexplained:
         if done.error is None and (raw(timeframe), done.partition) in explained:
             results.renew(done.partition, audit_gaps(toolbox, done))
@@ -161,7 +214,9 @@ def fetch_into(
     return fetched
 
 
-def roll_up_into(results: Mapping[Timeframe, Results], toolbox: Toolbox, partitions: Sequence[Partition]) -> None:
+def roll_up_into(
+    results: Mapping[Timeframe, Results], toolbox: Toolbox, partitions: Sequence[Partition]
+) -> None:
     """Derive and audit the partitions of all rollups; one with a red blocking check fails alone."""
     if not results:
         return
@@ -169,13 +224,22 @@ def roll_up_into(results: Mapping[Timeframe, Results], toolbox: Toolbox, partiti
     for partition in partitions:
         if partition in blocked:
             check = blocked[partition]
-            error = CheckFailed(f"{check.table} {check.name} is red: {check.says}; nothing is rolled up from it")
+            error = CheckFailed(
+                f"{check.table} {check.name} is red: {check.says}; nothing is rolled up from it"
+            )
             for result in results.values():
                 result.add(partition, {}, [], error)
-    for derived in derive(toolbox, [partition for partition in partitions if partition not in blocked]):
+    for derived in derive(
+        toolbox, [partition for partition in partitions if partition not in blocked]
+    ):
         for tf, result in results.items():
             findings = audit_rollup(toolbox, derived, tf)
-            result.add(derived.partition, _rollup_metadata(derived, tf), findings, changed=derived.changed.get(tf, 0) > 0)
+            result.add(
+                derived.partition,
+                _rollup_metadata(derived, tf),
+                findings,
+                changed=derived.changed.get(tf, 0) > 0,
+            )
     covered = daily_coverage(toolbox, rollup(next(iter(results))))  # they are made together
     for result in results.values():
         result.cover(*covered)

@@ -10,6 +10,7 @@ from typing import Any
 
 import dagster as dg
 
+from marketdata_assets.context import open_toolbox
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.checks import (
     COVERAGE,
@@ -26,19 +27,21 @@ from marketdata_assets.defs.checks import (
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, partitions_between
 from marketdata_assets.defs.repair import REPAIR_END, REPAIR_START
 from marketdata_assets.errors import MarketDataError
-from marketdata_assets.flows.alerts import failed_runs_go_on, problems, run_problem, settle
-from marketdata_assets.flows.health import DAEMON
-from marketdata_assets.flows.missed import Block, missed
-from marketdata_assets.flows.refresh import Refresh, refreshes
-from marketdata_assets.lake.incidents import Problem
-from marketdata_assets.lake.tables import Table, raw, rollup
-from marketdata_assets.model.window import Partition, iso
-from marketdata_assets.settings import Settings
-from marketdata_assets.toolbox import open_toolbox
+from marketdata_assets.flows.operate.alerts import failed_runs_go_on, problems, run_problem, settle
+from marketdata_assets.flows.operate.backfill import Block, missed
+from marketdata_assets.flows.operate.health import DAEMON
+from marketdata_assets.flows.operate.refresh import Refresh, refreshes
+from marketdata_assets.ledger.incidents import Problem
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.window import iso
+from marketdata_assets.settings.universe import Settings
 
 TICK_SECONDS = 30
 REPEAT = timedelta(minutes=10)
-"""An evaluation that says the same as the last one is repeated after this time, so that it can be plotted."""
+"""An evaluation that says the same as the last one is repeated after this time, so that it can be
+plotted.
+"""
 LIVE, HISTORY = "10", "-10"
 """Priorities of runs in the queue: the open month goes before history."""
 RUNS_A_TICK = 200
@@ -60,9 +63,13 @@ def one_line() -> Iterator[None]:
         raise dg.DagsterInvariantViolationError(str(error)) from None
 
 
-# --------------------------------------------------------------------------------- what is under way
-def under_way(instance: dg.DagsterInstance, grid: dg.MultiPartitionsDefinition) -> tuple[set[str], int]:
-    """The partition keys that unfinished runs work on or wait for, and how many of the runs `backfill_missed` asked for."""
+# --------------------------------------------------------------------------------- what is under wa
+def under_way(
+    instance: dg.DagsterInstance, grid: dg.MultiPartitionsDefinition
+) -> tuple[set[str], int]:
+    """The partition keys that unfinished runs work on or wait for, and how many of the runs
+    `backfill_missed` asked for.
+    """
     busy: set[str] = set()
     runs = instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
     for run in runs:
@@ -76,8 +83,12 @@ def under_way(instance: dg.DagsterInstance, grid: dg.MultiPartitionsDefinition) 
 
 
 # --------------------------------------------------------------------------------- backfill_missed
-def backfill_missed(settings: Settings, job: str, grid: dg.MultiPartitionsDefinition) -> dg.SensorDefinition:
-    """Asks for closed months that are missing, failed, lost or not whole; the newest first, a few runs at once."""
+def backfill_missed(
+    settings: Settings, job: str, grid: dg.MultiPartitionsDefinition
+) -> dg.SensorDefinition:
+    """Asks for closed months that are missing, failed, lost or not whole; the newest first, a few runs
+    at once.
+    """
 
     @dg.sensor(
         name="backfill_missed",
@@ -96,12 +107,16 @@ def backfill_missed(settings: Settings, job: str, grid: dg.MultiPartitionsDefini
             toolbox.lake.sweep()
             busy, mine = under_way(context.instance, grid)
             bases = {raw(venue.base) for venue in settings.venues.values()}
-            shown = {table: context.instance.get_materialized_partitions(asset_key(table)) for table in bases}
+            shown = {
+                table: context.instance.get_materialized_partitions(asset_key(table))
+                for table in bases
+            }
             found = missed(toolbox, max(0, settings.automation.runs - mine), busy, shown)
             wipe(context.instance, found.lost)
             context.log.info(found.says)
             return dg.SensorResult(
-                [_missed_run(block, settings) for block in found.blocks], skip_reason=None if found.blocks else found.says
+                [_missed_run(block, settings) for block in found.blocks],
+                skip_reason=None if found.blocks else found.says,
             )
 
     return evaluate
@@ -117,11 +132,15 @@ def _missed_run(block: Block, settings: Settings) -> dg.RunRequest:
         "marketdata/reason": reason[:200],
         "dagster/priority": HISTORY,
     }
-    return dg.RunRequest(run_key=f"{block.first.key}..{block.last.key}@{iso(settings.now())}", tags=tags)
+    return dg.RunRequest(
+        run_key=f"{block.first.key}..{block.last.key}@{iso(settings.now())}", tags=tags
+    )
 
 
 def wipe(instance: dg.DagsterInstance, lost: dict[Table, list[Partition]]) -> None:
-    """No grid shows what is not on disk: the events of lost partitions are taken back. None named means all of the table."""
+    """No grid shows what is not on disk: the events of lost partitions are taken back. None named
+    means all of the table.
+    """
     for table, partitions in lost.items():
         shown = instance.get_materialized_partitions(asset_key(table))
         gone = shown & {p.key for p in partitions} if partitions else shown
@@ -130,7 +149,9 @@ def wipe(instance: dg.DagsterInstance, lost: dict[Table, list[Partition]]) -> No
 
 
 # --------------------------------------------------------------------------------- refresh_open
-def refresh_open(settings: Settings, job: str, grid: dg.MultiPartitionsDefinition) -> dg.ScheduleDefinition:
+def refresh_open(
+    settings: Settings, job: str, grid: dg.MultiPartitionsDefinition
+) -> dg.ScheduleDefinition:
     """Brings the open month of every market to the last closed bar, one run a venue."""
 
     @dg.schedule(
@@ -171,12 +192,21 @@ def _refresh_run(refresh: Refresh) -> dg.RunRequest:
 
 # --------------------------------------------------------------------------------- watch_markets
 def watch_markets(settings: Settings) -> dg.SensorDefinition:
-    """Evaluates `freshness` and `coverage` without runs, when they change, when their asset changed, or after REPEAT."""
-    raws, rollups = [raw(tf) for tf in settings.raw_timeframes], [rollup(tf) for tf in settings.rollup_timeframes]
+    """Evaluates `freshness` and `coverage` without runs, when they change, when their asset changed,
+    or after REPEAT.
+    """
+    raws, rollups = (
+        [raw(tf) for tf in settings.raw_timeframes],
+        [rollup(tf) for tf in settings.rollup_timeframes],
+    )
     tables = [*raws, *rollups]
-    looks: list[tuple[list[Table], str, MarketResult]] = [([table], FRESHNESS, freshness_result) for table in raws]
+    looks: list[tuple[list[Table], str, MarketResult]] = [
+        ([table], FRESHNESS, freshness_result) for table in raws
+    ]
     looks += [([table], COVERAGE, coverage_result) for table in raws]
-    looks += [(rollups, COVERAGE, coverage_result)] if rollups else []  # they are made together: one result for all
+    looks += (
+        [(rollups, COVERAGE, coverage_result)] if rollups else []
+    )  # they are made together: one result for all
 
     @dg.sensor(
         name="watch_markets",
@@ -193,7 +223,10 @@ def watch_markets(settings: Settings) -> dg.SensorDefinition:
                 result = evaluate(toolbox, same[0])
                 for table in same:
                     target = newest_materialization(context.instance, asset_key(table))
-                    state = _Said(f"{result.passed} {result.severity} {result.description}", target.storage_id if target else 0)
+                    state = _Said(
+                        f"{result.passed} {result.severity} {result.description}",
+                        target.storage_id if target else 0,
+                    )
                     if state.due(said.get(f"{table.name} {name}"), settings):
                         events.append(_evaluation(table, name, result, target))
                         said[f"{table.name} {name}"] = state.as_list(settings)
@@ -206,19 +239,27 @@ def watch_markets(settings: Settings) -> dg.SensorDefinition:
 
 
 class _Said:
-    """What an evaluation said, and the materialization it judged: after a later one the UI would show "not evaluated"."""
+    """What an evaluation said, and the materialization it judged: after a later one the UI would show
+    "not evaluated".
+    """
 
     def __init__(self, words: str, target: int) -> None:
         self._words, self._target = words, target
 
     def due(self, last: Sequence[Any] | None, settings: Settings) -> bool:
-        return last is None or last[:2] != [self._words, self._target] or settings.now().timestamp() - last[2] >= REPEAT.total_seconds()
+        return (
+            last is None
+            or last[:2] != [self._words, self._target]
+            or settings.now().timestamp() - last[2] >= REPEAT.total_seconds()
+        )
 
     def as_list(self, settings: Settings) -> list[Any]:
         return [self._words, self._target, settings.now().timestamp()]
 
 
-def _evaluation(table: Table, name: str, result: dg.AssetCheckResult, target: Target | None) -> dg.AssetCheckEvaluation:
+def _evaluation(
+    table: Table, name: str, result: dg.AssetCheckResult, target: Target | None
+) -> dg.AssetCheckEvaluation:
     return dg.AssetCheckEvaluation(
         asset_key=asset_key(table),
         check_name=name,
@@ -246,20 +287,30 @@ def watch_incidents(settings: Settings) -> dg.SensorDefinition:
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         with one_line(), open_toolbox(settings) as toolbox:
             failed, over, cursor = _ended_runs(context.instance, context.cursor)
-            opened, recovered = settle(toolbox, [*problems(toolbox), *failed.values()], failed_runs_go_on(over))
+            opened, recovered = settle(
+                toolbox, [*problems(toolbox), *failed.values()], failed_runs_go_on(over)
+            )
             still, waiting = len(toolbox.incidents.open()), toolbox.incidents.undelivered()
         context.update_cursor(cursor)
         says = f"{opened} incidents opened, {recovered} recovered, {still} are open"
-        return dg.SkipReason("; ".join([says, *(f"{c}: {n} alerts wait ({why})" for c, (n, why) in waiting.items())]))
+        return dg.SkipReason(
+            "; ".join([says, *(f"{c}: {n} alerts wait ({why})" for c, (n, why) in waiting.items())])
+        )
 
     return evaluate
 
 
-def _ended_runs(instance: dg.DagsterInstance, cursor: str | None) -> tuple[dict[str, Problem], set[str], str]:
-    """Runs that ended since the cursor: problems of those that failed for good, by key, and the keys that ended well."""
+def _ended_runs(
+    instance: dg.DagsterInstance, cursor: str | None
+) -> tuple[dict[str, Problem], set[str], str]:
+    """Runs that ended since the cursor: problems of those that failed for good, by key, and the keys
+    that ended well.
+    """
     after = float(cursor) if cursor else 0.0
     statuses = [dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS]
-    records = instance.get_run_records(dg.RunsFilter(statuses=statuses), limit=RUNS_A_TICK, order_by="update_timestamp")
+    records = instance.get_run_records(
+        dg.RunsFilter(statuses=statuses), limit=RUNS_A_TICK, order_by="update_timestamp"
+    )
     failed: dict[str, Problem] = {}
     over: set[str] = set()
     for record in reversed(records):

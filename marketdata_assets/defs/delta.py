@@ -1,4 +1,6 @@
-"""Delta Lake: an asset per published timeframe behind the raw and rolled-up ones, and the job that looks after the tables."""
+"""Delta Lake: an asset per published timeframe behind the raw and rolled-up ones, and the job that
+looks after the tables.
+"""
 
 # no postponed annotations here: Dagster reads them at definition time
 
@@ -8,17 +10,18 @@ from typing import Any, cast
 import dagster as dg
 from pydantic import Field
 
+from marketdata_assets.context import Tell, Toolbox, open_toolbox, tell_nobody
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.checks import Results, failure_told, finished, log_all
+from marketdata_assets.defs.maintenance import schedule
 from marketdata_assets.defs.partitions import partitions_of_run
-from marketdata_assets.defs.upkeep import schedule
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.publish import Published, maintain, publish
-from marketdata_assets.lake.delta import Maintained, columns_of
-from marketdata_assets.lake.tables import Table, raw, rollup
-from marketdata_assets.model.window import Timeframe, Window
-from marketdata_assets.settings import Delta, Settings
-from marketdata_assets.toolbox import Tell, Toolbox, open_toolbox, tell_nobody
+from marketdata_assets.flows.derive.publish import Published, maintain, publish
+from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import Window
+from marketdata_assets.settings.universe import Delta, Settings
+from marketdata_assets.storage.delta import Maintained, columns_of
 
 MAINTAIN = "maintain_delta"
 
@@ -28,14 +31,24 @@ def delta_key(timeframe: Timeframe) -> dg.AssetKey:
     return dg.AssetKey(["delta", f"ohlcv_{timeframe.name}"])
 
 
-def delta_assets(settings: Settings, grid: dg.MultiPartitionsDefinition, tell: Tell = tell_nobody) -> list[dg.AssetsDefinition]:
-    """`delta/ohlcv_<timeframe>` for each published timeframe; none without `delta:`. Raises BadInput for one that nobody makes."""
+def delta_assets(
+    settings: Settings, grid: dg.MultiPartitionsDefinition, tell: Tell = tell_nobody
+) -> list[dg.AssetsDefinition]:
+    """`delta/ohlcv_<timeframe>` for each published timeframe; none without `delta:`. Raises BadInput
+    for one that nobody makes.
+    """
     delta = settings.delta
-    return [_delta_asset(settings, delta, tf, grid, tell) for tf in delta.timeframes] if delta else []
+    return (
+        [_delta_asset(settings, delta, tf, grid, tell) for tf in delta.timeframes] if delta else []
+    )
 
 
 def _delta_asset(
-    settings: Settings, delta: Delta, timeframe: Timeframe, grid: dg.MultiPartitionsDefinition, tell: Tell
+    settings: Settings,
+    delta: Delta,
+    timeframe: Timeframe,
+    grid: dg.MultiPartitionsDefinition,
+    tell: Tell,
 ) -> dg.AssetsDefinition:
     sources = _sources(settings, timeframe)
     key = delta_key(timeframe)
@@ -53,10 +66,18 @@ def _delta_asset(
         kinds={"deltalake", store},
         owners=["team:marketdata"],
         skippable=True,
-        metadata={"dagster/column_schema": dg.TableSchema(columns=columns), "dagster/uri": delta.location},
+        metadata={
+            "dagster/column_schema": dg.TableSchema(columns=columns),
+            "dagster/uri": delta.location,
+        },
     )
 
-    @dg.multi_asset(name=f"delta_ohlcv_{timeframe.name}", specs=[spec], partitions_def=grid, backfill_policy=dg.BackfillPolicy.single_run())
+    @dg.multi_asset(
+        name=f"delta_ohlcv_{timeframe.name}",
+        specs=[spec],
+        partitions_def=grid,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+    )
     def publish_delta(context: dg.AssetExecutionContext) -> Iterator[Any]:
         partitions = partitions_of_run(context)
         results = Results(context, key, tell, skippable=True)
@@ -69,20 +90,33 @@ def _delta_asset(
 
 
 def _sources(settings: Settings, timeframe: Timeframe) -> list[Table]:
-    """The tables that a timeframe is published from: the base of some markets, what is rolled up for others."""
+    """The tables that a timeframe is published from: the base of some markets, what is rolled up for
+    others.
+    """
     bases = {venue.base for venue in settings.venues.values()}
     found = [raw(timeframe)] if timeframe in bases else []
     found += [rollup(timeframe)] if timeframe in settings.rollup_timeframes else []
     if not found and timeframe in settings.raw_timeframes:
         found = [raw(timeframe)]
     if not found:
-        known = " ".join(tf.name for tf in sorted({*settings.raw_timeframes, *settings.rollup_timeframes}, key=lambda tf: tf.width))
-        raise BadInput(f"{settings.source}: `delta:` publishes {timeframe.name}, but there are no such bars; choose of {known}")
+        known = " ".join(
+            tf.name
+            for tf in sorted(
+                {*settings.raw_timeframes, *settings.rollup_timeframes}, key=lambda tf: tf.width
+            )
+        )
+        raise BadInput(
+            f"{settings.source}: `delta:` publishes {timeframe.name}, but there are no such bars; choose of {known}"
+        )
     return found
 
 
 def _metadata(done: Published) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"rows": done.rows, "bytes": done.bytes, "dagster/partition_row_count": done.rows}
+    metadata: dict[str, Any] = {
+        "rows": done.rows,
+        "bytes": done.bytes,
+        "dagster/partition_row_count": done.rows,
+    }
     return metadata if done.version is None else {**metadata, "version": done.version}
 
 
@@ -93,20 +127,37 @@ class MaintainConfig(dg.Config):
 
 
 def delta_job_and_schedule(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefinition]:
-    """`maintain_delta`, every night: nothing unpublished, one sorted file per partition, no file that no kept version needs."""
+    """`maintain_delta`, every night: nothing unpublished, one sorted file per partition, no file that
+    no kept version needs.
+    """
 
-    @dg.op(description="Publishes what differs, makes each partition one sorted file, removes files of older versions; see its metadata.")
+    @dg.op(
+        description="Publishes what differs, makes each partition one sorted file, removes files of older versions; see its metadata."
+    )
     def maintain_tables(context: dg.OpExecutionContext, config: MaintainConfig) -> None:
         with failure_told(tell_nobody, ()), open_toolbox(settings) as toolbox:
             late = [] if config.dry_run else _publish_late(context, toolbox)
             found = maintain(toolbox, config.dry_run)
         rows = [_row(name, done) for name, done in found.items()]
-        totals = {name: sum(getattr(done, name) for done in found.values()) for name in Maintained._fields if name != "version"}
+        totals = {
+            name: sum(getattr(done, name) for done in found.values())
+            for name in Maintained._fields
+            if name != "version"
+        }
         totals["partitions_published"] = sum(len(results.good) for results in late)
-        context.add_output_metadata({"dry_run": config.dry_run, **totals, "tables": dg.MetadataValue.table(rows) if rows else "none"})
+        context.add_output_metadata(
+            {
+                "dry_run": config.dry_run,
+                **totals,
+                "tables": dg.MetadataValue.table(rows) if rows else "none",
+            }
+        )
         log_all(late)
 
-    @dg.job(name=MAINTAIN, description="Looks after the Delta tables: what differs is published, files are sorted, old ones removed.")
+    @dg.job(
+        name=MAINTAIN,
+        description="Looks after the Delta tables: what differs is published, files are sorted, old ones removed.",
+    )
     def job() -> None:
         maintain_tables()
 
@@ -114,11 +165,15 @@ def delta_job_and_schedule(settings: Settings) -> tuple[dg.JobDefinition, dg.Sch
 
 
 def _publish_late(context: dg.OpExecutionContext, toolbox: Toolbox) -> list[Results]:
-    """What repairs, runs that failed beside it, and weeks that end in the next month have left unpublished."""
+    """What repairs, runs that failed beside it, and weeks that end in the next month have left
+    unpublished.
+    """
     settings, found = toolbox.settings, []
     partitions = settings.partitions(settings.markets, Window(settings.since, settings.now()))
     for timeframe in settings.delta.timeframes if settings.delta else ():
-        results = Results(cast(dg.AssetExecutionContext, context), delta_key(timeframe), tell_nobody)
+        results = Results(
+            cast(dg.AssetExecutionContext, context), delta_key(timeframe), tell_nobody
+        )
         for done in publish(toolbox, timeframe, partitions):
             if done.changed or done.error:
                 results.add(done.partition, _metadata(done), [], done.error)

@@ -1,4 +1,5 @@
-"""Repair and second looks, through Dagster: a span is cleaned, fetched, asked again, checked and rolled up, with a receipt.
+"""Repair and second looks, through Dagster: a span is cleaned, fetched, asked again, checked and
+rolled up, with a receipt.
 
     python -m marketdata_assets.defs.repair '{"markets": [...], "start": ..., "end": ..., "again": true}'
 
@@ -18,34 +19,59 @@ from typing import Any, cast
 import dagster as dg
 from pydantic import Field
 
+from marketdata_assets.context import open_toolbox, tell_nobody
+from marketdata_assets.dagster_ext.launcher import (
+    PROCESS_TAG,
+    open_instance,
+    process_id,
+    why_failed,
+)
 from marketdata_assets.defs.assets import asset_key, fetch_into, roll_up_into
 from marketdata_assets.defs.checks import Results, failure_told, log_all
-from marketdata_assets.defs.launcher import PROCESS_TAG, open_instance, process_id, why_failed
-from marketdata_assets.flows.repair import clean_up, contents, span_of, write_receipt
-from marketdata_assets.lake.tables import raw, rollup
-from marketdata_assets.model.window import Partition, Window, iso, parse_time
-from marketdata_assets.settings import Settings, load_settings
-from marketdata_assets.toolbox import open_toolbox, tell_nobody
+from marketdata_assets.flows.operate.repair import clean_up, contents, span_of, write_receipt
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.window import Window, iso, parse_time
+from marketdata_assets.settings.universe import Settings, load_settings
 
 REPAIR, OP = "repair", "repair_span"
 REPAIR_START, REPAIR_END = "marketdata/repair_start", "marketdata/repair_end"
-"""Tags of a repair: the corners of the grid that it works on, for whoever must not work on them too."""
+"""Tags of a repair: the corners of the grid that it works on, for whoever must not work on them
+too.
+"""
 RECEIPT_TAG = "marketdata/receipt"
 
 
 class RepairConfig(dg.Config):
-    """What to repair. Everything of that span that is missing, failed, parked, broken or not rolled up is done again."""
+    """What to repair. Everything of that span that is missing, failed, parked, broken or not rolled up
+    is done again.
+    """
 
-    market: str = Field("", description="Markets such as `binance:BTC-USDT`, separated by spaces. Empty: every market of the universe.")
-    start: str = Field("", description="First day, UTC, inclusive, such as `2024-03-01`. Empty: the universe's first day.")
-    end: str = Field("", description="Last day, UTC, exclusive, such as `2024-04-01`. Empty: until now.")
-    again: bool = Field(False, description="Ask the venue also for what is stored of the span, to find corrections.")
+    market: str = Field(
+        "",
+        description="Markets such as `binance:BTC-USDT`, separated by spaces. Empty: every market of the universe.",
+    )
+    start: str = Field(
+        "",
+        description="First day, UTC, inclusive, such as `2024-03-01`. Empty: the universe's first day.",
+    )
+    end: str = Field(
+        "", description="Last day, UTC, exclusive, such as `2024-04-01`. Empty: until now."
+    )
+    again: bool = Field(
+        False, description="Ask the venue also for what is stored of the span, to find corrections."
+    )
 
 
 def repair_job(settings: Settings) -> dg.JobDefinition:
-    """A market or a span: cleaned, fetched where bars lack, asked again if wanted, checked, rolled up again, unparked."""
+    """A market or a span: cleaned, fetched where bars lack, asked again if wanted, checked, rolled up
+    again, unparked.
+    """
 
-    @dg.op(name=OP, description="Fetches what the months of the span lack, checks them, rolls them up again, and unparks them.")
+    @dg.op(
+        name=OP,
+        description="Fetches what the months of the span lack, checks them, rolls them up again, and unparks them.",
+    )
     def repair_span(context: dg.OpExecutionContext, config: RepairConfig) -> None:
         with failure_told(tell_nobody, ()), open_toolbox(settings) as toolbox:
             window, partitions = _wanted(settings, config)
@@ -55,16 +81,34 @@ def repair_job(settings: Settings) -> dg.JobDefinition:
             before = contents(toolbox, partitions)
             cleaned = clean_up(toolbox, partitions)
             log = cast(dg.AssetExecutionContext, context)  # an op's context takes the same events
-            raws = {tf: Results(log, asset_key(raw(tf)), tell_nobody) for tf in settings.raw_timeframes}
+            raws = {
+                tf: Results(log, asset_key(raw(tf)), tell_nobody) for tf in settings.raw_timeframes
+            }
             again = window if config.again else None
-            fetched = [told for tf, results in raws.items() for told in fetch_into(results, toolbox, tf, partitions, again)]
-            rollups = {tf: Results(log, asset_key(rollup(tf)), tell_nobody) for tf in settings.rollup_timeframes}
+            fetched = [
+                told
+                for tf, results in raws.items()
+                for told in fetch_into(results, toolbox, tf, partitions, again)
+            ]
+            rollups = {
+                tf: Results(log, asset_key(rollup(tf)), tell_nobody)
+                for tf in settings.rollup_timeframes
+            }
             roll_up_into(rollups, toolbox, partitions)
             asked = {**span_of(partitions, window), "again": config.again, "run": context.run_id}
-            receipt = write_receipt(toolbox, asked, before, contents(toolbox, partitions), fetched, cleaned)
+            receipt = write_receipt(
+                toolbox, asked, before, contents(toolbox, partitions), fetched, cleaned
+            )
         context.instance.add_run_tags(context.run_id, {RECEIPT_TAG: str(receipt.id)})
-        numbers = {name: receipt.body[name] for name in ("requests", "stored", "corrected", "refused")}
-        told = {"partitions": len(partitions), "unparked": unparked, "receipt": receipt.id, "says": receipt.says}
+        numbers = {
+            name: receipt.body[name] for name in ("requests", "stored", "corrected", "refused")
+        }
+        told = {
+            "partitions": len(partitions),
+            "unparked": unparked,
+            "receipt": receipt.id,
+            "says": receipt.says,
+        }
         context.add_output_metadata({**told, **numbers})
         log_all([*raws.values(), *rollups.values()])
 
@@ -84,21 +128,34 @@ def repair_job(settings: Settings) -> dg.JobDefinition:
 
 def _wanted(settings: Settings, config: RepairConfig) -> tuple[Window, list[Partition]]:
     markets = [settings.market(key) for key in config.market.split()] or list(settings.markets)
-    window = Window(parse_time(config.start) if config.start else settings.since, parse_time(config.end) if config.end else settings.now())
+    window = Window(
+        parse_time(config.start) if config.start else settings.since,
+        parse_time(config.end) if config.end else settings.now(),
+    )
     partitions = settings.partitions(markets, window)
     if not partitions:
-        raise dg.Failure(f"nothing of {window} is wanted by the universe; start must come before end", allow_retries=False)
+        raise dg.Failure(
+            f"nothing of {window} is wanted by the universe; start must come before end",
+            allow_retries=False,
+        )
     return window, partitions
 
 
 def run_config(markets: Sequence[str], window: Window, again: bool) -> dict[str, Any]:
     """The job's configuration for a span; no markets are all."""
-    config = {"market": " ".join(markets), "start": iso(window.start), "end": iso(window.end), "again": again}
+    config = {
+        "market": " ".join(markets),
+        "start": iso(window.start),
+        "end": iso(window.end),
+        "again": again,
+    }
     return {"ops": {OP: {"config": config}}}
 
 
 def second_looks(settings: Settings) -> list[dg.ScheduleDefinition]:
-    """The last days every night, and the last month every month: closed bars are asked again, as `corrections:` says."""
+    """The last days every night, and the last month every month: closed bars are asked again, as
+    `corrections:` says.
+    """
     looks = (
         ("ask_again_every_night", "40 1 * * *", settings.corrections.night_days),
         ("ask_again_every_month", "10 2 2 * *", settings.corrections.month_days),
@@ -142,7 +199,16 @@ def main() -> None:
         )
         run = instance.get_run_by_id(result.run_id)
     receipt = run.tags.get(RECEIPT_TAG) if run else None
-    sys.stdout.write(json.dumps({"success": result.success, "receipt": receipt and int(receipt), "says": why_failed(result)}) + "\n")
+    sys.stdout.write(
+        json.dumps(
+            {
+                "success": result.success,
+                "receipt": receipt and int(receipt),
+                "says": why_failed(result),
+            }
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""An anomaly: bars that keep every rule and are hard to believe, how bad that is, and what a person made of it."""
+"""An anomaly: bars that keep every rule and are hard to believe, how bad that is, and what a person
+made of it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class Severity(IntEnum):
 
 
 class State(StrEnum):
-    """What became of it: nobody looked, somebody knows it (a real move), or it is over (mended, or no longer found)."""
+    """What became of it: nobody looked, somebody knows it (a real move), or it is over (mended, or no
+    longer found).
+    """
 
     OPEN = "open"
     ACKNOWLEDGED = "acknowledged"
@@ -30,9 +34,11 @@ class State(StrEnum):
 
 
 class Anomaly(NamedTuple):
-    """`kind` names a row of `quality.anomalies.RULES`. It lies in the bars that open in `[start, end)`; `bars` of them were found.
+    """`kind` names a row of `quality.anomalies.RULES`. It lies in the bars that open in `[start,
+    end)`; `bars` of them were found.
 
-    `evidence` is what was measured, as text by name: `size` and the `limit` it is above, and what it `says` to a person.
+    `evidence` is what was measured, as text by name: `size` and the `limit` it is above, and what
+    it `says` to a person.
     """
 
     kind: str

@@ -14,7 +14,9 @@ TIME = pl.Datetime("us", "UTC")
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of a bar. `optional` ones are null where the venue does not give them; nothing else may be null."""
+    """One column of a bar. `optional` ones are null where the venue does not give them; nothing else
+    may be null.
+    """
 
     name: str
     dtype: pl.DataType
@@ -36,13 +38,28 @@ COLUMNS: tuple[Column, ...] = (
 )
 ROLLUP_COLUMNS: tuple[Column, ...] = (
     *COLUMNS,
-    Column("vwap", DECIMAL, "quote_volume / volume, rounded to 12 decimals; null without volume", optional=True),
+    Column(
+        "vwap",
+        DECIMAL,
+        "quote_volume / volume, rounded to 12 decimals; null without volume",
+        optional=True,
+    ),
     Column("bars_expected", pl.Int64(), "base bars a full bar of this timeframe holds"),
     Column("bars_present", pl.Int64(), "base bars this one was made of"),
 )
 PROVENANCE: tuple[Column, ...] = (
-    Column("known_at", TIME, "since when this bar is known, by our clock; null: since before revisions were kept", optional=True),
-    Column("source", pl.String(), "what told it: `rest`, or the name of an imported file", optional=True),
+    Column(
+        "known_at",
+        TIME,
+        "since when this bar is known, by our clock; null: since before revisions were kept",
+        optional=True,
+    ),
+    Column(
+        "source",
+        pl.String(),
+        "what told it: `rest`, or the name of an imported file",
+        optional=True,
+    ),
 )
 """What is stored beside every raw bar; a reader of bars does not see it."""
 HISTORY_COLUMNS: tuple[Column, ...] = (
@@ -50,31 +67,65 @@ HISTORY_COLUMNS: tuple[Column, ...] = (
     *PROVENANCE,
     Column("replaced_at", TIME, "since when another bar is known in its place, by our clock"),
 )
-CONSOLIDATED_COLUMNS: tuple[Column, ...] = (*COLUMNS, Column("venue", pl.String(), "the venue that told this bar"))
+CONSOLIDATED_COLUMNS: tuple[Column, ...] = (
+    *COLUMNS,
+    Column("venue", pl.String(), "the venue that told this bar"),
+)
 RECONCILED_COLUMNS: tuple[Column, ...] = (
     COLUMNS[0],
     Column("venue", pl.String(), "the preferred venue of the two"),
     Column("other", pl.String(), "the venue beside it"),
-    Column("close_bp", DECIMAL, "venue's close above the other's, in basis points of the other's, to 0.0001"),
-    Column("return_bp", DECIMAL, "venue's return since the bar before above the other's; null where one has no bar before", optional=True),
+    Column(
+        "close_bp",
+        DECIMAL,
+        "venue's close above the other's, in basis points of the other's, to 0.0001",
+    ),
+    Column(
+        "return_bp",
+        DECIMAL,
+        "venue's return since the bar before above the other's; null where one has no bar before",
+        optional=True,
+    ),
 )
 NAMES: tuple[str, ...] = tuple(column.name for column in COLUMNS)
 APART = "_apart"
 """After a column's name: by how much a value of ours is more than the venue's own."""
 PARITY_COLUMNS: tuple[Column, ...] = (
     COLUMNS[0],
-    Column("outcome", pl.String(), "`equal`, `within_tolerance`, `differs`, `only_ours` or `only_native`"),
+    Column(
+        "outcome",
+        pl.String(),
+        "`equal`, `within_tolerance`, `differs`, `only_ours` or `only_native`",
+    ),
     Column("columns", pl.String(), "the columns that make it so, with spaces between"),
-    *(Column(c.name + APART, c.dtype, f"our {c.name} less the venue's own; null where not compared", optional=True) for c in COLUMNS[1:]),
-    Column("cause", pl.String(), "what the difference comes from, in words; empty where there is none"),
-    Column("minutes", pl.String(), "the base bars behind it: open times, or `start/end` of a window, with spaces between"),
+    *(
+        Column(
+            c.name + APART,
+            c.dtype,
+            f"our {c.name} less the venue's own; null where not compared",
+            optional=True,
+        )
+        for c in COLUMNS[1:]
+    ),
+    Column(
+        "cause", pl.String(), "what the difference comes from, in words; empty where there is none"
+    ),
+    Column(
+        "minutes",
+        pl.String(),
+        "the base bars behind it: open times, or `start/end` of a window, with spaces between",
+    ),
 )
 """What came of a rolled-up bar beside the venue's own."""
 PRICES: tuple[str, ...] = ("open", "high", "low", "close")
 SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in COLUMNS}
-RECONCILED_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in RECONCILED_COLUMNS}
+RECONCILED_SCHEMA: dict[str, pl.DataType] = {
+    column.name: column.dtype for column in RECONCILED_COLUMNS
+}
 ROLLUP_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in ROLLUP_COLUMNS}
-TOLD_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in (*COLUMNS, *PROVENANCE)}
+TOLD_SCHEMA: dict[str, pl.DataType] = {
+    column.name: column.dtype for column in (*COLUMNS, *PROVENANCE)
+}
 """A bar with its provenance, as raw objects hold it."""
 
 

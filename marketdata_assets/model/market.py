@@ -1,4 +1,6 @@
-"""A market is a venue and a symbol; its key is the partition key, the folder, the row key and the REST path."""
+"""A market is a venue and a symbol; its key is the partition key, the folder, the row key and the REST
+path.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ CONSOLIDATED = "consolidated"
 class Market:
     """A venue (ccxt id) and a symbol (ccxt's unified symbol).
 
-    Raises BadInput for a symbol that cannot be a unified one: only such names become folders, keys and SQL values.
+    Raises BadInput for a symbol that cannot be a unified one: only such names become folders, keys
+    and SQL values.
     """
 
     venue: str
@@ -28,7 +31,9 @@ class Market:
         if not _VENUE.fullmatch(self.venue):
             raise BadInput(f"venue {self.venue[:100]!r} is not a ccxt id such as binance or kraken")
         if len(self.symbol) > 64 or not _SYMBOL.fullmatch(self.symbol):
-            raise BadInput(f"symbol {self.symbol[:100]!r} is not a unified symbol such as BTC/USDT or BTC/USDT:USDT")
+            raise BadInput(
+                f"symbol {self.symbol[:100]!r} is not a unified symbol such as BTC/USDT or BTC/USDT:USDT"
+            )
 
     @property
     def key(self) -> str:

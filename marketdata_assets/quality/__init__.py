@@ -1,1 +1,3 @@
-"""Is it right? Rules on rows, agreement between answers, gaps between bars. Pure functions on frames."""
+"""Is it right? Rules on rows, agreement between answers, gaps between bars. Pure functions on
+frames.
+"""

@@ -1,7 +1,9 @@
-"""Bars that keep every rule and are hard to believe: spikes, jumps, wicks, moves, frozen prices, impossible volume.
+"""Bars that keep every rule and are hard to believe: spikes, jumps, wicks, moves, frozen prices,
+impossible volume.
 
-What is usual is measured beside each bar: medians of the bars before it and of those after it, the larger of the two.
-Prices are logarithms here, so that sizes are shares of the price; nothing of it is stored but as evidence.
+What is usual is measured beside each bar: medians of the bars before it and of those after it, the
+larger of the two. Prices are logarithms here, so that sizes are shares of the price; nothing of it
+is stored but as evidence.
 """
 
 from __future__ import annotations
@@ -15,23 +17,33 @@ import polars as pl
 
 from marketdata_assets.model.anomaly import Anomaly, Severity
 from marketdata_assets.model.bar import NAMES, PRICES, number_text
-from marketdata_assets.model.window import Timeframe, Window
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import Window
 
 AROUND, LONG = 60, 240
 """How many traded bars before and after tell what prices and what volume usually do."""
 REACH = 10
-"""How many bars prices may be away and still count as come back. A bar's verdict can hang on so many bars after it."""
+"""How many bars prices may be away and still count as come back. A bar's verdict can hang on so many
+bars after it.
+"""
 CONTEXT = 1440
-"""How many bars before and after a span make its verdicts the same as in the middle of a longer one."""
+"""How many bars before and after a span make its verdicts the same as in the middle of a longer
+one.
+"""
 SAME = 4
-"""So many bars that are equal in every column are frozen: of real minutes there are never more than two."""
+"""So many bars that are equal in every column are frozen: of real minutes there are never more than
+two.
+"""
 GAPS = 5
-"""An open may lie so many times as far from the close before it as such gaps, the large ones, go here."""
+"""An open may lie so many times as far from the close before it as such gaps, the large ones, go
+here.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One kind of anomaly. `size` is what was measured; `severities` names each from the least size that has it.
+    """One kind of anomaly. `size` is what was measured; `severities` names each from the least size
+    that has it.
 
     A bar is found when its size is at least `floor` and at least `times` what is usual there.
     """
@@ -45,11 +57,15 @@ class Rule:
 
     def severity(self, size: float) -> Severity:
         """The worst severity that a size reaches."""
-        return max((s for s, least in self.severities.items() if size >= least), default=Severity.LOW)
+        return max(
+            (s for s, least in self.severities.items() if size >= least), default=Severity.LOW
+        )
 
 
 _GAP = (0.0025, 3)
-"""Floor and times of both rules that begin with a gap between two bars: which it is, the bars after it tell."""
+"""Floor and times of both rules that begin with a gap between two bars: which it is, the bars after it
+tell.
+"""
 _OF_PRICE = {Severity.MEDIUM: 0.005, Severity.HIGH: 0.02, Severity.CRITICAL: 0.2}
 RULES: dict[str, Rule] = {
     row.name: row
@@ -126,9 +142,9 @@ Finder = Callable[[pl.DataFrame, Timeframe], Iterator[Anomaly]]
 def find_anomalies(bars: pl.DataFrame, timeframe: Timeframe, judged: Window) -> list[Anomaly]:
     """The anomalies that begin in `judged`, by start.
 
-    `bars` (model.bar.SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last bar of all is only
-    judged where the next one is not needed for it. A price is told once: of the rules about prices the first that
-    finds a bar has it.
+    `bars` (model.bar.SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last bar
+    of all is only judged where the next one is not needed for it. A price is told once: of the
+    rules about prices the first that finds a bar has it.
     """
     traded = _measured(bars.filter(pl.col("volume") > 0), timeframe)
 
@@ -139,17 +155,31 @@ def find_anomalies(bars: pl.DataFrame, timeframe: Timeframe, judged: Window) -> 
     prices = _apart(stands, found(_swapped))  # bars that repeat themselves look swapped, too
     for finder in (_gaps, _wicks, _moves):
         prices += _apart(prices, found(finder))
-    everything = [*stands, *prices, *found(_volumes), *_joined(list(_untraded(bars, timeframe)), timeframe)]
-    return sorted((one for one in everything if judged.start <= one.start < judged.end), key=lambda one: (one.start, one.kind))
+    everything = [
+        *stands,
+        *prices,
+        *found(_volumes),
+        *_joined(list(_untraded(bars, timeframe)), timeframe),
+    ]
+    return sorted(
+        (one for one in everything if judged.start <= one.start < judged.end),
+        key=lambda one: (one.start, one.kind),
+    )
 
 
 def _apart(found: Sequence[Anomaly], more: Sequence[Anomaly]) -> list[Anomaly]:
     """Those of `more` that share no bar with what is found."""
-    return [one for one in more if not any(one.start < other.end and other.start < one.end for other in found)]
+    return [
+        one
+        for one in more
+        if not any(one.start < other.end and other.start < one.end for other in found)
+    ]
 
 
 def _joined(found: list[Anomaly], timeframe: Timeframe) -> list[Anomaly]:
-    """Anomalies of one kind that are at most REACH bars apart are one, with the evidence of the worst."""
+    """Anomalies of one kind that are at most REACH bars apart are one, with the evidence of the
+    worst.
+    """
     joined: list[Anomaly] = []
     for one in sorted(found, key=lambda one: (one.kind, one.start)):
         last = joined[-1] if joined else one
@@ -158,7 +188,9 @@ def _joined(found: list[Anomaly], timeframe: Timeframe) -> list[Anomaly]:
             continue
         worst = max(last, one, key=lambda a: (a.severity, float(a.evidence["size"])))
         bars = last.bars + (one.bars if one.start >= last.end else 0)
-        joined[-1] = Anomaly(one.kind, worst.severity, last.start, max(last.end, one.end), bars, worst.evidence)
+        joined[-1] = Anomaly(
+            one.kind, worst.severity, last.start, max(last.end, one.end), bars, worst.evidence
+        )
     return joined
 
 
@@ -166,8 +198,9 @@ def _joined(found: list[Anomaly], timeframe: Timeframe) -> list[Anomaly]:
 def _measured(traded: pl.DataFrame, timeframe: Timeframe) -> pl.DataFrame:
     """Bars with volume, with what the rules compare; prices are logarithms.
 
-    `step`: bars since the one before. `gap`: from its close to this open; `away`: how far in one bar. What is usual
-    here: `gaps` (the large ones, at least a tick), `ranges` from low to high, `usual` the larger of the two, `middle` volume.
+    `step`: bars since the one before. `gap`: from its close to this open; `away`: how far in one
+    bar. What is usual here: `gaps` (the large ones, at least a tick), `ranges` from low to high,
+    `usual` the larger of the two, `middle` volume.
     """
     logs = {name[0]: pl.col(name).cast(pl.Float64).log() for name in PRICES}
     step = pl.col("open_time").diff() / timeframe.width
@@ -180,17 +213,25 @@ def _measured(traded: pl.DataFrame, timeframe: Timeframe) -> pl.DataFrame:
     tick = pl.col("range").filter(pl.col("range") > 0).min().fill_null(0.0)
     frame = frame.with_columns(away=(pl.col("gap").abs() / pl.col("step").sqrt()).fill_null(0.0))
     frame = _around(frame, gaps=("away", 0.9), ranges=("range", 0.5), middle=("v", 0.5))
-    frame = frame.with_columns(gaps=pl.max_horizontal("gaps", tick)).with_columns(usual=pl.max_horizontal("gaps", "ranges"))
+    frame = frame.with_columns(gaps=pl.max_horizontal("gaps", tick)).with_columns(
+        usual=pl.max_horizontal("gaps", "ranges")
+    )
     return frame.with_row_index("i").collect()
 
 
 def _around(frame: pl.LazyFrame, bars: int = AROUND, **wanted: tuple[str, float]) -> pl.LazyFrame:
-    """Quantiles of columns in the bars before each, or in those after where they are larger; null where there are hardly any."""
+    """Quantiles of columns in the bars before each, or in those after where they are larger; null
+    where there are hardly any.
+    """
     before = {
-        new: pl.col(name).rolling_quantile(share, "nearest", window_size=bars, min_samples=bars // 6)
+        new: pl.col(name).rolling_quantile(
+            share, "nearest", window_size=bars, min_samples=bars // 6
+        )
         for new, (name, share) in wanted.items()
     }
-    return frame.with_columns(**before).with_columns(pl.max_horizontal(pl.col(new).shift(1), pl.col(new).shift(-bars)) for new in wanted)
+    return frame.with_columns(**before).with_columns(
+        pl.max_horizontal(pl.col(new).shift(1), pl.col(new).shift(-bars)) for new in wanted
+    )
 
 
 _KNOWN = pl.when(pl.col("ranges").is_not_null())
@@ -199,24 +240,40 @@ _KNOWN = pl.when(pl.col("ranges").is_not_null())
 
 def _beyond(frame: pl.DataFrame, size: pl.Expr, limit: pl.Expr) -> list[dict[str, Any]]:
     """The bars whose `size` is above their `limit`."""
-    return frame.lazy().with_columns(size=size, limit=limit).filter(pl.col("size") > pl.col("limit")).collect().to_dicts()
+    return (
+        frame.lazy()
+        .with_columns(size=size, limit=limit)
+        .filter(pl.col("size") > pl.col("limit"))
+        .collect()
+        .to_dicts()
+    )
 
 
 # --------------------------------------------------------------------------------- the rules
 def _swapped(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     before, body, after = pl.col("gap"), pl.col("body"), pl.col("gap").shift(-1)
-    undone = _KNOWN.then(pl.when((before * after > 0) & (before * body < 0)).then(pl.min_horizontal(before.abs(), body.abs(), after.abs())))
+    undone = _KNOWN.then(
+        pl.when((before * after > 0) & (before * body < 0)).then(
+            pl.min_horizontal(before.abs(), body.abs(), after.abs())
+        )
+    )
     limit = pl.max_horizontal(pl.lit(RULES["swapped"].floor), GAPS * pl.col("gaps"))
     for row in _beyond(traded, undone, limit):
         says = _beside(traded, row["i"], row["i"])
-        yield _anomaly(traded, timeframe, "swapped", row["i"], row["i"], abs(row["body"]), row["limit"], says)
+        yield _anomaly(
+            traded, timeframe, "swapped", row["i"], row["i"], abs(row["body"]), row["limit"], says
+        )
 
 
 def _gaps(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     """`spike` and `jump`: both begin with a gap between two bars."""
     rule = RULES["spike"]
-    limit = pl.max_horizontal(pl.lit(rule.floor), GAPS * pl.col("gaps"), rule.times * pl.col("ranges"))
-    rows = _beyond(traded.with_columns(body_before=pl.col("body").shift(1)), _KNOWN.then(pl.col("away")), limit)
+    limit = pl.max_horizontal(
+        pl.lit(rule.floor), GAPS * pl.col("gaps"), rule.times * pl.col("ranges")
+    )
+    rows = _beyond(
+        traded.with_columns(body_before=pl.col("body").shift(1)), _KNOWN.then(pl.col("away")), limit
+    )
     done = -1
     for k, row in enumerate(rows):
         if row["i"] <= done or row["i"] == traded.height - 1:
@@ -227,14 +284,36 @@ def _gaps(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
             first, last, away = row["i"], back["i"] - 1, min(abs(row["gap"]), abs(back["gap"]))
             done = back["i"]
         elif _returns(row["body_before"], row["gap"]):  # the close before it
-            first, last, away = row["i"] - 1, row["i"] - 1, min(abs(row["body_before"]), abs(row["gap"]))
+            first, last, away = (
+                row["i"] - 1,
+                row["i"] - 1,
+                min(abs(row["body_before"]), abs(row["gap"])),
+            )
         elif _returns(row["gap"], row["body"]):  # its open
             first, last, away = row["i"], row["i"], min(abs(row["gap"]), abs(row["body"]))
         else:
             says = f"closed at {_at(traded, row['i'] - 1, 'close')}, then opened at {number_text(row['open'])}"
-            yield _anomaly(traded, timeframe, "jump", row["i"] - 1, row["i"], abs(row["gap"]), row["limit"], says)
+            yield _anomaly(
+                traded,
+                timeframe,
+                "jump",
+                row["i"] - 1,
+                row["i"],
+                abs(row["gap"]),
+                row["limit"],
+                says,
+            )
             continue
-        yield _anomaly(traded, timeframe, "spike", first, last, away, row["limit"], _beside(traded, first, last))
+        yield _anomaly(
+            traded,
+            timeframe,
+            "spike",
+            first,
+            last,
+            away,
+            row["limit"],
+            _beside(traded, first, last),
+        )
 
 
 def _returns(there: float, back: float) -> bool:
@@ -249,22 +328,33 @@ def _wicks(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     down = pl.min_horizontal("o", "c", *beside) - pl.col("l")
     busy = (pl.col("v") / pl.col("middle")).clip(1, None).sqrt()
     ranges = pl.max_horizontal("usual", pl.col("range").shift(1) / 2, pl.col("range").shift(-1) / 2)
-    limit = pl.max_horizontal(pl.lit(rule.floor * math.sqrt(timeframe.minutes)), rule.times * busy * ranges)
+    limit = pl.max_horizontal(
+        pl.lit(rule.floor * math.sqrt(timeframe.minutes)), rule.times * busy * ranges
+    )
     inner = pl.col("i").is_between(1, traded.height - 2)
-    for row in _beyond(traded, _KNOWN.then(pl.when(inner).then(pl.max_horizontal(up, down))), limit):
+    for row in _beyond(
+        traded, _KNOWN.then(pl.when(inner).then(pl.max_horizontal(up, down))), limit
+    ):
         top = _at(traded, row["i"] - 1, "high"), _at(traded, row["i"] + 1, "high")
         bottom = _at(traded, row["i"] - 1, "low"), _at(traded, row["i"] + 1, "low")
         says = f"{number_text(row['low'])} to {number_text(row['high'])}; {bottom[0]} to {top[0]} before, {bottom[1]} to {top[1]} after"
-        yield _anomaly(traded, timeframe, "wick", row["i"], row["i"], row["size"], row["limit"], says)
+        yield _anomaly(
+            traded, timeframe, "wick", row["i"], row["i"], row["size"], row["limit"], says
+        )
 
 
 def _moves(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     before = pl.when(pl.col("step") <= AROUND).then(pl.col("c").shift(1))
     moved = pl.max_horizontal("h", before) - pl.min_horizontal("l", before)
-    limit = RULES["move"].floor * (timeframe.minutes * pl.col("step").fill_null(1).clip(1, AROUND)).sqrt()
+    limit = (
+        RULES["move"].floor
+        * (timeframe.minutes * pl.col("step").fill_null(1).clip(1, AROUND)).sqrt()
+    )
     for row in _beyond(traded, moved, limit):
         says = f"low {number_text(row['low'])}, high {number_text(row['high'])}, close before {_at(traded, row['i'] - 1, 'close')}"
-        yield _anomaly(traded, timeframe, "move", row["i"], row["i"], row["size"], row["limit"], says)
+        yield _anomaly(
+            traded, timeframe, "move", row["i"], row["i"], row["size"], row["limit"], says
+        )
 
 
 def _frozen(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
@@ -281,8 +371,12 @@ def _frozen(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
 
 
 def _repeats(traded: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
-    """Runs of two or more bars that are equal in these columns: how many `bars`, and the row after the last (`end`)."""
-    same = traded.select(pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).shift(1)) for name in names)).to_series()
+    """Runs of two or more bars that are equal in these columns: how many `bars`, and the row after the
+    last (`end`).
+    """
+    same = traded.select(
+        pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).shift(1)) for name in names)
+    ).to_series()
     runs = same.rle().struct.unnest().with_columns(pl.col("len").cast(pl.Int64))
     ends = runs.with_columns(bars=pl.col("len") + 1, end=pl.col("len").cum_sum())
     return ends.filter("value").select("bars", "end")
@@ -293,17 +387,29 @@ def _volumes(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     if traded["trades"].null_count() == 0:
         measured["volume per trade"] = pl.col("v") / pl.col("trades").clip(1, None)
     noticed = (pl.col("range") / pl.col("usual")).clip(1, None)
-    limit = RULES["volume"].times * (pl.col("large") / pl.col("middle")).sqrt() * pl.col("large") * noticed
+    limit = (
+        RULES["volume"].times
+        * (pl.col("large") / pl.col("middle")).sqrt()
+        * pl.col("large")
+        * noticed
+    )
     for what, values in measured.items():
-        frame = _around(traded.lazy().with_columns(x=values), LONG, large=("x", 0.9), middle=("x", 0.5)).collect()
+        frame = _around(
+            traded.lazy().with_columns(x=values), LONG, large=("x", 0.9), middle=("x", 0.5)
+        ).collect()
         for row in _beyond(frame, pl.col("x"), limit):
             says = f"{what} {row['size']:.6g}, believed up to {row['limit']:.6g} here"
-            yield _anomaly(frame, timeframe, "volume", row["i"], row["i"], row["size"] / row["limit"], 1, says)
+            yield _anomaly(
+                frame, timeframe, "volume", row["i"], row["i"], row["size"] / row["limit"], 1, says
+            )
 
 
 def _untraded(bars: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     still, next_to = pl.col("volume") == 0, pl.col("open_time").diff() == timeframe.width
-    moved = still & ((pl.col("high") != pl.col("low")) | (next_to & (pl.col("close") != pl.col("close").shift(1))))
+    moved = still & (
+        (pl.col("high") != pl.col("low"))
+        | (next_to & (pl.col("close") != pl.col("close").shift(1)))
+    )
     miscounted = still != (pl.col("trades") == 0)
     frame = bars.with_row_index("i")
     for row in frame.filter((moved | miscounted).fill_null(False)).to_dicts():
@@ -312,15 +418,33 @@ def _untraded(bars: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
 
 
 # --------------------------------------------------------------------------------- as an anomaly
-def _anomaly(frame: pl.DataFrame, timeframe: Timeframe, kind: str, first: int, last: int, size: float, limit: float, says: str) -> Anomaly:
+def _anomaly(
+    frame: pl.DataFrame,
+    timeframe: Timeframe,
+    kind: str,
+    first: int,
+    last: int,
+    size: float,
+    limit: float,
+    says: str,
+) -> Anomaly:
     first, opens = max(0, first), frame["open_time"]
     evidence = {"says": says, "size": f"{size:.6g}", "limit": f"{limit:.6g}"}
-    return Anomaly(kind, RULES[kind].severity(size), opens[first], opens[last] + timeframe.width, last - first + 1, evidence)
+    return Anomaly(
+        kind,
+        RULES[kind].severity(size),
+        opens[first],
+        opens[last] + timeframe.width,
+        last - first + 1,
+        evidence,
+    )
 
 
 def _beside(frame: pl.DataFrame, first: int, last: int) -> str:
     inside = f"{_at(frame, first, 'open')} to {_at(frame, last, 'close')} in it"
-    return f"{_at(frame, first - 1, 'close')} before, {inside}, {_at(frame, last + 1, 'open')} after"
+    return (
+        f"{_at(frame, first - 1, 'close')} before, {inside}, {_at(frame, last + 1, 'open')} after"
+    )
 
 
 def _at(frame: pl.DataFrame, i: int, column: str) -> str:

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 def check_bars(bars: pl.DataFrame) -> pl.DataFrame:
-    """The same frame, or pandera's SchemaErrors: columns, types, nulls, positive prices, ascending open_time.
+    """The same frame, or pandera's SchemaErrors: columns, types, nulls, positive prices, ascending
+    open_time.
 
-    Whether it keeps the contract takes one pass; pandera, which costs seconds to import and milliseconds a frame, is
-    asked what is wrong where it does not.
+    Whether it keeps the contract takes one pass; pandera, which costs seconds to import and
+    milliseconds a frame, is asked what is wrong where it does not.
     """
     return bars if _keeps(bars) else contract().validate(bars, lazy=True)
 
@@ -28,7 +29,13 @@ def _keeps(bars: pl.DataFrame) -> bool:
     whole = [pl.col(column.name).null_count() == 0 for column in COLUMNS if not column.optional]
     prices = [(pl.col(name) > 0).all() for name in PRICES]
     amounts = [(pl.col(c.name) >= 0).all() for c in COLUMNS if c.name not in ("open_time", *PRICES)]
-    return bool(bars.select(pl.all_horizontal(*whole, *prices, *amounts, (pl.col("open_time").diff() > pl.duration()).all())).item())
+    return bool(
+        bars.select(
+            pl.all_horizontal(
+                *whole, *prices, *amounts, (pl.col("open_time").diff() > pl.duration()).all()
+            )
+        ).item()
+    )
 
 
 @lru_cache(maxsize=1)
@@ -40,7 +47,11 @@ def contract() -> pa.DataFrameSchema:
         column.name: pa.Column(
             column.dtype,
             nullable=column.optional,
-            checks=[pa.Check.gt(0)] if column.name in PRICES else [pa.Check.ge(0)] if column.name != "open_time" else [],
+            checks=[pa.Check.gt(0)]
+            if column.name in PRICES
+            else [pa.Check.ge(0)]
+            if column.name != "open_time"
+            else [],
             description=column.meaning,
         )
         for column in COLUMNS

@@ -9,9 +9,11 @@ from marketdata_assets.model.window import Window, parse_time
 
 
 class Halt(NamedTuple):
-    """A halt of all of a venue's markets, as people told of it: `window` is about right, to be confirmed by the bars.
+    """A halt of all of a venue's markets, as people told of it: `window` is about right, to be
+    confirmed by the bars.
 
-    Only what was told by somebody else belongs here: a row read off our own bars would be its own witness.
+    Only what was told by somebody else belongs here: a row read off our own bars would be its own
+    witness.
     """
 
     venue: str
@@ -59,7 +61,11 @@ _OUTAGES = """
 @lru_cache
 def registry() -> tuple[Halt, ...]:
     """All known halts. Adding one is one row above."""
-    return tuple(Halt("binance", _window(*line.split()), "trading was suspended", _BINANCE) for line in _OUTAGES.split("\n") if line)
+    return tuple(
+        Halt("binance", _window(*line.split()), "trading was suspended", _BINANCE)
+        for line in _OUTAGES.split("\n")
+        if line
+    )
 
 
 def known_halts(venue: str, window: Window) -> list[Halt]:

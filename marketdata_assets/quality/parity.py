@@ -1,4 +1,6 @@
-"""Parity: our rolled-up bars beside the venue's own, column by column, with the tolerance that a venue needs."""
+"""Parity: our rolled-up bars beside the venue's own, column by column, with the tolerance that a venue
+needs.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,24 @@ import polars as pl
 from marketdata_assets.model.bar import APART, NAMES, PARITY_COLUMNS
 from marketdata_assets.model.window import Window
 
-EQUAL, WITHIN, DIFFERS, ONLY_OURS, ONLY_NATIVE = "equal", "within_tolerance", "differs", "only_ours", "only_native"
-"""The outcomes of a bar. The last three are differences; the last two where only one side has a bar that both should have."""
+EQUAL, WITHIN, DIFFERS, ONLY_OURS, ONLY_NATIVE = (
+    "equal",
+    "within_tolerance",
+    "differs",
+    "only_ours",
+    "only_native",
+)
+"""The outcomes of a bar. The last three are differences; the last two where only one side has a bar
+that both should have.
+"""
 UNEQUAL = (DIFFERS, ONLY_OURS, ONLY_NATIVE)
 VALUES = NAMES[1:]
 
 
 class Tolerance(NamedTuple):
-    """How far a venue's own bar may lie from its finer bars: by `absolute`, or by the share `relative` of its own value."""
+    """How far a venue's own bar may lie from its finer bars: by `absolute`, or by the share `relative`
+    of its own value.
+    """
 
     absolute: Decimal
     relative: Decimal
@@ -47,20 +59,27 @@ TOLERANCE: dict[tuple[str, str], Tolerance] = {
         "the same: all 40 of 1d (at most 1.47 %), 79 of 80 of 12h, 945 of 960 of 1h, 98 % of 5m lie within; the worst hour is 15 % off",
     ),
 }
-"""By venue and column. What is not here is compared digit for digit; nothing here is wider than what was measured."""
+"""By venue and column. What is not here is compared digit for digit; nothing here is wider than what
+was measured.
+"""
 
 
 def judge(venue: str, ours: pl.DataFrame, native: pl.DataFrame, span: Window) -> pl.DataFrame:
-    """Every bar that opens inside the span, on either side (model.bar.SCHEMA, sorted), with its outcome.
+    """Every bar that opens inside the span, on either side (model.bar.SCHEMA, sorted), with its
+    outcome.
 
-    `open_time`, `outcome`, `columns` (those that make it so, with spaces between), and for each value our own as
-    `volume`, the venue's as `volume_native` and ours less the venue's as `volume_apart`. A value that is null on one
-    side was not given, and is not compared.
+    `open_time`, `outcome`, `columns` (those that make it so, with spaces between), and for each
+    value our own as `volume`, the venue's as `volume_native` and ours less the venue's as
+    `volume_apart`. A value that is null on one side was not given, and is not compared.
     """
     inside = pl.col("open_time").is_between(span.start, span.end, closed="left")
     mine, theirs = ours.select(NAMES).filter(inside), native.select(NAMES).filter(inside)
-    both = mine.join(theirs, on="open_time", how="full", coalesce=True, suffix="_native").sort("open_time")
-    both = both.with_columns((pl.col(name) - pl.col(name + "_native")).alias(name + APART) for name in VALUES)
+    both = mine.join(theirs, on="open_time", how="full", coalesce=True, suffix="_native").sort(
+        "open_time"
+    )
+    both = both.with_columns(
+        (pl.col(name) - pl.col(name + "_native")).alias(name + APART) for name in VALUES
+    )
     unequal = {name: (pl.col(name + APART) != 0).fill_null(False) for name in VALUES}
     beyond = {name: unequal[name] & ~_within(venue, name) for name in VALUES}
     outcome = (
@@ -74,8 +93,14 @@ def judge(venue: str, ours: pl.DataFrame, native: pl.DataFrame, span: Window) ->
         .then(pl.lit(WITHIN))
         .otherwise(pl.lit(EQUAL))
     )
-    columns = pl.when(pl.any_horizontal(beyond.values())).then(_listed(beyond)).otherwise(_listed(unequal))
-    return both.select("open_time", outcome.alias("outcome"), columns.alias("columns"), pl.exclude("open_time"))
+    columns = (
+        pl.when(pl.any_horizontal(beyond.values()))
+        .then(_listed(beyond))
+        .otherwise(_listed(unequal))
+    )
+    return both.select(
+        "open_time", outcome.alias("outcome"), columns.alias("columns"), pl.exclude("open_time")
+    )
 
 
 def _within(venue: str, name: str) -> pl.Expr:
@@ -88,7 +113,11 @@ def _within(venue: str, name: str) -> pl.Expr:
 
 
 def _listed(flags: dict[str, pl.Expr]) -> pl.Expr:
-    return pl.concat_str([pl.when(flag).then(pl.lit(name)) for name, flag in flags.items()], separator=" ", ignore_nulls=True)
+    return pl.concat_str(
+        [pl.when(flag).then(pl.lit(name)) for name, flag in flags.items()],
+        separator=" ",
+        ignore_nulls=True,
+    )
 
 
 def outcomes(judged: pl.DataFrame) -> pl.DataFrame:

@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from marketdata_assets.model.bar import APART, PRICES, number_text
-from marketdata_assets.model.window import Timeframe, Window, iso
-from marketdata_assets.quality.gaps import holes, runs
+from marketdata_assets.model.intervals import holes, runs
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import Window, iso
 from marketdata_assets.quality.parity import DIFFERS, ONLY_NATIVE, ONLY_OURS, UNEQUAL, VALUES
 
 SUMS = ("volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume")
 NAMED = 5
 """How many minutes or windows a cause names in words; `minutes` holds all of them."""
 _LAST_DIGITS = Decimal("1e-6")
-"""So large a share of a number may be rounding, when one bar's columns are compared in proportion."""
+"""So large a share of a number may be rounding, when one bar's columns are compared in proportion.
+"""
 
 Bar = Mapping[str, Any]
 
@@ -39,10 +41,12 @@ class Cause(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known of the base bars (`bars`: model.bar.SCHEMA, sorted) that bars of `timeframe` are made of.
+    """What is known of the base bars (`bars`: model.bar.SCHEMA, sorted) that bars of `timeframe` are
+    made of.
 
-    `absent` says why base bars are not there, `native_absent` why the venue's own bars are not. `replaced` are earlier
-    revisions of base bars (model.bar.HISTORY_COLUMNS). `finer` is what `judge` found of the finest timeframe between.
+    `absent` says why base bars are not there, `native_absent` why the venue's own bars are not.
+    `replaced` are earlier revisions of base bars (model.bar.HISTORY_COLUMNS). `finer` is what
+    `judge` found of the finest timeframe between.
     """
 
     base: Timeframe
@@ -72,20 +76,27 @@ class _Bucket:
 
     def cause(self) -> Cause:
         if self.row["outcome"] == ONLY_NATIVE:
-            return Cause(f"no {self.base.name} bar of it is stored: {self._why(self.missing)}", tuple(self.missing))
+            return Cause(
+                f"no {self.base.name} bar of it is stored: {self._why(self.missing)}",
+                tuple(self.missing),
+            )
         if self.row["outcome"] == ONLY_OURS:
             why = _reasons([self.window], self.evidence.native_absent) or "nothing says why"
             there = runs(self.frame["open_time"].to_list(), self.base)
-            return Cause(f"the venue has no {self.timeframe.name} bar of its own here: {why}", tuple(there))
+            return Cause(
+                f"the venue has no {self.timeframe.name} bar of its own here: {why}", tuple(there)
+            )
         return self._by_finer() or self._by_base()
 
-    # --------------------------------------------------------------------------------- by the venue's own finer bars
+    # --------------------------------------------------------------------------------- by the venue
     def _by_finer(self) -> Cause | None:
         """The causes of the venue's own finer bars that differ inside; None where they say nothing."""
         if self.evidence.finer is None or self.evidence.finer[0].width >= self.timeframe.width:
             return None
         finer, judged = self.evidence.finer
-        inside = judged.filter(pl.col("open_time").is_between(self.window.start, self.window.end, closed="left"))
+        inside = judged.filter(
+            pl.col("open_time").is_between(self.window.start, self.window.end, closed="left")
+        )
         unequal = inside.filter(pl.col("outcome").is_in(UNEQUAL)).to_dicts()
         if not unequal and inside.height * finer.width == self.timeframe.width:
             by_base = self._by_base()
@@ -95,12 +106,22 @@ class _Bucket:
         if not rows:
             return None
         causes = [_Bucket(row, self.evidence, finer).cause() for row in rows]
-        parts = [f"{finer.name} {iso(row['open_time'])}: {cause.says}" for row, cause in zip(rows, causes, strict=True)]
+        parts = [
+            f"{finer.name} {iso(row['open_time'])}: {cause.says}"
+            for row, cause in zip(rows, causes, strict=True)
+        ]
         minutes = _joined(window for cause in causes for window in cause.minutes)
-        return Cause("; ".join([*parts[:NAMED], *_more(len(parts) - NAMED, "bars"), *self._left(finer, inside)]), minutes)
+        return Cause(
+            "; ".join(
+                [*parts[:NAMED], *_more(len(parts) - NAMED, "bars"), *self._left(finer, inside)]
+            ),
+            minutes,
+        )
 
     def _shows(self, row: Bar, finer: Timeframe) -> bool:
-        """Whether a finer bar can be behind this one: it is alone, or differs in one of its columns (open and close: at its edge)."""
+        """Whether a finer bar can be behind this one: it is alone, or differs in one of its columns
+        (open and close: at its edge).
+        """
         if row["outcome"] != DIFFERS:
             return True
         common = {*row["columns"].split()} & {*self.row["columns"].split()}
@@ -110,48 +131,88 @@ class _Bucket:
 
     def _left(self, finer: Timeframe, inside: pl.DataFrame) -> list[str]:
         """What the finer bars' differences do not add up to."""
-        rest = {name: amount - (inside[name + APART].sum() or 0) for name, amount in self._apart(SUMS).items()}
+        rest = {
+            name: amount - (inside[name + APART].sum() or 0)
+            for name, amount in self._apart(SUMS).items()
+        }
         odd = {name: amount for name, amount in rest.items() if amount}
-        return [f"and its own {self.timeframe.name} bar is at odds with its {finer.name} bars by {_amounts(odd)}"] if odd else []
+        return (
+            [
+                f"and its own {self.timeframe.name} bar is at odds with its {finer.name} bars by {_amounts(odd)}"
+            ]
+            if odd
+            else []
+        )
 
-    # --------------------------------------------------------------------------------- by the base bars
+    # --------------------------------------------------------------------------------- by the base
     def _by_base(self) -> Cause:
         bars, names = self.frame.to_dicts(), self.row["columns"].split()
         parts = [self._sums(bars, names)]
-        parts += [self._edge(name, bars) if name in ("open", "close") else self._extreme(name, bars) for name in names if name in PRICES]
+        parts += [
+            self._edge(name, bars) if name in ("open", "close") else self._extreme(name, bars)
+            for name in names
+            if name in PRICES
+        ]
         found = [part for part in (*parts, self._corrected()) if part is not None]
         minutes = _joined(window for cause in found for window in cause.minutes)
         lost = [window for window in self.missing if any(window & behind for behind in minutes)]
-        seen = f"though its {self.timeframe.name} bar counts it" if parts[0] is not None and parts[0].minutes and lost else ""
-        return Cause("; ".join([*([self._why(lost, seen)] if lost else []), *(cause.says for cause in found)]), minutes)
+        seen = (
+            f"though its {self.timeframe.name} bar counts it"
+            if parts[0] is not None and parts[0].minutes and lost
+            else ""
+        )
+        return Cause(
+            "; ".join(
+                [*([self._why(lost, seen)] if lost else []), *(cause.says for cause in found)]
+            ),
+            minutes,
+        )
 
     def _sums(self, bars: Sequence[Bar], names: Sequence[str]) -> Cause | None:
-        """Volumes and trades: the one bar that makes the difference, else the bars that are missing."""
+        """Volumes and trades: the one bar that makes the difference, else the bars that are
+        missing.
+        """
         given = self._apart(SUMS)
         amounts = {name: amount for name, amount in given.items() if name in names}
         one = self._one(bars, amounts, given) if amounts else None
         if one is not None or not amounts:
             return one
-        lacking, more = ({name: abs(d) for name, d in amounts.items() if (d < 0) == less} for less in (True, False))
+        lacking, more = (
+            {name: abs(d) for name, d in amounts.items() if (d < 0) == less}
+            for less in (True, False)
+        )
         if lacking and self.missing:
             also = f", and too much: {_amounts(more)}" if more else ""
             return Cause(f"lacking {_amounts(lacking)}{also}", tuple(self.missing))
-        words = [f"{word} by {_amounts(part)}" for word, part in (("less", lacking), ("more", more)) if part]
+        words = [
+            f"{word} by {_amounts(part)}"
+            for word, part in (("less", lacking), ("more", more))
+            if part
+        ]
         none = "" if self.missing else f"no {self.base.name} bar is missing, and "
         return Cause(f"{none}no single one explains that ours is {' and '.join(words)}")
 
-    def _one(self, bars: Sequence[Bar], amounts: Mapping[str, Any], given: Mapping[str, Any]) -> Cause | None:
-        """The only bar whose values are the difference, are twice the difference, or are off by one share in every column."""
+    def _one(
+        self, bars: Sequence[Bar], amounts: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> Cause | None:
+        """The only bar whose values are the difference, are twice the difference, or are off by one
+        share in every column.
+        """
         told = [bar for bar in bars if all(bar[name] is not None for name in given)]
         single = [bar for bar in told if all(bar[name] == amount for name, amount in given.items())]
-        double = [bar for bar in told if all(bar[name] == 2 * amount for name, amount in amounts.items())]
+        double = [
+            bar for bar in told if all(bar[name] == 2 * amount for name, amount in amounts.items())
+        ]
         share = [bar for bar in told if _in_proportion(bar, amounts)]
         for found, words in (
             (single, "is the difference, to the digit: the venue's own bar is without it"),
             (double, "is counted twice as high as in the venue's own bar"),
         ):
             if len(found) == 1:
-                return Cause(f"{iso(found[0]['open_time'])} {words}: {_amounts(amounts)}", self._windows(found))
+                return Cause(
+                    f"{iso(found[0]['open_time'])} {words}: {_amounts(amounts)}",
+                    self._windows(found),
+                )
         if len(share) == 1 and len(amounts) > 1:
             bar, (name, amount) = share[0], next(iter(amounts.items()))
             says = f"{iso(bar['open_time'])} differs by one share in every column: {name} {number_text(bar[name])}, by the venue's own bar"
@@ -165,31 +226,56 @@ class _Bucket:
             says = f"{name}: no {self.base.name} bar reaches the venue's own {number_text(theirs)}, ours ends at {number_text(mine)}"
             return Cause(says, tuple(self.missing))
         beyond = [bar for bar in bars if sign * (bar[name] - theirs) > 0]
-        which = _some([f"{iso(bar['open_time'])} reaches {number_text(bar[name])}{_idle(bar)}" for bar in beyond], "bars")
-        return Cause(f"{name}: {which}, beyond the venue's own {number_text(theirs)}", self._windows(beyond))
+        which = _some(
+            [
+                f"{iso(bar['open_time'])} reaches {number_text(bar[name])}{_idle(bar)}"
+                for bar in beyond
+            ],
+            "bars",
+        )
+        return Cause(
+            f"{name}: {which}, beyond the venue's own {number_text(theirs)}", self._windows(beyond)
+        )
 
     def _edge(self, name: str, bars: Sequence[Bar]) -> Cause:
         """Open and close: the first or last base bar, and whether it is missing."""
         theirs = self.row[name + "_native"]
-        bar, end = (bars[0], self.window.start) if name == "open" else (bars[-1], self.window.end - self.base.width)
-        verb = "opens" if name == "open" else "closes"
-        says = (
-            f"{name}: {iso(bar['open_time'])} {verb} at {number_text(bar[name])}{_idle(bar)}, the venue's own bar at {number_text(theirs)}"
+        bar, end = (
+            (bars[0], self.window.start)
+            if name == "open"
+            else (bars[-1], self.window.end - self.base.width)
         )
+        verb = "opens" if name == "open" else "closes"
+        says = f"{name}: {iso(bar['open_time'])} {verb} at {number_text(bar[name])}{_idle(bar)}, the venue's own bar at {number_text(theirs)}"
         lost = tuple(window for window in self.missing if window.start <= end < window.end)
         traded = next((other for other in bars if other["volume"]), bar)
         if name == "open" and traded is not bar and traded["open"] == theirs:
             idle = [other for other in bars if other["open_time"] < traded["open_time"]]
-            return Cause(f"{says}, with its first trade, of {iso(traded['open_time'])}", self._windows(idle))
+            return Cause(
+                f"{says}, with its first trade, of {iso(traded['open_time'])}", self._windows(idle)
+            )
         return Cause(says, lost or self._windows([bar]))
 
     def _corrected(self) -> Cause | None:
-        """Base bars that were corrected, and whether the venue's own bar still has what they said before."""
-        old = self.evidence.replaced.filter(pl.col("open_time").is_between(self.window.start, self.window.end, closed="left"))
-        now, given = {bar["open_time"]: bar for bar in self.frame.to_dicts()} if old.height else {}, self._apart(SUMS)
+        """Base bars that were corrected, and whether the venue's own bar still has what they said
+        before.
+        """
+        old = self.evidence.replaced.filter(
+            pl.col("open_time").is_between(self.window.start, self.window.end, closed="left")
+        )
+        now, given = (
+            {bar["open_time"]: bar for bar in self.frame.to_dicts()} if old.height else {},
+            self._apart(SUMS),
+        )
         pairs = [(was, now[was["open_time"]]) for was in old.to_dicts() if was["open_time"] in now]
-        changed = [(was, bar) for was, bar in pairs if any(was[name] != bar[name] for name in VALUES)]
-        exact = [was for was, bar in changed if given and all(_change(was, bar, name) == amount for name, amount in given.items())]
+        changed = [
+            (was, bar) for was, bar in pairs if any(was[name] != bar[name] for name in VALUES)
+        ]
+        exact = [
+            was
+            for was, bar in changed
+            if given and all(_change(was, bar, name) == amount for name, amount in given.items())
+        ]
         if not changed:
             return None
         moments = [was["open_time"] for was in exact[:1] or (was for was, _ in changed)]
@@ -197,10 +283,12 @@ class _Bucket:
         still = ": the venue's own bar still counts what it said before" if exact else ""
         return Cause(f"corrected since: {which}{still}", tuple(runs(moments, self.base)))
 
-    # --------------------------------------------------------------------------------- what all of them use
+    # --------------------------------------------------------------------------------- what all of
     def _apart(self, names: Iterable[str]) -> dict[str, Any]:
         """Ours less the venue's own, of the columns that both give."""
-        return {name: self.row[name + APART] for name in names if self.row[name + APART] is not None}
+        return {
+            name: self.row[name + APART] for name in names if self.row[name + APART] is not None
+        }
 
     def _windows(self, bars: Sequence[Bar]) -> tuple[Window, ...]:
         return tuple(runs([bar["open_time"] for bar in bars], self.base))
@@ -214,12 +302,16 @@ class _Bucket:
 
 
 def minutes_text(cause: Cause, base: Timeframe) -> str:
-    """The windows of a cause as text: the open time of a single base bar, `start/end` of more, with spaces between."""
+    """The windows of a cause as text: the open time of a single base bar, `start/end` of more, with
+    spaces between.
+    """
     return " ".join(_named(window, base) for window in cause.minutes)
 
 
 def _named(window: Window, base: Timeframe) -> str:
-    return iso(window.start) if window.count(base) == 1 else f"{iso(window.start)}/{iso(window.end)}"
+    return (
+        iso(window.start) if window.count(base) == 1 else f"{iso(window.start)}/{iso(window.end)}"
+    )
 
 
 def _joined(windows: Iterable[Window]) -> tuple[Window, ...]:
@@ -234,17 +326,26 @@ def _joined(windows: Iterable[Window]) -> tuple[Window, ...]:
 
 
 def _reasons(windows: Sequence[Window], absences: Sequence[Absence]) -> str:
-    return ", ".join(dict.fromkeys(absence.why for absence in absences if any(absence.window & window for window in windows)))
+    return ", ".join(
+        dict.fromkeys(
+            absence.why
+            for absence in absences
+            if any(absence.window & window for window in windows)
+        )
+    )
 
 
 def _in_proportion(bar: Bar, amounts: Mapping[str, Any]) -> bool:
-    """Whether one factor on this bar explains the difference of every column; trades are whole, so they may be one off."""
+    """Whether one factor on this bar explains the difference of every column; trades are whole, so
+    they may be one off.
+    """
     name, amount = next(iter(amounts.items()))
     if not bar[name] or amount > bar[name]:
         return False
     share = Decimal(amount) / Decimal(bar[name])
     return all(
-        abs(other - share * bar[column]) <= (1 if column == "trades" else abs(other) * _LAST_DIGITS) for column, other in amounts.items()
+        abs(other - share * bar[column]) <= (1 if column == "trades" else abs(other) * _LAST_DIGITS)
+        for column, other in amounts.items()
     )
 
 

@@ -9,12 +9,15 @@ from typing import Protocol
 import polars as pl
 
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import Timeframe, Window
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import Window
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request as it went: what the fetch log keeps. `asked_at` is our clock, in seconds since 1970."""
+    """One HTTP request as it went: what the fetch log keeps. `asked_at` is our clock, in seconds since
+    1970.
+    """
 
     kind: str
     asked_at: float
@@ -29,8 +32,9 @@ class Request:
 class Fetched:
     """One believed answer.
 
-    `rows` has the columns of `model.bar.NAMES`, as sent: `open_time` in integer milliseconds, numbers as text,
-    null for what the venue does not give. `asked` is the half-open window of open times that was asked for.
+    `rows` has the columns of `model.bar.NAMES`, as sent: `open_time` in integer milliseconds,
+    numbers as text, null for what the venue does not give. `asked` is the half-open window of open
+    times that was asked for.
     """
 
     rows: pl.DataFrame
@@ -56,11 +60,15 @@ class Source(Protocol):
 
     @property
     def skips_gaps(self) -> bool:
-        """True when one request may span more than a page, because the venue counts rows and not time."""
+        """True when one request may span more than a page, because the venue counts rows and not
+        time.
+        """
         ...
 
     async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> Fetched:
-        """One request for the bars that open inside `window` (end exclusive, every bar in it closed)."""
+        """One request for the bars that open inside `window` (end exclusive, every bar in it
+        closed).
+        """
         ...
 
     async def now(self) -> datetime:
@@ -72,7 +80,9 @@ class Source(Protocol):
         ...
 
     async def lists(self, market: Market) -> bool:
-        """Whether the venue's list of markets has this one, as one that trades; asked anew each time."""
+        """Whether the venue's list of markets has this one, as one that trades; asked anew each
+        time.
+        """
         ...
 
     async def close(self) -> None:

@@ -1,7 +1,8 @@
-"""Any ccxt venue through `fetch_ohlcv`; Binance and Binance.US through ccxt's raw klines, which keep all nine values.
+"""Any ccxt venue through `fetch_ohlcv`; Binance and Binance.US through ccxt's raw klines, which keep
+all nine values.
 
-ccxt signs, routes and maps errors. What it lets pass is refused here: answers that are not JSON, answers with other
-columns or types than documented, answers that come too late or grow too large.
+ccxt signs, routes and maps errors. What it lets pass is refused here: answers that are not JSON,
+answers with other columns or types than documented, answers that come too late or grow too large.
 """
 
 from __future__ import annotations
@@ -24,11 +25,20 @@ from urllib.parse import urlsplit
 import aiohttp
 import polars as pl
 
-from marketdata_assets.errors import BadInput, Garbled, MarketDataError, RequestFailed, Retry, VenueRefused, Wait
+from marketdata_assets.errors import (
+    BadInput,
+    Garbled,
+    MarketDataError,
+    RequestFailed,
+    Retry,
+    VenueRefused,
+    Wait,
+)
 from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import Timeframe, Window, from_ms, to_ms
-from marketdata_assets.settings import Venue
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import Window, from_ms, to_ms
+from marketdata_assets.settings.universe import Venue
 from marketdata_assets.sources.base import Fetched, Request
 
 T = TypeVar("T")
@@ -41,7 +51,9 @@ DEFAULT_PAGE = 300
 
 @dataclass(frozen=True, slots=True)
 class Klines:
-    """A raw klines endpoint of Binance's family: ccxt method, bars a request, request weight allowed per minute."""
+    """A raw klines endpoint of Binance's family: ccxt method, bars a request, request weight allowed
+    per minute.
+    """
 
     method: str
     page: int
@@ -104,11 +116,22 @@ class _LimitedResponse(aiohttp.ClientResponse):
 class _Strict:
     """Mixed in before a ccxt class: what ccxt would turn into an empty list becomes an error."""
 
-    def on_rest_response(self, code: int, reason: str, url: str, method: str, headers: dict[str, str], body: str, *_: Any) -> str:
+    def on_rest_response(
+        self,
+        code: int,
+        reason: str,
+        url: str,
+        method: str,
+        headers: dict[str, str],
+        body: str,
+        *_: Any,
+    ) -> str:
         answer = _ANSWER.get()
         answer.status, answer.headers = code, {k.lower(): v for k, v in headers.items()}
         if code < 400 and body[:1] not in ("{", "["):
-            raise Garbled("the answer is not JSON: " + ("it is empty" if not body.strip() else "it is text"))
+            raise Garbled(
+                "the answer is not JSON: " + ("it is empty" if not body.strip() else "it is text")
+            )
         return body
 
     def parse_json(self, text: str) -> Any:
@@ -186,7 +209,9 @@ class CcxtSource:
         return from_ms(opens[0]) if opens and opens[0] is not None else None
 
     async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> Fetched:
-        """One request for the bars that open inside the window. Raises RequestFailed, VenueRefused or BadInput."""
+        """One request for the bars that open inside the window. Raises RequestFailed, VenueRefused or
+        BadInput.
+        """
         start, end = to_ms(window.start), to_ms(window.end)
         if self._klines:
             params = {"startTime": start, "endTime": end - 1, "limit": self._klines.page}
@@ -196,12 +221,22 @@ class CcxtSource:
 
         async def ask(exchange: Any) -> pl.DataFrame:
             self._known(exchange, market)
-            return _ohlcv_frame(await exchange.fetch_ohlcv(market.symbol, timeframe.name, start, limit))
+            return _ohlcv_frame(
+                await exchange.fetch_ohlcv(market.symbol, timeframe.name, start, limit)
+            )
 
         answer, request = await self._ask("bars", ask)
-        # fetch_ohlcv has no end and some venues no start: what lies outside the page is another page's
-        rows = answer.filter(pl.col("open_time").is_null() | pl.col("open_time").is_between(start, end, closed="left"))
-        later = answer.filter(pl.col("open_time") >= end)["open_time"].min() if rows.is_empty() else None
+        # fetch_ohlcv has no end and some venues no start: what lies outside the page is another
+        # page's
+        rows = answer.filter(
+            pl.col("open_time").is_null()
+            | pl.col("open_time").is_between(start, end, closed="left")
+        )
+        later = (
+            answer.filter(pl.col("open_time") >= end)["open_time"].min()
+            if rows.is_empty()
+            else None
+        )
         return Fetched(rows, window, from_ms(later) if isinstance(later, int) else None, (request,))
 
     async def lists(self, market: Market) -> bool:
@@ -221,13 +256,19 @@ class CcxtSource:
         if session is not None:
             await session.close()
 
-    # ------------------------------------------------------------------------------------------ requests
-    async def _ask_klines(self, market: Market, timeframe: Timeframe, params: dict[str, int]) -> tuple[pl.DataFrame, Request]:
+    # ------------------------------------------------------------------------------------------ req
+    async def _ask_klines(
+        self, market: Market, timeframe: Timeframe, params: dict[str, int]
+    ) -> tuple[pl.DataFrame, Request]:
         kind = self._klines
         assert kind is not None
 
         async def ask(exchange: Any) -> pl.DataFrame:
-            request = {"symbol": self._known(exchange, market), "interval": timeframe.name, **params}
+            request = {
+                "symbol": self._known(exchange, market),
+                "interval": timeframe.name,
+                **params,
+            }
             return _kline_frame(await getattr(exchange, kind.method)(request), timeframe)
 
         return await self._ask("bars", ask)
@@ -242,7 +283,9 @@ class CcxtSource:
         asked_at, begun = time.time(), time.perf_counter()
 
         def request(outcome: str, error: str | None = None, rows: int | None = None) -> Request:
-            return Request(kind, asked_at, time.perf_counter() - begun, outcome, answer.status, rows, error)
+            return Request(
+                kind, asked_at, time.perf_counter() - begun, outcome, answer.status, rows, error
+            )
 
         try:
             with _translated(self._venue.name, answer):
@@ -254,7 +297,9 @@ class CcxtSource:
         finally:
             _ANSWER.reset(token)
             self.used_weight = _used_weight(answer) or 0
-        return value, request("answered", rows=value.height if isinstance(value, pl.DataFrame) else None)
+        return value, request(
+            "answered", rows=value.height if isinstance(value, pl.DataFrame) else None
+        )
 
     async def _open(self) -> Any:
         async with self._loading:
@@ -283,7 +328,10 @@ class CcxtSource:
         if self._session is None:
             self._session = aiohttp.ClientSession(response_class=_LimitedResponse)
         spot = all(_kind(symbol) == "spot" for symbol in self._venue.symbols)
-        options = {"fetchMarkets": {"types": ["spot"] if spot else ["spot", "linear", "inverse"]}, "fetchCurrencies": False}
+        options = {
+            "fetchMarkets": {"types": ["spot"] if spot else ["spot", "linear", "inverse"]},
+            "fetchCurrencies": False,
+        }
         exchange = kind(
             {
                 "session": self._session,
@@ -294,7 +342,9 @@ class CcxtSource:
             }
         )
         if self._venue.base_url:
-            exchange.urls["api"] = _rebased(exchange.urls["api"], self._venue.base_url, exchange.urls.get("hostname", ""))
+            exchange.urls["api"] = _rebased(
+                exchange.urls["api"], self._venue.base_url, exchange.urls.get("hostname", "")
+            )
         return exchange
 
     def _known(self, exchange: Any, market: Market) -> str:
@@ -308,7 +358,9 @@ class CcxtSource:
 
 def _kind(symbol: str) -> str:
     quote = symbol.split("/")[1].split(":")
-    return "spot" if len(quote) == 1 else "linear" if quote[0] == quote[1].split("-")[0] else "inverse"
+    return (
+        "spot" if len(quote) == 1 else "linear" if quote[0] == quote[1].split("-")[0] else "inverse"
+    )
 
 
 def _rebased(urls: Any, base_url: str, hostname: str) -> Any:
@@ -339,7 +391,9 @@ def _translated(venue: str, answer: _Answer) -> Iterator[None]:
     except (aiohttp.ClientError, OSError) as error:
         raise Retry(f"{venue}: {_reason(error, answer)}") from None
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise Garbled(f"{venue}: the answer has not the documented shape ({type(error).__name__})") from None
+        raise Garbled(
+            f"{venue}: the answer has not the documented shape ({type(error).__name__})"
+        ) from None
 
 
 def _verdict(venue: str, error: Exception, answer: _Answer) -> MarketDataError:
@@ -352,8 +406,13 @@ def _verdict(venue: str, error: Exception, answer: _Answer) -> MarketDataError:
     if isinstance(error, ccxt.RequestTimeout):
         return Retry(f"{venue}: no whole answer within the deadline")
     if isinstance(error, ccxt.OperationFailed) and answer.status in (403, 404, 405):
-        return VenueRefused(f"{venue}: HTTP {answer.status}, the address does not serve this API; check base_url")
-    if isinstance(error, ccxt.BadRequest | ccxt.AuthenticationError | ccxt.NotSupported | ccxt.ArgumentsRequired):
+        return VenueRefused(
+            f"{venue}: HTTP {answer.status}, the address does not serve this API; check base_url"
+        )
+    if isinstance(
+        error,
+        ccxt.BadRequest | ccxt.AuthenticationError | ccxt.NotSupported | ccxt.ArgumentsRequired,
+    ):
         return VenueRefused(f"{venue}: {_reason(error, answer)}")
     return Retry(f"{venue}: {_reason(error, answer)}")
 
@@ -364,11 +423,15 @@ def _reason(error: Exception, answer: _Answer) -> str:
         return "it cannot be reached, or the connection broke"
     text = re.sub(r"https?://\S+", "", str(error))
     message = re.search(r'"(?:msg|message|error)"\s*:\s*\[?"([^"]{1,120})', text)
-    return f"HTTP {answer.status}" + (f", {message.group(1)}" if message else f", {type(error).__name__}")
+    return f"HTTP {answer.status}" + (
+        f", {message.group(1)}" if message else f", {type(error).__name__}"
+    )
 
 
 def _retry_after(answer: _Answer) -> float:
-    """Seconds to wait: the header's seconds or date; DEFAULT_PAUSE where it is missing or makes no sense."""
+    """Seconds to wait: the header's seconds or date; DEFAULT_PAUSE where it is missing or makes no
+    sense.
+    """
     header = answer.headers.get("retry-after", "")
     try:
         seconds = float(header)
@@ -394,7 +457,9 @@ def _kline_frame(rows: Any, timeframe: Timeframe) -> pl.DataFrame:
         return pl.DataFrame(schema={name: _DTYPES[kind] for name, _, kind in _KLINE_COLUMNS})
     widths = {len(row) for row in rows}
     if widths != {_KLINE_WIDTH}:
-        raise Garbled(f"a kline has {', '.join(map(str, sorted(widths)))} columns instead of {_KLINE_WIDTH}")
+        raise Garbled(
+            f"a kline has {', '.join(map(str, sorted(widths)))} columns instead of {_KLINE_WIDTH}"
+        )
     columns = list(zip(*rows, strict=True))
     series = [_series(name, columns[position], kind) for name, position, kind in _KLINE_COLUMNS]
     _check_interval(series[0], _series("close_time", columns[_CLOSE_TIME], int), timeframe)
@@ -402,7 +467,9 @@ def _kline_frame(rows: Any, timeframe: Timeframe) -> pl.DataFrame:
 
 
 def _series(name: str, values: Sequence[Any], kind: type) -> pl.Series:
-    refusal = Garbled(f"column {name} holds something else than {'whole numbers' if kind is int else 'text'}")
+    refusal = Garbled(
+        f"column {name} holds something else than {'whole numbers' if kind is int else 'text'}"
+    )
     if not set(map(type, values)) <= {kind, type(None)}:
         raise refusal
     try:
@@ -412,7 +479,9 @@ def _series(name: str, values: Sequence[Any], kind: type) -> pl.Series:
 
 
 def _check_interval(opens: pl.Series, closes: pl.Series, timeframe: Timeframe) -> None:
-    """A bar may be cut short by a halt, but no bar is longer than its timeframe, and not all are shorter."""
+    """A bar may be cut short by a halt, but no bar is longer than its timeframe, and not all are
+    shorter.
+    """
     width = timeframe.width // timedelta(milliseconds=1)
     lengths = closes - opens + 1
     on_grid = lengths.filter(((opens - to_ms(timeframe.origin)) % width == 0) & (opens > 10**11))
@@ -427,6 +496,12 @@ def _ohlcv_frame(rows: list[list[Any]]) -> pl.DataFrame:
     columns = list(zip(*(row[:6] for row in rows), strict=True)) or [()] * 6
     series = {"open_time": _series("open_time", columns[0], int)}
     for name, values in zip(_OHLCV[1:], columns[1:], strict=True):
-        series[name] = pl.Series(name, [None if v is None else str(v) for v in values], dtype=pl.String)
-    missing = {name: pl.lit(None, pl.Int64() if name == "trades" else pl.String()) for name in NAMES if name not in series}
+        series[name] = pl.Series(
+            name, [None if v is None else str(v) for v in values], dtype=pl.String
+        )
+    missing = {
+        name: pl.lit(None, pl.Int64() if name == "trades" else pl.String())
+        for name in NAMES
+        if name not in series
+    }
     return pl.DataFrame(series).with_columns(**missing).select(NAMES)

@@ -1,7 +1,9 @@
-"""The guard around a source: paced, retried, circuit-broken, the same for every process of an instance.
+"""The guard around a source: paced, retried, circuit-broken, the same for every process of an
+instance.
 
-The state of a venue (when the next request may go, until when it asked for peace, how often it failed) lives behind
-`VenueState`, so that processes share it. Clock, sleep and randomness come in by hand.
+The state of a venue (when the next request may go, until when it asked for peace, how often it
+failed) lives behind `VenueState`, so that processes share it. Clock, sleep and randomness come in
+by hand.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import Protocol, TypeVar
 
 from marketdata_assets.errors import MarketDataError, Retry, VenueDown, Wait
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import Timeframe, Window, from_ms, iso
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import Window, from_ms, iso
 from marketdata_assets.sources.base import Fetched, Request, Source
 
 T = TypeVar("T")
@@ -45,13 +48,17 @@ class VenueState(Protocol):
         ...
 
     def broken_until(self, venue: str, now: float) -> float:
-        """0 when requests may go; else until when the breaker stays open. After that, one caller may try."""
+        """0 when requests may go; else until when the breaker stays open. After that, one caller may
+        try.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How patient a guard is with one request. Backoff is exponential, capped, fully jittered; seconds."""
+    """How patient a guard is with one request. Backoff is exponential, capped, fully jittered;
+    seconds.
+    """
 
     attempts: int = 6
     waits: int = 30
@@ -72,10 +79,17 @@ class Policy:
 
 
 class Guarded:
-    """A source that waits its turn, honours every wait the venue asks for, tries again, and stops when it is down."""
+    """A source that waits its turn, honours every wait the venue asks for, tries again, and stops when
+    it is down.
+    """
 
     def __init__(
-        self, source: Source, venue: str, state: VenueState, requests_per_minute: int | None, policy: Policy | None = None
+        self,
+        source: Source,
+        venue: str,
+        state: VenueState,
+        requests_per_minute: int | None,
+        policy: Policy | None = None,
     ) -> None:
         self._source, self._venue, self._state = source, venue, state
         self._limit, self._policy = requests_per_minute, policy or Policy()
@@ -96,10 +110,14 @@ class Guarded:
         return self._source.skips_gaps
 
     async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> Fetched:
-        """As the wrapped source, with the failed requests and the time spent waiting for limits added."""
+        """As the wrapped source, with the failed requests and the time spent waiting for limits
+        added.
+        """
         failed: list[Request] = []
         waited: list[float] = []
-        fetched = await self._call(lambda: self._source.fetch(market, timeframe, window), failed, waited)
+        fetched = await self._call(
+            lambda: self._source.fetch(market, timeframe, window), failed, waited
+        )
         return replace(fetched, requests=(*failed, *fetched.requests), waited=sum(waited))
 
     async def now(self) -> datetime:
@@ -118,7 +136,9 @@ class Guarded:
         """As the wrapped source."""
         await self._source.close()
 
-    async def _call(self, operation: Callable[[], Awaitable[T]], failed: list[Request], waited: list[float]) -> T:
+    async def _call(
+        self, operation: Callable[[], Awaitable[T]], failed: list[Request], waited: list[float]
+    ) -> T:
         failures, waits, patience, last = 0, 0, self._policy.longest_wait, ""
         while True:
             try:
@@ -131,7 +151,9 @@ class Guarded:
                 patience -= self._respect(error, waits)
                 if patience < 0 or waits > self._policy.waits:
                     until = _moment(self._state.paused_until(self._venue))
-                    raise self._down(f"{error}; no request before {until}: too long to wait for", failed) from None
+                    raise self._down(
+                        f"{error}; no request before {until}: too long to wait for", failed
+                    ) from None
             except Retry as error:
                 failed.extend(error.requests)
                 last = str(error)
@@ -154,19 +176,25 @@ class Guarded:
         return down
 
     async def _wait_turn(self, last: str) -> float:
-        """Wait for every pause the venue asked for, then for the limiter; seconds waited. Raises VenueDown.
+        """Wait for every pause the venue asked for, then for the limiter; seconds waited. Raises
+        VenueDown.
 
-        The place in the queue is taken when no pause is left: places kept through one would all be used at its end.
+        The place in the queue is taken when no pause is left: places kept through one would all be
+        used at its end.
         """
         clock, begun = self._policy.clock, self._policy.clock()
         because = f" (last: {last})" if last else ""
         broken = self._state.broken_until(self._venue, begun)
         if broken:
-            raise VenueDown(f"{self._venue} failed too often; its circuit breaker stays open until {_moment(broken)}{because}")
+            raise VenueDown(
+                f"{self._venue} failed too often; its circuit breaker stays open until {_moment(broken)}{because}"
+            )
         while True:
             if (until := self._state.paused_until(self._venue)) > clock():
                 if until - clock() > self._policy.longest_wait:
-                    raise VenueDown(f"{self._venue} wants no request before {_moment(until)}{because}")
+                    raise VenueDown(
+                        f"{self._venue} wants no request before {_moment(until)}{because}"
+                    )
                 await self._policy.sleep(until - clock())
                 continue
             turn = self._state.reserve(self._venue, clock(), self._limit)
@@ -176,15 +204,22 @@ class Guarded:
                 return clock() - begun
 
     def _respect(self, error: Wait, waits: int) -> float:
-        """Pause the venue for all processes as long as it asks, and each time longer where it asks for next to nothing."""
+        """Pause the venue for all processes as long as it asks, and each time longer where it asks for
+        next to nothing.
+        """
         least = self._policy.longest_delay(waits) if error.seconds < 1 else 0.0
         seconds = min(max(error.seconds, least), LONGEST_PAUSE)
         self._state.pause(self._venue, self._policy.clock() + seconds)
         return seconds
 
     def _mind_weight(self) -> None:
-        """Stop before the venue's own count of this minute reaches its limit: no 429 is ever provoked."""
-        used, limit = getattr(self._source, "used_weight", 0), getattr(self._source, "weight_limit", None)
+        """Stop before the venue's own count of this minute reaches its limit: no 429 is ever
+        provoked.
+        """
+        used, limit = (
+            getattr(self._source, "used_weight", 0),
+            getattr(self._source, "weight_limit", None),
+        )
         if used and limit:
             margin = min(max(40, limit // 50), limit // 2)
             if used >= limit - margin:
