@@ -304,8 +304,8 @@ def test_runs_outlive_the_code_server_and_the_daemon(stack: Stack) -> None:
     soon(lambda: set(stack.pids("api grpc")) - set(servers), 60, "a new code server")
     second, other = stack.working(ETH)
     process = process_id(other)
-    daemon = stack.kill("defs.launcher run")
-    soon(lambda: set(stack.pids("defs.launcher run")) - set(daemon), 30, "a new daemon")
+    daemon = stack.kill("dagster_ext.launcher run")
+    soon(lambda: set(stack.pids("dagster_ext.launcher run")) - set(daemon), 30, "a new daemon")
     assert {worker, other} <= set(stack.pids("execute_run"))
     assert stack.ask(TERMINATE, id=second)["terminateRun"]["__typename"] == "TerminateRunSuccess"
     stack.becomes(second, "CANCELED", TICKS)
@@ -346,10 +346,10 @@ def test_everything_killed_and_started_again(stack: Stack) -> None:
     with a run at work.
     """
     killed, _ = stack.working(BTC)
-    os.kill(stack.pids("defs.launcher run")[0], signal.SIGSTOP)
+    os.kill(stack.pids("dagster_ext.launcher run")[0], signal.SIGSTOP)
     queued, begun = (soon(lambda: stack.launch(ETH), 60, "a run can be launched") for _ in range(2))
     stack.kill(
-        "cli.main dev", "dagster_webserver", "code-server start", "defs.launcher run", "execute_run"
+        "cli.main dev", "dagster_webserver", "code-server start", "dagster_ext.launcher run", "execute_run"
     )
     stack.supervisor.wait()
     orphan = stack.pids(

@@ -252,7 +252,8 @@ import polars as pl
 from marketdata_assets.storage.delta import DeltaTables
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.bar import DECIMAL
-from marketdata_assets.model.window import TIMEFRAMES, Partition
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.partition import Partition
 location, file, me = sys.argv[1:]
 tables, bars, table, january = DeltaTables(location), pl.read_parquet(file), raw(TIMEFRAMES["1m"]), "2024-01-01"
 me = int(me)

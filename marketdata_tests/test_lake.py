@@ -438,7 +438,8 @@ import itertools, sys
 import polars as pl
 from marketdata_assets.storage.parquet import Lake
 from marketdata_assets.model.table import raw
-from marketdata_assets.model.window import TIMEFRAMES, Partition
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.partition import Partition
 table, partition = raw(TIMEFRAMES["1m"]), Partition.parse("binance:BTC-USDT|2024-01-01")
 lake, *frames = Lake(sys.argv[1]), *map(pl.read_parquet, sys.argv[2:])
 """

@@ -259,7 +259,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.window import Partition
+from marketdata_assets.model.partition import Partition
 with Ledger(Path(sys.argv[1]), sys.argv[2] or None).lock("binance:BTC-USDT|2024-01-01", wait=True) as got:
     print(got, flush=True)
     sys.stdin.readline()

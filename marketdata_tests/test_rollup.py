@@ -146,7 +146,8 @@ QUARTER = """
 import os, sys
 import polars as pl
 from marketdata_assets.model.bar import SCHEMA
-from marketdata_assets.model.window import TIMEFRAMES, Window, parse_time
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.transforms.rollup import roll_up
 assert pl.thread_pool_size() == int(os.environ["POLARS_MAX_THREADS"])
 whole = Window(parse_time("2024-01-01"), parse_time("2024-04-01"))

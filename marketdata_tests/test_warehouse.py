@@ -104,7 +104,7 @@ def test_moments_do_not_depend_on_where_the_machine_stands(warehouse: Warehouse)
     put(warehouse, hours(1))
     reader = (
         "import sys; from pathlib import Path; from marketdata_assets.storage.warehouse import *;"
-        "from marketdata_assets.model.window import TIMEFRAMES, Window, parse_time;"
+        "from marketdata_assets.model.timeframe import TIMEFRAMES;from marketdata_assets.model.window import Window, parse_time;"
         "found = Warehouse(Path(sys.argv[1])).read(Table('rollup', TIMEFRAMES['1h']), Market('binance', 'BTC/USDT'),"
         " Window(parse_time('2024-01-01T03:00Z'), parse_time('2024-01-01T05:00Z')));"
         "print(*found['open_time'].dt.epoch('s'), found.schema['open_time'])"
@@ -255,7 +255,8 @@ import duckdb, polars as pl, pyarrow
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.storage.warehouse import Warehouse
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import TIMEFRAMES, month_of, parse_time
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import month_of, parse_time
 market, month = Market("binance", "BTC/USDT"), month_of(parse_time("2024-01-01"))
 h1, d1 = TIMEFRAMES["1h"], TIMEFRAMES["1d"]
 warehouse = Warehouse(Path(sys.argv[1]))

@@ -1,0 +1,97 @@
+"""Gaps: windows without bars, what the answers said about them, and what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from marketdata_assets.model.window import Window
+
+PROMPT_ATTEMPTS = 3
+"""An unanswered gap is requested in this many runs without a pause between them."""
+
+
+class GapReason(StrEnum):
+    """What the answers said about a gap."""
+
+    NO_BARS = "no_bars"
+    """Two answers delivered both neighbours and nothing between them."""
+    QUARANTINED = "quarantined"
+    """The venue delivered rows that break a rule."""
+    UNANSWERED = "unanswered"
+    """No answer has settled yet whether bars exist."""
+
+
+class GapCause(StrEnum):
+    """What a gap means. A value is also the part of the coverage that counts its bars."""
+
+    NO_TRADE = "no_trade"
+    HALTED = "halted"
+    DELISTED = "delisted"
+    MISSING_AT_SOURCE = "missing_at_source"
+
+
+class GapStatus(StrEnum):
+    """How far the search for the cause of a gap has come."""
+
+    OPEN = "open"
+    """No cause is known."""
+    EXPLAINED = "explained"
+    """A cause is known by one kind of evidence; the gap is still requested at growing distance."""
+    FINAL = "final"
+    """Two kinds of evidence agree on the cause; the gap is never requested again."""
+    REOPENED = "reopened"
+    """A person discarded the cause; no cause is looked for until the next run has requested it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A window of open times of one market without bars.
+
+    `bars` counts the open times inside `window`. `answers` counts the answers, or the runs, that
+    ended in `reason`. `evidence` says what the last answers delivered; `proof` holds, as JSON does,
+    what shows the cause (empty: nobody has looked for it yet). `first_requested`, `last_requested`
+    and `next_request` are moments of our clock; `next_request` is None when no time is set.
+    """
+
+    window: Window
+    bars: int
+    reason: GapReason
+    answers: int
+    evidence: str
+    cause: GapCause | None = None
+    status: GapStatus = GapStatus.OPEN
+    proof: dict[str, Any] = field(default_factory=dict)
+    first_requested: datetime | None = None
+    last_requested: datetime | None = None
+    next_request: datetime | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether its meaning is known, or it was requested often enough to wait between requests."""
+        return (
+            self.reason == GapReason.NO_BARS
+            or self.cause is not None
+            or self.answers >= PROMPT_ATTEMPTS
+        )
+
+    @property
+    def needs_cause(self) -> bool:
+        """Whether a cause is to be looked for. Rejected rows explain themselves."""
+        searched = self.status in (GapStatus.OPEN, GapStatus.EXPLAINED)
+        return searched and self.reason != GapReason.QUARANTINED
+
+    @property
+    def coverage_part(self) -> str:
+        """The part of the coverage that counts its bars."""
+        if self.reason == GapReason.QUARANTINED:
+            return GapReason.QUARANTINED
+        return self.cause or GapCause.MISSING_AT_SOURCE
+
+    def is_due(self, now: datetime) -> bool:
+        """Whether a run requests it at `now` (our clock)."""
+        if self.next_request is not None:
+            return self.next_request <= now
+        return not self.is_settled
