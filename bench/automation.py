@@ -27,7 +27,7 @@ from typing import Any
 import dagster as dg
 
 from marketdata_assets.cli.processes import dagster_environment
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.model.partition import Partition
@@ -63,7 +63,7 @@ def fill(settings: Settings, instance: dg.DagsterInstance) -> list[Partition]:
         file.parent.mkdir(parents=True)
         file.write_bytes(b"bar")
     settings.duckdb.touch()
-    with open_toolbox(settings):
+    with open_context(settings):
         pass
     rows = [
         (
@@ -173,9 +173,9 @@ def measure(
         return skipped or f"{len(getattr(result, 'run_requests', None) or ())} runs asked for"
 
     def bare() -> None:
-        with open_toolbox(settings) as toolbox:
-            toolbox.ledger.outlines(table)
-            toolbox.lake.sizes(table)
+        with open_context(settings) as context:
+            context.ledger.outlines(table)
+            context.storage.lake.sizes(table)
         instance.get_materialized_partitions(asset_key(table))
 
     show("the bare reading of ledger, lake and Dagster", bare)

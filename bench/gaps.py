@@ -24,11 +24,11 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.context import Toolbox, open_toolbox
-from marketdata_assets.flows.fetch.ingest import ingest, take_in
+from marketdata_assets.context import Context, open_context
+from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.prove import gaps as flow
-from marketdata_assets.flows.prove.gaps import Explained, explain
-from marketdata_assets.flows.read.coverage import coverage
+from marketdata_assets.flows.prove.gaps import Explained, GapExplainer
+from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.table import raw
@@ -113,26 +113,25 @@ def archive(symbol: str) -> pl.DataFrame:
     )
 
 
-def fill(toolbox: Toolbox, from_archive: bool) -> None:
-    settings = toolbox.settings
+def fill(context: Context, from_archive: bool) -> None:
+    settings = context.settings
     for market in settings.markets:
         partitions = settings.partitions([market], settings.span(market))
         if from_archive:
-            take_in(
-                toolbox,
+            context.bind(PartitionStore).ingest_frame(
                 MINUTE,
                 partitions[0],
                 archive(ARCHIVE[market.key]),
-                pl.DataFrame(schema=REJECTED_SCHEMA),
-                "archive",
+                rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
+                source="archive",
             )
         for timeframe in settings.venues[market.venue].fetched:
-            for done in ingest(toolbox, timeframe, partitions):
+            for done in context.bind(Ingester).ingest(timeframe, partitions):
                 if done.error:
                     raise done.error
 
 
-def sums(toolbox: Toolbox, found: Sequence[Explained]) -> tuple[int, list[str]]:
+def sums(context: Context, found: Sequence[Explained]) -> tuple[int, list[str]]:
     """Days summed, and those of which a part is not what counting minute by minute gives.
 
     `coverage` takes what is left over for not fetched, so that its sum says little. Here every
@@ -140,13 +139,13 @@ def sums(toolbox: Toolbox, found: Sequence[Explained]) -> tuple[int, list[str]]:
     and in no two.
     """
     days, wrong = 0, []
-    for market in toolbox.settings.markets:
-        span, parts = toolbox.settings.span(market), by_minute(toolbox, market, found)
+    for market in context.settings.markets:
+        span, parts = context.settings.span(market), by_minute(context, market, found)
         day = span.start
         while day < span.end:
             minutes = [parts.get(day + i * MINUTE.width, ["not_fetched"]) for i in range(1440)]
             counted = Counter(part for several in minutes for part in several)
-            (said,) = coverage(toolbox, [market], Window(day, day + DAY))
+            (said,) = context.bind(CoverageReporter).report([market], Window(day, day + DAY))
             told = {
                 name: value
                 for name, value in said.as_dict().items()
@@ -163,12 +162,12 @@ def sums(toolbox: Toolbox, found: Sequence[Explained]) -> tuple[int, list[str]]:
 
 
 def by_minute(
-    toolbox: Toolbox, market: Market, found: Sequence[Explained]
+    context: Context, market: Market, found: Sequence[Explained]
 ) -> dict[datetime, list[str]]:
     """Under which parts every minute stands, by the stored objects and the list of gaps."""
     parts: dict[datetime, list[str]] = defaultdict(list)
-    for partition in toolbox.settings.partitions([market], toolbox.settings.span(market)):
-        bars = toolbox.lake.read(raw(MINUTE), partition)
+    for partition in context.settings.partitions([market], context.settings.span(market)):
+        bars = context.storage.lake.read(raw(MINUTE), partition)
         for moment in [] if bars is None else bars["open_time"]:
             parts[moment].append("present")
     for one in found:
@@ -218,12 +217,11 @@ def main() -> None:
         with Running([str(SHARED / "marketdata")], now=now, **limits) as exchange:
             universe(folder / str(number), now, venues, exchange.url)
             settings = load_settings()
-            with open_toolbox(settings) as toolbox:
+            with open_context(settings) as context:
                 begun = time.perf_counter()
-                fill(toolbox, "archive" in name)
+                fill(context, "archive" in name)
                 filled = time.perf_counter()
-                explain(
-                    toolbox,
+                context.bind(GapExplainer).explain(
                     [
                         p
                         for m in settings.markets
@@ -232,8 +230,10 @@ def main() -> None:
                     ask=True,
                 )
                 explained = time.perf_counter()
-                found = flow.gaps(toolbox, settings.markets, Window(settings.since, settings.now()))
-                days, wrong = sums(toolbox, found)
+                found = context.bind(GapExplainer).list_gaps(
+                    settings.markets, Window(settings.since, settings.now())
+                )
+                days, wrong = sums(context, found)
                 print(
                     f"\n{name}: filled in {filled - begun:.1f} s, explained in {explained - filled:.1f} s"
                 )

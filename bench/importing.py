@@ -25,8 +25,8 @@ from pathlib import Path
 
 import polars as pl
 
-from marketdata_assets.context import open_toolbox
-from marketdata_assets.flows.fetch.imports import import_files, look
+from marketdata_assets.context import open_context
+from marketdata_assets.flows.fetch.imports import FileImporter, look
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import parse_time
 from marketdata_assets.settings.universe import load_settings
@@ -93,8 +93,8 @@ def imported(place: Path, files: list[Path], fresh: bool) -> int:
         {"MARKETDATA_UNIVERSE": str(place / "universe.yaml"), "MARKETDATA_NOW": "2030-01-01"}
     )
     told = Told(settings.markets[0], TIMEFRAMES["1m"])
-    with open_toolbox(settings) as toolbox:
-        done = import_files(toolbox, look(toolbox, files, told), told)
+    with open_context(settings) as context:
+        done = context.bind(FileImporter).import_files(look(context.settings, files, told), told)
     assert all(tally.balanced for tally in done.files)
     assert not done.disputed
     return sum(tally.stored for tally in done.files)

@@ -186,8 +186,8 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
     """Raw bars by `Lake.write` with the ledger's entries, as an ingest leaves them, and rollups by
     `derive`.
     """
-    from marketdata_assets.context import open_toolbox
-    from marketdata_assets.flows.derive.rollup import derive
+    from marketdata_assets.context import open_context
+    from marketdata_assets.flows.derive.rollup import RollupBuilder
     from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
     from marketdata_assets.model.intervals import holes
     from marketdata_assets.model.market import Market
@@ -198,7 +198,7 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
     from marketdata_assets.quality.split import REJECTED_SCHEMA
 
     table, nothing = raw(TIMEFRAMES["1m"]), pl.DataFrame(schema=REJECTED_SCHEMA)
-    with open_toolbox(settings(rollups, place)) as toolbox:
+    with open_context(settings(rollups, place)) as context:
         for key, bars in market_years(quick):
             partitions = partitions_of(Market.parse(key), Window(START, END))
             for partition in partitions:
@@ -206,14 +206,14 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
                 frame = bars.filter(
                     pl.col("open_time").is_between(month.start, month.end, closed="left")
                 )
-                size, digest = toolbox.lake.write(table, partition, frame)
+                size, digest = context.storage.lake.write(table, partition, frame)
                 state = State(
                     start=month.start, through=month.end, newest=frame["open_time"][-1], complete=True, rows=frame.height, bytes=size,
                     digest=digest, rolled=None, attempts=1, failures=0, error=None,
                 )  # fmt: skip
                 absent = holes(frame["open_time"], table.timeframe, month)
                 gaps = [Gap(w, w.count(table.timeframe), "no_bars", 2, "synthetic") for w in absent]
-                toolbox.ledger.commit(
+                context.ledger.commit(
                     Entry(
                         table,
                         partition,
@@ -226,7 +226,7 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
                         END,
                     )
                 )
-            for _ in derive(toolbox, partitions):
+            for _ in context.bind(RollupBuilder).build(partitions):
                 pass
 
 

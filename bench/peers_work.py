@@ -503,8 +503,8 @@ def pipeline_ours(folder: Path, quick: bool) -> Operations:
 
 @contender("pipeline", "ours, `derive` as the flow does it, with ledger")
 def pipeline_derive(folder: Path, quick: bool) -> Operations:
-    from marketdata_assets.context import open_toolbox
-    from marketdata_assets.flows.derive.rollup import derive
+    from marketdata_assets.context import open_context
+    from marketdata_assets.flows.derive.rollup import RollupBuilder
     from marketdata_assets.model.window import Window
 
     place = own_copy(folder, "parquet")
@@ -512,9 +512,11 @@ def pipeline_derive(folder: Path, quick: bool) -> Operations:
 
     def run() -> None:
         shutil.rmtree(place / "lake" / "rollup", ignore_errors=True)
-        with open_toolbox(universe) as toolbox:
-            toolbox.ledger.forget_rollups()
-            for _ in derive(toolbox, universe.partitions(universe.markets, Window(START, END))):
+        with open_context(universe) as context:
+            context.ledger.forget_rollups()
+            for _ in context.bind(RollupBuilder).build(
+                universe.partitions(universe.markets, Window(START, END))
+            ):
                 pass
 
     return {
@@ -596,8 +598,8 @@ def replace_ours(folder: Path, rollups: str) -> Operations:
     """What an ingest does with corrected bars, then what a derive does: nine tables, the ledger and
     the week that looks back.
     """
-    from marketdata_assets.context import open_toolbox
-    from marketdata_assets.flows.derive.rollup import derive
+    from marketdata_assets.context import open_context
+    from marketdata_assets.flows.derive.rollup import RollupBuilder
     from marketdata_assets.flows.fetch import ingest
     from marketdata_assets.flows.fetch.collect import Collected
     from marketdata_assets.ledger.ledger import Account
@@ -610,34 +612,34 @@ def replace_ours(folder: Path, rollups: str) -> Operations:
     place = own_copy(folder, rollups, only=NAME)
     universe, market = settings(rollups, place), Market.parse(MARKET)
     partition, table = Partition(market, month_of(CORRECTED)), raw(TIMEFRAMES["1m"])
-    holder = open_toolbox(universe)
-    toolbox = holder.__enter__()
-    day = toolbox.lake.read(table, partition).filter(
+    holder = open_context(universe)
+    context = holder.__enter__()
+    day = context.storage.lake.read(table, partition).filter(
         pl.col("open_time").is_between(CORRECTED, CORRECTED + DAY, closed="left")
     )
     turns = [day, day.with_columns((pl.col("volume") + 1).cast(day["volume"].dtype))]
-    for _ in derive(toolbox, universe.partitions([market], Window(START, END))):
+    for _ in context.bind(RollupBuilder).build(universe.partitions([market], Window(START, END))):
         pass
 
     def run() -> None:
         turns.reverse()
-        prepared = ingest._prepare(toolbox, table, partition)
+        prepared = ingest._prepare(context, table, partition)
         account, end = Account(day.height, day.height), prepared.wanted.end
         ingest._store(
-            toolbox,
+            context,
             prepared,
             Collected(turns[0], gaps=tuple(prepared.gaps), account=account, through=end),
         )
-        for _ in derive(toolbox, [partition]):
+        for _ in context.bind(RollupBuilder).build([partition]):
             pass
 
     def exact() -> str:
         run()
         tf, where = TIMEFRAMES["1d"], Window(CORRECTED, CORRECTED + DAY)
         read = (
-            toolbox.warehouse.read(rollup(tf), market, where)
+            context.storage.warehouse.read(rollup(tf), market, where)
             if rollups == "duckdb"
-            else toolbox.lake.read(rollup(tf), partition)
+            else context.storage.lake.read(rollup(tf), partition)
         )
         found = read.filter(pl.col("open_time") == CORRECTED)["volume"].to_list()
         return "every digit" if found == [sum(turns[0]["volume"].to_list())] else f"wrong: {found}"
@@ -982,8 +984,8 @@ def fetched(run: Callable[[str], int]) -> Operations:
 
 
 def fetch_ours(folder: Path, requests_per_minute: int | None) -> Operations:
-    from marketdata_assets.context import open_toolbox
-    from marketdata_assets.flows.fetch.ingest import ingest
+    from marketdata_assets.context import open_context
+    from marketdata_assets.flows.fetch.ingest import Ingester
     from marketdata_assets.model.timeframe import TIMEFRAMES
     from marketdata_assets.model.window import Window
     from marketdata_assets.quality.contract import check_bars
@@ -998,12 +1000,10 @@ def fetch_ours(folder: Path, requests_per_minute: int | None) -> Operations:
         span = {"since": FETCHED[0].date(), "until": FETCHED[1].date()}
         write_universe(place, ["BTC", "ETH"], "parquet", **span, base_url=f"{url}/binance", **limit)
         universe = settings("parquet", place)
-        with open_toolbox(universe) as toolbox:
+        with open_context(universe) as context:
             done = list(
-                ingest(
-                    toolbox,
-                    TIMEFRAMES["1m"],
-                    universe.partitions(universe.markets, Window(*FETCHED)),
+                context.bind(Ingester).ingest(
+                    TIMEFRAMES["1m"], universe.partitions(universe.markets, Window(*FETCHED))
                 )
             )
         shutil.rmtree(place)
@@ -1105,13 +1105,13 @@ def dagster_ours(folder: Path, months_a_run: int) -> Operations:
     """The job `ingest` over one market-year whose rollups are to be made anew, and the same flows
     without Dagster.
     """
-    from marketdata_assets.context import open_toolbox
+    from marketdata_assets.context import open_context
     from marketdata_assets.dagster_ext.launcher import open_instance
     from marketdata_assets.defs.jobs import INGEST, build_definitions
     from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
-    from marketdata_assets.flows.derive.rollup import derive
-    from marketdata_assets.flows.fetch.ingest import ingest
-    from marketdata_assets.flows.prove.audit import audit_raw, audit_rollup
+    from marketdata_assets.flows.derive.rollup import RollupBuilder
+    from marketdata_assets.flows.fetch.ingest import Ingester
+    from marketdata_assets.flows.prove.audit import Auditor
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import partitions_of
     from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -1133,13 +1133,13 @@ def dagster_ours(folder: Path, months_a_run: int) -> Operations:
     def flows() -> None:
         for i in range(0, len(partitions), months_a_run):
             part = partitions[i : i + months_a_run]
-            with open_toolbox(universe) as toolbox:
-                for done in ingest(toolbox, TIMEFRAMES["1m"], part):
-                    audit_raw(toolbox, done)
-            with open_toolbox(universe) as toolbox:
-                for derived in derive(toolbox, part):
+            with open_context(universe) as context:
+                for done in context.bind(Ingester).ingest(TIMEFRAMES["1m"], part):
+                    context.bind(Auditor).audit_raw(done)
+            with open_context(universe) as context:
+                for derived in context.bind(RollupBuilder).build(part):
                     for tf in universe.timeframes:
-                        audit_rollup(toolbox, derived, tf)
+                        context.bind(Auditor).audit_rollup(derived, tf)
 
     return {
         "job": run,

@@ -30,8 +30,8 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.context import open_toolbox
-from marketdata_assets.flows.read.bars import read_bars
+from marketdata_assets.context import open_context
+from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import MINUTE, TIMEFRAMES
@@ -169,9 +169,9 @@ def wait_until(settings: Settings, moment: datetime) -> None:
 
 def whole(settings: Settings, end: datetime) -> bool:
     """Whether all months are there and rolled up, and the newest bar of every market reaches `end`."""
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         for market in settings.markets:
-            states = toolbox.ledger.states(raw(settings.venues[market.venue].base), market).values()
+            states = context.ledger.states(raw(settings.venues[market.venue].base), market).values()
             months = len(settings.partitions([market], Window(SINCE, end)))
             if (
                 len(states) < months
@@ -185,7 +185,7 @@ def whole(settings: Settings, end: datetime) -> bool:
 def compare(settings: Settings, exchange: Any, end: datetime) -> None:
     """Every closed bar of every timeframe beside the exchange's truth."""
     bars = different = missing = 0
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         for market in settings.markets:
             for timeframe in TIMEFRAMES.values():
                 window = Window(timeframe.ceil(SINCE), timeframe.floor(end))
@@ -206,7 +206,7 @@ def compare(settings: Settings, exchange: Any, end: datetime) -> None:
                     else pl.col(TRUTH[name]).cast(dtype).alias(name)
                     for name, dtype in SCHEMA.items()
                 )
-                found = read_bars(toolbox, market, timeframe, window).select(NAMES)
+                found = context.bind(BarReader).read(market, timeframe, window).select(NAMES)
                 if (
                     truth["quote_volume"].sum() == 0
                 ):  # native bars of which the dump has five columns
@@ -257,14 +257,14 @@ def report(settings: Settings, watch: Watch, hours: float, before: int) -> None:
         Counter((line["incident"], line["event"]) for line in lines).items()
     ):
         print("    alert", *incident, times)
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         print(
             "still open:",
-            [*toolbox.incidents.open()],
+            [*context.ledger.incidents.open()],
             "parked:",
-            [a.partition.key for a in toolbox.ledger.asks().values() if a.parked_at],
+            [a.partition.key for a in context.ledger.asks().values() if a.parked_at],
         )
-        print("requests:", toolbox.ledger.requests()[:12])
+        print("requests:", context.ledger.requests()[:12])
 
 
 def main() -> None:

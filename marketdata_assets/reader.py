@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from marketdata_assets.context import Toolbox, open_toolbox
-from marketdata_assets.flows.read.as_of import read_as_of
-from marketdata_assets.flows.read.bars import known_market
+from marketdata_assets.context import Context, open_context
 from marketdata_assets.flows.read.scan import newest_bars, scan_bars
 from marketdata_assets.flows.read.sql import connected
 from marketdata_assets.model.market import CONSOLIDATED
@@ -43,13 +41,13 @@ class Reader:
     errors.MarketDataError.
     """
 
-    def __init__(self, toolbox: Toolbox) -> None:
-        self._toolbox = toolbox
+    def __init__(self, context: Context) -> None:
+        self._context = context
 
     @property
     def markets(self) -> list[str]:
         """The keys of the universe's markets, such as `binance:BTC-USDT`."""
-        return [market.key for market in self._toolbox.settings.markets]
+        return [market.key for market in self._context.settings.markets]
 
     def bars(
         self,
@@ -86,7 +84,7 @@ class Reader:
         """`market`, `open_time`: the newest stored bar of every market of the universe, null where
         there is none.
         """
-        return newest_bars(self._toolbox, self._toolbox.settings.markets, timeframe(timeframe_))
+        return newest_bars(self._context, self._context.settings.markets, timeframe(timeframe_))
 
     def sql(self, query: str) -> pl.DataFrame:
         """The answer of DuckDB to a query over the views `raw.ohlcv_<timeframe>`,
@@ -103,14 +101,14 @@ class Reader:
 
         While it is open and rollups lie in the warehouse, nobody can write there: close it soon.
         """
-        return connected(self._toolbox, markets, self._window(start, end))
+        return connected(self._context, markets, self._window(start, end))
 
     def _scan(self, key: str, name: str, window: Window, moment: datetime | None) -> pl.LazyFrame:
-        asked = self._toolbox, known_market(self._toolbox, key), timeframe(name), window
+        asked = self._context, known_market(self._context, key), timeframe(name), window
         return scan_bars(*asked) if moment is None else read_as_of(*asked, moment).lazy()
 
     def _window(self, start: Moment, end: Moment) -> Window:
-        settings = self._toolbox.settings
+        settings = self._context.settings
         return Window(_moment(start) or settings.since, _moment(end) or settings.now())
 
 
@@ -128,5 +126,5 @@ def open_reader(universe: str | Path | None = None) -> Iterator[Reader]:
     uses.
     """
     environment = {**os.environ, PREFIX + "UNIVERSE": str(universe)} if universe else None
-    with open_toolbox(load_settings(environment)) as toolbox:
-        yield Reader(toolbox)
+    with open_context(load_settings(environment)) as context:
+        yield Reader(context)

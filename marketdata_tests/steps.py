@@ -18,9 +18,9 @@ import polars as pl
 from aiohttp import web
 from polars.testing import assert_frame_equal
 
-from marketdata_assets.context import open_toolbox
-from marketdata_assets.flows.derive.rollup import Derived, derive
-from marketdata_assets.flows.fetch.ingest import Ingested, ingest
+from marketdata_assets.context import open_context
+from marketdata_assets.flows.derive.rollup import Derived, RollupBuilder
+from marketdata_assets.flows.fetch.ingest import Ingested, Ingester
 from marketdata_assets.model.bar import SCHEMA
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -73,24 +73,24 @@ def run_ingest(
     wanted: Sequence[Partition] | None = None,
     timeframe: str = "1m",
 ) -> list[Ingested]:
-    """One ingest in a toolbox of its own, as a process of its own would do it."""
-    with open_toolbox(settings, policy=policy or SkippingClock().policy()) as toolbox:
+    """One ingest in a context of its own, as a process of its own would do it."""
+    with open_context(settings, policy=policy or SkippingClock().policy()) as context:
         return list(
-            ingest(
-                toolbox, TIMEFRAMES[timeframe], partitions(settings) if wanted is None else wanted
+            context.bind(Ingester).ingest(
+                TIMEFRAMES[timeframe], partitions(settings) if wanted is None else wanted
             )
         )
 
 
 def tell_apart(settings: Settings) -> None:
     """The causes of all gaps are known, so that none of them is ever asked for again."""
-    with open_toolbox(settings) as toolbox, toolbox.ledger.transaction() as db:
+    with open_context(settings) as context, context.ledger.transaction() as db:
         db.execute("UPDATE gaps SET cause = 'no_trade', next_ask = NULL")
 
 
 def run_derive(settings: Settings) -> list[Derived]:
-    with open_toolbox(settings) as toolbox:
-        return list(derive(toolbox, partitions(settings)))
+    with open_context(settings) as context:
+        return list(context.bind(RollupBuilder).build(partitions(settings)))
 
 
 def lake_files(settings: Settings) -> dict[str, bytes]:
@@ -138,14 +138,14 @@ def bar_requests(exchange: SandboxExchange) -> list[Seen]:
 
 
 def quarantined(settings: Settings) -> list[dict[str, Any]]:
-    with open_toolbox(settings) as toolbox:
-        return toolbox.ledger.quarantined(None, window("1970-01-01", "2100-01-01"), limit=100_000)
+    with open_context(settings) as context:
+        return context.ledger.quarantined(None, window("1970-01-01", "2100-01-01"), limit=100_000)
 
 
 def logged_requests(settings: Settings) -> dict[str, int]:
     """Outcomes in the fetch log."""
-    with open_toolbox(settings) as toolbox:
-        found = sorted((row[0], row[2]) for row in toolbox.ledger.requests())
+    with open_context(settings) as context:
+        found = sorted((row[0], row[2]) for row in context.ledger.requests())
     return {
         outcome: sum(n for _, n in group)
         for outcome, group in itertools.groupby(found, key=lambda pair: pair[0])

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from marketdata_assets.context import open_toolbox
-from marketdata_assets.flows.operate.alerts import failed_runs_go_on, problems, run_problem, settle
-from marketdata_assets.flows.operate.health import health
+from marketdata_assets.context import open_context
+from marketdata_assets.flows.operate.alerts import AlertCenter, failed_runs_go_on, run_problem
+from marketdata_assets.flows.operate.health import HealthInspector
 from marketdata_assets.flows.operate.prune import forget
 from marketdata_assets.ledger.incidents import Problem
 from marketdata_assets.model.partition import Partition
@@ -54,13 +54,13 @@ def lines(settings: Settings) -> list[dict[str, str]]:
 def settled(
     settings: Settings, wrong: list[Problem], goes_on: Any = lambda key: False
 ) -> tuple[int, int]:
-    with open_toolbox(settings) as toolbox:
-        return settle(toolbox, wrong, goes_on)
+    with open_context(settings) as context:
+        return context.bind(AlertCenter).update_incidents(wrong, goes_on)
 
 
 def found(settings: Settings) -> dict[str, Problem]:
-    with open_toolbox(settings) as toolbox:
-        return {problem.key: problem for problem in problems(toolbox)}
+    with open_context(settings) as context:
+        return {problem.key: problem for problem in context.bind(AlertCenter).find_problems()}
 
 
 # --------------------------------------------------------------------------------- incidents
@@ -109,15 +109,15 @@ def test_a_channel_that_is_down_is_told_later_and_holds_up_nobody(settings: Sett
         assert settled(hooked, [WRONG]) == (1, 0)
         assert settled(hooked, []) == (0, 1)
         assert [line["event"] for line in lines(settings)] == ["opened", "recovered"]
-        with open_toolbox(hooked) as toolbox:
-            ((channel, (waiting, why)),) = toolbox.incidents.undelivered().items()
+        with open_context(hooked) as context:
+            ((channel, (waiting, why)),) = context.ledger.incidents.undelivered().items()
         assert (channel, waiting) == ("json-1", 1)  # the second waits behind the first
         assert "secret-token" not in why
         down = False
         assert settled(hooked, []) == (0, 0)
     assert [message["title"] for message in told] == ["x is stale", "Recovered: x is stale"]
-    with open_toolbox(hooked) as toolbox:
-        assert toolbox.incidents.undelivered() == {}
+    with open_context(hooked) as context:
+        assert context.ledger.incidents.undelivered() == {}
     assert len(lines(settings)) == 2
 
 
@@ -126,12 +126,19 @@ def test_old_incidents_are_forgotten_and_open_ones_never(settings: Settings) -> 
     settled(settings, [WRONG, other])
     settled(settings, [other])
     later = at_time(settings, "2024-01-30T00:00:00Z")
-    with open_toolbox(later) as toolbox:
-        assert forget(toolbox, 30)["incidents"] == 0
-        assert forget(toolbox, 14, dry_run=True)["incidents"] == 1
-        assert len(toolbox.incidents.history(9)) == 2
-        assert forget(toolbox, 14)["incidents"] == 1
-        assert [incident.problem.key for incident in toolbox.incidents.history(9)] == ["stale|y"]
+    with open_context(later) as context:
+        assert forget(context.settings, context.ledger, context.clock, days=30)["incidents"] == 0
+        assert (
+            forget(context.settings, context.ledger, context.clock, days=14, dry_run=True)[
+                "incidents"
+            ]
+            == 1
+        )
+        assert len(context.ledger.incidents.history(9)) == 2
+        assert forget(context.settings, context.ledger, context.clock, days=14)["incidents"] == 1
+        assert [incident.problem.key for incident in context.ledger.incidents.history(9)] == [
+            "stale|y"
+        ]
 
 
 # --------------------------------------------------------------------------------- what is wrong
@@ -160,54 +167,56 @@ def test_limits_come_from_the_universe(
 
 
 def test_a_market_that_fails_three_times_and_a_breaker(filled: Settings) -> None:
-    with open_toolbox(filled) as toolbox:
+    with open_context(filled) as context:
         for _ in range(3):
-            toolbox.ledger.fail(RAW, BTC, BTC.month, "it says no", [], filled.now())
+            context.ledger.fail(RAW, BTC, BTC.month, "it says no", [], filled.now())
         for _ in range(30):
-            toolbox.ledger.record("binance", False, toolbox.policy.clock())
+            context.ledger.record("binance", False, context.policy.clock())
     wrong = found(filled)
     assert set(wrong) == {"breaker|binance", "failing|binance:BTC-USDT"}
     assert wrong["breaker|binance"].severity == "critical"
     assert wrong["failing|binance:BTC-USDT"].body == "it says no"
-    with open_toolbox(filled) as toolbox:
-        toolbox.ledger.record("binance", True, toolbox.policy.clock())
+    with open_context(filled) as context:
+        context.ledger.record("binance", True, context.policy.clock())
     assert set(found(filled)) == {"failing|binance:BTC-USDT"}
 
 
 def test_parked_partitions_and_red_checks(filled: Settings) -> None:
     past = Partition.parse("binance:BTC-USDT|2023-12-01")
-    with open_toolbox(filled) as toolbox:
-        toolbox.ledger.ask([(past, "never fetched")], filled.now())
-        toolbox.ledger.park([(past, "failed: it says no")], filled.now())
-        toolbox.ledger.set_check(RAW, past, "gaps", (False, "7 bars are missing"), filled.now())
-        toolbox.ledger.set_check(RAW, BTC, "gaps", (False, "2 bars are missing"), filled.now())
-        toolbox.ledger.set_check(RAW, BTC, "ohlc", (True, "1 bars break a rule"), filled.now())
+    with open_context(filled) as context:
+        context.ledger.ask([(past, "never fetched")], filled.now())
+        context.ledger.park([(past, "failed: it says no")], filled.now())
+        context.ledger.set_check(RAW, past, "gaps", (False, "7 bars are missing"), filled.now())
+        context.ledger.set_check(RAW, BTC, "gaps", (False, "2 bars are missing"), filled.now())
+        context.ledger.set_check(RAW, BTC, "ohlc", (True, "1 bars break a rule"), filled.now())
     wrong = found(filled)
     assert {key: problem.severity for key, problem in wrong.items()} == {
         f"parked|{past.key}": "error",
         f"check|raw/ohlcv_1m|gaps|{past.key}": "warning",
         f"check|raw/ohlcv_1m|ohlc|{BTC.key}": "error",
     }
-    with open_toolbox(filled) as toolbox:  # the open month's gaps are told when they stay
+    with open_context(filled) as context:  # the open month's gaps are told when they stay
         for _ in range(2):
-            toolbox.ledger.set_check(RAW, BTC, "gaps", (False, "2 bars are missing"), filled.now())
+            context.ledger.set_check(RAW, BTC, "gaps", (False, "2 bars are missing"), filled.now())
     assert f"check|raw/ohlcv_1m|gaps|{BTC.key}" in found(filled)
-    with open_toolbox(filled) as toolbox:
+    with open_context(filled) as context:
         for name in ("gaps", "ohlc"):
-            toolbox.ledger.set_check(RAW, BTC, name, None, filled.now())
-            toolbox.ledger.set_check(RAW, past, name, None, filled.now())
+            context.ledger.set_check(RAW, BTC, name, None, filled.now())
+            context.ledger.set_check(RAW, past, name, None, filled.now())
     assert set(found(filled)) == {f"parked|{past.key}"}
 
 
 # --------------------------------------------------------------------------------- health
 def statuses(settings: Settings) -> dict[str, tuple[str, list[str]]]:
-    with open_toolbox(settings) as toolbox:
-        return {h.subject: (h.status.value, h.reasons) for h in health(toolbox)}
+    with open_context(settings) as context:
+        return {
+            h.subject: (h.status.value, h.reasons) for h in context.bind(HealthInspector).inspect()
+        }
 
 
 def test_health_of_what_is_whole(filled: Settings) -> None:
-    with open_toolbox(filled) as toolbox:
-        toolbox.ledger.beat("daemon", at("2024-01-09T23:59"))
+    with open_context(filled) as context:
+        context.ledger.beat("daemon", at("2024-01-09T23:59"))
     whole = ("healthy", [])
     assert statuses(filled) == {
         "daemon": whole,
@@ -218,11 +227,11 @@ def test_health_of_what_is_whole(filled: Settings) -> None:
 
 
 def test_health_says_why(filled: Settings) -> None:
-    with open_toolbox(filled) as toolbox:
-        toolbox.ledger.beat("daemon", at("2024-01-09T23:00"))
-        toolbox.ledger.record("binance", False, toolbox.policy.clock())
-        toolbox.ledger.fail(RAW, BTC, BTC.month, "it says no", [], filled.now())
-        toolbox.ledger.set_check(RAW, BTC, "ohlc", (True, "1 bars break a rule"), filled.now())
+    with open_context(filled) as context:
+        context.ledger.beat("daemon", at("2024-01-09T23:00"))
+        context.ledger.record("binance", False, context.policy.clock())
+        context.ledger.fail(RAW, BTC, BTC.month, "it says no", [], filled.now())
+        context.ledger.set_check(RAW, BTC, "ohlc", (True, "1 bars break a rule"), filled.now())
     found = statuses(at_time(filled, "2024-01-10T00:20:00Z"))
     assert found["daemon"] == (
         "unhealthy",

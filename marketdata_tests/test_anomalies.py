@@ -15,12 +15,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from marketdata_assets.cli.main import app
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.fetch.ingest import ingest
+from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.prove.anomalies import mark
-from marketdata_assets.flows.prove.audit import Finding, audit_raw
+from marketdata_assets.flows.prove.audit import Auditor, Finding
 from marketdata_assets.ledger.anomalies import GONE
 from marketdata_assets.model.anomaly import Anomaly, Severity, State
 from marketdata_assets.model.bar import NAMES, PRICES, SCHEMA
@@ -316,8 +316,8 @@ def anomaly(kind: str = "spike", start: datetime = NOON, **changes: Any) -> Anom
 @pytest.mark.usefixtures("either_database")
 def test_entries_keep_their_state(universe: Universe) -> None:
     settings = universe("http://127.0.0.1:1")
-    with open_toolbox(settings) as toolbox:
-        store = toolbox.anomalies
+    with open_context(settings) as context:
+        store = context.ledger.anomalies
 
         def settle(*found: Anomaly, now: datetime = LATER) -> dict[str, tuple[State, str | None]]:
             entries = store.settle(RAW, BTC, JANUARY, found, now)
@@ -366,10 +366,10 @@ def test_entries_keep_their_state(universe: Universe) -> None:
 
 def test_an_unknown_number_is_bad_input(universe: Universe) -> None:
     with (
-        open_toolbox(universe("http://127.0.0.1:1")) as toolbox,
+        open_context(universe("http://127.0.0.1:1")) as context,
         pytest.raises(BadInput, match="no anomaly 7"),
     ):
-        mark(toolbox, 7, State.RESOLVED, None)
+        mark(context.settings, context.ledger, 7, state=State.RESOLVED, note=None)
 
 
 # --------------------------------------------------------------------------------- from the venue t
@@ -387,11 +387,11 @@ def test_base_bars_have_the_check_and_references_not(universe: Universe) -> None
 def check(settings: Settings) -> list[Finding]:
     """Ingest and audit all partitions; the finding of each, in order."""
     findings: list[Finding] = []
-    with open_toolbox(settings, policy=IMPATIENT) as toolbox:
-        for done in ingest(toolbox, TF, partitions(settings)):
+    with open_context(settings, policy=IMPATIENT) as context:
+        for done in context.bind(Ingester).ingest(TF, partitions(settings)):
             assert done.error is None
             assert done.account.quarantined == 0
-            findings += audit_raw(toolbox, done)
+            findings += context.bind(Auditor).audit_raw(done)
     return [finding for finding in findings if finding.check == "anomalies"]
 
 
@@ -406,8 +406,8 @@ def listed(*arguments: str) -> Any:
 
 
 def red(settings: Settings) -> list[str]:
-    with open_toolbox(settings) as toolbox:
-        return [check.says for check in toolbox.ledger.red_checks() if check.name == "anomalies"]
+    with open_context(settings) as context:
+        return [check.says for check in context.ledger.red_checks() if check.name == "anomalies"]
 
 
 def spike(symbol: str, moments: Sequence[str], factor: str = "1.05") -> Callable[..., Any]:

@@ -12,11 +12,11 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.defs.checks import KIND, REFRESH
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
-from marketdata_assets.flows.read.bars import read_bars
+from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -138,9 +138,11 @@ def test_from_an_empty_lake_to_a_whole_one_and_back_after_a_loss(
     run_requests(settings, instance, again.run_requests)
     assert instance.get_materialized_partitions(RAW) == {DEC, JAN}
     wanted = Window(at("2023-12-30"), at("2024-01-01"))
-    with open_toolbox(settings) as toolbox:
-        assert read_bars(toolbox, settings.markets[0], TIMEFRAMES["1m"], wanted).equals(
-            truth("BTCUSDT", "1m", wanted)
+    with open_context(settings) as context:
+        assert (
+            context.bind(BarReader)
+            .read(settings.markets[0], TIMEFRAMES["1m"], wanted)
+            .equals(truth("BTCUSDT", "1m", wanted))
         )
 
 
@@ -293,9 +295,9 @@ def test_a_tick_that_cannot_work_says_why_and_the_next_one_works(
 def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInstance) -> None:
     fill(settings, instance)
     file_of(settings, DEC).unlink()
-    with open_toolbox(settings) as toolbox:
-        toolbox.ledger.ask([(Partition.parse(DEC), "x")], settings.now())
-        toolbox.ledger.park([(Partition.parse(DEC), "x")], settings.now())
+    with open_context(settings) as context:
+        context.ledger.ask([(Partition.parse(DEC), "x")], settings.now())
+        context.ledger.park([(Partition.parse(DEC), "x")], settings.now())
     job = build_definitions(settings).resolve_job_def("repair")
     config = {
         "ops": {
@@ -309,11 +311,11 @@ def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInsta
     assert file_of(settings, DEC).exists()
     assert events(instance, RAW) == before + 1
     assert check_results(instance, RAW, "gaps")[DEC]
-    with open_toolbox(settings) as toolbox:
-        state = toolbox.ledger.state(raw(TIMEFRAMES["1m"]), Partition.parse(DEC))
+    with open_context(settings) as context:
+        state = context.ledger.state(raw(TIMEFRAMES["1m"]), Partition.parse(DEC))
         assert state
         assert state.rolled == state.digest
-        assert toolbox.ledger.asks() == {}
+        assert context.ledger.asks() == {}
 
 
 @pytest.mark.parametrize(

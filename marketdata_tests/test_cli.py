@@ -18,8 +18,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from marketdata_assets.context import open_toolbox
-from marketdata_assets.flows.operate.alerts import problems, settle
+from marketdata_assets.context import open_context
+from marketdata_assets.flows.operate.alerts import AlertCenter
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
@@ -344,12 +344,15 @@ def test_health_alerts_parked_and_prune(stored: Settings) -> None:
     ]
     assert marketdata("backfill").returncode == 0
     partition = Partition.parse("binance:BTC-USDT|2024-01-01")
-    with open_toolbox(stored) as toolbox:
-        toolbox.ledger.beat("daemon", stored.now())
+    with open_context(stored) as context:
+        context.ledger.beat("daemon", stored.now())
         assert marketdata("health").returncode == 0
-        toolbox.ledger.ask([(partition, "x")], stored.now())
-        toolbox.ledger.park([(partition, "failed: it says no")], stored.now())
-        settle(toolbox, problems(toolbox), lambda key: False)
+        context.ledger.ask([(partition, "x")], stored.now())
+        context.ledger.park([(partition, "failed: it says no")], stored.now())
+        context.bind(AlertCenter).update_incidents(
+            context.bind(AlertCenter).find_problems(),
+            lambda key: False,
+        )
     assert marketdata("health").returncode == 1
     (alert,) = json.loads(marketdata("alerts", "--open", "--format", "json").stdout)
     assert (alert["title"], alert["severity"], alert["recovered"]) == (

@@ -19,20 +19,15 @@ import polars as pl
 import pytest
 
 from marketdata_assets.charts import differences as drawn
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.defs.checks import KIND
 from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
 from marketdata_assets.errors import BadInput, StoreFailed
-from marketdata_assets.flows.derive.consolidate import (
-    Consolidated,
-    audit_consolidated,
-    behind,
-    consolidate,
-)
-from marketdata_assets.flows.operate.retire import REMOVED, retire
-from marketdata_assets.flows.read.bars import known_market, read_bars
+from marketdata_assets.flows.derive.consolidate import Consolidated, Consolidator
+from marketdata_assets.flows.operate.retire import REMOVED, Retirer
+from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.ledger.consolidations import NO_TRADE
 from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.market import CONSOLIDATED, Market
@@ -295,21 +290,29 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 def make_all(settings: Settings, timeframe: str = "1m") -> list[Consolidated]:
     """Whatever is behind, made."""
-    with open_toolbox(settings) as toolbox:
-        return list(consolidate(toolbox, TIMEFRAMES[timeframe], list(behind(toolbox, look=True))))
+    with open_context(settings) as context:
+        return list(
+            context.bind(Consolidator).build(
+                TIMEFRAMES[timeframe],
+                list(context.bind(Consolidator).find_outdated(look=True)),
+            )
+        )
 
 
 def reasons(settings: Settings) -> dict[str, str]:
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         return {
-            partition.key: late.reason for partition, late in behind(toolbox, look=True).items()
+            partition.key: late.reason
+            for partition, late in context.bind(Consolidator).find_outdated(look=True).items()
         }
 
 
 def series(settings: Settings) -> pl.DataFrame:
-    with open_toolbox(settings) as toolbox:
-        return read_bars(
-            toolbox, known_market(toolbox, BTC.key), M1, window("2000-01-01", "2100-01-01")
+    with open_context(settings) as context:
+        return context.bind(BarReader).read(
+            context.bind(BarReader).find_market(BTC.key),
+            M1,
+            window("2000-01-01", "2100-01-01"),
         )
 
 
@@ -334,13 +337,13 @@ def the_exchange_s_own(exchange: Any, end: str) -> list[tuple[datetime, Decimal,
 
 def say_of_gaps(settings: Settings, cause: str, which: str) -> int:
     """Write a cause beside some gaps, as the ledger of gaps does; how many."""
-    with open_toolbox(settings) as toolbox, toolbox.ledger.transaction() as db:
+    with open_context(settings) as context, context.ledger.transaction() as db:
         return int(db.execute(f"UPDATE gaps SET cause = ? WHERE {which}", (cause,)).rowcount)
 
 
 def quiet_at_coinbase(settings: Settings) -> list[Window]:
-    with open_toolbox(settings) as toolbox:
-        return toolbox.consolidations.quiet(
+    with open_context(settings) as context:
+        return context.ledger.consolidations.quiet(
             raw(M1), Partition.parse("coinbaseexchange:BTC-USDT|2023-03-01")
         )
 
@@ -410,8 +413,8 @@ def test_a_venue_goes_down_and_comes_back(replay: Callable[..., Any], write: Mak
     left = [told for told in everywhere if not any(w.start <= told[0] < w.end for w in quiet)]
     assert series(settings).select("open_time", "close", "venue").rows() == left
     for market in settings.markets:  # never mixed into a venue's own series
-        with open_toolbox(settings) as toolbox:
-            bars = read_bars(toolbox, market, M1, window("2023-03-01", "2023-04-01"))
+        with open_context(settings) as context:
+            bars = context.bind(BarReader).read(market, M1, window("2023-03-01", "2023-04-01"))
         told = {
             r["t"]: Decimal(r["c"])
             for r in exchange.truth(
@@ -458,9 +461,9 @@ def test_a_planted_spike_is_found(
     )
     run_ingest(settings)
     (done,) = make_all(settings)
-    with open_toolbox(settings) as toolbox:
-        finding = audit_consolidated(toolbox, M1, done)
-        assert len(toolbox.ledger.red_checks()) == red
+    with open_context(settings) as context:
+        finding = context.bind(Consolidator).audit_consolidated(M1, done)
+        assert len(context.ledger.red_checks()) == red
     assert (finding.passed, finding.blocking, finding.severity) == (False, False, severity)
     assert finding.numbers["compared"] > 100
     assert (finding.numbers["warned"], finding.numbers["failed"]) == (1, red)
@@ -579,17 +582,17 @@ def test_a_difference_in_the_check_and_a_failure_that_stays_alone(
 ):
     run_ingest(settings)
     btc, eth = (Partition.parse(f"binance:{name}|{NOV}") for name in ("BTC-USDT", "ETH-USDT"))
-    with open_toolbox(settings) as toolbox:
-        bars = toolbox.lake.read(raw(M1), btc)
+    with open_context(settings) as context:
+        bars = context.storage.lake.read(raw(M1), btc)
         assert bars is not None
-        toolbox.lake.write(
+        context.storage.lake.write(
             raw(M1),
             btc,
             bars.with_columns(pl.col("close") * Decimal("1.02")).select(
                 pl.col(n).cast(bars.schema[n]) for n in NAMES
             ),
         )
-        toolbox.lake.delete(raw(M1), eth)
+        context.storage.lake.delete(raw(M1), eth)
     done = run(settings, instance, f"consolidated:BTC-USDT|{NOV}", f"consolidated:ETH-USDT|{NOV}")
     assert not done.success  # ETH
     assert instance.get_materialized_partitions(KEY) == {f"consolidated:BTC-USDT|{NOV}"}
@@ -614,11 +617,11 @@ def test_a_difference_in_the_check_and_a_failure_that_stays_alone(
     assert metadata["failed"] == bars.filter(pl.col("volume") > 0).height
     assert len(metadata["rows"].records) == 20
     assert metadata["differences"].startswith("![differences]")
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         assert {
-            key: count for key, (count, _) in toolbox.ledger.failing().items()
+            key: count for key, (count, _) in context.ledger.failing().items()
         } == {}  # lost is not to blame on anybody
-        state = toolbox.ledger.state(TABLE, Partition.parse(f"consolidated:ETH-USDT|{NOV}"))
+        state = context.ledger.state(TABLE, Partition.parse(f"consolidated:ETH-USDT|{NOV}"))
     assert state is not None
     assert "raw/ohlcv_1m binance:ETH-USDT|2023-11-01 is not in the lake any more" in str(
         state.error
@@ -647,7 +650,7 @@ def test_it_keeps_itself_up_to_date(settings: Settings, instance: dg.DagsterInst
     assert not tick(settings, instance, "keep_consolidated").run_requests
 
     # one raw partition changes, one object is lost, one event is gone: these and no others
-    with open_toolbox(settings) as toolbox, toolbox.ledger.transaction() as db:
+    with open_context(settings) as context, context.ledger.transaction() as db:
         db.execute(
             "UPDATE partitions SET digest = 'other' WHERE market = 'binanceus:BTC-USDT' AND month = ? AND tbl = 'raw/ohlcv_1m'",
             (DEC,),
@@ -722,8 +725,8 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
         ("2023-11-29T00:00:00Z", "binanceus"),
     ]
     expected = truth("BTCUSDT", "1m", window("2023-11-28", "2023-12-02"))
-    with open_toolbox(settings) as toolbox:
-        reader = Reader(toolbox)
+    with open_context(settings) as context:
+        reader = Reader(context)
         with pytest.raises(BadInput, match="consolidated:BTC-USDT has no 1h bars; it has 1m"):
             reader.bars("consolidated:BTC-USDT", "1h")
         bars = reader.bars("consolidated:BTC-USDT", "1m").collect()
@@ -749,10 +752,16 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
             0,
         )
     gone = replace(settings, consolidate={})
-    with open_toolbox(gone) as toolbox:  # taken out of the universe: still read
-        assert read_bars(
-            toolbox, known_market(toolbox, BTC.key), M1, window("2023-11-28", "2024-01-01")
-        ).equals(bars)
+    with open_context(gone) as context:  # taken out of the universe: still read
+        assert (
+            context.bind(BarReader)
+            .read(
+                context.bind(BarReader).find_market(BTC.key),
+                M1,
+                window("2023-11-28", "2024-01-01"),
+            )
+            .equals(bars)
+        )
 
 
 def test_retention(settings: Settings):
@@ -764,16 +773,16 @@ def test_retention(settings: Settings):
         if not name.startswith("raw/")
     }
     old = replace(settings, retention={"raw/ohlcv_1m": 5})
-    with open_toolbox(old) as toolbox, toolbox.ledger.transaction() as db:
+    with open_context(old) as context, context.ledger.transaction() as db:
         db.execute("UPDATE partitions SET rolled = digest WHERE tbl = 'raw/ohlcv_1m'")
-    with open_toolbox(old) as toolbox:
+    with open_context(old) as context:
         assert {
             (gone.table.name, gone.partition.month_key[:7])
-            for gone in retire(toolbox)
+            for gone in context.bind(Retirer).retire()
             if gone.what == REMOVED
         } == {("raw/ohlcv_1m", "2023-11")}
-        assert behind(toolbox, look=True) == {}
-        (left,) = consolidate(toolbox, M1, [Partition(BTC, month_of(at(NOV)))])
+        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        (left,) = context.bind(Consolidator).build(M1, [Partition(BTC, month_of(at(NOV)))])
         assert (left.changed, left.error, left.bars.height) == (False, None, 3 * 1440)
         assert "it stays as it is" in str(left.note)
     assert {
@@ -782,12 +791,12 @@ def test_retention(settings: Settings):
         if not name.startswith("raw/")
     } == before
     short = replace(old, retention={TABLE.name: 5, reconciled(M1).name: 5})
-    with open_toolbox(short) as toolbox:
-        assert {(gone.table.name, gone.what) for gone in retire(toolbox)} == {
+    with open_context(short) as context:
+        assert {(gone.table.name, gone.what) for gone in context.bind(Retirer).retire()} == {
             (TABLE.name, "removed"),
             (reconciled(M1).name, "removed"),
         }
-        assert behind(toolbox, look=True) == {}
+        assert context.bind(Consolidator).find_outdated(look=True) == {}
     assert {name.partition("/")[0] for name in lake_files(settings)} == {"raw"}
 
 
@@ -796,28 +805,35 @@ def test_the_ledger_in_both_databases(settings: Settings):
     run_ingest(settings)
     make_all(settings)
     partition = Partition.parse(f"binance:BTC-USDT|{NOV}")
-    with open_toolbox(settings) as toolbox:
-        assert behind(toolbox, look=True) == {}
-        assert toolbox.consolidations.quiet(raw(M1), partition) == []
+    with open_context(settings) as context:
+        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        assert context.ledger.consolidations.quiet(raw(M1), partition) == []
         columns = 'tbl, market, month, start, "end", bars, reason, answers, evidence, cause'
         insert = f"INSERT INTO gaps ({columns}) VALUES ('raw/ohlcv_1m', ?, ?, ?, ?, 2, 'no_bars', 2, '', ?)"
         where = partition.market.key, partition.month_key
-        with toolbox.ledger.transaction() as db:
+        with context.ledger.transaction() as db:
             db.execute(insert, (*where, "2023-11-28T05:00:00Z", "2023-11-28T05:02:00Z", "halted"))
-        assert behind(toolbox, look=True) == {}
-        with toolbox.ledger.transaction() as db:
+        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        with context.ledger.transaction() as db:
             db.execute(insert, (*where, "2023-11-28T06:00:00Z", "2023-11-28T06:02:00Z", NO_TRADE))
-        assert set(behind(toolbox, look=True)) == {Partition(BTC, partition.month)}
-        list(consolidate(toolbox, M1, list(behind(toolbox, look=True))))
-        with toolbox.ledger.transaction() as db:  # two others in its place: as many bars, elsewhere
+        assert set(context.bind(Consolidator).find_outdated(look=True)) == {
+            Partition(BTC, partition.month)
+        }
+        list(
+            context.bind(Consolidator).build(
+                M1,
+                list(context.bind(Consolidator).find_outdated(look=True)),
+            )
+        )
+        with context.ledger.transaction() as db:  # two others in its place: as many bars, elsewhere
             db.execute(
                 'UPDATE gaps SET start = ?, "end" = ? WHERE cause = ?',
                 ("2023-11-28T07:00:00Z", "2023-11-28T07:02:00Z", NO_TRADE),
             )
-        assert [late.reason for late in behind(toolbox, look=True).values()] == [
+        assert [late.reason for late in context.bind(Consolidator).find_outdated(look=True).values()] == [
             "its venues' bars have changed"
         ]
-        assert toolbox.consolidations.quiet(raw(M1), partition) == [
+        assert context.ledger.consolidations.quiet(raw(M1), partition) == [
             window("2023-11-28T07:00", "2023-11-28T07:02")
         ]
 
@@ -831,9 +847,9 @@ def test_a_lake_that_is_not_mounted_is_left_alone(
     for partition in sorted(ALL):
         (Path(settings.lake) / TABLE.path(Partition.parse(partition))).unlink()
     with (
-        open_toolbox(settings) as toolbox,
+        open_context(settings) as context,
         pytest.raises(
             StoreFailed, match=r"4 of 4 consolidated objects are not in .* is it mounted"
         ),
     ):
-        behind(toolbox, look=True)
+        context.bind(Consolidator).find_outdated(look=True)

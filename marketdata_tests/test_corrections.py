@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 
 from marketdata_assets import open_reader
 from marketdata_assets.cli.main import app
-from marketdata_assets.context import Toolbox, open_toolbox
+from marketdata_assets.context import Context, open_context
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.fetch.ingest import Ingested, ingest, take_in
+from marketdata_assets.flows.fetch.ingest import Ingested, Ingester
 from marketdata_assets.flows.prove.corrections import Correction, corrections
-from marketdata_assets.flows.read.as_of import read_as_of
-from marketdata_assets.flows.read.bars import read_bars
-from marketdata_assets.flows.read.lock import lock, verify
+from marketdata_assets.flows.read.as_of import AsOfReader
+from marketdata_assets.flows.read.bars import BarReader
+from marketdata_assets.flows.read.lock import DatasetLocker
 from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import history, raw
@@ -110,8 +110,8 @@ class Stage:
     def ingest(self, now: str, again: Window | None = None) -> list[Ingested]:
         settings = self.at(now)
         self.exchange.requests.clear()
-        with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:
-            done = list(ingest(toolbox, MINUTE, partitions(settings), again))
+        with open_context(settings, policy=SkippingClock().policy()) as context:
+            done = list(context.bind(Ingester).ingest(MINUTE, partitions(settings), again))
         run_derive(settings)
         return done
 
@@ -128,17 +128,17 @@ def stage(universe: Universe, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage
 
 
 def assert_reads(
-    toolbox: Toolbox, expected: pl.DataFrame, span: Window, moment: datetime | None = None
+    context: Context, expected: pl.DataFrame, span: Window, moment: datetime | None = None
 ) -> None:
     """All timeframes, now or as of a moment, equal what `expected` holds and what is rolled up from
     it.
     """
     read: Callable[..., pl.DataFrame] = read_bars if moment is None else read_as_of
     rest = () if moment is None else (moment,)
-    assert_frame_equal(read(toolbox, BTC, MINUTE, span, *rest), expected, check_exact=True)
+    assert_frame_equal(read(context, BTC, MINUTE, span, *rest), expected, check_exact=True)
     made = roll_up(expected, MINUTE, [TIMEFRAMES[name] for name in ROLLED], span)
     for tf, frame in made.items():
-        assert_frame_equal(read(toolbox, BTC, tf, span, *rest), frame, check_exact=True)
+        assert_frame_equal(read(context, BTC, tf, span, *rest), frame, check_exact=True)
 
 
 @pytest.mark.parametrize("rollups", ["duckdb", "parquet"])
@@ -162,17 +162,17 @@ def test_every_revision_can_be_read_as_of_its_time(
     third = stage.told
     stage.ingest("2024-01-07", stage.span)
     assert quarantined(stage.settings) == []
-    with open_toolbox(stage.at("2024-01-08")) as toolbox:
-        assert_reads(toolbox, third, stage.span)
+    with open_context(stage.at("2024-01-08")) as context:
+        assert_reads(context, third, stage.span)
         for moment, known in (
             ("2024-01-05T12:00", first),
             ("2024-01-06", second),
             ("2024-01-06T12:00", second),
             ("2024-01-07", third),
         ):
-            assert_reads(toolbox, known, stage.span, at(moment))
+            assert_reads(context, known, stage.span, at(moment))
         assert_reads(
-            toolbox,
+            context,
             third.filter(pl.col("open_time") < at("2024-01-02")),
             window("2023-12-30", "2024-01-02"),
             at("2024-01-08"),
@@ -190,16 +190,17 @@ def test_what_was_not_corrected_stays(stage: Stage) -> None:
     files = {
         p: p.read_bytes() for p in Path(stage.settings.lake).rglob("*month=2023-12*/*.parquet")
     }
-    with open_toolbox(stage.settings) as toolbox:
+    with open_context(stage.settings) as context:
         before = {
-            name: read_bars(toolbox, BTC, TIMEFRAMES[name], stage.span) for name in ("1m", *ROLLED)
+            name: context.bind(BarReader).read(BTC, TIMEFRAMES[name], stage.span)
+            for name in ("1m", *ROLLED)
         }
     stage.correct([moment])
     (_, done) = stage.ingest("2024-01-06", stage.span)
     assert done.replaced["open_time"].to_list() == [moment]
-    with open_toolbox(stage.settings) as toolbox:
+    with open_context(stage.settings) as context:
         for name, was in before.items():
-            now = read_bars(toolbox, BTC, TIMEFRAMES[name], stage.span)
+            now = context.bind(BarReader).read(BTC, TIMEFRAMES[name], stage.span)
             changed = now.join(was, on=now.columns, how="anti", nulls_equal=True)[
                 "open_time"
             ].to_list()
@@ -216,10 +217,28 @@ def test_the_report_says_what_changed_by_how_much_and_since_when(stage: Stage) -
     stage.ingest("2024-01-06", stage.span)
     stage.correct([moment], "2")
     stage.ingest("2024-01-07", stage.span)
-    with open_toolbox(stage.settings) as toolbox:
-        found = list(corrections(toolbox, [BTC], stage.span))
-        late = list(corrections(toolbox, [BTC], stage.span, since=at("2024-01-06T12:00")))
-        assert list(corrections(toolbox, [BTC], window("2023-12-30", "2024-01-02"))) == []
+    with open_context(stage.settings) as context:
+        found = list(corrections(context.settings, context.storage.lake, [BTC], window=stage.span))
+        late = list(
+            corrections(
+                context.settings,
+                context.storage.lake,
+                [BTC],
+                window=stage.span,
+                since=at("2024-01-06T12:00"),
+            )
+        )
+        assert (
+            list(
+                corrections(
+                    context.settings,
+                    context.storage.lake,
+                    [BTC],
+                    window=window("2023-12-30", "2024-01-02"),
+                )
+            )
+            == []
+        )
     first, second = found
     assert late == [second]
     assert (first.open_time, first.known_at, first.corrected_at) == (
@@ -283,8 +302,8 @@ def test_a_correction_that_breaks_a_rule_is_refused_and_the_old_bar_stays(stage:
     assert {
         (row["open_time"], row["reasons"].split()[0]) for row in quarantined(stage.settings)
     } == {("2024-01-02T10:07:00Z", "negative_volume")}
-    with open_toolbox(stage.settings) as toolbox:
-        assert_reads(toolbox, good, stage.span)
+    with open_context(stage.settings) as context:
+        assert_reads(context, good, stage.span)
 
 
 def test_a_venue_that_denies_most_bars_is_not_believed(stage: Stage) -> None:
@@ -297,9 +316,9 @@ def test_a_venue_that_denies_most_bars_is_not_believed(stage: Stage) -> None:
     assert "contradict the stored bars of [2024-01-01T00:00:00Z, 2024-01-02T00:00:00Z)" in str(
         done.error
     )
-    with open_toolbox(stage.settings) as toolbox:
-        assert_reads(toolbox, good, stage.span)
-        assert toolbox.lake.read(history(MINUTE), done.partition) is None
+    with open_context(stage.settings) as context:
+        assert_reads(context, good, stage.span)
+        assert context.storage.lake.read(history(MINUTE), done.partition) is None
     half = window("2024-01-01", "2024-01-01T12:00")
     stage.told = good
     stage.correct([t for t in good["open_time"] if half.start <= t < half.end])
@@ -308,14 +327,14 @@ def test_a_venue_that_denies_most_bars_is_not_believed(stage: Stage) -> None:
 
 
 def test_as_of_before_the_first_fetch_is_told(stage: Stage) -> None:
-    with open_toolbox(stage.at("2024-01-06")) as toolbox:
+    with open_context(stage.at("2024-01-06")) as context:
         with pytest.raises(
             BadInput,
             match=r"nothing of binance:BTC-USDT in these months was known at 2024-01-04T00:00:00Z; the first of it was",
         ):
-            read_as_of(toolbox, BTC, MINUTE, stage.span, at("2024-01-04"))
+            context.bind(AsOfReader).read(BTC, MINUTE, stage.span, moment=at("2024-01-04"))
         with pytest.raises(BadInput, match="lies in the future"):
-            read_as_of(toolbox, BTC, MINUTE, stage.span, at("2024-01-07"))
+            context.bind(AsOfReader).read(BTC, MINUTE, stage.span, moment=at("2024-01-07"))
 
 
 def test_a_run_that_died_between_history_and_bars_loses_and_doubles_nothing(
@@ -334,17 +353,21 @@ def test_a_run_that_died_between_history_and_bars_loses_and_doubles_nothing(
         patched.setattr(Lake, "write", dies)
         with pytest.raises(KeyboardInterrupt):
             stage.ingest("2024-01-06", stage.span)
-    with open_toolbox(stage.at("2024-01-07")) as toolbox:
-        assert list(corrections(toolbox, [BTC], stage.span)) == []
+    with open_context(stage.at("2024-01-07")) as context:
+        assert (
+            list(corrections(context.settings, context.storage.lake, [BTC], window=stage.span))
+            == []
+        )
         for moment_ in ("2024-01-05T12:00", "2024-01-06T12:00"):
-            assert_reads(toolbox, first, stage.span, at(moment_))
+            assert_reads(context, first, stage.span, at(moment_))
     stage.ingest("2024-01-07", stage.span)
-    with open_toolbox(stage.at("2024-01-08")) as toolbox:
-        assert [c.corrected_at for c in corrections(toolbox, [BTC], stage.span)] == [
-            at("2024-01-07")
-        ]
-        assert_reads(toolbox, first, stage.span, at("2024-01-06T12:00"))
-        assert_reads(toolbox, stage.told, stage.span)
+    with open_context(stage.at("2024-01-08")) as context:
+        assert [
+            c.corrected_at
+            for c in corrections(context.settings, context.storage.lake, [BTC], window=stage.span)
+        ] == [at("2024-01-07")]
+        assert_reads(context, first, stage.span, at("2024-01-06T12:00"))
+        assert_reads(context, stage.told, stage.span)
 
 
 def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(
@@ -360,8 +383,10 @@ def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(
     bars = truth("BTCUSDT", "1m", day)
     (january,) = partitions(settings)
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
-    with open_toolbox(settings) as toolbox:
-        half = take_in(toolbox, MINUTE, january, bars.head(720), empty, "a.zip")
+    with open_context(settings) as context:
+        half = context.bind(PartitionStore).ingest_frame(
+            MINUTE, january, bars.head(720), rejected=empty, source="a.zip"
+        )
         assert (half.account.stored, half.complete, half.wanted) == (
             720,
             False,
@@ -374,7 +399,9 @@ def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(
             .otherwise("trades")
             .alias("trades")
         )
-        done = take_in(toolbox, MINUTE, january, moved, empty, "b.csv")
+        done = context.bind(PartitionStore).ingest_frame(
+            MINUTE, january, moved, rejected=empty, source="b.csv"
+        )
         assert (
             done.account.received,
             done.account.stored,
@@ -384,7 +411,7 @@ def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(
         assert done.complete
         assert [(gap.bars, gap.reason) for gap in done.gaps] == [(1, "no_bars")]
         assert "b.csv holds both neighbours" in done.gaps[0].evidence
-        stored = toolbox.lake.read(raw(MINUTE), january, provenance=True)
+        stored = context.storage.lake.read(raw(MINUTE), january, provenance=True)
         assert stored is not None
         assert stored.group_by("source").len().sort("source").rows() == [
             ("a.zip", 720),
@@ -395,7 +422,9 @@ def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(
             bars.filter(pl.col("open_time") != at("2024-01-01T20:00")),
             check_exact=True,
         )
-        again = take_in(toolbox, MINUTE, january, bars, empty, "c.csv")
+        again = context.bind(PartitionStore).ingest_frame(
+            MINUTE, january, bars, rejected=empty, source="c.csv"
+        )
         assert (again.account.stored, again.account.identical, again.gaps) == (1, 1439, ())
         assert fingerprint(again.bars) == fingerprint(bars)
     ((row),) = quarantined(settings)
@@ -414,20 +443,22 @@ def test_columns_that_a_file_does_not_give_are_no_disagreement(universe: Univers
     (january,) = partitions(settings)
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
     fewer = bars.with_columns(pl.lit(None, SCHEMA["quote_volume"]).alias("quote_volume"))
-    with open_toolbox(settings) as toolbox:
-        take_in(toolbox, MINUTE, january, bars, empty, "whole.csv")
-        done = take_in(toolbox, MINUTE, january, fewer, empty, "fewer.csv")
+    with open_context(settings) as context:
+        context.bind(PartitionStore).ingest_frame(MINUTE, january, bars, rejected=empty, source="whole.csv")
+        done = context.bind(PartitionStore).ingest_frame(
+            MINUTE, january, fewer, rejected=empty, source="fewer.csv"
+        )
     assert (done.account.identical, done.account.quarantined) == (1440, 0)
     assert_frame_equal(done.bars, bars, check_exact=True)
 
 
 def test_bars_of_before_revisions_were_kept_count_as_always_known(stage: Stage) -> None:
-    with open_toolbox(stage.at("2024-01-06")) as toolbox:
+    with open_context(stage.at("2024-01-06")) as context:
         for partition in partitions(stage.settings):
-            bars = toolbox.lake.read(raw(MINUTE), partition)
+            bars = context.storage.lake.read(raw(MINUTE), partition)
             assert bars is not None
-            toolbox.lake.write(raw(MINUTE), partition, bars)
-        assert_reads(toolbox, stage.told, stage.span, at("2020-01-01") + timedelta(days=1))
+            context.storage.lake.write(raw(MINUTE), partition, bars)
+        assert_reads(context, stage.told, stage.span, at("2020-01-01") + timedelta(days=1))
 
 
 @pytest.mark.parametrize("rollups", ["duckdb", "parquet"])
@@ -444,13 +475,15 @@ def test_a_pinned_dataset_is_proved_and_read_after_corrections(
         if locks:
             stage.correct(dice.sample(stage.told["open_time"].to_list(), 200))
             stage.ingest(day, stage.span)
-        with open_toolbox(stage.at(day)) as toolbox:
-            locks.append(lock(toolbox, "pinned", stage.settings.markets, stage.span))
+        with open_context(stage.at(day)) as context:
+            locks.append(
+                context.bind(DatasetLocker).lock("pinned", stage.settings.markets, stage.span)
+            )
             told.append(stage.told)
     assert len({one.dataset for one in locks}) == 3
-    with open_toolbox(stage.at("2024-01-08")) as toolbox:
+    with open_context(stage.at("2024-01-08")) as context:
         for one in locks:
-            found = verify(toolbox, one)
+            found = context.bind(DatasetLocker).verify(one)
             assert (found.proved, found.differences) == (len(one.partitions), [])
             assert bool(found.from_history) == (one is not locks[-1])
     for one, bars in zip(locks, told, strict=True):
@@ -474,13 +507,15 @@ def test_a_pinned_dataset_is_proved_and_read_after_corrections(
 
 
 def test_what_was_changed_by_hand_is_not_proved_from_history(stage: Stage) -> None:
-    with open_toolbox(stage.at("2024-01-06")) as toolbox:
-        one = lock(toolbox, "pinned", stage.settings.markets, stage.span)
+    with open_context(stage.at("2024-01-06")) as context:
+        one = context.bind(DatasetLocker).lock("pinned", stage.settings.markets, stage.span)
         partition = partitions(stage.settings)[0]
-        bars = toolbox.lake.read(raw(MINUTE), partition, provenance=True)
+        bars = context.storage.lake.read(raw(MINUTE), partition, provenance=True)
         assert bars is not None
-        toolbox.lake.write(raw(MINUTE), partition, bars.with_columns(pl.col("high").alias("close")))
-        found = verify(toolbox, one)
+        context.storage.lake.write(
+            raw(MINUTE), partition, bars.with_columns(pl.col("high").alias("close"))
+        )
+        found = context.bind(DatasetLocker).verify(one)
         assert [(d.table, d.what) for d in found.differences] == [("raw/ohlcv_1m", "other content")]
 
 
@@ -517,9 +552,11 @@ def test_the_venue_and_a_file_that_gives_more_or_less_do_not_contradict_each_oth
             now="2024-01-05",
         )
         (january,) = partitions(settings)
-        with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:
-            take_in(toolbox, MINUTE, january, more.head(600), empty, "archive.csv")
-            (done,) = ingest(toolbox, MINUTE, [january], span)
+        with open_context(settings, policy=SkippingClock().policy()) as context:
+            context.bind(PartitionStore).ingest_frame(
+                MINUTE, january, more.head(600), rejected=empty, source="archive.csv"
+            )
+            (done,) = context.bind(Ingester).ingest(MINUTE, [january], span)
     assert (done.error, done.complete, done.replaced.height) == (None, True, 0)
     assert done.account.balanced
     assert_frame_equal(done.bars.head(600), more.head(600), check_exact=True)
@@ -528,9 +565,11 @@ def test_the_venue_and_a_file_that_gives_more_or_less_do_not_contradict_each_oth
     with running(exchange) as url:
         settings = universe(url, since="2024-01-01", until="2024-01-01T12:00", now="2024-01-05")
         (january,) = partitions(settings)
-        with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:
-            take_in(toolbox, MINUTE, january, more.head(600), empty, "archive.csv")
-            (done,) = ingest(toolbox, MINUTE, [january], span)
+        with open_context(settings, policy=SkippingClock().policy()) as context:
+            context.bind(PartitionStore).ingest_frame(
+                MINUTE, january, more.head(600), rejected=empty, source="archive.csv"
+            )
+            (done,) = context.bind(Ingester).ingest(MINUTE, [january], span)
     assert (done.error, done.complete, done.replaced.height) == (None, True, 600)
     assert done.account.balanced
     assert_frame_equal(done.bars, every, check_exact=True)

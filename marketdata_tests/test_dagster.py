@@ -19,7 +19,7 @@ import dagster as dg
 import pytest
 
 from marketdata_assets.cli.processes import dagster_environment
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.dagster_ext.launcher import end_dead_runs, process_id
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
@@ -232,12 +232,12 @@ def test_a_red_blocking_check_keeps_the_rollups_away(
 ) -> None:
     assert run(settings, instance, BTC_NOV, BTC_NOV).success
     before = latest(instance, HOUR, BTC_NOV)
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         table, partition = raw(TIMEFRAMES["1m"]), Partition.parse(BTC_NOV)
-        bars = toolbox.lake.read(table, partition)
+        bars = context.storage.lake.read(table, partition)
         assert bars is not None
         swapped = bars.rename({"high": "low", "low": "high"}).select(bars.columns)
-        toolbox.lake.write(table, partition, swapped)
+        context.storage.lake.write(table, partition, swapped)
     result = run(settings, instance, BTC_NOV, BTC_NOV)
     assert not result.success
     assert check_results(instance, RAW, "ohlc")[BTC_NOV] is False
@@ -248,10 +248,10 @@ def test_a_red_blocking_check_keeps_the_rollups_away(
     assert not result.success
     assert latest(instance, HOUR, BTC_NOV) == before
     assert instance.get_materialized_partitions(HOUR) == {BTC_NOV, ETH_NOV}
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         assert [
             (check.name, check.partition.key, check.blocking)
-            for check in toolbox.ledger.red_checks()
+            for check in context.ledger.red_checks()
         ] == [("ohlc", BTC_NOV, True)]
 
 
@@ -259,12 +259,12 @@ def test_matches_native_names_the_bar_that_differs(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
     assert run(settings, instance, BTC_NOV, BTC_NOV).success
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         table, partition = raw(TIMEFRAMES["1h"]), Partition.parse(BTC_NOV)
-        hours = toolbox.lake.read(table, partition)
+        hours = context.storage.lake.read(table, partition)
         assert hours is not None
         trades = hours["trades"].to_list()
-        toolbox.lake.write(
+        context.storage.lake.write(
             table, partition, hours.with_columns(trades=hours["trades"].scatter([5], trades[5] + 1))
         )
     run(settings, instance, BTC_NOV, BTC_NOV)
@@ -347,9 +347,9 @@ def test_materialized_from_the_ui_through_the_real_daemon(
                 break
             threading.Event().wait(0.5)
         assert backfill["status"] == "COMPLETED_SUCCESS", backfill
-        with open_toolbox(settings) as toolbox:
+        with open_context(settings) as context:
             for market in settings.markets:
-                states = toolbox.ledger.states(raw(TIMEFRAMES["1m"]), market)
+                states = context.ledger.states(raw(TIMEFRAMES["1m"]), market)
                 assert [state.complete for state in states.values()] == [True, True]
                 assert all(state.rolled == state.digest for state in states.values())
     finally:

@@ -28,13 +28,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import marketdata_assets.storage.delta as delta_module
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.defs.assets import raw_asset, rollup_assets
 from marketdata_assets.defs.delta import MAINTAIN, delta_assets, delta_job_and_schedule
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, market_months
 from marketdata_assets.errors import BadInput, Damaged, StoreFailed
-from marketdata_assets.flows.derive.publish import Published, maintain, publish
+from marketdata_assets.flows.derive.publish import DeltaPublisher, Published, maintain
 from marketdata_assets.model.bar import DECIMAL, NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
@@ -792,8 +792,10 @@ def published(
 
 
 def publish_all(settings: Settings, timeframe: str) -> list[Published]:
-    with open_toolbox(settings) as toolbox:
-        return list(publish(toolbox, TIMEFRAMES[timeframe], partitions(settings)))
+    with open_context(settings) as context:
+        return list(
+            context.bind(DeltaPublisher).publish(TIMEFRAMES[timeframe], partitions(settings))
+        )
 
 
 @BOTH
@@ -840,11 +842,11 @@ def test_what_is_lost_here_erases_nothing_there(published: Settings):
 
 
 def test_all_tables_are_maintained(published: Settings):
-    with open_toolbox(published) as toolbox:
-        assert maintain(toolbox) == {}
+    with open_context(published) as context:
+        assert maintain(context.settings) == {}
     publish_all(published, "1h")
-    with open_toolbox(published) as toolbox:
-        assert set(maintain(toolbox, dry_run=True)) == {"rollup/ohlcv_1h"}
+    with open_context(published) as context:
+        assert set(maintain(context.settings, dry_run=True)) == {"rollup/ohlcv_1h"}
 
 
 def test_a_place_shared_with_the_lake_is_refused(

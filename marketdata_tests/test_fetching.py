@@ -711,7 +711,7 @@ def test_a_key_in_base_url_is_refused_and_not_repeated(universe: Universe, url: 
 def test_the_deadline_has_a_seam(
     universe: Universe, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
 ) -> None:
-    """Tests that need a short deadline replace the class that the toolbox opens; this one proves that
+    """Tests that need a short deadline replace the class that the context opens; this one proves that
     it is used.
     """
     built: list[Any] = []

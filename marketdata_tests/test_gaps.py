@@ -18,15 +18,14 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.fetch.ingest import ingest, take_in
-from marketdata_assets.flows.fetch.plan import plan
-from marketdata_assets.flows.operate.backfill import missed
-from marketdata_assets.flows.prove import gaps as flow
-from marketdata_assets.flows.prove.audit import audit_gaps, audit_raw
-from marketdata_assets.flows.prove.gaps import Explained, explain, reopen, words_of
-from marketdata_assets.flows.read.coverage import coverage
+from marketdata_assets.flows.fetch.ingest import Ingester
+from marketdata_assets.flows.fetch.plan import BackfillPlanner
+from marketdata_assets.flows.operate.backfill import BacklogFinder
+from marketdata_assets.flows.prove.audit import Auditor
+from marketdata_assets.flows.prove.gaps import Explained, GapExplainer, words_of
+from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
 from marketdata_assets.model.intervals import without
 from marketdata_assets.model.table import raw
@@ -282,8 +281,8 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
         ("quarantined", "", "quarantined"),
     ]
     truth: dict[datetime, str] = {}
-    with open_toolbox(settings) as toolbox:
-        toolbox.ledger.set_listed(
+    with open_context(settings) as context:
+        context.ledger.set_listed(
             BTC,
             listed := at("2024-01-30T22:00") + data.draw(st.integers(0, 200)) * M1.width,
             "test",
@@ -304,13 +303,13 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
                 else:
                     gaps.append(gap(0, len(opens), stretch.start, reason, cause))
                 moment = stretch.end
-            size, digest = toolbox.lake.write(
+            size, digest = context.storage.lake.write(
                 raw(M1), partition, frame(bars) if bars else frame([row(listed)]).clear()
             )
             state = State(
                 wanted.start, moment, None, False, len(bars), size, digest, None, 1, 0, None
             )
-            toolbox.ledger.commit(
+            context.ledger.commit(
                 Entry(
                     raw(M1),
                     partition,
@@ -326,7 +325,7 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
         span = settings.span(BTC)
         first, last = sorted(data.draw(st.tuples(st.integers(0, 1680), st.integers(0, 1680))))
         for asked in (None, Window(span.start + first * M1.width, span.start + last * M1.width)):
-            (found,) = coverage(toolbox, [BTC], asked)
+            (found,) = context.bind(CoverageReporter).report([BTC], asked)
             every = [span.start + i * M1.width for i in range(span.count(M1))]
             inside = [t for t in every if asked is None or asked.start <= t < asked.end]
             parts = found.as_dict()
@@ -343,10 +342,10 @@ def at_time(settings: Settings, now: str) -> Settings:
 
 
 def explained(settings: Settings, ask: bool = False) -> list[Explained]:
-    with open_toolbox(settings, policy=IMPATIENT) as toolbox:
-        explain(toolbox, partitions(settings), ask)
+    with open_context(settings, policy=IMPATIENT) as context:
+        context.bind(GapExplainer).explain(partitions(settings), ask)
         every = Window(settings.since, settings.now())
-        return flow.gaps(toolbox, settings.markets, every)
+        return context.bind(GapExplainer).list_gaps(settings.markets, every)
 
 
 def told(found: list[Explained]) -> list[tuple[str, str, str, int, str]]:
@@ -365,11 +364,13 @@ def told(found: list[Explained]) -> list[tuple[str, str, str, int, str]]:
 def days_sum(settings: Settings) -> int:
     """Every day of every market: the parts are what is expected. How many days there were."""
     days = 0
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         for market in settings.markets:
             day = settings.span(market).start
             while day < settings.span(market).end:
-                (found,) = coverage(toolbox, [market], Window(day, day + timedelta(days=1)))
+                (found,) = context.bind(CoverageReporter).report(
+                    [market], Window(day, day + timedelta(days=1))
+                )
                 numbers = [value for value in found.as_dict().values() if isinstance(value, int)]
                 assert numbers[0] == 1440 == sum(numbers[1:])
                 day, days = day + timedelta(days=1), days + 1
@@ -392,9 +393,13 @@ def test_the_halt_of_a_venue(
         extra="reference: [15m]",
     )
     run_ingest(settings, timeframe="15m")
-    with open_toolbox(settings) as toolbox:
-        done = list(ingest(toolbox, M1, partitions(settings)))
-        before = [finding for finding in audit_raw(toolbox, done[0]) if finding.check == "gaps"]
+    with open_context(settings) as context:
+        done = list(context.bind(Ingester).ingest(M1, partitions(settings)))
+        before = [
+            finding
+            for finding in context.bind(Auditor).audit_raw(done[0])
+            if finding.check == "gaps"
+        ]
     assert [row["cause"] for row in before[0].table] == ["unexplained"]
     found = explained(settings)
     assert told(found) == [
@@ -413,15 +418,18 @@ def test_the_halt_of_a_venue(
     )
     assert all(one.gap.next_ask is None and one.gap.first_asked == settings.now() for one in found)
     assert days_sum(settings) == 6
-    with open_toolbox(settings) as toolbox:
-        (halted,) = coverage(
-            toolbox, settings.markets[:1], window("2023-03-24T12:30", "2023-03-24T12:50")
+    with open_context(settings) as context:
+        (halted,) = context.bind(CoverageReporter).report(
+            settings.markets[:1], window("2023-03-24T12:30", "2023-03-24T12:50")
         )
         assert (halted.expected, halted.present, halted.halted) == (20, 10, 10)
-        after = audit_gaps(toolbox, done[0])
+        after = context.bind(Auditor).audit_gaps(done[0])
         assert [row["cause"] for row in after.table] == [HALTED]
         assert "by chance once in" in str(after.table[0]["evidence"])
-        assert plan(toolbox, partitions(settings))[0].reason == "rollups are not up to date"
+        assert (
+            context.bind(BackfillPlanner).plan(partitions(settings))[0].reason
+            == "rollups are not up to date"
+        )
     exchange.log()
     assert all(
         one.complete for one in run_ingest(at_time(settings, "2024-03-26T00:00:00Z"))
@@ -484,15 +492,14 @@ def test_what_the_archive_leaves_out(universe: Universe) -> None:
         venue="kraken",
     )
     nothing = pl.DataFrame(schema=REJECTED_SCHEMA)
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         for partition, name in zip(partitions(settings), ("XBTUSD", "XBTUSDT"), strict=True):
-            take_in(
-                toolbox,
+            context.bind(PartitionStore).ingest_frame(
                 M1,
                 partition,
                 archived(name, settings.span(partition.market)),
-                nothing,
-                "archive",
+                rejected=nothing,
+                source="archive",
             )
     found = explained(settings)
     assert ("BTC/USD", "1m", "22:01", 12, HALTED) in told(found)
@@ -580,13 +587,19 @@ def test_a_gap_is_asked_for_again_at_growing_distance(
             now = at_time(settings, (at("2023-02-15T02:00") + moment).isoformat())
             explained(now)
             exchange.log()
-            with open_toolbox(now) as toolbox:
-                assert (plan(toolbox, partitions(now))[0].bars == 1) is wanted
+            with open_context(now) as context:
+                assert (context.bind(BackfillPlanner).plan(partitions(now))[0].bars == 1) is wanted
                 assert (
-                    bool([b for b in missed(toolbox, 9, (), {}).blocks if "rollups" not in str(b)])
+                    bool(
+                        [
+                            b
+                            for b in context.bind(BacklogFinder).plan_backfill(9, (), {}).blocks
+                            if "rollups" not in str(b)
+                        ]
+                    )
                     is wanted
                 )
-                toolbox.ledger.forget_asks(partitions(now))
+                context.ledger.forget_asks(partitions(now))
             run_ingest(now)
             assert bool([entry for entry in exchange.log() if "klines" in entry["path"]]) is wanted
     (one,) = explained(now)
@@ -613,16 +626,19 @@ def test_reopened(replay: Callable[..., Any], universe: Universe, either_databas
     )
     run_ingest(settings)
     assert [one.kind for one in explained(settings)] == [HALTED, HALTED]
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         with pytest.raises(
             BadInput,
             match=r"begins at 2023-03-24T12:41:00Z; the nearest is --start 2023-03-24T12:40:00Z",
         ):
-            reopen(toolbox, BTC, at("2023-03-24T12:41"))
-        assert [one.gap.bars for one in reopen(toolbox, BTC, HOLE.start)] == [80]
+            context.bind(GapExplainer).reopen(BTC, at("2023-03-24T12:41"))
+        assert [one.gap.bars for one in context.bind(GapExplainer).reopen(BTC, HOLE.start)] == [80]
     assert [one.kind for one in explained(settings)] == ["unexplained", HALTED]
-    with open_toolbox(settings) as toolbox:
-        assert [task.bars for task in plan(toolbox, partitions(settings))] == [80, 0]
+    with open_context(settings) as context:
+        assert [task.bars for task in context.bind(BackfillPlanner).plan(partitions(settings))] == [
+            80,
+            0,
+        ]
     exchange.log()
     run_ingest(settings)
     assert {entry["query"]["symbol"] for entry in exchange.log() if "klines" in entry["path"]} == {
@@ -654,8 +670,8 @@ def test_a_market_that_left_its_venue(replay: Callable[..., Any], universe: Univ
         assert [(one.market.symbol, one.kind, one.gap.window) for one in found] == [
             ("ETH/USDT", DELISTED, window("2024-02-02", f"2024-02-0{day}"))
         ]
-    with open_toolbox(later) as toolbox:
-        btc, eth = coverage(toolbox, later.markets)
+    with open_context(later) as context:
+        btc, eth = context.bind(CoverageReporter).report(later.markets)
     assert (btc.present, eth.present, eth.delisted, eth.missing_at_source) == (
         4 * 1440,
         1440,

@@ -20,10 +20,10 @@ from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 from marketdata_assets.cli.main import app
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.fetch.imports import Imported, Tally, as_stored, import_files, look
-from marketdata_assets.flows.fetch.plan import plan
+from marketdata_assets.flows.fetch.imports import FileImporter, Imported, Tally, look
+from marketdata_assets.flows.fetch.plan import BackfillPlanner
 from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import partitions_of
@@ -111,9 +111,11 @@ def settings(universe: Universe) -> Settings:
 def imported(settings: Settings, *files: Path, dry_run: bool = False, **told: Any) -> Imported:
     """Import as the command does, up to what Dagster is asked to show."""
     said = Told(settings.market(told.pop("market")) if "market" in told else None, **told)
-    with open_toolbox(settings) as toolbox:
-        done = import_files(toolbox, look(toolbox, files, said), said, dry_run)
-        assert toolbox.ledger.requests() == []
+    with open_context(settings) as context:
+        done = context.bind(FileImporter).import_files(
+            look(context.settings, files, said), said, dry_run
+        )
+        assert context.ledger.requests() == []
     assert all(tally.balanced for tally in done.files)
     return done
 
@@ -177,8 +179,8 @@ def test_a_month_and_its_reference(settings: Settings, tmp_path: Path) -> None:
     }
     assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", month))
     assert_bars(stored_bars(settings, timeframe="1h"), truth("BTCUSDT", "1h", month))
-    with open_toolbox(settings) as toolbox:
-        gaps = toolbox.ledger.gaps(raw(TIMEFRAMES["1m"]), partitions_of(BTC, month)[0])
+    with open_context(settings) as context:
+        gaps = context.ledger.gaps(raw(TIMEFRAMES["1m"]), partitions_of(BTC, month)[0])
     assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(halt, "unanswered", False)]
     assert "BTCUSDT-1m-2024-01.zip holds both neighbours" in gaps[0].evidence
 
@@ -275,8 +277,8 @@ def test_a_kraken_file_has_the_last_word_about_its_holes(kraken: Settings, tmp_p
     found = stored_bars(kraken, "kraken%3ABTC-USD", "1h")
     assert found["trades"].to_list() == [hour + 1 for hour in range(24) if hour != 5]
     assert (found["volume"][0], found["quote_volume"].null_count()) == (Decimal("1.23456789"), 23)
-    with open_toolbox(kraken) as toolbox:
-        gaps = toolbox.ledger.gaps(
+    with open_context(kraken) as context:
+        gaps = context.ledger.gaps(
             raw(TIMEFRAMES["1h"]), partitions_of(Market("kraken", "BTC/USD"), DAY)[0]
         )
     assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(1, "no_bars", True)]
@@ -520,9 +522,9 @@ def test_what_a_rule_refuses_lies_in_quarantine_under_the_files_name(
         ("2024-01-02T15:01:00Z", "null", NAME),
         ("2024-01-04T00:00:00Z", "outside_window", NAME),
     ]
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         (partition, *_) = partitions_of(BTC, DAY)
-        gaps = toolbox.ledger.gaps(raw(TIMEFRAMES["1m"]), partition)
+        gaps = context.ledger.gaps(raw(TIMEFRAMES["1m"]), partition)
     assert [(gap.bars, gap.reason) for gap in gaps] == [
         (1, "quarantined"),
         (1, "quarantined"),
@@ -536,8 +538,8 @@ def test_again_changes_nothing(settings: Settings, tmp_path: Path) -> None:
     before = lake_files(settings)
     assert counts(imported(settings, file).files[0]) == {"identical": 1440}
     assert lake_files(settings) == before
-    with open_toolbox(settings) as toolbox:
-        receipts = toolbox.receipts.list("import")
+    with open_context(settings) as context:
+        receipts = context.ledger.receipts.list("import")
     assert [receipt.body["files"][0]["stored"] for receipt in receipts] == [0, 1440]
     assert receipts[0].body["files"][0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -580,8 +582,10 @@ def test_archive_and_venue_that_disagree(sandbox: Any, universe: Universe, tmp_p
     run_ingest(settings)
     before, asked = lake_files(settings), len(sandbox[0].requests)
     file = written(tmp_path / NAME, klines(change=cell(8, 5, "123456")))
-    with open_toolbox(settings) as toolbox:
-        done = import_files(toolbox, look(toolbox, [file], Told()), Told())
+    with open_context(settings) as context:
+        done = context.bind(FileImporter).import_files(
+            look(context.settings, [file], Told()), Told()
+        )
     assert counts(done.files[0]) == {"identical": 1439, "disagree": 1}
     theirs = str(truth("BTCUSDT", "1m", DAY)["trades"][5])
     (difference,) = done.differences
@@ -598,8 +602,8 @@ def test_archive_and_venue_that_disagree(sandbox: Any, universe: Universe, tmp_p
     (row,) = quarantined(settings)
     assert (row["reasons"], row["source"], row["fields"]["trades"]) == ("disagrees", NAME, "123456")
     assert (lake_files(settings), len(sandbox[0].requests)) == (before, asked)
-    with open_toolbox(settings) as toolbox:
-        (receipt,) = toolbox.receipts.list("import")
+    with open_context(settings) as context:
+        (receipt,) = context.ledger.receipts.list("import")
     assert receipt.body["differences"][0]["value"] == theirs
 
 
@@ -612,8 +616,10 @@ def test_files_that_disagree_are_believed_neither(
     settings = universe(sandbox[1], since="2024-01-02", until="2024-01-03", now="2024-01-09")
     day = written(tmp_path / NAME, klines(change=cell(8, 60, "123456")))
     month = written(tmp_path / "BTCUSDT-1m-2024-01.zip", klines(window("2024-01-01", "2024-01-07")))
-    with open_toolbox(settings) as toolbox:
-        done = import_files(toolbox, look(toolbox, [day, month], Told()), Told())
+    with open_context(settings) as context:
+        done = context.bind(FileImporter).import_files(
+            look(context.settings, [day, month], Told()), Told()
+        )
     outside = truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-07")).height - 1440
     assert {tally.facts.path.name: counts(tally) for tally in done.files} == {
         NAME: {"identical": 1439, "conflict": 1},
@@ -652,12 +658,14 @@ def test_days_in_one_go_and_what_lies_between_files_is_not_told(
             if not line.startswith(str(hole))
         ]
         days[first] = written(tmp_path / f"BTCUSDT-1m-2024-01-{first}.zip", lines)
-    with open_toolbox(settings) as toolbox:
-        done = import_files(toolbox, look(toolbox, [tmp_path], Told()), Told())
+    with open_context(settings) as context:
+        done = context.bind(FileImporter).import_files(
+            look(context.settings, [tmp_path], Told()), Told()
+        )
         (partition,) = partitions_of(BTC, DAY)
-        stored = toolbox.lake.read(raw(TIMEFRAMES["1m"]), partition, provenance=True)
-        gaps = toolbox.ledger.gaps(raw(TIMEFRAMES["1m"]), partition)
-        state = toolbox.ledger.state(raw(TIMEFRAMES["1m"]), partition)
+        stored = context.storage.lake.read(raw(TIMEFRAMES["1m"]), partition, provenance=True)
+        gaps = context.ledger.gaps(raw(TIMEFRAMES["1m"]), partition)
+        state = context.ledger.state(raw(TIMEFRAMES["1m"]), partition)
     assert [counts(tally) for tally in done.files] == [{"stored": t.facts.rows} for t in done.files]
     assert stored is not None
     assert dict(stored.group_by("source").len().rows()) == {
@@ -697,8 +705,12 @@ def test_every_row_is_accounted_for_whatever_is_wrong_with_it(
     assert (
         kept.join(good, on=NAMES, how="semi", nulls_equal=True).height >= tally.stored - 200
     )  # "0" may pass the rules
-    with open_toolbox(settings) as toolbox:
-        assert as_stored(toolbox, TIMEFRAMES["1m"], partitions_of(BTC, DAY)[0]).account.balanced
+    with open_context(settings) as context:
+        assert (
+            context.bind(FileImporter)
+            .read_stored(TIMEFRAMES["1m"], partitions_of(BTC, DAY)[0])
+            .account.balanced
+        )
 
 
 # --------------------------------------------------------------------------------- the command, the
@@ -747,8 +759,8 @@ def test_the_plan_says_where_files_cost_less(universe: Universe) -> None:
     needs no file.
     """
     settings = universe(NOWHERE, since="2024-01-10", now="2024-03-05", extra="reference: [1h]")
-    with open_toolbox(settings) as toolbox:
-        tasks = plan(toolbox, settings.partitions([BTC], settings.span(BTC)))
+    with open_context(settings) as context:
+        tasks = context.bind(BackfillPlanner).plan(settings.partitions([BTC], settings.span(BTC)))
     found = [
         (task.partition.month_key, offer.timeframe.name, offer.requests, offer.url)
         for task in tasks
@@ -762,17 +774,18 @@ def test_the_plan_says_where_files_cost_less(universe: Universe) -> None:
     early = universe(
         NOWHERE, since="2024-02-01", now="2024-03-04T23:00"
     )  # the first Monday: it may not be there yet
-    with open_toolbox(early) as toolbox:
+    with open_context(early) as context:
         assert not any(
-            task.offers for task in plan(toolbox, early.partitions([BTC], early.span(BTC)))
+            task.offers
+            for task in context.bind(BackfillPlanner).plan(early.partitions([BTC], early.span(BTC)))
         )
 
 
 def test_the_plan_says_what_only_files_have(kraken: Settings) -> None:
     """Kraken's API has 720 hours: at the end of March 2nd those since February 1st."""
     market = Market("kraken", "BTC/USD")
-    with open_toolbox(kraken) as toolbox:
-        tasks = plan(toolbox, kraken.partitions([market], kraken.span(market)))
+    with open_context(kraken) as context:
+        tasks = context.bind(BackfillPlanner).plan(kraken.partitions([market], kraken.span(market)))
     found = [
         (task.partition.month_key, offer.bars, offer.requests)
         for task in tasks

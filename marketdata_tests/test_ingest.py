@@ -20,13 +20,13 @@ import polars as pl
 import pytest
 from aiohttp import web
 
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput, VenueDown, VenueRefused
-from marketdata_assets.flows.derive.rollup import derive
-from marketdata_assets.flows.fetch.ingest import ingest
-from marketdata_assets.flows.fetch.plan import Task, plan
-from marketdata_assets.flows.read.bars import read_bars
-from marketdata_assets.flows.read.coverage import Coverage, coverage
+from marketdata_assets.flows.derive.rollup import RollupBuilder
+from marketdata_assets.flows.fetch.ingest import Ingester
+from marketdata_assets.flows.fetch.plan import BackfillPlanner, Task
+from marketdata_assets.flows.read.bars import BarReader
+from marketdata_assets.flows.read.coverage import Coverage, CoverageReporter
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
@@ -73,14 +73,14 @@ def exchange_at(
 
 
 def planned(settings: Settings) -> list[Task]:
-    with open_toolbox(settings) as toolbox:
-        return plan(toolbox, partitions(settings))
+    with open_context(settings) as context:
+        return context.bind(BackfillPlanner).plan(partitions(settings))
 
 
 def covered(settings: Settings) -> list[Coverage]:
     """Coverage of every market; that its parts sum to what is expected is checked each time."""
-    with open_toolbox(settings) as toolbox:
-        found = coverage(toolbox, settings.markets)
+    with open_context(settings) as context:
+        found = context.bind(CoverageReporter).report(settings.markets)
     for one in found:
         parts = {name: n for name, n in one.as_dict().items() if name not in ("market", "expected")}
         assert sum(int(n) for n in parts.values()) == one.expected
@@ -89,8 +89,8 @@ def covered(settings: Settings) -> list[Coverage]:
 
 
 def read(settings: Settings, market: Market, timeframe: Timeframe, span: Window) -> pl.DataFrame:
-    with open_toolbox(settings) as toolbox:
-        return read_bars(toolbox, market, timeframe, span)
+    with open_context(settings) as context:
+        return context.bind(BarReader).read(market, timeframe, span)
 
 
 def whole(symbol: str, timeframe: Timeframe, span: Window) -> pl.DataFrame:
@@ -733,8 +733,8 @@ def test_whoever_stops_early_leaves_nothing_locked(universe: Universe) -> None:
         settings = universe(
             url, "[BTC/USDT, ETH/USDT, ADA/USDT]", since="2024-01-05", until="2024-01-06"
         )
-        with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:
-            results = ingest(toolbox, MINUTE, partitions(settings))
+        with open_context(settings, policy=SkippingClock().policy()) as context:
+            results = context.bind(Ingester).ingest(MINUTE, partitions(settings))
             assert next(results).complete
             results.close()
         assert [done.complete for done in run_ingest(settings)] == [True] * 3
@@ -777,8 +777,8 @@ def test_one_market_that_fails_does_not_stop_the_others(universe: Universe, kind
         assert task.partition.market.symbol == symbol
         assert task.reason.startswith("failed: binance")
         assert [found.not_fetched for found in covered(settings)] == [0, 720, 0]
-        with open_toolbox(settings) as toolbox:
-            state = toolbox.ledger.state(raw(MINUTE), failed.partition)
+        with open_context(settings) as context:
+            state = context.ledger.state(raw(MINUTE), failed.partition)
         assert state is not None
         blamed = int(error is not VenueDown)  # a venue that is down is not the partition's fault
         assert (state.attempts, state.failures, state.error) == (1, blamed, str(failed.error))
@@ -832,8 +832,8 @@ def test_months_in_any_order(universe: Universe) -> None:
         january, february = partitions(settings)
         for partition in (february, january):
             run_ingest(settings, wanted=[partition])
-            with open_toolbox(settings) as toolbox:
-                list(derive(toolbox, [partition]))
+            with open_context(settings) as context:
+                list(context.bind(RollupBuilder).build([partition]))
         everything_is_true(settings, window("2024-01-20", "2024-02-12"))
         assert planned(settings) == []
 
@@ -862,8 +862,8 @@ def test_a_bar_that_comes_late_reaches_the_next_months_week(universe: Universe) 
             < 7 * 1440 - 200
         )
         assert run_ingest(settings, wanted=[january])[0].complete
-        with open_toolbox(settings) as toolbox:
-            list(derive(toolbox, [january]))
+        with open_context(settings) as context:
+            list(context.bind(RollupBuilder).build([january]))
         everything_is_true(settings, window("2024-01-29", "2024-02-05"))
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from marketdata_assets.context import open_toolbox
-from marketdata_assets.flows.read.bars import read_bars
-from marketdata_assets.flows.read.coverage import coverage
+from marketdata_assets.context import open_context
+from marketdata_assets.flows.read.bars import BarReader
+from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
@@ -72,11 +72,15 @@ def children(pid: int) -> list[int]:
 
 def assert_readable_and_true(settings: Settings, whole: bool) -> None:
     """What is stored equals the truth where it is; all of it when `whole`."""
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         for market in settings.markets:
             for name in ("1m", "1h", "1d"):
                 expected = truth(SYMBOLS[market.symbol], name, SPAN)
-                found = read_bars(toolbox, market, TIMEFRAMES[name], SPAN).select(expected.columns)
+                found = (
+                    context.bind(BarReader)
+                    .read(market, TIMEFRAMES[name], SPAN)
+                    .select(expected.columns)
+                )
                 there = (
                     expected
                     if whole
@@ -106,12 +110,14 @@ def test_kill_at_random_moments(
     assert last.returncode == 0, errors.decode()
     assert_readable_and_true(settings, whole=True)
     assert not list((tmp_path / "lake" / ".writing").iterdir())
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         assert all(
             row["received"] == row["stored"] + row["identical"] + row["quarantined"]
-            for row in toolbox.ledger.accounts()
+            for row in context.ledger.accounts()
         )
-        assert all(c.not_fetched == 0 for c in coverage(toolbox, settings.markets))
+        assert all(
+            c.not_fetched == 0 for c in context.bind(CoverageReporter).report(settings.markets)
+        )
     environment = {**os.environ, "DAGSTER_HOME": str(tmp_path / "state" / "dagster")}
     status = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", DAGSTER_STATUS],

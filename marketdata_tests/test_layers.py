@@ -22,7 +22,7 @@ MODULES = {
 
 _LOW = {"errors", "model"}
 _TOOLS = {"sources", "quality", "transforms", "lake", "notify"}
-_JOINED = _LOW | {"settings"} | _TOOLS | {"toolbox"}
+_JOINED = _LOW | {"settings"} | _TOOLS | {"context"}
 _DOORS = _JOINED | {"flows"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
@@ -30,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "settings": _LOW,
     "sources": _LOW | {"settings"},
     **dict.fromkeys(_TOOLS - {"sources"}, _LOW),
-    "toolbox": _JOINED,
+    "context": _JOINED,
     "flows": _JOINED,
     **dict.fromkeys(("defs", "cli", "reader"), _DOORS),
     "__init__": {"reader"},
@@ -174,7 +174,7 @@ def test_clocks_are_read_only_where_a_reason_is_written_down():
             "import importlib\nimportlib.import_module('marketdata_assets.sources.base')",
         ),
         ("quality/rules.py", "from marketdata_assets.settings.universe import Settings"),
-        ("toolbox.py", "from marketdata_assets.flows.fetch.plan import plan"),
+        ("context.py", "from marketdata_assets.flows.fetch.plan import plan"),
         ("flows/plan.py", "from marketdata_assets.cli.main import main"),
         ("cli/main.py", "from marketdata_assets.defs.assets import raw_asset"),
         ("defs/assets.py", "from marketdata_assets.definitions import defs"),

@@ -18,9 +18,9 @@ import duckdb
 import polars as pl
 import pytest
 
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput, Damaged, StoreFailed
-from marketdata_assets.flows.read.lock import Verified, lock, pinned_moment, verify
+from marketdata_assets.flows.read.lock import DatasetLocker, Verified, pinned_moment
 from marketdata_assets.model.bar import TIME
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw, rollup
@@ -113,15 +113,15 @@ def locked_in(
     tables: list[str] | None = None,
     span: Window | None = None,
 ) -> LockFile:
-    with open_toolbox(settings) as toolbox:
-        return lock(
-            toolbox, name, settings.markets, span or Window(settings.since, settings.now()), tables
+    with open_context(settings) as context:
+        return context.bind(DatasetLocker).lock(
+            name, settings.markets, span or Window(settings.since, settings.now()), tables=tables
         )
 
 
 def verified(settings: Settings, locked: LockFile) -> Verified:
-    with open_toolbox(settings) as toolbox:
-        return verify(toolbox, locked)
+    with open_context(settings) as context:
+        return context.bind(DatasetLocker).verify(locked)
 
 
 def differs(settings: Settings, locked: LockFile) -> list[tuple[str, str, str, int, int]]:
@@ -187,13 +187,12 @@ def test_no_path_and_no_address_is_in_it(copy: Copy, tmp_path: Path):
 
 def test_tables_markets_and_months_can_be_chosen(original: Path):
     settings = universe_of(original)
-    with open_toolbox(settings) as toolbox:
-        found = lock(
-            toolbox,
+    with open_context(settings) as context:
+        found = context.bind(DatasetLocker).lock(
             "few",
             [DECEMBER.market],
             window("2023-12-31", "2024-01-01"),
-            ["rollup/ohlcv_1d", "raw/ohlcv_1m"],
+            tables=["rollup/ohlcv_1d", "raw/ohlcv_1m"],
         )
     assert [(p.table, p.partition) for p in found.partitions] == [
         ("raw/ohlcv_1m", DECEMBER),
@@ -288,13 +287,13 @@ def test_an_open_month_may_grow(copy: Copy, locked: LockFile):
     """A bar that comes after the last locked one is no difference, one that changes before it is."""
     settings = copy(now="2024-01-20")
     bars = truth("BTCUSDT", "1m", Window(at("2024-01-01"), at("2024-01-12")))
-    with open_toolbox(settings) as toolbox:
-        before = toolbox.lake.read(raw(M1), JANUARY)
+    with open_context(settings) as context:
+        before = context.storage.lake.read(raw(M1), JANUARY)
         grown = pl.concat([before, bars.filter(pl.col("open_time") > before["open_time"][-1])])
         assert grown.height > before.height + 2000
-        toolbox.lake.write(raw(M1), JANUARY, grown)
+        context.storage.lake.write(raw(M1), JANUARY, grown)
         proves(settings, locked)
-        toolbox.lake.write(
+        context.storage.lake.write(
             raw(M1),
             JANUARY,
             grown.with_columns(pl.col("close").shift(1, fill_value=pl.col("close").first())),
@@ -307,8 +306,8 @@ def test_an_open_month_may_grow(copy: Copy, locked: LockFile):
 def test_a_month_after_the_lock_is_no_difference(copy: Copy, locked: LockFile):
     settings = copy(now="2024-03-01")
     february = Partition.parse(f"{BTC}|2024-02-01")
-    with open_toolbox(settings) as toolbox:
-        toolbox.lake.write(raw(M1), february, truth("BTCUSDT", "1m", february.month))
+    with open_context(settings) as context:
+        context.storage.lake.write(raw(M1), february, truth("BTCUSDT", "1m", february.month))
     proves(settings, locked)
 
 
@@ -346,9 +345,9 @@ def test_one_change_is_found(
     copy: Copy, locked: LockFile, change: Any, what: str, more: int | None, words: str
 ):
     settings = copy()
-    with open_toolbox(settings) as toolbox:
-        bars = toolbox.lake.read(raw(M1), DECEMBER)
-        toolbox.lake.write(raw(M1), DECEMBER, change(bars))
+    with open_context(settings) as context:
+        bars = context.storage.lake.read(raw(M1), DECEMBER)
+        context.storage.lake.write(raw(M1), DECEMBER, change(bars))
     rows = bars.height
     assert differs(settings, locked) == [
         ("raw/ohlcv_1m", DECEMBER.key, what, rows, 0 if more is None else rows + more)
@@ -359,10 +358,10 @@ def test_one_change_is_found(
 def test_the_first_bar_that_lacks_is_named(copy: Copy, locked: LockFile):
     """Hours have no holes in December, so that what lacks now was there."""
     settings = copy()
-    with open_toolbox(settings) as toolbox:
-        hours = toolbox.lake.read(rollup(H1), DECEMBER)
+    with open_context(settings) as context:
+        hours = context.storage.lake.read(rollup(H1), DECEMBER)
         assert hours.height == 12 * 24
-        toolbox.lake.write(rollup(H1), DECEMBER, hours[:30].vstack(hours[32:]))
+        context.storage.lake.write(rollup(H1), DECEMBER, hours[:30].vstack(hours[32:]))
     (found,) = verified(settings, locked).differences
     assert (found.table, found.what, found.locked, found.stored) == (
         "rollup/ohlcv_1h",
@@ -375,10 +374,10 @@ def test_the_first_bar_that_lacks_is_named(copy: Copy, locked: LockFile):
 
 def test_rows_that_came_before_the_locked_ones_are_told_apart(copy: Copy, locked: LockFile):
     settings = copy()
-    with open_toolbox(settings) as toolbox:
-        bars = toolbox.lake.read(raw(M1), DECEMBER)
+    with open_context(settings) as context:
+        bars = context.storage.lake.read(raw(M1), DECEMBER)
         earlier = truth("BTCUSDT", "1m", window("2023-12-19", "2023-12-20"))
-        toolbox.lake.write(raw(M1), DECEMBER, earlier.vstack(bars))
+        context.storage.lake.write(raw(M1), DECEMBER, earlier.vstack(bars))
     (found,) = verified(settings, locked).differences
     assert (found.what, found.stored - found.locked) == ("extra rows", earlier.height)
     assert "the locked bars are unchanged, the others lie before or after them" in found.says
@@ -474,12 +473,14 @@ def test_bars_that_came_or_were_corrected_since_are_told(copy: Copy, locked: Loc
         70: "2024-01-11",
         90: "2024-01-10T09:00:00",
     }
-    with open_toolbox(settings) as toolbox:
-        raw_bars = toolbox.lake.read(raw(M1), DECEMBER)
+    with open_context(settings) as context:
+        raw_bars = context.storage.lake.read(raw(M1), DECEMBER)
         for table, partition in ((rollup(H1), DECEMBER), (rollup(H1), JANUARY)):
-            toolbox.lake.write(table, partition, toolbox.lake.read(table, partition)[1:])
-        toolbox.lake.write(raw(M1), DECEMBER, told(one_digit(raw_bars), moments))
-        found = verify(toolbox, locked)
+            context.storage.lake.write(
+                table, partition, context.storage.lake.read(table, partition)[1:]
+            )
+        context.storage.lake.write(raw(M1), DECEMBER, told(one_digit(raw_bars), moments))
+        found = context.bind(DatasetLocker).verify(locked)
     opens = [f"{raw_bars['open_time'][i]:%Y-%m-%dT%H:%M:%SZ}" for i in (60, 90)]
     words = f"; 3 bars, {opens[0]} .. {opens[1]}, came or were corrected since, the last ones at 2024-01-11T00:00:00Z"
     assert [d.says.endswith(words) for d in found.differences] == [True, True, False]

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput, StoreFailed, VenueDown
 from marketdata_assets.flows.operate import backfill as missed_flow
-from marketdata_assets.flows.operate.backfill import missed
+from marketdata_assets.flows.operate.backfill import BacklogFinder
 from marketdata_assets.flows.operate.refresh import refreshes
-from marketdata_assets.flows.read.bars import known_market, read_bars
-from marketdata_assets.flows.read.coverage import daily_coverage
+from marketdata_assets.flows.read.bars import BarReader
+from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -59,8 +59,8 @@ def at_time(settings: Settings, now: str) -> Settings:
 def look(
     settings: Settings, room: int = 9, busy: Any = (), shown: Any = None
 ) -> missed_flow.Missed:
-    with open_toolbox(settings) as toolbox:
-        return missed(toolbox, room, busy, shown or {})
+    with open_context(settings) as context:
+        return context.bind(BacklogFinder).plan_backfill(room, busy, shown or {})
 
 
 def asked(found: missed_flow.Missed) -> list[str]:
@@ -189,14 +189,14 @@ def test_three_attempts_with_growing_pauses_then_parked_then_unparked(filled: Se
     assert counts == [1, 0, 1, 0, 1, 0, 0]  # 2 minutes, 10, 50, then never
     later = at_time(filled, "2024-01-12T00:00:00Z")
     assert look(later).parked == [Partition.parse(key)]
-    with open_toolbox(later) as toolbox:
-        (ask,) = toolbox.ledger.asks().values()
+    with open_context(later) as context:
+        (ask,) = context.ledger.asks().values()
         assert (ask.attempts, ask.parked_at, ask.reason) == (
             3,
             at("2024-01-10T01:02"),
             missed_flow.LOST,
         )
-        assert toolbox.ledger.forget_asks([Partition.parse(key)]) == 1
+        assert context.ledger.forget_asks([Partition.parse(key)]) == 1
     assert len(look(later).blocks) == 1
 
 
@@ -207,8 +207,8 @@ def test_what_was_got_is_forgotten(filled: Settings) -> None:
     run_ingest(filled, wanted=[Partition.parse(key)])
     run_derive(filled)
     assert look(filled).says == "nothing is missing"
-    with open_toolbox(filled) as toolbox:
-        assert toolbox.ledger.asks() == {}
+    with open_context(filled) as context:
+        assert context.ledger.asks() == {}
 
 
 def test_a_clock_that_jumped_back_does_not_hold_a_partition_for_ever(filled: Settings) -> None:
@@ -219,15 +219,20 @@ def test_a_clock_that_jumped_back_does_not_hold_a_partition_for_ever(filled: Set
 
 def test_an_open_breaker_stops_its_venue_and_costs_no_attempt(filled: Settings) -> None:
     file_of(filled, "binance:ETH-USDT|2023-11-01").unlink()
-    with open_toolbox(filled) as toolbox:
-        now = toolbox.policy.clock()
+    with open_context(filled) as context:
+        now = context.policy.clock()
         for _ in range(30):
-            toolbox.ledger.record("binance", False, now)
-        found = missed(toolbox, 9, (), {})
+            context.ledger.record("binance", False, now)
+        found = context.bind(BacklogFinder).plan_backfill(9, (), {})
         assert found.blocks == []
         assert found.waiting == {"wait for binance, whose circuit breaker is open": 1}
-        assert toolbox.ledger.asks() == {}
-        assert [r.first for r in refreshes(toolbox, ())] == [None]
+        assert context.ledger.asks() == {}
+        assert [
+            r.first
+            for r in refreshes(
+                context.settings, context.ledger, context.storage.lake, clock=context.clock, busy=()
+            )
+        ] == [None]
 
 
 def test_a_venue_that_is_down_costs_no_attempt(filled: Settings, universe: Universe) -> None:
@@ -242,8 +247,8 @@ def test_a_venue_that_is_down_costs_no_attempt(filled: Settings, universe: Unive
     )
     (failed,) = run_ingest(gone, wanted=[Partition.parse(key)])
     assert isinstance(failed.error, VenueDown)
-    with open_toolbox(filled) as toolbox:
-        assert [ask.attempts for ask in toolbox.ledger.asks().values()] == [0]
+    with open_context(filled) as context:
+        assert [ask.attempts for ask in context.ledger.asks().values()] == [0]
 
 
 def test_months_beyond_the_lookback_are_left_alone(settings: Settings) -> None:
@@ -295,20 +300,30 @@ def test_a_new_symbol_is_asked_for_and_a_removed_one_no_more(
     )
     assert asked(look(more)) == ["binance:SOL-USDT|2023-10-01..binance:SOL-USDT|2023-12-01"]
     wanted = Window(at("2023-11-01"), at("2023-12-01"))
-    with open_toolbox(more) as toolbox:  # what is stored of a removed one can be read
-        eth = known_market(toolbox, "binance:ETH-USDT")
-        assert read_bars(toolbox, eth, M1, wanted).equals(truth("ETHUSDT", "1m", wanted))
-        assert read_bars(toolbox, eth, TIMEFRAMES["1d"], wanted).height == 30
+    with open_context(more) as context:  # what is stored of a removed one can be read
+        eth = context.bind(BarReader).find_market("binance:ETH-USDT")
+        assert (
+            context.bind(BarReader)
+            .read(eth, M1, wanted)
+            .equals(truth("ETHUSDT", "1m", wanted))
+        )
+        assert context.bind(BarReader).read(eth, TIMEFRAMES["1d"], wanted).height == 30
         with pytest.raises(BadInput, match="is not in"):
-            known_market(toolbox, "binance:XRP-USDT")
+            context.bind(BarReader).find_market("binance:XRP-USDT")
 
 
 # --------------------------------------------------------------------------------- refresh_open
 def refresh(settings: Settings, busy: Any = ()) -> list[tuple[str, str] | str]:
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         return [
             (r.first.key, r.last.key) if r.first and r.last else r.says
-            for r in refreshes(toolbox, busy)
+            for r in refreshes(
+                context.settings,
+                context.ledger,
+                context.storage.lake,
+                clock=context.clock,
+                busy=busy,
+            )
         ]
 
 
@@ -375,17 +390,19 @@ def test_s3_is_listed_from_time_to_time_and_what_is_lost_is_found(
         "_objects",
         lambda self, prefix: (listed.append(prefix), real(self, prefix))[1],
     )
-    with open_toolbox(settings) as toolbox:
-        assert missed(toolbox, 4, set(), {}).says == "nothing is missing"
+    with open_context(settings) as context:
+        assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).says == "nothing is missing"
     assert "raw/ohlcv_1m" in listed
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         lost = Partition.parse("binance:BTC-USDT|2023-11-01")
-        toolbox.lake.delete(raw(M1), lost)
+        context.storage.lake.delete(raw(M1), lost)
         listed.clear()
-        assert missed(toolbox, 4, set(), {}).says == "nothing is missing"
-        daily_coverage(toolbox, raw(M1))
+        assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).says == "nothing is missing"
+        context.bind(CoverageReporter).daily(raw(M1))
     assert listed == []
-    with open_toolbox(at_time(settings, "2024-01-10T00:11:00Z")) as toolbox:
+    with open_context(at_time(settings, "2024-01-10T00:11:00Z")) as context:
         assert [
-            p.key for block in missed(toolbox, 4, set(), {}).blocks for p in block.partitions
+            p.key
+            for block in context.bind(BacklogFinder).plan_backfill(4, set(), {}).blocks
+            for p in block.partitions
         ] == [lost.key]

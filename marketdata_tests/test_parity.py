@@ -12,9 +12,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from marketdata_assets.context import open_toolbox
-from marketdata_assets.flows.derive.rollup import derive
-from marketdata_assets.flows.prove.audit import Finding, audit_rollup
+from marketdata_assets.context import open_context
+from marketdata_assets.flows.derive.rollup import RollupBuilder
+from marketdata_assets.flows.prove.audit import Auditor, Finding
 from marketdata_assets.flows.read.sql import connected
 from marketdata_assets.model.bar import SCHEMA
 from marketdata_assets.model.partition import Partition
@@ -38,12 +38,12 @@ Replay = Callable[..., Any]
 def audited(settings: Settings, timeframes: Sequence[str] = ("1h",)) -> dict[str, list[Finding]]:
     """Roll up and audit all partitions; the findings of `matches_native`, by timeframe."""
     found: dict[str, list[Finding]] = {name: [] for name in timeframes}
-    with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:
-        for derived in derive(toolbox, partitions(settings)):
+    with open_context(settings, policy=SkippingClock().policy()) as context:
+        for derived in context.bind(RollupBuilder).build(partitions(settings)):
             for name in timeframes:
                 (finding,) = [
                     f
-                    for f in audit_rollup(toolbox, derived, TIMEFRAMES[name])
+                    for f in context.bind(Auditor).audit_rollup(derived, TIMEFRAMES[name])
                     if f.check == "matches_native"
                 ]
                 found[name].append(finding)
@@ -54,8 +54,8 @@ def stored(
     settings: Settings, timeframe: str = "1h", partition: Partition | None = None
 ) -> pl.DataFrame:
     """The outcomes in the lake."""
-    with open_toolbox(settings) as toolbox:
-        found = toolbox.lake.read(
+    with open_context(settings) as context:
+        found = context.storage.lake.read(
             parity(TIMEFRAMES[timeframe]), partition or partitions(settings)[0]
         )
     assert found is not None
@@ -300,8 +300,14 @@ def test_the_minute_that_binance_lacks_itself(
     (kept,) = unequal(stored(settings))
     assert kept["volume_apart"] == Decimal("-4767.5")
     with (
-        open_toolbox(settings) as toolbox,
-        connected(toolbox, None, window("2023-02-01", "2023-03-01")) as sql,
+        open_context(settings) as context,
+        connected(
+            context.settings,
+            context.ledger,
+            context.storage,
+            keys=None,
+            window=window("2023-02-01", "2023-03-01"),
+        ) as sql,
     ):
         found = answer(
             sql, "SELECT market, open_time, minutes FROM parity.ohlcv_1h WHERE outcome <> 'equal'"
@@ -553,10 +559,10 @@ def altered(
     settings: Settings, timeframe: str, change: Callable[[pl.DataFrame], pl.DataFrame]
 ) -> None:
     """The stored raw bars, changed behind the ledger's back."""
-    with open_toolbox(settings) as toolbox:
-        bars = toolbox.lake.read(raw(TIMEFRAMES[timeframe]), JANUARY)
+    with open_context(settings) as context:
+        bars = context.storage.lake.read(raw(TIMEFRAMES[timeframe]), JANUARY)
         assert bars is not None
-        toolbox.lake.write(raw(TIMEFRAMES[timeframe]), JANUARY, change(bars))
+        context.storage.lake.write(raw(TIMEFRAMES[timeframe]), JANUARY, change(bars))
 
 
 SPAN = window("2024-01-02T05:00", "2024-01-02T06:00")
@@ -620,11 +626,11 @@ def test_a_correction_that_the_native_bar_does_not_know(whole_day: Settings) -> 
         return bars.with_columns(more.cast(SCHEMA["volume"]).alias("volume"))
 
     altered(whole_day, "1m", correct)
-    with open_toolbox(whole_day) as toolbox:
+    with open_context(whole_day) as context:
         table = history(ONE)
         told = {"known_at": SPAN.start, "replaced_at": SPAN.end, "source": "rest"}
         revision = old[0].with_columns(pl.lit(value).alias(name) for name, value in told.items())
-        toolbox.lake.write(table, JANUARY, revision.select(table.typed))
+        context.storage.lake.write(table, JANUARY, revision.select(table.typed))
     (finding,) = audited(whole_day)["1h"]
     (shown,) = finding.table
     assert shown["minutes"] == "2024-01-02T05:07:00Z"
@@ -649,8 +655,8 @@ def test_where_the_venues_bars_are_not_stored_nothing_is_judged(
     assert finding.passed
     assert finding.numbers["compared"] == 0
     assert "no bars of the venue's own are stored" in finding.says
-    with open_toolbox(settings) as toolbox:
-        assert toolbox.lake.sizes(parity(HOUR)) == {}
+    with open_context(settings) as context:
+        assert context.storage.lake.sizes(parity(HOUR)) == {}
 
 
 def test_only_what_both_sides_were_asked_for_is_judged(
@@ -674,9 +680,9 @@ def test_only_what_both_sides_were_asked_for_is_judged(
 
 def test_the_same_bars_give_the_same_object(whole_day: Settings) -> None:
     audited(whole_day)
-    with open_toolbox(whole_day) as toolbox:
-        before = toolbox.lake.sizes(parity(HOUR))
-        (file,) = (Path(uri) for uri in toolbox.lake.uris(parity(HOUR), [JANUARY]))
+    with open_context(whole_day) as context:
+        before = context.storage.lake.sizes(parity(HOUR))
+        (file,) = (Path(uri) for uri in context.storage.lake.uris(parity(HOUR), [JANUARY]))
     content = file.read_bytes()
     audited(whole_day)
     assert file.read_bytes() == content
@@ -745,10 +751,10 @@ def test_a_week_that_began_in_the_month_before(sandbox: Any, universe: Universe)
     for name in ("1m", "1d", "1w"):
         run_ingest(settings, timeframe=name)
     november, december = partitions(settings)
-    with open_toolbox(settings) as toolbox:
-        bars = toolbox.lake.read(raw(ONE), november)
+    with open_context(settings) as context:
+        bars = context.storage.lake.read(raw(ONE), november)
         assert bars is not None
-        toolbox.lake.write(
+        context.storage.lake.write(
             raw(ONE), november, bars.filter(pl.col("open_time") != at("2023-11-29T03:00"))
         )
     found = audited(settings, ("1d", "1w"))

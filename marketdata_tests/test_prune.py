@@ -28,7 +28,7 @@ from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster_graphql.schema import create_schema
 
 from marketdata_assets.cli.processes import dagster_environment
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.dagster_ext import partition_wiping as wiping
 from marketdata_assets.dagster_ext.event_log import PooledSqliteEventLogStorage
 from marketdata_assets.dagster_ext.launcher import RUN_LOGS
@@ -64,11 +64,11 @@ def swap(settings: Settings, key: str) -> None:
     """Exchange high and low of stored bars: the blocking check turns red, and a second time heals
     it.
     """
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         table, partition = raw(TIMEFRAMES["1m"]), Partition.parse(key)
-        bars = toolbox.lake.read(table, partition)
+        bars = context.storage.lake.read(table, partition)
         assert bars is not None
-        toolbox.lake.write(
+        context.storage.lake.write(
             table, partition, bars.rename({"high": "low", "low": "high"}).select(bars.columns)
         )
 

@@ -17,9 +17,9 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from marketdata_assets import open_reader
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.read.bars import read_bars
+from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.model.bar import ROLLUP_SCHEMA, SCHEMA
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
@@ -52,8 +52,10 @@ def stored(
 
 
 def expected(settings: Settings, key: str, timeframe: str, start: str, end: str) -> pl.DataFrame:
-    with open_toolbox(settings) as toolbox:
-        return read_bars(toolbox, settings.market(key), TIMEFRAMES[timeframe], window(start, end))
+    with open_context(settings) as context:
+        return context.bind(BarReader).read(
+            settings.market(key), TIMEFRAMES[timeframe], window(start, end)
+        )
 
 
 @pytest.mark.parametrize("timeframe", ["1m", "1h", "1w"])
@@ -186,11 +188,11 @@ def test_months_of_different_digits_are_one_frame(sandbox: Any, universe: Callab
     settings = universe(sandbox[1], since="2023-12-31", until="2024-01-02", rollups="parquet")
     run_ingest(settings)
     january, table = Partition.parse(f"{BTC}|2024-01-01"), raw(TIMEFRAMES["1m"])
-    with open_toolbox(settings) as toolbox:
-        bars = toolbox.lake.read(table, january)
+    with open_context(settings) as context:
+        bars = context.storage.lake.read(table, january)
         assert bars is not None
         finer = bars.with_columns(pl.col("volume") + pl.lit(Decimal("0.000000000001")))
-        toolbox.lake.write(table, january, finer.cast(dict(SCHEMA)))  # type: ignore[arg-type]
+        context.storage.lake.write(table, january, finer.cast(dict(SCHEMA)))  # type: ignore[arg-type]
     with open_reader() as reader:
         found = reader.bars(BTC, "1m").collect()
         assert_frame_equal(

@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 
 from marketdata_assets.cli.main import app
 from marketdata_assets.cli.processes import dagster_environment
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import BadInput, MarketDataError
-from marketdata_assets.flows.fetch.ingest import clean_stored, ingest
-from marketdata_assets.flows.fetch.replay import replay
-from marketdata_assets.flows.operate.repair import plan_repair
-from marketdata_assets.flows.read.bars import read_bars
-from marketdata_assets.flows.read.coverage import coverage
+from marketdata_assets.flows.fetch.ingest import Ingester
+from marketdata_assets.flows.fetch.replay import QuarantineReplayer
+from marketdata_assets.flows.operate.repair import Repairer
+from marketdata_assets.flows.read.bars import BarReader
+from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.ledger.ledger import Account, Entry, Gap
 from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.table import raw
@@ -79,10 +79,10 @@ def call(*arguments: str, code: int = 0) -> Any:
 
 def tamper_with(settings: Settings, change: Any) -> None:
     """Let somebody else write into January's raw object."""
-    with open_toolbox(settings) as toolbox:
-        bars = toolbox.lake.read(raw(MINUTE), JANUARY, provenance=True)
+    with open_context(settings) as context:
+        bars = context.storage.lake.read(raw(MINUTE), JANUARY, provenance=True)
         assert bars is not None
-        toolbox.lake.write(raw(MINUTE), JANUARY, change(bars))
+        context.storage.lake.write(raw(MINUTE), JANUARY, change(bars))
 
 
 def test_a_whole_span_needs_nothing(stored: tuple[SandboxExchange, Settings]) -> None:
@@ -111,9 +111,10 @@ def test_a_repair_finds_corrections_and_writes_a_receipt(
     planned = call("repair", "--start", "2024-01-01", "--dry-run")
     assert [(step["what"], step["bars"]) for step in planned["steps"]] == [("ask again", 2880)]
     assert exchange.requests == []
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         before = {
-            name: read_bars(toolbox, BTC, TIMEFRAMES[name], JANUARY.month) for name in ("1m", "1h")
+            name: context.bind(BarReader).read(BTC, TIMEFRAMES[name], JANUARY.month)
+            for name in ("1m", "1h")
         }
     monkeypatch.setenv("MARKETDATA_NOW", "2024-01-06")
     receipt = call("repair", "--start", "2024-01-01")
@@ -125,11 +126,11 @@ def test_a_repair_finds_corrections_and_writes_a_receipt(
         [],
     )
     assert receipt["at"] == "2024-01-06T00:00:00Z"
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         for name, was in before.items():
             table = "raw/ohlcv_1m" if name == "1m" else f"rollup/ohlcv_{name}"
             (line,) = [t for t in receipt["tables"] if t["table"] == table]
-            now = read_bars(toolbox, BTC, TIMEFRAMES[name], JANUARY.month)
+            now = context.bind(BarReader).read(BTC, TIMEFRAMES[name], JANUARY.month)
             assert (line["rows_before"], line["rows_after"]) == (was.height, now.height)
             assert (line["hash_before"], line["hash_after"]) == (fingerprint(was), fingerprint(now))
             assert line["hash_before"] != line["hash_after"]
@@ -276,10 +277,10 @@ def test_rows_that_must_not_be_stored_are_taken_out_with_an_audit(
     )
     assert {r["source"] for r in found} == {"clean-up"}
     assert call("repair", "--dry-run")["steps"] == []
-    with open_toolbox(settings) as toolbox:
-        (sums,) = coverage(toolbox, [BTC])
+    with open_context(settings) as context:
+        (sums,) = context.bind(CoverageReporter).report([BTC])
         assert (sums.present, sums.expected) == (TRUTH.height, SPAN.count(MINUTE))
-        assert clean_stored(toolbox, MINUTE, JANUARY) == ""
+        assert context.bind(PartitionStore).remove_invalid_rows(MINUTE, JANUARY) == ""
 
 
 def test_clean_rows_stay_as_they_are() -> None:
@@ -307,12 +308,12 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
     """Refuse these bars of January, as an earlier release with another rule would have; they are not
     stored then.
     """
-    with open_toolbox(settings) as toolbox:
-        stored = toolbox.lake.read(raw(MINUTE), JANUARY, provenance=True)
-        state = toolbox.ledger.state(raw(MINUTE), JANUARY)
+    with open_context(settings) as context:
+        stored = context.storage.lake.read(raw(MINUTE), JANUARY, provenance=True)
+        state = context.ledger.state(raw(MINUTE), JANUARY)
         assert stored is not None
         assert state is not None
-        lies = toolbox.lake.write(
+        lies = context.storage.lake.write(
             raw(MINUTE), JANUARY, stored.join(bars, on="open_time", how="anti")
         )
         fields = pl.struct(
@@ -347,7 +348,7 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
             [],
             settings.now(),
         )
-        toolbox.ledger.commit(entry)
+        context.ledger.commit(entry)
 
 
 def test_rows_that_a_mended_rule_takes_are_replayed(
@@ -366,8 +367,8 @@ def test_rows_that_a_mended_rule_takes_are_replayed(
     assert [r["outcome"] for r in found] == ["stored"] * 3
     assert exchange.requests == []
     assert_frame_equal(stored_bars(settings), TRUTH, check_exact=True)
-    with open_toolbox(settings) as toolbox:
-        hours = read_bars(toolbox, BTC, TIMEFRAMES["1h"], JANUARY.month)
+    with open_context(settings) as context:
+        hours = context.bind(BarReader).read(BTC, TIMEFRAMES["1h"], JANUARY.month)
         assert hours.filter(pl.col("open_time") == at("2024-01-01T05:00"))[
             "bars_present"
         ].to_list() == [60]
@@ -389,8 +390,8 @@ def test_rows_that_still_break_a_rule_or_contradict_each_other_stay_refused(
     quarantine(
         settings, TRUTH.filter(pl.col("open_time") == at("2024-01-01T05:02")), "outside_window"
     )
-    with open_toolbox(settings) as toolbox:
-        found = replay(toolbox, [BTC], SPAN)
+    with open_context(settings) as context:
+        found = context.bind(QuarantineReplayer).replay([BTC], SPAN)
     assert (
         sorted(one.outcome for one in found)
         == ["negative_volume vwap_outside taker_above_total"] + ["several different rows"] * 2
@@ -405,14 +406,15 @@ def test_a_repair_plans_for_every_table(
     settings = universe(
         url, since="2024-01-01", until="2024-01-03", now="2024-01-05", extra="reference: [1h]"
     )
-    with open_toolbox(settings) as toolbox:
-        steps = plan_repair(toolbox, partitions(settings), None)
+    with open_context(settings) as context:
+        steps = context.bind(Repairer).plan(partitions(settings), None)
         assert [(s.what, s.bars) for s in steps] == [("fetch", 2880 + 48)]
         for name in ("1m", "1h"):
             assert all(
-                done.complete for done in ingest(toolbox, TIMEFRAMES[name], partitions(settings))
+                done.complete
+                for done in context.bind(Ingester).ingest(TIMEFRAMES[name], partitions(settings))
             )
-        steps = plan_repair(toolbox, partitions(settings), SPAN)
+        steps = context.bind(Repairer).plan(partitions(settings), SPAN)
         assert [(s.table, s.what, s.bars) for s in steps][:2] == [
             ("raw/ohlcv_1m", "ask again", 2880),
             ("raw/ohlcv_1h", "ask again", 48),

@@ -11,12 +11,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from marketdata_assets.context import open_toolbox
-from marketdata_assets.flows.derive.rollup import derive
-from marketdata_assets.flows.fetch.ingest import ingest
-from marketdata_assets.flows.prove.audit import RAW_CHECKS, audit_raw, audit_rollup
-from marketdata_assets.flows.read.bars import read_bars
-from marketdata_assets.flows.read.coverage import coverage
+from marketdata_assets.context import open_context
+from marketdata_assets.flows.derive.rollup import RollupBuilder
+from marketdata_assets.flows.fetch.ingest import Ingester
+from marketdata_assets.flows.prove.audit import RAW_CHECKS, Auditor
+from marketdata_assets.flows.read.bars import BarReader
+from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.bar import SCHEMA
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
@@ -121,11 +121,14 @@ def _expected(exchange: Any, symbol: str, timeframe: Timeframe, span: Window) ->
 def everything_is_true(settings: Settings, exchange: Any, span: Window) -> int:
     """All markets and timeframes against /_truth; how many bars were compared."""
     compared = 0
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         for market in settings.markets:
             for timeframe in (MINUTE, *settings.rolled(market)):
                 bars = expected(exchange, market.symbol.replace("/", ""), timeframe, span)
-                assert_bars(read_bars(toolbox, market, timeframe, span), bars)
+                assert_bars(
+                    context.bind(BarReader).read(market, timeframe, span),
+                    bars,
+                )
                 compared += bars.height
     return compared
 
@@ -143,25 +146,25 @@ def test_a_month_of_two_markets(replay: Callable[..., Any], universe: Universe) 
         extra="reference: [1h]",
     )
     hours = run_ingest(settings, timeframe="1h")
-    with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:
-        done = list(ingest(toolbox, MINUTE, partitions(settings)))
-        derived = list(derive(toolbox, partitions(settings)))
+    with open_context(settings, policy=SkippingClock().policy()) as context:
+        done = list(context.bind(Ingester).ingest(MINUTE, partitions(settings)))
+        derived = list(context.bind(RollupBuilder).build(partitions(settings)))
         for one in done:
-            findings = audit_raw(toolbox, one)
+            findings = context.bind(Auditor).audit_raw(one)
             assert [finding.check for finding in findings] == list(RAW_CHECKS)
             assert all(finding.passed for finding in findings)
         for one in derived:
             findings = [
                 finding
                 for timeframe in one.frames
-                for finding in audit_rollup(toolbox, one, timeframe)
+                for finding in context.bind(Auditor).audit_rollup(one, timeframe)
             ]
             assert all(finding.passed for finding in findings)
             (native,) = [
                 finding.numbers for finding in findings if finding.check == "matches_native"
             ]
             assert native == {"compared": 31 * 24, "different": 0, "within_tolerance": 0}
-        for found in coverage(toolbox, settings.markets):
+        for found in context.bind(CoverageReporter).report(settings.markets):
             assert (found.expected, found.present, found.missing_at_source, found.not_fetched) == (
                 44640,
                 44640,

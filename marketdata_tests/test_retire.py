@@ -16,14 +16,14 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from marketdata_assets import open_reader
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.flows.fetch.plan import plan
-from marketdata_assets.flows.operate.backfill import missed
-from marketdata_assets.flows.operate.retire import retire
-from marketdata_assets.flows.read.bars import read_bars
-from marketdata_assets.flows.read.coverage import coverage, daily_coverage
+from marketdata_assets.flows.fetch.plan import BackfillPlanner
+from marketdata_assets.flows.operate.backfill import BacklogFinder
+from marketdata_assets.flows.operate.retire import Retirer
+from marketdata_assets.flows.read.bars import BarReader
+from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
@@ -67,17 +67,16 @@ def stored(
 
 
 def went(settings: Settings, dry_run: bool = False) -> list[tuple[str, str, str]]:
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         return [
             (r.table.name, r.partition.month_key[:7] if r.partition else "all", r.what)
-            for r in retire(toolbox, dry_run)
+            for r in context.bind(Retirer).retire(dry_run)
         ]
 
 
 def bars(settings: Settings, timeframe: str) -> pl.DataFrame:
-    with open_toolbox(settings) as toolbox:
-        found = read_bars(
-            toolbox,
+    with open_context(settings) as context:
+        found = context.bind(BarReader).read(
             settings.market(MARKET),
             TIMEFRAMES[timeframe],
             Window(at("2020-01-01"), at("2026-01-01")),
@@ -113,11 +112,13 @@ def test_what_is_gone_is_neither_missing_nor_asked_for(stored: Stored):
         ("raw/ohlcv_1m", "2023-11", "removed"),
     ]
     assert partitions(settings) == []
-    with open_toolbox(settings) as toolbox:
-        assert [c.expected for c in coverage(toolbox, settings.markets)] == [0]
-        assert plan(toolbox, partitions(settings)) == []
-        assert missed(toolbox, 4, set(), {}).blocks == []
-        days, _ = daily_coverage(toolbox, raw(MINUTES))
+    with open_context(settings) as context:
+        assert [c.expected for c in context.bind(CoverageReporter).report(settings.markets)] == [
+            0
+        ]
+        assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
+        assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).blocks == []
+        days, _ = context.bind(CoverageReporter).daily(raw(MINUTES))
         assert set(days[MARKET]) == {None}
     assert bars(settings, "1h").height > 0
 
@@ -131,9 +132,9 @@ def test_a_month_whose_rollups_are_not_made_stays(stored: Stored):
 def test_a_month_that_a_run_works_on_stays(stored: Stored):
     settings = stored("2024-02-15", retention="{raw/ohlcv_1m: 10}")
     with (
-        open_toolbox(settings) as toolbox,
-        open_toolbox(settings) as other,
-        toolbox.ledger.lock(f"{MARKET}|2023-10-01"),
+        open_context(settings) as context,
+        open_context(settings) as other,
+        context.ledger.lock(f"{MARKET}|2023-10-01"),
     ):
         found = [(r.partition.month_key[:7], r.what) for r in retire(other) if r.partition]
     assert found == [("2023-10", "kept"), ("2023-11", "removed")]
@@ -148,9 +149,9 @@ def test_a_rollup_may_go_before_coarser_ones_and_does_not_come_back(stored: Stor
     run_derive(settings)
     assert bars(settings, "5m")["open_time"].min() == at("2023-11-01")
     assert_frame_equal(bars(settings, "1h"), hours)
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         for minute in range(9):  # the sensor looks at one rollup table a minute
-            assert missed(toolbox, 4, set(), {}).lost == {}, minute
+            assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).lost == {}, minute
 
 
 def test_old_months_move_to_a_colder_place_and_read_as_before(stored: Stored, tmp_path: Any):
@@ -167,8 +168,8 @@ def test_old_months_move_to_a_colder_place_and_read_as_before(stored: Stored, tm
     for name, frame in before.items():
         assert_frame_equal(bars(settings, name), frame)
     assert went(settings) == []
-    with open_toolbox(settings) as toolbox:
-        assert missed(toolbox, 4, set(), {}).lost == {}
+    with open_context(settings) as context:
+        assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).lost == {}
     done = run_ingest(settings)
     assert sum(d.requests for d in done) == 0
 
@@ -191,8 +192,11 @@ def test_in_s3_old_months_change_their_class_or_their_bucket(
     )
     before = bars(settings, "1h")
     assert {(month, what) for _, month, what in went(settings)} == {("2023-10", "moved")}
-    with open_toolbox(settings) as toolbox:
-        assert sorted(toolbox.lake.classes(raw(MINUTES)).values()) == ["STANDARD", "STANDARD_IA"]
+    with open_context(settings) as context:
+        assert sorted(context.storage.lake.classes(raw(MINUTES)).values()) == [
+            "STANDARD",
+            "STANDARD_IA",
+        ]
     assert went(settings) == []
     assert_frame_equal(bars(settings, "1h"), before)
     monkeypatch.setenv("MARKETDATA_COLD", f"{{after_days: 31, lake: 's3://{bucket}/cold'}}")
@@ -227,6 +231,6 @@ def test_the_command_and_the_job_say_the_same(stored: Stored, monkeypatch: pytes
             assert job.execute_in_process(
                 instance=instance, run_config={"ops": {"let_go": {"config": {"dry_run": dry_run}}}}
             ).success
-        with open_toolbox(settings) as toolbox:
-            assert len(toolbox.lake.sizes(raw(MINUTES))) == left
+        with open_context(settings) as context:
+            assert len(context.storage.lake.sizes(raw(MINUTES))) == left
     assert wiped == [("raw/ohlcv_1m", [f"{MARKET}|2023-10-01", f"{MARKET}|2023-11-01"])]

@@ -29,12 +29,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.flows.fetch.ingest import Ingested
-from marketdata_assets.flows.fetch.plan import plan
-from marketdata_assets.flows.operate.backfill import missed
-from marketdata_assets.flows.read.coverage import Coverage, coverage
+from marketdata_assets.flows.fetch.plan import BackfillPlanner
+from marketdata_assets.flows.operate.backfill import BacklogFinder
+from marketdata_assets.flows.read.coverage import Coverage, CoverageReporter
 from marketdata_assets.model.bar import SCHEMA
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
@@ -835,9 +835,9 @@ def test_the_main_job_stores_the_same_bytes_as_in_a_folder(
     assert len(local) == 2 * 2 * 9
     everything_is_true(settings, SPAN)
     exchange.requests.clear()
-    with open_toolbox(settings) as toolbox:
-        assert plan(toolbox, partitions(settings)) == []
-        assert missed(toolbox, 9, (), {}).says == "nothing is missing"
+    with open_context(settings) as context:
+        assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
+        assert context.bind(BacklogFinder).plan_backfill(9, (), {}).says == "nothing is missing"
     run_ingest(settings)
     assert [derived.changed for derived in run_derive(settings)] == [
         dict.fromkeys(settings.rollup_timeframes, 0)
@@ -901,8 +901,8 @@ def asks_for(seen: Any, partition: Partition) -> bool:
 
 
 def coverage_of(settings: Settings) -> list[Coverage]:
-    with open_toolbox(settings) as toolbox:
-        return coverage(toolbox, settings.markets)
+    with open_context(settings) as context:
+        return context.bind(CoverageReporter).report(settings.markets)
 
 
 HOST = """
@@ -954,8 +954,8 @@ def test_two_hosts_with_overlapping_backfills(
     for name in ("a", "b"):
         settings = make(tmp_path / name, monkeypatch, sandbox[1], fast.location)
         assert [one.not_fetched for one in coverage_of(settings)] == [0, 0]
-        with open_toolbox(settings) as toolbox:
-            assert plan(toolbox, partitions(settings)) == []
+        with open_context(settings) as context:
+            assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
 
 
 def test_two_hosts_that_want_different_days_of_one_month(
@@ -1058,26 +1058,28 @@ def test_foreign_files_disturb_nothing(
         if not p.endswith("/")
     }
     assert found == local | FOREIGN
-    with open_toolbox(settings) as toolbox:
-        assert [one.not_fetched for one in coverage(toolbox, settings.markets)] == [0, 0]
-        assert plan(toolbox, partitions(settings)) == []
+    with open_context(settings) as context:
+        assert [
+            one.not_fetched for one in context.bind(CoverageReporter).report(settings.markets)
+        ] == [0, 0]
+        assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
         for minute in range(8):  # the rollups are looked at in turn
             later = dataclasses.replace(
                 settings,
                 clock=dataclasses.replace(settings.clock, start=at(f"2024-01-10T00:{minute:02}")),
             )
             assert (
-                missed(dataclasses.replace(toolbox, settings=later), 9, (), {}).says
+                missed(dataclasses.replace(context, settings=later), 9, (), {}).says
                 == "nothing is missing"
             )
         ours = {
             key: size
-            for key, size in toolbox.lake.sizes(TABLE).items()
+            for key, size in context.storage.lake.sizes(TABLE).items()
             if key[0] in ("binance:BTC-USDT", "binance:ETH-USDT")
         }
         assert ours == {
             (p.market.key, p.month_key): len(local[TABLE.path(p)]) for p in partitions(settings)
         }
-        assert toolbox.lake.sweep() == 0
+        assert context.storage.lake.sweep() == 0
     assert failures(run_ingest(settings)) == []
     assert bar_requests(exchange) == []

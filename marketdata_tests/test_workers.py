@@ -24,7 +24,7 @@ import psycopg2
 import pytest
 
 from marketdata_assets.cli.processes import dagster_environment
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw, rollup
@@ -236,11 +236,11 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(
     assert max(bisect_left(asked, moment + 60) - i for i, moment in enumerate(asked)) <= PER_MINUTE
     # nothing was lost or doubled: the same objects as one machine alone would have made
     settings = settings_of(fleet, monkeypatch)
-    with open_toolbox(settings) as toolbox:
-        shared = contents(toolbox)
+    with open_context(settings) as context:
+        shared = contents(context)
         assert all(
             account["received"] == account["stored"] + account["identical"]
-            for account in toolbox.ledger.accounts()
+            for account in context.ledger.accounts()
         )
     alone = settings_of(
         fleet,
@@ -257,8 +257,8 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(
     )
     run_ingest(alone_settings)
     run_derive(alone_settings)
-    with open_toolbox(alone_settings) as toolbox:
-        truth = contents(toolbox)
+    with open_context(alone_settings) as context:
+        truth = contents(context)
     assert shared == truth
     assert len(truth) == 16
 
@@ -281,16 +281,16 @@ def prune_keeps_what_pages_show(fleet: Fleet) -> None:
     assert fleet.rows("SELECT count(*) FROM event_logs")[0][0] < everything / 1.5
 
 
-def contents(toolbox: Any) -> dict[tuple[str, ...], str]:
+def contents(context: Any) -> dict[tuple[str, ...], str]:
     """Every object of two tables, by what its rows say."""
     tables = raw(TIMEFRAMES["1m"]), rollup(TIMEFRAMES["1h"])
     places = [
         (table, Partition.parse("|".join(key)))
         for table in tables
-        for key in toolbox.lake.sizes(table)
+        for key in context.storage.lake.sizes(table)
     ]
     return {
-        (table.name, partition.key): fingerprint(toolbox.lake.read(table, partition))
+        (table.name, partition.key): fingerprint(context.storage.lake.read(table, partition))
         for table, partition in places
     }
 

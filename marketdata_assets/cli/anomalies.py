@@ -76,8 +76,8 @@ def _mark(word: str, id: int, note: str | None) -> None:
     from marketdata_assets.flows.prove.anomalies import mark
     from marketdata_assets.model.anomaly import State
 
-    with opened() as (_, toolbox):
-        entry = mark(toolbox, id, State(word), note)
+    with opened() as (_, context):
+        entry = mark(context.settings, context.ledger, id, state=State(word), note=note)
     say(f"anomaly {id} ({entry.anomaly.kind} of {entry.market.key}) is {word}")
 
 
@@ -89,15 +89,15 @@ def _list(
     format: str,
 ) -> None:
     from marketdata_assets.flows.prove.anomalies import bars_of, row_of
-    from marketdata_assets.flows.read.bars import known_market
+    from marketdata_assets.flows.read.bars import BarReader
     from marketdata_assets.model.window import iso
 
-    with opened() as (settings, toolbox):
+    with opened() as (settings, context):
         window = window_of(settings, start, end)
-        markets = {known_market(toolbox, key) for key in market or []}
+        markets = {context.bind(BarReader).find_market(key) for key in market or []}
         found = [
             entry
-            for entry in toolbox.anomalies.find(window)
+            for entry in context.ledger.anomalies.find(window)
             if (not markets or entry.market in markets)
             and entry.state.value in wanted[0]
             and entry.anomaly.severity.word in wanted[1]
@@ -124,7 +124,7 @@ def _list(
             )
             return
         rows: list[dict[str, Any]] = []
-        for entry, bars in bars_of(toolbox, found):
+        for entry, bars in bars_of(context.storage.lake, found):
             told = {
                 "found_at": iso(entry.found_at),
                 "changed_at": iso(entry.changed_at),

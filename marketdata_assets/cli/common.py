@@ -1,4 +1,4 @@
-"""What every command shares: the app, its options, the toolbox it opens, and how it prints."""
+"""What every command shares: the app, its options, the context it opens, and how it prints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from marketdata_assets.settings.universe import Settings, load_settings
 if TYPE_CHECKING:
     import polars as pl
 
-    from marketdata_assets.context import Toolbox
+    from marketdata_assets.context import Context
     from marketdata_assets.model.market import Market
 
 HELP = "The `marketdata` command. Exit codes: 0 done, 1 a check failed or something is missing, 2 bad input, 3 unreachable."
@@ -48,13 +48,13 @@ Out = Annotated[
 
 
 @contextmanager
-def opened() -> Iterator[tuple[Settings, Toolbox]]:
+def opened() -> Iterator[tuple[Settings, Context]]:
     """The universe of this command and its tools."""
-    from marketdata_assets.context import open_toolbox
+    from marketdata_assets.context import open_context
 
     settings = load_settings()
-    with open_toolbox(settings) as toolbox:
-        yield settings, toolbox
+    with open_context(settings) as context:
+        yield settings, context
 
 
 def chosen(settings: Settings, keys: list[str] | None) -> list[Market]:

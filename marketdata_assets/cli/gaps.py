@@ -52,16 +52,16 @@ def gaps(
     one_of(format, "table", "json")
     if cause not in (None, *flow.KINDS):
         raise BadInput(f"--cause {cause} is not one of {', '.join(flow.KINDS)}")
-    with opened() as (settings, toolbox):
+    with opened() as (settings, context):
         if reopen:
             if not market or len(market) > 1 or not start:
                 raise BadInput(
                     "--reopen needs one --market and the --start of a gap, as `marketdata gaps` prints them"
                 )
-            found = flow.reopen(toolbox, settings.market(market[0]), parse_time(start))
+            found = context.bind(GapExplainer).reopen(settings.market(market[0]), parse_time(start))
         else:
-            found = flow.gaps(
-                toolbox, chosen(settings, market), window_of(settings, start, end), cause
+            found = context.bind(GapExplainer).list_gaps(
+                chosen(settings, market), window_of(settings, start, end), cause
             )
     rows = [one.as_dict() for one in found]
     if format == "json":

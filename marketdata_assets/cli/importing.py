@@ -101,8 +101,8 @@ def _import(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from marketdata_assets.cli.backfill import ranges
-    from marketdata_assets.context import open_toolbox
-    from marketdata_assets.flows.fetch.imports import import_files, look, to_show
+    from marketdata_assets.context import open_context
+    from marketdata_assets.flows.fetch.imports import FileImporter, look
     from marketdata_assets.flows.fetch.plan import Task
 
     columns = (
@@ -112,16 +112,18 @@ def _import(
         TextColumn("rows"),
         TimeElapsedColumn(),
     )
-    with open_toolbox(settings) as toolbox, Progress(*columns, console=err) as progress:
+    with open_context(settings) as context, Progress(*columns, console=err) as progress:
         bar = progress.add_task("reading", total=None)
-        found = look(toolbox, files, told, lambda event: progress.advance(bar, event["rows"]))
+        found = look(
+            context.settings, files, told, tell=lambda event: progress.advance(bar, event["rows"])
+        )
         progress.reset(
             bar, total=sum(facts.rows for facts in found), description=f"{len(found)} files"
         )
-        done = import_files(
-            toolbox, found, told, dry_run, lambda event: progress.advance(bar, event["rows"])
+        done = context.bind(FileImporter).import_files(
+            found, told, dry_run, tell=lambda event: progress.advance(bar, event["rows"])
         )
-        groups = {} if dry_run else to_show(toolbox, done)
+        groups = {} if dry_run else context.bind(FileImporter).tables_to_check(done)
     return done, [
         s
         for tables, months in groups.items()

@@ -51,13 +51,13 @@ def lock(
     """Write the content hash of every partition whose month touches the span, and one hash of them
     all.
     """
-    from marketdata_assets.flows.read.lock import lock as lock_flow
+    from marketdata_assets.flows.read.lock import DatasetLocker
     from marketdata_assets.storage.lockfile import write_lock
 
-    with opened() as (settings, toolbox), _progress("lock") as tell:
+    with opened() as (settings, context), _progress("lock") as tell:
         name = name or Path(settings.source).stem
-        found = lock_flow(
-            toolbox, name, chosen(settings, market), window_of(settings, start, end), table, tell
+        found = context.bind(DatasetLocker).lock(
+            name, chosen(settings, market), window_of(settings, start, end), tables=table, tell=tell
         )
     target = file or Path(f"{name}.lock.json")
     write_lock(target, found)
@@ -78,13 +78,13 @@ def verify(
     """Prove that what is stored is what was locked, or list each partition that differs. Exit code 1
     where one does.
     """
-    from marketdata_assets.flows.read.lock import verify as verify_flow
+    from marketdata_assets.flows.read.lock import DatasetLocker
     from marketdata_assets.storage.lockfile import read_lock
 
     one_of(format, "table", "json")
     locked = read_lock(file)
-    with opened() as (_, toolbox), _progress("verify") as tell:
-        found = verify_flow(toolbox, locked, tell)
+    with opened() as (_, context), _progress("verify") as tell:
+        found = context.bind(DatasetLocker).verify(locked, tell)
     if format == "json":
         print_json(found.as_dict())
         raise typer.Exit(1 if found.differences else 0)

@@ -75,17 +75,17 @@ def _interrupt(number: int, frame: object) -> None:
 def backfill(market: Markets = None, start: Start = None, end: End = None) -> None:
     """Fetch, check and roll up what is missing or open in that span, through Dagster."""
     from marketdata_assets.cli.backfill import backfill_tasks
-    from marketdata_assets.flows.derive.consolidate import consolidations
-    from marketdata_assets.flows.fetch.plan import plan as plan_flow
+    from marketdata_assets.flows.derive.consolidate import Consolidator
+    from marketdata_assets.flows.fetch.plan import BackfillPlanner
 
-    with opened() as (settings, toolbox):
-        toolbox.lake.sweep()
-        if settings.rollups == "duckdb" and not toolbox.warehouse.exists:
-            toolbox.ledger.forget_rollups()
+    with opened() as (settings, context):
+        context.storage.lake.sweep()
+        if settings.rollups == "duckdb" and not context.storage.warehouse.exists:
+            context.ledger.forget_rollups()
         partitions = settings.partitions(chosen(settings, market), window_of(settings, start, end))
-        tasks = plan_flow(toolbox, partitions)
+        tasks = context.bind(BackfillPlanner).plan(partitions)
         code = backfill_tasks(settings, tasks) if tasks else 0
-        above = consolidations(toolbox, partitions)
+        above = context.bind(Consolidator).plan(partitions)
         if above:
             code = max(code, backfill_tasks(settings, above))
         if not tasks and not above:
@@ -98,13 +98,12 @@ def plan(
     market: Markets = None, start: Start = None, end: End = None, format: Format = "table"
 ) -> None:
     """What a backfill would do: partitions, requests and minutes, before anything runs."""
-    from marketdata_assets.flows.fetch.plan import minutes
-    from marketdata_assets.flows.fetch.plan import plan as plan_flow
+    from marketdata_assets.flows.fetch.plan import BackfillPlanner, minutes
 
     one_of(format, "table", "json")
-    with opened() as (settings, toolbox):
-        tasks = plan_flow(
-            toolbox, settings.partitions(chosen(settings, market), window_of(settings, start, end))
+    with opened() as (settings, context):
+        tasks = context.bind(BackfillPlanner).plan(
+            settings.partitions(chosen(settings, market), window_of(settings, start, end))
         )
         needed = sum(minutes(tasks, venue) for venue in settings.venues.values())
     total = {
@@ -150,14 +149,13 @@ def bars(
     file: Out = None,
 ) -> None:
     """Print the stored bars of a market: as they are known now, or as they were known at a moment."""
-    from marketdata_assets.flows.read.as_of import read_as_of
-    from marketdata_assets.flows.read.bars import known_market, read_bars
+    from marketdata_assets.flows.read.bars import BarReader
 
     check_format(format, file)
-    with opened() as (settings, toolbox):
+    with opened() as (settings, context):
         asked = (
-            toolbox,
-            known_market(toolbox, market),
+            context,
+            context.bind(BarReader).find_market(market),
             timeframe(timeframe_),
             window_of(settings, start, end),
         )
@@ -192,8 +190,14 @@ def sql(
 
     check_format(format, file)
     with (
-        opened() as (settings, toolbox),
-        connected(toolbox, market, window_of(settings, start, end)) as connection,
+        opened() as (settings, context),
+        connected(
+            context.settings,
+            context.ledger,
+            context.storage,
+            keys=market,
+            window=window_of(settings, start, end),
+        ) as connection,
     ):
         found = answer(connection, query)
     write_bars(found, format, file)
@@ -204,15 +208,15 @@ def coverage(
     market: Markets = None, start: Start = None, end: End = None, format: Format = "table"
 ) -> None:
     """Explain every expected bar of each market, in 1m bars: the parts sum to what is expected."""
-    from marketdata_assets.flows.prove.gaps import explain_new
-    from marketdata_assets.flows.read.coverage import coverage as coverage_flow
+    from marketdata_assets.flows.prove.gaps import GapExplainer
+    from marketdata_assets.flows.read.coverage import CoverageReporter
 
     one_of(format, "table", "json")
-    with opened() as (settings, toolbox):
+    with opened() as (settings, context):
         window = window_of(settings, start, end) if start or end else None
         markets = chosen(settings, market)
-        explain_new(toolbox, markets)
-        rows = [c.as_dict() for c in coverage_flow(toolbox, markets, window)]
+        context.bind(GapExplainer).explain_new(markets)
+        rows = [c.as_dict() for c in context.bind(CoverageReporter).report(markets, window)]
     print_json(rows) if format == "json" else print_table(rows, list(rows[0]))
 
 
@@ -228,8 +232,8 @@ def quarantine_list(
     them.
     """
     one_of(format, "table", "json")
-    with opened() as (settings, toolbox):
-        rows = toolbox.ledger.quarantined(
+    with opened() as (settings, context):
+        rows = context.ledger.quarantined(
             settings.market(market) if market else None, window_of(settings, start, end), limit
         )
     if format == "json":
@@ -245,12 +249,11 @@ def health(format: Format = "table") -> None:
     """How every market, every venue and the daemon is, with the reasons. Exit code 1 unless all are
     healthy.
     """
-    from marketdata_assets.flows.operate.health import Status
-    from marketdata_assets.flows.operate.health import health as health_flow
+    from marketdata_assets.flows.operate.health import HealthInspector, Status
 
     one_of(format, "table", "json")
-    with opened() as (_, toolbox):
-        found = health_flow(toolbox)
+    with opened() as (_, context):
+        found = context.bind(HealthInspector).inspect()
     rows: list[dict[str, Any]] = [h.as_dict() for h in found]
     if format == "json":
         print_json(rows)
@@ -270,12 +273,12 @@ def alerts(
 ) -> None:
     """What went wrong, since when and until when, and whether everybody was told."""
     one_of(format, "table", "json")
-    with opened() as (_, toolbox):
-        waiting = toolbox.incidents.undelivered()
+    with opened() as (_, context):
+        waiting = context.ledger.incidents.undelivered()
         history = (
-            list(toolbox.incidents.open().values())[-limit:]
+            list(context.ledger.incidents.open().values())[-limit:]
             if open_only
-            else toolbox.incidents.history(limit)
+            else context.ledger.incidents.history(limit)
         )
     rows = [_incident_row(incident) for incident in history]
     if format == "json":
@@ -315,18 +318,18 @@ def parked(
 ) -> None:
     """Partitions that `backfill_missed` has given up, with the reason of the last attempt."""
     one_of(format, "table", "json")
-    with opened() as (settings, toolbox):
+    with opened() as (settings, context):
         wanted = {
             p.key
             for p in settings.partitions(chosen(settings, market), window_of(settings, start, end))
         }
         found = [
             ask
-            for ask in toolbox.ledger.asks().values()
+            for ask in context.ledger.asks().values()
             if ask.parked_at and ask.partition.key in wanted
         ]
         if unpark:
-            toolbox.ledger.forget_asks([ask.partition for ask in found])
+            context.ledger.forget_asks([ask.partition for ask in found])
     rows = [
         {
             "partition": ask.partition.key,
@@ -360,11 +363,11 @@ def prune(
     from marketdata_assets.cli.processes import answer_of
     from marketdata_assets.flows.operate.prune import forget
 
-    with opened() as (settings, toolbox):
+    with opened() as (settings, context):
         keep = settings.retention_days if days is None else days
         flags = ["--days", str(keep), *(["--dry-run"] if dry_run else [])]
         gone = answer_of(["marketdata_assets.dagster_ext.prune", *flags], settings) | forget(
-            toolbox, keep, dry_run
+            context.settings, context.ledger, context.clock, days=keep, dry_run=dry_run
         )
     print_json(gone)
 
@@ -379,10 +382,10 @@ def retire(
     """Remove months that are older than `retention:` keeps, and move those that are older than `cold:`
     says.
     """
-    from marketdata_assets.flows.operate.retire import retire as retire_flow
+    from marketdata_assets.flows.operate.retire import Retirer
 
     one_of(format, "table", "json")
-    with opened() as (_, toolbox):
+    with opened() as (_, context):
         rows: list[dict[str, Any]] = [
             {
                 "table": r.table.name,
@@ -391,7 +394,7 @@ def retire(
                 "bytes": r.bytes,
                 "says": r.says,
             }
-            for r in retire_flow(toolbox, dry_run)
+            for r in context.bind(Retirer).retire(dry_run)
         ]
     print_json(rows) if format == "json" else print_table(
         rows, ["table", "partition", "what", "bytes", "says"]
@@ -489,18 +492,18 @@ def demo(
 
 def _demo(settings: Settings) -> int:
     from marketdata_assets.cli.backfill import backfill_tasks
-    from marketdata_assets.context import open_toolbox
-    from marketdata_assets.flows.fetch.plan import plan as plan_flow
-    from marketdata_assets.flows.read.coverage import coverage as coverage_flow
+    from marketdata_assets.context import open_context
+    from marketdata_assets.flows.fetch.plan import BackfillPlanner
+    from marketdata_assets.flows.read.coverage import CoverageReporter
 
-    with open_toolbox(settings) as toolbox:
+    with open_context(settings) as context:
         window = window_of(settings, None, None)
-        tasks = plan_flow(toolbox, settings.partitions(settings.markets, window))
+        tasks = context.bind(BackfillPlanner).plan(settings.partitions(settings.markets, window))
         code = backfill_tasks(settings, tasks) if tasks else 0
-        rows = [c.as_dict() for c in coverage_flow(toolbox, settings.markets)]
+        rows = [c.as_dict() for c in context.bind(CoverageReporter).report(settings.markets)]
         print_table(rows, list(rows[0]))
         say(
-            f"{len(toolbox.ledger.quarantined(None, window))} rows in quarantine; every check result stands in the UI"
+            f"{len(context.ledger.quarantined(None, window))} rows in quarantine; every check result stands in the UI"
         )
     return code
 

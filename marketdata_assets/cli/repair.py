@@ -54,15 +54,15 @@ def repair(
     """
     from marketdata_assets.cli.processes import answer_of
     from marketdata_assets.flows.fetch.plan import per_minute
-    from marketdata_assets.flows.operate.repair import plan_repair
+    from marketdata_assets.flows.operate.repair import Repairer
     from marketdata_assets.model.partition import Partition
 
     one_of(format, "table", "json")
-    with opened() as (settings, toolbox):
+    with opened() as (settings, context):
         markets, window = chosen(settings, market), window_of(settings, start, end)
         again = window if (start or end) and not missing else None
         partitions = settings.partitions(markets, window)
-        steps = plan_repair(toolbox, partitions, again)
+        steps = context.bind(Repairer).plan(partitions, again)
         rates = {
             step.partition: per_minute(
                 settings.venues[Partition.parse(step.partition).market.venue]
@@ -80,7 +80,7 @@ def repair(
             "again": again is not None,
         }
         done = answer_of(["marketdata_assets.defs.repair", json.dumps(asked)], settings)
-        receipt = toolbox.receipts.find(done["receipt"]) if done["receipt"] else None
+        receipt = context.ledger.receipts.find(done["receipt"]) if done["receipt"] else None
     if receipt:
         body = {"receipt": receipt.id, "at": iso(receipt.at), "says": receipt.says, **receipt.body}
         print_json(body) if format == "json" else _show_receipt(body)
@@ -137,9 +137,9 @@ def receipts(
     from marketdata_assets.errors import BadInput
 
     one_of(format, "table", "json")
-    with opened() as (_, toolbox):
-        one = toolbox.receipts.find(number) if number is not None else None
-        found = toolbox.receipts.list(limit=limit)
+    with opened() as (_, context):
+        one = context.ledger.receipts.find(number) if number is not None else None
+        found = context.ledger.receipts.list(limit=limit)
     if number is not None:
         if one is None:
             raise BadInput(f"there is no receipt {number}; `marketdata receipts` lists them")
@@ -164,13 +164,14 @@ def corrections(
     from marketdata_assets.flows.prove.corrections import corrections as corrections_flow
 
     one_of(format, "table", "json")
-    with opened() as (settings, toolbox):
+    with opened() as (settings, context):
         found = list(
             corrections_flow(
-                toolbox,
+                context.settings,
+                context.storage.lake,
                 chosen(settings, market),
-                window_of(settings, start, end),
-                parse_time(since) if since else None,
+                window=window_of(settings, start, end),
+                since=parse_time(since) if since else None,
             )
         )
     rows: list[dict[str, Any]] = [
@@ -227,18 +228,24 @@ def quarantine_replay(
     up.
     """
     from marketdata_assets.cli.backfill import backfill_tasks
-    from marketdata_assets.flows.fetch.plan import plan
-    from marketdata_assets.flows.fetch.replay import replay
+    from marketdata_assets.flows.fetch.plan import BackfillPlanner
+    from marketdata_assets.flows.fetch.replay import QuarantineReplayer
 
     one_of(format, "table", "json")
-    with opened() as (settings, toolbox):
-        found = replay(toolbox, chosen(settings, market), window_of(settings, start, end), dry_run)
+    with opened() as (settings, context):
+        found = context.bind(QuarantineReplayer).replay(
+            chosen(settings, market), window_of(settings, start, end), dry_run
+        )
         touched = (
             sorted({one.partition for one in found if one.outcome == "stored"})
             if not dry_run
             else []
         )
-        code = backfill_tasks(settings, tasks, err) if (tasks := plan(toolbox, touched)) else 0
+        code = (
+            backfill_tasks(settings, tasks, err)
+            if (tasks := context.bind(BackfillPlanner).plan(touched))
+            else 0
+        )
     rows = [
         {**asdict(one), "partition": one.partition.key, "timeframe": one.timeframe.name}
         for one in found

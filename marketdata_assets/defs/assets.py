@@ -10,17 +10,17 @@ import dagster as dg
 from dagster_duckdb import DuckDBResource
 
 from marketdata_assets.charts import candles, sparkline
-from marketdata_assets.context import Tell, Toolbox, open_toolbox
+from marketdata_assets.context import Context, Tell, open_context
 from marketdata_assets.defs.checks import IMPORT, KIND, Results, check_specs, failure_told, finished
 from marketdata_assets.defs.partitions import partitions_of_run
 from marketdata_assets.errors import CheckFailed
-from marketdata_assets.flows.derive.rollup import Derived, derive
-from marketdata_assets.flows.fetch.imports import as_stored
-from marketdata_assets.flows.fetch.ingest import Ingested, ingest
+from marketdata_assets.flows.derive.rollup import Derived, RollupBuilder
+from marketdata_assets.flows.fetch.imports import FileImporter
+from marketdata_assets.flows.fetch.ingest import Ingested, Ingester
 from marketdata_assets.flows.operate.repair import Told, told
-from marketdata_assets.flows.prove.audit import audit_gaps, audit_raw, audit_rollup
-from marketdata_assets.flows.prove.gaps import explain
-from marketdata_assets.flows.read.coverage import daily_coverage
+from marketdata_assets.flows.prove.audit import Auditor
+from marketdata_assets.flows.prove.gaps import GapExplainer
+from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.bar import Column
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw, rollup
@@ -106,9 +106,9 @@ def raw_asset(
     def fetch(context: dg.AssetExecutionContext) -> Iterator[Any]:
         partitions = partitions_of_run(context)
         results = Results(context, asset_key(table), tell, skippable=quiet)
-        with failure_told(tell, partitions), open_toolbox(settings, tell=tell) as toolbox:
+        with failure_told(tell, partitions), open_context(settings, tell=tell) as app:
             fetch_into(
-                results, toolbox, timeframe, partitions, asks=context.run.tags.get(KIND) != IMPORT
+                results, app, timeframe, partitions, asks=context.run.tags.get(KIND) != IMPORT
             )
             if results.failed and (
                 good := [
@@ -121,7 +121,7 @@ def raw_asset(
                     tf: Results(context, asset_key(rollup(tf)), tell)
                     for tf in settings.rollup_timeframes
                 }
-                roll_up_into(rollups, toolbox, good)
+                roll_up_into(rollups, app, good)
                 for rolled in rollups.values():
                     rolled.log_done()
         yield from finished([results])
@@ -166,9 +166,9 @@ def rollup_assets(
         }
         with (
             failure_told(tell, partitions),
-            open_toolbox(settings, warehouse.get_connection) as toolbox,
+            open_context(settings, warehouse.get_connection) as app,
         ):
-            roll_up_into(results, toolbox, partitions)
+            roll_up_into(results, app, partitions)
         yield from finished(list(results.values()))
 
     return roll_up
@@ -176,7 +176,7 @@ def rollup_assets(
 
 def fetch_into(
     results: Results,
-    toolbox: Toolbox,
+    app: Context,
     timeframe: Timeframe,
     partitions: Sequence[Partition],
     again: Window | None = None,
@@ -189,12 +189,12 @@ def fetch_into(
     """
     fetched, unexplained = [], []
     for done in (
-        ingest(toolbox, timeframe, partitions, again)
+        app.bind(Ingester).ingest(timeframe, partitions, again)
         if asks
-        else (as_stored(toolbox, timeframe, p) for p in partitions)
+        else (app.bind(FileImporter).read_stored(timeframe, p) for p in partitions)
     ):
         fetched.append(told(done))
-        findings = audit_raw(toolbox, done) if done.error is None else []
+        findings = app.bind(Auditor).audit_raw(done) if done.error is None else []
         results.add(
             done.partition,
             _raw_metadata(done),
@@ -204,23 +204,23 @@ def fetch_into(
         )
         if any(not gap.cause for gap in done.gaps):
             unexplained.append(replace(done, bars=done.bars.select("open_time")))
-    explained = explain(
-        toolbox, partitions, ask=asks
+    explained = app.bind(GapExplainer).explain(
+        partitions, ask=asks
     )  # what one market lacks, the others tell apart
     for done in unexplained:
         if done.error is None and (raw(timeframe), done.partition) in explained:
-            results.renew(done.partition, audit_gaps(toolbox, done))
-    results.cover(*daily_coverage(toolbox, raw(timeframe)))
+            results.renew(done.partition, app.bind(Auditor).audit_gaps(done))
+    results.cover(*app.bind(CoverageReporter).daily(raw(timeframe)))
     return fetched
 
 
 def roll_up_into(
-    results: Mapping[Timeframe, Results], toolbox: Toolbox, partitions: Sequence[Partition]
+    results: Mapping[Timeframe, Results], app: Context, partitions: Sequence[Partition]
 ) -> None:
     """Derive and audit the partitions of all rollups; one with a red blocking check fails alone."""
     if not results:
         return
-    blocked = {check.partition: check for check in toolbox.ledger.red_checks() if check.blocking}
+    blocked = {check.partition: check for check in app.ledger.red_checks() if check.blocking}
     for partition in partitions:
         if partition in blocked:
             check = blocked[partition]
@@ -229,18 +229,20 @@ def roll_up_into(
             )
             for result in results.values():
                 result.add(partition, {}, [], error)
-    for derived in derive(
-        toolbox, [partition for partition in partitions if partition not in blocked]
+    for derived in app.bind(RollupBuilder).build(
+        [partition for partition in partitions if partition not in blocked]
     ):
         for tf, result in results.items():
-            findings = audit_rollup(toolbox, derived, tf)
+            findings = app.bind(Auditor).audit_rollup(derived, tf)
             result.add(
                 derived.partition,
                 _rollup_metadata(derived, tf),
                 findings,
                 changed=derived.changed.get(tf, 0) > 0,
             )
-    covered = daily_coverage(toolbox, rollup(next(iter(results))))  # they are made together
+    covered = app.bind(CoverageReporter).daily(
+        rollup(next(iter(results)))
+    )  # they are made together
     for result in results.values():
         result.cover(*covered)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import dagster as dg
 
-from marketdata_assets.context import open_toolbox
+from marketdata_assets.context import open_context
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.checks import (
     COVERAGE,
@@ -27,8 +27,8 @@ from marketdata_assets.defs.checks import (
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, partitions_between
 from marketdata_assets.defs.repair import REPAIR_END, REPAIR_START
 from marketdata_assets.errors import MarketDataError
-from marketdata_assets.flows.operate.alerts import failed_runs_go_on, problems, run_problem, settle
-from marketdata_assets.flows.operate.backfill import Block, missed
+from marketdata_assets.flows.operate.alerts import AlertCenter, failed_runs_go_on, run_problem
+from marketdata_assets.flows.operate.backfill import BacklogFinder, Block
 from marketdata_assets.flows.operate.health import DAEMON
 from marketdata_assets.flows.operate.refresh import Refresh, refreshes
 from marketdata_assets.ledger.incidents import Problem
@@ -102,16 +102,18 @@ def backfill_missed(
         ),
     )
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        with one_line(), open_toolbox(settings) as toolbox:
-            toolbox.ledger.beat(DAEMON, settings.now())
-            toolbox.lake.sweep()
+        with one_line(), open_context(settings) as app:
+            app.ledger.beat(DAEMON, settings.now())
+            app.storage.lake.sweep()
             busy, mine = under_way(context.instance, grid)
             bases = {raw(venue.base) for venue in settings.venues.values()}
             shown = {
                 table: context.instance.get_materialized_partitions(asset_key(table))
                 for table in bases
             }
-            found = missed(toolbox, max(0, settings.automation.runs - mine), busy, shown)
+            found = app.bind(BacklogFinder).plan_backfill(
+                max(0, settings.automation.runs - mine), busy, shown
+            )
             wipe(context.instance, found.lost)
             context.log.info(found.says)
             return dg.SensorResult(
@@ -166,9 +168,11 @@ def refresh_open(
         ),
     )
     def evaluate(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
-        with one_line(), open_toolbox(settings) as toolbox:
+        with one_line(), open_context(settings) as app:
             busy, _ = under_way(context.instance, grid)
-            found = refreshes(toolbox, busy)
+            found = refreshes(
+                app.settings, app.ledger, app.storage.lake, clock=app.clock, busy=busy
+            )
         says = "; ".join(refresh.says for refresh in found)
         context.log.info(says)
         requests = [_refresh_run(refresh) for refresh in found if refresh.first]
@@ -218,9 +222,9 @@ def watch_markets(settings: Settings) -> dg.SensorDefinition:
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         said: dict[str, Any] = json.loads(context.cursor or "{}")
         events, told = [], []
-        with one_line(), open_toolbox(settings) as toolbox:
+        with one_line(), open_context(settings) as app:
             for same, name, evaluate in looks:
-                result = evaluate(toolbox, same[0])
+                result = evaluate(app, same[0])
                 for table in same:
                     target = newest_materialization(context.instance, asset_key(table))
                     state = _Said(
@@ -285,12 +289,16 @@ def watch_incidents(settings: Settings) -> dg.SensorDefinition:
         ),
     )
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-        with one_line(), open_toolbox(settings) as toolbox:
+        with one_line(), open_context(settings) as app:
             failed, over, cursor = _ended_runs(context.instance, context.cursor)
-            opened, recovered = settle(
-                toolbox, [*problems(toolbox), *failed.values()], failed_runs_go_on(over)
+            opened, recovered = app.bind(AlertCenter).update_incidents(
+                [
+                    *app.bind(AlertCenter).find_problems(),
+                    *failed.values(),
+                ],
+                failed_runs_go_on(over),
             )
-            still, waiting = len(toolbox.incidents.open()), toolbox.incidents.undelivered()
+            still, waiting = len(app.ledger.incidents.open()), app.ledger.incidents.undelivered()
         context.update_cursor(cursor)
         says = f"{opened} incidents opened, {recovered} recovered, {still} are open"
         return dg.SkipReason(

@@ -16,12 +16,12 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
 )
 
 from marketdata_assets.charts import heat_map
-from marketdata_assets.context import Tell, Toolbox, open_toolbox
+from marketdata_assets.context import Context, Tell, open_context
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.flows.operate.freshness import Freshness, freshness
 from marketdata_assets.flows.prove.anomalies import CHECK
 from marketdata_assets.flows.prove.audit import BLOCKING, RAW_CHECKS, Finding
-from marketdata_assets.flows.read.coverage import daily_coverage
+from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
 from marketdata_assets.model.timeframe import MINUTE
@@ -87,7 +87,7 @@ def market_checks(settings: Settings, table: Table) -> list[dg.AssetChecksDefini
 
 
 Target = AssetCheckEvaluationTargetMaterializationData
-MarketResult = Callable[[Toolbox, Table], dg.AssetCheckResult]
+MarketResult = Callable[[Context, Table], dg.AssetCheckResult]
 
 
 def _market_check(
@@ -95,8 +95,8 @@ def _market_check(
 ) -> dg.AssetChecksDefinition:
     @dg.asset_check(asset=dg.AssetKey(list(table.key)), name=name, description=words)
     def check() -> dg.AssetCheckResult:
-        with open_toolbox(settings) as toolbox:
-            return evaluate(toolbox, table)
+        with open_context(settings) as app:
+            return evaluate(app, table)
 
     return check
 
@@ -117,10 +117,16 @@ def _coverage_words(table: Table) -> str:
     )
 
 
-def freshness_result(toolbox: Toolbox, table: Table) -> dg.AssetCheckResult:
+def freshness_result(app: Context, table: Table) -> dg.AssetCheckResult:
     """`freshness` now, worst market first."""
     found = sorted(
-        freshness(toolbox, table.timeframe, toolbox.settings.markets),
+        freshness(
+            app.settings,
+            app.ledger,
+            app.storage.lake,
+            timeframe=table.timeframe,
+            markets=app.settings.markets,
+        ),
         key=lambda f: f.lag,
         reverse=True,
     )
@@ -154,9 +160,9 @@ def _freshness_row(found: Freshness) -> dg.TableRecord:
     )
 
 
-def coverage_result(toolbox: Toolbox, table: Table) -> dg.AssetCheckResult:
+def coverage_result(app: Context, table: Table) -> dg.AssetCheckResult:
     """`coverage` now, with its picture."""
-    rows, first = daily_coverage(toolbox, table)
+    rows, first = app.bind(CoverageReporter).daily(table)
     holes = {
         market: sum(day < 1 for day in days if day is not None) for market, days in rows.items()
     }

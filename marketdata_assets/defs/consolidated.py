@@ -12,7 +12,7 @@ from typing import Any
 import dagster as dg
 
 from marketdata_assets.charts import differences, sparkline
-from marketdata_assets.context import Tell, open_toolbox
+from marketdata_assets.context import Tell, open_context
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.automation import (
     HISTORY,
@@ -29,11 +29,9 @@ from marketdata_assets.flows.derive.consolidate import (
     RECONCILED,
     Behind,
     Consolidated,
-    audit_consolidated,
-    behind,
-    consolidate,
+    Consolidator,
 )
-from marketdata_assets.flows.operate.backfill import LOST, Block, blocks, look_is_due
+from marketdata_assets.flows.operate.backfill import LOST, BacklogFinder, Block, blocks
 from marketdata_assets.flows.prove.audit import Finding
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, consolidated, raw
@@ -124,10 +122,15 @@ def _consolidated_asset(
     def make_one_series(context: dg.AssetExecutionContext) -> Iterator[Any]:
         partitions = partitions_of_run(context)
         results = Results(context, key, tell, skippable=True)
-        with failure_told(tell, partitions), open_toolbox(settings) as toolbox:
-            for done in consolidate(toolbox, timeframe, partitions):
+        with failure_told(tell, partitions), open_context(settings) as app:
+            for done in app.bind(Consolidator).build(timeframe, partitions):
                 findings = (
-                    [_drawn(audit_consolidated(toolbox, timeframe, done), done)]
+                    [
+                        _drawn(
+                            app.bind(Consolidator).audit_consolidated(timeframe, done),
+                            done,
+                        )
+                    ]
                     if done.error is None
                     else []
                 )
@@ -221,15 +224,14 @@ def keep_consolidated(
     )
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         tables = [consolidated(tf) for tf in settings.consolidated_timeframes]
-        with one_line(), open_toolbox(settings) as toolbox:
+        with one_line(), open_context(settings) as app:
             busy, _ = under_way(context.instance, mine)
             shown = {
                 table: context.instance.get_materialized_partitions(asset_key(table))
                 for table in tables
             }
-            late = behind(
-                toolbox,
-                look_is_due(toolbox, settings.now(), "lost consolidated objects"),
+            late = app.bind(Consolidator).find_outdated(
+                app.bind(BacklogFinder).look_is_due(settings.now(), "lost consolidated objects"),
                 busy,
                 shown,
             )

@@ -10,13 +10,13 @@ from typing import Any, cast
 import dagster as dg
 from pydantic import Field
 
-from marketdata_assets.context import Tell, Toolbox, open_toolbox, tell_nobody
+from marketdata_assets.context import Context, Tell, open_context, tell_nobody
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.checks import Results, failure_told, finished, log_all
 from marketdata_assets.defs.maintenance import schedule
 from marketdata_assets.defs.partitions import partitions_of_run
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.derive.publish import Published, maintain, publish
+from marketdata_assets.flows.derive.publish import DeltaPublisher, Published, maintain
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
@@ -81,8 +81,8 @@ def _delta_asset(
     def publish_delta(context: dg.AssetExecutionContext) -> Iterator[Any]:
         partitions = partitions_of_run(context)
         results = Results(context, key, tell, skippable=True)
-        with failure_told(tell, partitions), open_toolbox(settings) as toolbox:
-            for done in publish(toolbox, timeframe, partitions):
+        with failure_told(tell, partitions), open_context(settings) as app:
+            for done in app.bind(DeltaPublisher).publish(timeframe, partitions):
                 results.add(done.partition, _metadata(done), [], done.error, done.changed)
         yield from finished([results])
 
@@ -135,9 +135,9 @@ def delta_job_and_schedule(settings: Settings) -> tuple[dg.JobDefinition, dg.Sch
         description="Publishes what differs, makes each partition one sorted file, removes files of older versions; see its metadata."
     )
     def maintain_tables(context: dg.OpExecutionContext, config: MaintainConfig) -> None:
-        with failure_told(tell_nobody, ()), open_toolbox(settings) as toolbox:
-            late = [] if config.dry_run else _publish_late(context, toolbox)
-            found = maintain(toolbox, config.dry_run)
+        with failure_told(tell_nobody, ()), open_context(settings) as app:
+            late = [] if config.dry_run else _publish_late(context, app)
+            found = maintain(app.settings, config.dry_run)
         rows = [_row(name, done) for name, done in found.items()]
         totals = {
             name: sum(getattr(done, name) for done in found.values())
@@ -164,17 +164,17 @@ def delta_job_and_schedule(settings: Settings) -> tuple[dg.JobDefinition, dg.Sch
     return job, schedule("maintain_delta_every_night", job, "0 4 * * *")
 
 
-def _publish_late(context: dg.OpExecutionContext, toolbox: Toolbox) -> list[Results]:
+def _publish_late(context: dg.OpExecutionContext, app: Context) -> list[Results]:
     """What repairs, runs that failed beside it, and weeks that end in the next month have left
     unpublished.
     """
-    settings, found = toolbox.settings, []
+    settings, found = app.settings, []
     partitions = settings.partitions(settings.markets, Window(settings.since, settings.now()))
     for timeframe in settings.delta.timeframes if settings.delta else ():
         results = Results(
             cast(dg.AssetExecutionContext, context), delta_key(timeframe), tell_nobody
         )
-        for done in publish(toolbox, timeframe, partitions):
+        for done in app.bind(DeltaPublisher).publish(timeframe, partitions):
             if done.changed or done.error:
                 results.add(done.partition, _metadata(done), [], done.error)
         found += [results] if results.good or results.failed else []

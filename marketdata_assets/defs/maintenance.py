@@ -9,13 +9,13 @@ import dagster as dg
 from dagster._time import get_current_datetime
 from pydantic import Field
 
-from marketdata_assets.context import open_toolbox, tell_nobody
+from marketdata_assets.context import open_context, tell_nobody
 from marketdata_assets.dagster_ext.prune import prune
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.checks import failure_told
-from marketdata_assets.flows.operate.health import Health, Status, health
+from marketdata_assets.flows.operate.health import Health, HealthInspector, Status
 from marketdata_assets.flows.operate.prune import forget
-from marketdata_assets.flows.operate.retire import KEPT, MOVED, REMOVED, retire
+from marketdata_assets.flows.operate.retire import KEPT, MOVED, REMOVED, Retirer
 from marketdata_assets.model.table import Table
 from marketdata_assets.settings.universe import Settings
 
@@ -27,8 +27,8 @@ def health_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefinit
 
     @dg.op(description="Looks at every market, every venue and the daemon.")
     def look(context: dg.OpExecutionContext) -> None:
-        with failure_told(tell_nobody, ()), open_toolbox(settings) as toolbox:
-            found = health(toolbox)
+        with failure_told(tell_nobody, ()), open_context(settings) as app:
+            found = app.bind(HealthInspector).inspect()
         counts = {status.value: sum(h.status == status for h in found) for status in Status}
         bad = [_row(h) for h in found if h.status != Status.HEALTHY]
         context.add_output_metadata(
@@ -65,10 +65,13 @@ def prune_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefiniti
         description=f"Removes logs of runs that ended more than {settings.retention_days} days ago, and old alerts and fetch logs."
     )
     def remove(context: dg.OpExecutionContext) -> None:
-        with failure_told(tell_nobody, ()), open_toolbox(settings) as toolbox:
+        with failure_told(tell_nobody, ()), open_context(settings) as app:
             gone = prune(context.instance, settings.retention_days, get_current_datetime())
             context.add_output_metadata(
-                {**asdict(gone), **forget(toolbox, settings.retention_days)}
+                {
+                    **asdict(gone),
+                    **forget(app.settings, app.ledger, app.clock, days=settings.retention_days),
+                }
             )
 
     @dg.job(
@@ -98,8 +101,8 @@ def retire_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefinit
         description="Removes months that are older than `retention:` keeps, and moves those that are older than `cold:` says."
     )
     def let_go(context: dg.OpExecutionContext, config: RetireConfig) -> None:
-        with failure_told(tell_nobody, ()), open_toolbox(settings) as toolbox:
-            found = list(retire(toolbox, config.dry_run))
+        with failure_told(tell_nobody, ()), open_context(settings) as app:
+            found = list(app.bind(Retirer).retire(config.dry_run))
         removed: dict[Table, list[str]] = defaultdict(list)
         for one in found:
             if one.what == REMOVED and one.partition:

@@ -19,7 +19,7 @@ from typing import Any, cast
 import dagster as dg
 from pydantic import Field
 
-from marketdata_assets.context import open_toolbox, tell_nobody
+from marketdata_assets.context import open_context, tell_nobody
 from marketdata_assets.dagster_ext.launcher import (
     PROCESS_TAG,
     open_instance,
@@ -28,7 +28,7 @@ from marketdata_assets.dagster_ext.launcher import (
 )
 from marketdata_assets.defs.assets import asset_key, fetch_into, roll_up_into
 from marketdata_assets.defs.checks import Results, failure_told, log_all
-from marketdata_assets.flows.operate.repair import clean_up, contents, span_of, write_receipt
+from marketdata_assets.flows.operate.repair import Repairer, span_of
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.window import Window, iso, parse_time
@@ -73,13 +73,13 @@ def repair_job(settings: Settings) -> dg.JobDefinition:
         description="Fetches what the months of the span lack, checks them, rolls them up again, and unparks them.",
     )
     def repair_span(context: dg.OpExecutionContext, config: RepairConfig) -> None:
-        with failure_told(tell_nobody, ()), open_toolbox(settings) as toolbox:
+        with failure_told(tell_nobody, ()), open_context(settings) as app:
             window, partitions = _wanted(settings, config)
             tags = {REPAIR_START: partitions[0].key, REPAIR_END: partitions[-1].key}
             context.instance.add_run_tags(context.run_id, tags)
-            unparked = toolbox.ledger.forget_asks(partitions)
-            before = contents(toolbox, partitions)
-            cleaned = clean_up(toolbox, partitions)
+            unparked = app.ledger.forget_asks(partitions)
+            before = app.bind(Repairer).read_contents(partitions)
+            cleaned = app.bind(Repairer).remove_invalid_rows(partitions)
             log = cast(dg.AssetExecutionContext, context)  # an op's context takes the same events
             raws = {
                 tf: Results(log, asset_key(raw(tf)), tell_nobody) for tf in settings.raw_timeframes
@@ -88,16 +88,20 @@ def repair_job(settings: Settings) -> dg.JobDefinition:
             fetched = [
                 told
                 for tf, results in raws.items()
-                for told in fetch_into(results, toolbox, tf, partitions, again)
+                for told in fetch_into(results, app, tf, partitions, again)
             ]
             rollups = {
                 tf: Results(log, asset_key(rollup(tf)), tell_nobody)
                 for tf in settings.rollup_timeframes
             }
-            roll_up_into(rollups, toolbox, partitions)
+            roll_up_into(rollups, app, partitions)
             asked = {**span_of(partitions, window), "again": config.again, "run": context.run_id}
-            receipt = write_receipt(
-                toolbox, asked, before, contents(toolbox, partitions), fetched, cleaned
+            receipt = app.bind(Repairer).write_receipt(
+                asked,
+                before,
+                app.bind(Repairer).read_contents(partitions),
+                fetched=fetched,
+                cleaned=cleaned,
             )
         context.instance.add_run_tags(context.run_id, {RECEIPT_TAG: str(receipt.id)})
         numbers = {

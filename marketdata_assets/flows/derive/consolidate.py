@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput, MarketDataError, StoreFailed, Unreachable
 from marketdata_assets.flows.fetch.plan import Task
 from marketdata_assets.flows.operate.backfill import LOST, MANY
 from marketdata_assets.flows.prove.audit import Finding, Row
 from marketdata_assets.ledger.consolidations import Made, Source
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import (
     CONSOLIDATED_COLUMNS,
     RECONCILED_SCHEMA,
@@ -29,6 +29,8 @@ from marketdata_assets.model.table import Table, consolidated, raw, reconciled
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso
 from marketdata_assets.quality.reconcile import FAIL, WARN, Opinion, opinions, reconcile, worst
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.parquet import Lake
 from marketdata_assets.transforms.consolidate import consolidate as as_one_series
 
 SHOWN = 20
@@ -56,87 +58,242 @@ class Consolidated:
     error: MarketDataError | None = None
 
 
-def consolidate(
-    toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partition]
-) -> Iterator[Consolidated]:
-    """Make each partition from the raw bars that its venues have now; one that fails does not keep the
-    others.
+@dataclass(frozen=True, slots=True)
+class Consolidator:
+    """."""
 
-    Sends no request: a venue that is down has no bars, and is asked again by whoever ingests.
-    """
-    for partition in partitions:
-        try:
-            with toolbox.ledger.lock(partition.key):
-                done = _consolidate(toolbox, timeframe, partition)
-        except MarketDataError as error:
-            wanted, forgiven = (
-                Window(partition.month.start, partition.month.start),
-                isinstance(error, Unreachable),
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
+
+    def build(
+        self, timeframe: Timeframe, partitions: Sequence[Partition]
+    ) -> Iterator[Consolidated]:
+        """Make each partition from the raw bars that its venues have now; one that fails does not keep the
+        others.
+
+        Sends no request: a venue that is down has no bars, and is asked again by whoever ingests.
+        """
+        for partition in partitions:
+            try:
+                with self.ledger.lock(partition.key):
+                    done = self._consolidate(timeframe, partition)
+            except MarketDataError as error:
+                wanted, forgiven = (
+                    Window(partition.month.start, partition.month.start),
+                    isinstance(error, Unreachable),
+                )
+                self.ledger.fail(
+                    consolidated(timeframe),
+                    partition,
+                    wanted,
+                    str(error),
+                    [],
+                    self.settings.now(),
+                    forgiven,
+                )
+                done = Consolidated(partition, error=error)
+            yield done
+
+    def _consolidate(self, timeframe: Timeframe, partition: Partition) -> Consolidated:
+        settings, table = self.settings, consolidated(timeframe)
+        markets = settings.consolidate.get(partition.market)
+        if markets is None:
+            raise BadInput(
+                f"{settings.source}: `consolidate:` does not name {partition.market.symbol} any more"
             )
-            toolbox.ledger.fail(
-                consolidated(timeframe),
-                partition,
-                wanted,
-                str(error),
-                [],
-                toolbox.settings.now(),
-                forgiven,
+        if settings.base(partition.market) != timeframe:
+            return Consolidated(
+                partition, note=f"its bars are of {settings.base(partition.market).name}"
             )
-            done = Consolidated(partition, error=error)
-        yield done
-
-
-def _consolidate(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> Consolidated:
-    settings, table = toolbox.settings, consolidated(timeframe)
-    markets = settings.consolidate.get(partition.market)
-    if markets is None:
-        raise BadInput(
-            f"{settings.source}: `consolidate:` does not name {partition.market.symbol} any more"
+        # before the bars: where these change meanwhile, it is made once more
+        sources = self.ledger.consolidations.sources(raw(timeframe), partition.month_key)
+        if _retired(sources, markets, partition.month_key):
+            return self._left(timeframe, partition)
+        bars, quiet = {}, {}
+        for market in markets:
+            part = Partition(market, partition.month)
+            bars[market.venue] = self._bars(
+                raw(timeframe), part, sources.get((market.key, partition.month_key))
+            )
+            quiet[market.venue] = self.ledger.consolidations.quiet(raw(timeframe), part)
+        series, pairs = as_one_series(bars, quiet), reconcile(bars, timeframe)
+        before = self.ledger.consolidations.made(table).get(
+            (partition.market.key, partition.month_key)
         )
-    if settings.base(partition.market) != timeframe:
+        self.lake.write_changed(reconciled(timeframe), partition, pairs)
+        stored = self.lake.write(table, partition, series)
+        opens, start = series["open_time"], partition.opens(timeframe).start
+        span = (
+            Window(opens[0], opens[-1] + timeframe.width) if series.height else Window(start, start)
+        )
+        newest = opens[-1] if series.height else None
+        of = _made_of(sources, markets, partition.month_key)
+        self.ledger.consolidations.record(
+            table, partition, span, newest, series.height, stored, of, settings.now()
+        )
+        changed = before is None or before.digest != stored.digest
+        return Consolidated(partition, series, pairs, stored.bytes, changed)
+
+    def _bars(self, table: Table, partition: Partition, source: Source | None) -> pl.DataFrame:
+        """The raw bars of one venue. Raises StoreFailed where the ledger has some and the lake has not:
+        they are lost, not lacking.
+        """
+        if source is None:
+            return empty_bars()
+        bars = self.lake.read(table, partition)
+        if bars is None:
+            raise StoreFailed(
+                f"{table.name} {partition.key} is not in the lake any more; `marketdata backfill` fetches it again"
+            )
+        return bars
+
+    def _left(self, timeframe: Timeframe, partition: Partition) -> Consolidated:
+        bars, pairs = (
+            self.lake.read(table, partition)
+            for table in (consolidated(timeframe), reconciled(timeframe))
+        )
+        note = "retention has removed raw bars of this month: it stays as it is"
+        if bars is None or pairs is None:
+            return Consolidated(partition, note=note)
         return Consolidated(
-            partition, note=f"its bars are of {settings.base(partition.market).name}"
+            partition,
+            bars,
+            pairs,
+            self.lake.size(consolidated(timeframe), partition) or 0,
+            note=note,
         )
-    # before the bars: where these change meanwhile, it is made once more
-    sources = toolbox.consolidations.sources(raw(timeframe), partition.month_key)
-    if _retired(sources, markets, partition.month_key):
-        return _left(toolbox, timeframe, partition)
-    bars, quiet = {}, {}
-    for market in markets:
-        part = Partition(market, partition.month)
-        bars[market.venue] = _bars(
-            toolbox, raw(timeframe), part, sources.get((market.key, partition.month_key))
-        )
-        quiet[market.venue] = toolbox.consolidations.quiet(raw(timeframe), part)
-    series, pairs = as_one_series(bars, quiet), reconcile(bars, timeframe)
-    before = toolbox.consolidations.made(table).get((partition.market.key, partition.month_key))
-    toolbox.lake.write_changed(reconciled(timeframe), partition, pairs)
-    stored = toolbox.lake.write(table, partition, series)
-    opens, start = series["open_time"], partition.opens(timeframe).start
-    span = Window(opens[0], opens[-1] + timeframe.width) if series.height else Window(start, start)
-    newest = opens[-1] if series.height else None
-    of = _made_of(sources, markets, partition.month_key)
-    toolbox.consolidations.record(
-        table, partition, span, newest, series.height, stored, of, settings.now()
-    )
-    changed = before is None or before.digest != stored.digest
-    return Consolidated(partition, series, pairs, stored.bytes, changed)
 
+    def find_outdated(
+        self,
+        look: bool,
+        busy: Collection[str] = (),
+        shown: Mapping[Table, Collection[str]] | None = None,
+    ) -> dict[Partition, Behind]:
+        """The partitions whose raw bars have changed since they were made, or that are not there; sends no
+        request.
 
-def _bars(
-    toolbox: Toolbox, table: Table, partition: Partition, source: Source | None
-) -> pl.DataFrame:
-    """The raw bars of one venue. Raises StoreFailed where the ledger has some and the lake has not:
-    they are lost, not lacking.
-    """
-    if source is None:
-        return empty_bars()
-    bars = toolbox.lake.read(table, partition)
-    if bars is None:
-        raise StoreFailed(
-            f"{table.name} {partition.key} is not in the lake any more; `marketdata backfill` fetches it again"
+        `look`: whether to look for objects that are lost. `busy`: keys of partitions that a run works
+        on; `shown`: the keys that Dagster's grid shows as materialized, by table.
+        """
+        found = {}
+        for timeframe in self.settings.consolidated_timeframes:
+            table = consolidated(timeframe)
+            sources, made = (
+                self.ledger.consolidations.sources(raw(timeframe)),
+                self.ledger.consolidations.made(table),
+            )
+            sizes = self.lake.sizes(table) if look else None
+            for partition in self._wanted(table):
+                if partition.key not in busy:
+                    then = made.get((partition.market.key, partition.month_key))
+                    reason, of = self._why(partition, sources, then, sizes=sizes)
+                    if (
+                        reason is None
+                        and of
+                        and shown is not None
+                        and partition.key not in shown[table]
+                    ):
+                        reason = "Dagster does not show it"
+                    if reason:
+                        found[partition] = Behind(reason, of)
+        self._believe(found)
+        return found
+
+    def plan(self, partitions: Sequence[Partition]) -> list[Task]:
+        """What has to be made of these raw partitions, by market and month: no bars, no requests."""
+        months = {(partition.market, partition.month) for partition in partitions}
+        late = self.find_outdated(look=True) if self.settings.consolidate else {}
+        found = (
+            (p, why)
+            for p, why in late.items()
+            if any((m, p.month) in months for m in self.settings.consolidate[p.market])
         )
-    return bars
+        return [Task(partition, 0, 0, why.reason) for partition, why in found]
+
+    def _wanted(self, table: Table) -> Iterator[Partition]:
+        """Every partition of a consolidated table that its own retention keeps."""
+        settings, kept = self.settings, self.settings.kept_since(table.name)
+        markets = [
+            market for market in settings.consolidate if settings.base(market) == table.timeframe
+        ]
+        return (
+            p
+            for p in settings.partitions(markets, Window(settings.since, settings.now()))
+            if p.month.start >= kept
+        )
+
+    def _why(
+        self,
+        partition: Partition,
+        sources: Mapping[tuple[str, str], Source],
+        made: Made | None,
+        *,
+        sizes: Mapping[tuple[str, str], int] | None,
+    ) -> tuple[str | None, str]:
+        """Why a partition has to be made, if it has to; and what it would be made of, empty where there is
+        nothing.
+        """
+        markets, key = (
+            self.settings.consolidate[partition.market],
+            (partition.market.key, partition.month_key),
+        )
+        if not any((market.key, partition.month_key) in sources for market in markets) or _retired(
+            sources, markets, partition.month_key
+        ):
+            return None, ""
+        of = _made_of(sources, markets, partition.month_key)
+        if made is None or made.of is None or made.bytes is None:
+            return "never made", of
+        if made.of != of:
+            return "its venues' bars have changed", of
+        return (LOST if sizes is not None and sizes.get(key) != made.bytes else None), of
+
+    def _believe(self, found: Mapping[Partition, Behind]) -> None:
+        """A lake that lost most of itself at once is not there; nothing is written into what lies in its
+        place.
+        """
+        lost = sum(late.reason == LOST for late in found.values())
+        if lost <= MANY:
+            return
+        known = sum(
+            len(self.ledger.consolidations.made(consolidated(tf)))
+            for tf in self.settings.consolidated_timeframes
+        )
+        if 2 * lost >= known:
+            raise StoreFailed(
+                f"{lost} of {known} consolidated objects are not in {self.settings.lake}: is it mounted? Nothing is made"
+            )
+
+    def audit_consolidated(self, timeframe: Timeframe, done: Consolidated) -> Finding:
+        """`reconciled`: a warning where two venues' closes lie WARN basis points apart, an error at FAIL;
+        neither stops anything.
+
+        Only an error stands in the ledger as red: a warning is what real markets do on wild days.
+        """
+        found = list(opinions(done.pairs))
+        warned, failed = sum(o.warned for o in found), sum(o.failed for o in found)
+        apart = f"{failed} closes lie {FAIL} basis points or more apart, {warned - failed} more {WARN} or more"
+        widest = max((o.close.most for o in found if o.close.most is not None), default=None)
+        says = (
+            f"{apart}, at the most {widest:.1f}"
+            if widest is not None
+            else "no two venues have bars of the same time"
+        )
+        finding = Finding(
+            RECONCILED,
+            not warned,
+            says,
+            numbers={"compared": sum(o.bars for o in found), "warned": warned, "failed": failed},
+            table=_worst(done) if warned else (),
+            severity="error" if failed else "warning",
+            shown={name: value for opinion in found for name, value in _numbers(opinion).items()},
+        )
+        red = (False, says) if failed else None
+        self.ledger.set_check(
+            consolidated(timeframe), done.partition, RECONCILED, red, self.settings.now()
+        )
+        return finding
 
 
 def _retired(
@@ -145,23 +302,6 @@ def _retired(
     """Whether retention has removed what this month was made of."""
     return any(
         not source.stored for market in markets if (source := sources.get((market.key, month)))
-    )
-
-
-def _left(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> Consolidated:
-    bars, pairs = (
-        toolbox.lake.read(table, partition)
-        for table in (consolidated(timeframe), reconciled(timeframe))
-    )
-    note = "retention has removed raw bars of this month: it stays as it is"
-    if bars is None or pairs is None:
-        return Consolidated(partition, note=note)
-    return Consolidated(
-        partition,
-        bars,
-        pairs,
-        toolbox.lake.size(consolidated(timeframe), partition) or 0,
-        note=note,
     )
 
 
@@ -184,141 +324,7 @@ class Behind:
     of: str
 
 
-def behind(
-    toolbox: Toolbox,
-    look: bool,
-    busy: Collection[str] = (),
-    shown: Mapping[Table, Collection[str]] | None = None,
-) -> dict[Partition, Behind]:
-    """The partitions whose raw bars have changed since they were made, or that are not there; sends no
-    request.
-
-    `look`: whether to look for objects that are lost. `busy`: keys of partitions that a run works
-    on; `shown`: the keys that Dagster's grid shows as materialized, by table.
-    """
-    found = {}
-    for timeframe in toolbox.settings.consolidated_timeframes:
-        table = consolidated(timeframe)
-        sources, made = (
-            toolbox.consolidations.sources(raw(timeframe)),
-            toolbox.consolidations.made(table),
-        )
-        sizes = toolbox.lake.sizes(table) if look else None
-        for partition in _wanted(toolbox, table):
-            if partition.key not in busy:
-                then = made.get((partition.market.key, partition.month_key))
-                reason, of = _why(toolbox, partition, sources, then, sizes)
-                if (
-                    reason is None
-                    and of
-                    and shown is not None
-                    and partition.key not in shown[table]
-                ):
-                    reason = "Dagster does not show it"
-                if reason:
-                    found[partition] = Behind(reason, of)
-    _believe(toolbox, found)
-    return found
-
-
-def consolidations(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[Task]:
-    """What has to be made of these raw partitions, by market and month: no bars, no requests."""
-    months = {(partition.market, partition.month) for partition in partitions}
-    late = behind(toolbox, look=True) if toolbox.settings.consolidate else {}
-    found = (
-        (p, why)
-        for p, why in late.items()
-        if any((m, p.month) in months for m in toolbox.settings.consolidate[p.market])
-    )
-    return [Task(partition, 0, 0, why.reason) for partition, why in found]
-
-
-def _wanted(toolbox: Toolbox, table: Table) -> Iterator[Partition]:
-    """Every partition of a consolidated table that its own retention keeps."""
-    settings, kept = toolbox.settings, toolbox.settings.kept_since(table.name)
-    markets = [
-        market for market in settings.consolidate if settings.base(market) == table.timeframe
-    ]
-    return (
-        p
-        for p in settings.partitions(markets, Window(settings.since, settings.now()))
-        if p.month.start >= kept
-    )
-
-
-def _why(
-    toolbox: Toolbox,
-    partition: Partition,
-    sources: Mapping[tuple[str, str], Source],
-    made: Made | None,
-    sizes: Mapping[tuple[str, str], int] | None,
-) -> tuple[str | None, str]:
-    """Why a partition has to be made, if it has to; and what it would be made of, empty where there is
-    nothing.
-    """
-    markets, key = (
-        toolbox.settings.consolidate[partition.market],
-        (partition.market.key, partition.month_key),
-    )
-    if not any((market.key, partition.month_key) in sources for market in markets) or _retired(
-        sources, markets, partition.month_key
-    ):
-        return None, ""
-    of = _made_of(sources, markets, partition.month_key)
-    if made is None or made.of is None or made.bytes is None:
-        return "never made", of
-    if made.of != of:
-        return "its venues' bars have changed", of
-    return (LOST if sizes is not None and sizes.get(key) != made.bytes else None), of
-
-
-def _believe(toolbox: Toolbox, found: Mapping[Partition, Behind]) -> None:
-    """A lake that lost most of itself at once is not there; nothing is written into what lies in its
-    place.
-    """
-    lost = sum(late.reason == LOST for late in found.values())
-    if lost <= MANY:
-        return
-    known = sum(
-        len(toolbox.consolidations.made(consolidated(tf)))
-        for tf in toolbox.settings.consolidated_timeframes
-    )
-    if 2 * lost >= known:
-        raise StoreFailed(
-            f"{lost} of {known} consolidated objects are not in {toolbox.settings.lake}: is it mounted? Nothing is made"
-        )
-
-
 # --------------------------------------------------------------------------------- the second opini
-def audit_consolidated(toolbox: Toolbox, timeframe: Timeframe, done: Consolidated) -> Finding:
-    """`reconciled`: a warning where two venues' closes lie WARN basis points apart, an error at FAIL;
-    neither stops anything.
-
-    Only an error stands in the ledger as red: a warning is what real markets do on wild days.
-    """
-    found = list(opinions(done.pairs))
-    warned, failed = sum(o.warned for o in found), sum(o.failed for o in found)
-    apart = f"{failed} closes lie {FAIL} basis points or more apart, {warned - failed} more {WARN} or more"
-    widest = max((o.close.most for o in found if o.close.most is not None), default=None)
-    says = (
-        f"{apart}, at the most {widest:.1f}"
-        if widest is not None
-        else "no two venues have bars of the same time"
-    )
-    finding = Finding(
-        RECONCILED,
-        not warned,
-        says,
-        numbers={"compared": sum(o.bars for o in found), "warned": warned, "failed": failed},
-        table=_worst(done) if warned else (),
-        severity="error" if failed else "warning",
-        shown={name: value for opinion in found for name, value in _numbers(opinion).items()},
-    )
-    red = (False, says) if failed else None
-    toolbox.ledger.set_check(
-        consolidated(timeframe), done.partition, RECONCILED, red, toolbox.settings.now()
-    )
-    return finding
 
 
 def _numbers(opinion: Opinion) -> dict[str, float]:

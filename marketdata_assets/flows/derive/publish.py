@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput, MarketDataError
-from marketdata_assets.flows.read.bars import in_warehouse, table_of
+from marketdata_assets.flows.read.bars import BarReader
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.storage.delta import DeltaTables, Maintained, delta_tables
 
 
@@ -35,65 +37,70 @@ class Published:
     error: MarketDataError | None = None
 
 
-def publish(
-    toolbox: Toolbox, timeframe: Timeframe, partitions: Sequence[Partition]
-) -> Iterator[Published]:
-    """Make the Delta tables of a timeframe hold what is stored of each partition; one that fails does
-    not keep the others.
+@dataclass(frozen=True, slots=True)
+class DeltaPublisher:
+    """."""
 
-    What is not stored here erases nothing there: a Delta table keeps what retention has removed
-    from the lake.
-    """
-    tables = _tables(toolbox)
-    for partition in partitions:
+    settings: Settings
+    ledger: Ledger
+    storage: BarStorage
+
+    def publish(self, timeframe: Timeframe, partitions: Sequence[Partition]) -> Iterator[Published]:
+        """Make the Delta tables of a timeframe hold what is stored of each partition; one that fails does
+        not keep the others.
+
+        What is not stored here erases nothing there: a Delta table keeps what retention has removed
+        from the lake.
+        """
+        tables = _delta_tables(self.settings)
+        for partition in partitions:
+            try:
+                done = self._publish(tables, timeframe, partition)
+            except MarketDataError as error:
+                done = Published(partition, error=error)
+            yield done
+
+    def _publish(
+        self, tables: DeltaTables, timeframe: Timeframe, partition: Partition
+    ) -> Published:
         try:
-            done = _publish(toolbox, tables, timeframe, partition)
-        except MarketDataError as error:
-            done = Published(partition, error=error)
-        yield done
+            table = BarReader(self.settings, self.ledger, self.storage).table_of(
+                partition.market, timeframe
+            )
+        except BadInput:
+            return Published(partition)  # a market with another base has no such bars
+        bars = self._stored(table, partition)
+        if bars is None:
+            return Published(partition)
+        done = tables.replace(table, partition, bars)
+        return Published(partition, done.rows, done.changed, done.version, done.bytes)
+
+    def _stored(self, table: Table, partition: Partition) -> pl.DataFrame | None:
+        """The partition's bars, or None where it is not stored."""
+        if not self.storage.in_warehouse(table):
+            return self.storage.lake.read(table, partition)
+        bars = self.storage.warehouse.read(
+            table, partition.market, partition.opens(table.timeframe)
+        )
+        return None if bars.is_empty() else bars
 
 
-def maintain(toolbox: Toolbox, dry_run: bool = False) -> dict[str, Maintained]:
+def maintain(settings: Settings, dry_run: bool = False) -> dict[str, Maintained]:
     """Compact and clean every Delta table that is there; what was done, or would be, by the table's
     name.
     """
-    tables, settings = _tables(toolbox), toolbox.settings.delta
-    wanted = [
-        table(tf) for tf in (settings.timeframes if settings else ()) for table in (raw, rollup)
-    ]
+    tables, delta = _delta_tables(settings), settings.delta
+    wanted = [table(tf) for tf in (delta.timeframes if delta else ()) for table in (raw, rollup)]
     found = {
-        table.name: tables.maintain(table, settings.history_days if settings else 0, dry_run)
+        table.name: tables.maintain(table, delta.history_days if delta else 0, dry_run)
         for table in wanted
     }
     return {name: done for name, done in found.items() if done is not None}
 
 
-def _tables(toolbox: Toolbox) -> DeltaTables:
-    settings = toolbox.settings
+def _delta_tables(settings: Settings) -> DeltaTables:
     if settings.delta is None:
         raise BadInput(
             f"{settings.source}: there is no `delta:`; write `delta: {{location: data/delta, timeframes: [1h]}}`"
         )
     return delta_tables(settings.delta.location)
-
-
-def _publish(
-    toolbox: Toolbox, tables: DeltaTables, timeframe: Timeframe, partition: Partition
-) -> Published:
-    try:
-        table = table_of(toolbox, partition.market, timeframe)
-    except BadInput:
-        return Published(partition)  # a market with another base has no such bars
-    bars = _stored(toolbox, table, partition)
-    if bars is None:
-        return Published(partition)
-    done = tables.replace(table, partition, bars)
-    return Published(partition, done.rows, done.changed, done.version, done.bytes)
-
-
-def _stored(toolbox: Toolbox, table: Table, partition: Partition) -> pl.DataFrame | None:
-    """The partition's bars, or None where it is not stored."""
-    if not in_warehouse(toolbox, table):
-        return toolbox.lake.read(table, partition)
-    bars = toolbox.warehouse.read(table, partition.market, partition.opens(table.timeframe))
-    return None if bars.is_empty() else bars

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from marketdata_assets.context import Tell, Toolbox, tell_nobody
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.fetch.ingest import Ingested, take_in, wanted_window
+from marketdata_assets.flows.fetch.ingest import Ingested, Ingester, wanted_window
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import NAMES, decimal_text, empty_bars
+from marketdata_assets.model.events import ProgressCallback, no_progress
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import raw
@@ -25,7 +26,9 @@ from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso, month_of, to_ms
 from marketdata_assets.quality.agreement import beside, unanimous
 from marketdata_assets.quality.split import asked_columns, reject, split
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.archive import KRAKEN, Facts, Told, files_of, read_file
+from marketdata_assets.storage.parquet import Lake
 
 DIFFERENCES = 1000
 """How many values that differ are written down one by one; quarantine has all rows."""
@@ -83,7 +86,7 @@ class Tally:
 
 
 class Difference(NamedTuple):
-    """One value that two tell differently: `stored`, or the name of a file, and a file."""
+    """One value that two on_progress differently: `stored`, or the name of a file, and a file."""
 
     market: str
     timeframe: str
@@ -120,26 +123,30 @@ _COUNTS = ("rows", "stored", "identical", "refused", "disagree", "conflict", "un
 
 
 def look(
-    toolbox: Toolbox, paths: Iterable[Path], told: Told, tell: Tell = tell_nobody
+    settings: Settings,
+    paths: Iterable[Path],
+    told: Told,
+    *,
+    on_progress: ProgressCallback = no_progress,
 ) -> list[Facts]:
     """What the files are; nothing is stored unless all of them can be believed. Raises BadInput."""
     found = []
     for path in files_of(paths):
-        facts, _ = read_file(path, told, toolbox.settings.markets)
-        _check(toolbox, facts)
+        facts, _ = read_file(path, told, settings.markets)
+        _check(settings, facts)
         found.append(facts)
-        tell({"file": path.name, "rows": facts.rows})
-    if all(not (f.held & _wanted(toolbox, f.market, f.timeframe)) for f in found):
+        on_progress({"file": path.name, "rows": facts.rows})
+    if all(not (f.held & _wanted(settings, f.market, f.timeframe)) for f in found):
         first = found[0]
         raise BadInput(
-            f"{first.path}: it holds {first.held}, and {toolbox.settings.source} wants {first.market.key} "
-            f"in {_wanted(toolbox, first.market, first.timeframe)}; change since or until there"
+            f"{first.path}: it holds {first.held}, and {settings.source} wants {first.market.key} "
+            f"in {_wanted(settings, first.market, first.timeframe)}; change since or until there"
         )
     return found
 
 
-def _check(toolbox: Toolbox, facts: Facts) -> None:
-    settings, venue = toolbox.settings, toolbox.settings.venues[facts.market.venue]
+def _check(settings: Settings, facts: Facts) -> None:
+    venue = settings.venues[facts.market.venue]
     if facts.timeframe not in venue.fetched:
         known = " ".join(tf.name for tf in venue.fetched)
         raise BadInput(
@@ -153,11 +160,11 @@ def _check(toolbox: Toolbox, facts: Facts) -> None:
         )
 
 
-def _wanted(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Window:
+def _wanted(settings: Settings, market: Market, timeframe: Timeframe) -> Window:
     """The open times that the universe wants, as far as this month goes: a bar that is not closed yet
     is for a rule to refuse.
     """
-    settings, until = toolbox.settings, toolbox.settings.venues[market.venue].until
+    until = settings.venues[market.venue].until
     end = Partition(market, month_of(settings.now())).opens(timeframe).end
     return Window(
         timeframe.ceil(settings.span(market).start),
@@ -165,87 +172,194 @@ def _wanted(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Window:
     )
 
 
-def import_files(
-    toolbox: Toolbox,
-    files: Sequence[Facts],
-    told: Told,
-    dry_run: bool = False,
-    tell: Tell = tell_nobody,
-) -> Imported:
-    """Take the bars of these files (of `look`) into the lake, month by month, and write a receipt; in
-    a dry run do neither.
+@dataclass(frozen=True, slots=True)
+class FileImporter:
+    """."""
 
-    A bar that is stored with other values stays and the file's is refused as `disagrees`; a bar
-    that two of the files tell differently is refused as `conflict` from both. Sends no request.
-    Doing it again changes nothing.
-    """
-    done = Imported([Tally(facts) for facts in files])
-    by_table = sorted(done.files, key=lambda t: (t.facts.market, t.facts.timeframe.width))
-    for (market, timeframe), group in groupby(
-        by_table, key=lambda t: (t.facts.market, t.facts.timeframe)
-    ):
-        tallies = list(group)
-        for partition, rows in _by_month(toolbox, market, timeframe, tallies, told, tell):
-            done.partitions.setdefault(timeframe, []).append(partition)
-            for together in _touching(rows):
-                _take(toolbox, timeframe, partition, together, done, dry_run)
-                tell({"rows": sum(frame.height for _, frame in together)})
-    if not dry_run:
-        body = {
-            "files": [tally.as_dict() for tally in done.files],
-            "differences": [d._asdict() for d in done.differences],
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
+
+    def import_files(
+        self,
+        files: Sequence[Facts],
+        told: Told,
+        dry_run: bool = False,
+        *,
+        on_progress: ProgressCallback = no_progress,
+    ) -> Imported:
+        """Take the bars of these files (of `look`) into the lake, month by month, and write a receipt; in
+        a dry run do neither.
+
+        A bar that is stored with other values stays and the file's is refused as `disagrees`; a bar
+        that two of the files on_progress differently is refused as `conflict` from both. Sends no request.
+        Doing it again changes nothing.
+        """
+        done = Imported([Tally(facts) for facts in files])
+        by_table = sorted(done.files, key=lambda t: (t.facts.market, t.facts.timeframe.width))
+        for (market, timeframe), group in groupby(
+            by_table, key=lambda t: (t.facts.market, t.facts.timeframe)
+        ):
+            tallies = list(group)
+            for partition, rows in self._by_month(
+                market, timeframe, tallies, told=told, on_progress=on_progress
+            ):
+                done.partitions.setdefault(timeframe, []).append(partition)
+                for together in _touching(rows):
+                    self._take(timeframe, partition, together, done=done, dry_run=dry_run)
+                    on_progress({"rows": sum(frame.height for _, frame in together)})
+        if not dry_run:
+            body = {
+                "files": [tally.as_dict() for tally in done.files],
+                "differences": [d._asdict() for d in done.differences],
+            }
+            self.ledger.receipts.add("import", self.settings.now(), done.says(), body)
+        return done
+
+    def _by_month(
+        self,
+        market: Market,
+        timeframe: Timeframe,
+        tallies: Sequence[Tally],
+        *,
+        told: Told,
+        on_progress: ProgressCallback,
+    ) -> Iterator[tuple[Partition, list[_Rows]]]:
+        """The wanted rows of files of one market, by partition; a file is held in memory only while its
+        months are under way.
+        """
+        wanted, open_files = _wanted(self.settings, market, timeframe), list[_Rows]()
+        waiting = sorted(tallies, key=lambda t: t.facts.held)
+        whole = Window(waiting[0].facts.held.start, max(t.facts.held.end for t in waiting)) & wanted
+        for partition in partitions_of(
+            market, Window(whole.start, whole.end + timeframe.width) if whole else whole
+        ):
+            opens = partition.opens(timeframe) & wanted
+            while waiting and waiting[0].facts.held.start < opens.end:
+                tally = waiting.pop(0)
+                rows = self._read(tally.facts, told)
+                inside = rows.filter(_between(wanted))
+                tally.unwanted = rows.height - inside.height
+                on_progress({"rows": tally.unwanted})
+                open_files.append((tally, inside))
+            found = [(tally, rows.filter(_between(opens))) for tally, rows in open_files]
+            if found := [(tally, rows) for tally, rows in found if rows.height]:
+                yield partition, found
+            open_files = [
+                (tally, rows) for tally, rows in open_files if tally.facts.held.end > opens.end
+            ]
+        for tally in waiting:
+            tally.unwanted = tally.facts.rows
+
+    def _read(self, facts: Facts, told: Told) -> pl.DataFrame:
+        again, fetched = read_file(facts.path, told, self.settings.markets)
+        if again != facts:
+            raise BadInput(f"{facts.path}: it was changed while it was imported; import it again")
+        return fetched.rows
+
+    def _take(
+        self,
+        timeframe: Timeframe,
+        partition: Partition,
+        together: Sequence[_Rows],
+        *,
+        done: Imported,
+        dry_run: bool,
+    ) -> None:
+        """Judge the rows of one partition and store them; count what becomes of each."""
+        now, sources = self.settings.now(), [tally.facts.path.name for tally, _ in together]
+        judged = [
+            split(
+                asked_columns(rows, answer, tally.facts.span), timeframe, now, tally.facts.columns
+            )
+            for answer, (tally, rows) in enumerate(together)
+        ]
+        told = unanimous(pl.concat(one.kept for one in judged))
+        broken = pl.concat(one.rejected for one in judged)
+        refused = pl.concat([broken, reject(told.disputed, "conflict")])
+        if dry_run:
+            stored = self.lake.read(raw(timeframe), partition)
+            found = beside(
+                told.bars.select("answer", *NAMES), empty_bars() if stored is None else stored
+            )
+        else:
+            final = all(tally.facts.format == KRAKEN.name for tally, _ in together)
+            taken = (
+                Ingester(self.settings, self.ledger, self.lake, None)
+                .take_in(
+                    timeframe, partition, told.bars, rejected=refused, source=sources, final=final
+                )
+                .beside
+            )
+            assert taken is not None
+            found = taken
+        repeated = beside(
+            told.repeated.select("answer", *NAMES), found.denied.select(NAMES)
+        )  # of a denied bar it is denied as well
+        counts = {
+            "stored": (found.new,),
+            "identical": (found.identical, repeated.new),
+            "refused": (broken,),
+            "disagree": (found.denied, repeated.identical, repeated.denied),
+            "conflict": (told.disputed,),
         }
-        toolbox.receipts.add("import", toolbox.settings.now(), done.says(), body)
-    return done
+        for name, frames in counts.items():
+            for answer, count in (
+                pl.concat(frame["answer"] for frame in frames).value_counts().iter_rows()
+            ):
+                setattr(together[answer][0], name, getattr(together[answer][0], name) + count)
+        room = DIFFERENCES - len(done.differences)
+        if room > 0:
+            done.differences += [
+                *_denied(partition, timeframe, found.denied, sources),
+                *_disputed(partition, timeframe, told.disputed, sources),
+            ][:room]
+
+    def tables_to_check(self, done: Imported) -> dict[tuple[str, ...], list[Partition]]:
+        """The partitions that an import touched, by what is to be looked at: raw tables, and "rollup"
+        where the base is there.
+        """
+        found: dict[tuple[str, ...], list[Partition]] = {}
+        for partition in sorted({p for partitions in done.partitions.values() for p in partitions}):
+            base = self.ledger.state(
+                raw(self.settings.venues[partition.market.venue].base), partition
+            )
+            tables = [
+                raw(tf).name
+                for tf, partitions in done.partitions.items()
+                if partition in partitions
+            ]
+            found.setdefault(
+                (*tables, *(["rollup"] if base and base.bytes is not None else [])), []
+            ).append(partition)
+        return found
+
+    def read_stored(self, timeframe: Timeframe, partition: Partition) -> Ingested:
+        """A partition as it lies there after an import, for the checks; asks nobody and changes nothing.
+        Raises Damaged.
+        """
+        table, wanted = raw(timeframe), wanted_window(self.settings, timeframe, partition)
+        stored, state = self.lake.read(table, partition), self.ledger.state(table, partition)
+        bars = empty_bars() if stored is None else stored
+        ends = [
+            wanted.start,
+            *([state.through] if state else []),
+            *([bars["open_time"][-1] + timeframe.width] if bars.height else []),
+        ]
+        come = Window(wanted.start, min(wanted.end, max(ends)))
+        gaps, account = (
+            tuple(self.ledger.gaps(table, partition)),
+            self.ledger.account(table, partition),
+        )
+        size, complete = (state.bytes or 0, state.complete) if state else (0, False)
+        return Ingested(partition, timeframe, come, bars, gaps, account, size, complete)
 
 
 _Rows = tuple[Tally, pl.DataFrame]
 
 
-def _by_month(
-    toolbox: Toolbox,
-    market: Market,
-    timeframe: Timeframe,
-    tallies: Sequence[Tally],
-    told: Told,
-    tell: Tell,
-) -> Iterator[tuple[Partition, list[_Rows]]]:
-    """The wanted rows of files of one market, by partition; a file is held in memory only while its
-    months are under way.
-    """
-    wanted, open_files = _wanted(toolbox, market, timeframe), list[_Rows]()
-    waiting = sorted(tallies, key=lambda t: t.facts.held)
-    whole = Window(waiting[0].facts.held.start, max(t.facts.held.end for t in waiting)) & wanted
-    for partition in partitions_of(
-        market, Window(whole.start, whole.end + timeframe.width) if whole else whole
-    ):
-        opens = partition.opens(timeframe) & wanted
-        while waiting and waiting[0].facts.held.start < opens.end:
-            tally = waiting.pop(0)
-            rows = _read(toolbox, tally.facts, told)
-            inside = rows.filter(_between(wanted))
-            tally.unwanted = rows.height - inside.height
-            tell({"rows": tally.unwanted})
-            open_files.append((tally, inside))
-        found = [(tally, rows.filter(_between(opens))) for tally, rows in open_files]
-        if found := [(tally, rows) for tally, rows in found if rows.height]:
-            yield partition, found
-        open_files = [
-            (tally, rows) for tally, rows in open_files if tally.facts.held.end > opens.end
-        ]
-    for tally in waiting:
-        tally.unwanted = tally.facts.rows
-
-
 def _between(window: Window) -> pl.Expr:
     return pl.col("open_time").is_between(to_ms(window.start), to_ms(window.end), closed="left")
-
-
-def _read(toolbox: Toolbox, facts: Facts, told: Told) -> pl.DataFrame:
-    again, fetched = read_file(facts.path, told, toolbox.settings.markets)
-    if again != facts:
-        raise BadInput(f"{facts.path}: it was changed while it was imported; import it again")
-    return fetched.rows
 
 
 def _touching(rows: Sequence[_Rows]) -> Iterator[list[_Rows]]:
@@ -265,56 +379,6 @@ def _touching(rows: Sequence[_Rows]) -> Iterator[list[_Rows]]:
 
 def _richest_first(together: Sequence[_Rows]) -> list[_Rows]:
     return sorted(together, key=lambda pair: -len(pair[0].facts.columns))
-
-
-def _take(
-    toolbox: Toolbox,
-    timeframe: Timeframe,
-    partition: Partition,
-    together: Sequence[_Rows],
-    done: Imported,
-    dry_run: bool,
-) -> None:
-    """Judge the rows of one partition and store them; count what becomes of each."""
-    now, sources = toolbox.settings.now(), [tally.facts.path.name for tally, _ in together]
-    judged = [
-        split(asked_columns(rows, answer, tally.facts.span), timeframe, now, tally.facts.columns)
-        for answer, (tally, rows) in enumerate(together)
-    ]
-    told = unanimous(pl.concat(one.kept for one in judged))
-    broken = pl.concat(one.rejected for one in judged)
-    refused = pl.concat([broken, reject(told.disputed, "conflict")])
-    if dry_run:
-        stored = toolbox.lake.read(raw(timeframe), partition)
-        found = beside(
-            told.bars.select("answer", *NAMES), empty_bars() if stored is None else stored
-        )
-    else:
-        final = all(tally.facts.format == KRAKEN.name for tally, _ in together)
-        taken = take_in(toolbox, timeframe, partition, told.bars, refused, sources, final).beside
-        assert taken is not None
-        found = taken
-    repeated = beside(
-        told.repeated.select("answer", *NAMES), found.denied.select(NAMES)
-    )  # of a denied bar it is denied as well
-    counts = {
-        "stored": (found.new,),
-        "identical": (found.identical, repeated.new),
-        "refused": (broken,),
-        "disagree": (found.denied, repeated.identical, repeated.denied),
-        "conflict": (told.disputed,),
-    }
-    for name, frames in counts.items():
-        for answer, count in (
-            pl.concat(frame["answer"] for frame in frames).value_counts().iter_rows()
-        ):
-            setattr(together[answer][0], name, getattr(together[answer][0], name) + count)
-    room = DIFFERENCES - len(done.differences)
-    if room > 0:
-        done.differences += [
-            *_denied(partition, timeframe, found.denied, sources),
-            *_disputed(partition, timeframe, told.disputed, sources),
-        ][:room]
 
 
 def _denied(
@@ -383,42 +447,3 @@ def _texts(bars: pl.DataFrame) -> pl.DataFrame:
     return bars.with_columns(
         *(decimal_text(name) for name in decimals), pl.col(counts).cast(pl.String)
     )
-
-
-def to_show(toolbox: Toolbox, done: Imported) -> dict[tuple[str, ...], list[Partition]]:
-    """The partitions that an import touched, by what is to be looked at: raw tables, and "rollup"
-    where the base is there.
-    """
-    found: dict[tuple[str, ...], list[Partition]] = {}
-    for partition in sorted({p for partitions in done.partitions.values() for p in partitions}):
-        base = toolbox.ledger.state(
-            raw(toolbox.settings.venues[partition.market.venue].base), partition
-        )
-        tables = [
-            raw(tf).name for tf, partitions in done.partitions.items() if partition in partitions
-        ]
-        found.setdefault(
-            (*tables, *(["rollup"] if base and base.bytes is not None else [])), []
-        ).append(partition)
-    return found
-
-
-def as_stored(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> Ingested:
-    """A partition as it lies there after an import, for the checks; asks nobody and changes nothing.
-    Raises Damaged.
-    """
-    table, wanted = raw(timeframe), wanted_window(toolbox, timeframe, partition)
-    stored, state = toolbox.lake.read(table, partition), toolbox.ledger.state(table, partition)
-    bars = empty_bars() if stored is None else stored
-    ends = [
-        wanted.start,
-        *([state.through] if state else []),
-        *([bars["open_time"][-1] + timeframe.width] if bars.height else []),
-    ]
-    come = Window(wanted.start, min(wanted.end, max(ends)))
-    gaps, account = (
-        tuple(toolbox.ledger.gaps(table, partition)),
-        toolbox.ledger.account(table, partition),
-    )
-    size, complete = (state.bytes or 0, state.complete) if state else (0, False)
-    return Ingested(partition, timeframe, come, bars, gaps, account, size, complete)

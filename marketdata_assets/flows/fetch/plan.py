@@ -6,21 +6,22 @@ import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
-from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.fetch.ingest import wanted_window
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.intervals import holes, left_of
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.settings.universe import Venue
+from marketdata_assets.settings.universe import Settings, Venue
 from marketdata_assets.sources.archive import (
     FILES_A_MONTH,
     NEWEST_ONLY,
     ONLY_IN_FILES,
     monthly_archive,
 )
+from marketdata_assets.storage.bars import BarStorage
 
 PAGE = {"binance": 998, "binanceus": 998}
 PER_MINUTE = {"binance": 3000, "binanceus": 600}
@@ -52,15 +53,109 @@ class Task:
     offers: tuple[Offer, ...] = ()
 
 
-def plan(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[Task]:
-    """The partitions that are missing, open or not rolled up, in the order given."""
-    due = {
-        raw(tf): toolbox.gaps.due(raw(tf), toolbox.settings.now())
-        for tf in toolbox.settings.raw_timeframes
-    }
-    return [
-        task for partition in partitions if (task := _task(toolbox, partition, due)) is not None
-    ]
+@dataclass(frozen=True, slots=True)
+class BackfillPlanner:
+    """."""
+
+    settings: Settings
+    ledger: Ledger
+    storage: BarStorage
+
+    def plan(self, partitions: Sequence[Partition]) -> list[Task]:
+        """The partitions that are missing, open or not rolled up, in the order given."""
+        due = {
+            raw(tf): self.ledger.gap_book.due(raw(tf), self.settings.now())
+            for tf in self.settings.raw_timeframes
+        }
+        return [
+            task for partition in partitions if (task := self._task(partition, due)) is not None
+        ]
+
+    def _task(self, partition: Partition, due: _Due) -> Task | None:
+        venue = self.settings.venues[partition.market.venue]
+        lacking = {tf: self._lacking(tf, partition, due) for tf in venue.fetched}
+        bars = sum(lacking.values())
+        requests = sum(math.ceil(n / page_size(venue.name)) for n in lacking.values())
+        state = self.ledger.state(raw(venue.base), partition)
+        if bars:
+            offers = tuple(
+                offer
+                for tf, n in lacking.items()
+                if n
+                and (
+                    offer := self._offer(
+                        tf, partition, n, requests=math.ceil(n / page_size(venue.name))
+                    )
+                )
+            )
+            return Task(
+                partition,
+                bars,
+                requests,
+                _reason(state is not None, state.error if state else None),
+                offers,
+            )
+        if state is None or self._rolled(partition, state.rolled, state.digest):
+            return None
+        return Task(partition, 0, 0, "rollups are not up to date")
+
+    def _offer(
+        self, timeframe: Timeframe, partition: Partition, bars: int, *, requests: int
+    ) -> Offer | None:
+        """What files give of the bars that lack, where that costs less than asking, or where asking gives
+        nothing.
+        """
+        market, now = partition.market, self.settings.now()
+        if market.venue in NEWEST_ONLY:
+            oldest = timeframe.floor(now) - NEWEST_ONLY[market.venue] * timeframe.width
+            gone = min(
+                bars,
+                (
+                    wanted_window(self.settings, timeframe, partition)
+                    & Window(partition.month.start, oldest)
+                ).count(timeframe),
+            )
+            return Offer(timeframe, gone, None, ONLY_IN_FILES[market.venue]) if gone else None
+        url = monthly_archive(market, timeframe, partition.month, now)
+        return (
+            Offer(timeframe, bars, requests - FILES_A_MONTH, url)
+            if url and requests > FILES_A_MONTH
+            else None
+        )
+
+    def _lacking(self, timeframe: Timeframe, partition: Partition, due: _Due) -> int:
+        """Bars that a backfill would ask for. Reads the object only where the ledger cannot say."""
+        table, wanted = raw(timeframe), wanted_window(self.settings, timeframe, partition)
+        if not wanted:
+            return 0
+        state = self.ledger.state(table, partition)
+        there = (
+            state is not None
+            and state.bytes is not None
+            and self.storage.lake.size(table, partition) == state.bytes
+        )
+        if state is None or not there:
+            return wanted.count(timeframe)
+        quiet = (partition.market.key, partition.month_key) not in due[table]
+        if state.complete and quiet and state.start <= wanted.start and wanted.end <= state.through:
+            return 0
+        stored = self.storage.lake.read(table, partition)
+        opens = (empty_bars() if stored is None else stored)["open_time"]
+        now = self.settings.now()
+        waiting = [gap.window for gap in self.ledger.gaps(table, partition) if not gap.due(now)]
+        return sum(
+            rest.count(timeframe) for rest in left_of(holes(opens, timeframe, wanted), waiting)
+        )
+
+    def _rolled(self, partition: Partition, rolled: str | None, digest: str | None) -> bool:
+        timeframes = self.settings.rolled(partition.market)
+        if not timeframes:
+            return True
+        if rolled is None or rolled != digest:
+            return False
+        if self.settings.rollups == "duckdb":
+            return self.storage.warehouse.exists
+        return all(self.storage.lake.size(rollup(tf), partition) is not None for tf in timeframes)
 
 
 def page_size(venue: str) -> int:
@@ -84,90 +179,7 @@ _Due = Mapping[Table, Container[tuple[str, str]]]
 """By table: market key and month key of the partitions with a gap that is to be asked for again."""
 
 
-def _task(toolbox: Toolbox, partition: Partition, due: _Due) -> Task | None:
-    venue = toolbox.settings.venues[partition.market.venue]
-    lacking = {tf: _lacking(toolbox, tf, partition, due) for tf in venue.fetched}
-    bars = sum(lacking.values())
-    requests = sum(math.ceil(n / page_size(venue.name)) for n in lacking.values())
-    state = toolbox.ledger.state(raw(venue.base), partition)
-    if bars:
-        offers = tuple(
-            offer
-            for tf, n in lacking.items()
-            if n
-            and (offer := _offer(toolbox, tf, partition, n, math.ceil(n / page_size(venue.name))))
-        )
-        return Task(
-            partition,
-            bars,
-            requests,
-            _reason(state is not None, state.error if state else None),
-            offers,
-        )
-    if state is None or _rolled(toolbox, partition, state.rolled, state.digest):
-        return None
-    return Task(partition, 0, 0, "rollups are not up to date")
-
-
-def _offer(
-    toolbox: Toolbox, timeframe: Timeframe, partition: Partition, bars: int, requests: int
-) -> Offer | None:
-    """What files give of the bars that lack, where that costs less than asking, or where asking gives
-    nothing.
-    """
-    market, now = partition.market, toolbox.settings.now()
-    if market.venue in NEWEST_ONLY:
-        oldest = timeframe.floor(now) - NEWEST_ONLY[market.venue] * timeframe.width
-        gone = min(
-            bars,
-            (
-                wanted_window(toolbox, timeframe, partition) & Window(partition.month.start, oldest)
-            ).count(timeframe),
-        )
-        return Offer(timeframe, gone, None, ONLY_IN_FILES[market.venue]) if gone else None
-    url = monthly_archive(market, timeframe, partition.month, now)
-    return (
-        Offer(timeframe, bars, requests - FILES_A_MONTH, url)
-        if url and requests > FILES_A_MONTH
-        else None
-    )
-
-
 def _reason(known: bool, error: str | None) -> str:
     if error:
         return f"failed: {error}"
     return "open, or holds a gap that may still be filled" if known else "missing"
-
-
-def _lacking(toolbox: Toolbox, timeframe: Timeframe, partition: Partition, due: _Due) -> int:
-    """Bars that a backfill would ask for. Reads the object only where the ledger cannot say."""
-    table, wanted = raw(timeframe), wanted_window(toolbox, timeframe, partition)
-    if not wanted:
-        return 0
-    state = toolbox.ledger.state(table, partition)
-    there = (
-        state is not None
-        and state.bytes is not None
-        and toolbox.lake.size(table, partition) == state.bytes
-    )
-    if state is None or not there:
-        return wanted.count(timeframe)
-    quiet = (partition.market.key, partition.month_key) not in due[table]
-    if state.complete and quiet and state.start <= wanted.start and wanted.end <= state.through:
-        return 0
-    stored = toolbox.lake.read(table, partition)
-    opens = (empty_bars() if stored is None else stored)["open_time"]
-    now = toolbox.settings.now()
-    waiting = [gap.window for gap in toolbox.ledger.gaps(table, partition) if not gap.due(now)]
-    return sum(rest.count(timeframe) for rest in left_of(holes(opens, timeframe, wanted), waiting))
-
-
-def _rolled(toolbox: Toolbox, partition: Partition, rolled: str | None, digest: str | None) -> bool:
-    timeframes = toolbox.settings.rolled(partition.market)
-    if not timeframes:
-        return True
-    if rolled is None or rolled != digest:
-        return False
-    if toolbox.settings.rollups == "duckdb":
-        return toolbox.warehouse.exists
-    return all(toolbox.lake.size(rollup(tf), partition) is not None for tf in timeframes)

@@ -9,8 +9,8 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.context import Toolbox
-from marketdata_assets.flows.fetch.ingest import take_in, wanted_window
+from marketdata_assets.flows.fetch.ingest import Ingester, wanted_window
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
@@ -18,6 +18,8 @@ from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, parse_time, to_ms
 from marketdata_assets.quality.split import REJECTED_SCHEMA, asked_columns, split
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.parquet import Lake
 
 REPLAY = "replay"
 EVERY = 10**9
@@ -41,46 +43,105 @@ class Replayed:
     outcome: str
 
 
-def replay(
-    toolbox: Toolbox, markets: Sequence[Market], window: Window, dry_run: bool = False
-) -> list[Replayed]:
-    """Judge the refused rows of these markets and open times again, and store what passes now; write a
-    receipt.
+@dataclass(frozen=True, slots=True)
+class QuarantineReplayer:
+    """."""
 
-    A bar that is stored stays as it is. Of several different rows of one open_time none is stored.
-    What is stored or identical is marked as replayed and not judged again; the others stay as they
-    are.
-    """
-    rows = [
-        row
-        for market in markets
-        for row in toolbox.ledger.quarantined(market, window, limit=EVERY)
-        if _can_be(row)
-    ]
-    found = [
-        one
-        for key, group in groupby(sorted(rows, key=_place), key=_place)
-        for one in _replay(toolbox, key, list(group), dry_run)
-    ]
-    done = [one for one in found if one.outcome in ("stored", "identical")]
-    if done and not dry_run:
-        toolbox.ledger.set_replayed([one.id for one in done], toolbox.settings.now())
-        bars = sum(one.outcome == "stored" for one in done)
-        says = f"{len(done)} of {len(found)} refused rows pass the rules now, {bars} bars stored"
-        body = {
-            "rows": [
-                {
-                    "id": o.id,
-                    "partition": o.partition.key,
-                    "open_time": o.open_time,
-                    "was": o.reasons,
-                    "is": o.outcome,
-                }
-                for o in found
-            ]
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
+
+    def replay(
+        self, markets: Sequence[Market], window: Window, dry_run: bool = False
+    ) -> list[Replayed]:
+        """Judge the refused rows of these markets and open times again, and store what passes now; write a
+        receipt.
+
+        A bar that is stored stays as it is. Of several different rows of one open_time none is stored.
+        What is stored or identical is marked as replayed and not judged again; the others stay as they
+        are.
+        """
+        rows = [
+            row
+            for market in markets
+            for row in self.ledger.quarantined(market, window, limit=EVERY)
+            if _can_be(row)
+        ]
+        found = [
+            one
+            for key, group in groupby(sorted(rows, key=_place), key=_place)
+            for one in self._replay(key, list(group), dry_run)
+        ]
+        done = [one for one in found if one.outcome in ("stored", "identical")]
+        if done and not dry_run:
+            self.ledger.set_replayed([one.id for one in done], self.settings.now())
+            bars = sum(one.outcome == "stored" for one in done)
+            says = (
+                f"{len(done)} of {len(found)} refused rows pass the rules now, {bars} bars stored"
+            )
+            body = {
+                "rows": [
+                    {
+                        "id": o.id,
+                        "partition": o.partition.key,
+                        "open_time": o.open_time,
+                        "was": o.reasons,
+                        "is": o.outcome,
+                    }
+                    for o in found
+                ]
+            }
+            self.ledger.receipts.add(REPLAY, self.settings.now(), says, body)
+        return found
+
+    def _replay(
+        self, place: tuple[str, str, str], rows: list[dict[str, Any]], dry_run: bool
+    ) -> Iterator[Replayed]:
+        table, market, month = place
+        timeframe, partition = (
+            TIMEFRAMES[table.rpartition("_")[2]],
+            Partition.parse(f"{market}|{month}"),
+        )
+        wanted = wanted_window(self.settings, timeframe, partition)
+        if not wanted:
+            return
+        sent = pl.DataFrame([_sent(row) for row in rows], schema=_SENT).with_row_index("row")
+        judged = split(
+            asked_columns(sent.drop("row"), 0, wanted).with_columns(
+                sent["row"].cast(pl.Int64).alias("answer")
+            ),
+            timeframe,
+            self.settings.now(),
+        )
+        alone = judged.kept.unique(NAMES).filter(~pl.col("open_time").is_duplicated())
+        stored = self.lake.read(raw(timeframe), partition)
+        there = stored.select(NAMES) if stored is not None else alone.select(NAMES).clear()
+        if not dry_run and alone.height:
+            Ingester(self.settings, self.ledger, self.lake, self.venues).take_in(
+                timeframe,
+                partition,
+                alone.select(NAMES),
+                rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
+                source=REPLAY,
+                final=False,
+            )
+        outcome = {
+            **dict(judged.rejected.select("answer", "reasons").iter_rows()),
+            **dict.fromkeys(judged.kept["answer"], "several different rows"),
+            **dict.fromkeys(
+                judged.kept.join(alone, on=NAMES, how="semi", nulls_equal=True)["answer"],
+                "disagrees",
+            ),
+            **dict.fromkeys(
+                judged.kept.join(there, on=NAMES, how="semi", nulls_equal=True)["answer"],
+                "identical",
+            ),
+            **dict.fromkeys(_new(judged.kept, alone, there)["answer"], "stored"),
         }
-        toolbox.receipts.add(REPLAY, toolbox.settings.now(), says, body)
-    return found
+        for i, row in enumerate(rows):
+            yield Replayed(
+                row["id"], partition, timeframe, row["open_time"], row["reasons"], outcome[i]
+            )
 
 
 def _can_be(row: dict[str, Any]) -> bool:
@@ -90,55 +151,6 @@ def _can_be(row: dict[str, Any]) -> bool:
 
 def _place(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["table"], row["market"], row["month"]
-
-
-def _replay(
-    toolbox: Toolbox, place: tuple[str, str, str], rows: list[dict[str, Any]], dry_run: bool
-) -> Iterator[Replayed]:
-    table, market, month = place
-    timeframe, partition = (
-        TIMEFRAMES[table.rpartition("_")[2]],
-        Partition.parse(f"{market}|{month}"),
-    )
-    wanted = wanted_window(toolbox, timeframe, partition)
-    if not wanted:
-        return
-    sent = pl.DataFrame([_sent(row) for row in rows], schema=_SENT).with_row_index("row")
-    judged = split(
-        asked_columns(sent.drop("row"), 0, wanted).with_columns(
-            sent["row"].cast(pl.Int64).alias("answer")
-        ),
-        timeframe,
-        toolbox.settings.now(),
-    )
-    alone = judged.kept.unique(NAMES).filter(~pl.col("open_time").is_duplicated())
-    stored = toolbox.lake.read(raw(timeframe), partition)
-    there = stored.select(NAMES) if stored is not None else alone.select(NAMES).clear()
-    if not dry_run and alone.height:
-        take_in(
-            toolbox,
-            timeframe,
-            partition,
-            alone.select(NAMES),
-            pl.DataFrame(schema=REJECTED_SCHEMA),
-            REPLAY,
-            final=False,
-        )
-    outcome = {
-        **dict(judged.rejected.select("answer", "reasons").iter_rows()),
-        **dict.fromkeys(judged.kept["answer"], "several different rows"),
-        **dict.fromkeys(
-            judged.kept.join(alone, on=NAMES, how="semi", nulls_equal=True)["answer"], "disagrees"
-        ),
-        **dict.fromkeys(
-            judged.kept.join(there, on=NAMES, how="semi", nulls_equal=True)["answer"], "identical"
-        ),
-        **dict.fromkeys(_new(judged.kept, alone, there)["answer"], "stored"),
-    }
-    for i, row in enumerate(rows):
-        yield Replayed(
-            row["id"], partition, timeframe, row["open_time"], row["reasons"], outcome[i]
-        )
 
 
 def _new(kept: pl.DataFrame, alone: pl.DataFrame, there: pl.DataFrame) -> pl.DataFrame:

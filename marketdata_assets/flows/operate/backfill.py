@@ -10,20 +10,21 @@ first hour of a month (GRACE).
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
-from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.flows.fetch.ingest import wanted_window
-from marketdata_assets.ledger.ledger import Ask, Outline
+from marketdata_assets.ledger.ledger import Ask, Ledger, Outline
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import MINUTE
 from marketdata_assets.model.window import Window, iso, month_of
-from marketdata_assets.settings.universe import Venue
+from marketdata_assets.settings.universe import Settings, Venue
+from marketdata_assets.storage.bars import BarStorage
+from marketdata_assets.storage.parquet import Lake
 
 GRACE = timedelta(hours=1)
 MONTHS_A_RUN = 12
@@ -90,131 +91,263 @@ class Missed:
         )
 
 
-def missed(
-    toolbox: Toolbox, room: int, busy: Container[str], shown: Mapping[Table, Collection[str]]
-) -> Missed:
-    """What is missing, in at most `room` blocks, the newest months first.
+@dataclass(frozen=True, slots=True)
+class BacklogFinder:
+    """."""
 
-    `busy` holds the keys of partitions that a run works on or waits for, `shown` the keys that
-    Dagster's grid shows as materialized, by table. Attempts are counted in the ledger: whoever
-    calls this sends the blocks out.
-    """
-    found, now = Missed(), toolbox.settings.now()
-    asks = toolbox.ledger.asks()
-    wanted = dict(_lacks(toolbox, shown, found, now))
-    _believe(toolbox, found, wanted)
-    over = [
-        ask.partition
-        for key, ask in asks.items()
-        if key not in wanted and ask.partition.key not in busy
-    ]
-    if over:
-        toolbox.ledger.forget_asks(over)
-    ready = _ready(toolbox, wanted, asks, busy, found, now)
-    most = PARTITIONS_A_RUN
-    if toolbox.settings.broker and room:
-        most = min(most, max(FEWEST_A_RUN, -(-len(ready) // room)))
-    found.blocks = blocks(
-        [venue.markets for venue in toolbox.settings.venues.values()], ready, wanted, room, most
-    )
-    asked = [p for block in found.blocks for p in block.partitions]
-    if len(ready) > len(asked):
-        found.waiting["wait for their turn"] = len(ready) - len(asked)
-    if asked:
-        toolbox.ledger.ask([(p, wanted[p.market.key, p.month_key]) for p in asked], now)
-    return found
+    settings: Settings
+    ledger: Ledger
+    storage: BarStorage
+    clock: Callable[[], float]
+
+    def plan_backfill(
+        self, room: int, busy: Container[str], shown: Mapping[Table, Collection[str]]
+    ) -> Missed:
+        """What is missing, in at most `room` blocks, the newest months first.
+
+        `busy` holds the keys of partitions that a run works on or waits for, `shown` the keys that
+        Dagster's grid shows as materialized, by table. Attempts are counted in the ledger: whoever
+        calls this sends the blocks out.
+        """
+        found, now = Missed(), self.settings.now()
+        asks = self.ledger.asks()
+        wanted = dict(self._lacks(shown, found, now))
+        self._believe(found, wanted)
+        over = [
+            ask.partition
+            for key, ask in asks.items()
+            if key not in wanted and ask.partition.key not in busy
+        ]
+        if over:
+            self.ledger.forget_asks(over)
+        ready = self._ready(wanted, asks, busy, found=found, now=now)
+        most = PARTITIONS_A_RUN
+        if self.settings.broker and room:
+            most = min(most, max(FEWEST_A_RUN, -(-len(ready) // room)))
+        found.blocks = blocks(
+            [venue.markets for venue in self.settings.venues.values()], ready, wanted, room, most
+        )
+        asked = [p for block in found.blocks for p in block.partitions]
+        if len(ready) > len(asked):
+            found.waiting["wait for their turn"] = len(ready) - len(asked)
+        if asked:
+            self.ledger.ask([(p, wanted[p.market.key, p.month_key]) for p in asked], now)
+        return found
+
+    def _lacks(
+        self, shown: Mapping[Table, Collection[str]], found: Missed, now: datetime
+    ) -> Iterator[tuple[_Key, str]]:
+        """Market key and month key of everything that is lacking, with the reason."""
+        due = self.look_is_due(now)
+        rolled_lost = self._rollups_lost(found, due)
+        for venue in self.settings.venues.values():
+            looks = [
+                _Look(
+                    self.settings,
+                    self.ledger,
+                    self.storage.lake,
+                    table=raw(tf),
+                    shown=shown.get(raw(tf)),
+                    look=due,
+                )
+                for tf in venue.fetched
+            ]
+            months = list(self._closed_months(venue, now))
+            for market in venue.markets:
+                rolls = bool(self.settings.rolled(market))
+                for month, bounds in months:
+                    key = (market.key, month)
+                    reasons = (
+                        look.at(key, wanted, found)
+                        for look, wanted in zip(looks, bounds, strict=True)
+                        if wanted
+                    )
+                    reason = next(filter(None, reasons), None)
+                    if (
+                        reason is None
+                        and rolls
+                        and bounds[0]
+                        and (not looks[0].outlines[key].rolled or key in rolled_lost)
+                    ):
+                        reason = "its rollups are not up to date"
+                    if reason is not None:
+                        yield key, reason
+
+    def look_is_due(self, now: datetime, what: str = "lost objects") -> bool:
+        """Whether to look for lost objects now: always where that is free. `what` names who looks."""
+        if self.storage.lake.local:
+            return True
+        last = self.ledger.last_beat(what)
+        if last is not None and timedelta(0) <= now - last < LOOK:
+            return False
+        self.ledger.beat(what, now)
+        return True
+
+    def _believe(self, found: Missed, wanted: dict[_Key, str]) -> None:
+        """Only what is really lost stays lost: not what a run stores just now, and not most of the lake at
+        once.
+        """
+        lost = {
+            table: partitions for table, partitions in found.lost.items() if table.layer == "raw"
+        }
+        count, known = (
+            sum(map(len, lost.values())),
+            sum(len(self.ledger.outlines(table)) for table in lost),
+        )
+        if count > MANY and 2 * count >= known:
+            where = self.settings.lake
+            raise StoreFailed(
+                f"{count} of {known} objects are not in {where}: is it mounted? Nothing is asked for and nothing forgotten; "
+                "if they are gone for good, `marketdata backfill` fetches them again"
+            )
+        for table, partitions in lost.items():
+            found.lost[table] = [p for p in partitions if self._is_lost(table, p)]
+            for partition in set(partitions) - set(found.lost[table]):
+                wanted.pop((partition.market.key, partition.month_key), None)
+            if not found.lost[table]:
+                del found.lost[table]
+
+    def _is_lost(self, table: Table, partition: Partition) -> bool:
+        with self.ledger.lock(partition.key, wait=False) as free:
+            state = self.ledger.state(table, partition)
+            return (
+                free
+                and state is not None
+                and state.bytes != self.storage.lake.size(table, partition)
+            )
+
+    def _closed_months(
+        self, venue: Venue, now: datetime
+    ) -> Iterator[tuple[str, list[tuple[str, str] | None]]]:
+        """Month key, and for each timeframe of the venue the window wanted of it (ISO; None where nothing
+        is).
+        """
+        some, days = venue.markets[0], self.settings.automation.lookback_days
+        span = self.settings.span(some)
+        for partition in partitions_of(some, span):
+            end = min(partition.month.end, venue.until or partition.month.end)
+            if end > now - GRACE or (days is not None and end < now - timedelta(days=days)):
+                continue
+            windows = [wanted_window(self.settings, tf, partition) for tf in venue.fetched]
+            yield partition.month_key, [(iso(w.start), iso(w.end)) if w else None for w in windows]
+
+    def _rollups_lost(self, found: Missed, look: bool) -> set[_Key]:
+        """Partitions whose rollups are gone from where they were stored; in the lake only where it is
+        looked at.
+        """
+        timeframes = self.settings.rollup_timeframes
+        if self.settings.rollups == "duckdb":
+            if not self.storage.warehouse.exists:
+                self.ledger.forget_rollups()
+                for tf in timeframes:
+                    found.lost[rollup(tf)] = []  # all of it
+            return set()
+        if not timeframes or not look:
+            return set()
+        pace = MINUTE if self.storage.lake.local else LOOK
+        turn = timeframes[
+            int(self.settings.now().timestamp() // pace.total_seconds()) % len(timeframes)
+        ]  # one table at a time: they are many
+        there = self.storage.lake.sizes(rollup(turn))
+        outlines = (
+            item
+            for base in {v.base for v in self.settings.venues.values()}
+            for item in self.ledger.outlines(raw(base)).items()
+        )
+        kept = f"{self.settings.kept_since(rollup(turn).name):%Y-%m-%d}"
+        gone = {
+            k
+            for k, outline in outlines
+            if outline.rolled and k not in there and k[1] >= kept and turn in self._rolled(k[0])
+        }
+        found.lost[rollup(turn)] = [Partition.parse("|".join(key)) for key in gone]
+        if not gone:
+            del found.lost[rollup(turn)]
+        return gone
+
+    def _rolled(self, market: str) -> Sequence[object]:
+        known = {m.key: m for m in self.settings.markets}
+        return self.settings.rolled(known[market]) if market in known else ()
+
+    def _ready(
+        self,
+        wanted: Mapping[_Key, str],
+        asks: Mapping[_Key, Ask],
+        busy: Container[str],
+        *,
+        found: Missed,
+        now: datetime,
+    ) -> set[_Key]:
+        ready, parking = set(), []
+        closed = {
+            name
+            for name in self.settings.venues
+            if (self.ledger.venue_health(name).broken_until > self.clock())
+        }
+        for key, reason in wanted.items():
+            ask = asks.get(key)
+            why = self._why_not(key, ask, busy, closed=closed, now=now)
+            if why is None and ask and ask.attempts >= self.settings.automation.attempts:
+                parking.append((ask.partition, reason))
+                why = _PARKED
+            if why is None:
+                ready.add(key)
+                continue
+            found.waiting[why] += 1
+            if why == _PARKED:
+                found.parked.append(Partition.parse("|".join(key)))
+        if parking:
+            self.ledger.park(parking, now)
+        return ready
+
+    def _why_not(
+        self,
+        key: _Key,
+        ask: Ask | None,
+        busy: Container[str],
+        *,
+        closed: Container[str],
+        now: datetime,
+    ) -> str | None:
+        if "|".join(key) in busy:
+            return "are under way"
+        if ask and ask.parked_at:
+            return _PARKED
+        venue = key[0].partition(":")[0]
+        if venue in closed:
+            return f"wait for {venue}, whose circuit breaker is open"
+        if ask and timedelta(0) <= now - ask.asked_at < cooldown(self.settings, ask):
+            return "wait for their cooldown"
+        return None
 
 
-def cooldown(toolbox: Toolbox, ask: Ask) -> timedelta:
+def cooldown(settings: Settings, ask: Ask) -> timedelta:
     """How long after its last attempt a partition is left alone."""
     times: int = SLOWER ** max(0, ask.attempts - 1)
-    return toolbox.settings.automation.cooldown_minutes * MINUTE * times
+    return settings.automation.cooldown_minutes * MINUTE * times
 
 
 # --------------------------------------------------------------------------------- what is lacking
 _Key = tuple[str, str]
 
 
-def _lacks(
-    toolbox: Toolbox, shown: Mapping[Table, Collection[str]], found: Missed, now: datetime
-) -> Iterator[tuple[_Key, str]]:
-    """Market key and month key of everything that is lacking, with the reason."""
-    due = look_is_due(toolbox, now)
-    rolled_lost = _rollups_lost(toolbox, found, due)
-    for venue in toolbox.settings.venues.values():
-        looks = [_Look(toolbox, raw(tf), shown.get(raw(tf)), due) for tf in venue.fetched]
-        months = list(_closed_months(toolbox, venue, now))
-        for market in venue.markets:
-            rolls = bool(toolbox.settings.rolled(market))
-            for month, bounds in months:
-                key = (market.key, month)
-                reasons = (
-                    look.at(key, wanted, found)
-                    for look, wanted in zip(looks, bounds, strict=True)
-                    if wanted
-                )
-                reason = next(filter(None, reasons), None)
-                if (
-                    reason is None
-                    and rolls
-                    and bounds[0]
-                    and (not looks[0].outlines[key].rolled or key in rolled_lost)
-                ):
-                    reason = "its rollups are not up to date"
-                if reason is not None:
-                    yield key, reason
-
-
-def look_is_due(toolbox: Toolbox, now: datetime, what: str = "lost objects") -> bool:
-    """Whether to look for lost objects now: always where that is free. `what` names who looks."""
-    if toolbox.lake.local:
-        return True
-    last = toolbox.ledger.last_beat(what)
-    if last is not None and timedelta(0) <= now - last < LOOK:
-        return False
-    toolbox.ledger.beat(what, now)
-    return True
-
-
-def _believe(toolbox: Toolbox, found: Missed, wanted: dict[_Key, str]) -> None:
-    """Only what is really lost stays lost: not what a run stores just now, and not most of the lake at
-    once.
-    """
-    lost = {table: partitions for table, partitions in found.lost.items() if table.layer == "raw"}
-    count, known = (
-        sum(map(len, lost.values())),
-        sum(len(toolbox.ledger.outlines(table)) for table in lost),
-    )
-    if count > MANY and 2 * count >= known:
-        where = toolbox.settings.lake
-        raise StoreFailed(
-            f"{count} of {known} objects are not in {where}: is it mounted? Nothing is asked for and nothing forgotten; "
-            "if they are gone for good, `marketdata backfill` fetches them again"
-        )
-    for table, partitions in lost.items():
-        found.lost[table] = [p for p in partitions if _is_lost(toolbox, table, p)]
-        for partition in set(partitions) - set(found.lost[table]):
-            wanted.pop((partition.market.key, partition.month_key), None)
-        if not found.lost[table]:
-            del found.lost[table]
-
-
-def _is_lost(toolbox: Toolbox, table: Table, partition: Partition) -> bool:
-    with toolbox.ledger.lock(partition.key, wait=False) as free:
-        state = toolbox.ledger.state(table, partition)
-        return free and state is not None and state.bytes != toolbox.lake.size(table, partition)
-
-
 class _Look:
     """One raw table as the ledger has it, and the lake where it is looked at, all at once."""
 
     def __init__(
-        self, toolbox: Toolbox, table: Table, shown: Collection[str] | None, look: bool
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        lake: Lake,
+        *,
+        table: Table,
+        shown: Collection[str] | None,
+        look: bool,
     ) -> None:
         self.table, self.shown = table, shown
-        self.outlines: dict[_Key, Outline] = toolbox.ledger.outlines(table)
-        self.sizes = toolbox.lake.sizes(table) if look else None
-        self.due = toolbox.gaps.due(table, toolbox.settings.now())
+        self.outlines: dict[_Key, Outline] = ledger.outlines(table)
+        self.sizes = lake.sizes(table) if look else None
+        self.due = ledger.gap_book.due(table, settings.now())
 
     def at(self, key: _Key, wanted: tuple[str, str], found: Missed) -> str | None:
         """Why this partition needs a run, if it does. `wanted` is ISO text, as in an Outline."""
@@ -240,111 +373,10 @@ class _Look:
         )
 
 
-def _closed_months(
-    toolbox: Toolbox, venue: Venue, now: datetime
-) -> Iterator[tuple[str, list[tuple[str, str] | None]]]:
-    """Month key, and for each timeframe of the venue the window wanted of it (ISO; None where nothing
-    is).
-    """
-    some, days = venue.markets[0], toolbox.settings.automation.lookback_days
-    span = toolbox.settings.span(some)
-    for partition in partitions_of(some, span):
-        end = min(partition.month.end, venue.until or partition.month.end)
-        if end > now - GRACE or (days is not None and end < now - timedelta(days=days)):
-            continue
-        windows = [wanted_window(toolbox, tf, partition) for tf in venue.fetched]
-        yield partition.month_key, [(iso(w.start), iso(w.end)) if w else None for w in windows]
-
-
-def _rollups_lost(toolbox: Toolbox, found: Missed, look: bool) -> set[_Key]:
-    """Partitions whose rollups are gone from where they were stored; in the lake only where it is
-    looked at.
-    """
-    timeframes = toolbox.settings.rollup_timeframes
-    if toolbox.settings.rollups == "duckdb":
-        if not toolbox.warehouse.exists:
-            toolbox.ledger.forget_rollups()
-            for tf in timeframes:
-                found.lost[rollup(tf)] = []  # all of it
-        return set()
-    if not timeframes or not look:
-        return set()
-    pace = MINUTE if toolbox.lake.local else LOOK
-    turn = timeframes[
-        int(toolbox.settings.now().timestamp() // pace.total_seconds()) % len(timeframes)
-    ]  # one table at a time: they are many
-    there = toolbox.lake.sizes(rollup(turn))
-    outlines = (
-        item
-        for base in {v.base for v in toolbox.settings.venues.values()}
-        for item in toolbox.ledger.outlines(raw(base)).items()
-    )
-    kept = f"{toolbox.settings.kept_since(rollup(turn).name):%Y-%m-%d}"
-    gone = {
-        k
-        for k, outline in outlines
-        if outline.rolled and k not in there and k[1] >= kept and turn in _rolled(toolbox, k[0])
-    }
-    found.lost[rollup(turn)] = [Partition.parse("|".join(key)) for key in gone]
-    if not gone:
-        del found.lost[rollup(turn)]
-    return gone
-
-
-def _rolled(toolbox: Toolbox, market: str) -> Sequence[object]:
-    known = {m.key: m for m in toolbox.settings.markets}
-    return toolbox.settings.rolled(known[market]) if market in known else ()
-
-
 # --------------------------------------------------------------------------------- what may be aske
-def _ready(
-    toolbox: Toolbox,
-    wanted: Mapping[_Key, str],
-    asks: Mapping[_Key, Ask],
-    busy: Container[str],
-    found: Missed,
-    now: datetime,
-) -> set[_Key]:
-    ready, parking = set(), []
-    closed = {name for name in toolbox.settings.venues if toolbox.breaker_open(name)}
-    for key, reason in wanted.items():
-        ask = asks.get(key)
-        why = _why_not(toolbox, key, ask, busy, closed, now)
-        if why is None and ask and ask.attempts >= toolbox.settings.automation.attempts:
-            parking.append((ask.partition, reason))
-            why = _PARKED
-        if why is None:
-            ready.add(key)
-            continue
-        found.waiting[why] += 1
-        if why == _PARKED:
-            found.parked.append(Partition.parse("|".join(key)))
-    if parking:
-        toolbox.ledger.park(parking, now)
-    return ready
 
 
 _PARKED = "are parked after too many attempts (`marketdata parked`)"
-
-
-def _why_not(
-    toolbox: Toolbox,
-    key: _Key,
-    ask: Ask | None,
-    busy: Container[str],
-    closed: Container[str],
-    now: datetime,
-) -> str | None:
-    if "|".join(key) in busy:
-        return "are under way"
-    if ask and ask.parked_at:
-        return _PARKED
-    venue = key[0].partition(":")[0]
-    if venue in closed:
-        return f"wait for {venue}, whose circuit breaker is open"
-    if ask and timedelta(0) <= now - ask.asked_at < cooldown(toolbox, ask):
-        return "wait for their cooldown"
-    return None
 
 
 def blocks(

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from marketdata_assets.context import Toolbox
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.settings.universe import Limits
+from marketdata_assets.settings.universe import Limits, Settings
+from marketdata_assets.storage.parquet import Lake
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +37,38 @@ class Freshness:
         return self.through is None or self.lag > self.limits.error
 
 
-def freshness(toolbox: Toolbox, timeframe: Timeframe, markets: Iterable[Market]) -> list[Freshness]:
+def freshness(
+    settings: Settings,
+    ledger: Ledger,
+    lake: Lake,
+    *,
+    timeframe: Timeframe,
+    markets: Iterable[Market],
+) -> list[Freshness]:
     """Every market whose venue fetches this timeframe, by the newest bar on disk and not by the newest
     run.
     """
-    newest = toolbox.ledger.newest(raw(timeframe))
-    fetched = [m for m in markets if timeframe in toolbox.settings.venues[m.venue].fetched]
-    return [_of(toolbox, timeframe, market, newest.get(market.key)) for market in fetched]
+    newest = ledger.newest(raw(timeframe))
+    fetched = [m for m in markets if timeframe in settings.venues[m.venue].fetched]
+    return [
+        _of(settings, lake, timeframe, market=market, newest=newest.get(market.key))
+        for market in fetched
+    ]
 
 
 def _of(
-    toolbox: Toolbox, timeframe: Timeframe, market: Market, newest: tuple[datetime, str, int] | None
+    settings: Settings,
+    lake: Lake,
+    timeframe: Timeframe,
+    *,
+    market: Market,
+    newest: tuple[datetime, str, int] | None,
 ) -> Freshness:
-    span = toolbox.settings.span(market)
+    span = settings.span(market)
     through = None
     if newest is not None:
         bar, month, size = newest
-        there = toolbox.lake.size(raw(timeframe), Partition.parse(f"{market.key}|{month}")) == size
+        there = lake.size(raw(timeframe), Partition.parse(f"{market.key}|{month}")) == size
         through = bar + timeframe.width if there else None
     lag = max(timedelta(0), timeframe.floor(span.end) - (through or span.start))
-    return Freshness(market, through, lag, toolbox.settings.limits(timeframe))
+    return Freshness(market, through, lag, settings.limits(timeframe))

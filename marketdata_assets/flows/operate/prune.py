@@ -4,19 +4,26 @@ stays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
-from marketdata_assets.context import Toolbox
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.settings.universe import Settings
 
 
-def forget(toolbox: Toolbox, days: float, dry_run: bool = False) -> dict[str, int]:
+def forget(
+    settings: Settings,
+    ledger: Ledger,
+    clock: Callable[[], float],
+    *,
+    days: float,
+    dry_run: bool = False,
+) -> dict[str, int]:
     """Delete incidents that recovered, and rows of the fetch log, from more than `days` ago; how many
     of each.
     """
     age = timedelta(days=days)
     return {
-        "incidents": toolbox.incidents.forget(toolbox.settings.now() - age, dry_run),
-        "fetches": toolbox.ledger.forget_fetches(
-            toolbox.policy.clock() - age.total_seconds(), dry_run
-        ),
+        "incidents": ledger.incidents.forget(settings.now() - age, dry_run),
+        "fetches": ledger.forget_fetches(clock() - age.total_seconds(), dry_run),
     }

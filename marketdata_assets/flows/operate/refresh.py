@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
-from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.fetch.ingest import wanted_window
 from marketdata_assets.flows.operate.backfill import GRACE
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.window import month_of
-from marketdata_assets.settings.universe import Venue
+from marketdata_assets.settings.universe import Settings, Venue
+from marketdata_assets.storage.parquet import Lake
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,27 +25,45 @@ class Refresh:
     says: str
 
 
-def refreshes(toolbox: Toolbox, busy: Container[str]) -> list[Refresh]:
+def refreshes(
+    settings: Settings,
+    ledger: Ledger,
+    lake: Lake,
+    *,
+    clock: Callable[[], float],
+    busy: Container[str],
+) -> list[Refresh]:
     """One for each venue of the universe. `busy` holds the keys of partitions that a run works on or
     waits for.
 
     In the first hour of a month the month before comes along, until it is complete.
     """
-    return [_refresh(toolbox, venue, busy) for venue in toolbox.settings.venues.values()]
+    return [
+        _refresh(settings, ledger, lake, clock=clock, venue=venue, busy=busy)
+        for venue in settings.venues.values()
+    ]
 
 
-def _refresh(toolbox: Toolbox, venue: Venue, busy: Container[str]) -> Refresh:
-    now = toolbox.settings.now()
+def _refresh(
+    settings: Settings,
+    ledger: Ledger,
+    lake: Lake,
+    *,
+    clock: Callable[[], float],
+    venue: Venue,
+    busy: Container[str],
+) -> Refresh:
+    now = settings.now()
     if venue.until and venue.until <= now - GRACE:
         return Refresh(
             venue.name, None, None, f"{venue.name}: nothing is wanted after {venue.until.date()}"
         )
-    if toolbox.breaker_open(venue.name):
+    if ledger.venue_health(venue.name).broken_until > clock():
         return Refresh(venue.name, None, None, f"{venue.name}: its circuit breaker is open")
     month = month_of(now)
     months = [m for m in (month_of(now - GRACE), month) if m == month or m.end > venue.since]
     grid = [Partition(market, m) for m in dict.fromkeys(months) for market in venue.markets]
-    lacking = [p for p in grid if _lacks(toolbox, venue, p)]
+    lacking = [p for p in grid if _lacks(settings, ledger, lake, venue=venue, partition=p)]
     if not lacking:
         return Refresh(
             venue.name, None, None, f"{venue.name}: no bar has closed since the last refresh"
@@ -58,17 +77,19 @@ def _refresh(toolbox: Toolbox, venue: Venue, busy: Container[str]) -> Refresh:
     )
 
 
-def _lacks(toolbox: Toolbox, venue: Venue, partition: Partition) -> bool:
+def _lacks(
+    settings: Settings, ledger: Ledger, lake: Lake, *, venue: Venue, partition: Partition
+) -> bool:
     """Whether a bar of any fetched timeframe has closed that was not asked for; or the object is
     gone.
     """
     for timeframe in venue.fetched:
-        wanted = wanted_window(toolbox, timeframe, partition)
-        state = toolbox.ledger.state(raw(timeframe), partition)
+        wanted = wanted_window(settings, timeframe, partition)
+        state = ledger.state(raw(timeframe), partition)
         if wanted and (
             state is None or state.bytes is None or state.through < wanted.end or state.error
         ):
             return True
-        if wanted and state and toolbox.lake.size(raw(timeframe), partition) != state.bytes:
+        if wanted and state and lake.size(raw(timeframe), partition) != state.bytes:
             return True
     return False

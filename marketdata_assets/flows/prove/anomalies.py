@@ -8,21 +8,23 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import polars as pl
 
-from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.fetch.ingest import Ingested
 from marketdata_assets.ledger.anomalies import Entry
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.anomaly import Severity, State
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.partition import Partition, neighbour, partitions_of
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.window import Window, iso, month_of
 from marketdata_assets.quality.anomalies import CONTEXT, REACH, find_anomalies
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.parquet import Lake
 
 CHECK = "anomalies"
 
 
-def judge(toolbox: Toolbox, done: Ingested) -> list[Entry]:
+def judge(settings: Settings, ledger: Ledger, lake: Lake, *, done: Ingested) -> list[Entry]:
     """Find the anomalies of a partition, with the bars of the months beside it, and settle its
     entries.
 
@@ -32,25 +34,35 @@ def judge(toolbox: Toolbox, done: Ingested) -> list[Entry]:
     table, partition = raw(done.timeframe), done.partition
     month, width = partition.month, done.timeframe.width
     before = _beside(
-        toolbox, table, neighbour(partition, -1), Window(month.start - CONTEXT * width, month.start)
+        ledger,
+        lake,
+        table,
+        partition=neighbour(partition, -1),
+        window=Window(month.start - CONTEXT * width, month.start),
     )
     after = _beside(
-        toolbox, table, neighbour(partition, +1), Window(month.end, month.end + CONTEXT * width)
+        ledger,
+        lake,
+        table,
+        partition=neighbour(partition, +1),
+        window=Window(month.end, month.end + CONTEXT * width),
     )
     judged = Window(month.start - REACH * width if before.height else month.start, month.end)
     found = find_anomalies(pl.concat([before, done.bars, after]), done.timeframe, judged)
-    return toolbox.anomalies.settle(table, partition.market, judged, found, toolbox.settings.now())
+    return ledger.anomalies.settle(table, partition.market, judged, found, settings.now())
 
 
-def _beside(toolbox: Toolbox, table: Table, partition: Partition, window: Window) -> pl.DataFrame:
+def _beside(
+    ledger: Ledger, lake: Lake, table: Table, *, partition: Partition, window: Window
+) -> pl.DataFrame:
     """The stored bars of a neighbouring month that open inside the window; none where it is not stored
     or damaged.
     """
-    state = toolbox.ledger.state(table, partition)
+    state = ledger.state(table, partition)
     if state is None or state.bytes is None:
         return empty_bars()
     try:
-        bars = toolbox.lake.read(table, partition, since=window.start)
+        bars = lake.read(table, partition, since=window.start)
     except Damaged:
         return empty_bars()
     return empty_bars() if bars is None else bars.filter(_opens_in(window))
@@ -71,7 +83,7 @@ def words(entries: Sequence[Entry]) -> str:
     return f"{waiting} anomalies are open, {sum(map(alarming, entries))} of them high or critical"
 
 
-def bars_of(toolbox: Toolbox, entries: Iterable[Entry]) -> Iterator[tuple[Entry, pl.DataFrame]]:
+def bars_of(lake: Lake, entries: Iterable[Entry]) -> Iterator[tuple[Entry, pl.DataFrame]]:
     """Each entry with its bars, as they are stored now; none where they are not stored any more.
     Raises Damaged.
     """
@@ -79,27 +91,27 @@ def bars_of(toolbox: Toolbox, entries: Iterable[Entry]) -> Iterator[tuple[Entry,
     for entry in entries:
         window = Window(entry.anomaly.start, entry.anomaly.end)
         keys = [(entry.table, partition) for partition in partitions_of(entry.market, window)]
-        read = {key: read[key] if key in read else toolbox.lake.read(*key) for key in keys}
+        read = {key: read[key] if key in read else lake.read(*key) for key in keys}
         frames = [frame for frame in read.values() if frame is not None]
         yield entry, pl.concat([empty_bars(), *frames]).filter(_opens_in(window))
 
 
-def mark(toolbox: Toolbox, id: int, state: State, note: str | None) -> Entry:
+def mark(settings: Settings, ledger: Ledger, id: int, *, state: State, note: str | None) -> Entry:
     """Set what became of an entry; its check follows in the ledger at once, in the UI with the next
     run. Raises BadInput.
     """
-    if toolbox.anomalies.get(id) is None:
+    if ledger.anomalies.get(id) is None:
         raise BadInput(
             f"there is no anomaly {id}; `marketdata anomalies --state all` lists their numbers"
         )
-    now = toolbox.settings.now()
-    toolbox.anomalies.mark(id, state, note, now)
-    entry = toolbox.anomalies.get(id)
+    now = settings.now()
+    ledger.anomalies.mark(id, state, note, now)
+    entry = ledger.anomalies.get(id)
     assert entry is not None, "entries are never deleted"
     partition = Partition(entry.market, month_of(entry.anomaly.start))
-    entries = toolbox.anomalies.find(partition.month, entry.market, entry.table)
+    entries = ledger.anomalies.find(partition.month, entry.market, entry.table)
     red = (False, words(entries)) if any(map(alarming, entries)) else None
-    toolbox.ledger.set_check(entry.table, partition, CHECK, red, now)
+    ledger.set_check(entry.table, partition, CHECK, red, now)
     return entry
 
 

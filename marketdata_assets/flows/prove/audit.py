@@ -12,13 +12,12 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.derive.rollup import Derived
 from marketdata_assets.flows.fetch.ingest import Ingested
 from marketdata_assets.flows.prove.anomalies import CHECK, alarming, judge, row_of, words
 from marketdata_assets.flows.prove.gaps import UNEXPLAINED, words_of
-from marketdata_assets.flows.prove.parity import compare
-from marketdata_assets.ledger.ledger import Account, Gap
+from marketdata_assets.flows.prove.parity import ParityChecker
+from marketdata_assets.ledger.ledger import Account, Gap, Ledger
 from marketdata_assets.model.anomaly import State
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA, number_text
 from marketdata_assets.model.intervals import holes, left_of
@@ -28,6 +27,8 @@ from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso
 from marketdata_assets.quality.parity import UNEQUAL, WITHIN
 from marketdata_assets.quality.split import asked_columns, split
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.parquet import Lake
 
 Row = dict[str, str | int]
 SHOWN = 20
@@ -73,31 +74,130 @@ RAW_CHECKS: dict[str, str] = {
 BLOCKING = ("ohlc", "duplicates", "accounting")
 
 
-def audit_raw(toolbox: Toolbox, done: Ingested) -> list[Finding]:
-    """The checks of a raw partition, in the order of RAW_CHECKS (the last of base bars only).
+@dataclass(frozen=True, slots=True)
+class Auditor:
+    """."""
 
-    Which of them are red stands in the ledger afterwards.
-    """
-    findings = [_ohlc(done), _duplicates(done), _gaps(done), _accounting(done.account)]
-    if done.timeframe == toolbox.settings.venues[done.partition.market.venue].base:
-        findings.append(_anomalies(toolbox, done))
-    return _remembered(toolbox, raw(done.timeframe), done.partition, findings)
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
 
+    def audit_raw(self, done: Ingested) -> list[Finding]:
+        """The checks of a raw partition, in the order of RAW_CHECKS (the last of base bars only).
 
-def audit_gaps(toolbox: Toolbox, done: Ingested) -> Finding:
-    """The check `gaps` alone, once more, by what the ledger says of them now."""
-    table = raw(done.timeframe)
-    explained = replace(done, gaps=tuple(toolbox.ledger.gaps(table, done.partition)))
-    return _remembered(toolbox, table, done.partition, [_gaps(explained)])[0]
+        Which of them are red stands in the ledger afterwards.
+        """
+        findings = [_ohlc(done), _duplicates(done), _gaps(done), _accounting(done.account)]
+        if done.timeframe == self.settings.venues[done.partition.market.venue].base:
+            findings.append(self._anomalies(done))
+        return self._remembered(raw(done.timeframe), done.partition, findings)
 
+    def audit_gaps(self, done: Ingested) -> Finding:
+        """The check `gaps` alone, once more, by what the ledger says of them now."""
+        table = raw(done.timeframe)
+        explained = replace(done, gaps=tuple(self.ledger.gaps(table, done.partition)))
+        return self._remembered(table, done.partition, [_gaps(explained)])[0]
 
-def _remembered(
-    toolbox: Toolbox, table: Table, partition: Partition, findings: list[Finding]
-) -> list[Finding]:
-    for finding in findings:
-        red = None if finding.passed else (finding.blocking, finding.says)
-        toolbox.ledger.set_check(table, partition, finding.check, red, toolbox.settings.now())
-    return findings
+    def _remembered(
+        self, table: Table, partition: Partition, findings: list[Finding]
+    ) -> list[Finding]:
+        for finding in findings:
+            red = None if finding.passed else (finding.blocking, finding.says)
+            self.ledger.set_check(table, partition, finding.check, red, self.settings.now())
+        return findings
+
+    def _anomalies(self, done: Ingested) -> Finding:
+        entries = sorted(
+            judge(self.settings, self.ledger, self.lake, done=done),
+            key=lambda e: (list(State).index(e.state), -e.anomaly.severity, e.anomaly.start),
+        )
+        numbers = {state.value: sum(entry.state == state for entry in entries) for state in State}
+        alarms = sum(map(alarming, entries))
+        return Finding(
+            CHECK,
+            not alarms,
+            words(entries),
+            False,
+            {**numbers, "alarming": alarms},
+            [row_of(e) for e in entries[:SHOWN]],
+        )
+
+    def audit_rollup(self, derived: Derived, timeframe: Timeframe) -> list[Finding]:
+        """`complete`, and `matches_native` where the venue's own bars of that timeframe are stored."""
+        partition = derived.partition
+        frame = derived.frames.get(timeframe, pl.DataFrame(schema=ROLLUP_SCHEMA))
+        findings = [self._complete(partition, timeframe, frame)]
+        if timeframe in self.settings.venues[partition.market.venue].reference:
+            findings.append(self._matches_native(derived, timeframe))
+        return self._remembered(rollup(timeframe), partition, findings)
+
+    def _complete(self, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame) -> Finding:
+        """Every bar that holds fewer base bars than a full one must owe it to bars the venue never had."""
+        short = frame.filter(pl.col("bars_present") < pl.col("bars_expected"))
+        absent = (
+            self._absent_bars(partition, timeframe)
+            if short.height
+            else pl.DataFrame(schema=_ABSENT)
+        )
+        judged = short.join(absent, on="open_time", how="left").with_columns(
+            pl.col("absent").fill_null(0)
+        )
+        unexplained = judged.filter(
+            pl.col("bars_present") + pl.col("absent") < pl.col("bars_expected")
+        )
+        rows: list[Row] = [
+            {"open_time": iso(t), "expected": e, "present": p}
+            for t, e, p in unexplained.select(
+                "open_time", "bars_expected", "bars_present"
+            ).iter_rows()
+        ]
+        numbers = {"bars": frame.height, "short": short.height, "unexplained": unexplained.height}
+        return Finding(
+            "complete",
+            not rows,
+            f"{short.height} bars are made of fewer than they could, {len(rows)} without an explanation",
+            False,
+            numbers,
+            rows[:SHOWN],
+        )
+
+    def _absent_bars(self, partition: Partition, timeframe: Timeframe) -> pl.DataFrame:
+        """How many base bars each bucket lacks because the venue has none, by the ledger's evidence."""
+        base = self.settings.venues[partition.market.venue].base
+        known = [
+            gap
+            for p in (neighbour(partition, -1), partition)
+            for gap in self.ledger.gaps(raw(base), p)
+        ]
+        gaps = [gap.window for gap in known if gap.cause or gap.reason == "no_bars"]
+        listed = self.ledger.listed(partition.market)
+        if listed:
+            gaps.append(Window(timeframe.floor(listed), base.floor(listed)))
+        absent: Counter[datetime] = Counter()
+        for gap in gaps:
+            moment = gap.start
+            while moment < gap.end:
+                absent[timeframe.floor(moment)] += 1
+                moment += base.width
+        return pl.DataFrame(
+            {"open_time": list(absent), "absent": list(absent.values())}, schema=_ABSENT
+        )
+
+    def _matches_native(self, derived: Derived, timeframe: Timeframe) -> Finding:
+        """Our rollup beside the venue's own bars; where they differ, the bars that cause it."""
+        judged = ParityChecker(self.settings, self.ledger, self.lake).compare(derived, timeframe)
+        differing = judged.filter(pl.col("outcome").is_in(UNEQUAL))
+        within = judged.filter(pl.col("outcome") == WITHIN).height
+        rows: list[Row] = [_difference(row) for row in differing.head(SHOWN).iter_rows(named=True)]
+        numbers = {
+            "compared": judged.height,
+            "different": differing.height,
+            "within_tolerance": within,
+        }
+        words = f"{differing.height} of {judged.height} bars differ from the venue's own, {within} lie within its tolerance"
+        if judged.is_empty():
+            words = "no bars of the venue's own are stored to compare"
+        return Finding("matches_native", differing.is_empty(), words, False, numbers, rows)
 
 
 def _ohlc(done: Ingested) -> Finding:
@@ -143,23 +243,6 @@ def _accounting(account: Account) -> Finding:
         "received = stored + identical + quarantined",
         True,
         asdict(account),
-    )
-
-
-def _anomalies(toolbox: Toolbox, done: Ingested) -> Finding:
-    entries = sorted(
-        judge(toolbox, done),
-        key=lambda e: (list(State).index(e.state), -e.anomaly.severity, e.anomaly.start),
-    )
-    numbers = {state.value: sum(entry.state == state for entry in entries) for state in State}
-    alarms = sum(map(alarming, entries))
-    return Finding(
-        CHECK,
-        not alarms,
-        words(entries),
-        False,
-        {**numbers, "alarming": alarms},
-        [row_of(e) for e in entries[:SHOWN]],
     )
 
 
@@ -223,82 +306,9 @@ def _gap_table(unexplained: Sequence[Window], done: Ingested) -> list[Row]:
 
 
 # --------------------------------------------------------------------------------- rollups
-def audit_rollup(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> list[Finding]:
-    """`complete`, and `matches_native` where the venue's own bars of that timeframe are stored."""
-    partition = derived.partition
-    frame = derived.frames.get(timeframe, pl.DataFrame(schema=ROLLUP_SCHEMA))
-    findings = [_complete(toolbox, partition, timeframe, frame)]
-    if timeframe in toolbox.settings.venues[partition.market.venue].reference:
-        findings.append(_matches_native(toolbox, derived, timeframe))
-    return _remembered(toolbox, rollup(timeframe), partition, findings)
-
-
-def _complete(
-    toolbox: Toolbox, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame
-) -> Finding:
-    """Every bar that holds fewer base bars than a full one must owe it to bars the venue never had."""
-    short = frame.filter(pl.col("bars_present") < pl.col("bars_expected"))
-    absent = (
-        _absent_bars(toolbox, partition, timeframe)
-        if short.height
-        else pl.DataFrame(schema=_ABSENT)
-    )
-    judged = short.join(absent, on="open_time", how="left").with_columns(
-        pl.col("absent").fill_null(0)
-    )
-    unexplained = judged.filter(pl.col("bars_present") + pl.col("absent") < pl.col("bars_expected"))
-    rows: list[Row] = [
-        {"open_time": iso(t), "expected": e, "present": p}
-        for t, e, p in unexplained.select("open_time", "bars_expected", "bars_present").iter_rows()
-    ]
-    numbers = {"bars": frame.height, "short": short.height, "unexplained": unexplained.height}
-    return Finding(
-        "complete",
-        not rows,
-        f"{short.height} bars are made of fewer than they could, {len(rows)} without an explanation",
-        False,
-        numbers,
-        rows[:SHOWN],
-    )
-
-
-def _absent_bars(toolbox: Toolbox, partition: Partition, timeframe: Timeframe) -> pl.DataFrame:
-    """How many base bars each bucket lacks because the venue has none, by the ledger's evidence."""
-    base = toolbox.settings.venues[partition.market.venue].base
-    known = [
-        gap
-        for p in (neighbour(partition, -1), partition)
-        for gap in toolbox.ledger.gaps(raw(base), p)
-    ]
-    gaps = [gap.window for gap in known if gap.cause or gap.reason == "no_bars"]
-    listed = toolbox.ledger.listed(partition.market)
-    if listed:
-        gaps.append(Window(timeframe.floor(listed), base.floor(listed)))
-    absent: Counter[datetime] = Counter()
-    for gap in gaps:
-        moment = gap.start
-        while moment < gap.end:
-            absent[timeframe.floor(moment)] += 1
-            moment += base.width
-    return pl.DataFrame(
-        {"open_time": list(absent), "absent": list(absent.values())}, schema=_ABSENT
-    )
 
 
 _ABSENT: dict[str, pl.DataType] = {"open_time": pl.Datetime("us", "UTC"), "absent": pl.Int64()}
-
-
-def _matches_native(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> Finding:
-    """Our rollup beside the venue's own bars; where they differ, the bars that cause it."""
-    judged = compare(toolbox, derived, timeframe)
-    differing = judged.filter(pl.col("outcome").is_in(UNEQUAL))
-    within = judged.filter(pl.col("outcome") == WITHIN).height
-    rows: list[Row] = [_difference(row) for row in differing.head(SHOWN).iter_rows(named=True)]
-    numbers = {"compared": judged.height, "different": differing.height, "within_tolerance": within}
-    words = f"{differing.height} of {judged.height} bars differ from the venue's own, {within} lie within its tolerance"
-    if judged.is_empty():
-        words = "no bars of the venue's own are stored to compare"
-    return Finding("matches_native", differing.is_empty(), words, False, numbers, rows)
 
 
 def _difference(row: dict[str, Any]) -> Row:

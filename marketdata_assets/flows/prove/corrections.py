@@ -10,12 +10,13 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.context import Toolbox
 from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, history, raw
 from marketdata_assets.model.window import Window
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.parquet import Lake
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +35,29 @@ class Correction:
 
 
 def corrections(
-    toolbox: Toolbox, markets: Iterable[Market], window: Window, since: datetime | None = None
+    settings: Settings,
+    lake: Lake,
+    markets: Iterable[Market],
+    *,
+    window: Window,
+    since: datetime | None = None,
 ) -> Iterator[Correction]:
     """Every correction of bars that open inside the window, made at or after `since`, market by market
     in order of open_time.
     """
-    tables = [raw(tf) for tf in toolbox.settings.raw_timeframes]
-    there = {table: toolbox.lake.sizes(history(table.timeframe)) for table in tables}
+    tables = [raw(tf) for tf in settings.raw_timeframes]
+    there = {table: lake.sizes(history(table.timeframe)) for table in tables}
     for market in markets:
         for table in tables:
             for partition in partitions_of(market, window):
                 if (market.key, partition.month_key) in there[table]:
-                    yield from _corrections(toolbox, table, partition, window, since)
+                    yield from _corrections(lake, table, partition, window=window, since=since)
 
 
 def _corrections(
-    toolbox: Toolbox, table: Table, partition: Partition, window: Window, since: datetime | None
+    lake: Lake, table: Table, partition: Partition, *, window: Window, since: datetime | None
 ) -> Iterator[Correction]:
-    for was, became in _pairs(toolbox, table, partition, window):
+    for was, became in _pairs(lake, table, partition, window=window):
         if since is None or was["replaced_at"] >= since:
             changes = {n: (was[n], became[n]) for n in NAMES if was[n] != became[n]}
             moments = was["open_time"], was["known_at"], was["replaced_at"]
@@ -60,11 +66,11 @@ def _corrections(
 
 
 def _pairs(
-    toolbox: Toolbox, table: Table, partition: Partition, window: Window
+    lake: Lake, table: Table, partition: Partition, *, window: Window
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Each replaced revision with the one after it."""
-    stored = toolbox.lake.read(table, partition, provenance=True)
-    former = toolbox.lake.read(history(table.timeframe), partition)
+    stored = lake.read(table, partition, provenance=True)
+    former = lake.read(history(table.timeframe), partition)
     if stored is None or former is None:
         return
     inside = pl.col("open_time").is_between(window.start, window.end, closed="left")

@@ -13,9 +13,8 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import MarketDataError
-from marketdata_assets.ledger.ledger import Gap, State
+from marketdata_assets.ledger.ledger import Gap, Ledger, State
 from marketdata_assets.model.bar import empty_bars, number_text
 from marketdata_assets.model.intervals import without
 from marketdata_assets.model.market import Market
@@ -33,6 +32,8 @@ from marketdata_assets.quality.gap_causes import (
     Silence,
 )
 from marketdata_assets.quality.halts import known_halts
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.parquet import Lake
 
 AROUND = timedelta(hours=12)
 FEW = 10
@@ -48,12 +49,13 @@ FIRST_REQUESTS, LAST_REQUESTS = 2, 4
 class Month:
     """What the ledger has of a venue's markets in one month of one table, read once."""
 
-    def __init__(self, toolbox: Toolbox, table: Table, venue: str, month: Window) -> None:
-        self.toolbox, self.table, self.venue, self.month = toolbox, table, venue, month
-        self.markets = (
-            toolbox.settings.venues[venue].markets if venue in toolbox.settings.venues else ()
-        )
-        self._gaps = toolbox.gaps.of_month(table, venue, f"{month.start:%Y-%m-%d}")
+    def __init__(
+        self, settings: Settings, ledger: Ledger, table: Table, *, venue: str, month: Window
+    ) -> None:
+        self.settings, self.ledger = settings, ledger
+        self.table, self.venue, self.month = table, venue, month
+        self.markets = settings.venues[venue].markets if venue in settings.venues else ()
+        self._gaps = ledger.gap_book.of_month(table, venue, f"{month.start:%Y-%m-%d}")
         self._known: dict[Market, _Known] = {}
         self._elsewhere: dict[str, Month] = {}
         self._halts = [
@@ -67,11 +69,11 @@ class Month:
     def known(self, market: Market) -> _Known:
         """What is known of one market."""
         if market not in self._known:
-            state = self.toolbox.ledger.state(self.table, Partition(market, self.month))
+            state = self.ledger.state(self.table, Partition(market, self.month))
             self._known[market] = _Known(
                 self.table,
                 state,
-                self.toolbox.ledger.listed(market),
+                self.ledger.listed(market),
                 self.gaps(market),
                 self._halts,
             )
@@ -86,12 +88,14 @@ class Month:
     def elsewhere(self, market: Market) -> Iterator[tuple[Market, _Known]]:
         """Other venues' markets of the same base asset, where they have this table."""
         asset = market.symbol.partition("/")[0]
-        for name, venue in self.toolbox.settings.venues.items():
+        for name, venue in self.settings.venues.items():
             alike = [other for other in venue.markets if other.symbol.partition("/")[0] == asset]
             if name == self.venue or not alike or self.table.timeframe not in venue.fetched:
                 continue
             if name not in self._elsewhere:
-                self._elsewhere[name] = Month(self.toolbox, self.table, name, self.month)
+                self._elsewhere[name] = Month(
+                    self.settings, self.ledger, self.table, venue=name, month=self.month
+                )
             yield from ((other, self._elsewhere[name].known(other)) for other in alike)
 
 
@@ -202,10 +206,13 @@ class Look:
     market.
     """
 
-    def __init__(self, month: Month, partition: Partition, ask: bool) -> None:
+    def __init__(
+        self, month: Month, partition: Partition, ask: bool, *, lake: Lake, venues: VenueClients
+    ) -> None:
         self.month, self._partition, self._ask = month, partition, ask
-        self._toolbox, self._table = month.toolbox, month.table
-        stored = self._toolbox.lake.read(self._table, partition)
+        self._settings, self._ledger, self._table = month.settings, month.ledger, month.table
+        self._lake, self._venues = lake, venues
+        stored = self._lake.read(self._table, partition)
         self._bars = empty_bars() if stored is None else stored
         self._zeros = int((self._bars["volume"] == 0).sum())
         self._own = month.known(partition.market)
@@ -213,8 +220,10 @@ class Look:
             other: month.known(other) for other in month.markets if other != partition.market
         }
         self._elsewhere = dict(month.elsewhere(partition.market))
-        self._natives = list(_natives(self._toolbox, self._table, partition, self._bars))
-        self._requests = _Requests(self._toolbox, self._table, partition)
+        self._natives = list(
+            _natives(self._settings, self._lake, self._table, partition, self._bars)
+        )
+        self._requests = _Requests(self._ledger, self._table, partition)
 
     def facts(self, gap: Gap) -> Facts:
         """All that is known about one gap."""
@@ -292,7 +301,7 @@ class Look:
             or window.end - window.start < LONG
         ):
             return False
-        last = self._toolbox.gaps.last_bar(self._table, self._partition.market)
+        last = self._ledger.gap_book.last_bar(self._table, self._partition.market)
         return last is not None and last < window.start
 
     def _going_on(self, gap: Gap, trailing: bool) -> dict[str, int]:
@@ -307,9 +316,9 @@ class Look:
 
     def _natives_pending(self, hole: Window) -> bool:
         """Whether a coarser bar over the hole has still to be fetched."""
-        for timeframe in self._toolbox.settings.venues[self.month.venue].fetched:
+        for timeframe in self._settings.venues[self.month.venue].fetched:
             if timeframe.width > self._table.timeframe.width:
-                state = self._toolbox.ledger.state(raw(timeframe), self._partition)
+                state = self._ledger.state(raw(timeframe), self._partition)
                 end = min(timeframe.floor(hole.end), self._partition.opens(timeframe).end)
                 if state is None or (state.through < end and not state.error):
                     return True
@@ -317,26 +326,26 @@ class Look:
 
     def _finer(self, hole: Window) -> tuple[tuple[Window, str], ...]:
         """The causes of base bars that lack in a hole of a coarser table."""
-        base = raw(self._toolbox.settings.venues[self.month.venue].base)
+        base = raw(self._settings.venues[self.month.venue].base)
         if base == self._table:
             return ()
         return tuple(
             (gap.window, gap.cause)
-            for gap in self._toolbox.gaps.between(base, self._partition.market, hole)
+            for gap in self._ledger.gap_book.between(base, self._partition.market, hole)
             if gap.cause
         )
 
     def _lists(self) -> bool | None:
         try:
-            source = self._toolbox.source(self._partition.market)
-            return self._toolbox.submit(source.lists(self._partition.market)).result()
+            source = self._venues.client(self._partition.market.venue).source
+            return self._venues.submit(source.lists(self._partition.market)).result()
         except MarketDataError:
             return None
 
     def _traded_elsewhere(self, hole: Window) -> str | None:
         for other, it in self._elsewhere.items():
             if it.covers(hole) and it.bars_in(hole):
-                bars = self._toolbox.lake.read(self._table, Partition(other, self._partition.month))
+                bars = self._lake.read(self._table, Partition(other, self._partition.month))
                 inside = pl.col("open_time").is_between(hole.start, hole.end, closed="left")
                 if bars is not None and bars.filter(inside)["volume"].sum() > 0:
                     return other.key
@@ -355,15 +364,15 @@ def _silences(hole: Window, others: Sequence[_Known]) -> Iterator[Silence]:
 
 
 def _natives(
-    toolbox: Toolbox, table: Table, partition: Partition, bars: pl.DataFrame
+    settings: Settings, lake: Lake, table: Table, *, partition: Partition, bars: pl.DataFrame
 ) -> Iterator[Native]:
     """The venue's coarser bars of a partition in which ours lack, of timeframes that add up where
     nothing lacks.
     """
-    venue = toolbox.settings.venues.get(partition.market.venue)
+    venue = settings.venues.get(partition.market.venue)
     for timeframe in venue.fetched if venue else ():
         native = (
-            toolbox.lake.read(raw(timeframe), partition)
+            lake.read(raw(timeframe), partition)
             if timeframe.width > table.timeframe.width
             else None
         )
@@ -394,8 +403,8 @@ def _natives(
 class _Requests:
     """The requests about a partition, for the proofs of its gaps."""
 
-    def __init__(self, toolbox: Toolbox, table: Table, partition: Partition) -> None:
-        self._asked = toolbox.gaps.requests(
+    def __init__(self, ledger: Ledger, table: Table, partition: Partition) -> None:
+        self._asked = ledger.gap_book.requests(
             table, partition.market, partition.opens(table.timeframe)
         )
         windows = [asked.window for asked in self._asked]

@@ -12,74 +12,146 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.prove.gap_evidence import Look, Month
 from marketdata_assets.ledger.gaps import REOPENED
-from marketdata_assets.ledger.ledger import Gap
+from marketdata_assets.ledger.ledger import Gap, Ledger
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.window import Window, iso
 from marketdata_assets.quality.gap_causes import CAUSES, DELISTED, HALTED, ask_again_at, classify
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.clients import VenueClients
+from marketdata_assets.storage.parquet import Lake
 
 UNEXPLAINED = "unexplained"
 KINDS = (*CAUSES, "quarantined", UNEXPLAINED)
 """What a gap can be; `--cause` takes one of them."""
 
 
-def explain(
-    toolbox: Toolbox, partitions: Collection[Partition], ask: bool = False
-) -> set[tuple[Table, Partition]]:
-    """Look for the causes of all gaps that have none for good, in these months of their venues; of
-    what more is known now.
+@dataclass(frozen=True, slots=True)
+class GapExplainer:
+    """."""
 
-    All markets and tables of the venues are looked at, as each tells more about the others. `ask`:
-    a venue may be asked whether it still lists a market. Objects are read only of months with such
-    gaps. A partition that a run works on is left alone: that run explains it.
-    """
-    changed = set()
-    for timeframe in toolbox.settings.raw_timeframes:
-        venues = {
-            venue.name for venue in toolbox.settings.venues.values() if timeframe in venue.fetched
-        }
-        months = {(p.market.venue, p.month) for p in partitions if p.market.venue in venues}
-        whole = [
-            Partition(market, month)
-            for venue, month in months
-            for market in toolbox.settings.venues[venue].markets
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
+    venues: VenueClients
+
+    def explain(
+        self, partitions: Collection[Partition], ask: bool = False
+    ) -> set[tuple[Table, Partition]]:
+        """Look for the causes of all gaps that have none for good, in these months of their venues; of
+        what more is known now.
+
+        All markets and tables of the venues are looked at, as each tells more about the others. `ask`:
+        a venue may be asked whether it still lists a market. Objects are read only of months with such
+        gaps. A partition that a run works on is left alone: that run explains it.
+        """
+        changed = set()
+        for timeframe in self.settings.raw_timeframes:
+            venues = {
+                venue.name for venue in self.settings.venues.values() if timeframe in venue.fetched
+            }
+            months = {(p.market.venue, p.month) for p in partitions if p.market.venue in venues}
+            whole = [
+                Partition(market, month)
+                for venue, month in months
+                for market in self.settings.venues[venue].markets
+            ]
+            changed |= {
+                (raw(timeframe), partition)
+                for partition in self._explain_all(raw(timeframe), whole, ask)
+            }
+        return changed
+
+    def explain_new(self, markets: Collection[Market]) -> None:
+        """The same for the gaps of these markets that nobody has looked at. Sends no request."""
+        for timeframe in self.settings.raw_timeframes:
+            self._explain_all(
+                raw(timeframe),
+                [p for p in self.ledger.gap_book.unexamined(raw(timeframe)) if p.market in markets],
+                False,
+            )
+
+    def _explain_all(
+        self, table: Table, partitions: Iterable[Partition], ask: bool
+    ) -> set[Partition]:
+        by_month: dict[tuple[str, Window], list[Partition]] = defaultdict(list)
+        for partition in partitions:
+            by_month[partition.market.venue, partition.month].append(partition)
+        changed = set()
+        for (venue, window), chosen in by_month.items():
+            month = Month(self.settings, self.ledger, table, venue=venue, month=window)
+            for partition in chosen:
+                with suppress(Damaged):  # the next ingest sets the object aside
+                    changed |= {partition} if self._explain(month, partition, ask) else set()
+        return changed
+
+    def _explain(self, month: Month, partition: Partition, ask: bool) -> bool:
+        if not any(_is_open(gap) for gap in month.gaps(partition.market)):
+            return False
+        with self.ledger.lock(partition.key, wait=False) as free:
+            if not free:
+                return False
+            gaps = [
+                gap
+                for gap in self.ledger.gaps(month.table, partition)
+                if _is_open(gap) or gap.cause == DELISTED
+            ]
+            look, parts = (
+                Look(month, partition, ask, lake=self.lake, venues=self.venues),
+                [gap for gap in gaps if not _is_open(gap)],
+            )
+            for gap in sorted(
+                filter(_is_open, gaps), key=lambda gap: -gap.bars
+            ):  # the longest first: halts are no habit
+                parts += _parts(look, gap, self.settings.now())
+            new = _one_end(parts)
+            if new != gaps:
+                self.ledger.gap_book.rewrite(month.table, partition, gaps, new)
+        return [(gap.window, gap.cause) for gap in new] != [(gap.window, gap.cause) for gap in gaps]
+
+    def list_gaps(
+        self, markets: Collection[Market], window: Window, kind: str | None = None
+    ) -> list[Explained]:
+        """Every gap of these markets that touches a window, by market, table and time, after what is new
+        was explained.
+        """
+        self.explain_new(markets)
+        tables = [raw(timeframe) for timeframe in self.settings.raw_timeframes]
+        found = [
+            Explained(table, m, gap)
+            for m in markets
+            for table in tables
+            for gap in self.ledger.gap_book.between(table, m, window)
         ]
-        changed |= {
-            (raw(timeframe), partition)
-            for partition in _explain_all(toolbox, raw(timeframe), whole, ask)
-        }
-    return changed
+        return [one for one in found if kind in (None, one.kind)]
 
-
-def explain_new(toolbox: Toolbox, markets: Collection[Market]) -> None:
-    """The same for the gaps of these markets that nobody has looked at. Sends no request."""
-    for timeframe in toolbox.settings.raw_timeframes:
-        _explain_all(
-            toolbox,
-            raw(timeframe),
-            [p for p in toolbox.gaps.unexamined(raw(timeframe)) if p.market in markets],
-            False,
-        )
-
-
-def _explain_all(
-    toolbox: Toolbox, table: Table, partitions: Iterable[Partition], ask: bool
-) -> set[Partition]:
-    by_month: dict[tuple[str, Window], list[Partition]] = defaultdict(list)
-    for partition in partitions:
-        by_month[partition.market.venue, partition.month].append(partition)
-    changed = set()
-    for (venue, window), chosen in by_month.items():
-        month = Month(toolbox, table, venue, window)
-        for partition in chosen:
-            with suppress(Damaged):  # the next ingest sets the object aside
-                changed |= {partition} if _explain(toolbox, month, partition, ask) else set()
-    return changed
+    def reopen(self, market: Market, start: datetime) -> list[Explained]:
+        """Forget the cause of the market's gap that begins at `start`, so that the next run asks for it.
+        Raises BadInput.
+        """
+        every = Window(self.settings.since, self.settings.now())
+        tables = [raw(timeframe) for timeframe in self.settings.raw_timeframes]
+        known = [
+            Explained(table, market, gap)
+            for table in tables
+            for gap in self.ledger.gap_book.between(table, market, every)
+        ]
+        found = [one for one in known if one.gap.window.start == start]
+        if not found:
+            nearest = min(known, key=lambda one: abs(one.gap.window.start - start), default=None)
+            hint = (
+                f"; the nearest is --start {iso(nearest.gap.window.start)}"
+                if nearest
+                else "; it has none at all"
+            )
+            raise BadInput(f"no gap of {market.key} begins at {iso(start)}{hint}")
+        for one in found:
+            self.ledger.gap_book.reopen(one.table, market, one.gap, self.settings.now())
+        return found
 
 
 def _is_open(gap: Gap) -> bool:
@@ -91,28 +163,6 @@ def _is_open(gap: Gap) -> bool:
         and (not gap.cause or gap.next_ask is not None)
         and REOPENED not in gap.proof
     )
-
-
-def _explain(toolbox: Toolbox, month: Month, partition: Partition, ask: bool) -> bool:
-    if not any(_is_open(gap) for gap in month.gaps(partition.market)):
-        return False
-    with toolbox.ledger.lock(partition.key, wait=False) as free:
-        if not free:
-            return False
-        gaps = [
-            gap
-            for gap in toolbox.ledger.gaps(month.table, partition)
-            if _is_open(gap) or gap.cause == DELISTED
-        ]
-        look, parts = Look(month, partition, ask), [gap for gap in gaps if not _is_open(gap)]
-        for gap in sorted(
-            filter(_is_open, gaps), key=lambda gap: -gap.bars
-        ):  # the longest first: halts are no habit
-            parts += _parts(look, gap, toolbox.settings.now())
-        new = _one_end(parts)
-        if new != gaps:
-            toolbox.gaps.rewrite(month.table, partition, gaps, new)
-    return [(gap.window, gap.cause) for gap in new] != [(gap.window, gap.cause) for gap in gaps]
 
 
 def _parts(look: Look, gap: Gap, now: datetime) -> Iterator[Gap]:
@@ -188,48 +238,6 @@ class Explained:
             "evidence": gap.evidence,
             "proof": proof_of(gap),
         }
-
-
-def gaps(
-    toolbox: Toolbox, markets: Collection[Market], window: Window, kind: str | None = None
-) -> list[Explained]:
-    """Every gap of these markets that touches a window, by market, table and time, after what is new
-    was explained.
-    """
-    explain_new(toolbox, markets)
-    tables = [raw(timeframe) for timeframe in toolbox.settings.raw_timeframes]
-    found = [
-        Explained(table, m, gap)
-        for m in markets
-        for table in tables
-        for gap in toolbox.gaps.between(table, m, window)
-    ]
-    return [one for one in found if kind in (None, one.kind)]
-
-
-def reopen(toolbox: Toolbox, market: Market, start: datetime) -> list[Explained]:
-    """Forget the cause of the market's gap that begins at `start`, so that the next run asks for it.
-    Raises BadInput.
-    """
-    every = Window(toolbox.settings.since, toolbox.settings.now())
-    tables = [raw(timeframe) for timeframe in toolbox.settings.raw_timeframes]
-    known = [
-        Explained(table, market, gap)
-        for table in tables
-        for gap in toolbox.gaps.between(table, market, every)
-    ]
-    found = [one for one in known if one.gap.window.start == start]
-    if not found:
-        nearest = min(known, key=lambda one: abs(one.gap.window.start - start), default=None)
-        hint = (
-            f"; the nearest is --start {iso(nearest.gap.window.start)}"
-            if nearest
-            else "; it has none at all"
-        )
-        raise BadInput(f"no gap of {market.key} begins at {iso(start)}{hint}")
-    for one in found:
-        toolbox.gaps.reopen(one.table, market, one.gap, toolbox.settings.now())
-    return found
 
 
 def proof_of(gap: Gap) -> dict[str, Any]:

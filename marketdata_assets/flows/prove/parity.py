@@ -5,12 +5,12 @@ each difference traced.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import polars as pl
 
-from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.derive.rollup import Derived, known
-from marketdata_assets.ledger.ledger import Gap
+from marketdata_assets.ledger.ledger import Gap, Ledger
 from marketdata_assets.model.bar import NAMES, empty_bars
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import Table, history, parity, raw
@@ -18,6 +18,8 @@ from marketdata_assets.model.timeframe import EPOCH, Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.parity import ONLY_NATIVE, ONLY_OURS, UNEQUAL, judge, outcomes
 from marketdata_assets.quality.trace import Absence, Cause, Evidence, minutes_text, trace
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.parquet import Lake
 from marketdata_assets.transforms.rollup import roll_up
 
 TRACED = 1000
@@ -35,154 +37,159 @@ _WHY = {
 """By a gap's cause, or by what the answers said where its cause is not known yet."""
 
 
-def compare(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> pl.DataFrame:
-    """Judge every bar that both sides should have: asked for, closed, made from base bars that were
-    asked for.
+@dataclass(frozen=True, slots=True)
+class ParityChecker:
+    """."""
 
-    Gives the rows of `quality.parity.judge` with `cause` and `minutes`, and stores them as
-    `parity/ohlcv_<timeframe>`. Where the venue's own bars are not stored there are none, and
-    nothing is written. Raises Damaged, StoreFailed.
-    """
-    partition = derived.partition
-    ours = derived.frames.get(timeframe, empty_bars())
-    judged = _judged(toolbox, partition, timeframe, ours, derived.whole)
-    causes = _causes(toolbox, derived, timeframe, judged)
-    judged = judged.join(causes, on="open_time", how="left").with_columns(
-        pl.col("cause", "minutes").fill_null("")
-    )
-    if judged.height:
-        toolbox.lake.write_changed(parity(timeframe), partition, outcomes(judged))
-    return judged
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
 
+    def compare(self, derived: Derived, timeframe: Timeframe) -> pl.DataFrame:
+        """Judge every bar that both sides should have: asked for, closed, made from base bars that were
+        asked for.
 
-def _judged(
-    toolbox: Toolbox, partition: Partition, timeframe: Timeframe, ours: pl.DataFrame, whole: Window
-) -> pl.DataFrame:
-    native, asked = _native(toolbox, partition, timeframe)
-    made = Window(timeframe.ceil(whole.start), timeframe.floor(whole.end))
-    judged = judge(
-        partition.market.venue,
-        ours.select(NAMES),
-        native,
-        partition.opens(timeframe) & made & asked,
-    )
-    return _answered(toolbox, partition, timeframe, judged)
+        Gives the rows of `quality.parity.judge` with `cause` and `minutes`, and stores them as
+        `parity/ohlcv_<timeframe>`. Where the venue's own bars are not stored there are none, and
+        nothing is written. Raises Damaged, StoreFailed.
+        """
+        partition = derived.partition
+        ours = derived.frames.get(timeframe, empty_bars())
+        judged = self._judged(partition, timeframe, ours, whole=derived.whole)
+        causes = self._causes(derived, timeframe, judged)
+        judged = judged.join(causes, on="open_time", how="left").with_columns(
+            pl.col("cause", "minutes").fill_null("")
+        )
+        if judged.height:
+            self.lake.write_changed(parity(timeframe), partition, outcomes(judged))
+        return judged
 
+    def _judged(
+        self, partition: Partition, timeframe: Timeframe, ours: pl.DataFrame, *, whole: Window
+    ) -> pl.DataFrame:
+        native, asked = self._native(partition, timeframe)
+        made = Window(timeframe.ceil(whole.start), timeframe.floor(whole.end))
+        judged = judge(
+            partition.market.venue,
+            ours.select(NAMES),
+            native,
+            partition.opens(timeframe) & made & asked,
+        )
+        return self._answered(partition, timeframe, judged)
 
-def _answered(
-    toolbox: Toolbox, partition: Partition, timeframe: Timeframe, judged: pl.DataFrame
-) -> pl.DataFrame:
-    """Without bars of one side whose whole span the venue has not answered for on the other: the check
-    `gaps` tells of them.
-    """
-    base = toolbox.settings.venues[partition.market.venue].base
-    for outcome, table in ((ONLY_NATIVE, raw(base)), (ONLY_OURS, raw(timeframe))):
-        alone = pl.col("outcome") == outcome
-        if judged.filter(alone).is_empty():
-            continue
-        for gap in toolbox.ledger.gaps(table, partition):
-            if gap.reason == "unanswered":
-                inside = (pl.col("open_time") >= gap.window.start) & (
-                    pl.col("open_time") + timeframe.width <= gap.window.end
-                )
-                judged = judged.filter(~(alone & inside))
-    return judged
+    def _answered(
+        self, partition: Partition, timeframe: Timeframe, judged: pl.DataFrame
+    ) -> pl.DataFrame:
+        """Without bars of one side whose whole span the venue has not answered for on the other: the check
+        `gaps` tells of them.
+        """
+        base = self.settings.venues[partition.market.venue].base
+        for outcome, table in ((ONLY_NATIVE, raw(base)), (ONLY_OURS, raw(timeframe))):
+            alone = pl.col("outcome") == outcome
+            if judged.filter(alone).is_empty():
+                continue
+            for gap in self.ledger.gaps(table, partition):
+                if gap.reason == "unanswered":
+                    inside = (pl.col("open_time") >= gap.window.start) & (
+                        pl.col("open_time") + timeframe.width <= gap.window.end
+                    )
+                    judged = judged.filter(~(alone & inside))
+        return judged
 
+    def _native(self, partition: Partition, timeframe: Timeframe) -> tuple[pl.DataFrame, Window]:
+        """The venue's own bars, and the window of open times that they were asked for in; an empty one
+        where none are stored.
+        """
+        state = self.ledger.state(raw(timeframe), partition)
+        stored = (
+            None
+            if state is None or state.bytes is None
+            else self.lake.read(raw(timeframe), partition)
+        )
+        if state is None or stored is None:
+            return empty_bars(), Window(partition.month.start, partition.month.start)
+        return stored, known(stored["open_time"], timeframe, Window(state.start, state.through))
 
-def _native(
-    toolbox: Toolbox, partition: Partition, timeframe: Timeframe
-) -> tuple[pl.DataFrame, Window]:
-    """The venue's own bars, and the window of open times that they were asked for in; an empty one
-    where none are stored.
-    """
-    state = toolbox.ledger.state(raw(timeframe), partition)
-    stored = (
-        None
-        if state is None or state.bytes is None
-        else toolbox.lake.read(raw(timeframe), partition)
-    )
-    if state is None or stored is None:
-        return empty_bars(), Window(partition.month.start, partition.month.start)
-    return stored, known(stored["open_time"], timeframe, Window(state.start, state.through))
+    def _causes(self, derived: Derived, timeframe: Timeframe, judged: pl.DataFrame) -> pl.DataFrame:
+        """`open_time`, `cause` and `minutes` of each bar that differs. Only these are looked into."""
+        differing = judged.filter(pl.col("outcome").is_in(UNEQUAL))
+        found = []
+        if differing.height:
+            evidence = self._evidence(derived, timeframe)
+            untraced = Cause(f"not traced: more than {TRACED} bars differ")
+            for i, row in enumerate(differing.iter_rows(named=True)):
+                cause = trace(row, evidence) if i < TRACED else untraced
+                found.append((row["open_time"], cause.says, minutes_text(cause, evidence.base)))
+        schema = {
+            "open_time": judged.schema["open_time"],
+            "cause": pl.String(),
+            "minutes": pl.String(),
+        }
+        return pl.DataFrame(found, schema=schema, orient="row")
+
+    def _evidence(self, derived: Derived, timeframe: Timeframe) -> Evidence:
+        partition = derived.partition
+        base = self.settings.venues[partition.market.venue].base
+        first = partition.opens(timeframe).start
+        months = (
+            [neighbour(partition, -1), partition] if first < partition.month.start else [partition]
+        )
+        read = [self.lake.read(raw(base), p, since=first) for p in months]
+        bars = pl.concat([empty_bars(), *(frame for frame in read if frame is not None)])
+        replaced = [self.lake.read(history(base), p) for p in months]
+        return Evidence(
+            base,
+            timeframe,
+            bars,
+            list(self._absences(raw(base), months)),
+            list(self._absences(raw(timeframe), [partition])),
+            pl.concat(
+                [
+                    pl.DataFrame(schema=history(base).schema),
+                    *(frame for frame in replaced if frame is not None),
+                ]
+            ),
+            self._finer(derived, timeframe, months, bars=bars),
+        )
+
+    def _finer(
+        self,
+        derived: Derived,
+        timeframe: Timeframe,
+        months: list[Partition],
+        *,
+        bars: pl.DataFrame,
+    ) -> tuple[Timeframe, pl.DataFrame] | None:
+        """The finest of the venue's own timeframes between the base and this one, judged."""
+        venue = self.settings.venues[derived.partition.market.venue]
+        between = [
+            tf
+            for tf in venue.reference
+            if tf.width < timeframe.width and not timeframe.width % tf.width
+        ]
+        if not between:
+            return None
+        finer = min(between, key=lambda tf: tf.width)
+        ours = roll_up(bars, venue.base, [finer], derived.whole)[finer]
+        return finer, pl.concat(
+            [self._judged(month, finer, ours, whole=derived.whole) for month in months]
+        )
+
+    def _absences(self, table: Table, months: list[Partition]) -> Iterator[Absence]:
+        """What the ledger knows of bars that are not there."""
+        listed = self.ledger.listed(months[0].market)
+        if listed:
+            yield Absence(Window(EPOCH, table.timeframe.floor(listed)), "not listed yet")
+        for partition in months:
+            for gap in self.ledger.gaps(table, partition):
+                yield Absence(gap.window, self._why(table, partition, gap))
+
+    def _why(self, table: Table, partition: Partition, gap: Gap) -> str:
+        if gap.reason == "quarantined":
+            refused = self.ledger.quarantined(partition.market, gap.window)
+            reasons = sorted({str(row["reasons"]) for row in refused if row["table"] == table.name})
+            return f"refused by a rule: {', '.join(reasons)}" if reasons else "refused by a rule"
+        return _WHY[gap.cause or gap.reason].format(table.timeframe.name)
 
 
 # --------------------------------------------------------------------------------- tracing
-def _causes(
-    toolbox: Toolbox, derived: Derived, timeframe: Timeframe, judged: pl.DataFrame
-) -> pl.DataFrame:
-    """`open_time`, `cause` and `minutes` of each bar that differs. Only these are looked into."""
-    differing = judged.filter(pl.col("outcome").is_in(UNEQUAL))
-    found = []
-    if differing.height:
-        evidence = _evidence(toolbox, derived, timeframe)
-        untraced = Cause(f"not traced: more than {TRACED} bars differ")
-        for i, row in enumerate(differing.iter_rows(named=True)):
-            cause = trace(row, evidence) if i < TRACED else untraced
-            found.append((row["open_time"], cause.says, minutes_text(cause, evidence.base)))
-    schema = {"open_time": judged.schema["open_time"], "cause": pl.String(), "minutes": pl.String()}
-    return pl.DataFrame(found, schema=schema, orient="row")
-
-
-def _evidence(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> Evidence:
-    partition = derived.partition
-    base = toolbox.settings.venues[partition.market.venue].base
-    first = partition.opens(timeframe).start
-    months = [neighbour(partition, -1), partition] if first < partition.month.start else [partition]
-    read = [toolbox.lake.read(raw(base), p, since=first) for p in months]
-    bars = pl.concat([empty_bars(), *(frame for frame in read if frame is not None)])
-    replaced = [toolbox.lake.read(history(base), p) for p in months]
-    return Evidence(
-        base,
-        timeframe,
-        bars,
-        list(_absences(toolbox, raw(base), months)),
-        list(_absences(toolbox, raw(timeframe), [partition])),
-        pl.concat(
-            [
-                pl.DataFrame(schema=history(base).schema),
-                *(frame for frame in replaced if frame is not None),
-            ]
-        ),
-        _finer(toolbox, derived, timeframe, months, bars),
-    )
-
-
-def _finer(
-    toolbox: Toolbox,
-    derived: Derived,
-    timeframe: Timeframe,
-    months: list[Partition],
-    bars: pl.DataFrame,
-) -> tuple[Timeframe, pl.DataFrame] | None:
-    """The finest of the venue's own timeframes between the base and this one, judged."""
-    venue = toolbox.settings.venues[derived.partition.market.venue]
-    between = [
-        tf
-        for tf in venue.reference
-        if tf.width < timeframe.width and not timeframe.width % tf.width
-    ]
-    if not between:
-        return None
-    finer = min(between, key=lambda tf: tf.width)
-    ours = roll_up(bars, venue.base, [finer], derived.whole)[finer]
-    return finer, pl.concat(
-        [_judged(toolbox, month, finer, ours, derived.whole) for month in months]
-    )
-
-
-def _absences(toolbox: Toolbox, table: Table, months: list[Partition]) -> Iterator[Absence]:
-    """What the ledger knows of bars that are not there."""
-    listed = toolbox.ledger.listed(months[0].market)
-    if listed:
-        yield Absence(Window(EPOCH, table.timeframe.floor(listed)), "not listed yet")
-    for partition in months:
-        for gap in toolbox.ledger.gaps(table, partition):
-            yield Absence(gap.window, _why(toolbox, table, partition, gap))
-
-
-def _why(toolbox: Toolbox, table: Table, partition: Partition, gap: Gap) -> str:
-    if gap.reason == "quarantined":
-        refused = toolbox.ledger.quarantined(partition.market, gap.window)
-        reasons = sorted({str(row["reasons"]) for row in refused if row["table"] == table.name})
-        return f"refused by a rule: {', '.join(reasons)}" if reasons else "refused by a rule"
-    return _WHY[gap.cause or gap.reason].format(table.timeframe.name)

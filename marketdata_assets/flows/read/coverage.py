@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, time, timedelta
 
-from marketdata_assets.context import Toolbox
-from marketdata_assets.ledger.ledger import State
+from marketdata_assets.ledger.ledger import Ledger, State
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, parse_time
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.parquet import Lake
 
 DAY, MIDNIGHT = timedelta(days=1), time(0)
 
@@ -39,118 +40,127 @@ class Coverage:
         return asdict(self)
 
 
-def coverage(
-    toolbox: Toolbox, markets: Iterable[Market], window: Window | None = None
-) -> list[Coverage]:
-    """One sum per market, of all that is wanted or of the bars that lie in a window.
+@dataclass(frozen=True, slots=True)
+class CoverageReporter:
+    """."""
 
-    Bars count as present only while the object that holds them lies in the lake.
-    """
-    return [_coverage(toolbox, market, window) for market in markets]
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
 
+    def report(self, markets: Iterable[Market], window: Window | None = None) -> list[Coverage]:
+        """One sum per market, of all that is wanted or of the bars that lie in a window.
 
-def _coverage(toolbox: Toolbox, market: Market, window: Window | None) -> Coverage:
-    base = toolbox.settings.venues[market.venue].base
-    span, listed = toolbox.settings.span(market), toolbox.ledger.listed(market)
-    span = span if window is None else span & window
-    states = toolbox.ledger.states(raw(base), market)
-    found = Coverage(market.key)
-    for partition in partitions_of(market, span):
-        wanted = partition.opens(base) & Window(base.ceil(span.start), base.floor(span.end))
-        late = Window(max(wanted.start, base.floor(listed)), wanted.end) if listed else wanted
-        found.expected += wanted.count(base)
-        found.not_listed += wanted.count(base) - late.count(base)
-        _add_partition(toolbox, found, raw(base), partition, late, states.get(partition.month_key))
-    return _in_minutes(found, base)
+        Bars count as present only while the object that holds them lies in the lake.
+        """
+        return [self._coverage(market, window) for market in markets]
 
+    def _coverage(self, market: Market, window: Window | None) -> Coverage:
+        base = self.settings.venues[market.venue].base
+        span, listed = self.settings.span(market), self.ledger.listed(market)
+        span = span if window is None else span & window
+        states = self.ledger.states(raw(base), market)
+        found = Coverage(market.key)
+        for partition in partitions_of(market, span):
+            wanted = partition.opens(base) & Window(base.ceil(span.start), base.floor(span.end))
+            late = Window(max(wanted.start, base.floor(listed)), wanted.end) if listed else wanted
+            found.expected += wanted.count(base)
+            found.not_listed += wanted.count(base) - late.count(base)
+            self._add_partition(
+                found, raw(base), partition, wanted=late, state=states.get(partition.month_key)
+            )
+        return _in_minutes(found, base)
 
-def _add_partition(
-    toolbox: Toolbox,
-    found: Coverage,
-    table: Table,
-    partition: Partition,
-    wanted: Window,
-    state: State | None,
-) -> None:
-    """One month's wanted window: what lies in the lake, what the ledger explains, and the rest that
-    was not fetched.
-    """
-    timeframe, left = table.timeframe, wanted.count(table.timeframe)
-    if (
-        left
-        and state is not None
-        and state.bytes is not None
-        and toolbox.lake.size(table, partition) == state.bytes
-    ):
-        present, gaps = (
-            _present(toolbox, table, partition, wanted, state),
-            toolbox.gaps.between(table, partition.market, wanted),
+    def _add_partition(
+        self,
+        found: Coverage,
+        table: Table,
+        partition: Partition,
+        *,
+        wanted: Window,
+        state: State | None,
+    ) -> None:
+        """One month's wanted window: what lies in the lake, what the ledger explains, and the rest that
+        was not fetched.
+        """
+        timeframe, left = table.timeframe, wanted.count(table.timeframe)
+        if (
+            left
+            and state is not None
+            and state.bytes is not None
+            and self.lake.size(table, partition) == state.bytes
+        ):
+            present, gaps = (
+                self._present(table, partition, wanted, state=state),
+                self.ledger.gap_book.between(table, partition.market, wanted),
+            )
+            found.present += present
+            left -= present
+            for gap in gaps:
+                bars = min(left, (gap.window & wanted).count(timeframe))
+                setattr(found, gap.part, getattr(found, gap.part) + bars)
+                left -= bars
+        found.not_fetched += left
+
+    def _present(self, table: Table, partition: Partition, wanted: Window, *, state: State) -> int:
+        """Bars inside the window: the ledger's count of a whole month, else the object's, which may hold
+        bars that are not wanted now.
+        """
+        if wanted == partition.opens(table.timeframe):
+            return state.rows
+        bars = self.lake.read(table, partition)
+        return (
+            0
+            if bars is None
+            else int(bars["open_time"].is_between(wanted.start, wanted.end, closed="left").sum())
         )
-        found.present += present
-        left -= present
-        for gap in gaps:
-            bars = min(left, (gap.window & wanted).count(timeframe))
-            setattr(found, gap.part, getattr(found, gap.part) + bars)
-            left -= bars
-    found.not_fetched += left
 
+    def daily(self, table: Table) -> tuple[dict[str, list[float | None]], date]:
+        """By market key, for each day from the date on: which share of the wanted bars is stored or
+        explained, None where none is wanted.
 
-def _present(
-    toolbox: Toolbox, table: Table, partition: Partition, wanted: Window, state: State
-) -> int:
-    """Bars inside the window: the ledger's count of a whole month, else the object's, which may hold
-    bars that are not wanted now.
-    """
-    if wanted == partition.opens(table.timeframe):
-        return state.rows
-    bars = toolbox.lake.read(table, partition)
-    return (
-        0
-        if bars is None
-        else int(bars["open_time"].is_between(wanted.start, wanted.end, closed="left").sum())
-    )
-
-
-def daily_coverage(toolbox: Toolbox, table: Table) -> tuple[dict[str, list[float | None]], date]:
-    """By market key, for each day from the date on: which share of the wanted bars is stored or
-    explained, None where none is wanted.
-
-    A rollup covers what its base covers and what was rolled up. Reads the ledger and a local lake's
-    folders, no object.
-    """
-    settings = toolbox.settings
-    found: dict[str, list[float | None]] = {}
-    for venue in settings.venues.values():
-        source = raw(venue.base if table.layer == "rollup" else table.timeframe)
-        if source.timeframe not in venue.fetched:
-            continue
-        known = _Known(toolbox, source, need_rolled=table.layer == "rollup")
-        for market in venue.markets:
-            days = [None] * (settings.span(market).start.date() - settings.since.date()).days
-            found[market.key] = [
-                *days,
-                *(
-                    share
-                    for p in partitions_of(market, settings.span(market))
-                    for share in known.days(p)
-                ),
-            ]
-    return found, settings.since.date()
+        A rollup covers what its base covers and what was rolled up. Reads the ledger and a local lake's
+        folders, no object.
+        """
+        settings = self.settings
+        found: dict[str, list[float | None]] = {}
+        for venue in settings.venues.values():
+            source = raw(venue.base if table.layer == "rollup" else table.timeframe)
+            if source.timeframe not in venue.fetched:
+                continue
+            known = _Known(
+                self.settings,
+                self.ledger,
+                self.lake,
+                source=source,
+                need_rolled=table.layer == "rollup",
+            )
+            for market in venue.markets:
+                days = [None] * (settings.span(market).start.date() - settings.since.date()).days
+                found[market.key] = [
+                    *days,
+                    *(
+                        share
+                        for p in partitions_of(market, settings.span(market))
+                        for share in known.days(p)
+                    ),
+                ]
+        return found, settings.since.date()
 
 
 class _Known:
     """What ledger and lake know of one raw table, all at once."""
 
-    def __init__(self, toolbox: Toolbox, source: Table, need_rolled: bool) -> None:
-        self._settings, self._source, self._need_rolled = toolbox.settings, source, need_rolled
-        self._outlines = toolbox.ledger.outlines(source)
+    def __init__(
+        self, settings: Settings, ledger: Ledger, lake: Lake, *, source: Table, need_rolled: bool
+    ) -> None:
+        self._settings, self._source, self._need_rolled = settings, source, need_rolled
+        self._outlines = ledger.outlines(source)
         # in S3 `backfill_missed` looks for lost objects from time to time
         self._sizes = (
-            toolbox.lake.sizes(source)
-            if toolbox.lake.local
-            else {k: o.bytes for k, o in self._outlines.items()}
+            lake.sizes(source) if lake.local else {k: o.bytes for k, o in self._outlines.items()}
         )
-        self._open_gaps = toolbox.ledger.unsettled(source)
+        self._open_gaps = ledger.unsettled(source)
 
     def days(self, partition: Partition) -> Iterator[float | None]:
         """The share of each day of a month that the universe wants."""

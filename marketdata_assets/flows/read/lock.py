@@ -15,16 +15,17 @@ from typing import Any, NamedTuple, TypeVar
 
 import polars as pl
 
-from marketdata_assets.context import Tell, Toolbox, tell_nobody
 from marketdata_assets.errors import BadInput, Damaged
-from marketdata_assets.flows.read.as_of import partition_as_of
-from marketdata_assets.flows.read.bars import in_warehouse
+from marketdata_assets.flows.read.as_of import AsOfReader
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.model.events import ProgressCallback, no_progress
 from marketdata_assets.model.intervals import holes
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.window import Window, iso, month_of
 from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lockfile import LockFile, Pinned, Wants, check_name, read_lock
 
@@ -44,21 +45,220 @@ T = TypeVar("T")
 Place = tuple[Table, Partition]
 
 
-def content(
-    toolbox: Toolbox, table: Table, partition: Partition, as_of: datetime | None = None
-) -> pl.DataFrame:
-    """The bars of a partition that are hashed, sorted by open_time; none where none are stored. Raises
-    Damaged.
+@dataclass(frozen=True, slots=True)
+class DatasetLocker:
+    """."""
 
-    The one place that reads them. `as_of`: what was known at that moment of our clock; None is the
-    latest.
-    """
-    if as_of is not None:
-        return partition_as_of(toolbox, table, partition, as_of)
-    if in_warehouse(toolbox, table):
-        return toolbox.warehouse.read(table, partition.market, partition.opens(table.timeframe))
-    found = toolbox.lake.read(table, partition)
-    return pl.DataFrame(schema=table.schema) if found is None else found
+    settings: Settings
+    ledger: Ledger
+    storage: BarStorage
+
+    def read_content(
+        self, table: Table, partition: Partition, as_of: datetime | None = None
+    ) -> pl.DataFrame:
+        """The bars of a partition that are hashed, sorted by open_time; none where none are stored. Raises
+        Damaged.
+
+        The one place that reads them. `as_of`: what was known at that moment of our clock; None is the
+        latest.
+        """
+        if as_of is not None:
+            return AsOfReader(self.settings, self.ledger, self.storage.lake).read_partition(
+                table, partition, as_of
+            )
+        if self.storage.in_warehouse(table):
+            return self.storage.warehouse.read(
+                table, partition.market, partition.opens(table.timeframe)
+            )
+        found = self.storage.lake.read(table, partition)
+        return pl.DataFrame(schema=table.schema) if found is None else found
+
+    def lock(
+        self,
+        name: str,
+        markets: Sequence[Market],
+        window: Window,
+        *,
+        tables: Sequence[str] | None = None,
+        on_progress: ProgressCallback = no_progress,
+    ) -> LockFile:
+        """What these markets' partitions hold whose months touch the window, of these tables or of all.
+
+        A partition without bars is not in it. `on_progress` hears how far it is. Raises BadInput where nothing
+        is stored, Damaged for an object that cannot be read or that is gone although the ledger knows
+        it.
+        """
+        check_name(name)
+        settings, began = self.settings, self.settings.now()
+        names = _named(settings, markets, tables)
+        span = _months(window & Window(settings.since, began))
+
+        def pin(place: Place) -> Pinned | None:
+            bars = self.read_content(*place)
+            if (
+                bars.is_empty()
+                and not self.storage.in_warehouse(place[0])
+                and self.storage.lake.size(*place) is None
+            ):
+                raise Damaged(
+                    f"{settings.lake}/{place[0].path(place[1])} is gone; `marketdata backfill` fetches it again"
+                )
+            return _pin(*place, bars, _is_open(settings, place[1], began))
+
+        places = self._stored(markets, span, names)
+        found = [pinned for pinned in self._each(pin, places, on_progress) if pinned]
+        if not found:
+            raise BadInput(
+                "nothing is stored of these markets in these months; `marketdata backfill` fetches it"
+            )
+        timeframes, as_of = (
+            tuple(tf.name for tf in settings.timeframes),
+            settings.now(),
+        )  # whatever was read is known by now
+        return LockFile(
+            name, as_of, span, _venues(settings, markets), timeframes, tuple(names), tuple(found)
+        )
+
+    def _stored(self, markets: Iterable[Market], span: Window, names: Iterable[str]) -> list[Place]:
+        """Where bars may lie, in the order of a lock file: in the lake by its listing and by the ledger,
+        in the warehouse every month.
+        """
+        wanted: dict[Table, list[Partition]] = {}
+        for market in sorted(set(markets), key=lambda m: m.key):
+            for table in _tables(self.settings, market):
+                if table.name in names:
+                    wanted.setdefault(table, []).extend(
+                        partitions_of(market, self.settings.history(market) & span)
+                    )
+        found: list[Place] = []
+        for table in sorted(wanted, key=lambda t: t.name):
+            months = wanted[table]
+            if not self.storage.in_warehouse(table):
+                known = {
+                    key
+                    for key, outline in self.ledger.outlines(table).items()
+                    if outline.bytes is not None
+                }
+                there = known | self.storage.lake.sizes(table).keys()
+                months = [p for p in months if (p.market.key, p.month_key) in there]
+            found += [(table, partition) for partition in months]
+        return found
+
+    def _each(
+        self, work: Callable[[Place], T], places: Sequence[Place], on_progress: ProgressCallback
+    ) -> Iterator[T]:
+        """Work on every place, several at once; what came of each, in order. Whoever writes rollups waits
+        for some of them at the most.
+        """
+        with ThreadPoolExecutor(
+            (os.cpu_count() or 1) if self.storage.lake.local else READS_AT_ONCE
+        ) as pool:
+            for start in range(0, len(places), A_TURN):
+                turn = places[start : start + A_TURN]
+                held = any(self.storage.in_warehouse(table) for table, _ in turn)
+                with self.storage.warehouse.held() if held else nullcontext():
+                    found = list(pool.map(work, turn))
+                for done, result in enumerate(found, start + 1):
+                    on_progress({"done": done, "partitions": len(places)})
+                    yield result
+
+    def verify(self, lock: LockFile, on_progress: ProgressCallback = no_progress) -> Verified:
+        """Read every partition of a lock, and what else is stored in its months and tables, and compare.
+        Raises BadInput.
+
+        Of a month that was open, bars after the last locked one are no difference. What was corrected
+        since is proved from history, where it can be. `on_progress` hears how far it is.
+        """
+        _same_universe(self.settings, lock)
+        tables = {
+            table.name: table for market in lock.markets for table in _tables(self.settings, market)
+        }
+        locked = {(tables[pinned.table], pinned.partition): pinned for pinned in lock.partitions}
+        others = [
+            place
+            for place in self._stored(lock.markets, lock.span, lock.tables)
+            if place not in locked
+        ]
+
+        def judge(place: Place) -> tuple[Pinned | None, bool, Difference | None]:
+            return locked.get(place), *self._judge(*place, locked.get(place), lock.as_of)
+
+        found = Verified(lock)
+        for pinned, past, difference in self._each(judge, [*locked, *others], on_progress):
+            if difference:
+                found.differences.append(difference)
+            elif pinned:
+                found.proved += 1
+                found.bars += pinned.rows
+                found.from_history += past
+        return found
+
+    def _judge(
+        self, table: Table, partition: Partition, pinned: Pinned | None, *, as_of: datetime
+    ) -> tuple[bool, Difference | None]:
+        """Whether only history holds what was locked, and what differs where nothing does."""
+        rows = pinned.rows if pinned else 0
+        try:
+            bars = _up_to(self.read_content(table, partition), pinned)
+            if _holds(bars, pinned):
+                return False, None
+            late = self._late(table, partition, pinned, as_of=as_of)
+            if (
+                late
+                and bars.height
+                and _holds(_up_to(self.read_content(table, partition, as_of), pinned), pinned)
+            ):
+                return True, None
+        except Damaged as error:
+            return False, Difference(table.name, partition, DAMAGED, rows, 0, str(error))
+        what = (
+            MISSING
+            if bars.is_empty()
+            else EXTRA
+            if bars.height > rows
+            else FEWER
+            if bars.height < rows
+            else OTHER
+        )
+        says = "; ".join([*_words(table, bars, pinned), *late])
+        return False, Difference(table.name, partition, what, rows, bars.height, says)
+
+    def _late(
+        self, table: Table, partition: Partition, pinned: Pinned | None, *, as_of: datetime
+    ) -> list[str]:
+        """What is to be said of raw bars that the partition is made of and that came or were corrected
+        since it was locked.
+
+        Where there are none, no history explains a difference: a rollup that was lost could be made
+        anew, but it was lost.
+        """
+        base = (
+            table.timeframe
+            if table.layer == "raw"
+            else self.settings.venues[partition.market.venue].base
+        )
+        owned = partition.opens(table.timeframe)
+        end = pinned.last + table.timeframe.width if pinned and pinned.open else owned.end
+        since = (pl.col("known_at") > as_of) & pl.col("open_time").is_between(
+            owned.start, end, closed="left"
+        )
+        months = partitions_of(partition.market, Window(owned.start, end))
+        found = [
+            frame
+            for month in months
+            if (frame := self.storage.lake.read(raw(base), month, provenance=True)) is not None
+        ]
+        rows = [
+            row
+            for frame in found
+            for row in frame.filter(since).select("open_time", "known_at").iter_rows()
+        ]
+        if not rows:
+            return []
+        span, last = f"{iso(rows[0][0])} .. {iso(rows[-1][0])}", max(known for _, known in rows)
+        return [
+            f"{len(rows)} bars, {span}, came or were corrected since, the last ones at {iso(last)}"
+        ]
 
 
 def pinned_moment(path: Path) -> datetime:
@@ -67,50 +267,6 @@ def pinned_moment(path: Path) -> datetime:
 
 
 # --------------------------------------------------------------------------------- lock
-def lock(
-    toolbox: Toolbox,
-    name: str,
-    markets: Sequence[Market],
-    window: Window,
-    tables: Sequence[str] | None = None,
-    tell: Tell = tell_nobody,
-) -> LockFile:
-    """What these markets' partitions hold whose months touch the window, of these tables or of all.
-
-    A partition without bars is not in it. `tell` hears how far it is. Raises BadInput where nothing
-    is stored, Damaged for an object that cannot be read or that is gone although the ledger knows
-    it.
-    """
-    check_name(name)
-    settings, began = toolbox.settings, toolbox.settings.now()
-    names = _named(settings, markets, tables)
-    span = _months(window & Window(settings.since, began))
-
-    def pin(place: Place) -> Pinned | None:
-        bars = content(toolbox, *place)
-        if (
-            bars.is_empty()
-            and not in_warehouse(toolbox, place[0])
-            and toolbox.lake.size(*place) is None
-        ):
-            raise Damaged(
-                f"{settings.lake}/{place[0].path(place[1])} is gone; `marketdata backfill` fetches it again"
-            )
-        return _pin(*place, bars, _is_open(settings, place[1], began))
-
-    places = _stored(toolbox, markets, span, names)
-    found = [pinned for pinned in _each(toolbox, pin, places, tell) if pinned]
-    if not found:
-        raise BadInput(
-            "nothing is stored of these markets in these months; `marketdata backfill` fetches it"
-        )
-    timeframes, as_of = (
-        tuple(tf.name for tf in settings.timeframes),
-        settings.now(),
-    )  # whatever was read is known by now
-    return LockFile(
-        name, as_of, span, _venues(settings, markets), timeframes, tuple(names), tuple(found)
-    )
 
 
 def _tables(settings: Settings, market: Market) -> list[Table]:
@@ -147,51 +303,6 @@ def _venues(settings: Settings, markets: Iterable[Market]) -> dict[str, Wants]:
             tuple(dict.fromkeys(chosen)), venue.since, venue.until, venue.base.name, reference
         )
     return found
-
-
-def _stored(
-    toolbox: Toolbox, markets: Iterable[Market], span: Window, names: Iterable[str]
-) -> list[Place]:
-    """Where bars may lie, in the order of a lock file: in the lake by its listing and by the ledger,
-    in the warehouse every month.
-    """
-    wanted: dict[Table, list[Partition]] = {}
-    for market in sorted(set(markets), key=lambda m: m.key):
-        for table in _tables(toolbox.settings, market):
-            if table.name in names:
-                wanted.setdefault(table, []).extend(
-                    partitions_of(market, toolbox.settings.history(market) & span)
-                )
-    found: list[Place] = []
-    for table in sorted(wanted, key=lambda t: t.name):
-        months = wanted[table]
-        if not in_warehouse(toolbox, table):
-            known = {
-                key
-                for key, outline in toolbox.ledger.outlines(table).items()
-                if outline.bytes is not None
-            }
-            there = known | toolbox.lake.sizes(table).keys()
-            months = [p for p in months if (p.market.key, p.month_key) in there]
-        found += [(table, partition) for partition in months]
-    return found
-
-
-def _each(
-    toolbox: Toolbox, work: Callable[[Place], T], places: Sequence[Place], tell: Tell
-) -> Iterator[T]:
-    """Work on every place, several at once; what came of each, in order. Whoever writes rollups waits
-    for some of them at the most.
-    """
-    with ThreadPoolExecutor((os.cpu_count() or 1) if toolbox.lake.local else READS_AT_ONCE) as pool:
-        for start in range(0, len(places), A_TURN):
-            turn = places[start : start + A_TURN]
-            held = any(in_warehouse(toolbox, table) for table, _ in turn)
-            with toolbox.warehouse.held() if held else nullcontext():
-                found = list(pool.map(work, turn))
-            for done, result in enumerate(found, start + 1):
-                tell({"done": done, "partitions": len(places)})
-                yield result
 
 
 def _is_open(settings: Settings, partition: Partition, moment: datetime) -> bool:
@@ -267,69 +378,6 @@ class Verified:
         }
 
 
-def verify(toolbox: Toolbox, lock: LockFile, tell: Tell = tell_nobody) -> Verified:
-    """Read every partition of a lock, and what else is stored in its months and tables, and compare.
-    Raises BadInput.
-
-    Of a month that was open, bars after the last locked one are no difference. What was corrected
-    since is proved from history, where it can be. `tell` hears how far it is.
-    """
-    _same_universe(toolbox.settings, lock)
-    tables = {
-        table.name: table for market in lock.markets for table in _tables(toolbox.settings, market)
-    }
-    locked = {(tables[pinned.table], pinned.partition): pinned for pinned in lock.partitions}
-    others = [
-        place
-        for place in _stored(toolbox, lock.markets, lock.span, lock.tables)
-        if place not in locked
-    ]
-
-    def judge(place: Place) -> tuple[Pinned | None, bool, Difference | None]:
-        return locked.get(place), *_judge(toolbox, *place, locked.get(place), lock.as_of)
-
-    found = Verified(lock)
-    for pinned, past, difference in _each(toolbox, judge, [*locked, *others], tell):
-        if difference:
-            found.differences.append(difference)
-        elif pinned:
-            found.proved += 1
-            found.bars += pinned.rows
-            found.from_history += past
-    return found
-
-
-def _judge(
-    toolbox: Toolbox, table: Table, partition: Partition, pinned: Pinned | None, as_of: datetime
-) -> tuple[bool, Difference | None]:
-    """Whether only history holds what was locked, and what differs where nothing does."""
-    rows = pinned.rows if pinned else 0
-    try:
-        bars = _up_to(content(toolbox, table, partition), pinned)
-        if _holds(bars, pinned):
-            return False, None
-        late = _late(toolbox, table, partition, pinned, as_of)
-        if (
-            late
-            and bars.height
-            and _holds(_up_to(content(toolbox, table, partition, as_of), pinned), pinned)
-        ):
-            return True, None
-    except Damaged as error:
-        return False, Difference(table.name, partition, DAMAGED, rows, 0, str(error))
-    what = (
-        MISSING
-        if bars.is_empty()
-        else EXTRA
-        if bars.height > rows
-        else FEWER
-        if bars.height < rows
-        else OTHER
-    )
-    says = "; ".join([*_words(table, bars, pinned), *late])
-    return False, Difference(table.name, partition, what, rows, bars.height, says)
-
-
 def _up_to(bars: pl.DataFrame, pinned: Pinned | None) -> pl.DataFrame:
     return bars.filter(pl.col("open_time") <= pinned.last) if pinned and pinned.open else bars
 
@@ -358,42 +406,6 @@ def _words(table: Table, bars: pl.DataFrame, pinned: Pinned | None) -> Iterator[
     span = Window(pinned.first, pinned.last + table.timeframe.width)
     if pinned.rows == span.count(table.timeframe) and inside.height < pinned.rows:
         yield f"the first bar that lacks opened {iso(holes(inside['open_time'], table.timeframe, span)[0].start)}"
-
-
-def _late(
-    toolbox: Toolbox, table: Table, partition: Partition, pinned: Pinned | None, as_of: datetime
-) -> list[str]:
-    """What is to be said of raw bars that the partition is made of and that came or were corrected
-    since it was locked.
-
-    Where there are none, no history explains a difference: a rollup that was lost could be made
-    anew, but it was lost.
-    """
-    base = (
-        table.timeframe
-        if table.layer == "raw"
-        else toolbox.settings.venues[partition.market.venue].base
-    )
-    owned = partition.opens(table.timeframe)
-    end = pinned.last + table.timeframe.width if pinned and pinned.open else owned.end
-    since = (pl.col("known_at") > as_of) & pl.col("open_time").is_between(
-        owned.start, end, closed="left"
-    )
-    months = partitions_of(partition.market, Window(owned.start, end))
-    found = [
-        frame
-        for month in months
-        if (frame := toolbox.lake.read(raw(base), month, provenance=True)) is not None
-    ]
-    rows = [
-        row
-        for frame in found
-        for row in frame.filter(since).select("open_time", "known_at").iter_rows()
-    ]
-    if not rows:
-        return []
-    span, last = f"{iso(rows[0][0])} .. {iso(rows[-1][0])}", max(known for _, known in rows)
-    return [f"{len(rows)} bars, {span}, came or were corrected since, the last ones at {iso(last)}"]
 
 
 # --------------------------------------------------------------------------------- the same univers

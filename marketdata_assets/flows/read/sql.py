@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from marketdata_assets.context import Toolbox
-from marketdata_assets.flows.read.bars import known_market
+from marketdata_assets.flows.read.bars import BarReader
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import partitions_of
 from marketdata_assets.model.table import Table, consolidated, parity, raw, reconciled, rollup
 from marketdata_assets.model.window import Window
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.bars import BarStorage
+from marketdata_assets.storage.parquet import Lake
 from marketdata_assets.storage.views import open_views
 
 if TYPE_CHECKING:
@@ -19,13 +22,20 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def connected(toolbox: Toolbox, keys: Sequence[str] | None, window: Window) -> Iterator[Connection]:
+def connected(
+    settings: Settings,
+    ledger: Ledger,
+    storage: BarStorage,
+    *,
+    keys: Sequence[str] | None,
+    window: Window,
+) -> Iterator[Connection]:
     """Views `raw.ohlcv_<timeframe>`, `rollup.ohlcv_<timeframe>` and so on over these markets' (or all)
     months in the window.
     """
-    settings = toolbox.settings
+    settings = settings
     markets = (
-        [known_market(toolbox, key) for key in keys]
+        [BarReader(settings, ledger, storage).find_market(key) for key in keys]
         if keys
         else [*settings.markets, *settings.consolidate]
     )
@@ -42,16 +52,17 @@ def connected(toolbox: Toolbox, keys: Sequence[str] | None, window: Window) -> I
         if any(tf in venue.reference for venue in settings.venues.values())
     ]
     files = {
-        table: _files(toolbox, table, markets, window) for table in (*tables, *in_lake, *judged)
+        table: _files(storage.lake, table, markets, window=window)
+        for table in (*tables, *in_lake, *judged)
     }
-    warehouse = None if in_lake or not toolbox.warehouse.exists else toolbox.warehouse
+    warehouse = None if in_lake or not storage.warehouse.exists else storage.warehouse
     with open_views(files, warehouse) as connection:
         yield connection
 
 
-def _files(toolbox: Toolbox, table: Table, markets: Sequence[Market], window: Window) -> list[str]:
+def _files(lake: Lake, table: Table, markets: Sequence[Market], *, window: Window) -> list[str]:
     """One walk or one listing of the table, and of it what is wanted."""
-    there = toolbox.lake.sizes(table)
+    there = lake.sizes(table)
     wanted = Window(window.start, window.end + table.timeframe.width)
     partitions = [
         p
@@ -59,4 +70,4 @@ def _files(toolbox: Toolbox, table: Table, markets: Sequence[Market], window: Wi
         for p in partitions_of(market, wanted)
         if (market.key, p.month_key) in there
     ]
-    return toolbox.lake.uris(table, partitions, known=True)
+    return lake.uris(table, partitions, known=True)

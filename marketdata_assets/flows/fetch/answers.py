@@ -1,0 +1,289 @@
+"""What all answers about one span of one market say together: bars, rejected rows and gaps.
+
+A bar is accepted when answers agree on it, a gap when two answers delivered both its neighbors and
+nothing between them. Everything here is a pure decision on answers that have come.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+import polars as pl
+
+from marketdata_assets.errors import VenueRefused
+from marketdata_assets.ledger.ledger import Account, LoggedFetch, logged
+from marketdata_assets.model.bar import NAMES, empty_bars
+from marketdata_assets.model.gap import PROMPT_ATTEMPTS, Gap, GapReason, GapStatus
+from marketdata_assets.model.intervals import (
+    find_gaps,
+    group_consecutive,
+    subtract_window,
+    subtract_windows,
+)
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.timeframe import EPOCH, Timeframe
+from marketdata_assets.model.window import Window, iso
+from marketdata_assets.quality.agreement import (
+    ResolvedAnswers,
+    coalesce_optional,
+    resolve_answers,
+)
+from marketdata_assets.quality.gap_causes import next_request_at
+from marketdata_assets.quality.split import REJECTED_SCHEMA, asked_columns, reject, split
+from marketdata_assets.sources.base import Fetched, Request
+
+STORED = -1
+"""Stands for the stored bars among the numbers of the answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchSpan:
+    """What is to be fetched of one market and timeframe.
+
+    `wanted` are the open times wanted, `stored` the stored bars of the partition (with provenance),
+    `gaps` its known gaps. Bars that open inside `again` are requested although they are stored.
+    """
+
+    market: Market
+    timeframe: Timeframe
+    wanted: Window
+    stored: pl.DataFrame
+    gaps: Sequence[Gap]
+    again: Window | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FetchResult:
+    """What a fetch brought.
+
+    `bars` are new or replace stored ones (`corrected` of them). Everything before `through` has been
+    requested. `answers[i]` is the index in `fetches` of the request that brought answer i.
+    """
+
+    bars: pl.DataFrame = field(default_factory=empty_bars)
+    rejected: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=REJECTED_SCHEMA))
+    gaps: tuple[Gap, ...] = ()
+    account: Account = field(default_factory=Account)
+    fetches: tuple[LoggedFetch, ...] = ()
+    answers: tuple[int, ...] = ()
+    retries: int = 0
+    seconds_waited: float = 0.0
+    through: datetime = EPOCH
+    corrected: int = 0
+
+
+def remaining_gaps(gaps: Iterable[Gap], opens: pl.Series, timeframe: Timeframe) -> list[Gap]:
+    """Return the gaps without the bars that exist now; `opens` are their open times, sorted."""
+    moments, remaining = opens.to_list(), []
+    for gap in gaps:
+        first, end = (bisect_left(moments, t) for t in (gap.window.start, gap.window.end))
+        if first == end:
+            remaining.append(gap)
+            continue
+        for window in find_gaps(opens, timeframe, gap.window):
+            remaining.append(replace(gap, window=window, bars=window.count(timeframe)))
+    return remaining
+
+
+def missing_windows(
+    opens: pl.Series, timeframe: Timeframe, window: Window, *, gaps: Iterable[Gap], now: datetime
+) -> list[Window]:
+    """Return the windows without a bar among `opens` that no gap keeps waiting at `now` (our clock)."""
+    waiting = [gap.window for gap in gaps if not gap.is_due(now)]
+    return subtract_windows(find_gaps(opens, timeframe, window), waiting)
+
+
+@dataclass(slots=True)
+class Answers:
+    """All answers about one span so far.
+
+    `window` are the open times that can be answered, `closed_before` is the venue's clock, `now`
+    ours. A null in one of `columns` breaks a rule.
+    """
+
+    span: FetchSpan
+    window: Window
+    closed_before: datetime
+    now: datetime
+    columns: tuple[str, ...]
+    fetched: list[Fetched] = field(default_factory=list)
+    received: int = 0
+    _kept: list[pl.DataFrame] = field(default_factory=list)
+    _rejected: list[pl.DataFrame] = field(default_factory=list)
+    _extents: list[tuple[datetime, datetime]] = field(default_factory=list)
+
+    def add(self, fetched: Sequence[Fetched]) -> None:
+        """Apply the rules to new answers; neighbors beyond the window are used, but not counted."""
+        first = len(self.fetched)
+        self.fetched.extend(fetched)
+        frames = [asked_columns(f.rows, first + i, f.asked) for i, f in enumerate(fetched)]
+        timeframe = self.span.timeframe
+        kept, rejected = split(pl.concat(frames), timeframe, self.closed_before, self.columns)
+        opens = pl.col("open_time")
+        extents = kept.group_by("answer").agg(opens.min().alias("a"), opens.max().alias("b"))
+        self._extents.extend((a, b) for _, a, b in extents.sort("answer").iter_rows())
+        start, end = self.window.start, self.window.end
+        neighbor = ((opens < start) | (opens >= end)) & opens.is_between(
+            start - timeframe.width, end, closed="both"
+        )
+        self._kept.append(kept.filter(~neighbor))
+        self._rejected.append(rejected.filter(~neighbor.fill_null(False)))
+        self.received += self._kept[-1].height + self._rejected[-1].height
+
+    def resolve(self) -> ResolvedAnswers:
+        """Return what the answers, together with the stored bars that they repeat, agree on."""
+        new, stored = self._delivered(), self.span.stored
+        old = stored.join(new.select("open_time").unique(), on="open_time", how="semi")
+        old = coalesce_optional(
+            old.select(pl.lit(STORED, pl.Int64).alias("answer"), *NAMES),
+            new.unique("open_time", keep="first"),
+        )
+        return resolve_answers(pl.concat([new, old]))
+
+    def missing(self, resolved: ResolvedAnswers) -> list[Window]:
+        """Return the windows that are neither stored, nor resolved, nor a gap that waits."""
+        opens, gaps = self._open_times(resolved), self.span.gaps
+        return missing_windows(opens, self.span.timeframe, self.window, gaps=gaps, now=self.now)
+
+    def confirmed_rejections(self) -> list[Window]:
+        """Return the bars that two answers delivered with the same broken fields."""
+        repeated = self._rejection_votes().filter(pl.col("votes") > 1)
+        return group_consecutive(repeated["open_time"].drop_nulls().to_list(), self.span.timeframe)
+
+    def count_confirmations(self, window: Window) -> int:
+        """Return how many answers delivered both neighbors of a window and nothing between them."""
+        return sum(a < window.start and b >= window.end for a, b in self._extents)
+
+    def build_result(self, resolved: ResolvedAnswers) -> FetchResult:
+        """Return what is to be stored. Raises VenueRefused when most stored bars are contradicted."""
+        is_stored = pl.col("answer") == STORED
+        lost = pl.concat([resolved.outvoted, resolved.unresolved]).filter(~is_stored)
+        rejected = pl.concat([*self._rejected, reject(lost, "conflict")])
+        corrected = resolved.outvoted.filter(is_stored)["open_time"]
+        self._raise_if_contradicted(corrected)
+        bars = resolved.bars.join(self.span.stored, on=NAMES, how="anti", nulls_equal=True)
+        delivered = self._delivered()
+        repeated = delivered.join(resolved.bars, on=NAMES, how="semi", nulls_equal=True).height
+        fetches, answers = self._fetch_log()
+        return FetchResult(
+            bars=bars.sort("open_time"),
+            rejected=rejected,
+            gaps=tuple(self._gaps(resolved)),
+            account=Account(self.received, bars.height, repeated - bars.height, rejected.height),
+            fetches=fetches,
+            answers=answers,
+            retries=sum(len(f.requests) - 1 for f in self.fetched),
+            seconds_waited=sum(f.waited for f in self.fetched),
+            through=self.window.end,
+            corrected=corrected.len(),
+        )
+
+    def build_unanswered(self, requests: Sequence[Request]) -> FetchResult:
+        """Return the result for a market that the venue no longer lists: everything is unanswered."""
+        opens, gaps = self.span.stored["open_time"], self.span.gaps
+        windows = missing_windows(opens, self.span.timeframe, self.window, gaps=gaps, now=self.now)
+        found = self._waiting_gaps(opens) + [self._gap(w, GapReason.UNANSWERED, 1) for w in windows]
+        return FetchResult(
+            gaps=tuple(sorted(found, key=lambda gap: gap.window)),
+            fetches=tuple(logged(requests, self.window)),
+            through=self.window.end,
+        )
+
+    def _delivered(self) -> pl.DataFrame:
+        """Return the rows that keep every rule; what they leave out is taken from the stored bars."""
+        return coalesce_optional(pl.concat(self._kept), self.span.stored)
+
+    def _open_times(self, resolved: ResolvedAnswers) -> pl.Series:
+        opens = [self.span.stored["open_time"], resolved.bars["open_time"]]
+        return pl.concat(opens).unique().sort()
+
+    def _rejection_votes(self) -> pl.DataFrame:
+        """Return the rejected rows by the bar that they stand for, with the number of answers."""
+        rows = pl.concat(self._rejected)
+        grid = pl.col("open_time").dt.truncate(self.span.timeframe.every)
+        votes = pl.col("answer").n_unique().alias("votes")
+        return rows.group_by(grid.alias("open_time"), "fields").agg(votes)
+
+    def _raise_if_contradicted(self, corrected: pl.Series) -> None:
+        """A venue corrects some bars; answers that deny most repeated ones are about another market."""
+        timeframe = self.span.timeframe
+        windows = group_consecutive(corrected.to_list(), timeframe)
+        in_a_row = [window for window in windows if window.count(timeframe) > 1]
+        delivered = pl.concat(self._kept)["open_time"].unique()
+        repeated = self.span.stored["open_time"].is_in(delivered.implode()).sum()
+        if in_a_row and 2 * corrected.len() > repeated:
+            error = VenueRefused(
+                f"{self.span.market.venue}: its answers contradict the stored bars of "
+                f"{in_a_row[0]}, {corrected.len()} of {repeated} that were requested again; nothing "
+                "of them is stored. If the venue did correct them, repair a longer span, most of "
+                "which agrees"
+            )
+            error.requests = tuple(r for answer in self.fetched for r in answer.requests)
+            raise error
+
+    def _gaps(self, resolved: ResolvedAnswers) -> list[Gap]:
+        broken = [
+            *self._rejection_votes()["open_time"].drop_nulls().to_list(),
+            *resolved.unresolved["open_time"].to_list(),
+        ]
+        quarantined = group_consecutive(broken, self.span.timeframe)
+        gaps = self._waiting_gaps(self._open_times(resolved))
+        for window in self.missing(resolved):
+            absent = subtract_window(window, quarantined)
+            gaps += [
+                self._gap(w, GapReason.QUARANTINED, 1) for w in subtract_window(window, absent)
+            ]
+            gaps += [self._absent_gap(w) for w in absent]
+        return sorted(gaps, key=lambda gap: gap.window)
+
+    def _waiting_gaps(self, opens: pl.Series) -> list[Gap]:
+        """Return the known gaps that wait, without the bars that answers brought all the same."""
+        waiting = [gap for gap in self.span.gaps if not gap.is_due(self.now)]
+        return remaining_gaps(waiting, opens, self.span.timeframe)
+
+    def _absent_gap(self, window: Window) -> Gap:
+        confirmations = self.count_confirmations(window)
+        if confirmations > 1:
+            return self._gap(window, GapReason.NO_BARS, confirmations)
+        return self._gap(window, GapReason.UNANSWERED, 1)
+
+    def _gap(self, window: Window, reason: GapReason, answers: int) -> Gap:
+        """Return a gap that continues what is known of it; it is requested at growing distance."""
+        about = [f for f in self.fetched if f.asked & window]
+        evidence = "; ".join(
+            f"asked {f.asked} at {_sent_at(f)}, {f.rows.height} rows" for f in about[-2:]
+        )
+        before = [gap for gap in self.span.gaps if gap.window & window]
+        answers += max((gap.answers for gap in before), default=0)
+        now = self.now.replace(microsecond=0)
+        first = min((gap.first_requested for gap in before if gap.first_requested), default=now)
+        is_same = (g for g in before if g.window == window and g.status != GapStatus.REOPENED)
+        prompt = reason != GapReason.NO_BARS and answers < PROMPT_ATTEMPTS
+        return Gap(
+            window,
+            window.count(self.span.timeframe),
+            reason=reason,
+            answers=answers,
+            evidence=evidence,
+            proof=next((gap.proof for gap in is_same), {}),
+            first_requested=first,
+            last_requested=now,
+            next_request=now if prompt else next_request_at(first, now),
+        )
+
+    def _fetch_log(self) -> tuple[tuple[LoggedFetch, ...], tuple[int, ...]]:
+        fetches: list[LoggedFetch] = []
+        answers = []
+        for fetched in self.fetched:
+            fetches += logged(fetched.requests, fetched.asked)
+            answers.append(len(fetches) - 1)
+        return tuple(fetches), tuple(answers)
+
+
+def _sent_at(fetched: Fetched) -> str:
+    if not fetched.requests:
+        return "?"
+    return iso(datetime.fromtimestamp(int(fetched.requests[-1].asked_at), UTC))

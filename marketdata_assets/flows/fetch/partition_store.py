@@ -1,0 +1,363 @@
+"""Store what was fetched for one partition: bars, revisions, gaps, rejected rows and the row account."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+import polars as pl
+
+from marketdata_assets.errors import Damaged, MarketDataError, Unreachable
+from marketdata_assets.flows.fetch.answers import FetchResult, remaining_gaps
+from marketdata_assets.ledger.ledger import Account, Entry, Gap, Ledger, State, logged
+from marketdata_assets.model.bar import HISTORY_COLUMNS, NAMES, TIME, TOLD_SCHEMA
+from marketdata_assets.model.intervals import holes, left_of, runs, without
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import Table, history, raw
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import Window
+from marketdata_assets.quality.agreement import Beside, beside
+from marketdata_assets.quality.clean import clean
+from marketdata_assets.quality.contract import check_bars
+from marketdata_assets.quality.split import reject
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.parquet import Lake
+
+REST = "rest"
+"""The stored source of bars that came from the venue's API."""
+CLEAN_UP = "clean-up"
+"""The stored source of rows that a clean-up removed from the lake."""
+
+
+def _empty_raw_bars(*more_times: str) -> pl.DataFrame:
+    return pl.DataFrame(schema={**TOLD_SCHEMA, **dict.fromkeys(more_times, TIME)})
+
+
+@dataclass(frozen=True, slots=True)
+class IngestResult:
+    """One partition after an ingest.
+
+    `wanted` is the window of open times that the universe asks for, up to the venue's clock. `bars`
+    are all stored bars of it (model.bar.NAMES), `replaced` the revisions that moved to the history
+    now. After a failure `error` is set and everything stored is as it was before. `comparison` says
+    what became of bars that did not come from the venue's API.
+    """
+
+    partition: Partition
+    timeframe: Timeframe
+    wanted: Window
+    bars: pl.DataFrame
+    gaps: tuple[Gap, ...]
+    account: Account
+    bytes: int
+    complete: bool
+    requests: int = 0
+    retries: int = 0
+    seconds_waited: float = 0.0
+    note: str | None = None
+    error: MarketDataError | None = None
+    replaced: pl.DataFrame = field(default_factory=lambda: _empty_raw_bars("replaced_at"))
+    comparison: Beside | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPartition:
+    """One partition before an ingest; `stored` holds its bars with their provenance."""
+
+    partition: Partition
+    table: Table
+    wanted: Window
+    stored: pl.DataFrame = field(default_factory=_empty_raw_bars)
+    gaps: Sequence[Gap] = ()
+    state: State | None = None
+    note: str | None = None
+
+    def as_result(self, bars: pl.DataFrame, gaps: Sequence[Gap], *, bytes: int) -> IngestResult:
+        """Return the partition as it is stored, before anything is counted."""
+        return IngestResult(
+            partition=self.partition,
+            timeframe=self.table.timeframe,
+            wanted=self.wanted,
+            bars=bars.select(NAMES),
+            gaps=tuple(gaps),
+            account=Account(),
+            bytes=bytes,
+            complete=False,
+            note=self.note,
+        )
+
+
+def wanted_window(settings: Settings, timeframe: Timeframe, partition: Partition) -> Window:
+    """Return the open times that the universe wants of a partition.
+
+    These are whole bars between `since` and `until` (or our now); none when the venue's universe
+    does not fetch the timeframe.
+    """
+    venue = settings.venues[partition.market.venue]
+    if timeframe not in venue.fetched:
+        return Window(partition.month.start, partition.month.start)
+    span = settings.span(partition.market)
+    return partition.opens(timeframe) & Window(
+        timeframe.ceil(span.start), timeframe.floor(span.end)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionStore:
+    """Opens partitions of raw tables and stores what was fetched for them, one transaction each."""
+
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
+
+    def open(self, table: Table, partition: Partition) -> OpenPartition:
+        """Read what is stored of a partition; a damaged object is moved out of the way."""
+        wanted = wanted_window(self.settings, table.timeframe, partition)
+        note = None
+        try:
+            stored = self.lake.read(table, partition, provenance=True)
+        except Damaged as damage:
+            note = f"{damage}; set aside as {self.lake.set_aside(table, partition)}"
+            stored = None
+        return OpenPartition(
+            partition,
+            table,
+            wanted=wanted,
+            stored=_empty_raw_bars() if stored is None else stored,
+            gaps=self.ledger.gaps(table, partition),
+            state=self.ledger.state(table, partition),
+            note=note,
+        )
+
+    def save(
+        self, before: OpenPartition, fetched: FetchResult, sources: Sequence[str] = ()
+    ) -> IngestResult:
+        """Write revisions, bars and ledger rows, in this order: a crash in between loses nothing.
+
+        `sources` names what delivered the rows, by `answer`; without it, the venue's API did.
+        """
+        table, partition, now = before.table, before.partition, self.settings.now()
+        source = pl.col("source") if sources else pl.lit(REST).alias("source")
+        new = fetched.bars.select(*NAMES, pl.lit(now, TIME).alias("known_at"), source)
+        replaced = before.stored.join(new, on="open_time", how="semi").with_columns(
+            pl.lit(now, TIME).alias("replaced_at")
+        )
+        if replaced.height:
+            self._append_history(table, partition, replaced)
+        bars = _merge(before.stored, new)
+        size, digest = self._write_if_changed(before, bars)
+        state = self._next_state(before, fetched, bars, size=size, digest=digest)
+        self.ledger.commit(
+            Entry(
+                table,
+                partition,
+                state,
+                account=fetched.account,
+                gaps=fetched.gaps,
+                fetches=fetched.fetches,
+                rejected=fetched.rejected,
+                answers=fetched.answers,
+                now=now,
+                sources=sources,
+            )
+        )
+        start = before.wanted.start
+        return replace(
+            before.as_result(bars, fetched.gaps, bytes=size or 0),
+            account=fetched.account,
+            complete=state.complete,
+            replaced=replaced,
+            wanted=Window(start, max(start, min(before.wanted.end, state.through))),
+            requests=len(fetched.fetches),
+            retries=fetched.retries,
+            seconds_waited=fetched.seconds_waited,
+        )
+
+    def record_failure(self, before: OpenPartition, error: MarketDataError) -> IngestResult:
+        """Write a failed ingest into the ledger; everything stored stays as it is."""
+        self.ledger.fail(
+            before.table,
+            before.partition,
+            before.wanted,
+            error=str(error),
+            fetches=logged(error.requests, before.wanted),
+            now=self.settings.now(),
+            forgiven=isinstance(error, Unreachable),
+        )
+        size = before.state.bytes if before.state else None
+        unchanged = before.as_result(before.stored, before.gaps, bytes=size or 0)
+        tries = len(error.requests)
+        return replace(unchanged, requests=tries, retries=tries, error=error)
+
+    def ingest_frame(
+        self,
+        timeframe: Timeframe,
+        partition: Partition,
+        kept: pl.DataFrame,
+        *,
+        rejected: pl.DataFrame,
+        sources: Sequence[str],
+        settles_gaps: bool = True,
+    ) -> IngestResult:
+        """Store bars that did not come from the venue's API, such as those of files.
+
+        `kept` (model.bar.NAMES, one bar per open_time) has passed the rules, `rejected`
+        (quality.split.REJECTED_SCHEMA) has not. With several `sources`, the column `answer` of both
+        frames is the index of the source of a row. Stored bars stay: an equal bar is identical,
+        another one is rejected as `disagrees`. A gap between two bars of `kept` is settled when
+        `settles_gaps`, else it is still requested from the venue. Sends no request.
+        """
+        table = raw(timeframe)
+        with self.ledger.lock(partition.key):
+            before = self.open(table, partition)
+            fetched, comparison = _compare_frame(
+                before, kept, rejected, sources=sources, settles_gaps=settles_gaps
+            )
+            return replace(self.save(before, fetched, sources), comparison=comparison)
+
+    def remove_invalid_rows(self, timeframe: Timeframe, partition: Partition) -> str:
+        """Remove stored rows that are repeated, misplaced or break a rule; return what was wrong.
+
+        Returns an empty text when nothing was. Rejected rows go to quarantine; the next ingest
+        fetches what is missing then. A damaged object is moved out of the way.
+        """
+        with self.ledger.lock(partition.key):
+            before = self.open(raw(timeframe), partition)
+            cleaned = clean(before.stored, timeframe, partition.opens(timeframe))
+            problem = cleaned.says
+            if problem:
+                before = replace(before, stored=cleaned.bars, note=before.note or problem)
+                none = cleaned.bars.clear()
+                fetched, _ = _compare_frame(before, none, cleaned.rejected, sources=[CLEAN_UP])
+                self.save(before, fetched, [CLEAN_UP])
+            return before.note or problem
+
+    def _write_if_changed(
+        self, before: OpenPartition, bars: pl.DataFrame
+    ) -> tuple[int | None, str | None]:
+        """Return size and digest of the object that holds the bars."""
+        state = before.state
+        is_stored = state is not None and state.bytes is not None and not before.note
+        if is_stored and bars.equals(before.stored):
+            assert state is not None
+            if state.bytes == self.lake.size(before.table, before.partition):
+                return state.bytes, state.digest
+        check_bars(bars.select(NAMES))
+        return self.lake.write(before.table, before.partition, bars)
+
+    def _next_state(
+        self,
+        before: OpenPartition,
+        fetched: FetchResult,
+        bars: pl.DataFrame,
+        *,
+        size: int | None,
+        digest: str | None,
+    ) -> State:
+        old = before.state
+        through = max(fetched.through, before.wanted.start, old.through if old else fetched.through)
+        settled = all(gap.settled for gap in fetched.gaps)
+        return State(
+            start=before.wanted.start,
+            through=through,
+            newest=bars["open_time"][-1] if bars.height else None,
+            complete=fetched.through >= before.wanted.end and settled,
+            rows=bars.height,
+            bytes=size,
+            digest=digest,
+            rolled=old.rolled if old else None,
+            attempts=old.attempts + 1 if old else 1,
+            failures=0,
+            error=None,
+            whole_at=self._completed_at(before, through),
+        )
+
+    def _completed_at(self, before: OpenPartition, through: datetime) -> datetime | None:
+        """Return since when everything that the universe will ever want has been requested."""
+        if before.state and before.state.whole_at:
+            return before.state.whole_at
+        timeframe = before.table.timeframe
+        until = self.settings.venues[before.partition.market.venue].until
+        end = before.partition.opens(timeframe).end
+        last = min(end, timeframe.floor(until)) if until else end
+        return self.settings.now() if through >= last else None
+
+    def _append_history(self, table: Table, partition: Partition, replaced: pl.DataFrame) -> None:
+        """Add revisions; one that a crashed run has added already is the same revision."""
+        place = history(table.timeframe)
+        stored = self.lake.read(place, partition)
+        every = replaced if stored is None else pl.concat([stored, replaced])
+        last = every.unique([*NAMES, "known_at"], keep="last", maintain_order=True)
+        ordered = last.sort("open_time", "replaced_at").select(c.name for c in HISTORY_COLUMNS)
+        self.lake.write(place, partition, ordered)
+
+
+def _compare_frame(
+    before: OpenPartition,
+    kept: pl.DataFrame,
+    rejected: pl.DataFrame,
+    *,
+    sources: Sequence[str],
+    settles_gaps: bool = True,
+) -> tuple[FetchResult, Beside]:
+    """Return what is to be stored of rows from other sources, and their comparison with the store."""
+    timeframe = before.table.timeframe
+    if len(sources) == 1:
+        kept = kept.with_columns(pl.lit(0, pl.Int64).alias("answer"))
+    found = beside(kept.select("answer", *NAMES).sort("open_time"), before.stored)
+    name = pl.col("answer").replace_strict(range(len(sources)), sources, return_dtype=pl.String)
+    bars = found.new.with_columns(name.alias("source"))
+    opens = pl.concat([before.stored["open_time"], bars["open_time"]]).sort()
+    gaps = remaining_gaps(before.gaps, opens, timeframe)
+    moments = kept["open_time"].sort()
+    inside = Window(moments[0], moments[-1]) & before.wanted if kept.height else None
+    new = left_of(holes(opens, timeframe, inside) if inside else [], [gap.window for gap in gaps])
+    broken = rejected["open_time"].drop_nulls().dt.truncate(timeframe.every).to_list()
+    quarantined = runs(broken, timeframe)
+    for window in new:
+        gaps += _gaps_of_sources(window, quarantined, timeframe, sources, settles_gaps)
+    settled = [gap.window for gap in gaps if gap.settled]
+    missing = left_of(holes(opens, timeframe, before.wanted), settled)
+    fetched = FetchResult(
+        bars=bars,
+        rejected=pl.concat([rejected, reject(found.denied, "disagrees")]),
+        gaps=tuple(sorted(gaps)),
+        account=Account(
+            received=kept.height + rejected.height,
+            stored=bars.height,
+            identical=found.identical.height,
+            quarantined=rejected.height + found.denied.height,
+        ),
+        through=missing[0].start if missing else before.wanted.end,
+    )
+    return fetched, found
+
+
+def _gaps_of_sources(
+    window: Window,
+    quarantined: Sequence[Window],
+    timeframe: Timeframe,
+    sources: Sequence[str],
+    settles_gaps: bool,
+) -> list[Gap]:
+    """Return the gaps between two delivered bars: rejected rows, and no rows at all."""
+    first, last = sources[0], sources[-1]
+    name = first if len(sources) == 1 else f"{first} .. {last} ({len(sources)} files)"
+    absent = without(window, quarantined)
+    gaps = [
+        Gap(w, w.count(timeframe), "quarantined", 1, f"{name} holds rows that break a rule")
+        for w in without(window, absent)
+    ]
+    reason, answers = ("no_bars", 2) if settles_gaps else ("unanswered", 1)
+    evidence = f"{name} holds both neighbors and nothing between them"
+    return gaps + [Gap(w, w.count(timeframe), reason, answers, evidence) for w in absent]
+
+
+def _merge(stored: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
+    """Return stored and new bars, sorted; of one open_time the new bar, on which two answers agree."""
+    if new.is_empty():
+        return stored
+    if stored.is_empty():
+        return new
+    return pl.concat([stored.join(new, on="open_time", how="anti"), new]).sort("open_time")

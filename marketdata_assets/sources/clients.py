@@ -1,0 +1,99 @@
+"""The venues of one process: one guarded source each, opened when it is first used."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Mapping
+from concurrent.futures import Future
+from datetime import datetime
+from typing import Any, TypeVar
+
+from marketdata_assets.model.events import ProgressCallback, no_progress
+from marketdata_assets.settings.universe import Venue
+from marketdata_assets.sources.base import Source
+from marketdata_assets.sources.guards import Guarded, Policy, VenueState
+
+T = TypeVar("T")
+
+REQUESTS_IN_FLIGHT = 8
+"""How many requests one process has under way at one venue."""
+
+
+class VenueClient:
+    """One venue: its guarded source, its free request slots, and the newest reading of its clock."""
+
+    def __init__(self, source: Source, on_progress: ProgressCallback) -> None:
+        self.source, self.on_progress = source, on_progress
+        self.slots = asyncio.Semaphore(REQUESTS_IN_FLIGHT)
+        self._clock: datetime | None = None
+
+    async def now(self, at_least: datetime) -> datetime:
+        """Return the venue's own clock, UTC; it is read again unless the last reading suffices."""
+        if self._clock is None or self._clock < at_least:
+            self._clock = await self.source.now()
+        return self._clock
+
+
+class VenueClients:
+    """The clients of all venues of a universe; their requests run in a thread of their own."""
+
+    def __init__(
+        self,
+        venues: Mapping[str, Venue],
+        state: VenueState,
+        policy: Policy,
+        *,
+        on_progress: ProgressCallback = no_progress,
+    ) -> None:
+        self._venues, self._state, self._policy = venues, state, policy
+        self._on_progress = on_progress
+        self._clients: dict[str, VenueClient] = {}
+        self._requests = _RequestThread()
+
+    def client(self, venue: str) -> VenueClient:
+        """Return the client of a venue of the universe."""
+        if venue not in self._clients:
+            self._clients[venue] = VenueClient(self._open_source(venue), self._on_progress)
+        return self._clients[venue]
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start work on requests; any thread may wait for its result."""
+        return self._requests.submit(work)
+
+    def close(self) -> None:
+        """Close all connections and end the thread of the requests."""
+        for client in self._clients.values():
+            self.submit(client.source.close()).result(timeout=10)
+        self._clients.clear()
+        self._requests.close()
+
+    def _open_source(self, name: str) -> Source:
+        from marketdata_assets.sources.ccxt_rest import CcxtSource
+
+        venue = self._venues[name]
+        limit = venue.requests_per_minute
+        return Guarded(CcxtSource(venue), name, self._state, limit, self._policy)
+
+
+class _RequestThread:
+    """One event loop in a thread of its own: requests run while the caller works on answers."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            run = self._loop.run_forever
+            self._thread = threading.Thread(target=run, name="requests", daemon=True)
+            self._thread.start()
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        if self._loop is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            self._loop = self._thread = None

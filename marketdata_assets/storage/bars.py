@@ -1,0 +1,35 @@
+"""Every stored table of bars: the lake, and the warehouse where rollups go to DuckDB."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import Table
+from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.warehouse import Warehouse
+
+
+@dataclass(frozen=True, slots=True)
+class BarStorage:
+    """The lake, the warehouse, and which of them holds a table."""
+
+    lake: Lake
+    warehouse: Warehouse
+    rollups_in_warehouse: bool
+
+    def in_warehouse(self, table: Table) -> bool:
+        """Return whether the table lies in DuckDB; otherwise it lies in the lake."""
+        return table.layer == "rollup" and self.rollups_in_warehouse
+
+    def read(self, table: Table, partition: Partition) -> pl.DataFrame:
+        """Return the bars of a partition, sorted by open_time; none when nothing is stored.
+
+        Raises Damaged, StoreFailed.
+        """
+        if self.in_warehouse(table):
+            return self.warehouse.read(table, partition.market, partition.opens(table.timeframe))
+        stored = self.lake.read(table, partition)
+        return pl.DataFrame(schema=table.schema) if stored is None else stored
