@@ -46,6 +46,11 @@ class GapStatus(StrEnum):
     """A person discarded the cause; no cause is looked for until the next run has requested it."""
 
 
+UNEXPLAINED = "unexplained"
+GAP_KINDS = (*GapCause, GapReason.QUARANTINED.value, UNEXPLAINED)
+"""What `Gap.kind` can be."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gap:
     """A window of open times of one market without bars.
@@ -89,6 +94,18 @@ class Gap:
         if self.reason == GapReason.QUARANTINED:
             return GapReason.QUARANTINED
         return self.cause or GapCause.MISSING_AT_SOURCE
+
+    @property
+    def explanation(self) -> str:
+        """Why it is what it is; before a cause was looked for, what the answers delivered."""
+        return str(self.proof.get("words") or self.evidence)
+
+    @property
+    def kind(self) -> str:
+        """Its cause as people filter by it: `quarantined`, a cause, or `unexplained`."""
+        if self.reason == GapReason.QUARANTINED:
+            return GapReason.QUARANTINED
+        return self.cause or UNEXPLAINED
 
     def is_due(self, now: datetime) -> bool:
         """Whether a run requests it at `now` (our clock)."""

@@ -1,6 +1,4 @@
-"""Consolidate: bars of several venues as one series, how far these venues lie apart, and what has to
-be made again.
-"""
+"""Consolidate: bars of several venues as one series, and which months have to be built again."""
 
 from __future__ import annotations
 
@@ -12,45 +10,36 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from marketdata_assets.errors import BadInput, MarketDataError, StoreFailed, Unreachable
-from marketdata_assets.flows.fetch.plan import Task
-from marketdata_assets.flows.operate.backfill import LOST, MANY
-from marketdata_assets.flows.prove.audit import Finding, Row
-from marketdata_assets.ledger.consolidations import Made, Source
+from marketdata_assets.flows.fetch.plan import PlannedPartition
+from marketdata_assets.ledger.consolidations import ConsolidationState, SourcePartition
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.bar import (
-    CONSOLIDATED_COLUMNS,
-    RECONCILED_SCHEMA,
-    decimal_text,
-    empty_bars,
-)
+from marketdata_assets.model.bar import CONSOLIDATED_COLUMNS, RECONCILED_SCHEMA, empty_bars
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.partition_status import LOST_REASON, ensure_lake_mounted
 from marketdata_assets.model.table import Table, consolidated, raw, reconciled
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.reconcile import FAIL, WARN, Opinion, opinions, reconcile, worst
+from marketdata_assets.model.window import Window
+from marketdata_assets.quality.reconcile import reconcile
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
-from marketdata_assets.transforms.consolidate import consolidate as as_one_series
+from marketdata_assets.transforms.consolidate import consolidate
 
-SHOWN = 20
-RECONCILED = "reconciled"
-"""The check of a consolidated partition."""
+_CONSOLIDATED_SCHEMA = {column.name: column.dtype for column in CONSOLIDATED_COLUMNS}
+_Sources = Mapping[tuple[str, str], SourcePartition]
+"""By market key and month key."""
 
 
 @dataclass(frozen=True, slots=True)
-class Consolidated:
-    """One partition after a consolidation: its bars, and every pair of venues bar by bar
-    (model.bar.RECONCILED_COLUMNS).
+class ConsolidationResult:
+    """One consolidated partition: its bars and every pair of venues (model.bar.RECONCILED_COLUMNS).
 
-    `changed`: it held other bars before. `note`: why it was left as it is. `error`: it failed; then
-    it is as it was.
+    `changed`: it held other bars before. `note` says why it was left as it is. After a failure
+    `error` is set and the partition is as it was before.
     """
 
     partition: Partition
-    bars: pl.DataFrame = field(
-        default_factory=lambda: pl.DataFrame(schema={c.name: c.dtype for c in CONSOLIDATED_COLUMNS})
-    )
+    bars: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=_CONSOLIDATED_SCHEMA))
     pairs: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=RECONCILED_SCHEMA))
     bytes: int = 0
     changed: bool = False
@@ -59,8 +48,16 @@ class Consolidated:
 
 
 @dataclass(frozen=True, slots=True)
+class OutdatedConsolidation:
+    """Why a partition has to be built, and a digest that changes with what it would be built from."""
+
+    reason: str
+    source_digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Consolidator:
-    """."""
+    """Builds consolidated partitions from stored raw bars; sends no request."""
 
     settings: Settings
     ledger: Ledger
@@ -68,291 +65,179 @@ class Consolidator:
 
     def build(
         self, timeframe: Timeframe, partitions: Sequence[Partition]
-    ) -> Iterator[Consolidated]:
-        """Make each partition from the raw bars that its venues have now; one that fails does not keep the
-        others.
-
-        Sends no request: a venue that is down has no bars, and is asked again by whoever ingests.
-        """
+    ) -> Iterator[ConsolidationResult]:
+        """Build each partition from the raw bars of its venues; one that fails does not stop others."""
         for partition in partitions:
             try:
                 with self.ledger.lock(partition.key):
-                    done = self._consolidate(timeframe, partition)
+                    yield self._build(timeframe, partition)
             except MarketDataError as error:
-                wanted, forgiven = (
-                    Window(partition.month.start, partition.month.start),
-                    isinstance(error, Unreachable),
-                )
+                start = partition.month.start
                 self.ledger.fail(
                     consolidated(timeframe),
                     partition,
-                    wanted,
-                    str(error),
-                    [],
-                    self.settings.now(),
-                    forgiven,
+                    Window(start, start),
+                    error=str(error),
+                    fetches=[],
+                    now=self.settings.now(),
+                    forgiven=isinstance(error, Unreachable),
                 )
-                done = Consolidated(partition, error=error)
-            yield done
-
-    def _consolidate(self, timeframe: Timeframe, partition: Partition) -> Consolidated:
-        settings, table = self.settings, consolidated(timeframe)
-        markets = settings.consolidate.get(partition.market)
-        if markets is None:
-            raise BadInput(
-                f"{settings.source}: `consolidate:` does not name {partition.market.symbol} any more"
-            )
-        if settings.base(partition.market) != timeframe:
-            return Consolidated(
-                partition, note=f"its bars are of {settings.base(partition.market).name}"
-            )
-        # before the bars: where these change meanwhile, it is made once more
-        sources = self.ledger.consolidations.sources(raw(timeframe), partition.month_key)
-        if _retired(sources, markets, partition.month_key):
-            return self._left(timeframe, partition)
-        bars, quiet = {}, {}
-        for market in markets:
-            part = Partition(market, partition.month)
-            bars[market.venue] = self._bars(
-                raw(timeframe), part, sources.get((market.key, partition.month_key))
-            )
-            quiet[market.venue] = self.ledger.consolidations.quiet(raw(timeframe), part)
-        series, pairs = as_one_series(bars, quiet), reconcile(bars, timeframe)
-        before = self.ledger.consolidations.made(table).get(
-            (partition.market.key, partition.month_key)
-        )
-        self.lake.write_changed(reconciled(timeframe), partition, pairs)
-        stored = self.lake.write(table, partition, series)
-        opens, start = series["open_time"], partition.opens(timeframe).start
-        span = (
-            Window(opens[0], opens[-1] + timeframe.width) if series.height else Window(start, start)
-        )
-        newest = opens[-1] if series.height else None
-        of = _made_of(sources, markets, partition.month_key)
-        self.ledger.consolidations.record(
-            table, partition, span, newest, series.height, stored, of, settings.now()
-        )
-        changed = before is None or before.digest != stored.digest
-        return Consolidated(partition, series, pairs, stored.bytes, changed)
-
-    def _bars(self, table: Table, partition: Partition, source: Source | None) -> pl.DataFrame:
-        """The raw bars of one venue. Raises StoreFailed where the ledger has some and the lake has not:
-        they are lost, not lacking.
-        """
-        if source is None:
-            return empty_bars()
-        bars = self.lake.read(table, partition)
-        if bars is None:
-            raise StoreFailed(
-                f"{table.name} {partition.key} is not in the lake any more; `marketdata backfill` fetches it again"
-            )
-        return bars
-
-    def _left(self, timeframe: Timeframe, partition: Partition) -> Consolidated:
-        bars, pairs = (
-            self.lake.read(table, partition)
-            for table in (consolidated(timeframe), reconciled(timeframe))
-        )
-        note = "retention has removed raw bars of this month: it stays as it is"
-        if bars is None or pairs is None:
-            return Consolidated(partition, note=note)
-        return Consolidated(
-            partition,
-            bars,
-            pairs,
-            self.lake.size(consolidated(timeframe), partition) or 0,
-            note=note,
-        )
+                yield ConsolidationResult(partition, error=error)
 
     def find_outdated(
         self,
         look: bool,
         busy: Collection[str] = (),
         shown: Mapping[Table, Collection[str]] | None = None,
-    ) -> dict[Partition, Behind]:
-        """The partitions whose raw bars have changed since they were made, or that are not there; sends no
-        request.
+    ) -> dict[Partition, OutdatedConsolidation]:
+        """Return the partitions whose raw bars have changed since they were built, or that are lost.
 
-        `look`: whether to look for objects that are lost. `busy`: keys of partitions that a run works
-        on; `shown`: the keys that Dagster's grid shows as materialized, by table.
+        `look`: whether the lake is searched for lost objects. `busy`: the Dagster keys of partitions
+        that a run works on; `shown`: the keys that Dagster shows as materialized, by table. Raises
+        StoreFailed when most of the lake is lost.
         """
-        found = {}
+        found, stored = {}, 0
         for timeframe in self.settings.consolidated_timeframes:
-            table = consolidated(timeframe)
-            sources, made = (
-                self.ledger.consolidations.sources(raw(timeframe)),
-                self.ledger.consolidations.made(table),
-            )
+            table, ledger = consolidated(timeframe), self.ledger.consolidations
+            sources, states = ledger.sources(raw(timeframe)), ledger.states(table)
             sizes = self.lake.sizes(table) if look else None
+            stored += len(states)
             for partition in self._wanted(table):
-                if partition.key not in busy:
-                    then = made.get((partition.market.key, partition.month_key))
-                    reason, of = self._why(partition, sources, then, sizes=sizes)
-                    if (
-                        reason is None
-                        and of
-                        and shown is not None
-                        and partition.key not in shown[table]
-                    ):
-                        reason = "Dagster does not show it"
-                    if reason:
-                        found[partition] = Behind(reason, of)
-        self._believe(found)
+                if partition.key in busy:
+                    continue
+                key = (partition.market.key, partition.month_key)
+                digest = self._source_digest(partition, sources)
+                size = sizes.get(key) if sizes is not None else None
+                reason = digest and _reason(states.get(key), digest, size, look=look)
+                if (
+                    not reason
+                    and digest
+                    and shown is not None
+                    and partition.key not in shown[table]
+                ):
+                    reason = "Dagster does not show it"
+                if reason:
+                    found[partition] = OutdatedConsolidation(reason, digest or "")
+        lost = sum(outdated.reason == LOST_REASON for outdated in found.values())
+        ensure_lake_mounted(lost, stored, self.settings.lake)
         return found
 
-    def plan(self, partitions: Sequence[Partition]) -> list[Task]:
-        """What has to be made of these raw partitions, by market and month: no bars, no requests."""
+    def plan(self, partitions: Sequence[Partition]) -> list[PlannedPartition]:
+        """Return what has to be built above these raw partitions: no bars and no requests."""
+        if not self.settings.consolidate:
+            return []
         months = {(partition.market, partition.month) for partition in partitions}
-        late = self.find_outdated(look=True) if self.settings.consolidate else {}
-        found = (
-            (p, why)
-            for p, why in late.items()
-            if any((m, p.month) in months for m in self.settings.consolidate[p.market])
+        return [
+            PlannedPartition(partition, 0, 0, reason=outdated.reason)
+            for partition, outdated in self.find_outdated(look=True).items()
+            if any(
+                (m, partition.month) in months for m in self.settings.consolidate[partition.market]
+            )
+        ]
+
+    def _build(self, timeframe: Timeframe, partition: Partition) -> ConsolidationResult:
+        settings, table = self.settings, consolidated(timeframe)
+        markets = settings.consolidate.get(partition.market)
+        if markets is None:
+            symbol = partition.market.symbol
+            raise BadInput(f"{settings.source}: `consolidate:` does not name {symbol} any more")
+        base = settings.base(partition.market)
+        if base != timeframe:
+            return ConsolidationResult(partition, note=f"its bars are {base.name} bars")
+        # read before the bars: what changes meanwhile is built once more
+        sources = self.ledger.consolidations.sources(raw(timeframe), partition.month_key)
+        if _is_retired(sources, markets, partition.month_key):
+            return self._retired(timeframe, partition)
+        bars, no_trade = {}, {}
+        for market in markets:
+            part = Partition(market, partition.month)
+            source = sources.get((market.key, partition.month_key))
+            bars[market.venue] = self._read(raw(timeframe), part) if source else empty_bars()
+            windows = self.ledger.consolidations.no_trade_windows(raw(timeframe), part)
+            no_trade[market.venue] = windows
+        series, pairs = consolidate(bars, no_trade), reconcile(bars, timeframe)
+        return self._store(table, partition, series, pairs=pairs, sources=sources)
+
+    def _store(
+        self,
+        table: Table,
+        partition: Partition,
+        series: pl.DataFrame,
+        *,
+        pairs: pl.DataFrame,
+        sources: _Sources,
+    ) -> ConsolidationResult:
+        ledger, width = self.ledger.consolidations, table.timeframe.width
+        key = (partition.market.key, partition.month_key)
+        before = ledger.states(table).get(key)
+        self.lake.write_changed(reconciled(table.timeframe), partition, pairs)
+        stored = self.lake.write(table, partition, series)
+        opens, start = series["open_time"], partition.opens(table.timeframe).start
+        span = Window(opens[0], opens[-1] + width) if series.height else Window(start, start)
+        ledger.record(
+            table,
+            partition,
+            stored,
+            span=span,
+            rows=series.height,
+            source_digest=self._source_digest(partition, sources) or "",
+            now=self.settings.now(),
         )
-        return [Task(partition, 0, 0, why.reason) for partition, why in found]
+        changed = before is None or before.digest != stored.digest
+        return ConsolidationResult(partition, series, pairs, bytes=stored.bytes, changed=changed)
+
+    def _read(self, table: Table, partition: Partition) -> pl.DataFrame:
+        """Return raw bars; raises StoreFailed when the ledger has some and the lake has not."""
+        bars = self.lake.read(table, partition)
+        if bars is None:
+            raise StoreFailed(
+                f"{table.name} {partition.key} is not in the lake any more; "
+                "`marketdata backfill` fetches it again"
+            )
+        return bars
+
+    def _retired(self, timeframe: Timeframe, partition: Partition) -> ConsolidationResult:
+        table = consolidated(timeframe)
+        tables = (table, reconciled(timeframe))
+        bars, pairs = (self.lake.read(each, partition) for each in tables)
+        note = "retention has removed raw bars of this month: it stays as it is"
+        if bars is None or pairs is None:
+            return ConsolidationResult(partition, note=note)
+        size = self.lake.size(table, partition) or 0
+        return ConsolidationResult(partition, bars, pairs, bytes=size, note=note)
 
     def _wanted(self, table: Table) -> Iterator[Partition]:
-        """Every partition of a consolidated table that its own retention keeps."""
+        """Return every partition of a consolidated table that its retention keeps."""
         settings, kept = self.settings, self.settings.kept_since(table.name)
-        markets = [
-            market for market in settings.consolidate if settings.base(market) == table.timeframe
-        ]
-        return (
-            p
-            for p in settings.partitions(markets, Window(settings.since, settings.now()))
-            if p.month.start >= kept
-        )
+        markets = [m for m in settings.consolidate if settings.base(m) == table.timeframe]
+        window = Window(settings.since, settings.now())
+        return (p for p in settings.partitions(markets, window) if p.month.start >= kept)
 
-    def _why(
-        self,
-        partition: Partition,
-        sources: Mapping[tuple[str, str], Source],
-        made: Made | None,
-        *,
-        sizes: Mapping[tuple[str, str], int] | None,
-    ) -> tuple[str | None, str]:
-        """Why a partition has to be made, if it has to; and what it would be made of, empty where there is
-        nothing.
+    def _source_digest(self, partition: Partition, sources: _Sources) -> str | None:
+        """Return a digest of what a partition is built from; None when it cannot be built.
+
+        It covers the venues in order, and of each the rows and the windows without trades.
         """
-        markets, key = (
-            self.settings.consolidate[partition.market],
-            (partition.market.key, partition.month_key),
-        )
-        if not any((market.key, partition.month_key) in sources for market in markets) or _retired(
-            sources, markets, partition.month_key
-        ):
-            return None, ""
-        of = _made_of(sources, markets, partition.month_key)
-        if made is None or made.of is None or made.bytes is None:
-            return "never made", of
-        if made.of != of:
-            return "its venues' bars have changed", of
-        return (LOST if sizes is not None and sizes.get(key) != made.bytes else None), of
-
-    def _believe(self, found: Mapping[Partition, Behind]) -> None:
-        """A lake that lost most of itself at once is not there; nothing is written into what lies in its
-        place.
-        """
-        lost = sum(late.reason == LOST for late in found.values())
-        if lost <= MANY:
-            return
-        known = sum(
-            len(self.ledger.consolidations.made(consolidated(tf)))
-            for tf in self.settings.consolidated_timeframes
-        )
-        if 2 * lost >= known:
-            raise StoreFailed(
-                f"{lost} of {known} consolidated objects are not in {self.settings.lake}: is it mounted? Nothing is made"
-            )
-
-    def audit_consolidated(self, timeframe: Timeframe, done: Consolidated) -> Finding:
-        """`reconciled`: a warning where two venues' closes lie WARN basis points apart, an error at FAIL;
-        neither stops anything.
-
-        Only an error stands in the ledger as red: a warning is what real markets do on wild days.
-        """
-        found = list(opinions(done.pairs))
-        warned, failed = sum(o.warned for o in found), sum(o.failed for o in found)
-        apart = f"{failed} closes lie {FAIL} basis points or more apart, {warned - failed} more {WARN} or more"
-        widest = max((o.close.most for o in found if o.close.most is not None), default=None)
-        says = (
-            f"{apart}, at the most {widest:.1f}"
-            if widest is not None
-            else "no two venues have bars of the same time"
-        )
-        finding = Finding(
-            RECONCILED,
-            not warned,
-            says,
-            numbers={"compared": sum(o.bars for o in found), "warned": warned, "failed": failed},
-            table=_worst(done) if warned else (),
-            severity="error" if failed else "warning",
-            shown={name: value for opinion in found for name, value in _numbers(opinion).items()},
-        )
-        red = (False, says) if failed else None
-        self.ledger.set_check(
-            consolidated(timeframe), done.partition, RECONCILED, red, self.settings.now()
-        )
-        return finding
+        markets, month = self.settings.consolidate[partition.market], partition.month_key
+        has_source = any((market.key, month) in sources for market in markets)
+        if not has_source or _is_retired(sources, markets, month):
+            return None
+        parts = [(market.key, *sources.get((market.key, month), ())) for market in markets]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _retired(
-    sources: Mapping[tuple[str, str], Source], markets: Sequence[Market], month: str
-) -> bool:
-    """Whether retention has removed what this month was made of."""
-    return any(
-        not source.stored for market in markets if (source := sources.get((market.key, month)))
-    )
+def _is_retired(sources: _Sources, markets: Sequence[Market], month: str) -> bool:
+    """Return whether retention has removed raw bars of a month."""
+    of_month = (sources.get((market.key, month)) for market in markets)
+    return any(source is not None and not source.is_stored for source in of_month)
 
 
-def _made_of(
-    sources: Mapping[tuple[str, str], Source], markets: Sequence[Market], month: str
-) -> str:
-    """What a partition is made of, in one hash: its venues in order, and of each the rows and the
-    quiet windows.
-    """
-    parts = [(market.key, *sources.get((market.key, month), ())) for market in markets]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-# --------------------------------------------------------------------------------- what has to be m
-@dataclass(frozen=True, slots=True)
-class Behind:
-    """Why a partition has to be made, and a hash that changes when what it would be made of does."""
-
-    reason: str
-    of: str
-
-
-# --------------------------------------------------------------------------------- the second opini
-
-
-def _numbers(opinion: Opinion) -> dict[str, float]:
-    """One pair's differences for plots, in basis points."""
-    spreads = {"close": opinion.close, "return": opinion.returns}
-    found = {
-        f"{what}_bp_{name}": value
-        for what, s in spreads.items()
-        for name, value in (("p99", s.p99), ("max", s.most))
-    }
-    return {
-        f"{opinion.venue}_{opinion.other}_{name}": round(value, 4)
-        for name, value in found.items()
-        if value is not None
-    }
-
-
-def _worst(done: Consolidated) -> list[Row]:
-    rows = worst(done.pairs, SHOWN).with_columns(
-        decimal_text("close_bp"), decimal_text("return_bp")
-    )
-    return [
-        {
-            "open_time": iso(moment),
-            "venue": venue,
-            "other": other,
-            "close_bp": close,
-            "return_bp": change or "",
-        }
-        for moment, venue, other, close, change in rows.iter_rows()
-    ]
+def _reason(
+    state: ConsolidationState | None, digest: str, size: int | None, *, look: bool
+) -> str | None:
+    """Return why a partition has to be built; None when it is up to date."""
+    if state is None or state.source_digest is None or state.bytes is None:
+        return "never made"
+    if state.source_digest != digest:
+        return "its venues' bars have changed"
+    return LOST_REASON if look and size != state.bytes else None

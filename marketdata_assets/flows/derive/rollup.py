@@ -1,4 +1,4 @@
-"""Derive: all rollups of a partition in one step from one read, touching only what changed."""
+"""Roll up the stored bars of a partition to all coarser timeframes in one step from one read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import polars as pl
 
 from marketdata_assets.ledger.ledger import WAREHOUSE, Ledger, State
 from marketdata_assets.model.bar import empty_bars
+from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
@@ -19,92 +20,84 @@ from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.transforms.rollup import roll_up
 
-WRITES_AT_ONCE = 4
-"""Objects of one partition that are on their way to S3."""
+CONCURRENT_WRITES = 4
+"""How many objects of one partition are written to S3 at once."""
 
 
 @dataclass(frozen=True, slots=True)
-class Derived:
-    """The rollups of one partition: the bars now stored by timeframe, and how many rows each write
-    changed.
+class RollupResult:
+    """The rollups of one partition: the stored bars and the number of changed rows, by timeframe.
 
-    `whole` is the window of base bars that were asked for: every bar that lies wholly inside was
-    rolled up.
+    `requested` is the window of base bars that were requested: every bar that lies wholly inside it
+    was rolled up.
     """
 
     partition: Partition
     frames: dict[Timeframe, pl.DataFrame]
     changed: dict[Timeframe, int]
-    whole: Window
+    requested: Window
 
 
 @dataclass(frozen=True, slots=True)
 class RollupBuilder:
-    """."""
+    """Builds rollups from stored raw bars; only rows that differ are written."""
 
     settings: Settings
     ledger: Ledger
     storage: BarStorage
 
-    def build(self, partitions: Sequence[Partition]) -> Iterator[Derived]:
-        """Roll up each partition from the raw bars that are stored. A partition without raw bars gives no
-        rollups.
+    def build(self, partitions: Sequence[Partition]) -> Iterator[RollupResult]:
+        """Roll up each partition; one without raw bars has no rollups. Raises Damaged, StoreFailed.
+
+        A bar that begins in one month and ends in the next one belongs to the next one: it is built
+        again when that month was rolled up before.
         """
         for partition in partitions:
-            yield self._derive(partition, self._wanted(partition))
-            after = neighbour(partition, +1)
-            state = self._state(after)
+            yield self._build(partition, self._timeframes(partition))
+            following = neighbour(partition, +1)
+            state = self._state(following)
             if state is not None and state.rolled is not None:
-                self._derive(after, self._straddling(after))
+                self._build(following, self._straddling_timeframes(following))
 
-    def _straddling(self, partition: Partition) -> list[Timeframe]:
-        """The timeframes whose first bar here began in the month before."""
-        return [
-            tf
-            for tf in self._wanted(partition)
-            if partition.opens(tf).start < partition.month.start
-        ]
+    def _timeframes(self, partition: Partition) -> list[Timeframe]:
+        """Return the timeframes of the market whose retention keeps this month."""
+        settings, start = self.settings, partition.month.start
+        wanted = settings.rolled(partition.market)
+        return [tf for tf in wanted if start >= settings.kept_since(rollup(tf).name)]
 
-    def _wanted(self, partition: Partition) -> list[Timeframe]:
-        """The timeframes of a market, but for those whose retention has removed this month."""
-        settings = self.settings
-        return [
-            tf
-            for tf in settings.rolled(partition.market)
-            if partition.month.start >= settings.kept_since(rollup(tf).name)
-        ]
+    def _straddling_timeframes(self, partition: Partition) -> list[Timeframe]:
+        """Return the timeframes whose first bar here begins in the month before."""
+        start = partition.month.start
+        return [tf for tf in self._timeframes(partition) if partition.opens(tf).start < start]
 
-    def _derive(self, partition: Partition, timeframes: Sequence[Timeframe]) -> Derived:
+    def _build(self, partition: Partition, timeframes: Sequence[Timeframe]) -> RollupResult:
         base = self.settings.venues[partition.market.venue].base
         state = self._state(partition)
         if state is None or state.bytes is None or not timeframes:
-            return Derived(partition, {}, {}, Window(partition.month.start, partition.month.start))
+            start = partition.month.start
+            return RollupResult(partition, {}, changed={}, requested=Window(start, start))
         bars = self.storage.lake.read(raw(base), partition)
-        before, start = self._tail(partition, base)
-        joined = pl.concat([before, empty_bars() if bars is None else bars])
-        whole = known(joined["open_time"], base, Window(start or state.start, state.through))
-        frames = roll_up(joined, base, timeframes, whole)
+        earlier, start_earlier = self._end_of_month_before(partition, base)
+        joined = pl.concat([earlier, empty_bars() if bars is None else bars])
+        window = Window(start_earlier or state.start, state.through)
+        requested = requested_window(joined["open_time"], base, window)
+        frames = roll_up(joined, base, timeframes, requested)
         owned = {tf: partition.opens(tf) for tf in timeframes}
-        frames = {
-            tf: f.filter(
-                pl.col("open_time").is_between(owned[tf].start, owned[tf].end, closed="left")
-            )
-            for tf, f in frames.items()
-        }
+        frames = {tf: frame.filter(opens_inside(owned[tf])) for tf, frame in frames.items()}
         changed = self._write(partition, frames, owned)
-        if len(timeframes) == len(self._wanted(partition)) and state.digest:
+        if len(timeframes) == len(self._timeframes(partition)) and state.digest:
             self.ledger.set_rolled(raw(base), partition, state.digest)
-        return Derived(partition, frames, changed, whole)
+        return RollupResult(partition, frames, changed=changed, requested=requested)
 
-    def _tail(self, partition: Partition, base: Timeframe) -> tuple[pl.DataFrame, datetime | None]:
-        """The last days of the month before, and since when there is no span that was not asked for."""
-        first = min(
-            (partition.opens(tf).start for tf in self.settings.rolled(partition.market)),
-            default=partition.month.start,
-        )
-        earlier = neighbour(partition, -1)
+    def _end_of_month_before(
+        self, partition: Partition, base: Timeframe
+    ) -> tuple[pl.DataFrame, datetime | None]:
+        """Return the last bars of the month before, and since when they were requested."""
+        month, earlier = partition.month.start, neighbour(partition, -1)
+        timeframes = self.settings.rolled(partition.market)
+        first = min((partition.opens(tf).start for tf in timeframes), default=month)
         state = self._state(earlier)
-        if first >= partition.month.start or state is None or state.through < partition.month.start:
+        if first >= month or state is None or state.through < month:
             return empty_bars(), None
         bars = self.storage.lake.read(raw(base), earlier, since=first)
         if bars is None:
@@ -112,7 +105,8 @@ class RollupBuilder:
         return bars.filter(pl.col("open_time") >= first), max(first, state.start)
 
     def _state(self, partition: Partition) -> State | None:
-        return self.ledger.state(raw(self.settings.venues[partition.market.venue].base), partition)
+        base = self.settings.venues[partition.market.venue].base
+        return self.ledger.state(raw(base), partition)
 
     def _write(
         self,
@@ -120,25 +114,29 @@ class RollupBuilder:
         frames: dict[Timeframe, pl.DataFrame],
         owned: dict[Timeframe, Window],
     ) -> dict[Timeframe, int]:
-        if self.settings.rollups == "duckdb":
+        """Store the frames; return how many rows each changed."""
+        if self.storage.rollups_in_warehouse:
             with self.ledger.lock(WAREHOUSE):
                 changed = self.storage.warehouse.replace(partition.market, frames, owned)
             return {tf: changed[tf.name] for tf in frames}
+        lake = self.storage.lake
 
         def write(timeframe: Timeframe) -> bool:
-            return self.storage.lake.write_changed(rollup(timeframe), partition, frames[timeframe])
+            return lake.write_changed(rollup(timeframe), partition, frames[timeframe])
 
-        with ThreadPoolExecutor(1 if self.storage.lake.local else WRITES_AT_ONCE) as pool:
+        with ThreadPoolExecutor(1 if lake.local else CONCURRENT_WRITES) as pool:
+            has_changed = pool.map(write, frames)
             return {
                 tf: frames[tf].height * changed
-                for tf, changed in zip(frames, pool.map(write, frames), strict=True)
+                for tf, changed in zip(frames, has_changed, strict=True)
             }
 
 
-def known(opens: pl.Series, base: Timeframe, asked: Window) -> Window:
-    """What has been asked for, and what was stored before by somebody who wanted more (another
-    machine, an earlier `since`).
+def requested_window(opens: pl.Series, base: Timeframe, requested: Window) -> Window:
+    """Return what was requested, with what is stored beyond it.
+
+    More is stored when another machine, or an earlier `since`, wanted more.
     """
     if opens.is_empty():
-        return asked
-    return Window(min(asked.start, opens[0]), max(asked.end, opens[-1] + base.width))
+        return requested
+    return Window(min(requested.start, opens[0]), max(requested.end, opens[-1] + base.width))

@@ -16,11 +16,14 @@ from marketdata_assets.flows.fetch.partition_store import (
     OpenPartition,
     PartitionStore,
 )
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.clients import VenueClients
+from marketdata_assets.storage.parquet import Lake
 
 
 class _Started(NamedTuple):
@@ -35,8 +38,15 @@ class _Started(NamedTuple):
 class Ingester:
     """Brings partitions of raw tables up to date with their venues."""
 
-    store: PartitionStore
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
     venues: VenueClients
+
+    @property
+    def store(self) -> PartitionStore:
+        """Where results are stored."""
+        return PartitionStore(self.settings, self.ledger, self.lake)
 
     def ingest(
         self, timeframe: Timeframe, partitions: Sequence[Partition], again: Window | None = None
@@ -65,7 +75,7 @@ class Ingester:
     ) -> _Started | None:
         """Lock a partition and send its requests; None when it is locked and `wait` is off."""
         with ExitStack() as lock:
-            if not lock.enter_context(self.store.ledger.lock(partition.key, wait=wait)):
+            if not lock.enter_context(self.ledger.lock(partition.key, wait=wait)):
                 return None
             try:
                 before = self.store.open(table, partition)
@@ -84,7 +94,7 @@ class Ingester:
                 again=again & before.wanted if again else None,
             )
             client = self.venues.client(partition.market.venue)
-            work = collect(self.store.settings, self.store.ledger, client, span)
+            work = collect(self.settings, self.ledger, client, span)
             return _Started(before, self.venues.submit(work), lock.pop_all())
 
     def _finish(self, started: _Started) -> IngestResult:

@@ -1,4 +1,4 @@
-"""Plan: what a backfill would do, and what it would cost, before anything runs. Sends no request."""
+"""Plan: what a backfill would do and what it would cost, before anything runs. Sends no request."""
 
 from __future__ import annotations
 
@@ -6,34 +6,28 @@ import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
-from marketdata_assets.flows.fetch.ingest import wanted_window
+from marketdata_assets.flows.fetch.answers import missing_windows
+from marketdata_assets.flows.fetch.partition_store import wanted_window
 from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.partitions import PartitionState
 from marketdata_assets.model.bar import empty_bars
-from marketdata_assets.model.intervals import holes, left_of
+from marketdata_assets.model.intervals import count_bars
 from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.partition_status import PartitionStatus, partition_status
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings, Venue
-from marketdata_assets.sources.archive import (
-    FILES_A_MONTH,
-    NEWEST_ONLY,
-    ONLY_IN_FILES,
-    monthly_archive,
-)
+from marketdata_assets.sources.archive import FILES_A_MONTH, monthly_archive
 from marketdata_assets.storage.bars import BarStorage
-
-PAGE = {"binance": 998, "binanceus": 998}
-PER_MINUTE = {"binance": 3000, "binanceus": 600}
-DEFAULT_PAGE, DEFAULT_PER_MINUTE = 298, 60
+from marketdata_assets.venues.registry import facts_of
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """Bars of one table of a partition that files give for less: `url` is where they are. We download
-    nothing ourselves.
+class ArchiveOffer:
+    """Bars of one table of a partition that files at `url` provide for less. Nothing is downloaded.
 
-    `requests`: how many the files save; None where the venue's API has not these bars at all.
+    `requests`: how many the files save; None when the venue's API does not have these bars at all.
     """
 
     timeframe: Timeframe
@@ -43,143 +37,124 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class PlannedPartition:
     """One partition that needs work: bars to fetch, about how many requests that takes, and why."""
 
     partition: Partition
     bars: int
     requests: int
     reason: str
-    offers: tuple[Offer, ...] = ()
+    offers: tuple[ArchiveOffer, ...] = ()
+
+
+_DuePartitions = Mapping[Table, Container[tuple[str, str]]]
+"""By table: market key and month key of the partitions with a due gap."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackfillPlanner:
-    """."""
+    """Plans backfills by the ledger and the lake."""
 
     settings: Settings
     ledger: Ledger
     storage: BarStorage
 
-    def plan(self, partitions: Sequence[Partition]) -> list[Task]:
-        """The partitions that are missing, open or not rolled up, in the order given."""
-        due = {
-            raw(tf): self.ledger.gap_book.due(raw(tf), self.settings.now())
-            for tf in self.settings.raw_timeframes
-        }
-        return [
-            task for partition in partitions if (task := self._task(partition, due)) is not None
-        ]
+    def plan(self, partitions: Sequence[Partition]) -> list[PlannedPartition]:
+        """Return the partitions that are missing, open or not rolled up, in the order given."""
+        tables = [raw(timeframe) for timeframe in self.settings.raw_timeframes]
+        due = {table: self.ledger.gaps.due(table, self.settings.now()) for table in tables}
+        planned = (self._plan_partition(partition, due) for partition in partitions)
+        return [partition for partition in planned if partition is not None]
 
-    def _task(self, partition: Partition, due: _Due) -> Task | None:
+    def _plan_partition(self, partition: Partition, due: _DuePartitions) -> PlannedPartition | None:
         venue = self.settings.venues[partition.market.venue]
-        lacking = {tf: self._lacking(tf, partition, due) for tf in venue.fetched}
-        bars = sum(lacking.values())
-        requests = sum(math.ceil(n / page_size(venue.name)) for n in lacking.values())
-        state = self.ledger.state(raw(venue.base), partition)
-        if bars:
-            offers = tuple(
-                offer
-                for tf, n in lacking.items()
-                if n
-                and (
-                    offer := self._offer(
-                        tf, partition, n, requests=math.ceil(n / page_size(venue.name))
-                    )
-                )
+        page = facts_of(venue.name).bars_per_request
+        missing = {tf: self._count_missing(tf, partition, due) for tf in venue.fetched}
+        requests = {tf: math.ceil(bars / page) for tf, bars in missing.items()}
+        state = self.ledger.partitions.get(raw(venue.base), partition)
+        if any(missing.values()):
+            offers = (
+                self._find_archive(tf, partition, bars, requests=requests[tf])
+                for tf, bars in missing.items()
+                if bars
             )
-            return Task(
+            return PlannedPartition(
                 partition,
-                bars,
-                requests,
-                _reason(state is not None, state.error if state else None),
-                offers,
+                bars=sum(missing.values()),
+                requests=sum(requests.values()),
+                reason=_reason(state),
+                offers=tuple(offer for offer in offers if offer),
             )
-        if state is None or self._rolled(partition, state.rolled, state.digest):
+        if state is None or self._is_rolled_up(partition, state):
             return None
-        return Task(partition, 0, 0, "rollups are not up to date")
+        return PlannedPartition(partition, 0, 0, reason="rollups are not up to date")
 
-    def _offer(
-        self, timeframe: Timeframe, partition: Partition, bars: int, *, requests: int
-    ) -> Offer | None:
-        """What files give of the bars that lack, where that costs less than asking, or where asking gives
-        nothing.
-        """
-        market, now = partition.market, self.settings.now()
-        if market.venue in NEWEST_ONLY:
-            oldest = timeframe.floor(now) - NEWEST_ONLY[market.venue] * timeframe.width
-            gone = min(
-                bars,
-                (
-                    wanted_window(self.settings, timeframe, partition)
-                    & Window(partition.month.start, oldest)
-                ).count(timeframe),
-            )
-            return Offer(timeframe, gone, None, ONLY_IN_FILES[market.venue]) if gone else None
-        url = monthly_archive(market, timeframe, partition.month, now)
-        return (
-            Offer(timeframe, bars, requests - FILES_A_MONTH, url)
-            if url and requests > FILES_A_MONTH
-            else None
-        )
-
-    def _lacking(self, timeframe: Timeframe, partition: Partition, due: _Due) -> int:
-        """Bars that a backfill would ask for. Reads the object only where the ledger cannot say."""
+    def _count_missing(
+        self, timeframe: Timeframe, partition: Partition, due: _DuePartitions
+    ) -> int:
+        """Count the bars that a backfill would request; reads the object only when it has to."""
         table, wanted = raw(timeframe), wanted_window(self.settings, timeframe, partition)
         if not wanted:
             return 0
-        state = self.ledger.state(table, partition)
-        there = (
-            state is not None
-            and state.bytes is not None
-            and self.storage.lake.size(table, partition) == state.bytes
-        )
-        if state is None or not there:
-            return wanted.count(timeframe)
-        quiet = (partition.market.key, partition.month_key) not in due[table]
-        if state.complete and quiet and state.start <= wanted.start and wanted.end <= state.through:
+        state = self.ledger.partitions.get(table, partition)
+        size = self.storage.lake.size(table, partition) if state else None
+        has_due_gap, bounds = partition.stored_key in due[table], (wanted.start, wanted.end)
+        status = partition_status(state, size, bounds, has_due_gap=has_due_gap)
+        if status == PartitionStatus.WHOLE:
             return 0
+        if not status.is_stored:
+            return wanted.count(timeframe)
         stored = self.storage.lake.read(table, partition)
         opens = (empty_bars() if stored is None else stored)["open_time"]
-        now = self.settings.now()
-        waiting = [gap.window for gap in self.ledger.gaps(table, partition) if not gap.due(now)]
-        return sum(
-            rest.count(timeframe) for rest in left_of(holes(opens, timeframe, wanted), waiting)
-        )
+        gaps, now = self.ledger.gaps.of(table, partition), self.settings.now()
+        missing = missing_windows(opens, timeframe, wanted, gaps=gaps, now=now)
+        return count_bars(missing, timeframe)
 
-    def _rolled(self, partition: Partition, rolled: str | None, digest: str | None) -> bool:
+    def _find_archive(
+        self, timeframe: Timeframe, partition: Partition, bars: int, *, requests: int
+    ) -> ArchiveOffer | None:
+        """Return the files that cost less than requests, or that alone have these bars."""
+        market, now = partition.market, self.settings.now()
+        facts = facts_of(market.venue)
+        if facts.newest_bars is not None:
+            oldest = timeframe.floor(now) - facts.newest_bars * timeframe.width
+            wanted = wanted_window(self.settings, timeframe, partition)
+            unserved = wanted & Window(partition.month.start, oldest)
+            count = min(bars, unserved.count(timeframe))
+            url = facts.history_url
+            return ArchiveOffer(timeframe, count, None, url) if count and url else None
+        found = monthly_archive(market, timeframe, partition.month, now=now)
+        if found and requests > FILES_A_MONTH:
+            return ArchiveOffer(timeframe, bars, requests - FILES_A_MONTH, found)
+        return None
+
+    def _is_rolled_up(self, partition: Partition, state: PartitionState) -> bool:
         timeframes = self.settings.rolled(partition.market)
         if not timeframes:
             return True
-        if rolled is None or rolled != digest:
+        source = state.rollup_source_digest
+        if source is None or source != state.digest:
             return False
-        if self.settings.rollups == "duckdb":
+        if self.storage.rollups_in_warehouse:
             return self.storage.warehouse.exists
-        return all(self.storage.lake.size(rollup(tf), partition) is not None for tf in timeframes)
+        sizes = (self.storage.lake.size(rollup(tf), partition) for tf in timeframes)
+        return all(size is not None for size in sizes)
 
 
-def page_size(venue: str) -> int:
-    """How many new bars a venue's answer brings, about."""
-    return PAGE.get(venue, DEFAULT_PAGE)
+def minutes_needed(planned: Sequence[PlannedPartition], venue: Venue) -> float:
+    """Return how many minutes the venue's limit makes these requests take at least."""
+    mine = (each for each in planned if each.partition.market.venue == venue.name)
+    return sum(each.requests for each in mine) / requests_per_minute(venue)
 
 
-def minutes(tasks: Sequence[Task], venue: Venue) -> float:
-    """How long the venue's limit makes these requests take, at the least."""
-    return sum(
-        task.requests for task in tasks if task.partition.market.venue == venue.name
-    ) / per_minute(venue)
+def requests_per_minute(venue: Venue) -> int:
+    """Return how many requests a minute the venue's limit lets through."""
+    return venue.requests_per_minute or facts_of(venue.name).requests_per_minute
 
 
-def per_minute(venue: Venue) -> int:
-    """How many requests a minute the venue's limit lets through."""
-    return venue.requests_per_minute or PER_MINUTE.get(venue.name, DEFAULT_PER_MINUTE)
-
-
-_Due = Mapping[Table, Container[tuple[str, str]]]
-"""By table: market key and month key of the partitions with a gap that is to be asked for again."""
-
-
-def _reason(known: bool, error: str | None) -> str:
-    if error:
-        return f"failed: {error}"
-    return "open, or holds a gap that may still be filled" if known else "missing"
+def _reason(state: PartitionState | None) -> str:
+    if state is None:
+        return "missing"
+    return (
+        f"failed: {state.error}" if state.error else "open, or holds a gap that may still be filled"
+    )

@@ -1,6 +1,4 @@
-"""Alerts: what is wrong now becomes incidents, each opened once and recovered once, told to every
-channel.
-"""
+"""Alerts: what is wrong now becomes incidents, each opened once, recovered once and sent to channels."""
 
 from __future__ import annotations
 
@@ -8,99 +6,99 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from marketdata_assets.flows.operate.freshness import freshness
+from marketdata_assets.flows.operate.freshness import market_freshness
 from marketdata_assets.flows.operate.health import FAILURES_IN_A_ROW
-from marketdata_assets.ledger.incidents import OPENED, Letter, Problem
+from marketdata_assets.ledger.incidents import OPENED, Notification, Problem
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import MINUTE
 from marketdata_assets.model.window import iso, month_of
-from marketdata_assets.notify import Channel, Message, NotSent, Severity, open_channels
+from marketdata_assets.notify import AlertSeverity, Channel, Message, NotSent, open_channels
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 
-FILE = "alerts.jsonl"
-TIMES = 3
-"""A check of the open month that does not block is told when it was red so many times in a row."""
-STUBBORN = 20
-"""A letter that could not be sent so often does not hold up those behind it any more; it is still
-tried.
-"""
+ALERTS_FILE = "alerts.jsonl"
+EVALUATIONS = 3
+"""A check of the open month that does not block is a problem after so many failures in a row."""
+BLOCKING_TRIES = 20
+"""A notification that failed so often no longer holds back those behind it; it is still tried."""
 RUN = "run"
 
 
 @dataclass(frozen=True, slots=True)
 class AlertCenter:
-    """."""
+    """Finds problems by the ledger and keeps the incidents about them."""
 
     settings: Settings
     ledger: Ledger
     lake: Lake
 
     def find_problems(self) -> list[Problem]:
-        """All that is wrong now by the ledger: breakers, stale markets, failures in a row, parked
-        partitions, red checks.
-        """
+        """Return open breakers, stale markets, failures in a row, parked partitions, failed checks."""
         return [
-            *self._breakers(),
-            *self._stale(),
-            *self._failing(),
-            *self._parked(),
-            *self._red(),
+            *self._open_breakers(),
+            *self._stale_markets(),
+            *self._failures_in_a_row(),
+            *self._parked_partitions(),
+            *self._failed_checks(),
         ]
 
     def update_incidents(
-        self, now_wrong: Sequence[Problem], goes_on: Callable[[str], bool]
+        self, problems: Sequence[Problem], is_unknown: Callable[[str], bool]
     ) -> tuple[int, int]:
-        """Open what is new, end what is over, on_progress every channel what it was not told; how many opened and
-        recovered.
+        """Open what is new, recover what is over, and send every channel what it has not received.
 
-        `now_wrong` is the whole picture, but for open incidents of whose key `goes_on` says that nobody
-        looked. A channel that fails keeps its letters for the next call; the others go on.
+        `problems` is everything that is wrong now, except for open incidents whose key `is_unknown`
+        says was not looked at. A channel that fails keeps its notifications for the next call.
+        Returns how many incidents were opened and recovered.
         """
-        channels = open_channels(self.settings.state / FILE, self.settings.alerts)
+        urls = tuple(url.get_secret_value() for url in self.settings.alerts)
+        channels = open_channels(self.settings.state / ALERTS_FILE, urls)
         with self.ledger.lock("alerts"):
-            was = self.ledger.incidents.open()
-            keys = {problem.key for problem in now_wrong}
-            opened = [problem for problem in now_wrong if problem.key not in was]
-            ended = [
-                incident for key, incident in was.items() if key not in keys and not goes_on(key)
+            open_incidents = self.ledger.incidents.open()
+            keys = {problem.key for problem in problems}
+            opened = [problem for problem in problems if problem.key not in open_incidents]
+            recovered = [
+                incident
+                for key, incident in open_incidents.items()
+                if key not in keys and not is_unknown(key)
             ]
-            if opened or ended:
-                self.ledger.incidents.settle(
-                    opened, ended, [c.name for c in channels], self.settings.now()
-                )
+            if opened or recovered:
+                names = [channel.name for channel in channels]
+                self.ledger.incidents.settle(opened, recovered, names, now=self.settings.now())
             for channel in channels:
                 self._deliver(channel)
-        return len(opened), len(ended)
+        return len(opened), len(recovered)
 
     def _deliver(self, channel: Channel) -> None:
-        """All unsent letters of one channel, in order, until one cannot be sent; it is kept for the next
-        time.
-        """
-        for letter in self.ledger.incidents.unsent(channel.name):
+        """Send a channel's notifications in order, until one fails."""
+        for notification in self.ledger.incidents.unsent(channel.name):
             try:
-                channel.send(_message(letter))
+                channel.send(_message(notification))
             except NotSent as error:
-                self.ledger.incidents.not_sent(letter, str(error))
-                if letter.tries < STUBBORN:
+                self.ledger.incidents.record_failure(notification, str(error))
+                if notification.tries < BLOCKING_TRIES:
                     return
                 continue
-            self.ledger.incidents.sent(letter, self.settings.now())
+            self.ledger.incidents.record_sent(notification, self.settings.now())
 
-    def _breakers(self) -> Iterator[Problem]:
+    def _open_breakers(self) -> Iterator[Problem]:
         for name in self.settings.venues:
-            held = self.ledger.venue_health(name)
-            if held.broken_until > 0:
-                body = "Its circuit breaker is open: nothing is asked until it answers again. If that lasts, look at the venue."
-                yield Problem(f"breaker|{name}", Severity.CRITICAL, f"{name} does not answer", body)
+            if self.ledger.venues.health(name).broken_until > 0:
+                body = (
+                    "Its circuit breaker is open: nothing is requested until it answers again. If "
+                    "that lasts, look at the venue."
+                )
+                title = f"{name} does not answer"
+                yield Problem(f"breaker|{name}", AlertSeverity.CRITICAL, title, body)
 
-    def _stale(self) -> Iterator[Problem]:
-        """One for a market, whatever of it is stale; none before its open month was asked for once."""
+    def _stale_markets(self) -> Iterator[Problem]:
+        """Yield one problem per stale market, once its open month has been requested."""
         stale: dict[str, list[str]] = defaultdict(list)
         for timeframe in self.settings.raw_timeframes:
-            for found in freshness(
+            table = raw(timeframe)
+            for found in market_freshness(
                 self.settings,
                 self.ledger,
                 self.lake,
@@ -108,71 +106,63 @@ class AlertCenter:
                 markets=self.settings.markets,
             ):
                 month = month_of(self.settings.span(found.market).end - MINUTE)
-                if (
-                    found.stale
-                    and found.through
-                    and self.ledger.state(raw(timeframe), Partition(found.market, month))
-                ):
-                    behind = f"newest bar ended at {iso(found.through)}, {found.lag // MINUTE} minutes behind"
-                    stale[found.market.key].append(f"{raw(timeframe).name}: {behind}")
+                partition = Partition(found.market, month)
+                if not found.is_stale or not found.through:
+                    continue
+                if self.ledger.partitions.get(table, partition):
+                    minutes = found.lag // MINUTE
+                    behind = f"newest bar ended at {iso(found.through)}, {minutes} minutes behind"
+                    stale[found.market.key].append(f"{table.name}: {behind}")
         for key, tables in stale.items():
             body = f"{'; '.join(tables)}. See `marketdata health` and the venue's status page."
-            yield Problem(f"stale|{key}", Severity.ERROR, f"{key} is stale", body)
+            yield Problem(f"stale|{key}", AlertSeverity.ERROR, f"{key} is stale", body)
 
-    def _failing(self) -> Iterator[Problem]:
-        for key, (count, error) in self.ledger.failing().items():
+    def _failures_in_a_row(self) -> Iterator[Problem]:
+        for key, (count, error) in self.ledger.partitions.failure_streaks().items():
             if count >= FAILURES_IN_A_ROW:
-                yield Problem(
-                    f"failing|{key}",
-                    Severity.WARNING,
-                    f"{key} failed {count} times in a row",
-                    error,
+                title = f"{key} failed {count} times in a row"
+                yield Problem(f"failing|{key}", AlertSeverity.WARNING, title, error)
+
+    def _parked_partitions(self) -> Iterator[Problem]:
+        for attempt in self.ledger.attempts.all().values():
+            if attempt.parked_at:
+                market, key = attempt.partition.market.key, attempt.partition.key
+                body = (
+                    f"{attempt.reason} ({attempt.attempts} attempts). Mend the cause, then "
+                    f"`marketdata parked --unpark --market {market}`."
                 )
+                yield Problem(f"parked|{key}", AlertSeverity.ERROR, f"{key} is parked", body)
 
-    def _parked(self) -> Iterator[Problem]:
-        for ask in self.ledger.asks().values():
-            if ask.parked_at:
-                market, key = ask.partition.market.key, ask.partition.key
-                body = f"{ask.reason} ({ask.attempts} attempts). Mend the cause, then `marketdata parked --unpark --market {market}`."
-                yield Problem(f"parked|{key}", Severity.ERROR, f"{key} is parked", body)
-
-    def _red(self) -> Iterator[Problem]:
-        month = month_of(self.settings.now())
-        for check in self.ledger.red_checks():
-            if check.blocking or check.times >= TIMES or check.partition.month != month:
-                severity = Severity.ERROR if check.blocking else Severity.WARNING
-                title = f"{check.table} {check.name} is red for {check.partition.key}"
-                yield Problem(
-                    f"check|{check.table}|{check.name}|{check.partition.key}",
-                    severity,
-                    title,
-                    check.says,
-                )
+    def _failed_checks(self) -> Iterator[Problem]:
+        open_month = month_of(self.settings.now())
+        for check in self.ledger.checks.failed():
+            key, is_open = check.partition.key, check.partition.month == open_month
+            if check.blocking or check.times >= EVALUATIONS or not is_open:
+                severity = AlertSeverity.ERROR if check.blocking else AlertSeverity.WARNING
+                title = f"{check.table} {check.name} is red for {key}"
+                name = f"check|{check.table}|{check.name}|{key}"
+                yield Problem(name, severity, title, check.message)
 
 
-def run_problem(job: str, venue: str, says: str) -> Problem:
-    """A run that failed for good. The same job at the same venue is the same incident."""
-    about = f"{job} at {venue}" if venue else job
-    return Problem(
-        f"{RUN}|{job}|{venue}",
-        Severity.WARNING,
-        f"A run of {about} failed",
-        f"{says}. The run's page in the UI has its log.",
-    )
+def run_problem(job: str, venue: str, message: str) -> Problem:
+    """Return the problem of a run that failed for good; one job at one venue is one incident."""
+    subject = f"{job} at {venue}" if venue else job
+    body = f"{message}. The run's page in the UI has its log."
+    title = f"A run of {subject} failed"
+    return Problem(f"{RUN}|{job}|{venue}", AlertSeverity.WARNING, title, body)
 
 
-def _message(letter: Letter) -> Message:
-    incident = letter.incident
-    problem, opened = incident.problem, letter.event == OPENED
-    at = incident.opened_at if opened else incident.recovered_at or incident.opened_at
-    title = problem.title if opened else f"Recovered: {problem.title}"
-    body = problem.body if opened else f"It began at {iso(incident.opened_at)} and is over."
-    return Message(problem.key, letter.event, Severity(problem.severity), title, body, at)
+def unknown_runs(succeeded: Collection[str]) -> Callable[[str], bool]:
+    """Return `is_unknown`: incidents of runs stay open until a run of their key has `succeeded`."""
+    return lambda key: key.startswith(RUN + "|") and key not in succeeded
 
 
-# --------------------------------------------------------------------------------- what is wrong no
-
-
-def failed_runs_go_on(over: Collection[str]) -> Callable[[str], bool]:
-    """For `settle`: incidents of runs stay open until a run of the same key in `over` succeeded."""
-    return lambda key: key.startswith(RUN + "|") and key not in over
+def _message(notification: Notification) -> Message:
+    incident = notification.incident
+    problem, is_opening = incident.problem, notification.event == OPENED
+    at = incident.opened_at if is_opening else incident.recovered_at or incident.opened_at
+    title = problem.title if is_opening else f"Recovered: {problem.title}"
+    over = f"It began at {iso(incident.opened_at)} and is over."
+    body = problem.body if is_opening else over
+    severity = AlertSeverity(problem.severity)
+    return Message(problem.key, notification.event, severity, title=title, body=body, at=at)

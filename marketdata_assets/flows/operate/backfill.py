@@ -1,79 +1,54 @@
-"""Missed: which closed months lack something, and which of them may be asked for now. Sends no
-request.
+"""Backfill: which closed months need work, and which of them may be requested now. Sends no request.
 
-The truth is the ledger beside the lake's own listing: a partition is wanted when it was never
-fetched, failed, lost its object, holds a gap that may still be filled, was not rolled up, or is not
-shown by Dagster. The open month belongs to `flows.refresh`, and so does the month before it for the
-first hour of a month (GRACE).
+The truth is the ledger and the lake's own listing: a partition is wanted when its status is not
+`whole`, its rollups are not up to date, or Dagster does not show it. The open month belongs to
+`flows.operate.refresh`, and so does the month before it for the first hour of a month (GRACE).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
-from marketdata_assets.errors import StoreFailed
-from marketdata_assets.flows.fetch.ingest import wanted_window
-from marketdata_assets.ledger.ledger import Ask, Ledger, Outline
-from marketdata_assets.model.market import Market
-from marketdata_assets.model.partition import Partition, partitions_of
+from marketdata_assets.flows.fetch.partition_store import wanted_window
+from marketdata_assets.flows.operate.blocks import Block, count_reasons, plan_blocks
+from marketdata_assets.ledger.attempts import BackfillAttempt
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.model.partition import Partition, PartitionKey, partitions_of
+from marketdata_assets.model.partition_status import (
+    LOST_REASON,
+    PartitionStatus,
+    ensure_lake_mounted,
+    partition_status,
+    status_reason,
+)
 from marketdata_assets.model.table import Table, raw, rollup
-from marketdata_assets.model.timeframe import MINUTE
-from marketdata_assets.model.window import Window, iso, month_of
+from marketdata_assets.model.timeframe import MINUTE, Timeframe
+from marketdata_assets.model.window import Window, iso
 from marketdata_assets.settings.universe import Settings, Venue
 from marketdata_assets.storage.bars import BarStorage
-from marketdata_assets.storage.parquet import Lake
 
 GRACE = timedelta(hours=1)
-MONTHS_A_RUN = 12
+"""A month belongs to the refresh for so long after its end."""
 PARTITIONS_A_RUN = 24
 FEWEST_A_RUN = 2
-"""Where workers are warm, a run costs little, and what is ready is shared among them in runs of as few
-partitions.
-"""
-SLOWER = 5
+"""With warm workers a run costs little, and what is ready is shared among them in small runs."""
+COOLDOWN_GROWTH = 5
 """Each attempt waits so many times as long as the one before."""
-
-LOOK = timedelta(minutes=10)
-"""How often S3 is asked for all objects, to find those that are lost."""
-MANY = 100
-"""So many lost objects at once, if they are half of all, are taken for a lake that is not there."""
-LOST = "its object is not in the lake any more"
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Neighbouring markets of a venue by consecutive months: what one run is asked for, and why."""
-
-    markets: Sequence[Market]
-    months: Sequence[Window]
-    reasons: Mapping[str, int]
-
-    @property
-    def first(self) -> Partition:
-        """The first market's first month."""
-        return Partition(self.markets[0], self.months[0])
-
-    @property
-    def last(self) -> Partition:
-        """The last market's last month."""
-        return Partition(self.markets[-1], self.months[-1])
-
-    @property
-    def partitions(self) -> list[Partition]:
-        """All of them."""
-        return [Partition(market, month) for market in self.markets for month in self.months]
-
-    def __str__(self) -> str:
-        return f"{self.first.key} .. {self.last.key} ({_counted(self.reasons)})"
+SEARCH_INTERVAL = timedelta(minutes=10)
+"""How often S3 is listed to find lost objects."""
+PARKED = "are parked after too many attempts (`marketdata parked`)"
+ROLLUPS_OUTDATED = "its rollups are not up to date"
 
 
 @dataclass(slots=True)
-class Missed:
-    """What one look found. `lost` names, by table, partitions that the ledger has and the lake has
-    not.
+class BackfillPlan:
+    """What one look found.
+
+    `lost` names, by table, the partitions that the ledger has and the lake has not; an empty list
+    means the whole table. `waiting` counts the partitions that are not requested now, by reason.
     """
 
     blocks: list[Block] = field(default_factory=list)
@@ -82,18 +57,17 @@ class Missed:
     waiting: Counter[str] = field(default_factory=Counter)
 
     @property
-    def says(self) -> str:
-        """One line: what is asked for, and why the rest is not."""
-        asked = [f"asked for {block}" for block in self.blocks]
-        return (
-            "; ".join(asked + ([_counted(self.waiting)] if self.waiting else []))
-            or "nothing is missing"
-        )
+    def message(self) -> str:
+        """One line: what is requested, and why the rest is not."""
+        parts = [f"asked for {block}" for block in self.blocks]
+        if self.waiting:
+            parts.append(count_reasons(self.waiting))
+        return "; ".join(parts) or "nothing is missing"
 
 
 @dataclass(frozen=True, slots=True)
 class BacklogFinder:
-    """."""
+    """Finds the closed months that need work."""
 
     settings: Settings
     ledger: Ledger
@@ -102,363 +76,239 @@ class BacklogFinder:
 
     def plan_backfill(
         self, room: int, busy: Container[str], shown: Mapping[Table, Collection[str]]
-    ) -> Missed:
-        """What is missing, in at most `room` blocks, the newest months first.
+    ) -> BackfillPlan:
+        """Return what needs work, in at most `room` blocks, the newest months first.
 
-        `busy` holds the keys of partitions that a run works on or waits for, `shown` the keys that
-        Dagster's grid shows as materialized, by table. Attempts are counted in the ledger: whoever
-        calls this sends the blocks out.
+        `busy` holds the Dagster keys of partitions that a run works on or waits for, `shown` the
+        keys that Dagster shows as materialized, by table. Each partition of a block is recorded as
+        one more attempt: whoever calls this launches the runs. Raises StoreFailed when most of the
+        lake is lost.
         """
-        found, now = Missed(), self.settings.now()
-        asks = self.ledger.asks()
-        wanted = dict(self._lacks(shown, found, now))
-        self._believe(found, wanted)
-        over = [
-            ask.partition
-            for key, ask in asks.items()
-            if key not in wanted and ask.partition.key not in busy
+        plan, now = BackfillPlan(), self.settings.now()
+        attempts = self.ledger.attempts.all()
+        wanted = dict(self._find_wanted(shown, plan, now))
+        self._drop_what_is_stored(plan, wanted)
+        done = [
+            attempt.partition
+            for key, attempt in attempts.items()
+            if key not in wanted and attempt.partition.key not in busy
         ]
-        if over:
-            self.ledger.forget_asks(over)
-        ready = self._ready(wanted, asks, busy, found=found, now=now)
+        if done:
+            self.ledger.attempts.clear(done)
+        ready = self._find_ready(wanted, attempts, busy, plan=plan, now=now)
         most = PARTITIONS_A_RUN
         if self.settings.broker and room:
             most = min(most, max(FEWEST_A_RUN, -(-len(ready) // room)))
-        found.blocks = blocks(
-            [venue.markets for venue in self.settings.venues.values()], ready, wanted, room, most
-        )
-        asked = [p for block in found.blocks for p in block.partitions]
-        if len(ready) > len(asked):
-            found.waiting["wait for their turn"] = len(ready) - len(asked)
-        if asked:
-            self.ledger.ask([(p, wanted[p.market.key, p.month_key]) for p in asked], now)
-        return found
+        markets = [venue.markets for venue in self.settings.venues.values()]
+        reasons = {key: wanted[key] for key in ready}
+        plan.blocks = plan_blocks(markets, reasons, room, most=most)
+        requested = [p for block in plan.blocks for p in block.partitions]
+        if len(ready) > len(requested):
+            plan.waiting["wait for their turn"] = len(ready) - len(requested)
+        if requested:
+            self.ledger.attempts.add([(p, wanted[p.stored_key]) for p in requested], now)
+        return plan
 
-    def _lacks(
-        self, shown: Mapping[Table, Collection[str]], found: Missed, now: datetime
-    ) -> Iterator[tuple[_Key, str]]:
-        """Market key and month key of everything that is lacking, with the reason."""
-        due = self.look_is_due(now)
-        rolled_lost = self._rollups_lost(found, due)
+    # ------------------------------------------------------------------------------ what is wanted
+    def _find_wanted(
+        self, shown: Mapping[Table, Collection[str]], plan: BackfillPlan, now: datetime
+    ) -> Iterator[tuple[PartitionKey, str]]:
+        """Yield everything that needs work, with the reason."""
+        due = is_search_due(self.ledger, self.storage, now)
+        lost_rollups = self._find_lost_rollups(plan, due)
         for venue in self.settings.venues.values():
-            looks = [
-                _Look(
-                    self.settings,
-                    self.ledger,
-                    self.storage.lake,
-                    table=raw(tf),
-                    shown=shown.get(raw(tf)),
-                    look=due,
-                )
+            tables = [
+                _RawTable(self.ledger, self.storage, raw(tf), shown.get(raw(tf)), due, now)
                 for tf in venue.fetched
             ]
             months = list(self._closed_months(venue, now))
             for market in venue.markets:
-                rolls = bool(self.settings.rolled(market))
-                for month, bounds in months:
-                    key = (market.key, month)
+                has_rollups = bool(self.settings.rolled(market))
+                for month, windows in months:
+                    key = PartitionKey(market.key, month)
                     reasons = (
-                        look.at(key, wanted, found)
-                        for look, wanted in zip(looks, bounds, strict=True)
-                        if wanted
+                        table.reason(key, window, plan)
+                        for table, window in zip(tables, windows, strict=True)
+                        if window
                     )
                     reason = next(filter(None, reasons), None)
-                    if (
-                        reason is None
-                        and rolls
-                        and bounds[0]
-                        and (not looks[0].outlines[key].rolled or key in rolled_lost)
-                    ):
-                        reason = "its rollups are not up to date"
+                    if reason is None and has_rollups and windows[0]:
+                        is_rolled_up = tables[0].summaries[key].is_rolled_up
+                        if not is_rolled_up or key in lost_rollups:
+                            reason = ROLLUPS_OUTDATED
                     if reason is not None:
                         yield key, reason
-
-    def look_is_due(self, now: datetime, what: str = "lost objects") -> bool:
-        """Whether to look for lost objects now: always where that is free. `what` names who looks."""
-        if self.storage.lake.local:
-            return True
-        last = self.ledger.last_beat(what)
-        if last is not None and timedelta(0) <= now - last < LOOK:
-            return False
-        self.ledger.beat(what, now)
-        return True
-
-    def _believe(self, found: Missed, wanted: dict[_Key, str]) -> None:
-        """Only what is really lost stays lost: not what a run stores just now, and not most of the lake at
-        once.
-        """
-        lost = {
-            table: partitions for table, partitions in found.lost.items() if table.layer == "raw"
-        }
-        count, known = (
-            sum(map(len, lost.values())),
-            sum(len(self.ledger.outlines(table)) for table in lost),
-        )
-        if count > MANY and 2 * count >= known:
-            where = self.settings.lake
-            raise StoreFailed(
-                f"{count} of {known} objects are not in {where}: is it mounted? Nothing is asked for and nothing forgotten; "
-                "if they are gone for good, `marketdata backfill` fetches them again"
-            )
-        for table, partitions in lost.items():
-            found.lost[table] = [p for p in partitions if self._is_lost(table, p)]
-            for partition in set(partitions) - set(found.lost[table]):
-                wanted.pop((partition.market.key, partition.month_key), None)
-            if not found.lost[table]:
-                del found.lost[table]
-
-    def _is_lost(self, table: Table, partition: Partition) -> bool:
-        with self.ledger.lock(partition.key, wait=False) as free:
-            state = self.ledger.state(table, partition)
-            return (
-                free
-                and state is not None
-                and state.bytes != self.storage.lake.size(table, partition)
-            )
 
     def _closed_months(
         self, venue: Venue, now: datetime
     ) -> Iterator[tuple[str, list[tuple[str, str] | None]]]:
-        """Month key, and for each timeframe of the venue the window wanted of it (ISO; None where nothing
-        is).
-        """
-        some, days = venue.markets[0], self.settings.automation.lookback_days
-        span = self.settings.span(some)
-        for partition in partitions_of(some, span):
+        """Yield month keys with the window wanted of each timeframe, as ISO text; None for none."""
+        market, days = venue.markets[0], self.settings.automation.lookback_days
+        for partition in partitions_of(market, self.settings.span(market)):
             end = min(partition.month.end, venue.until or partition.month.end)
-            if end > now - GRACE or (days is not None and end < now - timedelta(days=days)):
+            is_too_old = days is not None and end < now - timedelta(days=days)
+            if end > now - GRACE or is_too_old:
                 continue
             windows = [wanted_window(self.settings, tf, partition) for tf in venue.fetched]
-            yield partition.month_key, [(iso(w.start), iso(w.end)) if w else None for w in windows]
+            texts = [(iso(w.start), iso(w.end)) if w else None for w in windows]
+            yield partition.month_key, texts
 
-    def _rollups_lost(self, found: Missed, look: bool) -> set[_Key]:
-        """Partitions whose rollups are gone from where they were stored; in the lake only where it is
-        looked at.
-        """
+    def _drop_what_is_stored(self, plan: BackfillPlan, wanted: dict[PartitionKey, str]) -> None:
+        """Keep only what is really lost: not what a run stores just now, nor an unmounted lake."""
+        lost = {table: found for table, found in plan.lost.items() if table.layer == "raw"}
+        stored = sum(len(self.ledger.partitions.summaries(table)) for table in lost)
+        ensure_lake_mounted(sum(map(len, lost.values())), stored, self.settings.lake)
+        for table, partitions in lost.items():
+            plan.lost[table] = [p for p in partitions if self._is_lost(table, p)]
+            for partition in set(partitions) - set(plan.lost[table]):
+                wanted.pop(partition.stored_key, None)
+            if not plan.lost[table]:
+                del plan.lost[table]
+
+    def _is_lost(self, table: Table, partition: Partition) -> bool:
+        with self.ledger.lock(partition.key, wait=False) as is_free:
+            state = self.ledger.partitions.get(table, partition)
+            size = self.storage.lake.size(table, partition)
+            return is_free and state is not None and state.bytes != size
+
+    def _find_lost_rollups(self, plan: BackfillPlan, search: bool) -> set[PartitionKey]:
+        """Return the partitions whose rollups are gone; in the lake, one table is searched at a time."""
         timeframes = self.settings.rollup_timeframes
-        if self.settings.rollups == "duckdb":
+        if self.storage.rollups_in_warehouse:
             if not self.storage.warehouse.exists:
-                self.ledger.forget_rollups()
-                for tf in timeframes:
-                    found.lost[rollup(tf)] = []  # all of it
+                self.ledger.partitions.clear_rollup_sources()
+                for timeframe in timeframes:
+                    plan.lost[rollup(timeframe)] = []
             return set()
-        if not timeframes or not look:
+        if not timeframes or not search:
             return set()
-        pace = MINUTE if self.storage.lake.local else LOOK
-        turn = timeframes[
-            int(self.settings.now().timestamp() // pace.total_seconds()) % len(timeframes)
-        ]  # one table at a time: they are many
-        there = self.storage.lake.sizes(rollup(turn))
-        outlines = (
-            item
-            for base in {v.base for v in self.settings.venues.values()}
-            for item in self.ledger.outlines(raw(base)).items()
+        lake, now = self.storage.lake, self.settings.now().timestamp()
+        pace = MINUTE if lake.local else SEARCH_INTERVAL
+        timeframe = timeframes[int(now // pace.total_seconds()) % len(timeframes)]
+        table = rollup(timeframe)
+        stored, kept = lake.sizes(table), f"{self.settings.kept_since(table.name):%Y-%m-%d}"
+        bases = {venue.base for venue in self.settings.venues.values()}
+        rolled_up = (
+            key
+            for base in bases
+            for key, summary in self.ledger.partitions.summaries(raw(base)).items()
+            if summary.is_rolled_up and key[1] >= kept and key not in stored
         )
-        kept = f"{self.settings.kept_since(rollup(turn).name):%Y-%m-%d}"
-        gone = {
-            k
-            for k, outline in outlines
-            if outline.rolled and k not in there and k[1] >= kept and turn in self._rolled(k[0])
-        }
-        found.lost[rollup(turn)] = [Partition.parse("|".join(key)) for key in gone]
-        if not gone:
-            del found.lost[rollup(turn)]
-        return gone
+        lost = {PartitionKey(*key) for key in rolled_up if self._is_rolled_up(key[0], timeframe)}
+        if lost:
+            plan.lost[table] = [Partition.parse("|".join(key)) for key in lost]
+        return lost
 
-    def _rolled(self, market: str) -> Sequence[object]:
-        known = {m.key: m for m in self.settings.markets}
-        return self.settings.rolled(known[market]) if market in known else ()
+    def _is_rolled_up(self, market_key: str, timeframe: Timeframe) -> bool:
+        market = next((m for m in self.settings.markets if m.key == market_key), None)
+        return market is not None and timeframe in self.settings.rolled(market)
 
-    def _ready(
+    # ------------------------------------------------------------------------------ what may run
+    def _find_ready(
         self,
-        wanted: Mapping[_Key, str],
-        asks: Mapping[_Key, Ask],
+        wanted: Mapping[PartitionKey, str],
+        attempts: Mapping[PartitionKey, BackfillAttempt],
         busy: Container[str],
         *,
-        found: Missed,
+        plan: BackfillPlan,
         now: datetime,
-    ) -> set[_Key]:
+    ) -> set[PartitionKey]:
+        """Return what may be requested now; count why the rest may not, and park what failed often."""
         ready, parking = set(), []
-        closed = {
+        clock = self.clock()
+        broken = {
             name
             for name in self.settings.venues
-            if (self.ledger.venue_health(name).broken_until > self.clock())
+            if self.ledger.venues.health(name).broken_until > clock
         }
         for key, reason in wanted.items():
-            ask = asks.get(key)
-            why = self._why_not(key, ask, busy, closed=closed, now=now)
-            if why is None and ask and ask.attempts >= self.settings.automation.attempts:
-                parking.append((ask.partition, reason))
-                why = _PARKED
-            if why is None:
+            attempt = attempts.get(key)
+            wait = self._reason_to_wait(key, attempt, busy, broken=broken, now=now)
+            if wait is None and attempt:
+                if attempt.attempts >= self.settings.automation.attempts:
+                    parking.append((attempt.partition, reason))
+                    wait = PARKED
+            if wait is None:
                 ready.add(key)
                 continue
-            found.waiting[why] += 1
-            if why == _PARKED:
-                found.parked.append(Partition.parse("|".join(key)))
+            plan.waiting[wait] += 1
+            if wait == PARKED:
+                plan.parked.append(Partition.parse("|".join(key)))
         if parking:
-            self.ledger.park(parking, now)
+            self.ledger.attempts.park(parking, now)
         return ready
 
-    def _why_not(
+    def _reason_to_wait(
         self,
-        key: _Key,
-        ask: Ask | None,
+        key: PartitionKey,
+        attempt: BackfillAttempt | None,
         busy: Container[str],
         *,
-        closed: Container[str],
+        broken: Container[str],
         now: datetime,
     ) -> str | None:
         if "|".join(key) in busy:
             return "are under way"
-        if ask and ask.parked_at:
-            return _PARKED
-        venue = key[0].partition(":")[0]
-        if venue in closed:
+        if attempt and attempt.parked_at:
+            return PARKED
+        venue = key.market.partition(":")[0]
+        if venue in broken:
             return f"wait for {venue}, whose circuit breaker is open"
-        if ask and timedelta(0) <= now - ask.asked_at < cooldown(self.settings, ask):
+        if attempt and timedelta(0) <= now - attempt.asked_at < cooldown(self.settings, attempt):
             return "wait for their cooldown"
         return None
 
 
-def cooldown(settings: Settings, ask: Ask) -> timedelta:
-    """How long after its last attempt a partition is left alone."""
-    times: int = SLOWER ** max(0, ask.attempts - 1)
-    return settings.automation.cooldown_minutes * MINUTE * times
-
-
-# --------------------------------------------------------------------------------- what is lacking
-_Key = tuple[str, str]
-
-
-class _Look:
-    """One raw table as the ledger has it, and the lake where it is looked at, all at once."""
+class _RawTable:
+    """One raw table as ledger and lake have it, read at once for all partitions."""
 
     def __init__(
         self,
-        settings: Settings,
         ledger: Ledger,
-        lake: Lake,
-        *,
+        storage: BarStorage,
         table: Table,
         shown: Collection[str] | None,
-        look: bool,
+        search: bool,
+        now: datetime,
     ) -> None:
-        self.table, self.shown = table, shown
-        self.outlines: dict[_Key, Outline] = ledger.outlines(table)
-        self.sizes = lake.sizes(table) if look else None
-        self.due = ledger.gap_book.due(table, settings.now())
+        self.summaries = ledger.partitions.summaries(table)
+        self._table, self._shown = table, shown
+        self._sizes = storage.lake.sizes(table) if search else None
+        self._due = ledger.gaps.due(table, now)
 
-    def at(self, key: _Key, wanted: tuple[str, str], found: Missed) -> str | None:
-        """Why this partition needs a run, if it does. `wanted` is ISO text, as in an Outline."""
-        outline = self.outlines.get(key)
-        if outline is None or outline.bytes is None:
-            return f"failed: {outline.error}" if outline and outline.error else "never fetched"
-        if self.sizes is not None and self.sizes.get(key) != outline.bytes:
-            found.lost[self.table].append(Partition.parse("|".join(key)))
-            return LOST
-        if outline.error:
-            return f"failed: {outline.error}"
-        if (
-            not outline.complete
-            or key in self.due
-            or outline.start > wanted[0]
-            or outline.through < wanted[1]
-        ):
-            return "holds a gap that may still be filled"
-        return (
-            None
-            if self.shown is None or "|".join(key) in self.shown
-            else "Dagster does not show it"
-        )
+    def reason(self, key: PartitionKey, wanted: tuple[str, str], plan: BackfillPlan) -> str | None:
+        """Return why this partition needs a run; None when it needs none. `wanted` is ISO text."""
+        summary = self.summaries.get(key)
+        size = summary.bytes if summary else None
+        if self._sizes is not None:
+            size = self._sizes.get(key)
+        status = partition_status(summary, size, wanted, has_due_gap=key in self._due)
+        if status == PartitionStatus.LOST:
+            plan.lost[self._table].append(Partition.parse("|".join(key)))
+            return LOST_REASON
+        reason = status_reason(status, summary.error if summary else None)
+        if reason is None and self._shown is not None and "|".join(key) not in self._shown:
+            return "Dagster does not show it"
+        return reason
 
 
-# --------------------------------------------------------------------------------- what may be aske
+def cooldown(settings: Settings, attempt: BackfillAttempt) -> timedelta:
+    """Return how long after its last attempt a partition is left alone."""
+    growth: int = COOLDOWN_GROWTH ** max(0, attempt.attempts - 1)
+    return settings.automation.cooldown_minutes * MINUTE * growth
 
 
-_PARKED = "are parked after too many attempts (`marketdata parked`)"
+def is_search_due(
+    ledger: Ledger, storage: BarStorage, now: datetime, *, what: str = "lost objects"
+) -> bool:
+    """Return whether to search for lost objects now: always where that is free.
 
-
-def blocks(
-    groups: Iterable[Sequence[Market]],
-    ready: Collection[_Key],
-    wanted: Mapping[_Key, str],
-    room: int,
-    most: int = PARTITIONS_A_RUN,
-) -> list[Block]:
-    """The newest ready partitions as at most `room` rectangles of the grid, each of one group's
-    neighbouring markets.
-
-    `wanted` has the reason of each by market key and month key; `most` is how many partitions a
-    rectangle may hold.
+    `what` names the search; the ledger records when it was done last.
     """
-    found = []
-    by_market: dict[str, list[int]] = defaultdict(list)
-    for market, month in wanted:
-        if (market, month) in ready:
-            by_market[market].append(int(month[:4]) * 12 + int(month[5:7]) - 1)
-    for markets in groups:
-        rows = ((i, by_market.get(market.key, [])) for i, market in enumerate(markets))
-        spans = [
-            (span, i) for i, months in rows for span in _spans(months, min(most, MONTHS_A_RUN))
-        ]
-        spans.sort(key=lambda item: (-item[0][1], item[0][0], item[1]))
-        found += [
-            (last, markets, first, members) for (first, last), members in _rectangles(spans, most)
-        ]
-    found.sort(key=lambda item: -item[0])
-    return [
-        _block(markets, members, first, last, wanted)
-        for last, markets, first, members in found[:room]
-    ]
-
-
-_Span = tuple[int, int]
-"""Consecutive months, first and last, counted from year 0."""
-
-
-def _spans(months: Sequence[int], most: int) -> Iterator[_Span]:
-    """Runs of consecutive months, the newest first, none longer than `most`."""
-    left = sorted(months)
-    while left:
-        last = first = left.pop()
-        while left and left[-1] == first - 1 and last - first + 1 < most:
-            first = left.pop()
-        yield first, last
-
-
-def _rectangles(spans: Sequence[tuple[_Span, int]], most: int) -> Iterator[tuple[_Span, list[int]]]:
-    """Neighbouring rows (by number) with the same months, in one; none of more than `most`
-    partitions.
-    """
-    rows: list[int] = []
-    for i, (span, row) in enumerate(spans):
-        rows.append(row)
-        after = spans[i + 1] if i + 1 < len(spans) else None
-        full = (len(rows) + 1) * (span[1] - span[0] + 1) > most
-        if full or after != (span, row + 1):
-            yield span, rows
-            rows = []
-
-
-def _block(
-    markets: Sequence[Market],
-    rows: Sequence[int],
-    first: int,
-    last: int,
-    wanted: Mapping[_Key, str],
-) -> Block:
-    months = [
-        month_of(datetime(n // 12, n % 12 + 1, 1, tzinfo=UTC)) for n in range(first, last + 1)
-    ]
-    block = Block([markets[i] for i in rows], months, Counter())
-    return replace(
-        block,
-        reasons=Counter(
-            wanted[p.market.key, p.month_key].partition(":")[0] for p in block.partitions
-        ),
-    )
-
-
-def _counted(reasons: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+    if storage.lake.local:
+        return True
+    last = ledger.heartbeats.last(what)
+    if last is not None and timedelta(0) <= now - last < SEARCH_INTERVAL:
+        return False
+    ledger.heartbeats.record(what, now)
+    return True

@@ -1,4 +1,4 @@
-"""Freshness by data: how far the newest stored bar of each market lies behind what could be there."""
+"""Freshness: how far the newest stored bar of each market lies behind what could be stored."""
 
 from __future__ import annotations
 
@@ -11,64 +11,56 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.settings.universe import Limits, Settings
+from marketdata_assets.settings.universe import FreshnessLimits, Settings
 from marketdata_assets.storage.parquet import Lake
 
 
 @dataclass(frozen=True, slots=True)
-class Freshness:
-    """One market: when its newest stored bar ended, and how far that lies behind now or its last
-    wanted day.
+class MarketFreshness:
+    """One market: when its newest stored bar ended, and how far that lies behind now.
+
+    Behind the last wanted day instead, for a market that has one.
     """
 
     market: Market
     through: datetime | None
     lag: timedelta
-    limits: Limits
+    limits: FreshnessLimits
 
     @property
-    def late(self) -> bool:
+    def is_late(self) -> bool:
         """Whether this deserves a warning."""
         return self.through is None or self.lag > self.limits.warn
 
     @property
-    def stale(self) -> bool:
+    def is_stale(self) -> bool:
         """Whether this is an error."""
         return self.through is None or self.lag > self.limits.error
 
 
-def freshness(
+def market_freshness(
     settings: Settings,
     ledger: Ledger,
     lake: Lake,
     *,
     timeframe: Timeframe,
     markets: Iterable[Market],
-) -> list[Freshness]:
-    """Every market whose venue fetches this timeframe, by the newest bar on disk and not by the newest
-    run.
+) -> list[MarketFreshness]:
+    """Return the freshness of every market whose venue fetches the timeframe.
+
+    It is judged by the newest bar in the lake and not by the newest run: a run may succeed over a
+    feed that is dead.
     """
-    newest = ledger.newest(raw(timeframe))
-    fetched = [m for m in markets if timeframe in settings.venues[m.venue].fetched]
-    return [
-        _of(settings, lake, timeframe, market=market, newest=newest.get(market.key))
-        for market in fetched
-    ]
-
-
-def _of(
-    settings: Settings,
-    lake: Lake,
-    timeframe: Timeframe,
-    *,
-    market: Market,
-    newest: tuple[datetime, str, int] | None,
-) -> Freshness:
-    span = settings.span(market)
-    through = None
-    if newest is not None:
-        bar, month, size = newest
-        there = lake.size(raw(timeframe), Partition.parse(f"{market.key}|{month}")) == size
-        through = bar + timeframe.width if there else None
-    lag = max(timedelta(0), timeframe.floor(span.end) - (through or span.start))
-    return Freshness(market, through, lag, settings.limits(timeframe))
+    newest, found = ledger.partitions.newest(raw(timeframe)), []
+    for market in markets:
+        if timeframe not in settings.venues[market.venue].fetched:
+            continue
+        span, through = settings.span(market), None
+        if market.key in newest:
+            bar, month, size = newest[market.key]
+            partition = Partition.parse(f"{market.key}|{month}")
+            if lake.size(raw(timeframe), partition) == size:
+                through = bar + timeframe.width
+        lag = max(timedelta(0), timeframe.floor(span.end) - (through or span.start))
+        found.append(MarketFreshness(market, through, lag, settings.limits(timeframe)))
+    return found

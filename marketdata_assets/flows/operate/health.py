@@ -1,6 +1,4 @@
-"""Health: every market, every venue and the daemon, each healthy, degraded or unhealthy, with the
-reasons.
-"""
+"""Health: every market, every venue and the daemon is healthy, degraded or unhealthy, with reasons."""
 
 from __future__ import annotations
 
@@ -8,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
+from typing import NamedTuple
 
-from marketdata_assets.flows.operate.freshness import freshness
+from marketdata_assets.flows.operate.freshness import market_freshness
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import MINUTE
@@ -25,7 +24,7 @@ QUARANTINE_PERCENT = 1.0
 LOOK_BACK = timedelta(hours=24)
 
 
-class Status(StrEnum):
+class HealthStatus(StrEnum):
     """How a subject is, the best first."""
 
     HEALTHY = "healthy"
@@ -39,17 +38,17 @@ class Health:
 
     kind: str
     subject: str
-    status: Status = Status.HEALTHY
+    status: HealthStatus = HealthStatus.HEALTHY
     reasons: list[str] = field(default_factory=list)
 
-    def add(self, status: Status, reason: str) -> None:
-        """One more reason, of that weight."""
+    def add(self, status: HealthStatus, reason: str) -> None:
+        """Add a reason of that weight."""
         self.reasons.append(reason)
-        if status == Status.UNHEALTHY or self.status == Status.HEALTHY:
+        if status == HealthStatus.UNHEALTHY or self.status == HealthStatus.HEALTHY:
             self.status = status
 
     def as_dict(self) -> dict[str, str | list[str]]:
-        """For JSON."""
+        """Return it for JSON."""
         return {
             "kind": self.kind,
             "subject": self.subject,
@@ -58,9 +57,17 @@ class Health:
         }
 
 
+class _Reason(NamedTuple):
+    """Why a market is not healthy."""
+
+    market_key: str
+    status: HealthStatus
+    message: str
+
+
 @dataclass(frozen=True, slots=True)
 class HealthInspector:
-    """."""
+    """Judges health by the ledger; sends no request."""
 
     settings: Settings
     ledger: Ledger
@@ -68,110 +75,78 @@ class HealthInspector:
     clock: Callable[[], float]
 
     def inspect(self) -> list[Health]:
-        """The daemon, then the venues, then the markets, in the universe's order. Reads the ledger; sends
-        no request.
-        """
+        """Return the daemon, then the venues, then the markets, in the universe's order."""
         markets = {m.key: Health("market", m.key) for m in self.settings.markets}
-        for key, status, reason in self._market_reasons():
-            if key in markets:
-                markets[key].add(status, reason)
-        venues = [self._venue(name) for name in self.settings.venues]
-        return [self._daemon(), *venues, *markets.values()]
+        for reason in self._market_reasons():
+            if reason.market_key in markets:
+                markets[reason.market_key].add(reason.status, reason.message)
+        venues = [self._inspect_venue(name) for name in self.settings.venues]
+        return [self._inspect_daemon(), *venues, *markets.values()]
 
-    def _daemon(self) -> Health:
-        found, beat = Health(DAEMON, DAEMON), self.ledger.last_beat(DAEMON)
-        if beat is None:
-            found.add(Status.UNHEALTHY, "it never ran here: start `marketdata dev`")
-        elif abs(self.settings.now() - beat) > SILENT_AFTER:
-            found.add(
-                Status.UNHEALTHY, f"its last sensor tick was at {iso(beat)}: start `marketdata dev`"
-            )
-        return found
+    def _inspect_daemon(self) -> Health:
+        health, last = Health(DAEMON, DAEMON), self.ledger.heartbeats.last(DAEMON)
+        if last is None:
+            health.add(HealthStatus.UNHEALTHY, "it never ran here: start `marketdata dev`")
+        elif abs(self.settings.now() - last) > SILENT_AFTER:
+            message = f"its last sensor tick was at {iso(last)}: start `marketdata dev`"
+            health.add(HealthStatus.UNHEALTHY, message)
+        return health
 
-    def _venue(self, name: str) -> Health:
-        found, held, clock = (
-            Health("venue", name),
-            self.ledger.venue_health(name),
-            self.clock(),
-        )
-        if held.broken_until > 0:
-            found.add(
-                Status.UNHEALTHY,
-                f"its circuit breaker is open after {held.failures} failed requests in a row",
-            )
-        elif held.failures:
-            found.add(Status.DEGRADED, f"its last {held.failures} requests failed")
-        if held.paused_until > clock:
-            found.add(
-                Status.DEGRADED, f"it asked for {held.paused_until - clock:.0f} seconds of silence"
-            )
-        return found
+    def _inspect_venue(self, name: str) -> Health:
+        health, state, now = Health("venue", name), self.ledger.venues.health(name), self.clock()
+        if state.broken_until > 0:
+            message = f"its circuit breaker is open after {state.failures} failed requests in a row"
+            health.add(HealthStatus.UNHEALTHY, message)
+        elif state.failures:
+            health.add(HealthStatus.DEGRADED, f"its last {state.failures} requests failed")
+        if state.paused_until > now:
+            seconds = state.paused_until - now
+            message = f"it asked for {seconds:.0f} seconds without requests"
+            health.add(HealthStatus.DEGRADED, message)
+        return health
 
     def _market_reasons(self) -> Iterator[_Reason]:
         yield from self._late()
-        yield from self._failing()
-        for ask in self.ledger.asks().values():
-            if ask.parked_at:
-                yield (
-                    ask.partition.market.key,
-                    Status.UNHEALTHY,
-                    f"{ask.partition.month_key} is parked: {ask.reason}",
-                )
-        for key, bars in self.ledger.open_gaps().items():
-            yield key, Status.DEGRADED, f"{bars} bars are missing and not explained yet"
-        yield from self._red()
-        yield from self._refused()
+        for key, (count, _) in self.ledger.partitions.failure_streaks().items():
+            often = count >= FAILURES_IN_A_ROW
+            status = HealthStatus.UNHEALTHY if often else HealthStatus.DEGRADED
+            yield _Reason(key, status, f"its last {count} ingests failed")
+        for attempt in self.ledger.attempts.all().values():
+            if attempt.parked_at:
+                message = f"{attempt.partition.month_key} is parked: {attempt.reason}"
+                yield _Reason(attempt.partition.market.key, HealthStatus.UNHEALTHY, message)
+        for key, bars in self.ledger.gaps.open_bars().items():
+            message = f"{bars} bars are missing and not explained yet"
+            yield _Reason(key, HealthStatus.DEGRADED, message)
+        yield from self._failed_checks()
+        yield from self._rejections()
 
-    def _failing(self) -> Iterator[_Reason]:
-        for key, (count, _) in self.ledger.failing().items():
-            yield (
-                key,
-                Status.UNHEALTHY if count >= FAILURES_IN_A_ROW else Status.DEGRADED,
-                f"its last {count} ingests failed",
-            )
+    def _failed_checks(self) -> Iterator[_Reason]:
+        for check in self.ledger.checks.failed():
+            if check.name != "gaps":  # counted in bars above
+                status = HealthStatus.UNHEALTHY if check.blocking else HealthStatus.DEGRADED
+                where = f"{check.table} {check.partition.month_key} {check.name}"
+                yield _Reason(check.partition.market.key, status, f"{where}: {check.message}")
 
-    def _red(self) -> Iterator[_Reason]:
-        for check in self.ledger.red_checks():
-            if check.name != "gaps":  # told in bars
-                worst = Status.UNHEALTHY if check.blocking else Status.DEGRADED
-                yield (
-                    check.partition.market.key,
-                    worst,
-                    f"{check.table} {check.partition.month_key} {check.name}: {check.says}",
-                )
-
-    def _refused(self) -> Iterator[_Reason]:
-        for key, (refused, brought) in self.ledger.quarantine_rate(
-            self.settings.now() - LOOK_BACK
-        ).items():
-            if brought and 100 * refused / brought >= QUARANTINE_PERCENT:
-                yield (
-                    key,
-                    Status.DEGRADED,
-                    f"{refused} of {brought} rows went to quarantine in 24 hours",
-                )
+    def _rejections(self) -> Iterator[_Reason]:
+        since = self.settings.now() - LOOK_BACK
+        for key, (rejected, received) in self.ledger.quarantine.rejection_rates(since).items():
+            if received and 100 * rejected / received >= QUARANTINE_PERCENT:
+                message = f"{rejected} of {received} rows went to quarantine in 24 hours"
+                yield _Reason(key, HealthStatus.DEGRADED, message)
 
     def _late(self) -> Iterator[_Reason]:
         for timeframe in self.settings.raw_timeframes:
-            for found in freshness(
+            for found in market_freshness(
                 self.settings,
                 self.ledger,
                 self.lake,
                 timeframe=timeframe,
                 markets=self.settings.markets,
             ):
-                if found.late:
-                    behind = (
-                        f"{found.lag // MINUTE} minutes behind"
-                        if found.through
-                        else "nothing is stored"
-                    )
-                    yield (
-                        found.market.key,
-                        Status.UNHEALTHY if found.stale else Status.DEGRADED,
-                        f"{raw(timeframe).name}: {behind}",
-                    )
-
-
-_Reason = tuple[str, Status, str]
-"""Market key, how bad, why."""
+                if found.is_late:
+                    minutes = f"{found.lag // MINUTE} minutes behind"
+                    behind = minutes if found.through else "nothing is stored"
+                    stale = found.is_stale
+                    status = HealthStatus.UNHEALTHY if stale else HealthStatus.DEGRADED
+                    yield _Reason(found.market.key, status, f"{raw(timeframe).name}: {behind}")

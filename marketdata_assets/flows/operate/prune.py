@@ -1,6 +1,4 @@
-"""Upkeep: forget what is older than anybody needs. Evidence, quarantine and everything still open
-stays.
-"""
+"""Prune: delete old records from the ledger. Evidence, quarantine and everything open stays."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.settings.universe import Settings
 
 
-def forget(
+def delete_old_records(
     settings: Settings,
     ledger: Ledger,
     clock: Callable[[], float],
@@ -19,11 +17,9 @@ def forget(
     days: float,
     dry_run: bool = False,
 ) -> dict[str, int]:
-    """Delete incidents that recovered, and rows of the fetch log, from more than `days` ago; how many
-    of each.
-    """
+    """Delete recovered incidents and rows of the fetch log older than `days`; return the counts."""
     age = timedelta(days=days)
     return {
-        "incidents": ledger.incidents.forget(settings.now() - age, dry_run),
-        "fetches": ledger.forget_fetches(clock() - age.total_seconds(), dry_run),
+        "incidents": ledger.incidents.delete_before(settings.now() - age, dry_run),
+        "fetches": ledger.fetches.delete_before(clock() - age.total_seconds(), dry_run),
     }

@@ -1,18 +1,22 @@
-"""Repair: what a span needs, before anything runs; and the receipt of what a repair has done."""
+"""Repair: what a span needs, the repair itself, and the receipt of what it did."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 import polars as pl
 
 from marketdata_assets.errors import Damaged
-from marketdata_assets.flows.fetch.ingest import Ingested, Ingester, wanted_window
-from marketdata_assets.flows.fetch.plan import BackfillPlanner, page_size
-from marketdata_assets.flows.read.lock import DatasetLocker
+from marketdata_assets.flows.fetch.partition_store import (
+    IngestResult,
+    PartitionStore,
+    wanted_window,
+)
+from marketdata_assets.flows.fetch.plan import BackfillPlanner
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.receipts import Receipt
 from marketdata_assets.model.partition import Partition
@@ -22,167 +26,43 @@ from marketdata_assets.quality.clean import clean
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.storage.fingerprint import fingerprint
+from marketdata_assets.venues.registry import facts_of
+
+
+class RepairAction(StrEnum):
+    """What a repair does with an object."""
+
+    CLEAN = "clean"
+    FETCH = "fetch"
+    ASK_AGAIN = "ask again"
+    ROLL_UP = "roll up"
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One thing that a repair would do. `what` is `clean`, `fetch`, `ask again` or `roll up`."""
+class RepairStep:
+    """One thing that a repair would do."""
 
     table: str
     partition: str
-    what: str
+    what: RepairAction
     why: str
     bars: int = 0
     requests: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Repairer:
-    """."""
-
-    settings: Settings
-    ledger: Ledger
-    storage: BarStorage
-
-    def plan(self, partitions: Sequence[Partition], again: Window | None) -> list[Step]:
-        """What a repair of these partitions would do, in order. Reads their objects; sends no request,
-        changes nothing.
-        """
-        return [step for partition in partitions for step in self._steps(partition, again)]
-
-    def _steps(self, partition: Partition, again: Window | None) -> Iterator[Step]:
-        venue = self.settings.venues[partition.market.venue]
-        page = page_size(venue.name)
-        for timeframe in venue.fetched:
-            table = raw(timeframe)
-            stored, why = self._stored(table, partition)
-            if why:
-                yield Step(table.name, partition.key, "clean", why)
-            window = again & wanted_window(self.settings, timeframe, partition) if again else None
-            if window and stored is not None:
-                bars = int(
-                    stored["open_time"].is_between(window.start, window.end, closed="left").sum()
-                )
-                requests = 2 * math.ceil(window.count(timeframe) / page) if bars else 0
-                if bars:
-                    yield Step(
-                        table.name,
-                        partition.key,
-                        "ask again",
-                        f"{window} was asked for",
-                        bars,
-                        requests,
-                    )
-        for task in BackfillPlanner(self.settings, self.ledger, self.storage).plan([partition]):
-            what = "fetch" if task.bars else "roll up"
-            yield Step(
-                raw(venue.base).name, partition.key, what, task.reason, task.bars, task.requests
-            )
-
-    def _stored(self, table: Table, partition: Partition) -> tuple[pl.DataFrame | None, str]:
-        """The rows of an object and what is wrong with them."""
-        try:
-            rows = self.storage.lake.read(table, partition, provenance=True)
-        except Damaged as damage:
-            return None, str(damage).partition(";")[0]
-        return rows, clean(
-            rows, table.timeframe, partition.opens(table.timeframe)
-        ).says if rows is not None else ""
-
-    def remove_invalid_rows(self, partitions: Sequence[Partition]) -> list[dict[str, Any]]:
-        """Take out of the stored objects what must not be there: what was taken out, by object. Refused
-        rows go to quarantine.
-        """
-        found = []
-        for partition in partitions:
-            for timeframe in self.settings.venues[partition.market.venue].fetched:
-                said = Ingester(
-                    self.settings, self.ledger, self.storage.lake, self.venues
-                ).clean_stored(timeframe, partition)
-                if said:
-                    found.append(
-                        {"table": raw(timeframe).name, "partition": partition.key, "says": said}
-                    )
-        return found
-
-    def read_contents(self, partitions: Sequence[Partition]) -> dict[tuple[str, str], Content]:
-        """By table name and partition key: what is stored of the fetched and the rolled-up tables."""
-        tables = [
-            (p, raw(tf)) for p in partitions for tf in self.settings.venues[p.market.venue].fetched
-        ]
-        tables += [(p, rollup(tf)) for p in partitions for tf in self.settings.rolled(p.market)]
-        with self.storage.warehouse.held():
-            return {
-                (table.name, partition.key): self._content(table, partition)
-                for partition, table in tables
-            }
-
-    def _content(self, table: Table, partition: Partition) -> Content:
-        try:
-            stored = DatasetLocker(self.settings, self.ledger, self.storage).read_content(
-                table, partition
-            )
-        except Damaged:
-            return Content(None, None)
-        return Content(stored.height, fingerprint(stored))
-
-    def write_receipt(
-        self,
-        asked: dict[str, Any],
-        before: dict[tuple[str, str], Content],
-        after: dict[tuple[str, str], Content],
-        *,
-        fetched: Sequence[Told],
-        cleaned: Sequence[dict[str, Any]],
-    ) -> Receipt:
-        """Write down what a repair has done."""
-        rows = [
-            {
-                "table": table,
-                "partition": key,
-                **{f"{name}_before": value for name, value in asdict(before[table, key]).items()},
-                **{f"{name}_after": value for name, value in asdict(after[table, key]).items()},
-            }
-            for table, key in after
-        ]
-        changed = [row for row in rows if row["hash_before"] != row["hash_after"]]
-        totals = {
-            name: sum(getattr(t, name) for t in fetched)
-            for name in ("requests", "stored", "corrected", "refused")
-        }
-        failed = [
-            {"table": t.table, "partition": t.partition, "says": t.failed}
-            for t in fetched
-            if t.failed
-        ]
-        says = (
-            f"{len(changed)} of {len(rows)} changed: {totals['stored'] - totals['corrected']} bars new, {totals['corrected']} corrected, "
-            f"{totals['refused']} rows refused, {len(cleaned)} objects cleaned, {len(failed)} partitions failed"
-        )
-        kept = [row for row in rows if row["table"].startswith("raw/") or row in changed]
-        body = {
-            "asked": asked,
-            **totals,
-            "tables": kept,
-            "cleaned": list(cleaned),
-            "failed": failed,
-        }
-        return self.ledger.receipts.add("repair", self.settings.now(), says, body)
-
-
-# --------------------------------------------------------------------------------- the receipt
-@dataclass(frozen=True, slots=True)
-class Content:
-    """How many rows a partition of a table has, and their fingerprint; None where it cannot be
-    read.
-    """
+class PartitionContent(NamedTuple):
+    """How many rows a partition of a table has, and their fingerprint; None when it is damaged."""
 
     rows: int | None
     hash: str | None
 
 
+Contents = Mapping[tuple[str, str], PartitionContent]
+"""By table name and partition key."""
+
+
 @dataclass(frozen=True, slots=True)
-class Told:
+class FetchSummary:
     """What one fetch of a repair brought."""
 
     table: str
@@ -191,25 +71,153 @@ class Told:
     stored: int
     corrected: int
     refused: int
-    failed: str | None
+    error: str | None
 
 
-def told(done: Ingested) -> Told:
-    """An ingest, for the receipt."""
-    failed = str(done.error) if done.error else None
-    account, table = done.account, raw(done.timeframe).name
-    return Told(
-        table,
-        done.partition.key,
-        done.requests,
-        account.stored,
-        done.replaced.height,
-        account.quarantined,
-        failed,
+@dataclass(frozen=True, slots=True)
+class Repairer:
+    """Plans repairs, cleans stored objects, and writes the receipts of repairs."""
+
+    settings: Settings
+    ledger: Ledger
+    storage: BarStorage
+
+    def plan(self, partitions: Sequence[Partition], again: Window | None) -> list[RepairStep]:
+        """Return what a repair of these partitions would do, in order.
+
+        Reads their objects; sends no request and changes nothing. With `again`, stored bars that
+        open inside it are requested once more.
+        """
+        return [step for partition in partitions for step in self._steps(partition, again)]
+
+    def _steps(self, partition: Partition, again: Window | None) -> Iterator[RepairStep]:
+        venue, key = self.settings.venues[partition.market.venue], partition.key
+        page = facts_of(venue.name).bars_per_request
+        for timeframe in venue.fetched:
+            table = raw(timeframe)
+            stored, problem = self._read_and_check(table, partition)
+            if problem:
+                yield RepairStep(table.name, key, RepairAction.CLEAN, problem)
+            window = again & wanted_window(self.settings, timeframe, partition) if again else None
+            if not window or stored is None:
+                continue
+            opens = stored["open_time"]
+            bars = int(opens.is_between(window.start, window.end, closed="left").sum())
+            if bars:
+                requests = 2 * math.ceil(window.count(timeframe) / page)
+                why = f"{window} was asked for"
+                yield RepairStep(table.name, key, RepairAction.ASK_AGAIN, why, bars, requests)
+        planner = BackfillPlanner(self.settings, self.ledger, self.storage)
+        for planned in planner.plan([partition]):
+            what = RepairAction.FETCH if planned.bars else RepairAction.ROLL_UP
+            table = raw(venue.base)
+            yield RepairStep(table.name, key, what, planned.reason, planned.bars, planned.requests)
+
+    def _read_and_check(
+        self, table: Table, partition: Partition
+    ) -> tuple[pl.DataFrame | None, str]:
+        """Return the rows of an object and what is wrong with them."""
+        try:
+            rows = self.storage.lake.read(table, partition, provenance=True)
+        except Damaged as damage:
+            return None, str(damage).partition(";")[0]
+        if rows is None:
+            return None, ""
+        return rows, clean(rows, table.timeframe, partition.opens(table.timeframe)).message
+
+    def remove_invalid_rows(self, partitions: Sequence[Partition]) -> list[dict[str, str]]:
+        """Remove stored rows that must not be there; return what was removed, by object.
+
+        Rejected rows go to quarantine.
+        """
+        store, found = PartitionStore(self.settings, self.ledger, self.storage.lake), []
+        for partition in partitions:
+            for timeframe in self.settings.venues[partition.market.venue].fetched:
+                if message := store.remove_invalid_rows(timeframe, partition):
+                    table = raw(timeframe).name
+                    found.append({"table": table, "partition": partition.key, "says": message})
+        return found
+
+    def read_contents(self, partitions: Sequence[Partition]) -> Contents:
+        """Return what is stored of the fetched and the rolled-up tables."""
+        places: list[tuple[Table, Partition]] = []
+        for partition in partitions:
+            venue = self.settings.venues[partition.market.venue]
+            places += [(raw(tf), partition) for tf in venue.fetched]
+            places += [(rollup(tf), partition) for tf in self.settings.rolled(partition.market)]
+        with self.storage.warehouse.held():
+            return {(table.name, p.key): self._read_content(table, p) for table, p in places}
+
+    def _read_content(self, table: Table, partition: Partition) -> PartitionContent:
+        try:
+            stored = self.storage.read(table, partition)
+        except Damaged:
+            return PartitionContent(None, None)
+        return PartitionContent(stored.height, fingerprint(stored))
+
+    def write_receipt(
+        self,
+        request: Mapping[str, Any],
+        before: Contents,
+        after: Contents,
+        *,
+        fetched: Sequence[FetchSummary],
+        cleaned: Sequence[Mapping[str, str]],
+    ) -> Receipt:
+        """Record what a repair did: rows and hash of every table before and after, and the counts."""
+        rows = [_content_row(key, before[key], after[key]) for key in after]
+        changed = [row for row in rows if row["hash_before"] != row["hash_after"]]
+        names = ("requests", "stored", "corrected", "refused")
+        totals = {name: sum(getattr(summary, name) for summary in fetched) for name in names}
+        failed = [
+            {"table": f.table, "partition": f.partition, "says": f.error}
+            for f in fetched
+            if f.error
+        ]
+        message = (
+            f"{len(changed)} of {len(rows)} changed: "
+            f"{totals['stored'] - totals['corrected']} bars new, {totals['corrected']} corrected, "
+            f"{totals['refused']} rows refused, {len(cleaned)} objects cleaned, "
+            f"{len(failed)} partitions failed"
+        )
+        body = {
+            "asked": dict(request),
+            **totals,
+            "tables": [row for row in rows if row["table"].startswith("raw/") or row in changed],
+            "cleaned": [dict(each) for each in cleaned],
+            "failed": failed,
+        }
+        return self.ledger.receipts.add("repair", self.settings.now(), message, body=body)
+
+
+def summarize_fetch(result: IngestResult) -> FetchSummary:
+    """Return what an ingest brought, for the receipt."""
+    return FetchSummary(
+        table=raw(result.timeframe).name,
+        partition=result.partition.key,
+        requests=result.requests,
+        stored=result.account.stored,
+        corrected=result.replaced.height,
+        refused=result.account.quarantined,
+        error=str(result.error) if result.error else None,
     )
 
 
-def span_of(partitions: Sequence[Partition], window: Window) -> dict[str, Any]:
-    """What a repair was asked for, for its receipt."""
+def describe_request(partitions: Sequence[Partition], window: Window) -> dict[str, Any]:
+    """Return what a repair was asked for, for its receipt."""
     markets = sorted({partition.market.key for partition in partitions})
     return {"markets": markets, "start": iso(window.start), "end": iso(window.end)}
+
+
+def _content_row(
+    key: tuple[str, str], before: PartitionContent, after: PartitionContent
+) -> dict[str, Any]:
+    table, partition = key
+    return {
+        "table": table,
+        "partition": partition,
+        "rows_before": before.rows,
+        "hash_before": before.hash,
+        "rows_after": after.rows,
+        "hash_after": after.hash,
+    }

@@ -1,152 +1,160 @@
-"""Retire: old months leave the lake, or move to a cheaper place, by what the universe says of each
-table.
-"""
+"""Retire: old months leave the lake, or move to cheaper storage, as the universe says per table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import StrEnum
 from typing import NamedTuple
 
-from marketdata_assets.ledger.ledger import WAREHOUSE, Ledger, Outline
+from marketdata_assets.ledger.ledger import WAREHOUSE, Ledger
+from marketdata_assets.ledger.partitions import PartitionSummary
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import Table, consolidated, raw, reconciled, rollup
 from marketdata_assets.model.window import iso, month_of
-from marketdata_assets.settings.universe import Cold, Settings
+from marketdata_assets.settings.universe import ColdStorage, Settings
 from marketdata_assets.storage.bars import BarStorage
 
-REMOVED, MOVED, KEPT = "removed", "moved", "kept"
+IN_USE = "a run works on it"
 
 
-class Retired(NamedTuple):
-    """What became of one month of one table, or would in a dry run. `says` is why, or where to."""
+class RetirementAction(StrEnum):
+    """What happens to an old month."""
+
+    REMOVED = "removed"
+    MOVED = "moved"
+    KEPT = "kept"
+
+
+class Retirement(NamedTuple):
+    """What happened to one month of one table, or would in a dry run. `message` is why, or where to.
+
+    Without a partition, all old bars of a table in the warehouse are meant.
+    """
 
     table: Table
     partition: Partition | None
-    what: str
-    says: str
+    action: RetirementAction
+    message: str
     bytes: int = 0
 
     def as_dict(self) -> dict[str, str | int]:
-        """As a row of a table."""
-        partition = self.partition.key if self.partition else "all"
+        """Return it as a row of a table."""
         return {
             "table": self.table.name,
-            "partition": partition,
-            "what": self.what,
+            "partition": self.partition.key if self.partition else "all",
+            "what": self.action.value,
             "bytes": self.bytes,
-            "says": self.says,
+            "says": self.message,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Retirer:
-    """."""
+    """Removes and moves old months."""
 
     settings: Settings
     ledger: Ledger
     storage: BarStorage
 
-    def retire(self, dry_run: bool = False) -> Iterator[Retired]:
-        """Remove what is older than each table's retention, then move what is older than `cold:` says, one
-        month at a time.
+    def retire(self, dry_run: bool = False) -> Iterator[Retirement]:
+        """Remove what is older than each table's retention, then move what is older than `cold:` says.
 
-        A raw month goes only when its rollups are made, and the month after it is too old as well: a
-        week of the first month that is kept begins in the one before. A month that a run works on is
-        left for the next time.
+        A raw month is removed only when its rollups are made, and the month after it is too old as
+        well: a week of the first month that is kept begins in the one before. A month that a run
+        works on is left for the next time. Raises StoreFailed.
         """
         settings = self.settings
         in_lake = [raw(tf) for tf in settings.raw_timeframes]
-        rolled = [rollup(tf) for tf in settings.rollup_timeframes]
-        if settings.rollups == "duckdb":
-            yield from self._from_warehouse(rolled, dry_run)
+        rollups = [rollup(tf) for tf in settings.rollup_timeframes]
+        if self.storage.rollups_in_warehouse:
+            yield from self._remove_from_warehouse(rollups, dry_run)
         else:
-            in_lake += rolled
-        in_lake += [
-            table(tf)
-            for tf in settings.consolidated_timeframes
-            for table in (consolidated, reconciled)
-        ]
+            in_lake += rollups
+        for timeframe in settings.consolidated_timeframes:
+            in_lake += [consolidated(timeframe), reconciled(timeframe)]
         for table in in_lake:
             if table.name in settings.retention:
-                yield from self._from_lake(table, dry_run)
+                yield from self._remove_from_lake(table, dry_run)
             if settings.cold:
-                yield from self._to_cold(table, settings.cold, dry_run)
+                yield from self._move_to_cold(table, settings.cold, dry_run)
 
-    def _from_warehouse(self, tables: list[Table], dry_run: bool) -> Iterator[Retired]:
+    def _remove_from_warehouse(self, tables: list[Table], dry_run: bool) -> Iterator[Retirement]:
         for table in tables:
-            if table.name in self.settings.retention:
-                before = self.settings.kept_since(table.name)
-                with self.ledger.lock(WAREHOUSE):
-                    bars = self.storage.warehouse.forget(table, before, dry_run)
-                if bars:
-                    yield Retired(table, None, REMOVED, f"{bars} bars before {iso(before)}")
-
-    def _from_lake(self, table: Table, dry_run: bool) -> Iterator[Retired]:
-        outlines = self.ledger.outlines(table)
-        for (market, month), size in sorted(self.storage.lake.sizes(table).items()):
-            partition = Partition.parse(f"{market}|{month}")
-            if partition.month.start >= self.settings.kept_since(table.name):
+            if table.name not in self.settings.retention:
                 continue
-            needed = self._needed(table, partition, outlines)
-            if needed is None:
-                needed = self._remove(table, partition, dry_run)
-            yield Retired(
-                table,
-                partition,
-                KEPT if needed else REMOVED,
-                needed or "it is older than its table keeps",
-                size,
-            )
+            before = self.settings.kept_since(table.name)
+            with self.ledger.lock(WAREHOUSE):
+                bars = self.storage.warehouse.forget(table, before, dry_run)
+            if bars:
+                message = f"{bars} bars before {iso(before)}"
+                yield Retirement(table, None, RetirementAction.REMOVED, message)
 
-    def _needed(
-        self, table: Table, partition: Partition, outlines: dict[tuple[str, str], Outline]
+    def _remove_from_lake(self, table: Table, dry_run: bool) -> Iterator[Retirement]:
+        summaries = self.ledger.partitions.summaries(table)
+        kept_since = self.settings.kept_since(table.name)
+        for key, size in sorted(self.storage.lake.sizes(table).items()):
+            partition = Partition.parse("|".join(key))
+            if partition.month.start >= kept_since:
+                continue
+            reason = self._reason_to_keep(table, partition, summaries)
+            if reason is None and not dry_run:
+                reason = self._remove(table, partition)
+            action = RetirementAction.KEPT if reason else RetirementAction.REMOVED
+            message = reason or "it is older than its table keeps"
+            yield Retirement(table, partition, action, message, size)
+
+    def _reason_to_keep(
+        self,
+        table: Table,
+        partition: Partition,
+        summaries: Mapping[tuple[str, str], PartitionSummary],
     ) -> str | None:
-        """What still needs a month that is old enough to go; None when nothing does."""
+        """Return what still needs a month that is old enough to go; None when nothing does."""
         venue = self.settings.venues.get(partition.market.venue)
-        if (
-            table.layer != "raw"
-            or venue is None
-            or table.timeframe != venue.base
-            or not self.settings.rolled(partition.market)
-        ):
+        is_base = venue is not None and table.layer == "raw" and table.timeframe == venue.base
+        if not is_base or not self.settings.rolled(partition.market):
             return None
-        after = neighbour(partition, +1)
-        if after.month.start >= self.settings.kept_since(table.name):
+        following = neighbour(partition, +1)
+        if following.month.start >= self.settings.kept_since(table.name):
             return "a week of the first month that is kept begins in it"
-        for needed in (partition, after):
-            outline = outlines.get((needed.market.key, needed.month_key))
-            if outline and outline.bytes is not None and not outline.rolled:
-                return f"the rollups of {needed.month_key[:7]} are not made yet"
+        for month in (partition, following):
+            summary = summaries.get(month.stored_key)
+            if summary and summary.bytes is not None and not summary.is_rolled_up:
+                return f"the rollups of {month.month_key[:7]} are not made yet"
         return None
 
-    def _remove(self, table: Table, partition: Partition, dry_run: bool) -> str | None:
-        if dry_run:
-            return None
-        with self.ledger.lock(partition.key, wait=False) as free:
-            if not free:
-                return "a run works on it"
-            self.ledger.retire(table, partition)
+    def _remove(self, table: Table, partition: Partition) -> str | None:
+        """Remove a month; return why it could not be removed."""
+        with self.ledger.lock(partition.key, wait=False) as is_free:
+            if not is_free:
+                return IN_USE
+            self.ledger.partitions.mark_retired(table, partition)
             self.storage.lake.delete(table, partition)
         return None
 
-    def _to_cold(self, table: Table, cold: Cold, dry_run: bool) -> Iterator[Retired]:
+    def _move_to_cold(self, table: Table, cold: ColdStorage, dry_run: bool) -> Iterator[Retirement]:
+        lake, place = self.storage.lake, f"to {cold.lake or cold.storage_class}"
         before = month_of(self.settings.now() - timedelta(days=cold.after_days)).start
-        classes = self.storage.lake.classes(table) if cold.storage_class else {}
-        for (market, month), size in sorted(self.storage.lake.hot(table).items()):
-            partition = Partition.parse(f"{market}|{month}")
-            if partition.month.start >= before or (
+        classes = lake.classes(table) if cold.storage_class else {}
+        for key, size in sorted(lake.hot(table).items()):
+            partition = Partition.parse("|".join(key))
+            is_moved = (
                 cold.storage_class and classes.get(table.path(partition)) == cold.storage_class
-            ):
+            )
+            if partition.month.start >= before or is_moved:
                 continue
-            if not dry_run:
-                with self.ledger.lock(partition.key, wait=False) as free:
-                    if not free:
-                        yield Retired(table, partition, KEPT, "a run works on it", size)
-                        continue
-                    if cold.storage_class:
-                        self.storage.lake.set_class(table, partition, cold.storage_class)
-                    else:
-                        self.storage.lake.chill(table, partition)
-            yield Retired(table, partition, MOVED, f"to {cold.lake or cold.storage_class}", size)
+            if dry_run or self._move(table, partition, cold):
+                yield Retirement(table, partition, RetirementAction.MOVED, place, size)
+            else:
+                yield Retirement(table, partition, RetirementAction.KEPT, IN_USE, size)
+
+    def _move(self, table: Table, partition: Partition, cold: ColdStorage) -> bool:
+        """Move a month; return False when a run works on it."""
+        with self.ledger.lock(partition.key, wait=False) as is_free:
+            if is_free and cold.storage_class:
+                self.storage.lake.set_class(table, partition, cold.storage_class)
+            elif is_free:
+                self.storage.lake.move_to_cold(table, partition)
+            return is_free

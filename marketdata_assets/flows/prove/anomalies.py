@@ -1,6 +1,4 @@
-"""Anomalies: judge what an ingest has stored, keep the entries, and let a person say what became of
-them.
-"""
+"""Anomalies: find them in what an ingest stored, record them, and let a person set their state."""
 
 from __future__ import annotations
 
@@ -9,11 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import polars as pl
 
 from marketdata_assets.errors import BadInput, Damaged
-from marketdata_assets.flows.fetch.ingest import Ingested
-from marketdata_assets.ledger.anomalies import Entry
+from marketdata_assets.flows.fetch.partition_store import IngestResult
+from marketdata_assets.ledger.anomalies import AnomalyRecord
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.anomaly import Severity, State
+from marketdata_assets.model.anomaly import AnomalySeverity, AnomalyState
 from marketdata_assets.model.bar import empty_bars
+from marketdata_assets.model.finding import Row
+from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.partition import Partition, neighbour, partitions_of
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.window import Window, iso, month_of
@@ -21,110 +21,103 @@ from marketdata_assets.quality.anomalies import CONTEXT, REACH, find_anomalies
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 
-CHECK = "anomalies"
+ANOMALIES = "anomalies"
+"""The name of the check."""
 
 
-def judge(settings: Settings, ledger: Ledger, lake: Lake, *, done: Ingested) -> list[Entry]:
-    """Find the anomalies of a partition, with the bars of the months beside it, and settle its
-    entries.
+def find_partition_anomalies(
+    settings: Settings, ledger: Ledger, lake: Lake, *, result: IngestResult
+) -> list[AnomalyRecord]:
+    """Find the anomalies of a partition, with the bars of the adjacent months, and record them.
 
     Those of the last bars of the month before are found once more: the first bars after them say
     more about them.
     """
-    table, partition = raw(done.timeframe), done.partition
-    month, width = partition.month, done.timeframe.width
-    before = _beside(
-        ledger,
-        lake,
-        table,
-        partition=neighbour(partition, -1),
-        window=Window(month.start - CONTEXT * width, month.start),
-    )
-    after = _beside(
-        ledger,
-        lake,
-        table,
-        partition=neighbour(partition, +1),
-        window=Window(month.end, month.end + CONTEXT * width),
-    )
+    table, partition = raw(result.timeframe), result.partition
+    month, width = partition.month, result.timeframe.width
+    earlier, later = neighbour(partition, -1), neighbour(partition, +1)
+    window_before = Window(month.start - CONTEXT * width, month.start)
+    window_after = Window(month.end, month.end + CONTEXT * width)
+    before = _read_inside(ledger, lake, table, partition=earlier, window=window_before)
+    after = _read_inside(ledger, lake, table, partition=later, window=window_after)
     judged = Window(month.start - REACH * width if before.height else month.start, month.end)
-    found = find_anomalies(pl.concat([before, done.bars, after]), done.timeframe, judged)
-    return ledger.anomalies.settle(table, partition.market, judged, found, settings.now())
+    bars = pl.concat([before, result.bars, after])
+    found = find_anomalies(bars, result.timeframe, judged)
+    return ledger.anomalies.settle(table, partition.market, judged, found=found, now=settings.now())
 
 
-def _beside(
+def needs_attention(record: AnomalyRecord) -> bool:
+    """Return whether a person should look: nobody has yet, and it is high or critical."""
+    is_open = record.state == AnomalyState.OPEN
+    return is_open and record.anomaly.severity >= AnomalySeverity.HIGH
+
+
+def summarize(records: Sequence[AnomalyRecord]) -> str:
+    """Return the message of the check for the anomalies of a partition."""
+    waiting = sum(record.state == AnomalyState.OPEN for record in records)
+    alarming = sum(map(needs_attention, records))
+    return f"{waiting} anomalies are open, {alarming} of them high or critical"
+
+
+def read_anomalous_bars(
+    lake: Lake, records: Iterable[AnomalyRecord]
+) -> Iterator[tuple[AnomalyRecord, pl.DataFrame]]:
+    """Yield each record with its bars as they are stored now. Raises Damaged."""
+    read: dict[tuple[Table, Partition], pl.DataFrame | None] = {}
+    for record in records:
+        window = Window(record.anomaly.start, record.anomaly.end)
+        keys = [(record.table, partition) for partition in partitions_of(record.market, window)]
+        read = {key: read[key] if key in read else lake.read(*key) for key in keys}
+        frames = [frame for frame in read.values() if frame is not None]
+        yield record, pl.concat([empty_bars(), *frames]).filter(opens_inside(window))
+
+
+def set_anomaly_state(
+    settings: Settings, ledger: Ledger, number: int, *, state: AnomalyState, note: str | None
+) -> AnomalyRecord:
+    """Set the state of an anomaly; return it. Raises BadInput for an unknown number.
+
+    Its check changes in the ledger at once, in the UI with the next run.
+    """
+    if ledger.anomalies.get(number) is None:
+        raise BadInput(
+            f"there is no anomaly {number}; `marketdata anomalies --state all` lists their numbers"
+        )
+    now = settings.now()
+    ledger.anomalies.mark(number, state, note, now=now)
+    record = ledger.anomalies.get(number)
+    assert record is not None, "records are never deleted"
+    partition = Partition(record.market, month_of(record.anomaly.start))
+    records = ledger.anomalies.find(partition.month, record.market, record.table)
+    failed = (False, summarize(records)) if any(map(needs_attention, records)) else None
+    ledger.checks.set(record.table, partition, ANOMALIES, failed=failed, now=now)
+    return record
+
+
+def as_row(record: AnomalyRecord) -> Row:
+    """Return an anomaly as a row of a table."""
+    anomaly = record.anomaly
+    return {
+        "id": record.id,
+        "kind": anomaly.kind,
+        "severity": anomaly.severity.word,
+        "state": record.state.value,
+        "start": iso(anomaly.start),
+        "end": iso(anomaly.end),
+        "bars": anomaly.bars,
+        "what": anomaly.evidence["says"],
+    }
+
+
+def _read_inside(
     ledger: Ledger, lake: Lake, table: Table, *, partition: Partition, window: Window
 ) -> pl.DataFrame:
-    """The stored bars of a neighbouring month that open inside the window; none where it is not stored
-    or damaged.
-    """
-    state = ledger.state(table, partition)
+    """Return the stored bars that open inside a window; none where they are lost or damaged."""
+    state = ledger.partitions.get(table, partition)
     if state is None or state.bytes is None:
         return empty_bars()
     try:
         bars = lake.read(table, partition, since=window.start)
     except Damaged:
         return empty_bars()
-    return empty_bars() if bars is None else bars.filter(_opens_in(window))
-
-
-def _opens_in(window: Window) -> pl.Expr:
-    return pl.col("open_time").is_between(window.start, window.end, closed="left")
-
-
-def alarming(entry: Entry) -> bool:
-    """Whether a person should look: nobody has yet, and it would do harm."""
-    return entry.state == State.OPEN and entry.anomaly.severity >= Severity.HIGH
-
-
-def words(entries: Sequence[Entry]) -> str:
-    """What the check says of the entries of a partition."""
-    waiting = sum(entry.state == State.OPEN for entry in entries)
-    return f"{waiting} anomalies are open, {sum(map(alarming, entries))} of them high or critical"
-
-
-def bars_of(lake: Lake, entries: Iterable[Entry]) -> Iterator[tuple[Entry, pl.DataFrame]]:
-    """Each entry with its bars, as they are stored now; none where they are not stored any more.
-    Raises Damaged.
-    """
-    read: dict[tuple[Table, Partition], pl.DataFrame | None] = {}
-    for entry in entries:
-        window = Window(entry.anomaly.start, entry.anomaly.end)
-        keys = [(entry.table, partition) for partition in partitions_of(entry.market, window)]
-        read = {key: read[key] if key in read else lake.read(*key) for key in keys}
-        frames = [frame for frame in read.values() if frame is not None]
-        yield entry, pl.concat([empty_bars(), *frames]).filter(_opens_in(window))
-
-
-def mark(settings: Settings, ledger: Ledger, id: int, *, state: State, note: str | None) -> Entry:
-    """Set what became of an entry; its check follows in the ledger at once, in the UI with the next
-    run. Raises BadInput.
-    """
-    if ledger.anomalies.get(id) is None:
-        raise BadInput(
-            f"there is no anomaly {id}; `marketdata anomalies --state all` lists their numbers"
-        )
-    now = settings.now()
-    ledger.anomalies.mark(id, state, note, now)
-    entry = ledger.anomalies.get(id)
-    assert entry is not None, "entries are never deleted"
-    partition = Partition(entry.market, month_of(entry.anomaly.start))
-    entries = ledger.anomalies.find(partition.month, entry.market, entry.table)
-    red = (False, words(entries)) if any(map(alarming, entries)) else None
-    ledger.set_check(entry.table, partition, CHECK, red, now)
-    return entry
-
-
-def row_of(entry: Entry) -> dict[str, str | int]:
-    """An entry as a row of a table."""
-    one = entry.anomaly
-    return {
-        "id": entry.id,
-        "kind": one.kind,
-        "severity": one.severity.word,
-        "state": entry.state.value,
-        "start": iso(one.start),
-        "end": iso(one.end),
-        "bars": one.bars,
-        "what": one.evidence["says"],
-    }
+    return empty_bars() if bars is None else bars.filter(opens_inside(window))

@@ -1,4 +1,4 @@
-"""Corrections: the stored bars that the venue replaced."""
+"""Corrections: the closed bars that a venue replaced, and what they became."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 
 from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, history, raw
@@ -21,8 +22,9 @@ from marketdata_assets.storage.parquet import Lake
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """One bar that was replaced. `changes` holds what it was and what it became, by column, null where
-    it was not given.
+    """One bar that was replaced.
+
+    `changes` holds, by column, what it was and what it became; None for a value that was not given.
     """
 
     table: Table
@@ -34,7 +36,7 @@ class Correction:
     changes: dict[str, tuple[Any, Any]]
 
 
-def corrections(
+def list_corrections(
     settings: Settings,
     lake: Lake,
     markets: Iterable[Market],
@@ -42,43 +44,49 @@ def corrections(
     window: Window,
     since: datetime | None = None,
 ) -> Iterator[Correction]:
-    """Every correction of bars that open inside the window, made at or after `since`, market by market
-    in order of open_time.
+    """Yield the corrections of bars that open inside the window, by market and open_time.
+
+    `since` (our clock, inclusive) leaves out earlier corrections. Raises Damaged.
     """
-    tables = [raw(tf) for tf in settings.raw_timeframes]
-    there = {table: lake.sizes(history(table.timeframe)) for table in tables}
+    tables = [raw(timeframe) for timeframe in settings.raw_timeframes]
+    stored = {table: lake.sizes(history(table.timeframe)) for table in tables}
     for market in markets:
         for table in tables:
             for partition in partitions_of(market, window):
-                if (market.key, partition.month_key) in there[table]:
+                if partition.stored_key in stored[table]:
                     yield from _corrections(lake, table, partition, window=window, since=since)
 
 
 def _corrections(
     lake: Lake, table: Table, partition: Partition, *, window: Window, since: datetime | None
 ) -> Iterator[Correction]:
-    for was, became in _pairs(lake, table, partition, window=window):
-        if since is None or was["replaced_at"] >= since:
-            changes = {n: (was[n], became[n]) for n in NAMES if was[n] != became[n]}
-            moments = was["open_time"], was["known_at"], was["replaced_at"]
-            if changes:  # none: a run wrote this revision down and died before it replaced it
-                yield Correction(table, partition.market, *moments, became["source"] or "", changes)
+    for before, after in _revision_pairs(lake, table, partition, window=window):
+        if since is not None and before["replaced_at"] < since:
+            continue
+        changes = {n: (before[n], after[n]) for n in NAMES if before[n] != after[n]}
+        if changes:  # a run that died before it replaced the bar has recorded an equal revision
+            yield Correction(
+                table,
+                partition.market,
+                before["open_time"],
+                known_at=before["known_at"],
+                corrected_at=before["replaced_at"],
+                source=after["source"] or "",
+                changes=changes,
+            )
 
 
-def _pairs(
+def _revision_pairs(
     lake: Lake, table: Table, partition: Partition, *, window: Window
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each replaced revision with the one after it."""
+    """Yield each replaced revision with the one after it."""
     stored = lake.read(table, partition, provenance=True)
-    former = lake.read(history(table.timeframe), partition)
-    if stored is None or former is None:
+    replaced = lake.read(history(table.timeframe), partition)
+    if stored is None or replaced is None:
         return
-    inside = pl.col("open_time").is_between(window.start, window.end, closed="left")
-    told = pl.concat([former.filter(inside), stored.filter(inside)], how="diagonal")
-    told = told.join(former.select("open_time").unique(), on="open_time", how="semi").sort(
-        "open_time", "replaced_at", nulls_last=True, maintain_order=True
-    )
-    rows = told.rows(named=True)
-    for was, became in pairwise(rows):
-        if was["open_time"] == became["open_time"] and was["replaced_at"] is not None:
-            yield was, became
+    revisions = pl.concat([replaced, stored], how="diagonal").filter(opens_inside(window))
+    revisions = revisions.join(replaced.select("open_time").unique(), on="open_time", how="semi")
+    revisions = revisions.sort("open_time", "replaced_at", nulls_last=True, maintain_order=True)
+    for before, after in pairwise(revisions.rows(named=True)):
+        if before["open_time"] == after["open_time"] and before["replaced_at"] is not None:
+            yield before, after

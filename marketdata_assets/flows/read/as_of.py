@@ -1,4 +1,4 @@
-"""Revisions: what was known at a moment, and what was corrected since. Sends no request."""
+"""Read bars as they were known at a moment. Sends no request."""
 
 from __future__ import annotations
 
@@ -12,133 +12,114 @@ from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA, TIME, empty_bars
+from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, neighbour, partitions_of
 from marketdata_assets.model.table import Table, history, raw
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.transforms.rollup import roll_up
 
 
 @dataclass(frozen=True, slots=True)
 class AsOfReader:
-    """."""
+    """Reads what was known at a moment of our clock, from the stored bars and their history."""
 
     settings: Settings
     ledger: Ledger
-    lake: Lake
+    storage: BarStorage
 
     def read(
         self, market: Market, timeframe: Timeframe, window: Window, *, moment: datetime
     ) -> pl.DataFrame:
-        """The bars that open inside the window as they were known at `moment` (our clock, inclusive),
-        sorted by open_time.
+        """Return the bars that open inside the window as known at `moment` (inclusive), sorted.
 
-        Fetched timeframes come from the stored bars and their history, rolled-up ones are rolled up
-        from what was known then. A bar of before revisions were kept counts as always known. Raises
-        BadInput for a moment before the first fetch.
+        Fetched timeframes come from the stored bars and their history; others are rolled up from
+        what was known then. A bar from before revisions were kept counts as always known. Raises
+        BadInput for a moment in the future or before the first fetch.
         """
-        if moment > self.settings.now():
-            raise BadInput(
-                f"--as-of {iso(moment)} lies in the future; it is now {iso(self.settings.now())}"
-            )
-        table = BarReader(self.settings, self.ledger, self.storage).table_of(market, timeframe)
+        now = self.settings.now()
+        if moment > now:
+            raise BadInput(f"--as-of {iso(moment)} lies in the future; it is now {iso(now)}")
+        reader = BarReader(self.settings, self.ledger, self.storage)
+        table = reader.table_of(market, timeframe)
         if table.layer not in ("raw", "rollup"):
             raise BadInput(
-                f"{market.key} keeps no revisions, as it is made of other markets; ask for one of these as of {iso(moment)}"
+                f"{market.key} keeps no revisions, as it is made of other markets; ask for one of "
+                f"these as of {iso(moment)}"
             )
-        base = (
-            timeframe
-            if table.layer == "raw"
-            else BarReader(self.settings, self.ledger, self.storage).base_timeframe(market)
-        )
+        base = timeframe if table.layer == "raw" else reader.base_timeframe(market)
+        known = self.ledger.partitions.of_market(raw(base), market)
         span = Window(window.start, window.end + timeframe.width)
-        known = self.ledger.states(raw(base), market)
         months = [p for p in partitions_of(market, span) if p.month_key in known]
         frames = [self.read_partition(table, partition, moment) for partition in months]
-        inside = pl.col("open_time").is_between(window.start, window.end, closed="left")
-        found = pl.concat(frames).filter(inside) if frames else pl.DataFrame(schema=table.schema)
-        if found.is_empty():
-            self._refuse_before_the_first(market, base, months, moment=moment)
-        return found
+        bars = pl.concat(frames) if frames else pl.DataFrame(schema=table.schema)
+        bars = bars.filter(opens_inside(window))
+        if bars.is_empty():
+            self._raise_if_before_first_fetch(base, months, moment)
+        return bars
 
     def read_partition(self, table: Table, partition: Partition, moment: datetime) -> pl.DataFrame:
-        """One partition of a table as it was known at `moment`; no bars where nothing was."""
+        """Return one partition of a raw or rollup table as it was known at `moment`."""
         if table.layer == "raw":
-            return self._raw_then(partition, table.timeframe, moment)
-        return self._rolled_then(
-            partition,
-            BarReader(self.settings, self.ledger, self.storage).base_timeframe(partition.market),
-            table.timeframe,
-            moment=moment,
-        )
+            return self._read_raw(partition, table.timeframe, moment)
+        reader = BarReader(self.settings, self.ledger, self.storage)
+        base = reader.base_timeframe(partition.market)
+        return self._read_rollup(partition, base, table.timeframe, moment=moment)
 
-    def _refuse_before_the_first(
-        self, market: Market, base: Timeframe, months: Iterable[Partition], *, moment: datetime
+    def _raise_if_before_first_fetch(
+        self, base: Timeframe, months: Iterable[Partition], moment: datetime
     ) -> None:
-        stored = [self.lake.read(raw(base), partition, provenance=True) for partition in months]
-        before = [self.lake.read(history(base), partition) for partition in months]
-        known = pl.concat(
-            [
-                pl.Series("known_at", dtype=TIME),
-                *(f["known_at"] for f in (*stored, *before) if f is not None),
-            ]
-        )
-        first = None if known.null_count() else known.min()
+        lake, partitions = self.storage.lake, list(months)
+        stored = [lake.read(raw(base), partition, provenance=True) for partition in partitions]
+        replaced = [lake.read(history(base), partition) for partition in partitions]
+        frames = [frame for frame in (*stored, *replaced) if frame is not None]
+        known_at = pl.concat([pl.Series("known_at", dtype=TIME), *(f["known_at"] for f in frames)])
+        first = None if known_at.null_count() else known_at.min()
         if isinstance(first, datetime) and first > moment:
+            market = partitions[0].market
             raise BadInput(
-                f"nothing of {market.key} in these months was known at {iso(moment)}; the first of it was fetched at {iso(first)}"
+                f"nothing of {market.key} in these months was known at {iso(moment)}; the first of "
+                f"it was fetched at {iso(first)}"
             )
 
-    def _raw_then(self, partition: Partition, base: Timeframe, moment: datetime) -> pl.DataFrame:
-        """One partition of a fetched timeframe."""
-        stored = self.lake.read(raw(base), partition, provenance=True)
+    def _read_raw(self, partition: Partition, base: Timeframe, moment: datetime) -> pl.DataFrame:
+        stored = self.storage.lake.read(raw(base), partition, provenance=True)
         if stored is None:
             return empty_bars()
-        known = pl.col("known_at").is_null() | (pl.col("known_at") <= moment)
-        current = stored.filter(known)
-        if current.height == stored.height:
+        was_known = pl.col("known_at").is_null() | (pl.col("known_at") <= moment)
+        current = stored.filter(was_known)
+        replaced = None
+        if current.height < stored.height:
+            replaced = self.storage.lake.read(history(base), partition)
+        if replaced is None:
             return current.select(NAMES)
-        former = self.lake.read(history(base), partition)
-        if former is None:
-            return current.select(NAMES)
-        then = former.filter(known & (pl.col("replaced_at") > moment)).join(
-            current, on="open_time", how="anti"
-        )
-        return pl.concat(
-            [
-                current.select(NAMES),
-                then.unique("open_time", keep="first", maintain_order=True).select(NAMES),
-            ]
-        ).sort("open_time")
+        earlier = replaced.filter(was_known & (pl.col("replaced_at") > moment))
+        earlier = earlier.join(current, on="open_time", how="anti")
+        earlier = earlier.unique("open_time", keep="first", maintain_order=True)
+        return pl.concat([current.select(NAMES), earlier.select(NAMES)]).sort("open_time")
 
-    def _rolled_then(
+    def _read_rollup(
         self, partition: Partition, base: Timeframe, timeframe: Timeframe, *, moment: datetime
     ) -> pl.DataFrame:
-        """One partition of a rolled-up timeframe: made as flows.derive would have made it then."""
+        """Return a rolled-up partition as flows.derive.rollup would have built it at `moment`."""
         owned, earlier = partition.opens(timeframe), neighbour(partition, -1)
-        state, before = (self.ledger.state(raw(base), p) for p in (partition, earlier))
+        state = self.ledger.partitions.get(raw(base), partition)
+        before = self.ledger.partitions.get(raw(base), earlier)
         if state is None:
             return pl.DataFrame(schema=ROLLUP_SCHEMA)
-        bars, start = self._raw_then(partition, base, moment), state.start
-        if (
-            owned.start < partition.month.start
-            and before is not None
-            and before.through >= partition.month.start
-        ):
-            tail = self._raw_then(earlier, base, moment).filter(pl.col("open_time") >= owned.start)
-            bars, start = pl.concat([tail, bars]), max(owned.start, before.start)
+        bars, start = self._read_raw(partition, base, moment), state.start
+        month = partition.month.start
+        if owned.start < month and before is not None and before.through >= month:
+            end_before = self._read_raw(earlier, base, moment)
+            end_before = end_before.filter(pl.col("open_time") >= owned.start)
+            bars, start = pl.concat([end_before, bars]), max(owned.start, before.start)
         if bars.is_empty():
             return roll_up(bars, base, [timeframe], owned)[timeframe]
-        whole = state.whole_at is not None and state.whole_at <= moment
-        asked = Window(
-            min(start, bars["open_time"][0]),
-            max(bars["open_time"][-1] + base.width, state.through if whole else start),
-        )
-        made = roll_up(bars, base, [timeframe], asked)[timeframe]
-        return made.filter(pl.col("open_time").is_between(owned.start, owned.end, closed="left"))
-
-
-# --------------------------------------------------------------------------------- the report
+        was_complete = state.completed_at is not None and state.completed_at <= moment
+        end = max(bars["open_time"][-1] + base.width, state.through if was_complete else start)
+        requested = Window(min(start, bars["open_time"][0]), end)
+        built = roll_up(bars, base, [timeframe], requested)[timeframe]
+        return built.filter(opens_inside(owned))

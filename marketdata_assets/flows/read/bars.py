@@ -1,16 +1,20 @@
-"""Read: bars of any timeframe, and the coverage that explains every bar that is not there."""
+"""Read bars of any stored timeframe, at once or lazily."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
 
 import polars as pl
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.model.bar import TIME
+from marketdata_assets.model.intervals import enclosing_window, opens_inside
 from marketdata_assets.model.market import CONSOLIDATED, Market
-from marketdata_assets.model.partition import partitions_of
+from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, consolidated, raw, rollup
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
@@ -18,99 +22,155 @@ from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 
 
+class StoredTimeframes(NamedTuple):
+    """The timeframes of one market: the base, what is rolled up from it, and the references."""
+
+    base: Timeframe
+    rollups: Sequence[Timeframe]
+    references: Sequence[Timeframe]
+
+
 @dataclass(frozen=True, slots=True)
 class BarReader:
-    """."""
+    """Reads the stored bars of markets, also of those that have left the universe."""
 
     settings: Settings
     ledger: Ledger
     storage: BarStorage
 
     def find_market(self, key: str) -> Market:
-        """A market of the universe, or one that was taken out of it and whose bars are still stored.
-        Raises BadInput.
-        """
+        """Return a market of the universe, or a former one with stored bars. Raises BadInput."""
         for market in self.settings.consolidate:
             if market.key == key:
                 return market
         try:
             return self.settings.market(key)
         except BadInput:
-            try:
-                former = Market.parse(key)
-            except BadInput:
-                former = None
-            if former is not None and self.ledger.stored_span(former):
+            former = _parse_market(key)
+            if former is not None and self.ledger.partitions.stored_span(former):
                 return former
             raise
 
     def table_of(self, market: Market, timeframe: Timeframe) -> Table:
-        """Where the bars of a timeframe are: the base as fetched, coarser ones rolled up, else a
-        reference. Raises BadInput.
+        """Return the table with the bars of a timeframe. Raises BadInput when there is none.
+
+        The base is read as it was fetched, coarser timeframes from the rollups, else a reference.
         """
         if market.venue == CONSOLIDATED:
             return self._consolidated_table(market, timeframe)
-        base, rolled, reference = self._timeframes(market)
+        base, rollups, references = self._timeframes(market)
         if timeframe == base:
             return raw(timeframe)
-        if timeframe in rolled:
+        if timeframe in rollups:
             return rollup(timeframe)
-        if timeframe in reference:
+        if timeframe in references:
             return raw(timeframe)
-        known = [tf.name for tf in (base, *rolled, *reference)]
-        raise BadInput(
-            f"{market.key} has no {timeframe.name} bars; it has {' '.join(dict.fromkeys(known))}"
-        )
+        stored = dict.fromkeys(tf.name for tf in (base, *rollups, *references))
+        raise BadInput(f"{market.key} has no {timeframe.name} bars; it has {' '.join(stored)}")
 
     def base_timeframe(self, market: Market) -> Timeframe:
-        """The finest timeframe that is fetched of a market; of a former one, that is stored."""
-        return self._timeframes(market)[0]
-
-    def _consolidated_table(self, market: Market, timeframe: Timeframe) -> Table:
-        settings, stored = self.settings, self.ledger.stored_span(market)
-        known = [tf for tf in TIMEFRAMES.values() if consolidated(tf).name in stored]
-        base = [settings.base(market)] if market in settings.consolidate else known
-        if timeframe not in base:
-            raise BadInput(
-                f"{market.key} has no {timeframe.name} bars; it has {' '.join(tf.name for tf in base)}"
-            )
-        return consolidated(timeframe)
-
-    def _timeframes(
-        self, market: Market
-    ) -> tuple[Timeframe, Sequence[Timeframe], Sequence[Timeframe]]:
-        """The base, what is rolled up from it and the references of a market; of a former one by what is
-        stored.
-        """
-        settings = self.settings
-        if market in settings.markets:
-            venue = settings.venues[market.venue]
-            return venue.base, settings.rolled(market), venue.reference
-        base, *reference = [
-            tf for tf in TIMEFRAMES.values() if raw(tf).name in self.ledger.stored_span(market)
-        ]
-        return base, [tf for tf in settings.timeframes if tf.width > base.width], reference
+        """Return the finest timeframe that is fetched of a market; of a former one, that is stored."""
+        return self._timeframes(market).base
 
     def read(self, market: Market, timeframe: Timeframe, window: Window) -> pl.DataFrame:
-        """The bars that open inside the window, sorted by open_time; what is not stored is not there.
-        Raises Damaged.
+        """Return the stored bars that open inside the window, sorted by open_time.
+
+        Raises BadInput, Damaged, StoreFailed.
         """
         table = self.table_of(market, timeframe)
         if self.storage.in_warehouse(table):
             return self.storage.warehouse.read(table, market, window)
-        span = self._stored_span(market) & Window(window.start, window.end + timeframe.width)
-        frames = [
-            frame
-            for p in partitions_of(market, span)
-            if (frame := self.storage.lake.read(table, p)) is not None
-        ]
+        wanted = Window(window.start, window.end + timeframe.width)
+        partitions = partitions_of(market, self._stored_span(market) & wanted)
+        read = (self.storage.lake.read(table, partition) for partition in partitions)
+        frames = [frame for frame in read if frame is not None]
         if not frames:
             return pl.DataFrame(schema=table.schema)
-        inside = pl.col("open_time").is_between(window.start, window.end, closed="left")
-        return pl.concat(frames).filter(inside)
+        return pl.concat(frames).filter(opens_inside(window))
+
+    def scan(self, market: Market, timeframe: Timeframe, window: Window) -> pl.LazyFrame:
+        """Return the bars that `read` returns; files are read when the frame is collected."""
+        table = self.table_of(market, timeframe)
+        if self.storage.in_warehouse(table):
+            return self.storage.warehouse.read(table, market, window).lazy()
+        partitions = partitions_of(market, Window(window.start, window.end + timeframe.width))
+        is_known = False
+        if not self.storage.lake.local:  # asking the store what is there would take a listing
+            stored = self._stored_months(table, market)
+            is_known = bool(stored)
+            partitions = [p for p in partitions if p.month_key in stored or not is_known]
+        frames = self.storage.lake.scan(table, partitions, is_known)
+        empty = [pl.LazyFrame(schema=table.schema)]
+        return pl.concat([frame.filter(opens_inside(window)) for frame in frames or empty])
+
+    def newest(self, markets: Sequence[Market], timeframe: Timeframe) -> pl.DataFrame:
+        """Return `market`, `open_time`: the newest stored bar of each market, null for none.
+
+        Raw tables are answered from the ledger alone, rollups from their last objects.
+        """
+        known = self.ledger.partitions.newest(raw(timeframe))
+        rows = []
+        for market in markets:
+            table = self.table_of(market, timeframe)
+            if table.layer == "raw":
+                newest = known[market.key][0] if market.key in known else None
+            else:
+                newest = self._newest_rollup(table, market)
+            rows.append((market.key, newest))
+        return pl.DataFrame(rows, schema={"market": pl.String, "open_time": TIME}, orient="row")
+
+    def _newest_rollup(self, table: Table, market: Market) -> datetime | None:
+        base = self.settings.venues[market.venue].base
+        months = sorted(self.ledger.partitions.of_market(raw(base), market), reverse=True)
+        for month in months[:2]:  # a week ends in the month after it began
+            window = Partition.parse(f"{market.key}|{month}").opens(table.timeframe)
+            bars = self.scan(market, table.timeframe, window)
+            newest: datetime | None = bars.select(pl.col("open_time").max()).collect().item()
+            if newest is not None:
+                return newest
+        return None
+
+    def _stored_months(self, table: Table, market: Market) -> set[str]:
+        """Return the months of a table with an object, by the ledger."""
+        venue = self.settings.venues.get(market.venue)
+        source = raw(venue.base) if table.layer == "rollup" and venue else table
+        kept = f"{self.settings.kept_since(table.name):%Y-%m-%d}"
+        found = set()
+        for month, state in self.ledger.partitions.of_market(source, market).items():
+            has_object = state.bytes if source == table else state.rollup_source_digest
+            if has_object is not None and month >= kept:
+                found.add(month)
+        return found
+
+    def _consolidated_table(self, market: Market, timeframe: Timeframe) -> Table:
+        if market in self.settings.consolidate:
+            timeframes = [self.settings.base(market)]
+        else:
+            stored = self.ledger.partitions.stored_span(market)
+            timeframes = [tf for tf in TIMEFRAMES.values() if consolidated(tf).name in stored]
+        if timeframe not in timeframes:
+            names = " ".join(tf.name for tf in timeframes)
+            raise BadInput(f"{market.key} has no {timeframe.name} bars; it has {names}")
+        return consolidated(timeframe)
+
+    def _timeframes(self, market: Market) -> StoredTimeframes:
+        settings = self.settings
+        if market in settings.markets:
+            venue = settings.venues[market.venue]
+            return StoredTimeframes(venue.base, settings.rolled(market), venue.reference)
+        stored = self.ledger.partitions.stored_span(market)
+        base, *references = [tf for tf in TIMEFRAMES.values() if raw(tf).name in stored]
+        coarser = [tf for tf in settings.timeframes if tf.width > base.width]
+        return StoredTimeframes(base, coarser, references)
 
     def _stored_span(self, market: Market) -> Window:
         if market in self.settings.markets or market in self.settings.consolidate:
             return self.settings.history(market)
-        spans = self.ledger.stored_span(market).values()
-        return Window(min(span.start for span in spans), max(span.end for span in spans))
+        return enclosing_window(self.ledger.partitions.stored_span(market).values())
+
+
+def _parse_market(key: str) -> Market | None:
+    try:
+        return Market.parse(key)
+    except BadInput:
+        return None

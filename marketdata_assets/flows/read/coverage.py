@@ -1,4 +1,4 @@
-"""Coverage: the sum that explains every expected bar."""
+"""Coverage: the sum that explains every expected bar, per market and per day."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, time, timedelta
 
-from marketdata_assets.ledger.ledger import Ledger, State
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.partitions import PartitionState
 from marketdata_assets.model.market import Market
+from marketdata_assets.model.intervals import count_bars
 from marketdata_assets.model.partition import Partition, partitions_of
+from marketdata_assets.model.partition_status import PartitionStatus, partition_status
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, parse_time
+from marketdata_assets.model.window import Window, iso, parse_time
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 
@@ -20,8 +23,9 @@ DAY, MIDNIGHT = timedelta(days=1), time(0)
 
 @dataclass(slots=True)
 class Coverage:
-    """What became of every expected bar of a market, in base bars counted as 1m: the parts sum to
-    `expected`.
+    """What became of every expected bar of a market; the parts sum to `expected`.
+
+    Base bars are counted as the 1m bars that they hold.
     """
 
     market: str
@@ -36,181 +40,165 @@ class Coverage:
     not_fetched: int = 0
 
     def as_dict(self) -> dict[str, str | int]:
-        """In the order of the contract."""
+        """Return it in the order of the contract."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
+class DailyCoverage:
+    """By market key, for each day since `first_day`: which share of the wanted bars is explained.
+
+    A share is between 0 and 1; None where no bar is wanted.
+    """
+
+    shares: dict[str, list[float | None]]
+    first_day: date
+
+
+@dataclass(frozen=True, slots=True)
 class CoverageReporter:
-    """."""
+    """Counts what is stored and explained, by the ledger and the lake; sends no request."""
 
     settings: Settings
     ledger: Ledger
     lake: Lake
 
     def report(self, markets: Iterable[Market], window: Window | None = None) -> list[Coverage]:
-        """One sum per market, of all that is wanted or of the bars that lie in a window.
+        """Return one sum per market, of everything wanted or of the bars that open in a window.
 
-        Bars count as present only while the object that holds them lies in the lake.
+        Bars are present only while the object that holds them lies in the lake. Raises Damaged.
         """
-        return [self._coverage(market, window) for market in markets]
+        return [self._report_market(market, window) for market in markets]
 
-    def _coverage(self, market: Market, window: Window | None) -> Coverage:
+    def daily(self, table: Table) -> DailyCoverage:
+        """Return the coverage of all markets of a table by day.
+
+        A rollup covers what its base covers and what was rolled up. Reads the ledger and the sizes
+        of a local lake's objects, no object.
+        """
+        settings, shares = self.settings, dict[str, list[float | None]]()
+        is_rollup = table.layer == "rollup"
+        for venue in settings.venues.values():
+            source = raw(venue.base if is_rollup else table.timeframe)
+            if source.timeframe not in venue.fetched:
+                continue
+            days = _DailyShares(settings, self.ledger, self.lake, source, needs_rollup=is_rollup)
+            for market in venue.markets:
+                span = settings.span(market)
+                before = (span.start.date() - settings.since.date()).days
+                months = partitions_of(market, span)
+                wanted = (share for partition in months for share in days.of(partition))
+                shares[market.key] = [*[None] * before, *wanted]
+        return DailyCoverage(shares, settings.since.date())
+
+    def _report_market(self, market: Market, window: Window | None) -> Coverage:
         base = self.settings.venues[market.venue].base
-        span, listed = self.settings.span(market), self.ledger.listed(market)
+        first_bar = self.ledger.markets.first_bar(market)
+        span = self.settings.span(market)
         span = span if window is None else span & window
-        states = self.ledger.states(raw(base), market)
-        found = Coverage(market.key)
+        states = self.ledger.partitions.of_market(raw(base), market)
+        coverage = Coverage(market.key)
         for partition in partitions_of(market, span):
             wanted = partition.opens(base) & Window(base.ceil(span.start), base.floor(span.end))
-            late = Window(max(wanted.start, base.floor(listed)), wanted.end) if listed else wanted
-            found.expected += wanted.count(base)
-            found.not_listed += wanted.count(base) - late.count(base)
-            self._add_partition(
-                found, raw(base), partition, wanted=late, state=states.get(partition.month_key)
-            )
-        return _in_minutes(found, base)
+            coverage.expected += wanted.count(base)
+            if first_bar:
+                listed = Window(max(wanted.start, base.floor(first_bar)), wanted.end)
+                coverage.not_listed += wanted.count(base) - listed.count(base)
+                wanted = listed
+            state = states.get(partition.month_key)
+            self._add_partition(coverage, raw(base), partition, wanted=wanted, state=state)
+        for name, value in asdict(coverage).items():
+            if isinstance(value, int):
+                setattr(coverage, name, value * base.minutes)
+        return coverage
 
     def _add_partition(
         self,
-        found: Coverage,
+        coverage: Coverage,
         table: Table,
         partition: Partition,
         *,
         wanted: Window,
-        state: State | None,
+        state: PartitionState | None,
     ) -> None:
-        """One month's wanted window: what lies in the lake, what the ledger explains, and the rest that
-        was not fetched.
-        """
-        timeframe, left = table.timeframe, wanted.count(table.timeframe)
-        if (
-            left
-            and state is not None
-            and state.bytes is not None
-            and self.lake.size(table, partition) == state.bytes
-        ):
-            present, gaps = (
-                self._present(table, partition, wanted, state=state),
-                self.ledger.gap_book.between(table, partition.market, wanted),
-            )
-            found.present += present
-            left -= present
-            for gap in gaps:
-                bars = min(left, (gap.window & wanted).count(timeframe))
-                setattr(found, gap.part, getattr(found, gap.part) + bars)
-                left -= bars
-        found.not_fetched += left
+        """Add one month: what the lake holds, what the ledger explains, and what was not fetched."""
+        remaining = wanted.count(table.timeframe)
+        size = self.lake.size(table, partition) if remaining and state else None
+        bounds = (wanted.start, wanted.end)
+        status = partition_status(state, size, bounds, has_due_gap=False)
+        if remaining and state and status.is_stored:
+            present = self._count_present(table, partition, wanted, state=state)
+            coverage.present += present
+            remaining -= present
+            for gap in self.ledger.gaps.between(table, partition.market, wanted):
+                bars = min(remaining, (gap.window & wanted).count(table.timeframe))
+                part = gap.coverage_part
+                setattr(coverage, part, getattr(coverage, part) + bars)
+                remaining -= bars
+        coverage.not_fetched += remaining
 
-    def _present(self, table: Table, partition: Partition, wanted: Window, *, state: State) -> int:
-        """Bars inside the window: the ledger's count of a whole month, else the object's, which may hold
-        bars that are not wanted now.
-        """
+    def _count_present(
+        self, table: Table, partition: Partition, wanted: Window, *, state: PartitionState
+    ) -> int:
+        """Return the ledger's count of a whole month, else count the bars inside the window."""
         if wanted == partition.opens(table.timeframe):
             return state.rows
         bars = self.lake.read(table, partition)
-        return (
-            0
-            if bars is None
-            else int(bars["open_time"].is_between(wanted.start, wanted.end, closed="left").sum())
-        )
-
-    def daily(self, table: Table) -> tuple[dict[str, list[float | None]], date]:
-        """By market key, for each day from the date on: which share of the wanted bars is stored or
-        explained, None where none is wanted.
-
-        A rollup covers what its base covers and what was rolled up. Reads the ledger and a local lake's
-        folders, no object.
-        """
-        settings = self.settings
-        found: dict[str, list[float | None]] = {}
-        for venue in settings.venues.values():
-            source = raw(venue.base if table.layer == "rollup" else table.timeframe)
-            if source.timeframe not in venue.fetched:
-                continue
-            known = _Known(
-                self.settings,
-                self.ledger,
-                self.lake,
-                source=source,
-                need_rolled=table.layer == "rollup",
-            )
-            for market in venue.markets:
-                days = [None] * (settings.span(market).start.date() - settings.since.date()).days
-                found[market.key] = [
-                    *days,
-                    *(
-                        share
-                        for p in partitions_of(market, settings.span(market))
-                        for share in known.days(p)
-                    ),
-                ]
-        return found, settings.since.date()
+        if bars is None:
+            return 0
+        return int(bars["open_time"].is_between(wanted.start, wanted.end, closed="left").sum())
 
 
-class _Known:
-    """What ledger and lake know of one raw table, all at once."""
+class _DailyShares:
+    """One raw table as ledger and lake have it, read at once for all partitions."""
 
     def __init__(
-        self, settings: Settings, ledger: Ledger, lake: Lake, *, source: Table, need_rolled: bool
+        self, settings: Settings, ledger: Ledger, lake: Lake, source: Table, *, needs_rollup: bool
     ) -> None:
-        self._settings, self._source, self._need_rolled = settings, source, need_rolled
-        self._outlines = ledger.outlines(source)
-        # in S3 `backfill_missed` looks for lost objects from time to time
-        self._sizes = (
-            lake.sizes(source) if lake.local else {k: o.bytes for k, o in self._outlines.items()}
-        )
-        self._open_gaps = ledger.unsettled(source)
+        self._settings, self._timeframe = settings, source.timeframe
+        self._needs_rollup = needs_rollup
+        self._summaries = ledger.partitions.summaries(source)
+        # in S3, `backfill_missed` searches for lost objects from time to time
+        self._sizes = lake.sizes(source) if lake.local else None
+        self._unsettled = ledger.gaps.unsettled(source)
 
-    def days(self, partition: Partition) -> Iterator[float | None]:
-        """The share of each day of a month that the universe wants."""
-        timeframe, span = self._source.timeframe, self._settings.span(partition.market)
-        settled = (
-            self._settings.now() - self._settings.limits(timeframe).warn
-        )  # what closed since may be on its way
-        wanted, key = (
-            partition.month & span & Window(span.start, settled),
-            (partition.market.key, partition.month_key),
-        )
-        outline = self._outlines.get(key)
-        lost = outline is None or outline.bytes is None or self._sizes.get(key) != outline.bytes
-        if outline is None or lost or (self._need_rolled and not outline.rolled):
-            asked = Window(wanted.start, wanted.start)
-        else:
-            asked = Window(parse_time(outline.start), parse_time(outline.through))
-            if (
-                outline.complete
-                and key not in self._open_gaps
-                and asked.start <= wanted.start
-                and asked.end >= wanted.end
-            ):
-                yield from [1.0] * (-(-(wanted.end - wanted.start) // DAY))
-                return
+    def of(self, partition: Partition) -> Iterator[float | None]:
+        """Yield the share of each day of a month that the universe wants."""
+        span, key = self._settings.span(partition.market), partition.stored_key
+        # bars that have closed since then may be on their way
+        settled = self._settings.now() - self._settings.limits(self._timeframe).warn
+        wanted = partition.month & span & Window(span.start, settled)
+        summary = self._summaries.get(key)
+        size = summary.bytes if summary else None
+        if self._sizes is not None:
+            size = self._sizes.get(key)
+        bounds, has_gap = (iso(wanted.start), iso(wanted.end)), key in self._unsettled
+        status = partition_status(summary, size, bounds, has_due_gap=has_gap)
+        is_usable = summary and (summary.is_rolled_up or not self._needs_rollup)
+        if status == PartitionStatus.WHOLE and is_usable:
+            yield from [1.0] * (-(-(wanted.end - wanted.start) // DAY))
+            return
+        requested = Window(wanted.start, wanted.start)
+        if summary and status.is_stored and is_usable:
+            requested = Window(parse_time(summary.start), parse_time(summary.through))
         day = datetime(wanted.start.year, wanted.start.month, wanted.start.day, tzinfo=UTC)
+        gaps = self._unsettled.get(key, ())
         while day < wanted.end:
-            yield self._share(
-                Window(day, day + DAY) & wanted, asked, self._open_gaps.get(key, ()), timeframe
+            yield _explained_share(
+                Window(day, day + DAY) & wanted, requested, gaps, timeframe=self._timeframe
             )
             day += DAY
 
-    @staticmethod
-    def _share(
-        day: Window, asked: Window, gaps: Iterable[Window], timeframe: Timeframe
-    ) -> float | None:
-        opens = Window(
-            timeframe.ceil(day.start),
-            timeframe.ceil(day.end) if day.end.time() == MIDNIGHT else timeframe.floor(day.end),
-        )
-        wanted = opens.count(timeframe)
-        if not wanted:
-            return None
-        return (
-            (opens & asked).count(timeframe) - sum((gap & opens).count(timeframe) for gap in gaps)
-        ) / wanted
 
-
-def _in_minutes(found: Coverage, base: Timeframe) -> Coverage:
-    for name, value in asdict(found).items():
-        if isinstance(value, int):
-            setattr(found, name, value * base.minutes)
-    return found
+def _explained_share(
+    day: Window, requested: Window, gaps: Iterable[Window], *, timeframe: Timeframe
+) -> float | None:
+    """Return the share of a day's bars that were requested and lie in no unsettled gap."""
+    is_whole = day.end.time() == MIDNIGHT
+    end = timeframe.ceil(day.end) if is_whole else timeframe.floor(day.end)
+    opens = Window(timeframe.ceil(day.start), end)
+    wanted = opens.count(timeframe)
+    if not wanted:
+        return None
+    unexplained = count_bars((gap & opens for gap in gaps), timeframe)
+    return ((opens & requested).count(timeframe) - unexplained) / wanted

@@ -1,6 +1,4 @@
-"""Lock and verify: what a dataset holds as one number, and the proof that a copy holds the same, or
-what differs.
-"""
+"""Lock a dataset: what every stored partition of it holds, as one file with one number."""
 
 from __future__ import annotations
 
@@ -8,70 +6,118 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import polars as pl
 
 from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.read.as_of import AsOfReader
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.events import ProgressCallback, no_progress
-from marketdata_assets.model.intervals import holes
+from marketdata_assets.model.events import PartitionsRead, ProgressCallback, no_progress
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, raw, rollup
-from marketdata_assets.model.window import Window, iso, month_of
+from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.storage.fingerprint import fingerprint
-from marketdata_assets.storage.lockfile import LockFile, Pinned, Wants, check_name, read_lock
-
-READS_AT_ONCE = 8
-"""Objects that are on their way from S3."""
-A_TURN = 32
-"""Partitions for which the warehouse is held open: a second or less."""
-MISSING, DAMAGED, EXTRA, FEWER, OTHER = (
-    "missing",
-    "damaged",
-    "extra rows",
-    "fewer rows",
-    "other content",
+from marketdata_assets.storage.lockfile import (
+    LockedPartition,
+    LockFile,
+    WantedVenue,
+    check_name,
+    read_lock,
 )
 
+S3_READS = 8
+"""How many objects are read from S3 at once."""
+BATCH = 32
+"""For so many partitions the warehouse is held open: a second or less."""
+
 T = TypeVar("T")
-Place = tuple[Table, Partition]
+
+
+class StoredPlace(NamedTuple):
+    """A partition of a table."""
+
+    table: Table
+    partition: Partition
 
 
 @dataclass(frozen=True, slots=True)
-class DatasetLocker:
-    """."""
+class DatasetReader:
+    """Reads the content that locks are made of."""
 
     settings: Settings
     ledger: Ledger
     storage: BarStorage
 
-    def read_content(
-        self, table: Table, partition: Partition, as_of: datetime | None = None
-    ) -> pl.DataFrame:
-        """The bars of a partition that are hashed, sorted by open_time; none where none are stored. Raises
-        Damaged.
+    def read(self, place: StoredPlace, as_of: datetime | None = None) -> pl.DataFrame:
+        """Return the bars that are hashed, sorted by open_time. Raises Damaged.
 
-        The one place that reads them. `as_of`: what was known at that moment of our clock; None is the
-        latest.
+        `as_of`: what was known at that moment of our clock; None is the latest.
         """
-        if as_of is not None:
-            return AsOfReader(self.settings, self.ledger, self.storage.lake).read_partition(
-                table, partition, as_of
-            )
-        if self.storage.in_warehouse(table):
-            return self.storage.warehouse.read(
-                table, partition.market, partition.opens(table.timeframe)
-            )
-        found = self.storage.lake.read(table, partition)
-        return pl.DataFrame(schema=table.schema) if found is None else found
+        if as_of is None:
+            return self.storage.read(*place)
+        reader = AsOfReader(self.settings, self.ledger, self.storage)
+        return reader.read_partition(*place, as_of)
+
+    def list_places(
+        self, markets: Iterable[Market], span: Window, names: Iterable[str]
+    ) -> list[StoredPlace]:
+        """Return where bars may lie, in the order of a lock file.
+
+        The lake is judged by its listing and the ledger; in the warehouse every month may have bars.
+        """
+        wanted: dict[Table, list[Partition]] = {}
+        for market in sorted(set(markets), key=lambda m: m.key):
+            months = partitions_of(market, self.settings.history(market) & span)
+            for table in tables_of(self.settings, market):
+                if table.name in names:
+                    wanted.setdefault(table, []).extend(months)
+        places = []
+        for table in sorted(wanted, key=lambda t: t.name):
+            partitions = wanted[table]
+            if not self.storage.in_warehouse(table):
+                summaries = self.ledger.partitions.summaries(table).items()
+                stored = {key for key, summary in summaries if summary.bytes is not None}
+                stored |= self.storage.lake.sizes(table).keys()
+                partitions = [p for p in partitions if p.stored_key in stored]
+            places += [StoredPlace(table, partition) for partition in partitions]
+        return places
+
+    def map(
+        self,
+        work: Callable[[StoredPlace], T],
+        places: Sequence[StoredPlace],
+        on_progress: ProgressCallback,
+    ) -> Iterator[T]:
+        """Yield the result of `work` for every place, in order; several are worked on at once.
+
+        The warehouse is held open for BATCH places at a time: whoever writes rollups waits so long.
+        """
+        threads = (os.cpu_count() or 1) if self.storage.lake.local else S3_READS
+        with ThreadPoolExecutor(threads) as pool:
+            for start in range(0, len(places), BATCH):
+                batch = places[start : start + BATCH]
+                uses_warehouse = any(self.storage.in_warehouse(place.table) for place in batch)
+                with self.storage.warehouse.held() if uses_warehouse else nullcontext():
+                    results = list(pool.map(work, batch))
+                for done, result in enumerate(results, start + 1):
+                    on_progress(PartitionsRead(done, len(places)))
+                    yield result
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetLocker:
+    """Locks datasets."""
+
+    settings: Settings
+    ledger: Ledger
+    storage: BarStorage
 
     def lock(
         self,
@@ -82,379 +128,104 @@ class DatasetLocker:
         tables: Sequence[str] | None = None,
         on_progress: ProgressCallback = no_progress,
     ) -> LockFile:
-        """What these markets' partitions hold whose months touch the window, of these tables or of all.
+        """Return what the partitions of these markets hold whose months touch the window.
 
-        A partition without bars is not in it. `on_progress` hears how far it is. Raises BadInput where nothing
-        is stored, Damaged for an object that cannot be read or that is gone although the ledger knows
-        it.
+        Of these tables, or of all. Partitions without bars are left out. Raises BadInput when
+        nothing is stored, Damaged for an object that cannot be read, or that the ledger has and the
+        lake has not.
         """
         check_name(name)
         settings, began = self.settings, self.settings.now()
-        names = _named(settings, markets, tables)
-        span = _months(window & Window(settings.since, began))
+        names = _table_names(settings, markets, tables)
+        span = _whole_months(window & Window(settings.since, began))
+        reader = DatasetReader(settings, self.ledger, self.storage)
 
-        def pin(place: Place) -> Pinned | None:
-            bars = self.read_content(*place)
-            if (
-                bars.is_empty()
-                and not self.storage.in_warehouse(place[0])
-                and self.storage.lake.size(*place) is None
-            ):
-                raise Damaged(
-                    f"{settings.lake}/{place[0].path(place[1])} is gone; `marketdata backfill` fetches it again"
-                )
-            return _pin(*place, bars, _is_open(settings, place[1], began))
+        def lock_place(place: StoredPlace) -> LockedPartition | None:
+            return self._lock_place(reader, place, began)
 
-        places = self._stored(markets, span, names)
-        found = [pinned for pinned in self._each(pin, places, on_progress) if pinned]
-        if not found:
+        places = reader.list_places(markets, span, names)
+        results = reader.map(lock_place, places, on_progress)
+        locked = tuple(partition for partition in results if partition)
+        if not locked:
             raise BadInput(
-                "nothing is stored of these markets in these months; `marketdata backfill` fetches it"
+                "nothing is stored of these markets in these months; `marketdata backfill` fetches "
+                "it"
             )
-        timeframes, as_of = (
-            tuple(tf.name for tf in settings.timeframes),
-            settings.now(),
-        )  # whatever was read is known by now
         return LockFile(
-            name, as_of, span, _venues(settings, markets), timeframes, tuple(names), tuple(found)
+            name,
+            as_of=settings.now(),  # everything that was read is known by now
+            span=span,
+            venues=_wanted_venues(settings, markets),
+            timeframes=tuple(timeframe.name for timeframe in settings.timeframes),
+            tables=tuple(names),
+            partitions=locked,
         )
 
-    def _stored(self, markets: Iterable[Market], span: Window, names: Iterable[str]) -> list[Place]:
-        """Where bars may lie, in the order of a lock file: in the lake by its listing and by the ledger,
-        in the warehouse every month.
-        """
-        wanted: dict[Table, list[Partition]] = {}
-        for market in sorted(set(markets), key=lambda m: m.key):
-            for table in _tables(self.settings, market):
-                if table.name in names:
-                    wanted.setdefault(table, []).extend(
-                        partitions_of(market, self.settings.history(market) & span)
-                    )
-        found: list[Place] = []
-        for table in sorted(wanted, key=lambda t: t.name):
-            months = wanted[table]
-            if not self.storage.in_warehouse(table):
-                known = {
-                    key
-                    for key, outline in self.ledger.outlines(table).items()
-                    if outline.bytes is not None
-                }
-                there = known | self.storage.lake.sizes(table).keys()
-                months = [p for p in months if (p.market.key, p.month_key) in there]
-            found += [(table, partition) for partition in months]
-        return found
-
-    def _each(
-        self, work: Callable[[Place], T], places: Sequence[Place], on_progress: ProgressCallback
-    ) -> Iterator[T]:
-        """Work on every place, several at once; what came of each, in order. Whoever writes rollups waits
-        for some of them at the most.
-        """
-        with ThreadPoolExecutor(
-            (os.cpu_count() or 1) if self.storage.lake.local else READS_AT_ONCE
-        ) as pool:
-            for start in range(0, len(places), A_TURN):
-                turn = places[start : start + A_TURN]
-                held = any(self.storage.in_warehouse(table) for table, _ in turn)
-                with self.storage.warehouse.held() if held else nullcontext():
-                    found = list(pool.map(work, turn))
-                for done, result in enumerate(found, start + 1):
-                    on_progress({"done": done, "partitions": len(places)})
-                    yield result
-
-    def verify(self, lock: LockFile, on_progress: ProgressCallback = no_progress) -> Verified:
-        """Read every partition of a lock, and what else is stored in its months and tables, and compare.
-        Raises BadInput.
-
-        Of a month that was open, bars after the last locked one are no difference. What was corrected
-        since is proved from history, where it can be. `on_progress` hears how far it is.
-        """
-        _same_universe(self.settings, lock)
-        tables = {
-            table.name: table for market in lock.markets for table in _tables(self.settings, market)
-        }
-        locked = {(tables[pinned.table], pinned.partition): pinned for pinned in lock.partitions}
-        others = [
-            place
-            for place in self._stored(lock.markets, lock.span, lock.tables)
-            if place not in locked
-        ]
-
-        def judge(place: Place) -> tuple[Pinned | None, bool, Difference | None]:
-            return locked.get(place), *self._judge(*place, locked.get(place), lock.as_of)
-
-        found = Verified(lock)
-        for pinned, past, difference in self._each(judge, [*locked, *others], on_progress):
-            if difference:
-                found.differences.append(difference)
-            elif pinned:
-                found.proved += 1
-                found.bars += pinned.rows
-                found.from_history += past
-        return found
-
-    def _judge(
-        self, table: Table, partition: Partition, pinned: Pinned | None, *, as_of: datetime
-    ) -> tuple[bool, Difference | None]:
-        """Whether only history holds what was locked, and what differs where nothing does."""
-        rows = pinned.rows if pinned else 0
-        try:
-            bars = _up_to(self.read_content(table, partition), pinned)
-            if _holds(bars, pinned):
-                return False, None
-            late = self._late(table, partition, pinned, as_of=as_of)
-            if (
-                late
-                and bars.height
-                and _holds(_up_to(self.read_content(table, partition, as_of), pinned), pinned)
-            ):
-                return True, None
-        except Damaged as error:
-            return False, Difference(table.name, partition, DAMAGED, rows, 0, str(error))
-        what = (
-            MISSING
-            if bars.is_empty()
-            else EXTRA
-            if bars.height > rows
-            else FEWER
-            if bars.height < rows
-            else OTHER
+    def _lock_place(
+        self, reader: DatasetReader, place: StoredPlace, began: datetime
+    ) -> LockedPartition | None:
+        bars = reader.read(place)
+        if bars.is_empty():
+            is_lost = self.storage.lake.size(*place) is None
+            if is_lost and not self.storage.in_warehouse(place.table):
+                path = place.table.path(place.partition)
+                raise Damaged(
+                    f"{self.settings.lake}/{path} is gone; `marketdata backfill` fetches it again"
+                )
+            return None
+        until = self.settings.venues[place.partition.market.venue].until
+        is_open = place.partition.month.end > began and (until is None or until > began)
+        opens = bars["open_time"]
+        return LockedPartition(
+            place.table.name,
+            place.partition,
+            rows=bars.height,
+            first=opens[0],
+            last=opens[-1],
+            fingerprint=fingerprint(bars),
+            open=is_open,
         )
-        says = "; ".join([*_words(table, bars, pinned), *late])
-        return False, Difference(table.name, partition, what, rows, bars.height, says)
-
-    def _late(
-        self, table: Table, partition: Partition, pinned: Pinned | None, *, as_of: datetime
-    ) -> list[str]:
-        """What is to be said of raw bars that the partition is made of and that came or were corrected
-        since it was locked.
-
-        Where there are none, no history explains a difference: a rollup that was lost could be made
-        anew, but it was lost.
-        """
-        base = (
-            table.timeframe
-            if table.layer == "raw"
-            else self.settings.venues[partition.market.venue].base
-        )
-        owned = partition.opens(table.timeframe)
-        end = pinned.last + table.timeframe.width if pinned and pinned.open else owned.end
-        since = (pl.col("known_at") > as_of) & pl.col("open_time").is_between(
-            owned.start, end, closed="left"
-        )
-        months = partitions_of(partition.market, Window(owned.start, end))
-        found = [
-            frame
-            for month in months
-            if (frame := self.storage.lake.read(raw(base), month, provenance=True)) is not None
-        ]
-        rows = [
-            row
-            for frame in found
-            for row in frame.filter(since).select("open_time", "known_at").iter_rows()
-        ]
-        if not rows:
-            return []
-        span, last = f"{iso(rows[0][0])} .. {iso(rows[-1][0])}", max(known for _, known in rows)
-        return [
-            f"{len(rows)} bars, {span}, came or were corrected since, the last ones at {iso(last)}"
-        ]
 
 
-def pinned_moment(path: Path) -> datetime:
-    """The moment of our clock at which the dataset of a lock file was known. Raises BadInput."""
+def locked_moment(path: Path) -> datetime:
+    """Return the moment of our clock at which a locked dataset was known. Raises BadInput."""
     return read_lock(path).as_of
 
 
-# --------------------------------------------------------------------------------- lock
+def tables_of(settings: Settings, market: Market) -> list[Table]:
+    """Return all tables that hold a market's bars."""
+    fetched = settings.venues[market.venue].fetched
+    return [*map(raw, fetched), *map(rollup, settings.rolled(market))]
 
 
-def _tables(settings: Settings, market: Market) -> list[Table]:
-    """All tables that hold a market's bars."""
-    return [*map(raw, settings.venues[market.venue].fetched), *map(rollup, settings.rolled(market))]
-
-
-def _named(
+def _table_names(
     settings: Settings, markets: Iterable[Market], tables: Sequence[str] | None
 ) -> list[str]:
-    known = sorted({table.name for market in markets for table in _tables(settings, market)})
+    known = sorted({table.name for market in markets for table in tables_of(settings, market)})
     for name in tables or ():
         if name not in known:
             raise BadInput(f"table {name[:100]!r} is not one of {', '.join(known)}")
     return sorted(set(tables)) if tables else known
 
 
-def _months(window: Window) -> Window:
-    """Whole months."""
+def _whole_months(window: Window) -> Window:
     if not window:
         return window
     return Window(month_of(window.start).start, month_of(window.end - datetime.resolution).end)
 
 
-def _venues(settings: Settings, markets: Iterable[Market]) -> dict[str, Wants]:
-    symbols: dict[str, list[str]] = {}
+def _wanted_venues(settings: Settings, markets: Iterable[Market]) -> dict[str, WantedVenue]:
+    symbols: dict[str, dict[str, None]] = {}
     for market in sorted(markets):
-        symbols.setdefault(market.venue, []).append(market.symbol)
+        symbols.setdefault(market.venue, {})[market.symbol] = None
     found = {}
     for name, chosen in symbols.items():
         venue = settings.venues[name]
-        reference = tuple(tf.name for tf in venue.reference)
-        found[name] = Wants(
-            tuple(dict.fromkeys(chosen)), venue.since, venue.until, venue.base.name, reference
+        found[name] = WantedVenue(
+            symbols=tuple(chosen),
+            since=venue.since,
+            until=venue.until,
+            base=venue.base.name,
+            reference=tuple(timeframe.name for timeframe in venue.reference),
         )
     return found
-
-
-def _is_open(settings: Settings, partition: Partition, moment: datetime) -> bool:
-    until = settings.venues[partition.market.venue].until
-    return partition.month.end > moment and (until is None or until > moment)
-
-
-def _pin(table: Table, partition: Partition, bars: pl.DataFrame, open: bool) -> Pinned | None:
-    if bars.is_empty():
-        return None
-    opens = bars["open_time"]
-    return Pinned(table.name, partition, bars.height, opens[0], opens[-1], fingerprint(bars), open)
-
-
-# --------------------------------------------------------------------------------- verify
-class Difference(NamedTuple):
-    """A partition that does not hold what was locked: how many bars were, how many there are now, and
-    all that is known of it.
-    """
-
-    table: str
-    partition: Partition
-    what: str
-    locked: int
-    stored: int
-    says: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """As a row of a table."""
-        where = {
-            "table": self.table,
-            "market": self.partition.market.key,
-            "month": self.partition.month_key[:7],
-        }
-        return {
-            **where,
-            "what": self.what,
-            "locked": self.locked,
-            "stored": self.stored,
-            "says": self.says,
-        }
-
-
-@dataclass(slots=True)
-class Verified:
-    """What a copy was found to hold. `proved` partitions hold what was locked, `from_history` of them
-    before later corrections.
-    """
-
-    lock: LockFile
-    proved: int = 0
-    bars: int = 0
-    from_history: int = 0
-    differences: list[Difference] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As a person's program reads it."""
-        found = {
-            "name": self.lock.name,
-            "as_of": iso(self.lock.as_of),
-            "dataset": self.lock.dataset,
-        }
-        counts = {
-            "partitions": len(self.lock.partitions),
-            "proved": self.proved,
-            "bars": self.bars,
-            "from_history": self.from_history,
-        }
-        return {
-            **found,
-            **counts,
-            "differences": [difference.as_dict() for difference in self.differences],
-        }
-
-
-def _up_to(bars: pl.DataFrame, pinned: Pinned | None) -> pl.DataFrame:
-    return bars.filter(pl.col("open_time") <= pinned.last) if pinned and pinned.open else bars
-
-
-def _holds(bars: pl.DataFrame, pinned: Pinned | None) -> bool:
-    return fingerprint(bars) == pinned.fingerprint if pinned else bars.is_empty()
-
-
-def _words(table: Table, bars: pl.DataFrame, pinned: Pinned | None) -> Iterator[str]:
-    """Where the bars lie that there are now, and the closest that can be said without those that were
-    locked.
-    """
-    if bars.is_empty():
-        yield "nothing is stored; `marketdata backfill` fetches it again"
-        return
-    opens = bars["open_time"]
-    yield f"stored {iso(opens[0])} .. {iso(opens[-1])}"
-    if pinned is None:
-        yield "no bar was locked"
-        return
-    if (opens[0], opens[-1]) != (pinned.first, pinned.last):
-        yield f"locked {iso(pinned.first)} .. {iso(pinned.last)}"
-    inside = bars.filter(pl.col("open_time").is_between(pinned.first, pinned.last))
-    if inside.height < bars.height and _holds(inside, pinned):
-        yield "the locked bars are unchanged, the others lie before or after them"
-    span = Window(pinned.first, pinned.last + table.timeframe.width)
-    if pinned.rows == span.count(table.timeframe) and inside.height < pinned.rows:
-        yield f"the first bar that lacks opened {iso(holes(inside['open_time'], table.timeframe, span)[0].start)}"
-
-
-# --------------------------------------------------------------------------------- the same univers
-def _same_universe(settings: Settings, lock: LockFile) -> None:
-    """Raises BadInput where the universe does not want all that was locked; what it wants besides is
-    no matter.
-    """
-    found = [
-        words
-        for name, wants in lock.venues.items()
-        for words in _venue_differs(settings, lock, name, wants)
-    ]
-    if found:
-        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise BadInput(
-            f"{lock.name} was locked in another universe than {settings.source}: {'; '.join(found[:_SHOWN])}{more}"
-        )
-
-
-_SHOWN = 5
-
-
-def _venue_differs(settings: Settings, lock: LockFile, name: str, wants: Wants) -> Iterator[str]:
-    venue = settings.venues.get(name)
-    if venue is None:
-        yield f"venue {name} is not in it"
-        return
-    known = [
-        market for market in lock.markets if market.venue == name and market in settings.markets
-    ]
-    yield from (
-        f"market {Market(name, symbol).key} is not in it"
-        for symbol in wants.symbols
-        if Market(name, symbol) not in known
-    )
-    if venue.base.name != wants.base:
-        yield f"{name} has base {venue.base.name} in it, and {wants.base} in the lock"
-        return
-    used = {(p.table, p.partition.market) for p in lock.partitions if p.partition.market in known}
-    here = {(table.name, market) for market in known for table in _tables(settings, market)}
-    yield from (
-        f"table {table} of {name} is not in it"
-        for table in sorted({table for table, _ in used - here})
-    )
-    start, end = (
-        max(wants.since, lock.span.start),
-        min(wants.until or lock.as_of, lock.as_of, lock.span.end),
-    )
-    if venue.since > start:
-        yield f"it wants {name} since {iso(venue.since)}, and the lock holds it since {iso(start)}"
-    if venue.until and venue.until < end:
-        yield f"it wants {name} until {iso(venue.until)}, and the lock holds it until {iso(end)}"

@@ -1,4 +1,4 @@
-"""SQL: views of all tables in a DuckDB connection, each over the files that are there."""
+"""SQL: views of all tables in a DuckDB connection, each over the files that exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def connected(
+def open_sql_views(
     settings: Settings,
     ledger: Ledger,
     storage: BarStorage,
@@ -30,44 +30,39 @@ def connected(
     keys: Sequence[str] | None,
     window: Window,
 ) -> Iterator[Connection]:
-    """Views `raw.ohlcv_<timeframe>`, `rollup.ohlcv_<timeframe>` and so on over these markets' (or all)
-    months in the window.
+    """Open views `raw.ohlcv_<timeframe>`, `rollup.ohlcv_<timeframe>` and so on.
+
+    They show the months in the window of the markets with these keys; None means all of them.
+    Raises BadInput, StoreFailed.
     """
-    settings = settings
-    markets = (
-        [BarReader(settings, ledger, storage).find_market(key) for key in keys]
-        if keys
-        else [*settings.markets, *settings.consolidate]
-    )
-    tables = [raw(tf) for tf in settings.raw_timeframes]
-    tables += [
-        table(tf) for tf in settings.consolidated_timeframes for table in (consolidated, reconciled)
-    ]
-    in_lake = (
-        [rollup(tf) for tf in settings.rollup_timeframes] if settings.rollups == "parquet" else []
-    )
-    judged = [
-        parity(tf)
-        for tf in settings.rollup_timeframes
-        if any(tf in venue.reference for venue in settings.venues.values())
-    ]
+    reader = BarReader(settings, ledger, storage)
+    every = [*settings.markets, *settings.consolidate]
+    markets = [reader.find_market(key) for key in keys] if keys else every
     files = {
         table: _files(storage.lake, table, markets, window=window)
-        for table in (*tables, *in_lake, *judged)
+        for table in _tables_in_lake(settings, storage)
     }
-    warehouse = None if in_lake or not storage.warehouse.exists else storage.warehouse
-    with open_views(files, warehouse) as connection:
+    uses_warehouse = storage.rollups_in_warehouse and storage.warehouse.exists
+    with open_views(files, storage.warehouse if uses_warehouse else None) as connection:
         yield connection
 
 
+def _tables_in_lake(settings: Settings, storage: BarStorage) -> list[Table]:
+    tables = [raw(tf) for tf in settings.raw_timeframes]
+    for timeframe in settings.consolidated_timeframes:
+        tables += [consolidated(timeframe), reconciled(timeframe)]
+    references = {tf for venue in settings.venues.values() for tf in venue.reference}
+    for timeframe in settings.rollup_timeframes:
+        if not storage.rollups_in_warehouse:
+            tables.append(rollup(timeframe))
+        if timeframe in references:
+            tables.append(parity(timeframe))
+    return tables
+
+
 def _files(lake: Lake, table: Table, markets: Sequence[Market], *, window: Window) -> list[str]:
-    """One walk or one listing of the table, and of it what is wanted."""
-    there = lake.sizes(table)
+    """Return the wanted objects of a table, from one listing."""
+    stored = lake.sizes(table)
     wanted = Window(window.start, window.end + table.timeframe.width)
-    partitions = [
-        p
-        for market in markets
-        for p in partitions_of(market, wanted)
-        if (market.key, p.month_key) in there
-    ]
-    return lake.uris(table, partitions, known=True)
+    months = [p for market in markets for p in partitions_of(market, wanted)]
+    return lake.uris(table, [p for p in months if p.stored_key in stored], known=True)

@@ -1,0 +1,77 @@
+"""The check `reconciled`: how far apart the venues of a consolidated partition lie."""
+
+from __future__ import annotations
+
+from marketdata_assets.flows.derive.consolidate import ConsolidationResult
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.model.bar import decimal_text
+from marketdata_assets.model.finding import ROWS_SHOWN, Finding, FindingSeverity, Row
+from marketdata_assets.model.table import consolidated
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import iso
+from marketdata_assets.quality.reconcile import FAIL, WARN, Opinion, opinions, worst
+from marketdata_assets.settings.universe import Settings
+
+RECONCILED = "reconciled"
+"""The name of the check."""
+
+
+def check_reconciled(
+    settings: Settings, ledger: Ledger, timeframe: Timeframe, *, result: ConsolidationResult
+) -> Finding:
+    """Compare two venues' closes: a warning from WARN basis points on, an error from FAIL on.
+
+    Neither stops anything. Only an error is recorded in the ledger as failed: real markets reach
+    warnings on volatile days.
+    """
+    found = list(opinions(result.pairs))
+    warned, failed = sum(o.warned for o in found), sum(o.failed for o in found)
+    message = "no two venues have bars of the same time"
+    widest = max((o.close.most for o in found if o.close.most is not None), default=None)
+    if widest is not None:
+        message = (
+            f"{failed} closes lie {FAIL} basis points or more apart, "
+            f"{warned - failed} more {WARN} or more, at the most {widest:.1f}"
+        )
+    finding = Finding(
+        RECONCILED,
+        passed=not warned,
+        message=message,
+        numbers={"compared": sum(o.bars for o in found), "warned": warned, "failed": failed},
+        rows=_worst_rows(result) if warned else (),
+        severity=FindingSeverity.ERROR if failed else FindingSeverity.WARNING,
+        details={name: value for o in found for name, value in _numbers(o).items()},
+    )
+    ledger.checks.set(
+        consolidated(timeframe),
+        result.partition,
+        RECONCILED,
+        failed=(False, message) if failed else None,
+        now=settings.now(),
+    )
+    return finding
+
+
+def _numbers(opinion: Opinion) -> dict[str, float]:
+    """Return one pair's differences for plots, in basis points."""
+    spreads = {"close": opinion.close, "return": opinion.returns}
+    found = {}
+    for what, spread in spreads.items():
+        found[f"{what}_bp_p99"], found[f"{what}_bp_max"] = spread.p99, spread.most
+    pair = f"{opinion.venue}_{opinion.other}"
+    return {f"{pair}_{name}": round(v, 4) for name, v in found.items() if v is not None}
+
+
+def _worst_rows(result: ConsolidationResult) -> list[Row]:
+    rows = worst(result.pairs, ROWS_SHOWN)
+    rows = rows.with_columns(decimal_text("close_bp"), decimal_text("return_bp"))
+    return [
+        {
+            "open_time": iso(open_time),
+            "venue": venue,
+            "other": other,
+            "close_bp": close,
+            "return_bp": change or "",
+        }
+        for open_time, venue, other, close, change in rows.iter_rows()
+    ]

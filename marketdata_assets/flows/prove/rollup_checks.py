@@ -1,0 +1,135 @@
+"""The checks of a rolled-up partition: `complete` and `matches_native`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import polars as pl
+
+from marketdata_assets.flows.derive.rollup import RollupResult
+from marketdata_assets.flows.prove.parity import ParityChecker
+from marketdata_assets.flows.prove.raw_checks import record_findings
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.model.bar import ROLLUP_SCHEMA, TIME, number_text
+from marketdata_assets.model.finding import ROWS_SHOWN, Finding, Row
+from marketdata_assets.model.gap import GapReason
+from marketdata_assets.model.partition import Partition, neighbour
+from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import Window, iso
+from marketdata_assets.quality.parity import UNEQUAL, ParityOutcome
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.parquet import Lake
+
+_ABSENT: dict[str, pl.DataType] = {"open_time": TIME, "absent": pl.Int64()}
+
+
+@dataclass(frozen=True, slots=True)
+class RollupAuditor:
+    """Computes the checks of rolled-up partitions and records in the ledger which of them failed."""
+
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
+
+    def audit(self, result: RollupResult, timeframe: Timeframe) -> list[Finding]:
+        """Return `complete`, and `matches_native` where the venue's own bars are a reference."""
+        partition = result.partition
+        frame = result.frames.get(timeframe, pl.DataFrame(schema=ROLLUP_SCHEMA))
+        findings = [self._check_complete(partition, timeframe, frame)]
+        if timeframe in self.settings.venues[partition.market.venue].reference:
+            findings.append(self._check_matches_native(result, timeframe))
+        return record_findings(self.settings, self.ledger, rollup(timeframe), partition, findings)
+
+    def _check_complete(
+        self, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame
+    ) -> Finding:
+        """Find bars with fewer base bars than a full one that the venue's gaps do not explain."""
+        present, expected = pl.col("bars_present"), pl.col("bars_expected")
+        short = frame.filter(present < expected)
+        absent = pl.DataFrame(schema=_ABSENT)
+        if short.height:
+            absent = self._count_absent_bars(partition, timeframe)
+        unexplained = short.join(absent, on="open_time", how="left").filter(
+            present + pl.col("absent").fill_null(0) < expected
+        )
+        rows: list[Row] = [
+            {"open_time": iso(open_time), "expected": expected, "present": present}
+            for open_time, expected, present in unexplained.select(
+                "open_time", "bars_expected", "bars_present"
+            ).iter_rows()
+        ]
+        return Finding(
+            "complete",
+            passed=not rows,
+            message=(
+                f"{short.height} bars are made of fewer base bars than they could hold, "
+                f"{len(rows)} without an explanation"
+            ),
+            numbers={"bars": frame.height, "short": short.height, "unexplained": len(rows)},
+            rows=rows[:ROWS_SHOWN],
+        )
+
+    def _count_absent_bars(self, partition: Partition, timeframe: Timeframe) -> pl.DataFrame:
+        """Return, by open_time, how many base bars the venue never had, by the ledger's evidence."""
+        base = self.settings.venues[partition.market.venue].base
+        months = (neighbour(partition, -1), partition)
+        gaps = [gap for month in months for gap in self.ledger.gaps.of(raw(base), month)]
+        windows = [g.window for g in gaps if g.cause or g.reason == GapReason.NO_BARS]
+        first_bar = self.ledger.markets.first_bar(partition.market)
+        if first_bar:
+            windows.append(Window(timeframe.floor(first_bar), base.floor(first_bar)))
+        absent: Counter[datetime] = Counter()
+        for window in windows:
+            moment = window.start
+            while moment < window.end:
+                absent[timeframe.floor(moment)] += 1
+                moment += base.width
+        columns = {"open_time": list(absent), "absent": list(absent.values())}
+        return pl.DataFrame(columns, schema=_ABSENT)
+
+    def _check_matches_native(self, result: RollupResult, timeframe: Timeframe) -> Finding:
+        """Compare our rollup with the venue's own bars; name the bars that cause a difference."""
+        checker = ParityChecker(self.settings, self.ledger, self.lake)
+        compared = checker.compare(result, timeframe)
+        differing = compared.filter(pl.col("outcome").is_in(UNEQUAL))
+        within = compared.filter(pl.col("outcome") == ParityOutcome.WITHIN_TOLERANCE).height
+        message = (
+            f"{differing.height} of {compared.height} bars differ from the venue's own, "
+            f"{within} lie within its tolerance"
+        )
+        if compared.is_empty():
+            message = "no bars of the venue's own are stored to compare"
+        rows = differing.head(ROWS_SHOWN).iter_rows(named=True)
+        return Finding(
+            "matches_native",
+            passed=differing.is_empty(),
+            message=message,
+            numbers={
+                "compared": compared.height,
+                "different": differing.height,
+                "within_tolerance": within,
+            },
+            rows=[_difference_row(row) for row in rows],
+        )
+
+
+def _difference_row(row: dict[str, Any]) -> Row:
+    values = [
+        f"{name} {number_text(row[name])} / {number_text(row[name + '_native'])}"
+        for name in row["columns"].split()
+    ]
+    minutes = row["minutes"].split()
+    shown = minutes[:ROWS_SHOWN]
+    if len(minutes) > ROWS_SHOWN:
+        shown.append(f"and {len(minutes) - ROWS_SHOWN} more")
+    return {
+        "open_time": iso(row["open_time"]),
+        "outcome": row["outcome"],
+        "ours / the venue's": ", ".join(values),
+        "cause": row["cause"],
+        "minutes": " ".join(shown),
+    }
