@@ -213,7 +213,8 @@ def test_what_is_planted_is_traced_to_its_minute(
 
 @needs_shared
 def test_the_venue_at_odds_with_its_own_finer_bars(replay: Replay, universe: Universe) -> None:
-    """The 1h bar is restated; the 15m ones, fetched before as the 1m ones were, still equal ours."""
+    """The 1h bar is restated; the 15m ones, fetched before as the 1m ones were, still equal ours.
+    """
     exchange = replay("2024-01-11T00:00:30Z")
     settings = universe(
         f"{exchange.url}/binance",

@@ -1,4 +1,5 @@
-"""The anomalies: what was found in which bars, whether a person knows it, and whether it is over."""
+"""The anomalies: what was found in which bars, whether a person knows it, and whether it is over.
+"""
 
 from __future__ import annotations
 

@@ -66,21 +66,23 @@ class Consolidator:
     def build(
         self, timeframe: Timeframe, partitions: Sequence[Partition]
     ) -> Iterator[ConsolidationResult]:
-        """Build each partition from the raw bars of its venues; one that fails does not stop others."""
+        """Build each partition from the raw bars of its venues; one that fails does not stop
+        others.
+        """
         for partition in partitions:
             try:
                 with self.ledger.lock(partition.key):
                     yield self._build(timeframe, partition)
             except MarketDataError as error:
                 start = partition.month.start
-                self.ledger.fail(
+                self.ledger.partitions.record_failure(
                     consolidated(timeframe),
                     partition,
                     Window(start, start),
                     error=str(error),
                     fetches=[],
                     now=self.settings.now(),
-                    forgiven=isinstance(error, Unreachable),
+                    is_forgiven=isinstance(error, Unreachable),
                 )
                 yield ConsolidationResult(partition, error=error)
 
@@ -92,9 +94,9 @@ class Consolidator:
     ) -> dict[Partition, OutdatedConsolidation]:
         """Return the partitions whose raw bars have changed since they were built, or that are lost.
 
-        `look`: whether the lake is searched for lost objects. `busy`: the Dagster keys of partitions
-        that a run works on; `shown`: the keys that Dagster shows as materialized, by table. Raises
-        StoreFailed when most of the lake is lost.
+        `look`: whether the lake is searched for lost objects. `busy`: the Dagster keys of
+        partitions that a run works on; `shown`: the keys that Dagster shows as materialized, by
+        table. Raises StoreFailed when most of the lake is lost.
         """
         found, stored = {}, 0
         for timeframe in self.settings.consolidated_timeframes:

@@ -1,4 +1,6 @@
-"""Alerts: what is wrong now becomes incidents, each opened once, recovered once and sent to channels."""
+"""Alerts: what is wrong now becomes incidents, each opened once, recovered once and sent to
+channels.
+"""
 
 from __future__ import annotations
 

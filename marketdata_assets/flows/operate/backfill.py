@@ -8,11 +8,11 @@ The truth is the ledger and the lake's own listing: a partition is wanted when i
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from marketdata_assets.flows.fetch.partition_store import wanted_window
+from marketdata_assets.flows.fetch.open_partition import wanted_window
 from marketdata_assets.flows.operate.blocks import Block, count_reasons, plan_blocks
 from marketdata_assets.ledger.attempts import BackfillAttempt
 from marketdata_assets.ledger.ledger import Ledger
@@ -26,7 +26,7 @@ from marketdata_assets.model.partition_status import (
 )
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import MINUTE, Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import iso
 from marketdata_assets.settings.universe import Settings, Venue
 from marketdata_assets.storage.bars import BarStorage
 
@@ -172,7 +172,9 @@ class BacklogFinder:
             return is_free and state is not None and state.bytes != size
 
     def _find_lost_rollups(self, plan: BackfillPlan, search: bool) -> set[PartitionKey]:
-        """Return the partitions whose rollups are gone; in the lake, one table is searched at a time."""
+        """Return the partitions whose rollups are gone; in the lake, one table is searched at a
+        time.
+        """
         timeframes = self.settings.rollup_timeframes
         if self.storage.rollups_in_warehouse:
             if not self.storage.warehouse.exists:

@@ -1,4 +1,6 @@
-"""The work of a run: ingest and audit raw partitions, explain their gaps, roll them up and audit that."""
+"""The work of a run: ingest and audit raw partitions, explain their gaps, roll them up and audit
+that.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import NamedTuple
 from marketdata_assets.errors import CheckFailed, MarketDataError
 from marketdata_assets.flows.derive.rollup import RollupBuilder, RollupResult
 from marketdata_assets.flows.fetch.ingest import Ingester
-from marketdata_assets.flows.fetch.partition_store import IngestResult, PartitionStore
+from marketdata_assets.flows.fetch.open_partition import IngestResult
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.flows.prove.gaps import GapExplainer
 from marketdata_assets.flows.prove.raw_checks import RawAuditor
 from marketdata_assets.flows.prove.rollup_checks import RollupAuditor

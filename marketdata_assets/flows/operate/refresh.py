@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
-from marketdata_assets.flows.fetch.partition_store import wanted_window
+from marketdata_assets.flows.fetch.open_partition import wanted_window
 from marketdata_assets.flows.operate.backfill import GRACE
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import polars as pl
 
 from marketdata_assets.errors import Damaged
-from marketdata_assets.flows.fetch.partition_store import (
-    IngestResult,
-    PartitionStore,
-    wanted_window,
-)
-from marketdata_assets.flows.fetch.plan import BackfillPlanner
+from marketdata_assets.flows.fetch.open_partition import IngestResult, wanted_window
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
+from marketdata_assets.flows.fetch.plan import BackfillPlanner, new_bars_per_request
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.receipts import Receipt
 from marketdata_assets.model.partition import Partition
@@ -26,7 +23,6 @@ from marketdata_assets.quality.clean import clean
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.storage.fingerprint import fingerprint
-from marketdata_assets.venues.registry import facts_of
 
 
 class RepairAction(StrEnum):
@@ -92,7 +88,7 @@ class Repairer:
 
     def _steps(self, partition: Partition, again: Window | None) -> Iterator[RepairStep]:
         venue, key = self.settings.venues[partition.market.venue], partition.key
-        page = facts_of(venue.name).bars_per_request
+        page = new_bars_per_request(partition.market)
         for timeframe in venue.fetched:
             table = raw(timeframe)
             stored, problem = self._read_and_check(table, partition)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import polars as pl
 
-from marketdata_assets.flows.fetch.partition_store import IngestResult
+from marketdata_assets.flows.fetch.open_partition import IngestResult
 from marketdata_assets.flows.prove.anomalies import (
     ANOMALIES,
     as_row,

@@ -8,8 +8,8 @@ from datetime import UTC, date, datetime, time, timedelta
 
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.partitions import PartitionState
-from marketdata_assets.model.market import Market
 from marketdata_assets.model.intervals import count_bars
+from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.partition_status import PartitionStatus, partition_status
 from marketdata_assets.model.table import Table, raw

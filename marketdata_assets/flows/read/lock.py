@@ -70,7 +70,8 @@ class DatasetReader:
     ) -> list[StoredPlace]:
         """Return where bars may lie, in the order of a lock file.
 
-        The lake is judged by its listing and the ledger; in the warehouse every month may have bars.
+        The lake is judged by its listing and the ledger; in the warehouse every month may have
+        bars.
         """
         wanted: dict[Table, list[Partition]] = {}
         for market in sorted(set(markets), key=lambda m: m.key):
