@@ -49,7 +49,7 @@ class ConsolidationResult:
 
 @dataclass(frozen=True, slots=True)
 class OutdatedConsolidation:
-    """Why a partition has to be built, and a digest that changes with what it would be built from."""
+    """Why a partition has to be built, and a digest of what it would be built from."""
 
     reason: str
     source_digest: str
@@ -92,7 +92,7 @@ class Consolidator:
         busy: Collection[str] = (),
         shown: Mapping[Table, Collection[str]] | None = None,
     ) -> dict[Partition, OutdatedConsolidation]:
-        """Return the partitions whose raw bars have changed since they were built, or that are lost.
+        """Return the partitions that are lost or whose raw bars have changed since they were built.
 
         `look`: whether the lake is searched for lost objects. `busy`: the Dagster keys of
         partitions that a run works on; `shown`: the keys that Dagster shows as materialized, by

@@ -78,7 +78,7 @@ class DeltaPublisher:
 
 
 def maintain(settings: Settings, dry_run: bool = False) -> dict[str, Maintained]:
-    """Compact and clean every Delta table that exists; return what was, or would be, done by name."""
+    """Compact and clean every existing Delta table; return what was (or would be) done by name."""
     tables, delta = _delta_tables(settings), settings.delta
     assert delta is not None, "there are tables"
     found = {}

@@ -161,7 +161,7 @@ class Answers:
         return sum(a < window.start and b >= window.end for a, b in self._extents)
 
     def build_result(self, resolved: ResolvedAnswers) -> FetchResult:
-        """Return what is to be stored. Raises VenueRefused when most stored bars are contradicted."""
+        """Return what to store. Raises VenueRefused when most stored bars are contradicted."""
         is_stored = pl.col("answer") == STORED
         lost = pl.concat([resolved.outvoted, resolved.unresolved]).filter(~is_stored)
         rejected = pl.concat([*self._rejected, reject(lost, "conflict")])
@@ -185,7 +185,7 @@ class Answers:
         )
 
     def build_unanswered(self, requests: Sequence[Request]) -> FetchResult:
-        """Return the result for a market that the venue no longer lists: everything is unanswered."""
+        """Return the result for a market that the venue no longer lists: all is unanswered."""
         opens, gaps = self.span.stored["open_time"], self.span.gaps
         windows = missing_windows(opens, self.span.timeframe, self.window, gaps=gaps, now=self.now)
         found = self._waiting_gaps(opens) + [self._gap(w, GapReason.UNANSWERED, 1) for w in windows]
@@ -196,7 +196,7 @@ class Answers:
         )
 
     def _delivered(self) -> pl.DataFrame:
-        """Return the rows that keep every rule; what they leave out is taken from the stored bars."""
+        """Return the rows that keep every rule, completed from the stored bars."""
         return coalesce_optional(pl.concat(self._kept), self.span.stored)
 
     def _open_times(self, resolved: ResolvedAnswers) -> pl.Series:
@@ -222,7 +222,7 @@ class Answers:
         if in_a_row and 2 * corrected.len() > repeated:
             error = VenueRefused(
                 f"{self.span.market.venue}: its answers contradict the stored bars of "
-                f"{in_a_row[0]}, {corrected.len()} of {repeated} that were requested again; nothing "
+                f"{in_a_row[0]}, {corrected.len()} of {repeated} requested again; nothing "
                 "of them is stored. If the venue did correct them, repair a longer span, most of "
                 "which agrees"
             )

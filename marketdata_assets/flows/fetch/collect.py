@@ -40,8 +40,8 @@ REQUESTS_DISPUTED, REQUESTS_MISSING = 4, 2
 missing.
 """
 NEIGHBORS = 3
-"""How many stored bars beside a new span are requested again at least: an answer that contradicts most
-of them is rejected.
+"""How many stored bars on each side of a new span are requested again at least: an answer that
+contradicts most of them is rejected.
 """
 
 
@@ -126,7 +126,7 @@ class FetchSession:
         return self.answers.build_result(resolved)
 
     def last_stored(self, missing: Sequence[Window], minutes: int) -> list[Window]:
-        """Return the last stored bars if one page holds them and the new ones: venues correct them."""
+        """Return the last stored bars, which venues correct, if one page holds them as well."""
         window, stored = self.answers.window, self.answers.span.stored
         if not minutes or not missing or missing[-1].end < window.end or stored.is_empty():
             return []
@@ -215,7 +215,7 @@ class FetchSession:
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[BarsPage]]) -> list[Request]:
-    """Cancel what still runs; return the requests of everything that has ended, for the fetch log."""
+    """Cancel what still runs; return the requests of what has ended, for the fetch log."""
     for task in tasks:
         task.cancel()
     ended = await asyncio.gather(*tasks, return_exceptions=True)

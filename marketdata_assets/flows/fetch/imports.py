@@ -186,7 +186,7 @@ class FileImporter:
         *,
         dry_run: bool,
     ) -> None:
-        """Apply the rules to the rows of one partition, store them, and count what becomes of each."""
+        """Apply the rules to the rows of one partition, store them, and count their fate."""
         timeframe = files[0].tally.file.timeframe
         sources = [tally.file.path.name for tally, _ in files]
         judged = [

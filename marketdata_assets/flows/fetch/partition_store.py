@@ -266,7 +266,7 @@ def _compare_frame(
     sources: Sequence[str],
     settles_gaps: bool = True,
 ) -> tuple[FetchResult, StoredComparison]:
-    """Return what is to be stored of rows from other sources, and their comparison with the store."""
+    """Return what to store of rows from other sources, and their comparison with the store."""
     timeframe = before.table.timeframe
     if len(sources) == 1:
         kept = kept.with_columns(pl.lit(0, pl.Int64).alias("answer"))
@@ -322,7 +322,7 @@ def _gaps_of_sources(
 
 
 def _merge(stored: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
-    """Return stored and new bars, sorted; of one open_time the new bar, on which two answers agree."""
+    """Return stored and new bars, sorted; a new bar replaces the stored one of its open_time."""
     if new.is_empty():
         return stored
     if stored.is_empty():

@@ -1,4 +1,4 @@
-"""Backfill: which closed months need work, and which of them may be requested now. Sends no request.
+"""Backfill: which closed months need work, and which may be requested now. Sends no request.
 
 The truth is the ledger and the lake's own listing: a partition is wanted when its status is not
 `whole`, its rollups are not up to date, or Dagster does not show it. The open month belongs to
@@ -215,7 +215,7 @@ class BacklogFinder:
         plan: BackfillPlan,
         now: datetime,
     ) -> set[PartitionKey]:
-        """Return what may be requested now; count why the rest may not, and park what failed often."""
+        """Return what may be requested now; count why the rest may not; park what failed often."""
         ready, parking = set(), []
         clock = self.clock()
         broken = {
@@ -226,10 +226,9 @@ class BacklogFinder:
         for key, reason in wanted.items():
             attempt = attempts.get(key)
             wait = self._reason_to_wait(key, attempt, busy, broken=broken, now=now)
-            if wait is None and attempt:
-                if attempt.attempts >= self.settings.automation.attempts:
-                    parking.append((attempt.partition, reason))
-                    wait = PARKED
+            if wait is None and attempt and attempt.attempts >= self.settings.automation.attempts:
+                parking.append((attempt.partition, reason))
+                wait = PARKED
             if wait is None:
                 ready.add(key)
                 continue

@@ -42,7 +42,7 @@ class RevisedFinding(NamedTuple):
 
 
 class AuditedRollup(NamedTuple):
-    """The rollups of one partition after their audit, or the error that kept them from being made."""
+    """The rollups of one partition after their audit, or the error that prevented them."""
 
     partition: Partition
     result: RollupResult | None
@@ -85,7 +85,8 @@ class Pipeline:
             if partition in failed:
                 check = failed[partition]
                 error = CheckFailed(
-                    f"{check.table} {check.name} is red: {check.message}; nothing is rolled up from it"
+                    f"{check.table} {check.name} is red: {check.message}; "
+                    "nothing is rolled up from it"
                 )
                 yield AuditedRollup(partition, None, {}, error)
         builder = RollupBuilder(self.settings, self.ledger, self.storage)

@@ -160,7 +160,7 @@ class Repairer:
         fetched: Sequence[FetchSummary],
         cleaned: Sequence[Mapping[str, str]],
     ) -> Receipt:
-        """Record what a repair did: rows and hash of every table before and after, and the counts."""
+        """Record what a repair did: counts, and rows and hash of every table before and after."""
         rows = [_content_row(key, before[key], after[key]) for key in after]
         changed = [row for row in rows if row["hash_before"] != row["hash_after"]]
         names = ("requests", "stored", "corrected", "refused")

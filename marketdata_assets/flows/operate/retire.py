@@ -28,9 +28,9 @@ class RetirementAction(StrEnum):
 
 
 class Retirement(NamedTuple):
-    """What happened to one month of one table, or would in a dry run. `message` is why, or where to.
+    """What happened to one month of one table, or would in a dry run.
 
-    Without a partition, all old bars of a table in the warehouse are meant.
+    `message` is why, or where to. Without a partition, all old bars of a table in the warehouse are meant.
     """
 
     table: Table
@@ -59,7 +59,7 @@ class Retirer:
     storage: BarStorage
 
     def retire(self, dry_run: bool = False) -> Iterator[Retirement]:
-        """Remove what is older than each table's retention, then move what is older than `cold:` says.
+        """Remove what is older than its table's retention, then move what `cold:` says.
 
         A raw month is removed only when its rollups are made, and the month after it is too old as
         well: a week of the first month that is kept begins in the one before. A month that a run

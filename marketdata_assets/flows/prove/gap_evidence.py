@@ -133,7 +133,7 @@ class GapInvestigation:
         return Neighbor(open_time, close, volume) if open_time == expected else None
 
     def _is_trailing(self, gap: Gap) -> bool:
-        """Return whether the market has been silent for long, to the end of all that was requested."""
+        """Return whether the market has been silent for long, to the end of what was requested."""
         window, state = gap.window, self._own.state
         if gap.reason == GapReason.NO_BARS or state is None or window.end < state.through:
             return False
@@ -166,7 +166,7 @@ class GapInvestigation:
         return tuple((gap.window, gap.cause) for gap in gaps if gap.cause)
 
     def _is_listed(self) -> bool | None:
-        """Return whether the venue lists the market; None when it is not asked or does not answer."""
+        """Return whether the venue lists the market; None when it is not asked or is down."""
         if self._venues is None:
             return None
         source = self._venues.client(self._partition.market.venue).source

@@ -58,7 +58,7 @@ class ListedGap:
 
 @dataclass(frozen=True, slots=True)
 class GapExplainer:
-    """Finds the causes of gaps by what the ledger, the lake and the venue's list of markets show."""
+    """Finds the causes of gaps by the ledger, the lake and the venue's list of markets."""
 
     settings: Settings
     ledger: Ledger

@@ -89,7 +89,7 @@ class VenueMonth:
 
 
 class MarketMonth:
-    """One market in one month by the ledger: where it has bars and where answers say it has none."""
+    """One market in one month by the ledger: where it has bars, and where it has none."""
 
     def __init__(
         self,

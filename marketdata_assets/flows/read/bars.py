@@ -69,7 +69,7 @@ class BarReader:
         raise BadInput(f"{market.key} has no {timeframe.name} bars; it has {' '.join(stored)}")
 
     def base_timeframe(self, market: Market) -> Timeframe:
-        """Return the finest timeframe that is fetched of a market; of a former one, that is stored."""
+        """Return the finest timeframe fetched of a market; of a former one, the finest stored."""
         return self._timeframes(market).base
 
     def read(self, market: Market, timeframe: Timeframe, window: Window) -> pl.DataFrame:

@@ -121,7 +121,7 @@ class CoverageReporter:
         wanted: Window,
         state: PartitionState | None,
     ) -> None:
-        """Add one month: what the lake holds, what the ledger explains, and what was not fetched."""
+        """Add one month: what the lake holds, what the ledger explains, and the rest."""
         remaining = wanted.count(table.timeframe)
         size = self.lake.size(table, partition) if remaining and state else None
         bounds = (wanted.start, wanted.end)
