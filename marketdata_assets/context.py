@@ -18,6 +18,7 @@ from marketdata_assets.ledger.incidents import Incidents
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.receipts import Receipts
 from marketdata_assets.model.market import Market
+from marketdata_assets.settings.fields import reveal_secret
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.base import Source
 from marketdata_assets.sources.guards import Guarded, Policy
@@ -136,7 +137,7 @@ def open_toolbox(
     """All tools for these settings. `connect` opens the DuckDB file (Dagster brings its own
     resource).
     """
-    ledger = Ledger(settings.state, settings.database)
+    ledger = Ledger(settings.state, reveal_secret(settings.database))
     warehouse = Warehouse(settings.duckdb, connect)
     toolbox = Toolbox(
         settings,

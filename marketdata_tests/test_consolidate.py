@@ -7,7 +7,6 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from fractions import Fraction
@@ -42,7 +41,8 @@ from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, from_ms, iso, month_of
 from marketdata_assets.quality.reconcile import differences, opinions, reconcile, worst
 from marketdata_assets.reader import Reader
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.transforms.consolidate import consolidate as as_one_series
@@ -678,7 +678,7 @@ def test_another_order_of_venues_is_another_series(settings: Settings):
     make_all(settings)
     assert reasons(settings) == {}
     parts = {**settings.consolidate, BTC: tuple(reversed(settings.consolidate[BTC]))}
-    turned = replace(settings, consolidate=parts)
+    turned = settings.model_copy(update={"consolidate": parts})
     assert reasons(turned) == {
         f"consolidated:BTC-USDT|{month}": "its venues' bars have changed" for month in (NOV, DEC)
     }
@@ -748,7 +748,7 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
             0,
             0,
         )
-    gone = replace(settings, consolidate={})
+    gone = settings.model_copy(update={"consolidate": {}})
     with open_toolbox(gone) as toolbox:  # taken out of the universe: still read
         assert read_bars(
             toolbox, known_market(toolbox, BTC.key), M1, window("2023-11-28", "2024-01-01")
@@ -763,7 +763,7 @@ def test_retention(settings: Settings):
         for name, content in lake_files(settings).items()
         if not name.startswith("raw/")
     }
-    old = replace(settings, retention={"raw/ohlcv_1m": 5})
+    old = settings.model_copy(update={"retention": {"raw/ohlcv_1m": 5}})
     with open_toolbox(old) as toolbox, toolbox.ledger.transaction() as db:
         db.execute("UPDATE partitions SET rolled = digest WHERE tbl = 'raw/ohlcv_1m'")
     with open_toolbox(old) as toolbox:
@@ -781,7 +781,7 @@ def test_retention(settings: Settings):
         for name, content in lake_files(settings).items()
         if not name.startswith("raw/")
     } == before
-    short = replace(old, retention={TABLE.name: 5, reconciled(M1).name: 5})
+    short = old.model_copy(update={"retention": {TABLE.name: 5, reconciled(M1).name: 5}})
     with open_toolbox(short) as toolbox:
         assert {(gone.table.name, gone.what) for gone in retire(toolbox)} == {
             (TABLE.name, "removed"),

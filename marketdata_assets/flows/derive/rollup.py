@@ -63,7 +63,7 @@ def _wanted(toolbox: Toolbox, partition: Partition) -> list[Timeframe]:
     settings = toolbox.settings
     return [
         tf
-        for tf in settings.rolled(partition.market)
+        for tf in settings.rollup_timeframes_of(partition.market)
         if partition.month.start >= settings.kept_since(rollup(tf).name)
     ]
 
@@ -103,7 +103,10 @@ def _tail(
 ) -> tuple[pl.DataFrame, datetime | None]:
     """The last days of the month before, and since when there is no span that was not asked for."""
     first = min(
-        (partition.opens(tf).start for tf in toolbox.settings.rolled(partition.market)),
+        (
+            partition.opens(tf).start
+            for tf in toolbox.settings.rollup_timeframes_of(partition.market)
+        ),
         default=partition.month.start,
     )
     earlier = neighbour(partition, -1)

@@ -140,8 +140,8 @@ def look(
 
 def _check(toolbox: Toolbox, facts: Facts) -> None:
     settings, venue = toolbox.settings, toolbox.settings.venues[facts.market.venue]
-    if facts.timeframe not in venue.fetched:
-        known = " ".join(tf.name for tf in venue.fetched)
+    if facts.timeframe not in venue.fetched_timeframes:
+        known = " ".join(tf.name for tf in venue.fetched_timeframes)
         raise BadInput(
             f"{facts.path}: {settings.source} fetches {known} of {venue.name} and no {facts.timeframe.name} bars; "
             f"add `reference: [{facts.timeframe.name}]` there, or import the {venue.base.name} bars"

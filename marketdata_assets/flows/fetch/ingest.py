@@ -86,7 +86,7 @@ def wanted_window(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) 
     now).
     """
     venue = toolbox.settings.venues[partition.market.venue]
-    if timeframe not in venue.fetched:
+    if timeframe not in venue.fetched_timeframes:
         return Window(partition.month.start, partition.month.start)
     span = toolbox.settings.span(partition.market)
     return partition.opens(timeframe) & Window(

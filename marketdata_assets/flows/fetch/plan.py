@@ -14,7 +14,7 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.settings.universe import Venue
+from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.archive import (
     FILES_A_MONTH,
     NEWEST_ONLY,
@@ -86,7 +86,7 @@ _Due = Mapping[Table, Container[tuple[str, str]]]
 
 def _task(toolbox: Toolbox, partition: Partition, due: _Due) -> Task | None:
     venue = toolbox.settings.venues[partition.market.venue]
-    lacking = {tf: _lacking(toolbox, tf, partition, due) for tf in venue.fetched}
+    lacking = {tf: _lacking(toolbox, tf, partition, due) for tf in venue.fetched_timeframes}
     bars = sum(lacking.values())
     requests = sum(math.ceil(n / page_size(venue.name)) for n in lacking.values())
     state = toolbox.ledger.state(raw(venue.base), partition)
@@ -163,7 +163,7 @@ def _lacking(toolbox: Toolbox, timeframe: Timeframe, partition: Partition, due: 
 
 
 def _rolled(toolbox: Toolbox, partition: Partition, rolled: str | None, digest: str | None) -> bool:
-    timeframes = toolbox.settings.rolled(partition.market)
+    timeframes = toolbox.settings.rollup_timeframes_of(partition.market)
     if not timeframes:
         return True
     if rolled is None or rolled != digest:

@@ -49,7 +49,8 @@ def settle(
     `now_wrong` is the whole picture, but for open incidents of whose key `goes_on` says that nobody
     looked. A channel that fails keeps its letters for the next call; the others go on.
     """
-    channels = open_channels(toolbox.settings.state / FILE, toolbox.settings.alerts)
+    urls = [url.get_secret_value() for url in toolbox.settings.alerts]
+    channels = open_channels(toolbox.settings.state / FILE, urls)
     with toolbox.ledger.lock("alerts"):
         was = toolbox.incidents.open()
         keys = {problem.key for problem in now_wrong}

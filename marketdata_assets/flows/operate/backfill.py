@@ -23,7 +23,7 @@ from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import MINUTE
 from marketdata_assets.model.window import Window, iso, month_of
-from marketdata_assets.settings.universe import Venue
+from marketdata_assets.settings.parts import Venue
 
 GRACE = timedelta(hours=1)
 MONTHS_A_RUN = 12
@@ -142,10 +142,12 @@ def _lacks(
     due = look_is_due(toolbox, now)
     rolled_lost = _rollups_lost(toolbox, found, due)
     for venue in toolbox.settings.venues.values():
-        looks = [_Look(toolbox, raw(tf), shown.get(raw(tf)), due) for tf in venue.fetched]
+        looks = [
+            _Look(toolbox, raw(tf), shown.get(raw(tf)), due) for tf in venue.fetched_timeframes
+        ]
         months = list(_closed_months(toolbox, venue, now))
         for market in venue.markets:
-            rolls = bool(toolbox.settings.rolled(market))
+            rolls = bool(toolbox.settings.rollup_timeframes_of(market))
             for month, bounds in months:
                 key = (market.key, month)
                 reasons = (
@@ -252,7 +254,7 @@ def _closed_months(
         end = min(partition.month.end, venue.until or partition.month.end)
         if end > now - GRACE or (days is not None and end < now - timedelta(days=days)):
             continue
-        windows = [wanted_window(toolbox, tf, partition) for tf in venue.fetched]
+        windows = [wanted_window(toolbox, tf, partition) for tf in venue.fetched_timeframes]
         yield partition.month_key, [(iso(w.start), iso(w.end)) if w else None for w in windows]
 
 
@@ -293,7 +295,7 @@ def _rollups_lost(toolbox: Toolbox, found: Missed, look: bool) -> set[_Key]:
 
 def _rolled(toolbox: Toolbox, market: str) -> Sequence[object]:
     known = {m.key: m for m in toolbox.settings.markets}
-    return toolbox.settings.rolled(known[market]) if market in known else ()
+    return toolbox.settings.rollup_timeframes_of(known[market]) if market in known else ()
 
 
 # --------------------------------------------------------------------------------- what may be aske

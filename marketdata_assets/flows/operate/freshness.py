@@ -11,7 +11,7 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.settings.universe import Limits
+from marketdata_assets.settings.parts import FreshnessLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Freshness:
     market: Market
     through: datetime | None
     lag: timedelta
-    limits: Limits
+    limits: FreshnessLimits
 
     @property
     def late(self) -> bool:
@@ -41,7 +41,9 @@ def freshness(toolbox: Toolbox, timeframe: Timeframe, markets: Iterable[Market])
     run.
     """
     newest = toolbox.ledger.newest(raw(timeframe))
-    fetched = [m for m in markets if timeframe in toolbox.settings.venues[m.venue].fetched]
+    fetched = [
+        m for m in markets if timeframe in toolbox.settings.venues[m.venue].fetched_timeframes
+    ]
     return [_of(toolbox, timeframe, market, newest.get(market.key)) for market in fetched]
 
 

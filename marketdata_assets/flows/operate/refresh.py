@@ -11,7 +11,7 @@ from marketdata_assets.flows.operate.backfill import GRACE
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.window import month_of
-from marketdata_assets.settings.universe import Venue
+from marketdata_assets.settings.parts import Venue
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def _lacks(toolbox: Toolbox, venue: Venue, partition: Partition) -> bool:
     """Whether a bar of any fetched timeframe has closed that was not asked for; or the object is
     gone.
     """
-    for timeframe in venue.fetched:
+    for timeframe in venue.fetched_timeframes:
         wanted = wanted_window(toolbox, timeframe, partition)
         state = toolbox.ledger.state(raw(timeframe), partition)
         if wanted and (

@@ -46,7 +46,7 @@ def plan_repair(
 def _steps(toolbox: Toolbox, partition: Partition, again: Window | None) -> Iterator[Step]:
     venue = toolbox.settings.venues[partition.market.venue]
     page = page_size(venue.name)
-    for timeframe in venue.fetched:
+    for timeframe in venue.fetched_timeframes:
         table = raw(timeframe)
         stored, why = _stored(toolbox, table, partition)
         if why:
@@ -90,7 +90,7 @@ def clean_up(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[dict[str
     """
     found = []
     for partition in partitions:
-        for timeframe in toolbox.settings.venues[partition.market.venue].fetched:
+        for timeframe in toolbox.settings.venues[partition.market.venue].fetched_timeframes:
             said = clean_stored(toolbox, timeframe, partition)
             if said:
                 found.append(
@@ -113,9 +113,15 @@ class Content:
 def contents(toolbox: Toolbox, partitions: Sequence[Partition]) -> dict[tuple[str, str], Content]:
     """By table name and partition key: what is stored of the fetched and the rolled-up tables."""
     tables = [
-        (p, raw(tf)) for p in partitions for tf in toolbox.settings.venues[p.market.venue].fetched
+        (p, raw(tf))
+        for p in partitions
+        for tf in toolbox.settings.venues[p.market.venue].fetched_timeframes
     ]
-    tables += [(p, rollup(tf)) for p in partitions for tf in toolbox.settings.rolled(p.market)]
+    tables += [
+        (p, rollup(tf))
+        for p in partitions
+        for tf in toolbox.settings.rollup_timeframes_of(p.market)
+    ]
     with toolbox.warehouse.held():
         return {
             (table.name, partition.key): _content(toolbox, table, partition)

@@ -13,7 +13,7 @@ from marketdata_assets.ledger.ledger import WAREHOUSE, Outline
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import Table, consolidated, raw, reconciled, rollup
 from marketdata_assets.model.window import iso, month_of
-from marketdata_assets.settings.universe import Cold
+from marketdata_assets.settings.parts import ColdStorage
 
 REMOVED, MOVED, KEPT = "removed", "moved", "kept"
 
@@ -101,7 +101,7 @@ def _needed(
         table.layer != "raw"
         or venue is None
         or table.timeframe != venue.base
-        or not toolbox.settings.rolled(partition.market)
+        or not toolbox.settings.rollup_timeframes_of(partition.market)
     ):
         return None
     after = neighbour(partition, +1)
@@ -125,7 +125,7 @@ def _remove(toolbox: Toolbox, table: Table, partition: Partition, dry_run: bool)
     return None
 
 
-def _to_cold(toolbox: Toolbox, table: Table, cold: Cold, dry_run: bool) -> Iterator[Retired]:
+def _to_cold(toolbox: Toolbox, table: Table, cold: ColdStorage, dry_run: bool) -> Iterator[Retired]:
     before = month_of(toolbox.settings.now() - timedelta(days=cold.after_days)).start
     classes = toolbox.lake.classes(table) if cold.storage_class else {}
     for (market, month), size in sorted(toolbox.lake.hot(table).items()):

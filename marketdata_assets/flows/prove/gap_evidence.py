@@ -88,7 +88,11 @@ class Month:
         asset = market.symbol.partition("/")[0]
         for name, venue in self.toolbox.settings.venues.items():
             alike = [other for other in venue.markets if other.symbol.partition("/")[0] == asset]
-            if name == self.venue or not alike or self.table.timeframe not in venue.fetched:
+            if (
+                name == self.venue
+                or not alike
+                or self.table.timeframe not in venue.fetched_timeframes
+            ):
                 continue
             if name not in self._elsewhere:
                 self._elsewhere[name] = Month(self.toolbox, self.table, name, self.month)
@@ -307,7 +311,7 @@ class Look:
 
     def _natives_pending(self, hole: Window) -> bool:
         """Whether a coarser bar over the hole has still to be fetched."""
-        for timeframe in self._toolbox.settings.venues[self.month.venue].fetched:
+        for timeframe in self._toolbox.settings.venues[self.month.venue].fetched_timeframes:
             if timeframe.width > self._table.timeframe.width:
                 state = self._toolbox.ledger.state(raw(timeframe), self._partition)
                 end = min(timeframe.floor(hole.end), self._partition.opens(timeframe).end)
@@ -361,7 +365,7 @@ def _natives(
     nothing lacks.
     """
     venue = toolbox.settings.venues.get(partition.market.venue)
-    for timeframe in venue.fetched if venue else ():
+    for timeframe in venue.fetched_timeframes if venue else ():
         native = (
             toolbox.lake.read(raw(timeframe), partition)
             if timeframe.width > table.timeframe.width

@@ -41,7 +41,9 @@ def explain(
     changed = set()
     for timeframe in toolbox.settings.raw_timeframes:
         venues = {
-            venue.name for venue in toolbox.settings.venues.values() if timeframe in venue.fetched
+            venue.name
+            for venue in toolbox.settings.venues.values()
+            if timeframe in venue.fetched_timeframes
         }
         months = {(p.market.venue, p.month) for p in partitions if p.market.venue in venues}
         whole = [

@@ -83,7 +83,7 @@ def _timeframes(
     settings = toolbox.settings
     if market in settings.markets:
         venue = settings.venues[market.venue]
-        return venue.base, settings.rolled(market), venue.reference
+        return venue.base, settings.rollup_timeframes_of(market), venue.reference
     base, *reference = [
         tf for tf in TIMEFRAMES.values() if raw(tf).name in toolbox.ledger.stored_span(market)
     ]

@@ -122,7 +122,7 @@ def daily_coverage(toolbox: Toolbox, table: Table) -> tuple[dict[str, list[float
     found: dict[str, list[float | None]] = {}
     for venue in settings.venues.values():
         source = raw(venue.base if table.layer == "rollup" else table.timeframe)
-        if source.timeframe not in venue.fetched:
+        if source.timeframe not in venue.fetched_timeframes:
             continue
         known = _Known(toolbox, source, need_rolled=table.layer == "rollup")
         for market in venue.markets:

@@ -115,7 +115,10 @@ def lock(
 
 def _tables(settings: Settings, market: Market) -> list[Table]:
     """All tables that hold a market's bars."""
-    return [*map(raw, settings.venues[market.venue].fetched), *map(rollup, settings.rolled(market))]
+    return [
+        *map(raw, settings.venues[market.venue].fetched_timeframes),
+        *map(rollup, settings.rollup_timeframes_of(market)),
+    ]
 
 
 def _named(
