@@ -4,7 +4,6 @@ for ever.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,9 @@ def filled(settings: Settings) -> Settings:
 
 def at_time(settings: Settings, now: str) -> Settings:
     assert settings.clock
-    return dataclasses.replace(settings, clock=dataclasses.replace(settings.clock, start=at(now)))
+    return settings.model_copy(
+        update={"clock": settings.clock.model_copy(update={"start": at(now)})}
+    )
 
 
 def look(
@@ -252,9 +253,8 @@ def test_a_venue_that_is_down_costs_no_attempt(filled: Settings, universe: Unive
 
 
 def test_months_beyond_the_lookback_are_left_alone(settings: Settings) -> None:
-    short = dataclasses.replace(
-        settings, automation=dataclasses.replace(settings.automation, lookback_days=20)
-    )
+    automation = settings.automation.model_copy(update={"lookback_days": 20})
+    short = settings.model_copy(update={"automation": automation})
     assert asked(look(short)) == ["binance:BTC-USDT|2023-12-01..binance:ETH-USDT|2023-12-01"]
 
 

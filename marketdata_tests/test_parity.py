@@ -284,7 +284,7 @@ def test_the_minute_that_binance_lacks_itself(
         now="2023-03-02",
         extra=extra,
     )
-    names = [tf.name for tf in settings.venues["binance"].fetched]
+    names = [tf.name for tf in settings.venues["binance"].fetched_timeframes]
     for name in names:
         run_ingest(settings, timeframe=name)
     for findings in audited(settings, names[1:]).values():

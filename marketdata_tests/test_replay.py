@@ -123,7 +123,7 @@ def everything_is_true(settings: Settings, exchange: Any, span: Window) -> int:
     compared = 0
     with open_context(settings) as context:
         for market in settings.markets:
-            for timeframe in (MINUTE, *settings.rolled(market)):
+            for timeframe in (MINUTE, *settings.rollup_timeframes_of(market)):
                 bars = expected(exchange, market.symbol.replace("/", ""), timeframe, span)
                 assert_bars(
                     context.bind(BarReader).read(market, timeframe, span),

@@ -27,7 +27,8 @@ from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_tests.steps import at, partitions, run_derive, run_ingest
 
 MARKET = "binance:BTC-USDT"
