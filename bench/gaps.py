@@ -125,7 +125,7 @@ def fill(context: Context, from_archive: bool) -> None:
                 rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
                 source="archive",
             )
-        for timeframe in settings.venues[market.venue].fetched:
+        for timeframe in settings.venues[market.venue].fetched_timeframes:
             for done in context.bind(Ingester).ingest(timeframe, partitions):
                 if done.error:
                     raise done.error

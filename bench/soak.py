@@ -169,8 +169,7 @@ def wait_until(settings: Settings, moment: datetime) -> None:
 
 
 def whole(settings: Settings, end: datetime) -> bool:
-    """Whether all months are there and rolled up, and the newest bar of every market reaches `end`.
-    """
+    """Whether all months are there and rolled up, and the newest bar of every market reaches `end`."""
     with open_context(settings) as context:
         for market in settings.markets:
             states = context.ledger.states(raw(settings.venues[market.venue].base), market).values()

@@ -446,8 +446,7 @@ BELIEVABLE = (
 
 @dataclass
 class Stage:
-    """A universe whose first half is stored, before an exchange that can be made to answer badly.
-    """
+    """A universe whose first half is stored, before an exchange that can be made to answer badly."""
 
     exchange: SandboxExchange
     settings: Settings

@@ -830,9 +830,9 @@ def test_the_ledger_in_both_databases(settings: Settings):
                 'UPDATE gaps SET start = ?, "end" = ? WHERE cause = ?',
                 ("2023-11-28T07:00:00Z", "2023-11-28T07:02:00Z", NO_TRADE),
             )
-        assert [late.reason for late in context.bind(Consolidator).find_outdated(look=True).values()] == [
-            "its venues' bars have changed"
-        ]
+        assert [
+            late.reason for late in context.bind(Consolidator).find_outdated(look=True).values()
+        ] == ["its venues' bars have changed"]
         assert context.ledger.consolidations.quiet(raw(M1), partition) == [
             window("2023-11-28T07:00", "2023-11-28T07:02")
         ]

@@ -445,7 +445,9 @@ def test_columns_that_a_file_does_not_give_are_no_disagreement(universe: Univers
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
     fewer = bars.with_columns(pl.lit(None, SCHEMA["quote_volume"]).alias("quote_volume"))
     with open_context(settings) as context:
-        context.bind(PartitionStore).ingest_frame(MINUTE, january, bars, rejected=empty, source="whole.csv")
+        context.bind(PartitionStore).ingest_frame(
+            MINUTE, january, bars, rejected=empty, source="whole.csv"
+        )
         done = context.bind(PartitionStore).ingest_frame(
             MINUTE, january, fewer, rejected=empty, source="fewer.csv"
         )

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from marketdata_assets.flows.prove.audit import Auditor
 
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.fetch.plan import BackfillPlanner
 from marketdata_assets.flows.operate.backfill import BacklogFinder
-from marketdata_assets.flows.prove.audit import Auditor
 from marketdata_assets.flows.prove.gaps import Explained, GapExplainer, words_of
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.ledger.ledger import Account, Entry, Gap, State

@@ -227,8 +227,7 @@ def test_a_second_ingest_asks_nothing(two: Two) -> None:
 
 
 def test_a_partition_outside_the_universe_asks_nothing(two: Two) -> None:
-    """A month before `since` or after `until`: nothing to do, nothing made up, coverage as before.
-    """
+    """A month before `since` or after `until`: nothing to do, nothing made up, coverage as before."""
     before = covered(two.settings)
     two.exchange.requests.clear()
     months = [Partition(BTC, month_of(at(text))) for text in ("2023-11-01", "2024-04-01")]
@@ -379,8 +378,7 @@ def test_one_strange_answer_replaces_nothing(universe: Universe) -> None:
 
 @pytest.mark.parametrize("back", ["2024-01-08T18:00", "1970-01-01", "2023-12-31"])
 def test_a_clock_that_goes_back_takes_nothing_away(universe: Universe, back: str) -> None:
-    """The exchange's clock lies once: what is stored and rolled up stays, and the next run goes on.
-    """
+    """The exchange's clock lies once: what is stored and rolled up stays, and the next run goes on."""
     clock = [ms("2024-01-09T06:00")]
     with exchange_at(clock) as (_, url):
         settings = universe(url, since="2024-01-07", until="2024-02-01", now="2024-01-31")

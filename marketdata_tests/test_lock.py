@@ -285,8 +285,7 @@ def test_another_packing_proves(copy: Copy, locked: LockFile, options: dict[str,
 
 
 def test_an_open_month_may_grow(copy: Copy, locked: LockFile):
-    """A bar that comes after the last locked one is no difference, one that changes before it is.
-    """
+    """A bar that comes after the last locked one is no difference, one that changes before it is."""
     settings = copy(now="2024-01-20")
     bars = truth("BTCUSDT", "1m", Window(at("2024-01-01"), at("2024-01-12")))
     with open_context(settings) as context:

@@ -302,11 +302,7 @@ def test_a_new_symbol_is_asked_for_and_a_removed_one_no_more(
     wanted = Window(at("2023-11-01"), at("2023-12-01"))
     with open_context(more) as context:  # what is stored of a removed one can be read
         eth = context.bind(BarReader).find_market("binance:ETH-USDT")
-        assert (
-            context.bind(BarReader)
-            .read(eth, M1, wanted)
-            .equals(truth("ETHUSDT", "1m", wanted))
-        )
+        assert context.bind(BarReader).read(eth, M1, wanted).equals(truth("ETHUSDT", "1m", wanted))
         assert context.bind(BarReader).read(eth, TIMEFRAMES["1d"], wanted).height == 30
         with pytest.raises(BadInput, match="is not in"):
             context.bind(BarReader).find_market("binance:XRP-USDT")

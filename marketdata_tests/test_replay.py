@@ -10,11 +10,11 @@ from typing import Any
 
 import polars as pl
 import pytest
+from marketdata_assets.flows.prove.audit import RAW_CHECKS, Auditor
 
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.derive.rollup import RollupBuilder
 from marketdata_assets.flows.fetch.ingest import Ingester
-from marketdata_assets.flows.prove.audit import RAW_CHECKS, Auditor
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.bar import SCHEMA

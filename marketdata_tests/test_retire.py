@@ -114,9 +114,7 @@ def test_what_is_gone_is_neither_missing_nor_asked_for(stored: Stored):
     ]
     assert partitions(settings) == []
     with open_context(settings) as context:
-        assert [c.expected for c in context.bind(CoverageReporter).report(settings.markets)] == [
-            0
-        ]
+        assert [c.expected for c in context.bind(CoverageReporter).report(settings.markets)] == [0]
         assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
         assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).blocks == []
         days, _ = context.bind(CoverageReporter).daily(raw(MINUTES))

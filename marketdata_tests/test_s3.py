@@ -250,8 +250,7 @@ def test_a_lake_on_each_server(store: Store):
 
 
 def test_one_of_two_writers_wins_and_the_other_is_told(store: Store):
-    """Two hosts have read the same object; and after that, neither finds one, and both create it.
-    """
+    """Two hosts have read the same object; and after that, neither finds one, and both create it."""
     store.lake().write(TABLE, JANUARY, GOOD)
     for partition in (JANUARY, FEBRUARY):
         first, second = store.lake(), store.lake()
@@ -668,8 +667,7 @@ def test_a_store_that_knows_less_serves_as_well_as_it_can(fast: Store, proxy: Pr
 def test_a_store_that_wants_the_etag_without_quotes_is_as_safe_as_any(
     fast: Store, monkeypatch: pytest.MonkeyPatch
 ):
-    """radosgw 16: another host writes after the quoted condition has been refused and looked into.
-    """
+    """radosgw 16: another host writes after the quoted condition has been refused and looked into."""
     other = fast.lake()
     other.write(TABLE, JANUARY, GOOD)
 

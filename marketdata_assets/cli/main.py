@@ -51,8 +51,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Run the command; a person's mistake or an unreachable venue is one line, never a traceback.
-    """
+    """Run the command; a person's mistake or an unreachable venue is one line, never a traceback."""
     signal.signal(
         signal.SIGTERM, _interrupt
     )  # whoever ends us politely gets the same clean-up as Ctrl-C
@@ -150,8 +149,7 @@ def bars(
     format: FileFormat = "table",
     file: Out = None,
 ) -> None:
-    """Print the stored bars of a market: as they are known now, or as they were known at a moment.
-    """
+    """Print the stored bars of a market: as they are known now, or as they were known at a moment."""
     from marketdata_assets.flows.read.bars import BarReader
 
     check_format(format, file)

@@ -192,8 +192,7 @@ def stop(*processes: subprocess.Popen[str], patience: float = 15.0) -> None:
 
 
 def answer_of(arguments: list[str], settings: Settings) -> dict[str, Any]:
-    """The one JSON object that a child prints. Raises StoreFailed with its last line when it fails.
-    """
+    """The one JSON object that a child prints. Raises StoreFailed with its last line when it fails."""
     child = start(
         arguments, dagster_environment(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

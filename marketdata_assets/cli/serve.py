@@ -109,8 +109,7 @@ class _Only:
         self._held.close()
 
     def look(self) -> None:
-        """Whether it is still held. Raises BadInput when somebody else was faster to take it again.
-        """
+        """Whether it is still held. Raises BadInput when somebody else was faster to take it again."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + 5
