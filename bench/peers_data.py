@@ -189,7 +189,7 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
     from marketdata_assets.context import open_toolbox
     from marketdata_assets.flows.derive.rollup import derive
     from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
-    from marketdata_assets.model.intervals import holes
+    from marketdata_assets.model.intervals import find_gaps
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import partitions_of
     from marketdata_assets.model.table import raw
@@ -211,7 +211,7 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
                     start=month.start, through=month.end, newest=frame["open_time"][-1], complete=True, rows=frame.height, bytes=size,
                     digest=digest, rolled=None, attempts=1, failures=0, error=None,
                 )  # fmt: skip
-                absent = holes(frame["open_time"], table.timeframe, month)
+                absent = find_gaps(frame["open_time"], table.timeframe, month)
                 gaps = [Gap(w, w.count(table.timeframe), "no_bars", 2, "synthetic") for w in absent]
                 toolbox.ledger.commit(
                     Entry(

@@ -28,7 +28,7 @@ from marketdata_assets.flows.prove.audit import audit_gaps, audit_raw
 from marketdata_assets.flows.prove.gaps import Explained, explain, reopen, words_of
 from marketdata_assets.flows.read.coverage import coverage
 from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
-from marketdata_assets.model.intervals import without
+from marketdata_assets.model.intervals import subtract_window
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
@@ -223,7 +223,7 @@ def test_parts_are_the_hole_and_nothing_else(data: st.DataObject) -> None:
         pending=data.draw(st.sampled_from([False, False, True])),
         silences=tuple(
             Silence(w, (NEVER,) * data.draw(st.integers(0, 2)))
-            for w in without(hole, [some(), some()])
+            for w in subtract_window(hole, [some(), some()])
         ),
         natives=tuple(
             Native(tf, tf.floor(some().start), Decimal(data.draw(st.integers(0, 1))), Decimal(1), 1)

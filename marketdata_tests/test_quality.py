@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
-from itertools import pairwise
 from typing import Any
 
 import pandera.errors
@@ -17,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marketdata_assets.model.bar import COLUMNS, NAMES, SCHEMA, empty_bars
-from marketdata_assets.model.intervals import holes, merged, runs, without
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, to_ms
 from marketdata_assets.quality.agreement import agree
@@ -446,81 +444,6 @@ def test_two_bars_that_lack_the_same_values_are_one_bar():
     bars = frame([row(START, quote_volume=None, trades=None)] * 2)
     agreement = agree(bars.select(pl.Series("answer", [0, 1], pl.Int64), pl.all()))
     assert (agreement.bars.height, agreement.identical, agreement.open.height) == (1, 1, 0)
-
-
-# --------------------------------------------------------------------------------- gaps, as sets of
-GRIDS = st.sampled_from([TIMEFRAMES[name] for name in ("1m", "1h", "1w")])
-PLACES = st.sets(st.integers(-12, 40), max_size=30)
-
-
-def window_of(tf: Timeframe, first: int, last: int) -> Window:
-    """The window of the places `first` to `last`, exclusive."""
-    return Window(tf.origin + first * tf.width, tf.origin + last * tf.width)
-
-
-def places(windows: Iterable[Window], tf: Timeframe) -> list[int]:
-    """Every place of the windows, in order, as often as it is there."""
-    return [
-        i
-        for w in windows
-        for i in range((w.start - tf.origin) // tf.width, (w.end - tf.origin) // tf.width)
-    ]
-
-
-def blocks(found: set[int]) -> list[tuple[int, int]]:
-    """A set of places as the fewest half-open ranges."""
-    first = sorted(i for i in found if i - 1 not in found)
-    last = sorted(i + 1 for i in found if i + 1 not in found)
-    return list(zip(first, last, strict=True))
-
-
-SPANS = st.tuples(st.integers(-15, 45), st.integers(-2, 30)).map(
-    lambda span: (span[0], span[0] + span[1])
-)
-
-
-@given(GRIDS, PLACES, SPANS, st.floats(0, 0.99), st.floats(0, 0.99))
-def test_holes_are_what_no_bar_fills(
-    tf: Timeframe, there: set[int], span: tuple[int, int], before: float, after: float
-):
-    """The window's ends need not lie on the grid: a bar counts when it opens inside."""
-    whole = window_of(tf, *span)
-    window = Window(whole.start - before * tf.width, whole.end - after * tf.width)
-    opens = pl.Series([tf.origin + i * tf.width for i in sorted(there)], dtype=SCHEMA["open_time"])
-    found = holes(opens, tf, window)
-    assert found == [window_of(tf, *block) for block in blocks(set(range(*span)) - there)]
-
-
-@given(GRIDS, SPANS, st.lists(SPANS, max_size=8))
-def test_what_is_cut_out_is_gone_and_the_rest_is_there_once(
-    tf: Timeframe, span: tuple[int, int], cuts: list[tuple[int, int]]
-):
-    rest = without(window_of(tf, *span), [window_of(tf, *cut) for cut in cuts])
-    assert places(rest, tf) == sorted(set(range(*span)) - {i for cut in cuts for i in range(*cut)})
-    assert all(rest)
-
-
-@given(
-    GRIDS, st.lists(SPANS.filter(lambda span: span[0] < span[1]), max_size=10), st.integers(1, 40)
-)
-def test_merged_windows_cover_the_same_and_stay_within_reach(
-    tf: Timeframe, spans: list[tuple[int, int]], reach: int
-):
-    windows = [window_of(tf, *span) for span in spans]
-    joined = merged(windows, reach, tf)
-    assert all(any(j.start <= w.start and w.end <= j.end for j in joined) for w in windows)
-    assert all(j in windows or len(places([j], tf)) <= reach for j in joined)
-    assert {j.start for j in joined} <= {w.start for w in windows}
-    assert {j.end for j in joined} <= {w.end for w in windows}
-    assert joined == sorted(joined)
-    assert all(len(places([Window(a.start, b.end)], tf)) > reach for a, b in pairwise(joined))
-
-
-@given(GRIDS, st.lists(st.integers(-12, 40), max_size=30))
-def test_runs_hold_just_those_open_times(tf: Timeframe, there: list[int]):
-    assert runs([tf.origin + i * tf.width for i in there], tf) == [
-        window_of(tf, *block) for block in blocks(set(there))
-    ]
 
 
 # --------------------------------------------------------------------------------- the contract of

@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from marketdata_assets.model.bar import number_text
-from marketdata_assets.model.intervals import without
+from marketdata_assets.model.intervals import subtract_window
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso
 from marketdata_assets.quality.halts import Halt
@@ -161,7 +161,9 @@ def classify(facts: Facts) -> list[Part]:
     ):
         judged = [part for window in rest for part in judge(facts, window)]
         rest = [
-            left for window in rest for left in without(window, [part.window for part in judged])
+            left
+            for window in rest
+            for left in subtract_window(window, [part.window for part in judged])
         ]
         found += judged
     return _joined(sorted([*found, *(Part(window, "", False, _unknown(facts)) for window in rest)]))
@@ -190,7 +192,7 @@ def _by_native(window: Window, natives: Iterable[Native], cause: str, final: boo
     for native in sorted(
         natives, key=lambda n: n.timeframe.width
     ):  # the finest tells most closely where
-        for rest in without(window & native.window, [part.window for part in found]):
+        for rest in subtract_window(window & native.window, [part.window for part in found]):
             found.append(Part(rest, cause, final, str(native)))
     return found
 

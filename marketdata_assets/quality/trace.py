@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from marketdata_assets.model.bar import APART, PRICES, number_text
-from marketdata_assets.model.intervals import holes, runs
+from marketdata_assets.model.intervals import find_gaps, group_consecutive
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso
 from marketdata_assets.quality.parity import DIFFERS, ONLY_NATIVE, ONLY_OURS, UNEQUAL, VALUES
@@ -72,7 +72,7 @@ class _Bucket:
         opens = evidence.bars["open_time"]
         first, last = opens.search_sorted(self.window.start), opens.search_sorted(self.window.end)
         self.frame = evidence.bars.slice(first, last - first)
-        self.missing = holes(self.frame["open_time"], self.base, self.window)
+        self.missing = find_gaps(self.frame["open_time"], self.base, self.window)
 
     def cause(self) -> Cause:
         if self.row["outcome"] == ONLY_NATIVE:
@@ -82,7 +82,7 @@ class _Bucket:
             )
         if self.row["outcome"] == ONLY_OURS:
             why = _reasons([self.window], self.evidence.native_absent) or "nothing says why"
-            there = runs(self.frame["open_time"].to_list(), self.base)
+            there = group_consecutive(self.frame["open_time"].to_list(), self.base)
             return Cause(
                 f"the venue has no {self.timeframe.name} bar of its own here: {why}", tuple(there)
             )
@@ -281,7 +281,9 @@ class _Bucket:
         moments = [was["open_time"] for was in exact[:1] or (was for was, _ in changed)]
         which = _some([iso(moment) for moment in dict.fromkeys(moments)], "bars")
         still = ": the venue's own bar still counts what it said before" if exact else ""
-        return Cause(f"corrected since: {which}{still}", tuple(runs(moments, self.base)))
+        return Cause(
+            f"corrected since: {which}{still}", tuple(group_consecutive(moments, self.base))
+        )
 
     # --------------------------------------------------------------------------------- what all of
     def _apart(self, names: Iterable[str]) -> dict[str, Any]:
@@ -291,7 +293,7 @@ class _Bucket:
         }
 
     def _windows(self, bars: Sequence[Bar]) -> tuple[Window, ...]:
-        return tuple(runs([bar["open_time"] for bar in bars], self.base))
+        return tuple(group_consecutive([bar["open_time"] for bar in bars], self.base))
 
     def _why(self, missing: Sequence[Window], seen: str = "") -> str:
         """Which base bars are missing, and what the ledger says of them."""

@@ -22,7 +22,13 @@ from marketdata_assets.errors import BadInput, MarketDataError, VenueRefused
 from marketdata_assets.ledger.gaps import REOPENED
 from marketdata_assets.ledger.ledger import PROMPT_ASKS, Account, Gap, LoggedFetch, logged
 from marketdata_assets.model.bar import NAMES, empty_bars
-from marketdata_assets.model.intervals import holes, left_of, merged, runs, without
+from marketdata_assets.model.intervals import (
+    find_gaps,
+    group_consecutive,
+    pack_windows,
+    subtract_window,
+    subtract_windows,
+)
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import EPOCH, MINUTE, Timeframe
 from marketdata_assets.model.window import Window, iso
@@ -119,7 +125,7 @@ def still_lacking(gaps: Iterable[Gap], opens: pl.Series, timeframe: Timeframe) -
         else:
             left += [
                 gap._replace(window=w, bars=w.count(timeframe))
-                for w in holes(opens, timeframe, gap.window)
+                for w in find_gaps(opens, timeframe, gap.window)
             ]
     return left
 
@@ -128,8 +134,8 @@ def _lacking(
     opens: pl.Series, timeframe: Timeframe, window: Window, gaps: Iterable[Gap], now: datetime
 ) -> list[Window]:
     """The windows of which no bar is among `opens` and for which no gap waits. `now`: our clock."""
-    return left_of(
-        holes(opens, timeframe, window), [gap.window for gap in gaps if not gap.due(now)]
+    return subtract_windows(
+        find_gaps(opens, timeframe, window), [gap.window for gap in gaps if not gap.due(now)]
     )
 
 
@@ -202,7 +208,7 @@ class _Inquiry:
         size = max(1, self.toolbox.source(self.market).page_size - 2)
         back = (WITNESSES - 1) * self.timeframe.width
         wide = (Window(w.start - back, w.end + back) & self.asked for w in lacking)
-        near = merged(wide, size, self.timeframe)
+        near = pack_windows(wide, self.timeframe, max_bars=size)
         return [
             self._fenced(page) for window in near for page in window.pages(self.timeframe, size)
         ]
@@ -304,7 +310,7 @@ class _Inquiry:
 
     def _insisted(self) -> list[Window]:
         """Bars that the venue delivered broken, the same way, in two answers."""
-        return runs(
+        return group_consecutive(
             self._refused().filter(pl.col("votes") > 1)["open_time"].drop_nulls().to_list(),
             self.timeframe,
         )
@@ -323,7 +329,9 @@ class _Inquiry:
         doubtful = [
             self._fenced(rest)
             for hole in self._holes(agreement)
-            for rest in without(hole, [*insisted, *runs(disputed, self.timeframe), unserved])
+            for rest in subtract_window(
+                hole, [*insisted, *group_consecutive(disputed, self.timeframe), unserved]
+            )
             if self._explained(rest) < 2
         ]
         again = [w for w in self._sized(doubtful) if self.asks[w] < ASKS_MISSING]
@@ -336,7 +344,7 @@ class _Inquiry:
     def _sized(self, windows: list[Window]) -> list[Window]:
         """Windows joined into as few requests as the venue allows."""
         source = self.toolbox.source(self.market)
-        joined = merged(windows, source.page_size, self.timeframe)
+        joined = pack_windows(windows, self.timeframe, max_bars=source.page_size)
         if source.skips_gaps:
             return joined
         return [
@@ -371,7 +379,9 @@ class _Inquiry:
         something else.
         """
         in_a_row = [
-            w for w in runs(denied.to_list(), self.timeframe) if w.count(self.timeframe) > 1
+            w
+            for w in group_consecutive(denied.to_list(), self.timeframe)
+            if w.count(self.timeframe) > 1
         ]
         told = (
             self.stored["open_time"]
@@ -398,10 +408,10 @@ class _Inquiry:
             self._refused()["open_time"].drop_nulls().to_list()
             + agreement.open["open_time"].to_list()
         )
-        quarantined = runs(broken, self.timeframe)
+        quarantined = group_consecutive(broken, self.timeframe)
         for hole in self._holes(agreement):
-            rest = without(hole, quarantined)
-            gaps += [self._again(w, "quarantined") for w in without(hole, rest)]
+            rest = subtract_window(hole, quarantined)
+            gaps += [self._again(w, "quarantined") for w in subtract_window(hole, rest)]
             gaps += [self._unexplained(w) for w in rest]
         return sorted(gaps)
 

@@ -17,7 +17,12 @@ from marketdata_assets.errors import Damaged, MarketDataError, Unreachable
 from marketdata_assets.flows.fetch.collect import Collected, collect, still_lacking
 from marketdata_assets.ledger.ledger import Account, Entry, Gap, State, logged
 from marketdata_assets.model.bar import HISTORY_COLUMNS, NAMES, TIME, TOLD_SCHEMA
-from marketdata_assets.model.intervals import holes, left_of, runs, without
+from marketdata_assets.model.intervals import (
+    find_gaps,
+    group_consecutive,
+    subtract_window,
+    subtract_windows,
+)
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, history, raw
 from marketdata_assets.model.timeframe import Timeframe
@@ -169,15 +174,17 @@ def _told(
     known = still_lacking(prepared.gaps, opens, timeframe)
     moments = kept["open_time"].sort()
     inside = Window(moments[0], moments[-1]) & prepared.wanted if kept.height else None
-    told = left_of(holes(opens, timeframe, inside) if inside else [], [gap.window for gap in known])
-    broken = runs(
+    told = subtract_windows(
+        find_gaps(opens, timeframe, inside) if inside else [], [gap.window for gap in known]
+    )
+    broken = group_consecutive(
         rejected["open_time"].drop_nulls().dt.truncate(timeframe.every).to_list(), timeframe
     )
     gaps = known + [
         gap for window in told for gap in _gaps_told(window, broken, timeframe, sources, final)
     ]
-    lacking = left_of(
-        holes(opens, timeframe, prepared.wanted), [gap.window for gap in gaps if gap.settled]
+    lacking = subtract_windows(
+        find_gaps(opens, timeframe, prepared.wanted), [gap.window for gap in gaps if gap.settled]
     )
     got = Collected(
         bars=bars,
@@ -207,12 +214,12 @@ def _gaps_told(
     teller = (
         sources[0] if len(sources) == 1 else f"{sources[0]} .. {sources[-1]} ({len(sources)} files)"
     )
-    absent = without(window, broken)
+    absent = subtract_window(window, broken)
     says = f"{teller} holds both neighbours and nothing between"
     return [
         *(
             Gap(w, w.count(timeframe), "quarantined", 1, f"{teller} holds it, and it was refused")
-            for w in without(window, absent)
+            for w in subtract_window(window, absent)
         ),
         *(
             Gap(

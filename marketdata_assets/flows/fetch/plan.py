@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.fetch.ingest import wanted_window
 from marketdata_assets.model.bar import empty_bars
-from marketdata_assets.model.intervals import holes, left_of
+from marketdata_assets.model.intervals import find_gaps, subtract_windows
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
@@ -159,7 +159,10 @@ def _lacking(toolbox: Toolbox, timeframe: Timeframe, partition: Partition, due: 
     opens = (empty_bars() if stored is None else stored)["open_time"]
     now = toolbox.settings.now()
     waiting = [gap.window for gap in toolbox.ledger.gaps(table, partition) if not gap.due(now)]
-    return sum(rest.count(timeframe) for rest in left_of(holes(opens, timeframe, wanted), waiting))
+    return sum(
+        rest.count(timeframe)
+        for rest in subtract_windows(find_gaps(opens, timeframe, wanted), waiting)
+    )
 
 
 def _rolled(toolbox: Toolbox, partition: Partition, rolled: str | None, digest: str | None) -> bool:

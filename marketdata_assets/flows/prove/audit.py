@@ -21,7 +21,7 @@ from marketdata_assets.flows.prove.parity import compare
 from marketdata_assets.ledger.ledger import Account, Gap
 from marketdata_assets.model.anomaly import State
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA, number_text
-from marketdata_assets.model.intervals import holes, left_of
+from marketdata_assets.model.intervals import find_gaps, subtract_windows
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
@@ -178,7 +178,7 @@ def _unexplained(done: Ingested) -> list[Window]:
     window = Window(
         max(done.wanted.start, first) if done.complete else done.wanted.start, done.wanted.end
     )
-    found = left_of(holes(done.bars["open_time"], done.timeframe, window), explained)
+    found = subtract_windows(find_gaps(done.bars["open_time"], done.timeframe, window), explained)
     return found if done.bars.height or not done.complete else []
 
 

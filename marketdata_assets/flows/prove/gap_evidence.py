@@ -17,7 +17,7 @@ from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.ledger.ledger import Gap, State
 from marketdata_assets.model.bar import empty_bars, number_text
-from marketdata_assets.model.intervals import without
+from marketdata_assets.model.intervals import subtract_window
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw
@@ -125,7 +125,9 @@ class _Known:
     def set_aside(self, halts: Sequence[Window]) -> None:
         """Leave these out of its habits."""
         self._usual = [
-            rest for told in self._usual for rest in (without(told, halts) if halts else [told])
+            rest
+            for told in self._usual
+            for rest in (subtract_window(told, halts) if halts else [told])
         ]
         self._usual_starts = [w.start for w in self._usual]
         self._sums = list(accumulate((w.count(self._timeframe) for w in self._usual), initial=0))

@@ -19,7 +19,7 @@ from marketdata_assets.context import Tell, Toolbox, tell_nobody
 from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.read.as_of import partition_as_of
 from marketdata_assets.flows.read.bars import in_warehouse
-from marketdata_assets.model.intervals import holes
+from marketdata_assets.model.intervals import find_gaps
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, raw, rollup
@@ -357,7 +357,7 @@ def _words(table: Table, bars: pl.DataFrame, pinned: Pinned | None) -> Iterator[
         yield "the locked bars are unchanged, the others lie before or after them"
     span = Window(pinned.first, pinned.last + table.timeframe.width)
     if pinned.rows == span.count(table.timeframe) and inside.height < pinned.rows:
-        yield f"the first bar that lacks opened {iso(holes(inside['open_time'], table.timeframe, span)[0].start)}"
+        yield f"the first bar that lacks opened {iso(find_gaps(inside['open_time'], table.timeframe, span)[0].start)}"
 
 
 def _late(
