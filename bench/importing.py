@@ -30,7 +30,7 @@ from marketdata_assets.flows.fetch.imports import import_files, look
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import parse_time
 from marketdata_assets.settings.universe import load_settings
-from marketdata_assets.sources.archive import Told
+from marketdata_assets.sources.archive.options import ImportOptions
 
 FIRST, DAY_MS = parse_time("2022-01-01"), 86_400_000
 UNIVERSE = """venues: {{binance: {{symbols: [BTC/USDT], since: 2022-01-01, base_url: http://127.0.0.1:1}}}}
@@ -92,7 +92,7 @@ def imported(place: Path, files: list[Path], fresh: bool) -> int:
     settings = load_settings(
         {"MARKETDATA_UNIVERSE": str(place / "universe.yaml"), "MARKETDATA_NOW": "2030-01-01"}
     )
-    told = Told(settings.markets[0], TIMEFRAMES["1m"])
+    told = ImportOptions(settings.markets[0], TIMEFRAMES["1m"])
     with open_toolbox(settings) as toolbox:
         done = import_files(toolbox, look(toolbox, files, told), told)
     assert all(tally.balanced for tally in done.files)

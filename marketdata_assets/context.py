@@ -20,7 +20,7 @@ from marketdata_assets.ledger.receipts import Receipts
 from marketdata_assets.model.market import Market
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.base import Source
-from marketdata_assets.sources.guards import Guarded, Policy
+from marketdata_assets.sources.guards import GuardedSource, RetryPolicy
 from marketdata_assets.storage.parquet import Lake
 from marketdata_assets.storage.warehouse import Connect, Warehouse
 
@@ -77,7 +77,7 @@ class Toolbox:
     gaps: Gaps
     lake: Lake
     warehouse: Warehouse
-    policy: Policy
+    policy: RetryPolicy
     tell: Tell = tell_nobody
     _sources: dict[str, Source] = field(default_factory=dict)
     _turns: dict[str, asyncio.Semaphore] = field(default_factory=dict)
@@ -123,14 +123,20 @@ class Toolbox:
         from marketdata_assets.sources.ccxt_rest import CcxtSource
 
         venue = self.settings.venues[name]
-        return Guarded(CcxtSource(venue), name, self.ledger, venue.requests_per_minute, self.policy)
+        return GuardedSource(
+            CcxtSource(venue),
+            name,
+            self.ledger,
+            requests_per_minute=venue.requests_per_minute,
+            policy=self.policy,
+        )
 
 
 @contextmanager
 def open_toolbox(
     settings: Settings,
     connect: Connect | None = None,
-    policy: Policy | None = None,
+    policy: RetryPolicy | None = None,
     tell: Tell = tell_nobody,
 ) -> Iterator[Toolbox]:
     """All tools for these settings. `connect` opens the DuckDB file (Dagster brings its own
@@ -148,7 +154,7 @@ def open_toolbox(
         Gaps(ledger),
         Lake(settings.lake, settings.cold.lake if settings.cold else None),
         warehouse,
-        policy or Policy(),
+        policy or RetryPolicy(),
         tell,
     )
     try:

@@ -28,7 +28,7 @@ from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Venue
 from marketdata_assets.sources import ccxt_rest
-from marketdata_assets.sources.base import Fetched
+from marketdata_assets.sources.base import BarsPage
 from marketdata_assets.sources.ccxt_rest import CcxtSource
 from marketdata_assets.sources.sandbox.bars import klines, truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running
@@ -62,10 +62,10 @@ def fetch(
     timeframe: Timeframe = MINUTE,
     deadline: float = 15.0,
     times: int = 1,
-) -> Fetched:
+) -> BarsPage:
     """One page by a source of its own."""
 
-    async def visit() -> Fetched:
+    async def visit() -> BarsPage:
         source = CcxtSource(wanted, deadline)
         try:
             for _ in range(times):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from marketdata_assets.cli.backfill import Span
     from marketdata_assets.flows.fetch.imports import Imported
     from marketdata_assets.flows.fetch.plan import Task
-    from marketdata_assets.sources.archive import Told
+    from marketdata_assets.sources.archive.options import ImportOptions
 
 SHOWN = 20
 _PER_FILE = [
@@ -77,13 +77,14 @@ def import_(
     """Take bars out of Binance's archives, Kraken's OHLCVT files or plain CSV. Asks no venue; doing it
     again changes nothing.
     """
-    from marketdata_assets.sources.archive import ISO, UNITS, Told, parse_columns
+    from marketdata_assets.sources.archive.options import ImportOptions, parse_columns
+    from marketdata_assets.sources.archive.times import ISO, UNITS
 
     one_of(format, "table", "json")
     if unit not in (None, ISO, *UNITS):
         raise BadInput(f"--unit {unit} is not one of {', '.join((*UNITS, ISO))}")
     settings = load_settings()
-    told = Told(
+    told = ImportOptions(
         settings.market(market) if market else None,
         timeframe(timeframe_) if timeframe_ else None,
         parse_columns(columns) if columns else None,
@@ -96,7 +97,7 @@ def import_(
 
 
 def _import(
-    settings: Settings, files: Sequence[Path], told: Told, dry_run: bool
+    settings: Settings, files: Sequence[Path], told: ImportOptions, dry_run: bool
 ) -> tuple[Imported, list[Span]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

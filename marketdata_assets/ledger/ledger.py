@@ -726,6 +726,6 @@ def _teller(entry: Entry, answer: int) -> str:
 def logged(requests: Sequence[Any], window: Window) -> list[LoggedFetch]:
     """Requests (as `sources.base.Request`) about one window, as rows of the fetch log."""
     return [
-        LoggedFetch(window, r.asked_at, r.seconds, r.outcome, r.status, r.rows, r.error)
+        LoggedFetch(window, r.sent_at, r.seconds, r.outcome, r.status, r.rows, r.error)
         for r in requests
     ]

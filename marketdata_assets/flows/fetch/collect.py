@@ -35,7 +35,7 @@ from marketdata_assets.model.window import Window, iso
 from marketdata_assets.quality.agreement import Agreement, agree, filled
 from marketdata_assets.quality.gap_causes import ask_again_at
 from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
-from marketdata_assets.sources.base import Fetched, Request
+from marketdata_assets.sources.base import BarsPage, Request
 
 ROUNDS = 7
 ASKS_DISPUTED = 4
@@ -109,9 +109,9 @@ async def _ended(toolbox: Toolbox, market: Market) -> bool:
     says nothing.
     """
     try:
-        return bool(toolbox.ledger.stored_span(market)) and not await toolbox.source(market).lists(
+        return bool(toolbox.ledger.stored_span(market)) and not await toolbox.source(
             market
-        )
+        ).is_listed(market)
     except MarketDataError:
         return False
 
@@ -167,7 +167,7 @@ class _Inquiry:
     stored: pl.DataFrame
     known: list[Gap]
     now: datetime
-    answers: list[Fetched] = field(default_factory=list)
+    answers: list[BarsPage] = field(default_factory=list)
     kept: list[pl.DataFrame] = field(default_factory=list)
     rejected: list[pl.DataFrame] = field(default_factory=list)
     reach: list[tuple[datetime, datetime]] = field(default_factory=list)
@@ -220,10 +220,10 @@ class _Inquiry:
         if self.toolbox.source(self.market).skips_gaps or len(pages) < 3:
             return pages
         await self._ask(pages[:1])
-        if self.answers[0].later is None:
+        if self.answers[0].first_available is None:
             return pages[1:]
         await self._ask(pages[:1])
-        self.unserved = min(answer.later or self.asked.start for answer in self.answers)
+        self.unserved = min(answer.first_available or self.asked.start for answer in self.answers)
         return [page for page in pages if page.end > self.unserved] or pages[-1:]
 
     def _fenced(self, window: Window) -> Window:
@@ -237,7 +237,7 @@ class _Inquiry:
         self.asks.update(queue)
         turns, source = self.toolbox.turns(self.market), self.toolbox.source(self.market)
 
-        async def one(window: Window) -> Fetched:
+        async def one(window: Window) -> BarsPage:
             async with turns:
                 fetched = await source.fetch(self.market, self.timeframe, window)
             self.toolbox.tell({"bars": fetched.rows.height, "requests": len(fetched.requests)})
@@ -251,13 +251,13 @@ class _Inquiry:
             raise
         self._judge(fetched)
 
-    def _judge(self, fetched: Sequence[Fetched]) -> None:
+    def _judge(self, fetched: Sequence[BarsPage]) -> None:
         """Split the rows of new answers; the witnesses beyond the span are looked at, and not
         counted.
         """
         first = len(self.answers)
         self.answers.extend(fetched)
-        frames = [asked_columns(f.rows, first + i, f.asked) for i, f in enumerate(fetched)]
+        frames = [asked_columns(f.rows, first + i, f.requested) for i, f in enumerate(fetched)]
         columns = self.toolbox.source(self.market).columns
         kept, rejected = split(pl.concat(frames), self.timeframe, self.now, columns)
         spans = kept.group_by("answer").agg(
@@ -457,9 +457,9 @@ class _Inquiry:
         """A gap as it stands now: what was known of it before is counted in, and it is asked again at
         a growing distance.
         """
-        about = [f for f in self.answers if f.asked & window]
+        about = [f for f in self.answers if f.requested & window]
         evidence = "; ".join(
-            f"asked {f.asked} at {_moment(f)}, {f.rows.height} rows" for f in about[-2:]
+            f"asked {f.requested} at {_moment(f)}, {f.rows.height} rows" for f in about[-2:]
         )
         before = [gap for gap in self.known if gap.window & window]
         answers += max((gap.answers for gap in before), default=0)
@@ -489,20 +489,20 @@ class _Inquiry:
         fetches: list[LoggedFetch] = []
         answers = []
         for fetched in self.answers:
-            fetches += logged(fetched.requests, fetched.asked)
+            fetches += logged(fetched.requests, fetched.requested)
             answers.append(len(fetches) - 1)
         return tuple(fetches), tuple(answers)
 
 
-def _moment(fetched: Fetched) -> str:
+def _moment(fetched: BarsPage) -> str:
     return (
-        iso(datetime.fromtimestamp(int(fetched.requests[-1].asked_at), UTC))
+        iso(datetime.fromtimestamp(int(fetched.requests[-1].sent_at), UTC))
         if fetched.requests
         else "?"
     )
 
 
-async def _end(tasks: Sequence[asyncio.Task[Fetched]]) -> list[Request]:
+async def _end(tasks: Sequence[asyncio.Task[BarsPage]]) -> list[Request]:
     """Cancel what still runs; all requests of all that have ended, for the fetch log."""
     for task in tasks:
         task.cancel()
@@ -510,6 +510,6 @@ async def _end(tasks: Sequence[asyncio.Task[Fetched]]) -> list[Request]:
     return [
         request
         for end in ended
-        if isinstance(end, Fetched | MarketDataError)
+        if isinstance(end, BarsPage | MarketDataError)
         for request in end.requests
     ]

@@ -25,7 +25,8 @@ from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso, month_of, to_ms
 from marketdata_assets.quality.agreement import beside, unanimous
 from marketdata_assets.quality.split import asked_columns, reject, split
-from marketdata_assets.sources.archive import KRAKEN, Facts, Told, files_of, read_file
+from marketdata_assets.sources.archive.options import ImportOptions
+from marketdata_assets.sources.archive.reading import ArchiveFile, find_files, read_file
 
 DIFFERENCES = 1000
 """How many values that differ are written down one by one; quarantine has all rows."""
@@ -40,7 +41,7 @@ class Tally:
     file's own span that it does not hold.
     """
 
-    facts: Facts
+    facts: ArchiveFile
     stored: int = 0
     identical: int = 0
     refused: int = 0
@@ -74,7 +75,7 @@ class Tally:
             "rows": facts.rows,
         }
         about = {
-            "lacking": facts.lacking,
+            "lacking": facts.missing_bars,
             "format": facts.format,
             "unit": facts.unit,
             "sha256": facts.sha256,
@@ -120,25 +121,25 @@ _COUNTS = ("rows", "stored", "identical", "refused", "disagree", "conflict", "un
 
 
 def look(
-    toolbox: Toolbox, paths: Iterable[Path], told: Told, tell: Tell = tell_nobody
-) -> list[Facts]:
+    toolbox: Toolbox, paths: Iterable[Path], told: ImportOptions, tell: Tell = tell_nobody
+) -> list[ArchiveFile]:
     """What the files are; nothing is stored unless all of them can be believed. Raises BadInput."""
     found = []
-    for path in files_of(paths):
+    for path in find_files(paths):
         facts, _ = read_file(path, told, toolbox.settings.markets)
         _check(toolbox, facts)
         found.append(facts)
         tell({"file": path.name, "rows": facts.rows})
-    if all(not (f.held & _wanted(toolbox, f.market, f.timeframe)) for f in found):
+    if all(not (f.rows_window & _wanted(toolbox, f.market, f.timeframe)) for f in found):
         first = found[0]
         raise BadInput(
-            f"{first.path}: it holds {first.held}, and {toolbox.settings.source} wants {first.market.key} "
+            f"{first.path}: it holds {first.rows_window}, and {toolbox.settings.source} wants {first.market.key} "
             f"in {_wanted(toolbox, first.market, first.timeframe)}; change since or until there"
         )
     return found
 
 
-def _check(toolbox: Toolbox, facts: Facts) -> None:
+def _check(toolbox: Toolbox, facts: ArchiveFile) -> None:
     settings, venue = toolbox.settings, toolbox.settings.venues[facts.market.venue]
     if facts.timeframe not in venue.fetched:
         known = " ".join(tf.name for tf in venue.fetched)
@@ -146,8 +147,8 @@ def _check(toolbox: Toolbox, facts: Facts) -> None:
             f"{facts.path}: {settings.source} fetches {known} of {venue.name} and no {facts.timeframe.name} bars; "
             f"add `reference: [{facts.timeframe.name}]` there, or import the {venue.base.name} bars"
         )
-    if facts.held.end - facts.timeframe.width > settings.now():
-        last = facts.held.end - facts.timeframe.width
+    if facts.rows_window.end - facts.timeframe.width > settings.now():
+        last = facts.rows_window.end - facts.timeframe.width
         raise BadInput(
             f"{facts.path}: its bars go until {iso(last)}, and it is now {iso(settings.now())}; is open_time in another unit?"
         )
@@ -167,8 +168,8 @@ def _wanted(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Window:
 
 def import_files(
     toolbox: Toolbox,
-    files: Sequence[Facts],
-    told: Told,
+    files: Sequence[ArchiveFile],
+    told: ImportOptions,
     dry_run: bool = False,
     tell: Tell = tell_nobody,
 ) -> Imported:
@@ -207,20 +208,23 @@ def _by_month(
     market: Market,
     timeframe: Timeframe,
     tallies: Sequence[Tally],
-    told: Told,
+    told: ImportOptions,
     tell: Tell,
 ) -> Iterator[tuple[Partition, list[_Rows]]]:
     """The wanted rows of files of one market, by partition; a file is held in memory only while its
     months are under way.
     """
     wanted, open_files = _wanted(toolbox, market, timeframe), list[_Rows]()
-    waiting = sorted(tallies, key=lambda t: t.facts.held)
-    whole = Window(waiting[0].facts.held.start, max(t.facts.held.end for t in waiting)) & wanted
+    waiting = sorted(tallies, key=lambda t: t.facts.rows_window)
+    whole = (
+        Window(waiting[0].facts.rows_window.start, max(t.facts.rows_window.end for t in waiting))
+        & wanted
+    )
     for partition in partitions_of(
         market, Window(whole.start, whole.end + timeframe.width) if whole else whole
     ):
         opens = partition.opens(timeframe) & wanted
-        while waiting and waiting[0].facts.held.start < opens.end:
+        while waiting and waiting[0].facts.rows_window.start < opens.end:
             tally = waiting.pop(0)
             rows = _read(toolbox, tally.facts, told)
             inside = rows.filter(_between(wanted))
@@ -231,7 +235,7 @@ def _by_month(
         if found := [(tally, rows) for tally, rows in found if rows.height]:
             yield partition, found
         open_files = [
-            (tally, rows) for tally, rows in open_files if tally.facts.held.end > opens.end
+            (tally, rows) for tally, rows in open_files if tally.facts.rows_window.end > opens.end
         ]
     for tally in waiting:
         tally.unwanted = tally.facts.rows
@@ -241,11 +245,11 @@ def _between(window: Window) -> pl.Expr:
     return pl.col("open_time").is_between(to_ms(window.start), to_ms(window.end), closed="left")
 
 
-def _read(toolbox: Toolbox, facts: Facts, told: Told) -> pl.DataFrame:
-    again, fetched = read_file(facts.path, told, toolbox.settings.markets)
+def _read(toolbox: Toolbox, facts: ArchiveFile, told: ImportOptions) -> pl.DataFrame:
+    again, rows = read_file(facts.path, told, toolbox.settings.markets)
     if again != facts:
         raise BadInput(f"{facts.path}: it was changed while it was imported; import it again")
-    return fetched.rows
+    return rows
 
 
 def _touching(rows: Sequence[_Rows]) -> Iterator[list[_Rows]]:
@@ -290,7 +294,7 @@ def _take(
             told.bars.select("answer", *NAMES), empty_bars() if stored is None else stored
         )
     else:
-        final = all(tally.facts.format == KRAKEN.name for tally, _ in together)
+        final = all(tally.facts.is_final for tally, _ in together)
         taken = take_in(toolbox, timeframe, partition, told.bars, refused, sources, final).beside
         assert taken is not None
         found = taken

@@ -10,21 +10,17 @@ from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.fetch.ingest import wanted_window
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.intervals import find_gaps, subtract_windows
+from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Venue
-from marketdata_assets.sources.archive import (
-    FILES_A_MONTH,
-    NEWEST_ONLY,
-    ONLY_IN_FILES,
-    monthly_archive,
-)
+from marketdata_assets.sources.archive.names import month_file_url
+from marketdata_assets.venues.registry import facts_of
 
-PAGE = {"binance": 998, "binanceus": 998}
-PER_MINUTE = {"binance": 3000, "binanceus": 600}
-DEFAULT_PAGE, DEFAULT_PER_MINUTE = 298, 60
+OVERLAP = 2
+"""Bars of each page that its neighbors return as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +59,9 @@ def plan(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[Task]:
     ]
 
 
-def page_size(venue: str) -> int:
+def page_size(market: Market) -> int:
     """How many new bars a venue's answer brings, about."""
-    return PAGE.get(venue, DEFAULT_PAGE)
+    return facts_of(market.venue).endpoint(market.symbol).page_size - OVERLAP
 
 
 def minutes(tasks: Sequence[Task], venue: Venue) -> float:
@@ -77,7 +73,9 @@ def minutes(tasks: Sequence[Task], venue: Venue) -> float:
 
 def per_minute(venue: Venue) -> int:
     """How many requests a minute the venue's limit lets through."""
-    return venue.requests_per_minute or PER_MINUTE.get(venue.name, DEFAULT_PER_MINUTE)
+    return venue.requests_per_minute or (
+        facts_of(venue.name).endpoint(venue.symbols[0]).requests_per_minute
+    )
 
 
 _Due = Mapping[Table, Container[tuple[str, str]]]
@@ -88,14 +86,14 @@ def _task(toolbox: Toolbox, partition: Partition, due: _Due) -> Task | None:
     venue = toolbox.settings.venues[partition.market.venue]
     lacking = {tf: _lacking(toolbox, tf, partition, due) for tf in venue.fetched}
     bars = sum(lacking.values())
-    requests = sum(math.ceil(n / page_size(venue.name)) for n in lacking.values())
+    page = page_size(partition.market)
+    requests = sum(math.ceil(n / page) for n in lacking.values())
     state = toolbox.ledger.state(raw(venue.base), partition)
     if bars:
         offers = tuple(
             offer
             for tf, n in lacking.items()
-            if n
-            and (offer := _offer(toolbox, tf, partition, n, math.ceil(n / page_size(venue.name))))
+            if n and (offer := _offer(toolbox, tf, partition, n, math.ceil(n / page)))
         )
         return Task(
             partition,
@@ -116,21 +114,20 @@ def _offer(
     nothing.
     """
     market, now = partition.market, toolbox.settings.now()
-    if market.venue in NEWEST_ONLY:
-        oldest = timeframe.floor(now) - NEWEST_ONLY[market.venue] * timeframe.width
+    facts = facts_of(market.venue)
+    if facts.newest_bars_only and facts.archive and facts.archive.overview_url:
+        oldest = timeframe.floor(now) - facts.newest_bars_only * timeframe.width
         gone = min(
             bars,
             (
                 wanted_window(toolbox, timeframe, partition) & Window(partition.month.start, oldest)
             ).count(timeframe),
         )
-        return Offer(timeframe, gone, None, ONLY_IN_FILES[market.venue]) if gone else None
-    url = monthly_archive(market, timeframe, partition.month, now)
-    return (
-        Offer(timeframe, bars, requests - FILES_A_MONTH, url)
-        if url and requests > FILES_A_MONTH
-        else None
-    )
+        return Offer(timeframe, gone, None, facts.archive.overview_url) if gone else None
+    url = month_file_url(market, timeframe, partition.month, now=now)
+    if facts.archive is None or url is None or requests <= facts.archive.files_per_month:
+        return None
+    return Offer(timeframe, bars, requests - facts.archive.files_per_month, url)
 
 
 def _reason(known: bool, error: str | None) -> str:

@@ -45,7 +45,7 @@ def plan_repair(
 
 def _steps(toolbox: Toolbox, partition: Partition, again: Window | None) -> Iterator[Step]:
     venue = toolbox.settings.venues[partition.market.venue]
-    page = page_size(venue.name)
+    page = page_size(partition.market)
     for timeframe in venue.fetched:
         table = raw(timeframe)
         stored, why = _stored(toolbox, table, partition)

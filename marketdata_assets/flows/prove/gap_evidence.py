@@ -331,7 +331,7 @@ class Look:
     def _lists(self) -> bool | None:
         try:
             source = self._toolbox.source(self._partition.market)
-            return self._toolbox.submit(source.lists(self._partition.market)).result()
+            return self._toolbox.submit(source.is_listed(self._partition.market)).result()
         except MarketDataError:
             return None
 
