@@ -74,10 +74,10 @@ def _wanted(state: str, severities: list[str]) -> tuple[set[str], set[str]]:
 
 def _mark(word: str, id: int, note: str | None) -> None:
     from marketdata_assets.flows.prove.anomalies import mark
-    from marketdata_assets.model.anomaly import State
+    from marketdata_assets.model.anomaly import AnomalyState
 
     with opened() as (_, toolbox):
-        entry = mark(toolbox, id, State(word), note)
+        entry = mark(toolbox, id, AnomalyState(word), note)
     say(f"anomaly {id} ({entry.anomaly.kind} of {entry.market.key}) is {word}")
 
 

@@ -39,10 +39,10 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, consolidated, raw
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import iso, month_of
-from marketdata_assets.quality.reconcile import FAIL, WARN
+from marketdata_assets.quality.reconcile import FAIL_BASIS_POINTS, WARN_BASIS_POINTS
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.warehouse import sql_type
-from marketdata_assets.transforms.consolidate import switches
+from marketdata_assets.transforms.consolidate import find_venue_switches
 
 CONSOLIDATE = "consolidate"
 SHOWN = 50
@@ -106,7 +106,7 @@ def _consolidated_asset(
         RECONCILED,
         asset=key,
         description=(
-            f"Where two venues have a bar of the same time, their closes lie less than {WARN} basis points apart (warning; {FAIL}: error). "
+            f"Where two venues have a bar of the same time, their closes lie less than {WARN_BASIS_POINTS} basis points apart (warning; {FAIL_BASIS_POINTS}: error). "
             "If red: the table names the minutes; `SELECT * FROM reconciled.ohlcv_"
             + timeframe.name
             + "` has all of them."
@@ -153,13 +153,15 @@ def _mapping(settings: Settings) -> dg.MultiPartitionMapping:
 
 
 def _drawn(finding: Finding, done: Consolidated) -> Finding:
-    picture = dg.MetadataValue.md(differences(done.pairs, done.partition.month, WARN, FAIL))
+    picture = dg.MetadataValue.md(
+        differences(done.pairs, done.partition.month, WARN_BASIS_POINTS, FAIL_BASIS_POINTS)
+    )
     return replace(finding, shown={**finding.shown, "differences": picture})
 
 
 def _metadata(done: Consolidated) -> dict[str, Any]:
     """Bars of each venue, where the series goes over to another, and how far apart the venues lie."""
-    changes = switches(done.bars)
+    changes = find_venue_switches(done.bars)
     counts = {
         f"bars_{venue}": count
         for venue, count in done.bars["venue"].value_counts(sort=True).iter_rows()
@@ -176,7 +178,7 @@ def _metadata(done: Consolidated) -> dict[str, Any]:
         "switched": dg.MetadataValue.table(rows) if rows else "never",
         "closes": dg.MetadataValue.md(sparkline(done.bars["close"])),
         "differences": dg.MetadataValue.md(
-            differences(done.pairs, done.partition.month, WARN, FAIL)
+            differences(done.pairs, done.partition.month, WARN_BASIS_POINTS, FAIL_BASIS_POINTS)
         ),
         "dagster/partition_row_count": done.bars.height,
     }

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from marketdata_assets.ledger.database import Database
-from marketdata_assets.model.anomaly import Anomaly, Severity, State
+from marketdata_assets.model.anomaly import Anomaly, AnomalySeverity, AnomalyState
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.table import Table
 from marketdata_assets.model.timeframe import timeframe
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     table: Table
     market: Market
     anomaly: Anomaly
-    state: State
+    state: AnomalyState
     found_at: datetime
     changed_at: datetime
     note: str | None
@@ -83,7 +83,7 @@ class Anomalies:
                 new.append(one)
             elif entry.anomaly != one or entry.note == GONE:
                 same.append((entry, one))
-        gone = [entry for entry in by_key.values() if entry.state == State.OPEN]
+        gone = [entry for entry in by_key.values() if entry.state == AnomalyState.OPEN]
         if not (new or same or gone):
             return known
         with self._database.transaction() as db:
@@ -96,7 +96,7 @@ class Anomalies:
                         table.name,
                         market.key,
                         _month(a),
-                        State.OPEN.value,
+                        AnomalyState.OPEN.value,
                         iso(now),
                         iso(now),
                         *_columns(a),
@@ -109,17 +109,17 @@ class Anomalies:
             db.executemany(
                 _MARK,
                 [
-                    (State.OPEN.value, None, iso(now), entry.id)
+                    (AnomalyState.OPEN.value, None, iso(now), entry.id)
                     for entry, _ in same
                     if entry.note == GONE
                 ],
             )
             db.executemany(
-                _MARK, [(State.RESOLVED.value, GONE, iso(now), entry.id) for entry in gone]
+                _MARK, [(AnomalyState.RESOLVED.value, GONE, iso(now), entry.id) for entry in gone]
             )
         return self._begun(table, market, judged)
 
-    def mark(self, id: int, state: State, note: str | None, now: datetime) -> None:
+    def mark(self, id: int, state: AnomalyState, note: str | None, now: datetime) -> None:
         """A person's word on one of them."""
         with self._database.transaction() as db:
             db.execute(_MARK, (state.value, note, iso(now), id))
@@ -155,7 +155,7 @@ def _entry(row: Sequence[Any]) -> Entry:
     layer, _, name = tbl.partition("/ohlcv_")
     anomaly = Anomaly(
         kind,
-        Severity[severity.upper()],
+        AnomalySeverity[severity.upper()],
         parse_time(start),
         parse_time(end),
         bars,
@@ -167,7 +167,7 @@ def _entry(row: Sequence[Any]) -> Entry:
         table,
         Market.parse(market),
         anomaly,
-        State(state),
+        AnomalyState(state),
         parse_time(found_at),
         parse_time(changed_at),
         note,

@@ -28,7 +28,14 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, consolidated, raw, reconciled
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.reconcile import FAIL, WARN, Opinion, opinions, reconcile, worst
+from marketdata_assets.quality.reconcile import (
+    FAIL_BASIS_POINTS,
+    WARN_BASIS_POINTS,
+    VenueComparison,
+    compare_venues,
+    largest_differences,
+    summarize_pairs,
+)
 from marketdata_assets.transforms.consolidate import consolidate as as_one_series
 
 SHOWN = 20
@@ -108,7 +115,7 @@ def _consolidate(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -
             toolbox, raw(timeframe), part, sources.get((market.key, partition.month_key))
         )
         quiet[market.venue] = toolbox.consolidations.quiet(raw(timeframe), part)
-    series, pairs = as_one_series(bars, quiet), reconcile(bars, timeframe)
+    series, pairs = as_one_series(bars, quiet), compare_venues(bars, timeframe)
     before = toolbox.consolidations.made(table).get((partition.market.key, partition.month_key))
     toolbox.lake.write_changed(reconciled(timeframe), partition, pairs)
     stored = toolbox.lake.write(table, partition, series)
@@ -296,10 +303,10 @@ def audit_consolidated(toolbox: Toolbox, timeframe: Timeframe, done: Consolidate
 
     Only an error stands in the ledger as red: a warning is what real markets do on wild days.
     """
-    found = list(opinions(done.pairs))
+    found = list(summarize_pairs(done.pairs))
     warned, failed = sum(o.warned for o in found), sum(o.failed for o in found)
-    apart = f"{failed} closes lie {FAIL} basis points or more apart, {warned - failed} more {WARN} or more"
-    widest = max((o.close.most for o in found if o.close.most is not None), default=None)
+    apart = f"{failed} closes lie {FAIL_BASIS_POINTS} basis points or more apart, {warned - failed} more {WARN_BASIS_POINTS} or more"
+    widest = max((o.close.largest for o in found if o.close.largest is not None), default=None)
     says = (
         f"{apart}, at the most {widest:.1f}"
         if widest is not None
@@ -321,13 +328,13 @@ def audit_consolidated(toolbox: Toolbox, timeframe: Timeframe, done: Consolidate
     return finding
 
 
-def _numbers(opinion: Opinion) -> dict[str, float]:
+def _numbers(opinion: VenueComparison) -> dict[str, float]:
     """One pair's differences for plots, in basis points."""
     spreads = {"close": opinion.close, "return": opinion.returns}
     found = {
         f"{what}_bp_{name}": value
         for what, s in spreads.items()
-        for name, value in (("p99", s.p99), ("max", s.most))
+        for name, value in (("p99", s.p99), ("max", s.largest))
     }
     return {
         f"{opinion.venue}_{opinion.other}_{name}": round(value, 4)
@@ -337,7 +344,7 @@ def _numbers(opinion: Opinion) -> dict[str, float]:
 
 
 def _worst(done: Consolidated) -> list[Row]:
-    rows = worst(done.pairs, SHOWN).with_columns(
+    rows = largest_differences(done.pairs, SHOWN).with_columns(
         decimal_text("close_bp"), decimal_text("return_bp")
     )
     return [

@@ -32,9 +32,15 @@ from marketdata_assets.model.intervals import (
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import EPOCH, MINUTE, Timeframe
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.agreement import Agreement, agree, filled
-from marketdata_assets.quality.gap_causes import ask_again_at
-from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
+from marketdata_assets.quality.agreement import ResolvedAnswers, coalesce_optional, resolve_answers
+from marketdata_assets.quality.gap_causes import next_request_at
+from marketdata_assets.quality.split import (
+    REJECTED_SCHEMA,
+    SplitRows,
+    add_request_columns,
+    reject_bars,
+    split_rows,
+)
 from marketdata_assets.sources.base import BarsPage, Request
 
 ROUNDS = 7
@@ -257,9 +263,13 @@ class _Inquiry:
         """
         first = len(self.answers)
         self.answers.extend(fetched)
-        frames = [asked_columns(f.rows, first + i, f.requested) for i, f in enumerate(fetched)]
+        frames = [
+            add_request_columns(f.rows, first + i, f.requested) for i, f in enumerate(fetched)
+        ]
         columns = self.toolbox.source(self.market).columns
-        kept, rejected = split(pl.concat(frames), self.timeframe, self.now, columns)
+        kept, rejected = split_rows(
+            pl.concat(frames), self.timeframe, closed_before=self.now, columns=columns
+        )
         spans = kept.group_by("answer").agg(
             pl.col("open_time").min().alias("a"), pl.col("open_time").max().alias("b")
         )
@@ -268,26 +278,26 @@ class _Inquiry:
         witness = beyond & pl.col("open_time").is_between(
             self.asked.start - self.timeframe.width, self.asked.end, closed="both"
         )
-        inside = Split(kept.filter(~witness), rejected.filter(~witness.fill_null(False)))
+        inside = SplitRows(kept.filter(~witness), rejected.filter(~witness.fill_null(False)))
         self.kept.append(inside.kept)
         self.rejected.append(inside.rejected)
         self.received += inside.kept.height + inside.rejected.height
 
     # ------------------------------------------------------------------------------------------ dou
-    def _agreement(self) -> Agreement:
+    def _agreement(self) -> ResolvedAnswers:
         fresh = self._told()
         old = self.stored.join(fresh.select("open_time").unique(), on="open_time", how="semi")
-        old = filled(
+        old = coalesce_optional(
             old.select(pl.lit(STORED, pl.Int64).alias("answer"), *NAMES),
             fresh.unique("open_time", keep="first"),
         )
-        return agree(pl.concat([fresh, old]))
+        return resolve_answers(pl.concat([fresh, old]))
 
     def _told(self) -> pl.DataFrame:
         """The good rows of all answers, beside stored bars with what only these give."""
-        return filled(pl.concat(self.kept), self.stored)
+        return coalesce_optional(pl.concat(self.kept), self.stored)
 
-    def _holes(self, agreement: Agreement) -> list[Window]:
+    def _holes(self, agreement: ResolvedAnswers) -> list[Window]:
         """What is neither stored, nor believed, nor a gap that waits."""
         return _lacking(
             self._opens(agreement),
@@ -297,7 +307,7 @@ class _Inquiry:
             self.toolbox.settings.now(),
         )
 
-    def _opens(self, agreement: Agreement) -> pl.Series:
+    def _opens(self, agreement: ResolvedAnswers) -> pl.Series:
         return pl.concat([self.stored["open_time"], agreement.bars["open_time"]]).unique().sort()
 
     def _refused(self) -> pl.DataFrame:
@@ -319,11 +329,11 @@ class _Inquiry:
         """How many answers delivered both neighbours of a hole and nothing between."""
         return sum(a < hole.start and b >= hole.end for a, b in self.reach)
 
-    def _doubts(self, agreement: Agreement) -> list[Window]:
+    def _doubts(self, agreement: ResolvedAnswers) -> list[Window]:
         """The windows to ask again: pages with a contradiction, and what surrounds holes that are not
         explained yet.
         """
-        disputed = agreement.open["open_time"].unique().to_list()
+        disputed = agreement.unresolved["open_time"].unique().to_list()
         pages = {w for w in self.asks for moment in disputed if w.start <= moment < w.end}
         insisted, unserved = self._insisted(), Window(self.asked.start, self.unserved)
         doubtful = [
@@ -352,10 +362,10 @@ class _Inquiry:
         ]
 
     # ------------------------------------------------------------------------------------------ set
-    def _settle(self, agreement: Agreement) -> Collected:
+    def _settle(self, agreement: ResolvedAnswers) -> Collected:
         stored = pl.col("answer") == STORED
-        lost = pl.concat([agreement.outvoted, agreement.open]).filter(~stored)
-        fresh = pl.concat([*self.rejected, reject(lost, "conflict")])
+        lost = pl.concat([agreement.outvoted, agreement.unresolved]).filter(~stored)
+        fresh = pl.concat([*self.rejected, reject_bars(lost, "conflict")])
         denied = agreement.outvoted.filter(stored)["open_time"]
         self._refuse_contradiction(denied)
         bars = agreement.bars.join(self.stored, on=NAMES, how="anti", nulls_equal=True)
@@ -396,17 +406,17 @@ class _Inquiry:
             error.requests = tuple(r for answer in self.answers for r in answer.requests)
             raise error
 
-    def _repeated(self, agreement: Agreement) -> int:
+    def _repeated(self, agreement: ResolvedAnswers) -> int:
         """Rows that only said again what is believed, counted from the rows themselves."""
         same = self._told().join(agreement.bars, on=NAMES, how="semi", nulls_equal=True).height
         new = agreement.bars.join(self.stored, on=NAMES, how="anti", nulls_equal=True).height
         return same - new
 
-    def _gaps(self, agreement: Agreement) -> list[Gap]:
+    def _gaps(self, agreement: ResolvedAnswers) -> list[Gap]:
         gaps = self._waiting(self._opens(agreement))
         broken = (
             self._refused()["open_time"].drop_nulls().to_list()
-            + agreement.open["open_time"].to_list()
+            + agreement.unresolved["open_time"].to_list()
         )
         quarantined = group_consecutive(broken, self.timeframe)
         for hole in self._holes(agreement):
@@ -470,7 +480,7 @@ class _Inquiry:
             "{}",
         )
         following = (
-            now if reason != "no_bars" and answers < PROMPT_ASKS else ask_again_at(first, now)
+            now if reason != "no_bars" and answers < PROMPT_ASKS else next_request_at(first, now)
         )
         return Gap(
             window,

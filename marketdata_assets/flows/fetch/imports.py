@@ -23,8 +23,8 @@ from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso, month_of, to_ms
-from marketdata_assets.quality.agreement import beside, unanimous
-from marketdata_assets.quality.split import asked_columns, reject, split
+from marketdata_assets.quality.agreement import compare_with_stored, resolve_files
+from marketdata_assets.quality.split import add_request_columns, reject_bars, split_rows
 from marketdata_assets.sources.archive.options import ImportOptions
 from marketdata_assets.sources.archive.reading import ArchiveFile, find_files, read_file
 
@@ -282,15 +282,20 @@ def _take(
     """Judge the rows of one partition and store them; count what becomes of each."""
     now, sources = toolbox.settings.now(), [tally.facts.path.name for tally, _ in together]
     judged = [
-        split(asked_columns(rows, answer, tally.facts.span), timeframe, now, tally.facts.columns)
+        split_rows(
+            add_request_columns(rows, answer, tally.facts.span),
+            timeframe,
+            closed_before=now,
+            columns=tally.facts.columns,
+        )
         for answer, (tally, rows) in enumerate(together)
     ]
-    told = unanimous(pl.concat(one.kept for one in judged))
+    told = resolve_files(pl.concat(one.kept for one in judged))
     broken = pl.concat(one.rejected for one in judged)
-    refused = pl.concat([broken, reject(told.disputed, "conflict")])
+    refused = pl.concat([broken, reject_bars(told.disputed, "conflict")])
     if dry_run:
         stored = toolbox.lake.read(raw(timeframe), partition)
-        found = beside(
+        found = compare_with_stored(
             told.bars.select("answer", *NAMES), empty_bars() if stored is None else stored
         )
     else:
@@ -298,14 +303,14 @@ def _take(
         taken = take_in(toolbox, timeframe, partition, told.bars, refused, sources, final).beside
         assert taken is not None
         found = taken
-    repeated = beside(
-        told.repeated.select("answer", *NAMES), found.denied.select(NAMES)
+    repeated = compare_with_stored(
+        told.repeated.select("answer", *NAMES), found.different.select(NAMES)
     )  # of a denied bar it is denied as well
     counts = {
         "stored": (found.new,),
         "identical": (found.identical, repeated.new),
         "refused": (broken,),
-        "disagree": (found.denied, repeated.identical, repeated.denied),
+        "disagree": (found.different, repeated.identical, repeated.different),
         "conflict": (told.disputed,),
     }
     for name, frames in counts.items():
@@ -316,7 +321,7 @@ def _take(
     room = DIFFERENCES - len(done.differences)
     if room > 0:
         done.differences += [
-            *_denied(partition, timeframe, found.denied, sources),
+            *_denied(partition, timeframe, found.different, sources),
             *_disputed(partition, timeframe, told.disputed, sources),
         ][:room]
 

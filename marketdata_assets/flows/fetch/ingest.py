@@ -27,10 +27,10 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, history, raw
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.quality.agreement import Beside, beside
-from marketdata_assets.quality.clean import clean
+from marketdata_assets.quality.agreement import StoredComparison, compare_with_stored
+from marketdata_assets.quality.clean import clean_bars
 from marketdata_assets.quality.contract import check_bars
-from marketdata_assets.quality.split import reject
+from marketdata_assets.quality.split import reject_bars
 
 REST = "rest"
 """The source of bars that the venue's API told."""
@@ -66,7 +66,7 @@ class Ingested:
     note: str | None = None
     error: MarketDataError | None = None
     replaced: pl.DataFrame = field(default_factory=lambda: _no_bars("replaced_at"))
-    beside: Beside | None = None
+    beside: StoredComparison | None = None
     """What was taken in, beside what was stored before."""
 
 
@@ -159,12 +159,12 @@ def _told(
     rejected: pl.DataFrame,
     sources: Sequence[str],
     final: bool = True,
-) -> tuple[Collected, Beside]:
+) -> tuple[Collected, StoredComparison]:
     """What is to be stored of rows that were told, and all of them beside what is stored."""
     timeframe = prepared.table.timeframe
     if len(sources) == 1:
         kept = kept.with_columns(pl.lit(0, pl.Int64).alias("answer"))
-    found = beside(kept.select("answer", *NAMES).sort("open_time"), prepared.stored)
+    found = compare_with_stored(kept.select("answer", *NAMES).sort("open_time"), prepared.stored)
     bars = found.new.with_columns(
         pl.col("answer")
         .replace_strict(range(len(sources)), sources, return_dtype=pl.String)
@@ -188,13 +188,13 @@ def _told(
     )
     got = Collected(
         bars=bars,
-        rejected=pl.concat([rejected, reject(found.denied, "disagrees")]),
+        rejected=pl.concat([rejected, reject_bars(found.different, "disagrees")]),
         gaps=tuple(sorted(gaps)),
         account=Account(
             kept.height + rejected.height,
             bars.height,
             found.identical.height,
-            rejected.height + found.denied.height,
+            rejected.height + found.different.height,
         ),
         through=lacking[0].start if lacking else prepared.wanted.end,
     )
@@ -240,8 +240,8 @@ def clean_stored(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -
     table = raw(timeframe)
     with toolbox.ledger.lock(partition.key):
         prepared = _prepare(toolbox, table, partition)
-        cleaned = clean(prepared.stored, timeframe, partition.opens(timeframe))
-        says = cleaned.says
+        cleaned = clean_bars(prepared.stored, timeframe, partition.opens(timeframe))
+        says = cleaned.message
         if says:
             prepared = replace(prepared, stored=cleaned.bars, note=prepared.note or says)
             got, _ = _told(prepared, cleaned.bars.clear(), cleaned.rejected, [CLEAN_UP])

@@ -17,7 +17,7 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, parse_time, to_ms
-from marketdata_assets.quality.split import REJECTED_SCHEMA, asked_columns, split
+from marketdata_assets.quality.split import REJECTED_SCHEMA, add_request_columns, split_rows
 
 REPLAY = "replay"
 EVERY = 10**9
@@ -104,12 +104,12 @@ def _replay(
     if not wanted:
         return
     sent = pl.DataFrame([_sent(row) for row in rows], schema=_SENT).with_row_index("row")
-    judged = split(
-        asked_columns(sent.drop("row"), 0, wanted).with_columns(
+    judged = split_rows(
+        add_request_columns(sent.drop("row"), 0, wanted).with_columns(
             sent["row"].cast(pl.Int64).alias("answer")
         ),
         timeframe,
-        toolbox.settings.now(),
+        closed_before=toolbox.settings.now(),
     )
     alone = judged.kept.unique(NAMES).filter(~pl.col("open_time").is_duplicated())
     stored = toolbox.lake.read(raw(timeframe), partition)

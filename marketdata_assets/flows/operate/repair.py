@@ -18,7 +18,7 @@ from marketdata_assets.ledger.receipts import Receipt
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.clean import clean
+from marketdata_assets.quality.clean import clean_bars
 from marketdata_assets.storage.fingerprint import fingerprint
 
 
@@ -79,9 +79,9 @@ def _stored(
         rows = toolbox.lake.read(table, partition, provenance=True)
     except Damaged as damage:
         return None, str(damage).partition(";")[0]
-    return rows, clean(
+    return rows, clean_bars(
         rows, table.timeframe, partition.opens(table.timeframe)
-    ).says if rows is not None else ""
+    ).message if rows is not None else ""
 
 
 def clean_up(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[dict[str, Any]]:

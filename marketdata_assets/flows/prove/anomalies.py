@@ -12,7 +12,7 @@ from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.fetch.ingest import Ingested
 from marketdata_assets.ledger.anomalies import Entry
-from marketdata_assets.model.anomaly import Severity, State
+from marketdata_assets.model.anomaly import AnomalySeverity, AnomalyState
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.partition import Partition, neighbour, partitions_of
 from marketdata_assets.model.table import Table, raw
@@ -62,12 +62,12 @@ def _opens_in(window: Window) -> pl.Expr:
 
 def alarming(entry: Entry) -> bool:
     """Whether a person should look: nobody has yet, and it would do harm."""
-    return entry.state == State.OPEN and entry.anomaly.severity >= Severity.HIGH
+    return entry.state == AnomalyState.OPEN and entry.anomaly.severity >= AnomalySeverity.HIGH
 
 
 def words(entries: Sequence[Entry]) -> str:
     """What the check says of the entries of a partition."""
-    waiting = sum(entry.state == State.OPEN for entry in entries)
+    waiting = sum(entry.state == AnomalyState.OPEN for entry in entries)
     return f"{waiting} anomalies are open, {sum(map(alarming, entries))} of them high or critical"
 
 
@@ -84,7 +84,7 @@ def bars_of(toolbox: Toolbox, entries: Iterable[Entry]) -> Iterator[tuple[Entry,
         yield entry, pl.concat([empty_bars(), *frames]).filter(_opens_in(window))
 
 
-def mark(toolbox: Toolbox, id: int, state: State, note: str | None) -> Entry:
+def mark(toolbox: Toolbox, id: int, state: AnomalyState, note: str | None) -> Entry:
     """Set what became of an entry; its check follows in the ledger at once, in the UI with the next
     run. Raises BadInput.
     """

@@ -19,15 +19,15 @@ from marketdata_assets.flows.prove.anomalies import CHECK, alarming, judge, row_
 from marketdata_assets.flows.prove.gaps import UNEXPLAINED, words_of
 from marketdata_assets.flows.prove.parity import compare
 from marketdata_assets.ledger.ledger import Account, Gap
-from marketdata_assets.model.anomaly import State
+from marketdata_assets.model.anomaly import AnomalyState
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA, number_text
 from marketdata_assets.model.intervals import find_gaps, subtract_windows
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.parity import UNEQUAL, WITHIN
-from marketdata_assets.quality.split import asked_columns, split
+from marketdata_assets.quality.parity import DIFFERENCES, ParityOutcome
+from marketdata_assets.quality.split import add_request_columns, split_rows
 
 Row = dict[str, str | int]
 SHOWN = 20
@@ -149,9 +149,11 @@ def _accounting(account: Account) -> Finding:
 def _anomalies(toolbox: Toolbox, done: Ingested) -> Finding:
     entries = sorted(
         judge(toolbox, done),
-        key=lambda e: (list(State).index(e.state), -e.anomaly.severity, e.anomaly.start),
+        key=lambda e: (list(AnomalyState).index(e.state), -e.anomaly.severity, e.anomaly.start),
     )
-    numbers = {state.value: sum(entry.state == state for entry in entries) for state in State}
+    numbers = {
+        state.value: sum(entry.state == state for entry in entries) for state in AnomalyState
+    }
     alarms = sum(map(alarming, entries))
     return Finding(
         CHECK,
@@ -168,7 +170,9 @@ def _broken(done: Ingested) -> list[Row]:
         pl.col("open_time").dt.epoch("ms"),
         *(pl.col(n).cast(pl.String) for n in NAMES if n not in ("open_time", "trades")),
     )
-    refused = split(asked_columns(sent, 0, done.wanted), done.timeframe, done.wanted.end).rejected
+    refused = split_rows(
+        add_request_columns(sent, 0, done.wanted), done.timeframe, closed_before=done.wanted.end
+    ).rejected
     return [{"open_time": iso(t), "reasons": r, "fields": f} for _, t, r, f in refused.iter_rows()]
 
 
@@ -291,8 +295,8 @@ _ABSENT: dict[str, pl.DataType] = {"open_time": pl.Datetime("us", "UTC"), "absen
 def _matches_native(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> Finding:
     """Our rollup beside the venue's own bars; where they differ, the bars that cause it."""
     judged = compare(toolbox, derived, timeframe)
-    differing = judged.filter(pl.col("outcome").is_in(UNEQUAL))
-    within = judged.filter(pl.col("outcome") == WITHIN).height
+    differing = judged.filter(pl.col("outcome").is_in(DIFFERENCES))
+    within = judged.filter(pl.col("outcome") == ParityOutcome.WITHIN_TOLERANCE).height
     rows: list[Row] = [_difference(row) for row in differing.head(SHOWN).iter_rows(named=True)]
     numbers = {"compared": judged.height, "different": differing.height, "within_tolerance": within}
     words = f"{differing.height} of {judged.height} bars differ from the venue's own, {within} lie within its tolerance"

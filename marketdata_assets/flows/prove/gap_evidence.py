@@ -17,22 +17,23 @@ from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.ledger.ledger import Gap, State
 from marketdata_assets.model.bar import empty_bars, number_text
+from marketdata_assets.model.gap import GapCause
 from marketdata_assets.model.intervals import subtract_window
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.window import Window, iso
 from marketdata_assets.quality.gap_causes import (
-    HALTED,
-    Facts,
-    Habit,
-    Habits,
-    Native,
-    Neighbour,
-    Part,
-    Silence,
+    EmptyBarRate,
+    EmptyBarRates,
+    FinerGap,
+    GapEvidence,
+    GapPart,
+    NativeBar,
+    Neighbor,
+    SilentWindow,
 )
-from marketdata_assets.quality.halts import known_halts
+from marketdata_assets.venues.registry import facts_of
 
 AROUND = timedelta(hours=12)
 FEW = 10
@@ -57,7 +58,10 @@ class Month:
         self._known: dict[Market, _Known] = {}
         self._elsewhere: dict[str, Month] = {}
         self._halts = [
-            gap.window for found in self._gaps.values() for gap in found if gap.cause == HALTED
+            gap.window
+            for found in self._gaps.values()
+            for gap in found
+            if gap.cause == GapCause.HALTED
         ]
 
     def gaps(self, market: Market) -> list[Gap]:
@@ -154,12 +158,12 @@ class _Known:
         last = bisect_left(self._starts, window.end)
         return [part for told in self._told[first:last] if (part := told & window)]
 
-    def habits(self, hole: Window) -> Habits:
+    def habits(self, hole: Window) -> EmptyBarRates:
         """How often it is silent apart from what it lacks in the hole: in the month, and around the
         hole where that is often.
         """
         if self.state is None:
-            return (Habit(0, 0, 0),)
+            return (EmptyBarRate(0, 0, 0),)
         month = Window(self.state.start, self.state.through)
         wide, near = (
             self._habit(month, hole),
@@ -167,7 +171,7 @@ class _Known:
         )
         return (wide, near) if near.empty >= FEW else (wide,)
 
-    def _habit(self, span: Window, hole: Window) -> Habit:
+    def _habit(self, span: Window, hole: Window) -> EmptyBarRate:
         starts = self._usual_starts
         first, last = bisect_left(starts, span.start), bisect_left(starts, span.end)
         near = slice(
@@ -177,7 +181,9 @@ class _Known:
         own = [window for window in self._usual[near] if window & hole]
         cut = sum(window.count(self._timeframe) for window in own)
         minutes = max(0, span.count(self._timeframe) - cut)
-        return Habit(minutes, self._sums[last] - self._sums[first] - cut, last - first - len(own))
+        return EmptyBarRate(
+            minutes, self._sums[last] - self._sums[first] - cut, last - first - len(own)
+        )
 
 
 def is_told(gap: Gap, state: State | None) -> bool:
@@ -218,7 +224,7 @@ class Look:
         self._natives = list(_natives(self._toolbox, self._table, partition, self._bars))
         self._requests = _Requests(self._toolbox, self._table, partition)
 
-    def facts(self, gap: Gap) -> Facts:
+    def facts(self, gap: Gap) -> GapEvidence:
         """All that is known about one gap."""
         hole, timeframe = gap.window, self._table.timeframe
         known = {other.key: it for other, it in self._others.items() if it.covers(hole)}
@@ -227,28 +233,28 @@ class Look:
         )
         before, after = self._neighbours(hole)
         trailing = self._ends_here(gap)
-        return Facts(
-            hole=hole,
+        return GapEvidence(
+            window=hole,
             timeframe=timeframe,
-            told=is_told(gap, self._own.state),
+            is_confirmed_absent=is_told(gap, self._own.state),
             answers=gap.answers,
-            habits=self._own.habits(hole),
-            silences=tuple(_silences(hole, list(known.values()))),
-            natives=tuple(native for native in self._natives if native.window & hole),
-            others={key: it.bars_in(hole) for key, it in known.items()}
+            empty_bar_rates=self._own.habits(hole),
+            silent_windows=tuple(_silences(hole, list(known.values()))),
+            native_bars=tuple(native for native in self._natives if native.window & hole),
+            other_markets={key: it.bars_in(hole) for key, it in known.items()}
             or self._going_on(gap, trailing),
-            pending=(pending or self._natives_pending(hole)) and not trailing,
-            finer=self._finer(hole),
-            elsewhere=None if known else self._traded_elsewhere(hole),
-            halts=tuple(known_halts(self.month.venue, hole)),
+            is_fetch_pending=(pending or self._natives_pending(hole)) and not trailing,
+            finer_gaps=self._finer(hole),
+            traded_elsewhere=None if known else self._traded_elsewhere(hole),
+            halts=tuple(facts_of(self.month.venue).halts_in(hole)),
             before=before,
             after=after,
-            zeros=self._zeros,
-            trailing=trailing,
-            listed=self._lists() if trailing and self._ask else None,
+            bars_without_volume=self._zeros,
+            is_trailing=trailing,
+            is_listed=self._lists() if trailing and self._ask else None,
         )
 
-    def proof(self, gap: Gap, facts: Facts, part: Part) -> dict[str, Any]:
+    def proof(self, gap: Gap, facts: GapEvidence, part: GapPart) -> dict[str, Any]:
         """What shows the cause of one part of a gap, as JSON holds it."""
         window = part.window
         elsewhere = {
@@ -257,7 +263,7 @@ class Look:
             if it.covers(window)
         }
         found: dict[str, Any] = {
-            "words": part.words,
+            "words": part.message,
             "requests": self._requests.about(window, json.loads(gap.proof).get("requests", [])),
             "before": _bar(facts.before),
             "after": _bar(facts.after),
@@ -265,24 +271,24 @@ class Look:
                 o.key: it.bars_in(window) for o, it in self._others.items() if it.covers(window)
             },
             "elsewhere": elsewhere,
-            "native": [str(native) for native in facts.natives if native.window & window],
+            "native": [str(native) for native in facts.native_bars if native.window & window],
             "known_halts": [
-                {"window": str(halt.window), "what": halt.what, "told_by": halt.told_by}
+                {"window": str(halt.window), "what": halt.description, "told_by": halt.reported_by}
                 for halt in facts.halts
             ],
-            "listed": facts.listed,
+            "listed": facts.is_listed,
         }
         return {name: value for name, value in found.items() if value not in (None, [], {})}
 
-    def _neighbours(self, hole: Window) -> tuple[Neighbour | None, Neighbour | None]:
+    def _neighbours(self, hole: Window) -> tuple[Neighbor | None, Neighbor | None]:
         opens, step = self._bars["open_time"], self._table.timeframe.width
         at = int(opens.search_sorted(hole.start))
         before = self._neighbour(at - 1, hole.start - step) if at else None
         return before, self._neighbour(at, hole.end) if at < opens.len() else None
 
-    def _neighbour(self, at: int, expected: datetime) -> Neighbour | None:
+    def _neighbour(self, at: int, expected: datetime) -> Neighbor | None:
         open_time, close, volume = self._bars.select("open_time", "close", "volume").row(at)
-        return Neighbour(open_time, close, volume) if open_time == expected else None
+        return Neighbor(open_time, close, volume) if open_time == expected else None
 
     def _ends_here(self, gap: Gap) -> bool:
         """Whether the market has been silent for long, to the end of all that was asked for."""
@@ -317,13 +323,13 @@ class Look:
                     return True
         return False
 
-    def _finer(self, hole: Window) -> tuple[tuple[Window, str], ...]:
+    def _finer(self, hole: Window) -> tuple[FinerGap, ...]:
         """The causes of base bars that lack in a hole of a coarser table."""
         base = raw(self._toolbox.settings.venues[self.month.venue].base)
         if base == self._table:
             return ()
         return tuple(
-            (gap.window, gap.cause)
+            FinerGap(gap.window, GapCause(gap.cause))
             for gap in self._toolbox.gaps.between(base, self._partition.market, hole)
             if gap.cause
         )
@@ -345,7 +351,7 @@ class Look:
         return None
 
 
-def _silences(hole: Window, others: Sequence[_Known]) -> Iterator[Silence]:
+def _silences(hole: Window, others: Sequence[_Known]) -> Iterator[SilentWindow]:
     """The stretches of a hole in which all others lack their bars too; the whole of it where there are
     no others.
     """
@@ -353,12 +359,12 @@ def _silences(hole: Window, others: Sequence[_Known]) -> Iterator[Silence]:
     for other in others:
         stretches = [part for stretch in stretches for part in other.lacks(stretch)]
     for stretch in stretches:
-        yield Silence(stretch, tuple(other.habits(stretch) for other in others))
+        yield SilentWindow(stretch, tuple(other.habits(stretch) for other in others))
 
 
 def _natives(
     toolbox: Toolbox, table: Table, partition: Partition, bars: pl.DataFrame
-) -> Iterator[Native]:
+) -> Iterator[NativeBar]:
     """The venue's coarser bars of a partition in which ours lack, of timeframes that add up where
     nothing lacks.
     """
@@ -390,7 +396,7 @@ def _natives(
             short = both.filter(pl.col("lacking") > 0).select(
                 "open_time", "volume", "ours", "lacking"
             )
-            yield from (Native(timeframe, *row) for row in short.iter_rows())
+            yield from (NativeBar(timeframe, *row) for row in short.iter_rows())
 
 
 class _Requests:
@@ -429,7 +435,7 @@ class _Requests:
         )
 
 
-def _bar(neighbour: Neighbour | None) -> dict[str, str] | None:
+def _bar(neighbour: Neighbor | None) -> dict[str, str] | None:
     if neighbour is None:
         return None
     return {

@@ -17,14 +17,15 @@ from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.prove.gap_evidence import Look, Month
 from marketdata_assets.ledger.gaps import REOPENED
 from marketdata_assets.ledger.ledger import Gap
+from marketdata_assets.model.gap import GapCause
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.gap_causes import CAUSES, DELISTED, HALTED, ask_again_at, classify
+from marketdata_assets.quality.gap_causes import classify_gap, next_request_at
 
 UNEXPLAINED = "unexplained"
-KINDS = (*CAUSES, "quarantined", UNEXPLAINED)
+KINDS = (*GapCause, "quarantined", UNEXPLAINED)
 """What a gap can be; `--cause` takes one of them."""
 
 
@@ -102,7 +103,7 @@ def _explain(toolbox: Toolbox, month: Month, partition: Partition, ask: bool) ->
         gaps = [
             gap
             for gap in toolbox.ledger.gaps(month.table, partition)
-            if _is_open(gap) or gap.cause == DELISTED
+            if _is_open(gap) or gap.cause == GapCause.DELISTED
         ]
         look, parts = Look(month, partition, ask), [gap for gap in gaps if not _is_open(gap)]
         for gap in sorted(
@@ -118,15 +119,17 @@ def _explain(toolbox: Toolbox, month: Month, partition: Partition, ask: bool) ->
 def _parts(look: Look, gap: Gap, now: datetime) -> Iterator[Gap]:
     """The gap cut by causes. What is final is never asked for again; the rest keeps its turn."""
     facts = look.facts(gap)
-    for part in classify(facts):
-        if part.cause == HALTED:
+    for part in classify_gap(facts):
+        if part.cause == GapCause.HALTED:
             look.month.set_aside(part.window)
-        turn = None if part.final else gap.next_ask or ask_again_at(gap.first_asked or now, now)
+        turn = (
+            None if part.is_final else gap.next_ask or next_request_at(gap.first_asked or now, now)
+        )
         proof = json.dumps(look.proof(gap, facts, part))
         yield gap._replace(
             window=part.window,
             bars=part.window.count(facts.timeframe),
-            cause=part.cause,
+            cause=part.cause or "",
             proof=proof,
             next_ask=turn,
         )
@@ -137,7 +140,11 @@ def _one_end(gaps: Iterable[Gap]) -> list[Gap]:
     joined: list[Gap] = []
     for gap in sorted(gaps):
         last = joined[-1] if joined else None
-        if last and last.cause == gap.cause == DELISTED and last.window.end == gap.window.start:
+        if (
+            last
+            and last.cause == gap.cause == GapCause.DELISTED
+            and last.window.end == gap.window.start
+        ):
             turn = last.next_ask and gap.next_ask
             whole = Window(last.window.start, gap.window.end)
             joined[-1] = gap._replace(

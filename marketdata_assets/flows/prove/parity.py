@@ -16,8 +16,15 @@ from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import Table, history, parity, raw
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.quality.parity import ONLY_NATIVE, ONLY_OURS, UNEQUAL, judge, outcomes
-from marketdata_assets.quality.trace import Absence, Cause, Evidence, minutes_text, trace
+from marketdata_assets.quality.parity import DIFFERENCES, ParityOutcome, compare_bars, select_stored
+from marketdata_assets.quality.parity_evidence import (
+    Absence,
+    DifferenceCause,
+    FinerComparison,
+    ParityEvidence,
+)
+from marketdata_assets.quality.trace import trace_difference
+from marketdata_assets.quality.trace_text import format_windows
 from marketdata_assets.transforms.rollup import roll_up
 
 TRACED = 1000
@@ -39,7 +46,7 @@ def compare(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> pl.Data
     """Judge every bar that both sides should have: asked for, closed, made from base bars that were
     asked for.
 
-    Gives the rows of `quality.parity.judge` with `cause` and `minutes`, and stores them as
+    Gives the rows of `quality.parity.compare_bars` with `cause` and `minutes`, and stores them as
     `parity/ohlcv_<timeframe>`. Where the venue's own bars are not stored there are none, and
     nothing is written. Raises Damaged, StoreFailed.
     """
@@ -51,7 +58,7 @@ def compare(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> pl.Data
         pl.col("cause", "minutes").fill_null("")
     )
     if judged.height:
-        toolbox.lake.write_changed(parity(timeframe), partition, outcomes(judged))
+        toolbox.lake.write_changed(parity(timeframe), partition, select_stored(judged))
     return judged
 
 
@@ -60,11 +67,11 @@ def _judged(
 ) -> pl.DataFrame:
     native, asked = _native(toolbox, partition, timeframe)
     made = Window(timeframe.ceil(whole.start), timeframe.floor(whole.end))
-    judged = judge(
+    judged = compare_bars(
         partition.market.venue,
         ours.select(NAMES),
         native,
-        partition.opens(timeframe) & made & asked,
+        span=partition.opens(timeframe) & made & asked,
     )
     return _answered(toolbox, partition, timeframe, judged)
 
@@ -76,7 +83,10 @@ def _answered(
     `gaps` tells of them.
     """
     base = toolbox.settings.venues[partition.market.venue].base
-    for outcome, table in ((ONLY_NATIVE, raw(base)), (ONLY_OURS, raw(timeframe))):
+    for outcome, table in (
+        (ParityOutcome.ONLY_NATIVE, raw(base)),
+        (ParityOutcome.ONLY_OURS, raw(timeframe)),
+    ):
         alone = pl.col("outcome") == outcome
         if judged.filter(alone).is_empty():
             continue
@@ -111,19 +121,21 @@ def _causes(
     toolbox: Toolbox, derived: Derived, timeframe: Timeframe, judged: pl.DataFrame
 ) -> pl.DataFrame:
     """`open_time`, `cause` and `minutes` of each bar that differs. Only these are looked into."""
-    differing = judged.filter(pl.col("outcome").is_in(UNEQUAL))
+    differing = judged.filter(pl.col("outcome").is_in(DIFFERENCES))
     found = []
     if differing.height:
         evidence = _evidence(toolbox, derived, timeframe)
-        untraced = Cause(f"not traced: more than {TRACED} bars differ")
+        untraced = DifferenceCause(f"not traced: more than {TRACED} bars differ")
         for i, row in enumerate(differing.iter_rows(named=True)):
-            cause = trace(row, evidence) if i < TRACED else untraced
-            found.append((row["open_time"], cause.says, minutes_text(cause, evidence.base)))
+            cause = trace_difference(row, evidence) if i < TRACED else untraced
+            found.append(
+                (row["open_time"], cause.message, format_windows(cause.windows, evidence.base))
+            )
     schema = {"open_time": judged.schema["open_time"], "cause": pl.String(), "minutes": pl.String()}
     return pl.DataFrame(found, schema=schema, orient="row")
 
 
-def _evidence(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> Evidence:
+def _evidence(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> ParityEvidence:
     partition = derived.partition
     base = toolbox.settings.venues[partition.market.venue].base
     first = partition.opens(timeframe).start
@@ -131,19 +143,19 @@ def _evidence(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> Evide
     read = [toolbox.lake.read(raw(base), p, since=first) for p in months]
     bars = pl.concat([empty_bars(), *(frame for frame in read if frame is not None)])
     replaced = [toolbox.lake.read(history(base), p) for p in months]
-    return Evidence(
-        base,
-        timeframe,
-        bars,
-        list(_absences(toolbox, raw(base), months)),
-        list(_absences(toolbox, raw(timeframe), [partition])),
-        pl.concat(
+    return ParityEvidence(
+        base=base,
+        timeframe=timeframe,
+        bars=bars,
+        absences=list(_absences(toolbox, raw(base), months)),
+        native_absences=list(_absences(toolbox, raw(timeframe), [partition])),
+        replaced=pl.concat(
             [
                 pl.DataFrame(schema=history(base).schema),
                 *(frame for frame in replaced if frame is not None),
             ]
         ),
-        _finer(toolbox, derived, timeframe, months, bars),
+        finer=_finer(toolbox, derived, timeframe, months, bars),
     )
 
 
@@ -153,7 +165,7 @@ def _finer(
     timeframe: Timeframe,
     months: list[Partition],
     bars: pl.DataFrame,
-) -> tuple[Timeframe, pl.DataFrame] | None:
+) -> FinerComparison | None:
     """The finest of the venue's own timeframes between the base and this one, judged."""
     venue = toolbox.settings.venues[derived.partition.market.venue]
     between = [
@@ -165,8 +177,9 @@ def _finer(
         return None
     finer = min(between, key=lambda tf: tf.width)
     ours = roll_up(bars, venue.base, [finer], derived.whole)[finer]
-    return finer, pl.concat(
-        [_judged(toolbox, month, finer, ours, derived.whole) for month in months]
+    return FinerComparison(
+        finer,
+        pl.concat([_judged(toolbox, month, finer, ours, derived.whole) for month in months]),
     )
 
 
