@@ -183,7 +183,7 @@ def test_symbol_unknown_to_the_venue(
     universe(sandbox[1], symbols="[BTC/USDC]", since="2024-01-01", until="2024-01-03")
     done = marketdata("backfill")
     assert done.returncode == 2
-    assert "does not know the symbol BTC/USDC; did you mean BTC/USDT?" in says(done)
+    assert "has no symbol BTC/USDC; did you mean BTC/USDT?" in says(done)
 
 
 def test_venue_down_is_exit_3(universe: Universe) -> None:
