@@ -19,7 +19,7 @@ from marketdata_assets.ledger.receipts import Receipt
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.clean import clean
+from marketdata_assets.quality.clean import clean_bars
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.storage.fingerprint import fingerprint
@@ -119,7 +119,7 @@ class Repairer:
             return None, str(damage).partition(";")[0]
         if rows is None:
             return None, ""
-        return rows, clean(rows, table.timeframe, partition.opens(table.timeframe)).message
+        return rows, clean_bars(rows, table.timeframe, partition.opens(table.timeframe)).message
 
     def remove_invalid_rows(self, partitions: Sequence[Partition]) -> list[dict[str, str]]:
         """Remove stored rows that must not be there; return what was removed, by object.
