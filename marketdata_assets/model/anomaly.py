@@ -9,7 +9,7 @@ from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
 
-class Severity(IntEnum):
+class AnomalySeverity(IntEnum):
     """How much harm it would do if it is an error."""
 
     LOW = 1
@@ -23,7 +23,7 @@ class Severity(IntEnum):
         return self.name.lower()
 
 
-class State(StrEnum):
+class AnomalyState(StrEnum):
     """What became of it: nobody looked, somebody knows it (a real move), or it is over (mended, or no
     longer found).
     """
@@ -42,7 +42,7 @@ class Anomaly(NamedTuple):
     """
 
     kind: str
-    severity: Severity
+    severity: AnomalySeverity
     start: datetime
     end: datetime
     bars: int
