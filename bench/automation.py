@@ -174,7 +174,7 @@ def measure(
 
     def bare() -> None:
         with open_toolbox(settings) as toolbox:
-            toolbox.ledger.outlines(table)
+            toolbox.ledger.partitions.summaries(table)
             toolbox.lake.sizes(table)
         instance.get_materialized_partitions(asset_key(table))
 

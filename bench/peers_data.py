@@ -188,7 +188,8 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
     """
     from marketdata_assets.context import open_toolbox
     from marketdata_assets.flows.derive.rollup import derive
-    from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
+    from marketdata_assets.ledger.records import IngestRecord, PartitionState, RowAccount
+    from marketdata_assets.model.gap import Gap
     from marketdata_assets.model.intervals import holes
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import partitions_of
@@ -207,18 +208,18 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
                     pl.col("open_time").is_between(month.start, month.end, closed="left")
                 )
                 size, digest = toolbox.lake.write(table, partition, frame)
-                state = State(
+                state = PartitionState(
                     start=month.start, through=month.end, newest=frame["open_time"][-1], complete=True, rows=frame.height, bytes=size,
-                    digest=digest, rolled=None, attempts=1, failures=0, error=None,
+                    digest=digest, rollup_source_digest=None, attempts=1, failures=0, error=None,
                 )  # fmt: skip
                 absent = holes(frame["open_time"], table.timeframe, month)
                 gaps = [Gap(w, w.count(table.timeframe), "no_bars", 2, "synthetic") for w in absent]
-                toolbox.ledger.commit(
-                    Entry(
+                toolbox.ledger.partitions.commit(
+                    IngestRecord(
                         table,
                         partition,
                         state,
-                        Account(frame.height, frame.height),
+                        RowAccount(frame.height, frame.height),
                         gaps,
                         (),
                         nothing,

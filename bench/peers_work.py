@@ -513,7 +513,7 @@ def pipeline_derive(folder: Path, quick: bool) -> Operations:
     def run() -> None:
         shutil.rmtree(place / "lake" / "rollup", ignore_errors=True)
         with open_toolbox(universe) as toolbox:
-            toolbox.ledger.forget_rollups()
+            toolbox.ledger.partitions.clear_rollup_sources()
             for _ in derive(toolbox, universe.partitions(universe.markets, Window(START, END))):
                 pass
 
@@ -600,7 +600,7 @@ def replace_ours(folder: Path, rollups: str) -> Operations:
     from marketdata_assets.flows.derive.rollup import derive
     from marketdata_assets.flows.fetch import ingest
     from marketdata_assets.flows.fetch.collect import Collected
-    from marketdata_assets.ledger.ledger import Account
+    from marketdata_assets.ledger.records import RowAccount
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import Partition
     from marketdata_assets.model.table import raw, rollup
@@ -622,7 +622,7 @@ def replace_ours(folder: Path, rollups: str) -> Operations:
     def run() -> None:
         turns.reverse()
         prepared = ingest._prepare(toolbox, table, partition)
-        account, end = Account(day.height, day.height), prepared.wanted.end
+        account, end = RowAccount(day.height, day.height), prepared.wanted.end
         ingest._store(
             toolbox,
             prepared,

@@ -171,7 +171,9 @@ def whole(settings: Settings, end: datetime) -> bool:
     """Whether all months are there and rolled up, and the newest bar of every market reaches `end`."""
     with open_toolbox(settings) as toolbox:
         for market in settings.markets:
-            states = toolbox.ledger.states(raw(settings.venues[market.venue].base), market).values()
+            states = toolbox.ledger.partitions.of_market(
+                raw(settings.venues[market.venue].base), market
+            ).values()
             months = len(settings.partitions([market], Window(SINCE, end)))
             if (
                 len(states) < months
@@ -260,11 +262,10 @@ def report(settings: Settings, watch: Watch, hours: float, before: int) -> None:
     with open_toolbox(settings) as toolbox:
         print(
             "still open:",
-            [*toolbox.incidents.open()],
+            [*toolbox.ledger.incidents.open()],
             "parked:",
-            [a.partition.key for a in toolbox.ledger.asks().values() if a.parked_at],
+            [a.partition.key for a in toolbox.ledger.attempts.all().values() if a.parked_at],
         )
-        print("requests:", toolbox.ledger.requests()[:12])
 
 
 def main() -> None:

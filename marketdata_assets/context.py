@@ -11,12 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
-from marketdata_assets.ledger.anomalies import Anomalies
-from marketdata_assets.ledger.consolidations import Consolidations
-from marketdata_assets.ledger.gaps import Gaps
-from marketdata_assets.ledger.incidents import Incidents
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.ledger.receipts import Receipts
 from marketdata_assets.model.market import Market
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.base import Source
@@ -70,11 +65,6 @@ class Toolbox:
 
     settings: Settings
     ledger: Ledger
-    incidents: Incidents
-    receipts: Receipts
-    anomalies: Anomalies
-    consolidations: Consolidations
-    gaps: Gaps
     lake: Lake
     warehouse: Warehouse
     policy: Policy
@@ -109,7 +99,7 @@ class Toolbox:
 
     def breaker_open(self, venue: str) -> bool:
         """Whether a venue's circuit breaker lets nothing through now."""
-        return self.ledger.venue_health(venue).broken_until > self.policy.clock()
+        return self.ledger.venues.health(venue).broken_until > self.policy.clock()
 
     def close(self) -> None:
         """Close all connections and stop the requests' thread."""
@@ -123,7 +113,9 @@ class Toolbox:
         from marketdata_assets.sources.ccxt_rest import CcxtSource
 
         venue = self.settings.venues[name]
-        return Guarded(CcxtSource(venue), name, self.ledger, venue.requests_per_minute, self.policy)
+        return Guarded(
+            CcxtSource(venue), name, self.ledger.venues, venue.requests_per_minute, self.policy
+        )
 
 
 @contextmanager
@@ -132,20 +124,16 @@ def open_toolbox(
     connect: Connect | None = None,
     policy: Policy | None = None,
     tell: Tell = tell_nobody,
+    for_reading: bool = False,
 ) -> Iterator[Toolbox]:
     """All tools for these settings. `connect` opens the DuckDB file (Dagster brings its own
-    resource).
+    resource). With `for_reading`, a state folder that cannot be written is read from a copy.
     """
-    ledger = Ledger(settings.state, settings.database)
+    ledger = Ledger(settings.state, settings.database, for_reading=for_reading)
     warehouse = Warehouse(settings.duckdb, connect)
     toolbox = Toolbox(
         settings,
         ledger,
-        Incidents(ledger),
-        Receipts(ledger),
-        Anomalies(ledger),
-        Consolidations(ledger),
-        Gaps(ledger),
         Lake(settings.lake, settings.cold.lake if settings.cold else None),
         warehouse,
         policy or Policy(),
@@ -155,3 +143,4 @@ def open_toolbox(
         yield toolbox
     finally:
         toolbox.close()
+        ledger.close()

@@ -128,5 +128,5 @@ def open_reader(universe: str | Path | None = None) -> Iterator[Reader]:
     uses.
     """
     environment = {**os.environ, PREFIX + "UNIVERSE": str(universe)} if universe else None
-    with open_toolbox(load_settings(environment)) as toolbox:
+    with open_toolbox(load_settings(environment), for_reading=True) as toolbox:
         yield Reader(toolbox)

@@ -28,6 +28,7 @@ from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.guards import Policy
 from marketdata_assets.sources.sandbox.server import SandboxExchange, Seen
+from marketdata_tests.samples import outcomes, run_sql
 
 
 class SkippingClock:
@@ -84,8 +85,9 @@ def run_ingest(
 
 def tell_apart(settings: Settings) -> None:
     """The causes of all gaps are known, so that none of them is ever asked for again."""
-    with open_toolbox(settings) as toolbox, toolbox.ledger.transaction() as db:
-        db.execute("UPDATE gaps SET cause = 'no_trade', next_ask = NULL")
+    with open_toolbox(settings) as toolbox:
+        known = "cause = 'no_trade', status = 'final', next_ask = NULL"
+        run_sql(toolbox.ledger, f"UPDATE gaps SET {known}")
 
 
 def run_derive(settings: Settings) -> list[Derived]:
@@ -139,13 +141,15 @@ def bar_requests(exchange: SandboxExchange) -> list[Seen]:
 
 def quarantined(settings: Settings) -> list[dict[str, Any]]:
     with open_toolbox(settings) as toolbox:
-        return toolbox.ledger.quarantined(None, window("1970-01-01", "2100-01-01"), limit=100_000)
+        return toolbox.ledger.quarantine.rows(
+            None, window("1970-01-01", "2100-01-01"), limit=100_000
+        )
 
 
 def logged_requests(settings: Settings) -> dict[str, int]:
     """Outcomes in the fetch log."""
     with open_toolbox(settings) as toolbox:
-        found = sorted((row[0], row[2]) for row in toolbox.ledger.requests())
+        found = sorted((row[0], row[2]) for row in outcomes(toolbox.ledger))
     return {
         outcome: sum(n for _, n in group)
         for outcome, group in itertools.groupby(found, key=lambda pair: pair[0])

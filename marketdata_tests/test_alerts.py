@@ -16,7 +16,9 @@ from marketdata_assets.context import open_toolbox
 from marketdata_assets.flows.operate.alerts import failed_runs_go_on, problems, run_problem, settle
 from marketdata_assets.flows.operate.health import health
 from marketdata_assets.flows.operate.prune import forget
+from marketdata_assets.ledger.checks import CheckFailure
 from marketdata_assets.ledger.incidents import Problem
+from marketdata_assets.ledger.records import IngestFailure
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -110,14 +112,14 @@ def test_a_channel_that_is_down_is_told_later_and_holds_up_nobody(settings: Sett
         assert settled(hooked, []) == (0, 1)
         assert [line["event"] for line in lines(settings)] == ["opened", "recovered"]
         with open_toolbox(hooked) as toolbox:
-            ((channel, (waiting, why)),) = toolbox.incidents.undelivered().items()
+            ((channel, (waiting, why)),) = toolbox.ledger.incidents.backlogs().items()
         assert (channel, waiting) == ("json-1", 1)  # the second waits behind the first
         assert "secret-token" not in why
         down = False
         assert settled(hooked, []) == (0, 0)
     assert [message["title"] for message in told] == ["x is stale", "Recovered: x is stale"]
     with open_toolbox(hooked) as toolbox:
-        assert toolbox.incidents.undelivered() == {}
+        assert toolbox.ledger.incidents.backlogs() == {}
     assert len(lines(settings)) == 2
 
 
@@ -129,9 +131,11 @@ def test_old_incidents_are_forgotten_and_open_ones_never(settings: Settings) -> 
     with open_toolbox(later) as toolbox:
         assert forget(toolbox, 30)["incidents"] == 0
         assert forget(toolbox, 14, dry_run=True)["incidents"] == 1
-        assert len(toolbox.incidents.history(9)) == 2
+        assert len(toolbox.ledger.incidents.history(9)) == 2
         assert forget(toolbox, 14)["incidents"] == 1
-        assert [incident.problem.key for incident in toolbox.incidents.history(9)] == ["stale|y"]
+        assert [incident.problem.key for incident in toolbox.ledger.incidents.history(9)] == [
+            "stale|y"
+        ]
 
 
 # --------------------------------------------------------------------------------- what is wrong
@@ -162,26 +166,34 @@ def test_limits_come_from_the_universe(
 def test_a_market_that_fails_three_times_and_a_breaker(filled: Settings) -> None:
     with open_toolbox(filled) as toolbox:
         for _ in range(3):
-            toolbox.ledger.fail(RAW, BTC, BTC.month, "it says no", [], filled.now())
+            toolbox.ledger.partitions.record_failure(
+                IngestFailure(RAW, BTC, BTC.month, "it says no", [], filled.now())
+            )
         for _ in range(30):
-            toolbox.ledger.record("binance", False, toolbox.policy.clock())
+            toolbox.ledger.venues.record("binance", False, toolbox.policy.clock())
     wrong = found(filled)
     assert set(wrong) == {"breaker|binance", "failing|binance:BTC-USDT"}
     assert wrong["breaker|binance"].severity == "critical"
     assert wrong["failing|binance:BTC-USDT"].body == "it says no"
     with open_toolbox(filled) as toolbox:
-        toolbox.ledger.record("binance", True, toolbox.policy.clock())
+        toolbox.ledger.venues.record("binance", True, toolbox.policy.clock())
     assert set(found(filled)) == {"failing|binance:BTC-USDT"}
 
 
 def test_parked_partitions_and_red_checks(filled: Settings) -> None:
     past = Partition.parse("binance:BTC-USDT|2023-12-01")
     with open_toolbox(filled) as toolbox:
-        toolbox.ledger.ask([(past, "never fetched")], filled.now())
-        toolbox.ledger.park([(past, "failed: it says no")], filled.now())
-        toolbox.ledger.set_check(RAW, past, "gaps", (False, "7 bars are missing"), filled.now())
-        toolbox.ledger.set_check(RAW, BTC, "gaps", (False, "2 bars are missing"), filled.now())
-        toolbox.ledger.set_check(RAW, BTC, "ohlc", (True, "1 bars break a rule"), filled.now())
+        toolbox.ledger.attempts.add([(past, "never fetched")], filled.now())
+        toolbox.ledger.attempts.park([(past, "failed: it says no")], filled.now())
+        toolbox.ledger.checks.set(
+            RAW, past, "gaps", failure=CheckFailure(False, "7 bars are missing"), now=filled.now()
+        )
+        toolbox.ledger.checks.set(
+            RAW, BTC, "gaps", failure=CheckFailure(False, "2 bars are missing"), now=filled.now()
+        )
+        toolbox.ledger.checks.set(
+            RAW, BTC, "ohlc", failure=CheckFailure(True, "1 bars break a rule"), now=filled.now()
+        )
     wrong = found(filled)
     assert {key: problem.severity for key, problem in wrong.items()} == {
         f"parked|{past.key}": "error",
@@ -190,12 +202,18 @@ def test_parked_partitions_and_red_checks(filled: Settings) -> None:
     }
     with open_toolbox(filled) as toolbox:  # the open month's gaps are told when they stay
         for _ in range(2):
-            toolbox.ledger.set_check(RAW, BTC, "gaps", (False, "2 bars are missing"), filled.now())
+            toolbox.ledger.checks.set(
+                RAW,
+                BTC,
+                "gaps",
+                failure=CheckFailure(False, "2 bars are missing"),
+                now=filled.now(),
+            )
     assert f"check|raw/ohlcv_1m|gaps|{BTC.key}" in found(filled)
     with open_toolbox(filled) as toolbox:
         for name in ("gaps", "ohlc"):
-            toolbox.ledger.set_check(RAW, BTC, name, None, filled.now())
-            toolbox.ledger.set_check(RAW, past, name, None, filled.now())
+            toolbox.ledger.checks.set(RAW, BTC, name, failure=None, now=filled.now())
+            toolbox.ledger.checks.set(RAW, past, name, failure=None, now=filled.now())
     assert set(found(filled)) == {f"parked|{past.key}"}
 
 
@@ -207,7 +225,7 @@ def statuses(settings: Settings) -> dict[str, tuple[str, list[str]]]:
 
 def test_health_of_what_is_whole(filled: Settings) -> None:
     with open_toolbox(filled) as toolbox:
-        toolbox.ledger.beat("daemon", at("2024-01-09T23:59"))
+        toolbox.ledger.heartbeats.record("daemon", at("2024-01-09T23:59"))
     whole = ("healthy", [])
     assert statuses(filled) == {
         "daemon": whole,
@@ -219,10 +237,14 @@ def test_health_of_what_is_whole(filled: Settings) -> None:
 
 def test_health_says_why(filled: Settings) -> None:
     with open_toolbox(filled) as toolbox:
-        toolbox.ledger.beat("daemon", at("2024-01-09T23:00"))
-        toolbox.ledger.record("binance", False, toolbox.policy.clock())
-        toolbox.ledger.fail(RAW, BTC, BTC.month, "it says no", [], filled.now())
-        toolbox.ledger.set_check(RAW, BTC, "ohlc", (True, "1 bars break a rule"), filled.now())
+        toolbox.ledger.heartbeats.record("daemon", at("2024-01-09T23:00"))
+        toolbox.ledger.venues.record("binance", False, toolbox.policy.clock())
+        toolbox.ledger.partitions.record_failure(
+            IngestFailure(RAW, BTC, BTC.month, "it says no", [], filled.now())
+        )
+        toolbox.ledger.checks.set(
+            RAW, BTC, "ohlc", failure=CheckFailure(True, "1 bars break a rule"), now=filled.now()
+        )
     found = statuses(at_time(filled, "2024-01-10T00:20:00Z"))
     assert found["daemon"] == (
         "unhealthy",

@@ -294,8 +294,8 @@ def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInsta
     fill(settings, instance)
     file_of(settings, DEC).unlink()
     with open_toolbox(settings) as toolbox:
-        toolbox.ledger.ask([(Partition.parse(DEC), "x")], settings.now())
-        toolbox.ledger.park([(Partition.parse(DEC), "x")], settings.now())
+        toolbox.ledger.attempts.add([(Partition.parse(DEC), "x")], settings.now())
+        toolbox.ledger.attempts.park([(Partition.parse(DEC), "x")], settings.now())
     job = build_definitions(settings).resolve_job_def("repair")
     config = {
         "ops": {
@@ -310,10 +310,10 @@ def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInsta
     assert events(instance, RAW) == before + 1
     assert check_results(instance, RAW, "gaps")[DEC]
     with open_toolbox(settings) as toolbox:
-        state = toolbox.ledger.state(raw(TIMEFRAMES["1m"]), Partition.parse(DEC))
+        state = toolbox.ledger.partitions.get(raw(TIMEFRAMES["1m"]), Partition.parse(DEC))
         assert state
         assert state.rolled == state.digest
-        assert toolbox.ledger.asks() == {}
+        assert toolbox.ledger.attempts.all() == {}
 
 
 @pytest.mark.parametrize(

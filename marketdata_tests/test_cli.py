@@ -345,10 +345,10 @@ def test_health_alerts_parked_and_prune(stored: Settings) -> None:
     assert marketdata("backfill").returncode == 0
     partition = Partition.parse("binance:BTC-USDT|2024-01-01")
     with open_toolbox(stored) as toolbox:
-        toolbox.ledger.beat("daemon", stored.now())
+        toolbox.ledger.heartbeats.record("daemon", stored.now())
         assert marketdata("health").returncode == 0
-        toolbox.ledger.ask([(partition, "x")], stored.now())
-        toolbox.ledger.park([(partition, "failed: it says no")], stored.now())
+        toolbox.ledger.attempts.add([(partition, "x")], stored.now())
+        toolbox.ledger.attempts.park([(partition, "failed: it says no")], stored.now())
         settle(toolbox, problems(toolbox), lambda key: False)
     assert marketdata("health").returncode == 1
     (alert,) = json.loads(marketdata("alerts", "--open", "--format", "json").stdout)

@@ -33,13 +33,13 @@ from marketdata_assets.flows.derive.consolidate import (
 )
 from marketdata_assets.flows.operate.retire import REMOVED, retire
 from marketdata_assets.flows.read.bars import known_market, read_bars
-from marketdata_assets.ledger.consolidations import NO_TRADE
 from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.market import CONSOLIDATED, Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import consolidated, raw, reconciled
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, from_ms, iso, month_of
+from marketdata_assets.quality.gap_causes import NO_TRADE
 from marketdata_assets.quality.reconcile import differences, opinions, reconcile, worst
 from marketdata_assets.reader import Reader
 from marketdata_assets.settings.universe import Settings, load_settings
@@ -48,7 +48,7 @@ from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.transforms.consolidate import consolidate as as_one_series
 from marketdata_assets.transforms.consolidate import switches
 from marketdata_tests.conftest import needs_shared
-from marketdata_tests.samples import MINUTE, START, frame, minutes, random_rows, row
+from marketdata_tests.samples import MINUTE, START, frame, minutes, random_rows, row, run_sql
 from marketdata_tests.steps import SkippingClock, at, lake_files, run_ingest, window
 from marketdata_tests.test_automation import tick
 from marketdata_tests.test_cli import marketdata, says
@@ -334,13 +334,14 @@ def the_exchange_s_own(exchange: Any, end: str) -> list[tuple[datetime, Decimal,
 
 def say_of_gaps(settings: Settings, cause: str, which: str) -> int:
     """Write a cause beside some gaps, as the ledger of gaps does; how many."""
-    with open_toolbox(settings) as toolbox, toolbox.ledger.transaction() as db:
-        return int(db.execute(f"UPDATE gaps SET cause = ? WHERE {which}", (cause,)).rowcount)
+    known = "cause = :cause, status = 'explained'"
+    with open_toolbox(settings) as toolbox:
+        return run_sql(toolbox.ledger, f"UPDATE gaps SET {known} WHERE {which}", cause=cause)
 
 
 def quiet_at_coinbase(settings: Settings) -> list[Window]:
     with open_toolbox(settings) as toolbox:
-        return toolbox.consolidations.quiet(
+        return toolbox.ledger.consolidations.no_trade_windows(
             raw(M1), Partition.parse("coinbaseexchange:BTC-USDT|2023-03-01")
         )
 
@@ -460,7 +461,7 @@ def test_a_planted_spike_is_found(
     (done,) = make_all(settings)
     with open_toolbox(settings) as toolbox:
         finding = audit_consolidated(toolbox, M1, done)
-        assert len(toolbox.ledger.red_checks()) == red
+        assert len(toolbox.ledger.checks.failed()) == red
     assert (finding.passed, finding.blocking, finding.severity) == (False, False, severity)
     assert finding.numbers["compared"] > 100
     assert (finding.numbers["warned"], finding.numbers["failed"]) == (1, red)
@@ -616,9 +617,11 @@ def test_a_difference_in_the_check_and_a_failure_that_stays_alone(
     assert metadata["differences"].startswith("![differences]")
     with open_toolbox(settings) as toolbox:
         assert {
-            key: count for key, (count, _) in toolbox.ledger.failing().items()
+            key: count for key, (count, _) in toolbox.ledger.partitions.failure_streaks().items()
         } == {}  # lost is not to blame on anybody
-        state = toolbox.ledger.state(TABLE, Partition.parse(f"consolidated:ETH-USDT|{NOV}"))
+        state = toolbox.ledger.partitions.get(
+            TABLE, Partition.parse(f"consolidated:ETH-USDT|{NOV}")
+        )
     assert state is not None
     assert "raw/ohlcv_1m binance:ETH-USDT|2023-11-01 is not in the lake any more" in str(
         state.error
@@ -647,11 +650,9 @@ def test_it_keeps_itself_up_to_date(settings: Settings, instance: dg.DagsterInst
     assert not tick(settings, instance, "keep_consolidated").run_requests
 
     # one raw partition changes, one object is lost, one event is gone: these and no others
-    with open_toolbox(settings) as toolbox, toolbox.ledger.transaction() as db:
-        db.execute(
-            "UPDATE partitions SET digest = 'other' WHERE market = 'binanceus:BTC-USDT' AND month = ? AND tbl = 'raw/ohlcv_1m'",
-            (DEC,),
-        )
+    where = "market = 'binanceus:BTC-USDT' AND month = :month AND tbl = 'raw/ohlcv_1m'"
+    with open_toolbox(settings) as toolbox:
+        run_sql(toolbox.ledger, f"UPDATE partitions SET digest = 'other' WHERE {where}", month=DEC)
     (Path(settings.lake) / TABLE.path(Partition.parse(f"consolidated:ETH-USDT|{NOV}"))).unlink()
     instance.wipe_asset_partitions(KEY, [f"consolidated:ETH-USDT|{DEC}"])
     assert reasons(settings) == {
@@ -764,8 +765,8 @@ def test_retention(settings: Settings):
         if not name.startswith("raw/")
     }
     old = replace(settings, retention={"raw/ohlcv_1m": 5})
-    with open_toolbox(old) as toolbox, toolbox.ledger.transaction() as db:
-        db.execute("UPDATE partitions SET rolled = digest WHERE tbl = 'raw/ohlcv_1m'")
+    with open_toolbox(old) as toolbox:
+        run_sql(toolbox.ledger, "UPDATE partitions SET rolled = digest WHERE tbl = 'raw/ohlcv_1m'")
     with open_toolbox(old) as toolbox:
         assert {
             (gone.table.name, gone.partition.month_key[:7])
@@ -798,26 +799,35 @@ def test_the_ledger_in_both_databases(settings: Settings):
     partition = Partition.parse(f"binance:BTC-USDT|{NOV}")
     with open_toolbox(settings) as toolbox:
         assert behind(toolbox, look=True) == {}
-        assert toolbox.consolidations.quiet(raw(M1), partition) == []
+        assert toolbox.ledger.consolidations.no_trade_windows(raw(M1), partition) == []
         columns = 'tbl, market, month, start, "end", bars, reason, answers, evidence, cause'
-        insert = f"INSERT INTO gaps ({columns}) VALUES ('raw/ohlcv_1m', ?, ?, ?, ?, 2, 'no_bars', 2, '', ?)"
-        where = partition.market.key, partition.month_key
-        with toolbox.ledger.transaction() as db:
-            db.execute(insert, (*where, "2023-11-28T05:00:00Z", "2023-11-28T05:02:00Z", "halted"))
+        values = "'raw/ohlcv_1m', :market, :month, :start, :end, 2, 'no_bars', 2, '', :cause"
+        insert = f"INSERT INTO gaps ({columns}) VALUES ({values})"
+
+        def add(hour: int, cause: str) -> None:
+            start, end = (f"2023-11-28T{hour:02}:{minute:02}:00Z" for minute in (0, 2))
+            run_sql(
+                toolbox.ledger,
+                insert,
+                market=partition.market.key,
+                month=partition.month_key,
+                start=start,
+                end=end,
+                cause=cause,
+            )
+
+        add(5, "halted")
         assert behind(toolbox, look=True) == {}
-        with toolbox.ledger.transaction() as db:
-            db.execute(insert, (*where, "2023-11-28T06:00:00Z", "2023-11-28T06:02:00Z", NO_TRADE))
+        add(6, NO_TRADE)
         assert set(behind(toolbox, look=True)) == {Partition(BTC, partition.month)}
         list(consolidate(toolbox, M1, list(behind(toolbox, look=True))))
-        with toolbox.ledger.transaction() as db:  # two others in its place: as many bars, elsewhere
-            db.execute(
-                'UPDATE gaps SET start = ?, "end" = ? WHERE cause = ?',
-                ("2023-11-28T07:00:00Z", "2023-11-28T07:02:00Z", NO_TRADE),
-            )
+        # two others in its place: as many bars, elsewhere
+        moved = """start = '2023-11-28T07:00:00Z', "end" = '2023-11-28T07:02:00Z'"""
+        run_sql(toolbox.ledger, f"UPDATE gaps SET {moved} WHERE cause = :cause", cause=NO_TRADE)
         assert [late.reason for late in behind(toolbox, look=True).values()] == [
             "its venues' bars have changed"
         ]
-        assert toolbox.consolidations.quiet(raw(M1), partition) == [
+        assert toolbox.ledger.consolidations.no_trade_windows(raw(M1), partition) == [
             window("2023-11-28T07:00", "2023-11-28T07:02")
         ]
 

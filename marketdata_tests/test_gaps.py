@@ -27,7 +27,8 @@ from marketdata_assets.flows.prove import gaps as flow
 from marketdata_assets.flows.prove.audit import audit_gaps, audit_raw
 from marketdata_assets.flows.prove.gaps import Explained, explain, reopen, words_of
 from marketdata_assets.flows.read.coverage import coverage
-from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
+from marketdata_assets.ledger.records import IngestRecord, PartitionState, RowAccount
+from marketdata_assets.model.gap import Gap
 from marketdata_assets.model.intervals import without
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -283,7 +284,7 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
     ]
     truth: dict[datetime, str] = {}
     with open_toolbox(settings) as toolbox:
-        toolbox.ledger.set_listed(
+        toolbox.ledger.markets.set_first_bar(
             BTC,
             listed := at("2024-01-30T22:00") + data.draw(st.integers(0, 200)) * M1.width,
             "test",
@@ -307,15 +308,15 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
             size, digest = toolbox.lake.write(
                 raw(M1), partition, frame(bars) if bars else frame([row(listed)]).clear()
             )
-            state = State(
+            state = PartitionState(
                 wanted.start, moment, None, False, len(bars), size, digest, None, 1, 0, None
             )
-            toolbox.ledger.commit(
-                Entry(
+            toolbox.ledger.partitions.commit(
+                IngestRecord(
                     raw(M1),
                     partition,
                     state,
-                    Account(),
+                    RowAccount(),
                     gaps,
                     [],
                     pl.DataFrame(schema=REJECTED_SCHEMA),
@@ -411,7 +412,9 @@ def test_the_halt_of_a_venue(
     assert all(
         request["outcome"] == "answered" and request["rows"] for request in proof["requests"]
     )
-    assert all(one.gap.next_ask is None and one.gap.first_asked == settings.now() for one in found)
+    assert all(
+        one.gap.next_request is None and one.gap.first_requested == settings.now() for one in found
+    )
     assert days_sum(settings) == 6
     with open_toolbox(settings) as toolbox:
         (halted,) = coverage(
@@ -544,7 +547,7 @@ def test_a_minute_that_the_venue_lost(
         run_ingest(settings, timeframe=timeframe)
     (lost,) = explained(settings)
     assert told([lost]) == [("SOL/USDT", "1m", "16:39", 1, MISSING)]
-    assert lost.gap.next_ask is None
+    assert lost.gap.next_request is None
     quarter, hour = lost.as_dict()["proof"]["native"]
     assert (
         quarter
@@ -586,16 +589,16 @@ def test_a_gap_is_asked_for_again_at_growing_distance(
                     bool([b for b in missed(toolbox, 9, (), {}).blocks if "rollups" not in str(b)])
                     is wanted
                 )
-                toolbox.ledger.forget_asks(partitions(now))
+                toolbox.ledger.attempts.clear(partitions(now))
             run_ingest(now)
             assert bool([entry for entry in exchange.log() if "klines" in entry["path"]]) is wanted
     (one,) = explained(now)
-    assert (one.kind, one.gap.answers >= 10, one.gap.first_asked) == (
+    assert (one.kind, one.gap.answers >= 10, one.gap.first_requested) == (
         "unexplained",
         True,
         at("2023-02-15T02:00"),
     )
-    assert one.gap.next_ask == at("2023-02-15T02:00") + timedelta(hours=256)
+    assert one.gap.next_request == at("2023-02-15T02:00") + timedelta(hours=256)
     assert len(one.as_dict()["proof"]["requests"]) == 6
 
 
@@ -650,7 +653,9 @@ def test_a_market_that_left_its_venue(replay: Callable[..., Any], universe: Univ
         later = at_time(settings, f"2024-02-0{day}T00:00:00Z")
         assert all(done.error is None for done in run_ingest(later))
         found = explained(later, ask=True)
-        assert [("final" if one.gap.next_ask is None else "not final") for one in found] == kinds
+        assert [
+            ("final" if one.gap.next_request is None else "not final") for one in found
+        ] == kinds
         assert [(one.market.symbol, one.kind, one.gap.window) for one in found] == [
             ("ETH/USDT", DELISTED, window("2024-02-02", f"2024-02-0{day}"))
         ]

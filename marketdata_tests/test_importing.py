@@ -35,7 +35,7 @@ from marketdata_assets.sources import archive
 from marketdata_assets.sources.archive import Told, parse_columns
 from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_tests.conftest import SHARED, Universe, needs_shared
-from marketdata_tests.samples import BTC, real_bars
+from marketdata_tests.samples import BTC, outcomes, real_bars
 from marketdata_tests.steps import (
     assert_bars,
     at,
@@ -113,7 +113,7 @@ def imported(settings: Settings, *files: Path, dry_run: bool = False, **told: An
     said = Told(settings.market(told.pop("market")) if "market" in told else None, **told)
     with open_toolbox(settings) as toolbox:
         done = import_files(toolbox, look(toolbox, files, said), said, dry_run)
-        assert toolbox.ledger.requests() == []
+        assert outcomes(toolbox.ledger) == []
     assert all(tally.balanced for tally in done.files)
     return done
 
@@ -178,8 +178,8 @@ def test_a_month_and_its_reference(settings: Settings, tmp_path: Path) -> None:
     assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", month))
     assert_bars(stored_bars(settings, timeframe="1h"), truth("BTCUSDT", "1h", month))
     with open_toolbox(settings) as toolbox:
-        gaps = toolbox.ledger.gaps(raw(TIMEFRAMES["1m"]), partitions_of(BTC, month)[0])
-    assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(halt, "unanswered", False)]
+        gaps = toolbox.ledger.gaps.of(raw(TIMEFRAMES["1m"]), partitions_of(BTC, month)[0])
+    assert [(gap.bars, gap.reason, gap.is_settled) for gap in gaps] == [(halt, "unanswered", False)]
     assert "BTCUSDT-1m-2024-01.zip holds both neighbours" in gaps[0].evidence
 
 
@@ -276,10 +276,10 @@ def test_a_kraken_file_has_the_last_word_about_its_holes(kraken: Settings, tmp_p
     assert found["trades"].to_list() == [hour + 1 for hour in range(24) if hour != 5]
     assert (found["volume"][0], found["quote_volume"].null_count()) == (Decimal("1.23456789"), 23)
     with open_toolbox(kraken) as toolbox:
-        gaps = toolbox.ledger.gaps(
+        gaps = toolbox.ledger.gaps.of(
             raw(TIMEFRAMES["1h"]), partitions_of(Market("kraken", "BTC/USD"), DAY)[0]
         )
-    assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(1, "no_bars", True)]
+    assert [(gap.bars, gap.reason, gap.is_settled) for gap in gaps] == [(1, "no_bars", True)]
 
 
 # --------------------------------------------------------------------------------- checksums and ba
@@ -522,7 +522,7 @@ def test_what_a_rule_refuses_lies_in_quarantine_under_the_files_name(
     ]
     with open_toolbox(settings) as toolbox:
         (partition, *_) = partitions_of(BTC, DAY)
-        gaps = toolbox.ledger.gaps(raw(TIMEFRAMES["1m"]), partition)
+        gaps = toolbox.ledger.gaps.of(raw(TIMEFRAMES["1m"]), partition)
     assert [(gap.bars, gap.reason) for gap in gaps] == [
         (1, "quarantined"),
         (1, "quarantined"),
@@ -537,7 +537,7 @@ def test_again_changes_nothing(settings: Settings, tmp_path: Path) -> None:
     assert counts(imported(settings, file).files[0]) == {"identical": 1440}
     assert lake_files(settings) == before
     with open_toolbox(settings) as toolbox:
-        receipts = toolbox.receipts.list("import")
+        receipts = toolbox.ledger.receipts.list("import")
     assert [receipt.body["files"][0]["stored"] for receipt in receipts] == [0, 1440]
     assert receipts[0].body["files"][0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -599,7 +599,7 @@ def test_archive_and_venue_that_disagree(sandbox: Any, universe: Universe, tmp_p
     assert (row["reasons"], row["source"], row["fields"]["trades"]) == ("disagrees", NAME, "123456")
     assert (lake_files(settings), len(sandbox[0].requests)) == (before, asked)
     with open_toolbox(settings) as toolbox:
-        (receipt,) = toolbox.receipts.list("import")
+        (receipt,) = toolbox.ledger.receipts.list("import")
     assert receipt.body["differences"][0]["value"] == theirs
 
 
@@ -656,8 +656,8 @@ def test_days_in_one_go_and_what_lies_between_files_is_not_told(
         done = import_files(toolbox, look(toolbox, [tmp_path], Told()), Told())
         (partition,) = partitions_of(BTC, DAY)
         stored = toolbox.lake.read(raw(TIMEFRAMES["1m"]), partition, provenance=True)
-        gaps = toolbox.ledger.gaps(raw(TIMEFRAMES["1m"]), partition)
-        state = toolbox.ledger.state(raw(TIMEFRAMES["1m"]), partition)
+        gaps = toolbox.ledger.gaps.of(raw(TIMEFRAMES["1m"]), partition)
+        state = toolbox.ledger.partitions.get(raw(TIMEFRAMES["1m"]), partition)
     assert [counts(tally) for tally in done.files] == [{"stored": t.facts.rows} for t in done.files]
     assert stored is not None
     assert dict(stored.group_by("source").len().rows()) == {

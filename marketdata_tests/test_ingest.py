@@ -176,7 +176,7 @@ def test_every_missing_bar_has_its_evidence(two: Two) -> None:
         missing = expected - set(done.bars["open_time"].dt.epoch("ms").to_list())
         told: set[int] = set()
         for gap in done.gaps:
-            assert (gap.reason, gap.answers >= 2, gap.settled) == ("no_bars", True, True)
+            assert (gap.reason, gap.answers >= 2, gap.is_settled) == ("no_bars", True, True)
             assert "asked [" in gap.evidence
             assert " rows" in gap.evidence
             assert gap.bars == gap.window.count(MINUTE)
@@ -778,7 +778,7 @@ def test_one_market_that_fails_does_not_stop_the_others(universe: Universe, kind
         assert task.reason.startswith("failed: binance")
         assert [found.not_fetched for found in covered(settings)] == [0, 720, 0]
         with open_toolbox(settings) as toolbox:
-            state = toolbox.ledger.state(raw(MINUTE), failed.partition)
+            state = toolbox.ledger.partitions.get(raw(MINUTE), failed.partition)
         assert state is not None
         blamed = int(error is not VenueDown)  # a venue that is down is not the partition's fault
         assert (state.attempts, state.failures, state.error) == (1, blamed, str(failed.error))

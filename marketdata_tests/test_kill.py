@@ -109,7 +109,7 @@ def test_kill_at_random_moments(
     with open_toolbox(settings) as toolbox:
         assert all(
             row["received"] == row["stored"] + row["identical"] + row["quarantined"]
-            for row in toolbox.ledger.accounts()
+            for row in toolbox.ledger.partitions.accounts()
         )
         assert all(c.not_fetched == 0 for c in coverage(toolbox, settings.markets))
     environment = {**os.environ, "DAGSTER_HOME": str(tmp_path / "state" / "dagster")}

@@ -190,13 +190,13 @@ def test_three_attempts_with_growing_pauses_then_parked_then_unparked(filled: Se
     later = at_time(filled, "2024-01-12T00:00:00Z")
     assert look(later).parked == [Partition.parse(key)]
     with open_toolbox(later) as toolbox:
-        (ask,) = toolbox.ledger.asks().values()
+        (ask,) = toolbox.ledger.attempts.all().values()
         assert (ask.attempts, ask.parked_at, ask.reason) == (
             3,
             at("2024-01-10T01:02"),
             missed_flow.LOST,
         )
-        assert toolbox.ledger.forget_asks([Partition.parse(key)]) == 1
+        assert toolbox.ledger.attempts.clear([Partition.parse(key)]) == 1
     assert len(look(later).blocks) == 1
 
 
@@ -208,7 +208,7 @@ def test_what_was_got_is_forgotten(filled: Settings) -> None:
     run_derive(filled)
     assert look(filled).says == "nothing is missing"
     with open_toolbox(filled) as toolbox:
-        assert toolbox.ledger.asks() == {}
+        assert toolbox.ledger.attempts.all() == {}
 
 
 def test_a_clock_that_jumped_back_does_not_hold_a_partition_for_ever(filled: Settings) -> None:
@@ -222,11 +222,11 @@ def test_an_open_breaker_stops_its_venue_and_costs_no_attempt(filled: Settings) 
     with open_toolbox(filled) as toolbox:
         now = toolbox.policy.clock()
         for _ in range(30):
-            toolbox.ledger.record("binance", False, now)
+            toolbox.ledger.venues.record("binance", False, now)
         found = missed(toolbox, 9, (), {})
         assert found.blocks == []
         assert found.waiting == {"wait for binance, whose circuit breaker is open": 1}
-        assert toolbox.ledger.asks() == {}
+        assert toolbox.ledger.attempts.all() == {}
         assert [r.first for r in refreshes(toolbox, ())] == [None]
 
 
@@ -243,7 +243,7 @@ def test_a_venue_that_is_down_costs_no_attempt(filled: Settings, universe: Unive
     (failed,) = run_ingest(gone, wanted=[Partition.parse(key)])
     assert isinstance(failed.error, VenueDown)
     with open_toolbox(filled) as toolbox:
-        assert [ask.attempts for ask in toolbox.ledger.asks().values()] == [0]
+        assert [ask.attempts for ask in toolbox.ledger.attempts.all().values()] == [0]
 
 
 def test_months_beyond_the_lookback_are_left_alone(settings: Settings) -> None:

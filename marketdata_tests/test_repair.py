@@ -26,8 +26,9 @@ from marketdata_assets.flows.fetch.replay import replay
 from marketdata_assets.flows.operate.repair import plan_repair
 from marketdata_assets.flows.read.bars import read_bars
 from marketdata_assets.flows.read.coverage import coverage
-from marketdata_assets.ledger.ledger import Account, Entry, Gap
+from marketdata_assets.ledger.records import IngestRecord, RowAccount
 from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.gap import Gap
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
@@ -309,7 +310,7 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
     """
     with open_toolbox(settings) as toolbox:
         stored = toolbox.lake.read(raw(MINUTE), JANUARY, provenance=True)
-        state = toolbox.ledger.state(raw(MINUTE), JANUARY)
+        state = toolbox.ledger.partitions.get(raw(MINUTE), JANUARY)
         assert stored is not None
         assert state is not None
         lies = toolbox.lake.write(
@@ -336,18 +337,18 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
                 "digest": lies.digest,
             }
         )
-        entry = Entry(
+        entry = IngestRecord(
             raw(MINUTE),
             JANUARY,
             kept,
-            Account(bars.height, 0, 0, bars.height),
+            RowAccount(bars.height, 0, 0, bars.height),
             gaps,
             [],
             refused.select(*REJECTED_SCHEMA),
             [],
             settings.now(),
         )
-        toolbox.ledger.commit(entry)
+        toolbox.ledger.partitions.commit(entry)
 
 
 def test_rows_that_a_mended_rule_takes_are_replayed(

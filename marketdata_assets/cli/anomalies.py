@@ -74,10 +74,10 @@ def _wanted(state: str, severities: list[str]) -> tuple[set[str], set[str]]:
 
 def _mark(word: str, id: int, note: str | None) -> None:
     from marketdata_assets.flows.prove.anomalies import mark
-    from marketdata_assets.model.anomaly import State
+    from marketdata_assets.model.anomaly import AnomalyState
 
     with opened() as (_, toolbox):
-        entry = mark(toolbox, id, State(word), note)
+        entry = mark(toolbox, id, AnomalyState(word), note)
     say(f"anomaly {id} ({entry.anomaly.kind} of {entry.market.key}) is {word}")
 
 
@@ -92,12 +92,12 @@ def _list(
     from marketdata_assets.flows.read.bars import known_market
     from marketdata_assets.model.window import iso
 
-    with opened() as (settings, toolbox):
+    with opened(for_reading=True) as (settings, toolbox):
         window = window_of(settings, start, end)
         markets = {known_market(toolbox, key) for key in market or []}
         found = [
             entry
-            for entry in toolbox.anomalies.find(window)
+            for entry in toolbox.ledger.anomalies.find(window)
             if (not markets or entry.market in markets)
             and entry.state.value in wanted[0]
             and entry.anomaly.severity.word in wanted[1]

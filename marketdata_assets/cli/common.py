@@ -48,12 +48,14 @@ Out = Annotated[
 
 
 @contextmanager
-def opened() -> Iterator[tuple[Settings, Toolbox]]:
-    """The universe of this command and its tools."""
+def opened(for_reading: bool = False) -> Iterator[tuple[Settings, Toolbox]]:
+    """The universe of this command and its tools. A command that only reads works `for_reading`, also
+    where the state folder cannot be written.
+    """
     from marketdata_assets.context import open_toolbox
 
     settings = load_settings()
-    with open_toolbox(settings) as toolbox:
+    with open_toolbox(settings, for_reading=for_reading) as toolbox:
         yield settings, toolbox
 
 

@@ -52,7 +52,7 @@ def gaps(
     one_of(format, "table", "json")
     if cause not in (None, *flow.KINDS):
         raise BadInput(f"--cause {cause} is not one of {', '.join(flow.KINDS)}")
-    with opened() as (settings, toolbox):
+    with opened(for_reading=not reopen) as (settings, toolbox):
         if reopen:
             if not market or len(market) > 1 or not start:
                 raise BadInput(

@@ -54,7 +54,7 @@ def lock(
     from marketdata_assets.flows.read.lock import lock as lock_flow
     from marketdata_assets.storage.lockfile import write_lock
 
-    with opened() as (settings, toolbox), _progress("lock") as tell:
+    with opened(for_reading=True) as (settings, toolbox), _progress("lock") as tell:
         name = name or Path(settings.source).stem
         found = lock_flow(
             toolbox, name, chosen(settings, market), window_of(settings, start, end), table, tell
@@ -83,7 +83,7 @@ def verify(
 
     one_of(format, "table", "json")
     locked = read_lock(file)
-    with opened() as (_, toolbox), _progress("verify") as tell:
+    with opened(for_reading=True) as (_, toolbox), _progress("verify") as tell:
         found = verify_flow(toolbox, locked, tell)
     if format == "json":
         print_json(found.as_dict())

@@ -81,7 +81,7 @@ def backfill(market: Markets = None, start: Start = None, end: End = None) -> No
     with opened() as (settings, toolbox):
         toolbox.lake.sweep()
         if settings.rollups == "duckdb" and not toolbox.warehouse.exists:
-            toolbox.ledger.forget_rollups()
+            toolbox.ledger.partitions.clear_rollup_sources()
         partitions = settings.partitions(chosen(settings, market), window_of(settings, start, end))
         tasks = plan_flow(toolbox, partitions)
         code = backfill_tasks(settings, tasks) if tasks else 0
@@ -102,7 +102,7 @@ def plan(
     from marketdata_assets.flows.fetch.plan import plan as plan_flow
 
     one_of(format, "table", "json")
-    with opened() as (settings, toolbox):
+    with opened(for_reading=True) as (settings, toolbox):
         tasks = plan_flow(
             toolbox, settings.partitions(chosen(settings, market), window_of(settings, start, end))
         )
@@ -154,7 +154,7 @@ def bars(
     from marketdata_assets.flows.read.bars import known_market, read_bars
 
     check_format(format, file)
-    with opened() as (settings, toolbox):
+    with opened(for_reading=True) as (settings, toolbox):
         asked = (
             toolbox,
             known_market(toolbox, market),
@@ -192,7 +192,7 @@ def sql(
 
     check_format(format, file)
     with (
-        opened() as (settings, toolbox),
+        opened(for_reading=True) as (settings, toolbox),
         connected(toolbox, market, window_of(settings, start, end)) as connection,
     ):
         found = answer(connection, query)
@@ -208,7 +208,7 @@ def coverage(
     from marketdata_assets.flows.read.coverage import coverage as coverage_flow
 
     one_of(format, "table", "json")
-    with opened() as (settings, toolbox):
+    with opened(for_reading=True) as (settings, toolbox):
         window = window_of(settings, start, end) if start or end else None
         markets = chosen(settings, market)
         explain_new(toolbox, markets)
@@ -228,8 +228,8 @@ def quarantine_list(
     them.
     """
     one_of(format, "table", "json")
-    with opened() as (settings, toolbox):
-        rows = toolbox.ledger.quarantined(
+    with opened(for_reading=True) as (settings, toolbox):
+        rows = toolbox.ledger.quarantine.rows(
             settings.market(market) if market else None, window_of(settings, start, end), limit
         )
     if format == "json":
@@ -249,7 +249,7 @@ def health(format: Format = "table") -> None:
     from marketdata_assets.flows.operate.health import health as health_flow
 
     one_of(format, "table", "json")
-    with opened() as (_, toolbox):
+    with opened(for_reading=True) as (_, toolbox):
         found = health_flow(toolbox)
     rows: list[dict[str, Any]] = [h.as_dict() for h in found]
     if format == "json":
@@ -270,12 +270,12 @@ def alerts(
 ) -> None:
     """What went wrong, since when and until when, and whether everybody was told."""
     one_of(format, "table", "json")
-    with opened() as (_, toolbox):
-        waiting = toolbox.incidents.undelivered()
+    with opened(for_reading=True) as (_, toolbox):
+        waiting = toolbox.ledger.incidents.backlogs()
         history = (
-            list(toolbox.incidents.open().values())[-limit:]
+            list(toolbox.ledger.incidents.open().values())[-limit:]
             if open_only
-            else toolbox.incidents.history(limit)
+            else toolbox.ledger.incidents.history(limit)
         )
     rows = [_incident_row(incident) for incident in history]
     if format == "json":
@@ -315,18 +315,18 @@ def parked(
 ) -> None:
     """Partitions that `backfill_missed` has given up, with the reason of the last attempt."""
     one_of(format, "table", "json")
-    with opened() as (settings, toolbox):
+    with opened(for_reading=not unpark) as (settings, toolbox):
         wanted = {
             p.key
             for p in settings.partitions(chosen(settings, market), window_of(settings, start, end))
         }
         found = [
             ask
-            for ask in toolbox.ledger.asks().values()
+            for ask in toolbox.ledger.attempts.all().values()
             if ask.parked_at and ask.partition.key in wanted
         ]
         if unpark:
-            toolbox.ledger.forget_asks([ask.partition for ask in found])
+            toolbox.ledger.attempts.clear([ask.partition for ask in found])
     rows = [
         {
             "partition": ask.partition.key,
@@ -500,7 +500,7 @@ def _demo(settings: Settings) -> int:
         rows = [c.as_dict() for c in coverage_flow(toolbox, settings.markets)]
         print_table(rows, list(rows[0]))
         say(
-            f"{len(toolbox.ledger.quarantined(None, window))} rows in quarantine; every check result stands in the UI"
+            f"{len(toolbox.ledger.quarantine.rows(None, window))} rows in quarantine; every check result stands in the UI"
         )
     return code
 

@@ -80,9 +80,14 @@ def repair(
             "again": again is not None,
         }
         done = answer_of(["marketdata_assets.defs.repair", json.dumps(asked)], settings)
-        receipt = toolbox.receipts.find(done["receipt"]) if done["receipt"] else None
+        receipt = toolbox.ledger.receipts.find(done["receipt"]) if done["receipt"] else None
     if receipt:
-        body = {"receipt": receipt.id, "at": iso(receipt.at), "says": receipt.says, **receipt.body}
+        body = {
+            "receipt": receipt.id,
+            "at": iso(receipt.at),
+            "says": receipt.message,
+            **receipt.body,
+        }
         print_json(body) if format == "json" else _show_receipt(body)
     if not done["success"]:
         err.print(
@@ -137,15 +142,15 @@ def receipts(
     from marketdata_assets.errors import BadInput
 
     one_of(format, "table", "json")
-    with opened() as (_, toolbox):
-        one = toolbox.receipts.find(number) if number is not None else None
-        found = toolbox.receipts.list(limit=limit)
+    with opened(for_reading=True) as (_, toolbox):
+        one = toolbox.ledger.receipts.find(number) if number is not None else None
+        found = toolbox.ledger.receipts.list(limit=limit)
     if number is not None:
         if one is None:
             raise BadInput(f"there is no receipt {number}; `marketdata receipts` lists them")
-        print_json({**one._asdict(), "at": iso(one.at)})
+        print_json(one.as_dict())
         return
-    rows = [{"receipt": r.id, "kind": r.kind, "at": iso(r.at), "says": r.says} for r in found]
+    rows = [{"receipt": r.id, "kind": r.kind, "at": iso(r.at), "says": r.message} for r in found]
     print_json(rows) if format == "json" else print_table(rows, ["receipt", "kind", "at", "says"])
 
 
@@ -164,7 +169,7 @@ def corrections(
     from marketdata_assets.flows.prove.corrections import corrections as corrections_flow
 
     one_of(format, "table", "json")
-    with opened() as (settings, toolbox):
+    with opened(for_reading=True) as (settings, toolbox):
         found = list(
             corrections_flow(
                 toolbox,

@@ -108,7 +108,7 @@ class _Only:
             return
         self._next = time.monotonic() + 5
         try:
-            self._database.rows("SELECT 1")
+            self._database.check_connection()
         except StoreFailed:
             self._held.close()
             self.__enter__()

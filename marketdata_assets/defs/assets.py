@@ -220,12 +220,12 @@ def roll_up_into(
     """Derive and audit the partitions of all rollups; one with a red blocking check fails alone."""
     if not results:
         return
-    blocked = {check.partition: check for check in toolbox.ledger.red_checks() if check.blocking}
+    blocked = {check.partition: check for check in toolbox.ledger.checks.failed() if check.blocking}
     for partition in partitions:
         if partition in blocked:
             check = blocked[partition]
             error = CheckFailed(
-                f"{check.table} {check.name} is red: {check.says}; nothing is rolled up from it"
+                f"{check.table} {check.name} is red: {check.message}; nothing is rolled up from it"
             )
             for result in results.values():
                 result.add(partition, {}, [], error)

@@ -103,7 +103,7 @@ def backfill_missed(
     )
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         with one_line(), open_toolbox(settings) as toolbox:
-            toolbox.ledger.beat(DAEMON, settings.now())
+            toolbox.ledger.heartbeats.record(DAEMON, settings.now())
             toolbox.lake.sweep()
             busy, mine = under_way(context.instance, grid)
             bases = {raw(venue.base) for venue in settings.venues.values()}
@@ -290,7 +290,10 @@ def watch_incidents(settings: Settings) -> dg.SensorDefinition:
             opened, recovered = settle(
                 toolbox, [*problems(toolbox), *failed.values()], failed_runs_go_on(over)
             )
-            still, waiting = len(toolbox.incidents.open()), toolbox.incidents.undelivered()
+            still, waiting = (
+                len(toolbox.ledger.incidents.open()),
+                toolbox.ledger.incidents.backlogs(),
+            )
         context.update_cursor(cursor)
         says = f"{opened} incidents opened, {recovered} recovered, {still} are open"
         return dg.SkipReason(

@@ -77,7 +77,7 @@ def repair_job(settings: Settings) -> dg.JobDefinition:
             window, partitions = _wanted(settings, config)
             tags = {REPAIR_START: partitions[0].key, REPAIR_END: partitions[-1].key}
             context.instance.add_run_tags(context.run_id, tags)
-            unparked = toolbox.ledger.forget_asks(partitions)
+            unparked = toolbox.ledger.attempts.clear(partitions)
             before = contents(toolbox, partitions)
             cleaned = clean_up(toolbox, partitions)
             log = cast(dg.AssetExecutionContext, context)  # an op's context takes the same events
@@ -107,7 +107,7 @@ def repair_job(settings: Settings) -> dg.JobDefinition:
             "partitions": len(partitions),
             "unparked": unparked,
             "receipt": receipt.id,
-            "says": receipt.says,
+            "says": receipt.message,
         }
         context.add_output_metadata({**told, **numbers})
         log_all([*raws.values(), *rollups.values()])

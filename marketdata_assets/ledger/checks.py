@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from marketdata_assets.ledger.book import Book, is_about, key_of
+from marketdata_assets.ledger.book import Book, about, is_about, key_of
 from marketdata_assets.ledger.tables import red_checks
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
 
 _c = red_checks.c
+_IS_IT = sa.and_(is_about(red_checks), _c.name == sa.bindparam("its_name"))
+_FIND = sa.select(_c.name).where(_IS_IT)
+_DELETE = sa.delete(red_checks).where(_IS_IT)
 
 
 class CheckFailure(NamedTuple):
@@ -49,11 +52,11 @@ class CheckBook(Book):
         now: datetime,
     ) -> None:
         """Write down that a check of a partition fails, or passes (None)."""
-        is_it = sa.and_(is_about(red_checks, table, partition), _c.name == name)
         if failure is None:
-            if self._database.rows(sa.select(_c.name).where(is_it)):
+            key = about(table, partition) | {"its_name": name}
+            if self._database.rows(_FIND, key):
                 with self._database.transaction() as connection:
-                    connection.execute(sa.delete(red_checks).where(is_it))
+                    connection.execute(_DELETE, key)
             return
         row = {
             **key_of(table, partition),

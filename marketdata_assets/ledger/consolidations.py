@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from marketdata_assets.ledger.book import Book, is_about, key_of
+from marketdata_assets.ledger.book import Book, about, is_about, key_of
 from marketdata_assets.ledger.tables import gaps, partitions
 from marketdata_assets.model.gap import GapCause
 from marketdata_assets.model.partition import Partition
@@ -77,8 +77,9 @@ class ConsolidationBook(Book):
 
     def no_trade_windows(self, table: Table, partition: Partition) -> list[Window]:
         """The windows of a raw partition in which its venue was up and nobody traded, in order."""
-        is_it = sa.and_(is_about(gaps, table, partition), _g.cause == GapCause.NO_TRADE)
-        found = self._database.rows(sa.select(_g.start, _g.end).where(is_it).order_by(_g.start))
+        is_it = sa.and_(is_about(gaps), _g.cause == GapCause.NO_TRADE)
+        statement = sa.select(_g.start, _g.end).where(is_it).order_by(_g.start)
+        found = self._database.rows(statement, about(table, partition))
         return [Window(start, end) for start, end in found]
 
     def states(self, table: Table) -> dict[_Key, ConsolidationState]:

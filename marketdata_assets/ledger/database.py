@@ -73,10 +73,10 @@ class Database(ABC):
                     connection.exec_driver_sql("ROLLBACK")
                 raise
 
-    def rows(self, statement: sa.Executable) -> Rows:
-        """What a query finds."""
+    def rows(self, statement: sa.Executable, values: Mapping[str, Any] | None = None) -> Rows:
+        """What a query with these parameters finds."""
         with self.translate_errors("read"), self.connect() as connection:
-            return connection.execute(statement).all()
+            return connection.execute(statement, values).all()
 
     def plain_rows(self, statement: sa.Executable) -> list[tuple[Any, ...]]:
         """What a query finds, with values as they are stored; for tens of thousands of rows."""
@@ -112,6 +112,10 @@ class Database(ABC):
         """One line of an error, which never holds a statement or a secret."""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return StoreFailed(f"{self.name} cannot be {verb} ({reason}); {self.remedy}")
+
+    def check_connection(self) -> None:
+        """Raise StoreFailed where this thread's connection broke, and with it its locks."""
+        self.rows(sa.select(1))
 
     def close(self) -> None:
         """Close all connections that no thread uses."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from marketdata_assets.ledger.book import Book, is_about, key_of
+from marketdata_assets.ledger.book import Book, about, is_about, key_of
 from marketdata_assets.ledger.database import Database
 from marketdata_assets.ledger.tables import gaps
 from marketdata_assets.model.gap import (
@@ -31,6 +31,9 @@ _GAP = (
 )
 _NO_CAUSE = ""
 """Stored where no cause is known."""
+_IS_ABOUT = is_about(gaps)
+_OF = sa.select(*_GAP).where(_IS_ABOUT).order_by(_c.start)
+_DELETE = sa.delete(gaps).where(_IS_ABOUT)
 
 
 class GapBook(Book):
@@ -38,7 +41,7 @@ class GapBook(Book):
 
     def of(self, table: Table, partition: Partition) -> list[Gap]:
         """The gaps of one partition, in order."""
-        return self._gaps(is_about(gaps, table, partition))
+        return [_gap(*row) for row in self._database.rows(_OF, about(table, partition))]
 
     def of_month(self, table: Table, venue: str, month: str) -> dict[str, list[Gap]]:
         """The gaps of a venue's markets in one month, by market key, each in order."""
@@ -54,7 +57,9 @@ class GapBook(Book):
     def between(self, table: Table, market: Market, window: Window) -> list[Gap]:
         """The gaps of a market that touch a window, in order."""
         touches = sa.and_(_c.start < window.end, _c.end > window.start)
-        return self._gaps(_c.tbl == table.name, _c.market == market.key, touches)
+        where = sa.and_(_c.tbl == table.name, _c.market == market.key, touches)
+        statement = sa.select(*_GAP).where(where).order_by(_c.start)
+        return [_gap(*row) for row in self._database.rows(statement)]
 
     def unexamined(self, table: Table) -> list[Partition]:
         """The partitions with a gap whose cause was never looked for."""
@@ -107,16 +112,17 @@ class GapBook(Book):
         self, table: Table, partition: Partition, *, old: Iterable[Gap], new: Sequence[Gap]
     ) -> None:
         """Replace gaps of a partition by others that hold the same bars, all or nothing."""
-        is_old = sa.and_(is_about(gaps, table, partition), _c.start == sa.bindparam("old_start"))
-        rows = [{"old_start": gap.window.start} for gap in old]
+        is_old = _c.start == sa.bindparam("old_start")
+        rows = [about(table, partition) | {"old_start": gap.window.start} for gap in old]
         with self._database.transaction() as connection:
             if rows:
-                connection.execute(sa.delete(gaps).where(is_old), rows)
+                connection.execute(_DELETE.where(is_old), rows)
             write_gaps(self._database, connection, key_of(table, partition), new)
 
-    def _gaps(self, *where: sa.ColumnElement[bool]) -> list[Gap]:
-        statement = sa.select(*_GAP).where(*where).order_by(_c.start)
-        return [_gap(*row) for row in self._database.rows(statement)]
+
+def delete_gaps(connection: sa.Connection, values: Mapping[str, str]) -> None:
+    """Delete the gaps of the partition that these values of `is_about` name."""
+    connection.execute(_DELETE, values)
 
 
 def write_gaps(

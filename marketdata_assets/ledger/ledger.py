@@ -67,6 +67,10 @@ class Ledger:
         """
         return self.database.lock(name, wait)
 
+    def check_connection(self) -> None:
+        """Raise StoreFailed where this thread's connection broke, and with it its locks."""
+        self.database.check_connection()
+
     def close(self) -> None:
         """Close all connections; a copy is removed."""
         self.database.close()

@@ -9,10 +9,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from marketdata_assets.ledger.attempts import take_back
-from marketdata_assets.ledger.book import Book, is_about, key_of
+from marketdata_assets.ledger.book import Book, about, is_about, key_of
 from marketdata_assets.ledger.database import Rows
 from marketdata_assets.ledger.fetches import log_fetches
-from marketdata_assets.ledger.gaps import write_gaps
+from marketdata_assets.ledger.gaps import delete_gaps, write_gaps
 from marketdata_assets.ledger.quarantine import quarantine_rows
 from marketdata_assets.ledger.records import (
     FailureStreak,
@@ -23,7 +23,7 @@ from marketdata_assets.ledger.records import (
     PartitionSummary,
     RowAccount,
 )
-from marketdata_assets.ledger.tables import gaps, partitions
+from marketdata_assets.ledger.tables import partitions
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
@@ -45,6 +45,9 @@ _STATE = (
     _c.whole_at,
 )
 """The columns of a PartitionState, in its order."""
+_IS_IT = is_about(partitions)
+_GET = sa.select(*_STATE).where(_IS_IT)
+_GET_ACCOUNT = sa.select(_c.account).where(_IS_IT)
 
 
 class PartitionBook(Book):
@@ -52,7 +55,7 @@ class PartitionBook(Book):
 
     def get(self, table: Table, partition: Partition) -> PartitionState | None:
         """What the ledger holds of one partition."""
-        found = self._rows(*_STATE, where=is_about(partitions, table, partition))
+        found = self._database.rows(_GET, about(table, partition))
         return PartitionState(*found[0]) if found else None
 
     def of_market(self, table: Table, market: Market) -> dict[str, PartitionState]:
@@ -110,7 +113,7 @@ class PartitionBook(Book):
 
     def account(self, table: Table, partition: Partition) -> RowAccount:
         """The account of the last ingest of one partition."""
-        found = self._rows(_c.account, where=is_about(partitions, table, partition))
+        found = self._database.rows(_GET_ACCOUNT, about(table, partition))
         return RowAccount(**found[0].account) if found and found[0].account else RowAccount()
 
     def failure_streaks(self) -> dict[str, FailureStreak]:
@@ -131,7 +134,7 @@ class PartitionBook(Book):
         }
         with self._database.transaction() as connection:
             numbers = log_fetches(connection, table, partition.market, record.fetches)
-            connection.execute(sa.delete(gaps).where(is_about(gaps, table, partition)))
+            delete_gaps(connection, about(table, partition))
             write_gaps(self._database, connection, key_of(table, partition), record.gaps)
             quarantine_rows(self._database, connection, record, numbers)
             upsert = self._database.upsert(partitions, values)
@@ -162,19 +165,19 @@ class PartitionBook(Book):
 
     def set_rollup_source(self, table: Table, partition: Partition, digest: str) -> None:
         """Remember the digest of the raw rows that the rollups of a partition were made of."""
-        self._update(is_about(partitions, table, partition), rolled=digest)
+        self._update(_IS_IT, about(table, partition) | {"rolled": digest})
 
     def clear_rollup_sources(self) -> None:
         """Have all rollups made again, because the warehouse file is gone."""
-        self._update(_c.rolled.is_not(None) & _c.tbl.like("raw/%"), rolled=None)
+        self._update(_c.rolled.is_not(None) & _c.tbl.like("raw/%"), {"rolled": None})
 
     def mark_retired(self, table: Table, partition: Partition) -> None:
         """Remember that retention has removed the object; all else about the partition stays."""
-        self._update(is_about(partitions, table, partition), bytes=None)
+        self._update(_IS_IT, about(table, partition) | {"bytes": None})
 
-    def _update(self, where: sa.ColumnElement[bool], **values: Any) -> None:
+    def _update(self, where: sa.ColumnElement[bool], values: dict[str, Any]) -> None:
         with self._database.transaction() as connection:
-            connection.execute(sa.update(partitions).where(where).values(**values))
+            connection.execute(sa.update(partitions).where(where), values)
 
     def _rows(self, *columns: sa.ColumnElement[Any], where: sa.ColumnElement[bool]) -> Rows:
         return self._database.rows(sa.select(*columns).where(where))

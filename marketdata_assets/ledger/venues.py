@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -15,6 +16,22 @@ BREAKER_FIRST, BREAKER_LONGEST = 30.0, 600.0
 """Seconds for which it stays open at first, doubled each time, and at the most."""
 
 _c = venues.c
+_IS_IT = _c.venue == sa.bindparam("its_venue")
+_NOW, _UNTIL = (sa.bindparam(name, type_=sa.Double) for name in ("shared_now", "until"))
+"""Moments of the clock that all workers share."""
+_UPDATE = sa.update(venues).where(_IS_IT)
+_RESERVE = _UPDATE.values(
+    next_at=sa.case((_c.next_at > _NOW, _c.next_at), else_=_NOW) + sa.bindparam("interval")
+).returning(_c.next_at)
+_PAUSE = _UPDATE.where(_c.paused_until < _UNTIL).values(paused_until=_UNTIL)
+_TRY = _UPDATE.where(_c.broken_until > 0, _c.broken_until <= _NOW).values(
+    broken_until=_UNTIL, failures=BREAKER_LIMIT - 1
+)
+_COUNT_FAILURE = _UPDATE.values(failures=_c.failures + 1).returning(
+    _c.failures, _c.opened, _c.broken_until
+)
+_CLOSED = {"failures": 0, "opened": 0, "broken_until": 0}
+_HEALTH = sa.select(_c.failures, _c.broken_until, _c.paused_until).where(_IS_IT)
 
 
 class VenueHealth(NamedTuple):
@@ -44,21 +61,17 @@ class VenueBook(Book):
             return now
         burst = max(1.0, requests_per_minute / 240)
         interval = 60 / max(requests_per_minute - burst, requests_per_minute / 2)
-        shared = now + self._skew
-        free = sa.case((_c.next_at > shared, _c.next_at), else_=shared)
+        values = {"shared_now": now + self._skew, "interval": interval}
         with self._database.transaction() as connection:
             self._add(connection, venue)
-            update = sa.update(venues).where(_c.venue == venue).values(next_at=free + interval)
-            next_at: float = connection.execute(update.returning(_c.next_at)).scalar_one()
+            next_at: float = connection.execute(_RESERVE, _its(venue) | values).scalar_one()
         return next_at - burst * interval - self._skew
 
     def pause(self, venue: str, until: float) -> None:
         """Send no request before `until`; a pause never becomes shorter."""
-        moment = until + self._skew
-        update = sa.update(venues).where(_c.venue == venue, _c.paused_until < moment)
         with self._database.transaction() as connection:
             self._add(connection, venue)
-            connection.execute(update.values(paused_until=moment))
+            connection.execute(_PAUSE, _its(venue) | {"until": until + self._skew})
 
     def paused_until(self, venue: str) -> float:
         """The end of the pause, 0 where there was none."""
@@ -66,13 +79,12 @@ class VenueBook(Book):
 
     def record(self, venue: str, ok: bool, now: float) -> None:
         """Count failures in a row; at BREAKER_LIMIT the breaker opens. A success closes it."""
-        found = self._database.rows(sa.select(_c.failures).where(_c.venue == venue))
-        if ok and (not found or found[0].failures == 0):
+        if ok and self.health(venue).failures == 0:
             return
         with self._database.transaction() as connection:
             self._add(connection, venue)
             if ok:
-                _set(connection, venue, failures=0, opened=0, broken_until=0)
+                connection.execute(_UPDATE, _its(venue) | _CLOSED)
             else:
                 _count_failure(connection, venue, now + self._skew)
 
@@ -85,19 +97,15 @@ class VenueBook(Book):
         if self.health(venue).broken_until == 0:
             return 0.0
         shared = now + self._skew
-        update = sa.update(venues).where(
-            _c.venue == venue, _c.broken_until > 0, _c.broken_until <= shared
-        )
-        trial = update.values(broken_until=shared + BREAKER_FIRST, failures=BREAKER_LIMIT - 1)
+        values = {"shared_now": shared, "until": shared + BREAKER_FIRST}
         with self._database.transaction() as connection:
-            if connection.execute(trial).rowcount:
+            if connection.execute(_TRY, _its(venue) | values).rowcount:
                 return 0.0
         return self.health(venue).broken_until
 
     def health(self, venue: str) -> VenueHealth:
         """What is held against a venue; reading changes nothing."""
-        columns = (_c.failures, _c.broken_until, _c.paused_until)
-        found = self._database.rows(sa.select(*columns).where(_c.venue == venue))
+        found = self._database.rows(_HEALTH, _its(venue))
         if not found:
             return VenueHealth(0, 0.0, 0.0)
         failures, *moments = found[0]
@@ -107,20 +115,22 @@ class VenueBook(Book):
     def _skew(self) -> float:
         return self._database.clock_skew
 
+    @cached_property
+    def _insert(self) -> sa.Insert:
+        return self._database.insert(venues).on_conflict_do_nothing()
+
     def _add(self, connection: sa.Connection, venue: str) -> None:
-        insert = self._database.insert(venues).values(venue=venue)
-        connection.execute(insert.on_conflict_do_nothing())
+        connection.execute(self._insert, {"venue": venue})
 
 
-def _set(connection: sa.Connection, venue: str, **values: Any) -> None:
-    connection.execute(sa.update(venues).where(_c.venue == venue).values(**values))
+def _its(venue: str) -> dict[str, Any]:
+    return {"its_venue": venue}
 
 
 def _count_failure(connection: sa.Connection, venue: str, now: float) -> None:
     """Open the breaker at the limit, and again when a request fails after its time was over."""
-    update = sa.update(venues).where(_c.venue == venue).values(failures=_c.failures + 1)
-    counted = update.returning(_c.failures, _c.opened, _c.broken_until)
-    failures, opened, until = connection.execute(counted).one()
+    failures, opened, until = connection.execute(_COUNT_FAILURE, _its(venue)).one()
     if failures == BREAKER_LIMIT or (failures > BREAKER_LIMIT and until <= now):
         seconds = min(BREAKER_LONGEST, BREAKER_FIRST * 2.0**opened)
-        _set(connection, venue, opened=opened + 1, broken_until=now + seconds)
+        values = {"opened": opened + 1, "broken_until": now + seconds}
+        connection.execute(_UPDATE, _its(venue) | values)

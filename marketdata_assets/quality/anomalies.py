@@ -15,7 +15,7 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.model.anomaly import Anomaly, Severity
+from marketdata_assets.model.anomaly import Anomaly, AnomalySeverity
 from marketdata_assets.model.bar import NAMES, PRICES, number_text
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
@@ -53,12 +53,13 @@ class Rule:
     why: str
     floor: float
     times: float
-    severities: dict[Severity, float] = field(default_factory=dict)
+    severities: dict[AnomalySeverity, float] = field(default_factory=dict)
 
-    def severity(self, size: float) -> Severity:
+    def severity(self, size: float) -> AnomalySeverity:
         """The worst severity that a size reaches."""
         return max(
-            (s for s, least in self.severities.items() if size >= least), default=Severity.LOW
+            (s for s, least in self.severities.items() if size >= least),
+            default=AnomalySeverity.LOW,
         )
 
 
@@ -66,7 +67,11 @@ _GAP = (0.0025, 3)
 """Floor and times of both rules that begin with a gap between two bars: which it is, the bars after it
 tell.
 """
-_OF_PRICE = {Severity.MEDIUM: 0.005, Severity.HIGH: 0.02, Severity.CRITICAL: 0.2}
+_OF_PRICE = {
+    AnomalySeverity.MEDIUM: 0.005,
+    AnomalySeverity.HIGH: 0.02,
+    AnomalySeverity.CRITICAL: 0.2,
+}
 RULES: dict[str, Rule] = {
     row.name: row
     for row in (
@@ -106,7 +111,7 @@ RULES: dict[str, Rule] = {
             "Real crashes do this, too: somebody should have looked.",
             math.log(1.1),
             0,
-            {Severity.HIGH: 0, Severity.CRITICAL: math.log(2)},
+            {AnomalySeverity.HIGH: 0, AnomalySeverity.CRITICAL: math.log(2)},
         ),
         Rule(
             "frozen",
@@ -114,7 +119,7 @@ RULES: dict[str, Rule] = {
             "The longest real run is 11 bars, in a market that trades every other minute.",
             10,
             8,
-            {Severity.MEDIUM: 0, Severity.HIGH: 60, Severity.CRITICAL: 1440},
+            {AnomalySeverity.MEDIUM: 0, AnomalySeverity.HIGH: 60, AnomalySeverity.CRITICAL: 1440},
         ),
         Rule(
             "volume",
@@ -122,7 +127,7 @@ RULES: dict[str, Rule] = {
             "Volume has heavy tails: its limit grows with how far the large ones lie above the usual ones.",
             0,
             30,
-            {Severity.MEDIUM: 1, Severity.HIGH: 10},
+            {AnomalySeverity.MEDIUM: 1, AnomalySeverity.HIGH: 10},
         ),
         Rule(
             "untraded",
@@ -130,7 +135,7 @@ RULES: dict[str, Rule] = {
             "A bar without trades stands at the last close.",
             0,
             0,
-            {Severity.MEDIUM: 0},
+            {AnomalySeverity.MEDIUM: 0},
         ),
     )
 }

@@ -16,7 +16,13 @@ from marketdata_assets.errors import BadInput, MarketDataError, StoreFailed, Unr
 from marketdata_assets.flows.fetch.plan import Task
 from marketdata_assets.flows.operate.backfill import LOST, MANY
 from marketdata_assets.flows.prove.audit import Finding, Row
-from marketdata_assets.ledger.consolidations import Made, Source
+from marketdata_assets.ledger.checks import CheckFailure
+from marketdata_assets.ledger.consolidations import (
+    ConsolidationRecord,
+    ConsolidationState,
+    SourcePartition,
+)
+from marketdata_assets.ledger.records import IngestFailure
 from marketdata_assets.model.bar import (
     CONSOLIDATED_COLUMNS,
     RECONCILED_SCHEMA,
@@ -73,14 +79,16 @@ def consolidate(
                 Window(partition.month.start, partition.month.start),
                 isinstance(error, Unreachable),
             )
-            toolbox.ledger.fail(
-                consolidated(timeframe),
-                partition,
-                wanted,
-                str(error),
-                [],
-                toolbox.settings.now(),
-                forgiven,
+            toolbox.ledger.partitions.record_failure(
+                IngestFailure(
+                    consolidated(timeframe),
+                    partition,
+                    wanted,
+                    str(error),
+                    [],
+                    toolbox.settings.now(),
+                    forgiven,
+                )
             )
             done = Consolidated(partition, error=error)
         yield done
@@ -98,7 +106,7 @@ def _consolidate(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -
             partition, note=f"its bars are of {settings.base(partition.market).name}"
         )
     # before the bars: where these change meanwhile, it is made once more
-    sources = toolbox.consolidations.sources(raw(timeframe), partition.month_key)
+    sources = toolbox.ledger.consolidations.sources(raw(timeframe), partition.month_key)
     if _retired(sources, markets, partition.month_key):
         return _left(toolbox, timeframe, partition)
     bars, quiet = {}, {}
@@ -107,24 +115,28 @@ def _consolidate(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -
         bars[market.venue] = _bars(
             toolbox, raw(timeframe), part, sources.get((market.key, partition.month_key))
         )
-        quiet[market.venue] = toolbox.consolidations.quiet(raw(timeframe), part)
+        quiet[market.venue] = toolbox.ledger.consolidations.no_trade_windows(raw(timeframe), part)
     series, pairs = as_one_series(bars, quiet), reconcile(bars, timeframe)
-    before = toolbox.consolidations.made(table).get((partition.market.key, partition.month_key))
+    before = toolbox.ledger.consolidations.states(table).get(
+        (partition.market.key, partition.month_key)
+    )
     toolbox.lake.write_changed(reconciled(timeframe), partition, pairs)
     stored = toolbox.lake.write(table, partition, series)
     opens, start = series["open_time"], partition.opens(timeframe).start
     span = Window(opens[0], opens[-1] + timeframe.width) if series.height else Window(start, start)
     newest = opens[-1] if series.height else None
     of = _made_of(sources, markets, partition.month_key)
-    toolbox.consolidations.record(
-        table, partition, span, newest, series.height, stored, of, settings.now()
+    toolbox.ledger.consolidations.record(
+        ConsolidationRecord(
+            table, partition, span, newest, series.height, *stored, of, settings.now()
+        )
     )
     changed = before is None or before.digest != stored.digest
     return Consolidated(partition, series, pairs, stored.bytes, changed)
 
 
 def _bars(
-    toolbox: Toolbox, table: Table, partition: Partition, source: Source | None
+    toolbox: Toolbox, table: Table, partition: Partition, source: SourcePartition | None
 ) -> pl.DataFrame:
     """The raw bars of one venue. Raises StoreFailed where the ledger has some and the lake has not:
     they are lost, not lacking.
@@ -140,11 +152,11 @@ def _bars(
 
 
 def _retired(
-    sources: Mapping[tuple[str, str], Source], markets: Sequence[Market], month: str
+    sources: Mapping[tuple[str, str], SourcePartition], markets: Sequence[Market], month: str
 ) -> bool:
     """Whether retention has removed what this month was made of."""
     return any(
-        not source.stored for market in markets if (source := sources.get((market.key, month)))
+        not source.is_stored for market in markets if (source := sources.get((market.key, month)))
     )
 
 
@@ -166,7 +178,7 @@ def _left(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> Conso
 
 
 def _made_of(
-    sources: Mapping[tuple[str, str], Source], markets: Sequence[Market], month: str
+    sources: Mapping[tuple[str, str], SourcePartition], markets: Sequence[Market], month: str
 ) -> str:
     """What a partition is made of, in one hash: its venues in order, and of each the rows and the
     quiet windows.
@@ -200,8 +212,8 @@ def behind(
     for timeframe in toolbox.settings.consolidated_timeframes:
         table = consolidated(timeframe)
         sources, made = (
-            toolbox.consolidations.sources(raw(timeframe)),
-            toolbox.consolidations.made(table),
+            toolbox.ledger.consolidations.sources(raw(timeframe)),
+            toolbox.ledger.consolidations.states(table),
         )
         sizes = toolbox.lake.sizes(table) if look else None
         for partition in _wanted(toolbox, table):
@@ -249,8 +261,8 @@ def _wanted(toolbox: Toolbox, table: Table) -> Iterator[Partition]:
 def _why(
     toolbox: Toolbox,
     partition: Partition,
-    sources: Mapping[tuple[str, str], Source],
-    made: Made | None,
+    sources: Mapping[tuple[str, str], SourcePartition],
+    made: ConsolidationState | None,
     sizes: Mapping[tuple[str, str], int] | None,
 ) -> tuple[str | None, str]:
     """Why a partition has to be made, if it has to; and what it would be made of, empty where there is
@@ -265,9 +277,9 @@ def _why(
     ):
         return None, ""
     of = _made_of(sources, markets, partition.month_key)
-    if made is None or made.of is None or made.bytes is None:
+    if made is None or made.source_digest is None or made.bytes is None:
         return "never made", of
-    if made.of != of:
+    if made.source_digest != of:
         return "its venues' bars have changed", of
     return (LOST if sizes is not None and sizes.get(key) != made.bytes else None), of
 
@@ -280,7 +292,7 @@ def _believe(toolbox: Toolbox, found: Mapping[Partition, Behind]) -> None:
     if lost <= MANY:
         return
     known = sum(
-        len(toolbox.consolidations.made(consolidated(tf)))
+        len(toolbox.ledger.consolidations.states(consolidated(tf)))
         for tf in toolbox.settings.consolidated_timeframes
     )
     if 2 * lost >= known:
@@ -314,9 +326,9 @@ def audit_consolidated(toolbox: Toolbox, timeframe: Timeframe, done: Consolidate
         severity="error" if failed else "warning",
         shown={name: value for opinion in found for name, value in _numbers(opinion).items()},
     )
-    red = (False, says) if failed else None
-    toolbox.ledger.set_check(
-        consolidated(timeframe), done.partition, RECONCILED, red, toolbox.settings.now()
+    red = CheckFailure(False, says) if failed else None
+    toolbox.ledger.checks.set(
+        consolidated(timeframe), done.partition, RECONCILED, failure=red, now=toolbox.settings.now()
     )
     return finding
 

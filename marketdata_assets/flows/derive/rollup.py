@@ -10,7 +10,8 @@ from datetime import datetime
 import polars as pl
 
 from marketdata_assets.context import Toolbox
-from marketdata_assets.ledger.ledger import WAREHOUSE, State
+from marketdata_assets.ledger.locks import WAREHOUSE
+from marketdata_assets.ledger.records import PartitionState
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import raw, rollup
@@ -45,7 +46,7 @@ def derive(toolbox: Toolbox, partitions: Sequence[Partition]) -> Iterator[Derive
         yield _derive(toolbox, partition, _wanted(toolbox, partition))
         after = neighbour(partition, +1)
         state = _state(toolbox, after)
-        if state is not None and state.rolled is not None:
+        if state is not None and state.rollup_source_digest is not None:
             _derive(toolbox, after, _straddling(toolbox, after))
 
 
@@ -85,7 +86,7 @@ def _derive(toolbox: Toolbox, partition: Partition, timeframes: Sequence[Timefra
     }
     changed = _write(toolbox, partition, frames, owned)
     if len(timeframes) == len(_wanted(toolbox, partition)) and state.digest:
-        toolbox.ledger.set_rolled(raw(base), partition, state.digest)
+        toolbox.ledger.partitions.set_rollup_source(raw(base), partition, state.digest)
     return Derived(partition, frames, changed, whole)
 
 
@@ -116,8 +117,8 @@ def _tail(
     return bars.filter(pl.col("open_time") >= first), max(first, state.start)
 
 
-def _state(toolbox: Toolbox, partition: Partition) -> State | None:
-    return toolbox.ledger.state(
+def _state(toolbox: Toolbox, partition: Partition) -> PartitionState | None:
+    return toolbox.ledger.partitions.get(
         raw(toolbox.settings.venues[partition.market.venue].base), partition
     )
 

@@ -12,16 +12,17 @@ import asyncio
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import polars as pl
 
 from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput, MarketDataError, VenueRefused
-from marketdata_assets.ledger.gaps import REOPENED
-from marketdata_assets.ledger.ledger import PROMPT_ASKS, Account, Gap, LoggedFetch, logged
+from marketdata_assets.ledger.fetches import to_log
+from marketdata_assets.ledger.records import LoggedFetch, RowAccount
 from marketdata_assets.model.bar import NAMES, empty_bars
+from marketdata_assets.model.gap import PROMPT_ATTEMPTS, Gap, GapReason, GapStatus
 from marketdata_assets.model.intervals import holes, left_of, merged, runs, without
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import EPOCH, MINUTE, Timeframe
@@ -53,7 +54,7 @@ class Collected:
     bars: pl.DataFrame = field(default_factory=empty_bars)
     rejected: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=REJECTED_SCHEMA))
     gaps: tuple[Gap, ...] = ()
-    account: Account = field(default_factory=Account)
+    account: RowAccount = field(default_factory=RowAccount)
     fetches: tuple[LoggedFetch, ...] = ()
     answers: tuple[int, ...] = ()
     retries: int = 0
@@ -103,9 +104,9 @@ async def _ended(toolbox: Toolbox, market: Market) -> bool:
     says nothing.
     """
     try:
-        return bool(toolbox.ledger.stored_span(market)) and not await toolbox.source(market).lists(
+        return bool(toolbox.ledger.partitions.stored_span(market)) and not await toolbox.source(
             market
-        )
+        ).lists(market)
     except MarketDataError:
         return False
 
@@ -118,7 +119,7 @@ def still_lacking(gaps: Iterable[Gap], opens: pl.Series, timeframe: Timeframe) -
             left.append(gap)
         else:
             left += [
-                gap._replace(window=w, bars=w.count(timeframe))
+                replace(gap, window=w, bars=w.count(timeframe))
                 for w in holes(opens, timeframe, gap.window)
             ]
     return left
@@ -129,7 +130,7 @@ def _lacking(
 ) -> list[Window]:
     """The windows of which no bar is among `opens` and for which no gap waits. `now`: our clock."""
     return left_of(
-        holes(opens, timeframe, window), [gap.window for gap in gaps if not gap.due(now)]
+        holes(opens, timeframe, window), [gap.window for gap in gaps if not gap.is_due(now)]
     )
 
 
@@ -139,13 +140,15 @@ async def _listed(
     """The market's first bar, on this timeframe's grid; only believed when two answers agree, then
     never asked again.
     """
-    listed = toolbox.ledger.listed(market)
+    listed = toolbox.ledger.markets.first_bar(market)
     if listed is None and (stored.is_empty() or stored["open_time"][0] > start):
         base = toolbox.settings.venues[market.venue].base
         source = toolbox.source(market)
         first, second = [await source.first_open(market, base) for _ in range(2)]
         if first is not None and first == second:
-            toolbox.ledger.set_listed(market, first, f"first bar of {base.name}, told twice")
+            toolbox.ledger.markets.set_first_bar(
+                market, first, f"first bar of {base.name}, told twice"
+            )
             listed = first
     return timeframe.floor(listed) if listed else None
 
@@ -351,7 +354,7 @@ class _Inquiry:
         denied = agreement.outvoted.filter(stored)["open_time"]
         self._refuse_contradiction(denied)
         bars = agreement.bars.join(self.stored, on=NAMES, how="anti", nulls_equal=True)
-        account = Account(self.received, bars.height, self._repeated(agreement), fresh.height)
+        account = RowAccount(self.received, bars.height, self._repeated(agreement), fresh.height)
         fetches, answers = self._log()
         return Collected(
             bars=bars.sort("open_time"),
@@ -401,16 +404,18 @@ class _Inquiry:
         quarantined = runs(broken, self.timeframe)
         for hole in self._holes(agreement):
             rest = without(hole, quarantined)
-            gaps += [self._again(w, "quarantined") for w in without(hole, rest)]
+            gaps += [self._again(w, GapReason.QUARANTINED) for w in without(hole, rest)]
             gaps += [self._unexplained(w) for w in rest]
-        return sorted(gaps)
+        return sorted(gaps, key=lambda gap: gap.window)
 
     def _waiting(self, opens: pl.Series) -> list[Gap]:
         """The known gaps that no run asks for now, without bars that are there all the same (they were
         asked again).
         """
         now = self.toolbox.settings.now()
-        return still_lacking([gap for gap in self.known if not gap.due(now)], opens, self.timeframe)
+        return still_lacking(
+            [gap for gap in self.known if not gap.is_due(now)], opens, self.timeframe
+        )
 
     def ended(self, requests: Sequence[Request]) -> Collected:
         """The venue lists the market no more and answers nothing: what lacks has not been answered
@@ -424,26 +429,26 @@ class _Inquiry:
             self.known,
             self.toolbox.settings.now(),
         )
-        gaps += [self._again(window, "unanswered") for window in lacking]
+        gaps += [self._again(window, GapReason.UNANSWERED) for window in lacking]
         return Collected(
-            gaps=tuple(sorted(gaps)),
-            fetches=tuple(logged(requests, self.asked)),
+            gaps=tuple(sorted(gaps, key=lambda gap: gap.window)),
+            fetches=tuple(to_log(requests, self.asked)),
             through=self.asked.end,
         )
 
     def _unexplained(self, window: Window) -> Gap:
         answers = self._explained(window)
         return (
-            self._gap(window, "no_bars", answers)
+            self._gap(window, GapReason.NO_BARS, answers)
             if answers > 1
-            else self._again(window, "unanswered")
+            else self._again(window, GapReason.UNANSWERED)
         )
 
-    def _again(self, window: Window, reason: str) -> Gap:
+    def _again(self, window: Window, reason: GapReason) -> Gap:
         """A gap that nobody has told apart; it counts the runs that ended like this one."""
         return self._gap(window, reason, 1)
 
-    def _gap(self, window: Window, reason: str, answers: int) -> Gap:
+    def _gap(self, window: Window, reason: GapReason, answers: int) -> Gap:
         """A gap as it stands now: what was known of it before is counted in, and it is asked again at
         a growing distance.
         """
@@ -454,13 +459,13 @@ class _Inquiry:
         before = [gap for gap in self.known if gap.window & window]
         answers += max((gap.answers for gap in before), default=0)
         now = self.toolbox.settings.now().replace(microsecond=0)
-        first = min((gap.first_asked for gap in before if gap.first_asked), default=now)
-        proof = next(
-            (gap.proof for gap in before if gap.window == window and REOPENED not in gap.proof),
-            "{}",
-        )
+        first = min((gap.first_requested for gap in before if gap.first_requested), default=now)
+        kept = (gap for gap in before if gap.window == window)
+        proof = next((gap.proof for gap in kept if gap.status != GapStatus.REOPENED), {})
         following = (
-            now if reason != "no_bars" and answers < PROMPT_ASKS else ask_again_at(first, now)
+            now
+            if reason != GapReason.NO_BARS and answers < PROMPT_ATTEMPTS
+            else ask_again_at(first, now)
         )
         return Gap(
             window,
@@ -468,18 +473,17 @@ class _Inquiry:
             reason,
             answers,
             evidence,
-            "",
-            proof,
-            first,
-            now,
-            following,
+            proof=proof,
+            first_requested=first,
+            last_requested=now,
+            next_request=following,
         )
 
     def _log(self) -> tuple[tuple[LoggedFetch, ...], tuple[int, ...]]:
         fetches: list[LoggedFetch] = []
         answers = []
         for fetched in self.answers:
-            fetches += logged(fetched.requests, fetched.asked)
+            fetches += to_log(fetched.requests, fetched.asked)
             answers.append(len(fetches) - 1)
         return tuple(fetches), tuple(answers)
 

@@ -195,7 +195,9 @@ def import_files(
             "files": [tally.as_dict() for tally in done.files],
             "differences": [d._asdict() for d in done.differences],
         }
-        toolbox.receipts.add("import", toolbox.settings.now(), done.says(), body)
+        toolbox.ledger.receipts.add(
+            "import", toolbox.settings.now(), message=done.says(), body=body
+        )
     return done
 
 
@@ -391,7 +393,7 @@ def to_show(toolbox: Toolbox, done: Imported) -> dict[tuple[str, ...], list[Part
     """
     found: dict[tuple[str, ...], list[Partition]] = {}
     for partition in sorted({p for partitions in done.partitions.values() for p in partitions}):
-        base = toolbox.ledger.state(
+        base = toolbox.ledger.partitions.get(
             raw(toolbox.settings.venues[partition.market.venue].base), partition
         )
         tables = [
@@ -408,7 +410,10 @@ def as_stored(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> I
     Raises Damaged.
     """
     table, wanted = raw(timeframe), wanted_window(toolbox, timeframe, partition)
-    stored, state = toolbox.lake.read(table, partition), toolbox.ledger.state(table, partition)
+    stored, state = (
+        toolbox.lake.read(table, partition),
+        toolbox.ledger.partitions.get(table, partition),
+    )
     bars = empty_bars() if stored is None else stored
     ends = [
         wanted.start,
@@ -417,8 +422,8 @@ def as_stored(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> I
     ]
     come = Window(wanted.start, min(wanted.end, max(ends)))
     gaps, account = (
-        tuple(toolbox.ledger.gaps(table, partition)),
-        toolbox.ledger.account(table, partition),
+        tuple(toolbox.ledger.gaps.of(table, partition)),
+        toolbox.ledger.partitions.account(table, partition),
     )
     size, complete = (state.bytes or 0, state.complete) if state else (0, False)
     return Ingested(partition, timeframe, come, bars, gaps, account, size, complete)

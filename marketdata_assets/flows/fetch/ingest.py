@@ -15,8 +15,10 @@ import polars as pl
 from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import Damaged, MarketDataError, Unreachable
 from marketdata_assets.flows.fetch.collect import Collected, collect, still_lacking
-from marketdata_assets.ledger.ledger import Account, Entry, Gap, State, logged
+from marketdata_assets.ledger.fetches import to_log
+from marketdata_assets.ledger.records import IngestFailure, IngestRecord, PartitionState, RowAccount
 from marketdata_assets.model.bar import HISTORY_COLUMNS, NAMES, TIME, TOLD_SCHEMA
+from marketdata_assets.model.gap import Gap, GapReason
 from marketdata_assets.model.intervals import holes, left_of, runs, without
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, history, raw
@@ -52,7 +54,7 @@ class Ingested:
     wanted: Window
     bars: pl.DataFrame
     gaps: tuple[Gap, ...]
-    account: Account
+    account: RowAccount
     bytes: int
     complete: bool
     requests: int = 0
@@ -74,7 +76,7 @@ class _Prepared:
     wanted: Window
     stored: pl.DataFrame
     gaps: list[Gap]
-    state: State | None
+    state: PartitionState | None
     note: str | None = None
 
 
@@ -177,13 +179,13 @@ def _told(
         gap for window in told for gap in _gaps_told(window, broken, timeframe, sources, final)
     ]
     lacking = left_of(
-        holes(opens, timeframe, prepared.wanted), [gap.window for gap in gaps if gap.settled]
+        holes(opens, timeframe, prepared.wanted), [gap.window for gap in gaps if gap.is_settled]
     )
     got = Collected(
         bars=bars,
         rejected=pl.concat([rejected, reject(found.denied, "disagrees")]),
-        gaps=tuple(sorted(gaps)),
-        account=Account(
+        gaps=tuple(sorted(gaps, key=lambda gap: gap.window)),
+        account=RowAccount(
             kept.height + rejected.height,
             bars.height,
             found.identical.height,
@@ -211,12 +213,22 @@ def _gaps_told(
     says = f"{teller} holds both neighbours and nothing between"
     return [
         *(
-            Gap(w, w.count(timeframe), "quarantined", 1, f"{teller} holds it, and it was refused")
+            Gap(
+                w,
+                w.count(timeframe),
+                GapReason.QUARANTINED,
+                1,
+                f"{teller} holds it, and it was refused",
+            )
             for w in without(window, absent)
         ),
         *(
             Gap(
-                w, w.count(timeframe), "no_bars" if final else "unanswered", 2 if final else 1, says
+                w,
+                w.count(timeframe),
+                GapReason.NO_BARS if final else GapReason.UNANSWERED,
+                2 if final else 1,
+                says,
             )
             for w in absent
         ),
@@ -292,13 +304,13 @@ def _ask(
 
 def _prepare(toolbox: Toolbox, table: Table, partition: Partition) -> _Prepared:
     wanted = wanted_window(toolbox, table.timeframe, partition)
-    state, note = toolbox.ledger.state(table, partition), None
+    state, note = toolbox.ledger.partitions.get(table, partition), None
     try:
         stored = toolbox.lake.read(table, partition, provenance=True)
     except Damaged as damage:
         note = f"{damage}; set aside as {toolbox.lake.set_aside(table, partition)}"
         stored = None
-    gaps = toolbox.ledger.gaps(table, partition)
+    gaps = toolbox.ledger.gaps.of(table, partition)
     return _Prepared(
         partition, table, wanted, _no_bars() if stored is None else stored, gaps, state, note
     )
@@ -308,23 +320,25 @@ def _finish(toolbox: Toolbox, prepared: _Prepared, future: Future[Collected]) ->
     try:
         return _store(toolbox, prepared, future.result())
     except MarketDataError as error:
-        fetches = logged(error.requests, prepared.wanted)
+        fetches = to_log(error.requests, prepared.wanted)
         forgiven = isinstance(error, Unreachable)
-        toolbox.ledger.fail(
-            prepared.table,
-            prepared.partition,
-            prepared.wanted,
-            str(error),
-            fetches,
-            toolbox.settings.now(),
-            forgiven,
+        toolbox.ledger.partitions.record_failure(
+            IngestFailure(
+                prepared.table,
+                prepared.partition,
+                prepared.wanted,
+                str(error),
+                fetches,
+                toolbox.settings.now(),
+                forgiven,
+            )
         )
         retries = len(error.requests)
         failed = _ingested(
             prepared,
             prepared.stored,
             prepared.gaps,
-            Account(),
+            RowAccount(),
             (prepared.state and prepared.state.bytes) or 0,
             False,
         )
@@ -352,13 +366,13 @@ def _store(
     ):
         check_bars(bars.select(NAMES))
         size, digest = toolbox.lake.write(table, partition, bars)
-    complete = got.through >= prepared.wanted.end and all(gap.settled for gap in got.gaps)
+    complete = got.through >= prepared.wanted.end and all(gap.is_settled for gap in got.gaps)
     through = max(
         got.through,
         prepared.wanted.start,
         prepared.state.through if prepared.state else got.through,
     )
-    state = State(
+    state = PartitionState(
         start=prepared.wanted.start,
         through=through,
         newest=bars["open_time"][-1] if bars.height else None,
@@ -366,14 +380,14 @@ def _store(
         rows=bars.height,
         bytes=size,
         digest=digest,
-        rolled=prepared.state.rolled if prepared.state else None,
+        rollup_source_digest=prepared.state.rollup_source_digest if prepared.state else None,
         attempts=prepared.state.attempts + 1 if prepared.state else 1,
         failures=0,
         error=None,
-        whole_at=_whole_at(toolbox, prepared, through, now),
+        completed_at=_whole_at(toolbox, prepared, through, now),
     )
-    toolbox.ledger.commit(
-        Entry(
+    toolbox.ledger.partitions.commit(
+        IngestRecord(
             table,
             partition,
             state,
@@ -416,8 +430,8 @@ def _whole_at(
     toolbox: Toolbox, prepared: _Prepared, through: datetime, now: datetime
 ) -> datetime | None:
     """When all that will ever be wanted of the partition had been asked for."""
-    if prepared.state and prepared.state.whole_at:
-        return prepared.state.whole_at
+    if prepared.state and prepared.state.completed_at:
+        return prepared.state.completed_at
     timeframe, until = (
         prepared.table.timeframe,
         toolbox.settings.venues[prepared.partition.market.venue].until,
@@ -430,7 +444,7 @@ def _ingested(
     prepared: _Prepared,
     bars: pl.DataFrame,
     gaps: Sequence[Gap],
-    account: Account,
+    account: RowAccount,
     size: int,
     complete: bool,
 ) -> Ingested:

@@ -55,7 +55,7 @@ class Task:
 def plan(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[Task]:
     """The partitions that are missing, open or not rolled up, in the order given."""
     due = {
-        raw(tf): toolbox.gaps.due(raw(tf), toolbox.settings.now())
+        raw(tf): toolbox.ledger.gaps.due(raw(tf), toolbox.settings.now())
         for tf in toolbox.settings.raw_timeframes
     }
     return [
@@ -89,7 +89,7 @@ def _task(toolbox: Toolbox, partition: Partition, due: _Due) -> Task | None:
     lacking = {tf: _lacking(toolbox, tf, partition, due) for tf in venue.fetched}
     bars = sum(lacking.values())
     requests = sum(math.ceil(n / page_size(venue.name)) for n in lacking.values())
-    state = toolbox.ledger.state(raw(venue.base), partition)
+    state = toolbox.ledger.partitions.get(raw(venue.base), partition)
     if bars:
         offers = tuple(
             offer
@@ -104,7 +104,7 @@ def _task(toolbox: Toolbox, partition: Partition, due: _Due) -> Task | None:
             _reason(state is not None, state.error if state else None),
             offers,
         )
-    if state is None or _rolled(toolbox, partition, state.rolled, state.digest):
+    if state is None or _rolled(toolbox, partition, state.rollup_source_digest, state.digest):
         return None
     return Task(partition, 0, 0, "rollups are not up to date")
 
@@ -144,7 +144,7 @@ def _lacking(toolbox: Toolbox, timeframe: Timeframe, partition: Partition, due: 
     table, wanted = raw(timeframe), wanted_window(toolbox, timeframe, partition)
     if not wanted:
         return 0
-    state = toolbox.ledger.state(table, partition)
+    state = toolbox.ledger.partitions.get(table, partition)
     there = (
         state is not None
         and state.bytes is not None
@@ -158,7 +158,9 @@ def _lacking(toolbox: Toolbox, timeframe: Timeframe, partition: Partition, due: 
     stored = toolbox.lake.read(table, partition)
     opens = (empty_bars() if stored is None else stored)["open_time"]
     now = toolbox.settings.now()
-    waiting = [gap.window for gap in toolbox.ledger.gaps(table, partition) if not gap.due(now)]
+    waiting = [
+        gap.window for gap in toolbox.ledger.gaps.of(table, partition) if not gap.is_due(now)
+    ]
     return sum(rest.count(timeframe) for rest in left_of(holes(opens, timeframe, wanted), waiting))
 
 

@@ -54,7 +54,7 @@ def replay(
     rows = [
         row
         for market in markets
-        for row in toolbox.ledger.quarantined(market, window, limit=EVERY)
+        for row in toolbox.ledger.quarantine.rows(market, window, limit=EVERY)
         if _can_be(row)
     ]
     found = [
@@ -64,7 +64,7 @@ def replay(
     ]
     done = [one for one in found if one.outcome in ("stored", "identical")]
     if done and not dry_run:
-        toolbox.ledger.set_replayed([one.id for one in done], toolbox.settings.now())
+        toolbox.ledger.quarantine.mark_replayed([one.id for one in done], toolbox.settings.now())
         bars = sum(one.outcome == "stored" for one in done)
         says = f"{len(done)} of {len(found)} refused rows pass the rules now, {bars} bars stored"
         body = {
@@ -79,7 +79,7 @@ def replay(
                 for o in found
             ]
         }
-        toolbox.receipts.add(REPLAY, toolbox.settings.now(), says, body)
+        toolbox.ledger.receipts.add(REPLAY, toolbox.settings.now(), message=says, body=body)
     return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.operate.freshness import freshness
 from marketdata_assets.flows.operate.health import FAILURES_IN_A_ROW
-from marketdata_assets.ledger.incidents import OPENED, Letter, Problem
+from marketdata_assets.ledger.incidents import IncidentEvent, Notification, Problem
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import MINUTE
@@ -51,13 +51,13 @@ def settle(
     """
     channels = open_channels(toolbox.settings.state / FILE, toolbox.settings.alerts)
     with toolbox.ledger.lock("alerts"):
-        was = toolbox.incidents.open()
+        was = toolbox.ledger.incidents.open()
         keys = {problem.key for problem in now_wrong}
         opened = [problem for problem in now_wrong if problem.key not in was]
         ended = [incident for key, incident in was.items() if key not in keys and not goes_on(key)]
         if opened or ended:
-            toolbox.incidents.settle(
-                opened, ended, [c.name for c in channels], toolbox.settings.now()
+            toolbox.ledger.incidents.settle(
+                opened, ended, channels=[c.name for c in channels], now=toolbox.settings.now()
             )
         for channel in channels:
             _deliver(toolbox, channel)
@@ -79,20 +79,20 @@ def _deliver(toolbox: Toolbox, channel: Channel) -> None:
     """All unsent letters of one channel, in order, until one cannot be sent; it is kept for the next
     time.
     """
-    for letter in toolbox.incidents.unsent(channel.name):
+    for letter in toolbox.ledger.incidents.pending(channel.name):
         try:
             channel.send(_message(letter))
         except NotSent as error:
-            toolbox.incidents.not_sent(letter, str(error))
+            toolbox.ledger.incidents.mark_failed(letter, str(error))
             if letter.tries < STUBBORN:
                 return
             continue
-        toolbox.incidents.sent(letter, toolbox.settings.now())
+        toolbox.ledger.incidents.mark_sent(letter, toolbox.settings.now())
 
 
-def _message(letter: Letter) -> Message:
+def _message(letter: Notification) -> Message:
     incident = letter.incident
-    problem, opened = incident.problem, letter.event == OPENED
+    problem, opened = incident.problem, letter.event == IncidentEvent.OPENED
     at = incident.opened_at if opened else incident.recovered_at or incident.opened_at
     title = problem.title if opened else f"Recovered: {problem.title}"
     body = problem.body if opened else f"It began at {iso(incident.opened_at)} and is over."
@@ -102,7 +102,7 @@ def _message(letter: Letter) -> Message:
 # --------------------------------------------------------------------------------- what is wrong no
 def _breakers(toolbox: Toolbox) -> Iterator[Problem]:
     for name in toolbox.settings.venues:
-        held = toolbox.ledger.venue_health(name)
+        held = toolbox.ledger.venues.health(name)
         if held.broken_until > 0:
             body = "Its circuit breaker is open: nothing is asked until it answers again. If that lasts, look at the venue."
             yield Problem(f"breaker|{name}", Severity.CRITICAL, f"{name} does not answer", body)
@@ -117,7 +117,7 @@ def _stale(toolbox: Toolbox) -> Iterator[Problem]:
             if (
                 found.stale
                 and found.through
-                and toolbox.ledger.state(raw(timeframe), Partition(found.market, month))
+                and toolbox.ledger.partitions.get(raw(timeframe), Partition(found.market, month))
             ):
                 behind = f"newest bar ended at {iso(found.through)}, {found.lag // MINUTE} minutes behind"
                 stale[found.market.key].append(f"{raw(timeframe).name}: {behind}")
@@ -127,7 +127,7 @@ def _stale(toolbox: Toolbox) -> Iterator[Problem]:
 
 
 def _failing(toolbox: Toolbox) -> Iterator[Problem]:
-    for key, (count, error) in toolbox.ledger.failing().items():
+    for key, (count, error) in toolbox.ledger.partitions.failure_streaks().items():
         if count >= FAILURES_IN_A_ROW:
             yield Problem(
                 f"failing|{key}", Severity.WARNING, f"{key} failed {count} times in a row", error
@@ -135,7 +135,7 @@ def _failing(toolbox: Toolbox) -> Iterator[Problem]:
 
 
 def _parked(toolbox: Toolbox) -> Iterator[Problem]:
-    for ask in toolbox.ledger.asks().values():
+    for ask in toolbox.ledger.attempts.all().values():
         if ask.parked_at:
             market, key = ask.partition.market.key, ask.partition.key
             body = f"{ask.reason} ({ask.attempts} attempts). Mend the cause, then `marketdata parked --unpark --market {market}`."
@@ -144,7 +144,7 @@ def _parked(toolbox: Toolbox) -> Iterator[Problem]:
 
 def _red(toolbox: Toolbox) -> Iterator[Problem]:
     month = month_of(toolbox.settings.now())
-    for check in toolbox.ledger.red_checks():
+    for check in toolbox.ledger.checks.failed():
         if check.blocking or check.times >= TIMES or check.partition.month != month:
             severity = Severity.ERROR if check.blocking else Severity.WARNING
             title = f"{check.table} {check.name} is red for {check.partition.key}"
@@ -152,7 +152,7 @@ def _red(toolbox: Toolbox) -> Iterator[Problem]:
                 f"check|{check.table}|{check.name}|{check.partition.key}",
                 severity,
                 title,
-                check.says,
+                check.message,
             )
 
 

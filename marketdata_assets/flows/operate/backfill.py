@@ -17,7 +17,8 @@ from datetime import UTC, datetime, timedelta
 from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.flows.fetch.ingest import wanted_window
-from marketdata_assets.ledger.ledger import Ask, Outline
+from marketdata_assets.ledger.attempts import BackfillAttempt
+from marketdata_assets.ledger.records import PartitionSummary
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, raw, rollup
@@ -100,7 +101,7 @@ def missed(
     calls this sends the blocks out.
     """
     found, now = Missed(), toolbox.settings.now()
-    asks = toolbox.ledger.asks()
+    asks = toolbox.ledger.attempts.all()
     wanted = dict(_lacks(toolbox, shown, found, now))
     _believe(toolbox, found, wanted)
     over = [
@@ -109,7 +110,7 @@ def missed(
         if key not in wanted and ask.partition.key not in busy
     ]
     if over:
-        toolbox.ledger.forget_asks(over)
+        toolbox.ledger.attempts.clear(over)
     ready = _ready(toolbox, wanted, asks, busy, found, now)
     most = PARTITIONS_A_RUN
     if toolbox.settings.broker and room:
@@ -121,11 +122,11 @@ def missed(
     if len(ready) > len(asked):
         found.waiting["wait for their turn"] = len(ready) - len(asked)
     if asked:
-        toolbox.ledger.ask([(p, wanted[p.market.key, p.month_key]) for p in asked], now)
+        toolbox.ledger.attempts.add([(p, wanted[p.market.key, p.month_key]) for p in asked], now)
     return found
 
 
-def cooldown(toolbox: Toolbox, ask: Ask) -> timedelta:
+def cooldown(toolbox: Toolbox, ask: BackfillAttempt) -> timedelta:
     """How long after its last attempt a partition is left alone."""
     times: int = SLOWER ** max(0, ask.attempts - 1)
     return toolbox.settings.automation.cooldown_minutes * MINUTE * times
@@ -158,7 +159,7 @@ def _lacks(
                     reason is None
                     and rolls
                     and bounds[0]
-                    and (not looks[0].outlines[key].rolled or key in rolled_lost)
+                    and (not looks[0].outlines[key].is_rolled_up or key in rolled_lost)
                 ):
                     reason = "its rollups are not up to date"
                 if reason is not None:
@@ -169,10 +170,10 @@ def look_is_due(toolbox: Toolbox, now: datetime, what: str = "lost objects") -> 
     """Whether to look for lost objects now: always where that is free. `what` names who looks."""
     if toolbox.lake.local:
         return True
-    last = toolbox.ledger.last_beat(what)
+    last = toolbox.ledger.heartbeats.last(what)
     if last is not None and timedelta(0) <= now - last < LOOK:
         return False
-    toolbox.ledger.beat(what, now)
+    toolbox.ledger.heartbeats.record(what, now)
     return True
 
 
@@ -183,7 +184,7 @@ def _believe(toolbox: Toolbox, found: Missed, wanted: dict[_Key, str]) -> None:
     lost = {table: partitions for table, partitions in found.lost.items() if table.layer == "raw"}
     count, known = (
         sum(map(len, lost.values())),
-        sum(len(toolbox.ledger.outlines(table)) for table in lost),
+        sum(len(toolbox.ledger.partitions.summaries(table)) for table in lost),
     )
     if count > MANY and 2 * count >= known:
         where = toolbox.settings.lake
@@ -201,7 +202,7 @@ def _believe(toolbox: Toolbox, found: Missed, wanted: dict[_Key, str]) -> None:
 
 def _is_lost(toolbox: Toolbox, table: Table, partition: Partition) -> bool:
     with toolbox.ledger.lock(partition.key, wait=False) as free:
-        state = toolbox.ledger.state(table, partition)
+        state = toolbox.ledger.partitions.get(table, partition)
         return free and state is not None and state.bytes != toolbox.lake.size(table, partition)
 
 
@@ -212,9 +213,9 @@ class _Look:
         self, toolbox: Toolbox, table: Table, shown: Collection[str] | None, look: bool
     ) -> None:
         self.table, self.shown = table, shown
-        self.outlines: dict[_Key, Outline] = toolbox.ledger.outlines(table)
+        self.outlines: dict[_Key, PartitionSummary] = toolbox.ledger.partitions.summaries(table)
         self.sizes = toolbox.lake.sizes(table) if look else None
-        self.due = toolbox.gaps.due(table, toolbox.settings.now())
+        self.due = toolbox.ledger.gaps.due(table, toolbox.settings.now())
 
     def at(self, key: _Key, wanted: tuple[str, str], found: Missed) -> str | None:
         """Why this partition needs a run, if it does. `wanted` is ISO text, as in an Outline."""
@@ -227,7 +228,7 @@ class _Look:
         if outline.error:
             return f"failed: {outline.error}"
         if (
-            not outline.complete
+            not outline.is_complete
             or key in self.due
             or outline.start > wanted[0]
             or outline.through < wanted[1]
@@ -263,7 +264,7 @@ def _rollups_lost(toolbox: Toolbox, found: Missed, look: bool) -> set[_Key]:
     timeframes = toolbox.settings.rollup_timeframes
     if toolbox.settings.rollups == "duckdb":
         if not toolbox.warehouse.exists:
-            toolbox.ledger.forget_rollups()
+            toolbox.ledger.partitions.clear_rollup_sources()
             for tf in timeframes:
                 found.lost[rollup(tf)] = []  # all of it
         return set()
@@ -277,13 +278,16 @@ def _rollups_lost(toolbox: Toolbox, found: Missed, look: bool) -> set[_Key]:
     outlines = (
         item
         for base in {v.base for v in toolbox.settings.venues.values()}
-        for item in toolbox.ledger.outlines(raw(base)).items()
+        for item in toolbox.ledger.partitions.summaries(raw(base)).items()
     )
     kept = f"{toolbox.settings.kept_since(rollup(turn).name):%Y-%m-%d}"
     gone = {
         k
         for k, outline in outlines
-        if outline.rolled and k not in there and k[1] >= kept and turn in _rolled(toolbox, k[0])
+        if outline.is_rolled_up
+        and k not in there
+        and k[1] >= kept
+        and turn in _rolled(toolbox, k[0])
     }
     found.lost[rollup(turn)] = [Partition.parse("|".join(key)) for key in gone]
     if not gone:
@@ -300,7 +304,7 @@ def _rolled(toolbox: Toolbox, market: str) -> Sequence[object]:
 def _ready(
     toolbox: Toolbox,
     wanted: Mapping[_Key, str],
-    asks: Mapping[_Key, Ask],
+    asks: Mapping[_Key, BackfillAttempt],
     busy: Container[str],
     found: Missed,
     now: datetime,
@@ -320,7 +324,7 @@ def _ready(
         if why == _PARKED:
             found.parked.append(Partition.parse("|".join(key)))
     if parking:
-        toolbox.ledger.park(parking, now)
+        toolbox.ledger.attempts.park(parking, now)
     return ready
 
 
@@ -330,7 +334,7 @@ _PARKED = "are parked after too many attempts (`marketdata parked`)"
 def _why_not(
     toolbox: Toolbox,
     key: _Key,
-    ask: Ask | None,
+    ask: BackfillAttempt | None,
     busy: Container[str],
     closed: Container[str],
     now: datetime,
@@ -342,7 +346,7 @@ def _why_not(
     venue = key[0].partition(":")[0]
     if venue in closed:
         return f"wait for {venue}, whose circuit breaker is open"
-    if ask and timedelta(0) <= now - ask.asked_at < cooldown(toolbox, ask):
+    if ask and timedelta(0) <= now - ask.attempted_at < cooldown(toolbox, ask):
         return "wait for their cooldown"
     return None
 

@@ -40,7 +40,7 @@ def freshness(toolbox: Toolbox, timeframe: Timeframe, markets: Iterable[Market])
     """Every market whose venue fetches this timeframe, by the newest bar on disk and not by the newest
     run.
     """
-    newest = toolbox.ledger.newest(raw(timeframe))
+    newest = toolbox.ledger.partitions.newest(raw(timeframe))
     fetched = [m for m in markets if timeframe in toolbox.settings.venues[m.venue].fetched]
     return [_of(toolbox, timeframe, market, newest.get(market.key)) for market in fetched]
 

@@ -69,7 +69,7 @@ def health(toolbox: Toolbox) -> list[Health]:
 
 
 def _daemon(toolbox: Toolbox) -> Health:
-    found, beat = Health(DAEMON, DAEMON), toolbox.ledger.last_beat(DAEMON)
+    found, beat = Health(DAEMON, DAEMON), toolbox.ledger.heartbeats.last(DAEMON)
     if beat is None:
         found.add(Status.UNHEALTHY, "it never ran here: start `marketdata dev`")
     elif abs(toolbox.settings.now() - beat) > SILENT_AFTER:
@@ -82,7 +82,7 @@ def _daemon(toolbox: Toolbox) -> Health:
 def _venue(toolbox: Toolbox, name: str) -> Health:
     found, held, clock = (
         Health("venue", name),
-        toolbox.ledger.venue_health(name),
+        toolbox.ledger.venues.health(name),
         toolbox.policy.clock(),
     )
     if held.broken_until > 0:
@@ -106,21 +106,21 @@ _Reason = tuple[str, Status, str]
 def _market_reasons(toolbox: Toolbox) -> Iterator[_Reason]:
     yield from _late(toolbox)
     yield from _failing(toolbox)
-    for ask in toolbox.ledger.asks().values():
+    for ask in toolbox.ledger.attempts.all().values():
         if ask.parked_at:
             yield (
                 ask.partition.market.key,
                 Status.UNHEALTHY,
                 f"{ask.partition.month_key} is parked: {ask.reason}",
             )
-    for key, bars in toolbox.ledger.open_gaps().items():
+    for key, bars in toolbox.ledger.gaps.open_bars().items():
         yield key, Status.DEGRADED, f"{bars} bars are missing and not explained yet"
     yield from _red(toolbox)
     yield from _refused(toolbox)
 
 
 def _failing(toolbox: Toolbox) -> Iterator[_Reason]:
-    for key, (count, _) in toolbox.ledger.failing().items():
+    for key, (count, _) in toolbox.ledger.partitions.failure_streaks().items():
         yield (
             key,
             Status.UNHEALTHY if count >= FAILURES_IN_A_ROW else Status.DEGRADED,
@@ -129,18 +129,18 @@ def _failing(toolbox: Toolbox) -> Iterator[_Reason]:
 
 
 def _red(toolbox: Toolbox) -> Iterator[_Reason]:
-    for check in toolbox.ledger.red_checks():
+    for check in toolbox.ledger.checks.failed():
         if check.name != "gaps":  # told in bars
             worst = Status.UNHEALTHY if check.blocking else Status.DEGRADED
             yield (
                 check.partition.market.key,
                 worst,
-                f"{check.table} {check.partition.month_key} {check.name}: {check.says}",
+                f"{check.table} {check.partition.month_key} {check.name}: {check.message}",
             )
 
 
 def _refused(toolbox: Toolbox) -> Iterator[_Reason]:
-    for key, (refused, brought) in toolbox.ledger.quarantine_rate(
+    for key, (refused, brought) in toolbox.ledger.quarantine.rejection_rates(
         toolbox.settings.now() - LOOK_BACK
     ).items():
         if brought and 100 * refused / brought >= QUARANTINE_PERCENT:

@@ -15,8 +15,8 @@ def forget(toolbox: Toolbox, days: float, dry_run: bool = False) -> dict[str, in
     """
     age = timedelta(days=days)
     return {
-        "incidents": toolbox.incidents.forget(toolbox.settings.now() - age, dry_run),
-        "fetches": toolbox.ledger.forget_fetches(
+        "incidents": toolbox.ledger.incidents.delete_before(toolbox.settings.now() - age, dry_run),
+        "fetches": toolbox.ledger.fetches.delete_before(
             toolbox.policy.clock() - age.total_seconds(), dry_run
         ),
     }

@@ -64,7 +64,7 @@ def _lacks(toolbox: Toolbox, venue: Venue, partition: Partition) -> bool:
     """
     for timeframe in venue.fetched:
         wanted = wanted_window(toolbox, timeframe, partition)
-        state = toolbox.ledger.state(raw(timeframe), partition)
+        state = toolbox.ledger.partitions.get(raw(timeframe), partition)
         if wanted and (
             state is None or state.bytes is None or state.through < wanted.end or state.error
         ):

@@ -191,7 +191,7 @@ def write_receipt(
     )
     kept = [row for row in rows if row["table"].startswith("raw/") or row in changed]
     body = {"asked": asked, **totals, "tables": kept, "cleaned": list(cleaned), "failed": failed}
-    return toolbox.receipts.add("repair", toolbox.settings.now(), says, body)
+    return toolbox.ledger.receipts.add("repair", toolbox.settings.now(), message=says, body=body)
 
 
 def span_of(partitions: Sequence[Partition], window: Window) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from marketdata_assets.context import Toolbox
-from marketdata_assets.ledger.ledger import WAREHOUSE, Outline
+from marketdata_assets.ledger.locks import WAREHOUSE
+from marketdata_assets.ledger.records import PartitionSummary
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import Table, consolidated, raw, reconciled, rollup
 from marketdata_assets.model.window import iso, month_of
@@ -75,7 +76,7 @@ def _from_warehouse(toolbox: Toolbox, tables: list[Table], dry_run: bool) -> Ite
 
 
 def _from_lake(toolbox: Toolbox, table: Table, dry_run: bool) -> Iterator[Retired]:
-    outlines = toolbox.ledger.outlines(table)
+    outlines = toolbox.ledger.partitions.summaries(table)
     for (market, month), size in sorted(toolbox.lake.sizes(table).items()):
         partition = Partition.parse(f"{market}|{month}")
         if partition.month.start >= toolbox.settings.kept_since(table.name):
@@ -93,7 +94,10 @@ def _from_lake(toolbox: Toolbox, table: Table, dry_run: bool) -> Iterator[Retire
 
 
 def _needed(
-    toolbox: Toolbox, table: Table, partition: Partition, outlines: dict[tuple[str, str], Outline]
+    toolbox: Toolbox,
+    table: Table,
+    partition: Partition,
+    outlines: dict[tuple[str, str], PartitionSummary],
 ) -> str | None:
     """What still needs a month that is old enough to go; None when nothing does."""
     venue = toolbox.settings.venues.get(partition.market.venue)
@@ -109,7 +113,7 @@ def _needed(
         return "a week of the first month that is kept begins in it"
     for needed in (partition, after):
         outline = outlines.get((needed.market.key, needed.month_key))
-        if outline and outline.bytes is not None and not outline.rolled:
+        if outline and outline.bytes is not None and not outline.is_rolled_up:
             return f"the rollups of {needed.month_key[:7]} are not made yet"
     return None
 
@@ -120,7 +124,7 @@ def _remove(toolbox: Toolbox, table: Table, partition: Partition, dry_run: bool)
     with toolbox.ledger.lock(partition.key, wait=False) as free:
         if not free:
             return "a run works on it"
-        toolbox.ledger.retire(table, partition)
+        toolbox.ledger.partitions.mark_retired(table, partition)
         toolbox.lake.delete(table, partition)
     return None
 

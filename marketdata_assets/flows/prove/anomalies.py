@@ -11,8 +11,9 @@ import polars as pl
 from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.fetch.ingest import Ingested
-from marketdata_assets.ledger.anomalies import Entry
-from marketdata_assets.model.anomaly import Severity, State
+from marketdata_assets.ledger.anomalies import AnomalyRecord
+from marketdata_assets.ledger.checks import CheckFailure
+from marketdata_assets.model.anomaly import AnomalySeverity, AnomalyState
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.partition import Partition, neighbour, partitions_of
 from marketdata_assets.model.table import Table, raw
@@ -22,7 +23,7 @@ from marketdata_assets.quality.anomalies import CONTEXT, REACH, find_anomalies
 CHECK = "anomalies"
 
 
-def judge(toolbox: Toolbox, done: Ingested) -> list[Entry]:
+def judge(toolbox: Toolbox, done: Ingested) -> list[AnomalyRecord]:
     """Find the anomalies of a partition, with the bars of the months beside it, and settle its
     entries.
 
@@ -39,14 +40,16 @@ def judge(toolbox: Toolbox, done: Ingested) -> list[Entry]:
     )
     judged = Window(month.start - REACH * width if before.height else month.start, month.end)
     found = find_anomalies(pl.concat([before, done.bars, after]), done.timeframe, judged)
-    return toolbox.anomalies.settle(table, partition.market, judged, found, toolbox.settings.now())
+    return toolbox.ledger.anomalies.settle(
+        table, partition.market, judged, found=found, now=toolbox.settings.now()
+    )
 
 
 def _beside(toolbox: Toolbox, table: Table, partition: Partition, window: Window) -> pl.DataFrame:
     """The stored bars of a neighbouring month that open inside the window; none where it is not stored
     or damaged.
     """
-    state = toolbox.ledger.state(table, partition)
+    state = toolbox.ledger.partitions.get(table, partition)
     if state is None or state.bytes is None:
         return empty_bars()
     try:
@@ -60,18 +63,20 @@ def _opens_in(window: Window) -> pl.Expr:
     return pl.col("open_time").is_between(window.start, window.end, closed="left")
 
 
-def alarming(entry: Entry) -> bool:
+def alarming(entry: AnomalyRecord) -> bool:
     """Whether a person should look: nobody has yet, and it would do harm."""
-    return entry.state == State.OPEN and entry.anomaly.severity >= Severity.HIGH
+    return entry.state == AnomalyState.OPEN and entry.anomaly.severity >= AnomalySeverity.HIGH
 
 
-def words(entries: Sequence[Entry]) -> str:
+def words(entries: Sequence[AnomalyRecord]) -> str:
     """What the check says of the entries of a partition."""
-    waiting = sum(entry.state == State.OPEN for entry in entries)
+    waiting = sum(entry.state == AnomalyState.OPEN for entry in entries)
     return f"{waiting} anomalies are open, {sum(map(alarming, entries))} of them high or critical"
 
 
-def bars_of(toolbox: Toolbox, entries: Iterable[Entry]) -> Iterator[tuple[Entry, pl.DataFrame]]:
+def bars_of(
+    toolbox: Toolbox, entries: Iterable[AnomalyRecord]
+) -> Iterator[tuple[AnomalyRecord, pl.DataFrame]]:
     """Each entry with its bars, as they are stored now; none where they are not stored any more.
     Raises Damaged.
     """
@@ -84,26 +89,26 @@ def bars_of(toolbox: Toolbox, entries: Iterable[Entry]) -> Iterator[tuple[Entry,
         yield entry, pl.concat([empty_bars(), *frames]).filter(_opens_in(window))
 
 
-def mark(toolbox: Toolbox, id: int, state: State, note: str | None) -> Entry:
+def mark(toolbox: Toolbox, id: int, state: AnomalyState, note: str | None) -> AnomalyRecord:
     """Set what became of an entry; its check follows in the ledger at once, in the UI with the next
     run. Raises BadInput.
     """
-    if toolbox.anomalies.get(id) is None:
+    if toolbox.ledger.anomalies.get(id) is None:
         raise BadInput(
             f"there is no anomaly {id}; `marketdata anomalies --state all` lists their numbers"
         )
     now = toolbox.settings.now()
-    toolbox.anomalies.mark(id, state, note, now)
-    entry = toolbox.anomalies.get(id)
+    toolbox.ledger.anomalies.mark(id, state, note=note, now=now)
+    entry = toolbox.ledger.anomalies.get(id)
     assert entry is not None, "entries are never deleted"
     partition = Partition(entry.market, month_of(entry.anomaly.start))
-    entries = toolbox.anomalies.find(partition.month, entry.market, entry.table)
-    red = (False, words(entries)) if any(map(alarming, entries)) else None
-    toolbox.ledger.set_check(entry.table, partition, CHECK, red, now)
+    entries = toolbox.ledger.anomalies.find(partition.month, entry.market, entry.table)
+    red = CheckFailure(False, words(entries)) if any(map(alarming, entries)) else None
+    toolbox.ledger.checks.set(entry.table, partition, CHECK, failure=red, now=now)
     return entry
 
 
-def row_of(entry: Entry) -> dict[str, str | int]:
+def row_of(entry: AnomalyRecord) -> dict[str, str | int]:
     """An entry as a row of a table."""
     one = entry.anomaly
     return {

@@ -18,9 +18,11 @@ from marketdata_assets.flows.fetch.ingest import Ingested
 from marketdata_assets.flows.prove.anomalies import CHECK, alarming, judge, row_of, words
 from marketdata_assets.flows.prove.gaps import UNEXPLAINED, words_of
 from marketdata_assets.flows.prove.parity import compare
-from marketdata_assets.ledger.ledger import Account, Gap
-from marketdata_assets.model.anomaly import State
+from marketdata_assets.ledger.checks import CheckFailure
+from marketdata_assets.ledger.records import RowAccount
+from marketdata_assets.model.anomaly import AnomalyState
 from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA, number_text
+from marketdata_assets.model.gap import Gap
 from marketdata_assets.model.intervals import holes, left_of
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import Table, raw, rollup
@@ -87,7 +89,7 @@ def audit_raw(toolbox: Toolbox, done: Ingested) -> list[Finding]:
 def audit_gaps(toolbox: Toolbox, done: Ingested) -> Finding:
     """The check `gaps` alone, once more, by what the ledger says of them now."""
     table = raw(done.timeframe)
-    explained = replace(done, gaps=tuple(toolbox.ledger.gaps(table, done.partition)))
+    explained = replace(done, gaps=tuple(toolbox.ledger.gaps.of(table, done.partition)))
     return _remembered(toolbox, table, done.partition, [_gaps(explained)])[0]
 
 
@@ -95,8 +97,10 @@ def _remembered(
     toolbox: Toolbox, table: Table, partition: Partition, findings: list[Finding]
 ) -> list[Finding]:
     for finding in findings:
-        red = None if finding.passed else (finding.blocking, finding.says)
-        toolbox.ledger.set_check(table, partition, finding.check, red, toolbox.settings.now())
+        red = None if finding.passed else CheckFailure(finding.blocking, finding.says)
+        toolbox.ledger.checks.set(
+            table, partition, finding.check, failure=red, now=toolbox.settings.now()
+        )
     return findings
 
 
@@ -136,10 +140,10 @@ def _gaps(done: Ingested) -> Finding:
     )
 
 
-def _accounting(account: Account) -> Finding:
+def _accounting(account: RowAccount) -> Finding:
     return Finding(
         "accounting",
-        account.balanced,
+        account.is_balanced,
         "received = stored + identical + quarantined",
         True,
         asdict(account),
@@ -149,9 +153,11 @@ def _accounting(account: Account) -> Finding:
 def _anomalies(toolbox: Toolbox, done: Ingested) -> Finding:
     entries = sorted(
         judge(toolbox, done),
-        key=lambda e: (list(State).index(e.state), -e.anomaly.severity, e.anomaly.start),
+        key=lambda e: (list(AnomalyState).index(e.state), -e.anomaly.severity, e.anomaly.start),
     )
-    numbers = {state.value: sum(entry.state == state for entry in entries) for state in State}
+    numbers = {
+        state.value: sum(entry.state == state for entry in entries) for state in AnomalyState
+    }
     alarms = sum(map(alarming, entries))
     return Finding(
         CHECK,
@@ -173,7 +179,7 @@ def _broken(done: Ingested) -> list[Row]:
 
 
 def _unexplained(done: Ingested) -> list[Window]:
-    explained = [gap.window for gap in done.gaps if gap.settled or gap.reason == "quarantined"]
+    explained = [gap.window for gap in done.gaps if gap.is_settled or gap.reason == "quarantined"]
     first = done.bars["open_time"][0] if done.bars.height else done.wanted.start
     window = Window(
         max(done.wanted.start, first) if done.complete else done.wanted.start, done.wanted.end
@@ -184,7 +190,7 @@ def _unexplained(done: Ingested) -> list[Window]:
 
 def _gap_words(unexplained: Sequence[Window], gaps: Sequence[Gap], timeframe: Timeframe) -> str:
     open_bars = sum(w.count(timeframe) for w in unexplained)
-    return f"{open_bars} bars are missing without an explanation, {sum(g.bars for g in gaps if g.settled)} with one"
+    return f"{open_bars} bars are missing without an explanation, {sum(g.bars for g in gaps if g.is_settled)} with one"
 
 
 def _gap_numbers(unexplained: Sequence[Window], done: Ingested) -> dict[str, int]:
@@ -268,10 +274,10 @@ def _absent_bars(toolbox: Toolbox, partition: Partition, timeframe: Timeframe) -
     known = [
         gap
         for p in (neighbour(partition, -1), partition)
-        for gap in toolbox.ledger.gaps(raw(base), p)
+        for gap in toolbox.ledger.gaps.of(raw(base), p)
     ]
     gaps = [gap.window for gap in known if gap.cause or gap.reason == "no_bars"]
-    listed = toolbox.ledger.listed(partition.market)
+    listed = toolbox.ledger.markets.first_bar(partition.market)
     if listed:
         gaps.append(Window(timeframe.floor(listed), base.floor(listed)))
     absent: Counter[datetime] = Counter()

@@ -4,7 +4,6 @@ to judge.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
@@ -15,8 +14,9 @@ import polars as pl
 
 from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import MarketDataError
-from marketdata_assets.ledger.ledger import Gap, State
+from marketdata_assets.ledger.records import PartitionState
 from marketdata_assets.model.bar import empty_bars, number_text
+from marketdata_assets.model.gap import Gap
 from marketdata_assets.model.intervals import without
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
@@ -53,7 +53,7 @@ class Month:
         self.markets = (
             toolbox.settings.venues[venue].markets if venue in toolbox.settings.venues else ()
         )
-        self._gaps = toolbox.gaps.of_month(table, venue, f"{month.start:%Y-%m-%d}")
+        self._gaps = toolbox.ledger.gaps.of_month(table, venue, f"{month.start:%Y-%m-%d}")
         self._known: dict[Market, _Known] = {}
         self._elsewhere: dict[str, Month] = {}
         self._halts = [
@@ -67,11 +67,11 @@ class Month:
     def known(self, market: Market) -> _Known:
         """What is known of one market."""
         if market not in self._known:
-            state = self.toolbox.ledger.state(self.table, Partition(market, self.month))
+            state = self.toolbox.ledger.partitions.get(self.table, Partition(market, self.month))
             self._known[market] = _Known(
                 self.table,
                 state,
-                self.toolbox.ledger.listed(market),
+                self.toolbox.ledger.markets.first_bar(market),
                 self.gaps(market),
                 self._halts,
             )
@@ -103,7 +103,7 @@ class _Known:
     def __init__(
         self,
         table: Table,
-        state: State | None,
+        state: PartitionState | None,
         listed: datetime | None,
         gaps: Sequence[Gap],
         halts: Sequence[Window],
@@ -178,7 +178,7 @@ class _Known:
         return Habit(minutes, self._sums[last] - self._sums[first] - cut, last - first - len(own))
 
 
-def is_told(gap: Gap, state: State | None) -> bool:
+def is_told(gap: Gap, state: PartitionState | None) -> bool:
     """Whether answers say twice that there are no bars: in one of them, or page by page between bars
     that are there.
     """
@@ -256,7 +256,7 @@ class Look:
         }
         found: dict[str, Any] = {
             "words": part.words,
-            "requests": self._requests.about(window, json.loads(gap.proof).get("requests", [])),
+            "requests": self._requests.about(window, gap.proof.get("requests", [])),
             "before": _bar(facts.before),
             "after": _bar(facts.after),
             "venue": {
@@ -292,7 +292,7 @@ class Look:
             or window.end - window.start < LONG
         ):
             return False
-        last = self._toolbox.gaps.last_bar(self._table, self._partition.market)
+        last = self._toolbox.ledger.partitions.last_bar(self._table, self._partition.market)
         return last is not None and last < window.start
 
     def _going_on(self, gap: Gap, trailing: bool) -> dict[str, int]:
@@ -309,7 +309,7 @@ class Look:
         """Whether a coarser bar over the hole has still to be fetched."""
         for timeframe in self._toolbox.settings.venues[self.month.venue].fetched:
             if timeframe.width > self._table.timeframe.width:
-                state = self._toolbox.ledger.state(raw(timeframe), self._partition)
+                state = self._toolbox.ledger.partitions.get(raw(timeframe), self._partition)
                 end = min(timeframe.floor(hole.end), self._partition.opens(timeframe).end)
                 if state is None or (state.through < end and not state.error):
                     return True
@@ -322,7 +322,7 @@ class Look:
             return ()
         return tuple(
             (gap.window, gap.cause)
-            for gap in self._toolbox.gaps.between(base, self._partition.market, hole)
+            for gap in self._toolbox.ledger.gaps.between(base, self._partition.market, hole)
             if gap.cause
         )
 
@@ -395,7 +395,7 @@ class _Requests:
     """The requests about a partition, for the proofs of its gaps."""
 
     def __init__(self, toolbox: Toolbox, table: Table, partition: Partition) -> None:
-        self._asked = toolbox.gaps.requests(
+        self._asked = toolbox.ledger.fetches.about(
             table, partition.market, partition.opens(table.timeframe)
         )
         windows = [asked.window for asked in self._asked]

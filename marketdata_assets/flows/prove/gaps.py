@@ -4,24 +4,29 @@ for again.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.prove.gap_evidence import Look, Month
-from marketdata_assets.ledger.gaps import REOPENED
-from marketdata_assets.ledger.ledger import Gap
+from marketdata_assets.model.gap import Gap, GapCause, GapReason, GapStatus
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.gap_causes import CAUSES, DELISTED, HALTED, ask_again_at, classify
+from marketdata_assets.quality.gap_causes import (
+    CAUSES,
+    DELISTED,
+    HALTED,
+    Part,
+    ask_again_at,
+    classify,
+)
 
 UNEXPLAINED = "unexplained"
 KINDS = (*CAUSES, "quarantined", UNEXPLAINED)
@@ -57,12 +62,16 @@ def explain(
 
 
 def explain_new(toolbox: Toolbox, markets: Collection[Market]) -> None:
-    """The same for the gaps of these markets that nobody has looked at. Sends no request."""
+    """Look for the causes of the gaps of these markets that were never looked for, where the ledger
+    can be written. Sends no request.
+    """
+    if toolbox.ledger.is_read_only:
+        return
     for timeframe in toolbox.settings.raw_timeframes:
         _explain_all(
             toolbox,
             raw(timeframe),
-            [p for p in toolbox.gaps.unexamined(raw(timeframe)) if p.market in markets],
+            [p for p in toolbox.ledger.gaps.unexamined(raw(timeframe)) if p.market in markets],
             False,
         )
 
@@ -82,36 +91,24 @@ def _explain_all(
     return changed
 
 
-def _is_open(gap: Gap) -> bool:
-    """Whether a cause is looked for. Refused rows speak for themselves, and what was reopened is asked
-    for first.
-    """
-    return (
-        gap.reason != "quarantined"
-        and (not gap.cause or gap.next_ask is not None)
-        and REOPENED not in gap.proof
-    )
-
-
 def _explain(toolbox: Toolbox, month: Month, partition: Partition, ask: bool) -> bool:
-    if not any(_is_open(gap) for gap in month.gaps(partition.market)):
+    if not any(gap.needs_cause for gap in month.gaps(partition.market)):
         return False
     with toolbox.ledger.lock(partition.key, wait=False) as free:
         if not free:
             return False
         gaps = [
             gap
-            for gap in toolbox.ledger.gaps(month.table, partition)
-            if _is_open(gap) or gap.cause == DELISTED
+            for gap in toolbox.ledger.gaps.of(month.table, partition)
+            if gap.needs_cause or gap.cause == DELISTED
         ]
-        look, parts = Look(month, partition, ask), [gap for gap in gaps if not _is_open(gap)]
-        for gap in sorted(
-            filter(_is_open, gaps), key=lambda gap: -gap.bars
-        ):  # the longest first: halts are no habit
+        look, parts = Look(month, partition, ask), [gap for gap in gaps if not gap.needs_cause]
+        # the longest first: halts are no habit
+        for gap in sorted((g for g in gaps if g.needs_cause), key=lambda gap: -gap.bars):
             parts += _parts(look, gap, toolbox.settings.now())
         new = _one_end(parts)
         if new != gaps:
-            toolbox.gaps.rewrite(month.table, partition, gaps, new)
+            toolbox.ledger.gaps.rewrite(month.table, partition, old=gaps, new=new)
     return [(gap.window, gap.cause) for gap in new] != [(gap.window, gap.cause) for gap in gaps]
 
 
@@ -121,31 +118,44 @@ def _parts(look: Look, gap: Gap, now: datetime) -> Iterator[Gap]:
     for part in classify(facts):
         if part.cause == HALTED:
             look.month.set_aside(part.window)
-        turn = None if part.final else gap.next_ask or ask_again_at(gap.first_asked or now, now)
-        proof = json.dumps(look.proof(gap, facts, part))
-        yield gap._replace(
+        turn = (
+            None
+            if part.final
+            else gap.next_request or ask_again_at(gap.first_requested or now, now)
+        )
+        yield replace(
+            gap,
             window=part.window,
             bars=part.window.count(facts.timeframe),
-            cause=part.cause,
-            proof=proof,
-            next_ask=turn,
+            cause=GapCause(part.cause) if part.cause else None,
+            status=_status(part),
+            proof=look.proof(gap, facts, part),
+            next_request=turn,
         )
+
+
+def _status(part: Part) -> GapStatus:
+    if not part.cause:
+        return GapStatus.OPEN
+    return GapStatus.FINAL if part.final else GapStatus.EXPLAINED
 
 
 def _one_end(gaps: Iterable[Gap]) -> list[Gap]:
     """A delisted market's silence as one gap, however often it was asked for in the meantime."""
     joined: list[Gap] = []
-    for gap in sorted(gaps):
+    for gap in sorted(gaps, key=lambda gap: gap.window):
         last = joined[-1] if joined else None
         if last and last.cause == gap.cause == DELISTED and last.window.end == gap.window.start:
-            turn = last.next_ask and gap.next_ask
+            turn = last.next_request and gap.next_request
             whole = Window(last.window.start, gap.window.end)
-            joined[-1] = gap._replace(
+            joined[-1] = replace(
+                gap,
                 window=whole,
                 bars=last.bars + gap.bars,
                 answers=last.answers + gap.answers,
-                first_asked=last.first_asked,
-                next_ask=turn,
+                first_requested=last.first_requested,
+                status=GapStatus.EXPLAINED if turn else GapStatus.FINAL,
+                next_request=turn,
             )
         else:
             joined.append(gap)
@@ -164,13 +174,16 @@ class Explained:
     @property
     def kind(self) -> str:
         """Its cause, `quarantined`, or that it has none yet."""
-        return "quarantined" if self.gap.reason == "quarantined" else self.gap.cause or UNEXPLAINED
+        if self.gap.reason == GapReason.QUARANTINED:
+            return self.gap.reason
+        return self.gap.cause or UNEXPLAINED
 
     def as_dict(self) -> dict[str, Any]:
         """In the order of the table; the proof comes last."""
         gap = self.gap
         asked, last, following = (
-            moment and iso(moment) for moment in (gap.first_asked, gap.last_asked, gap.next_ask)
+            moment and iso(moment)
+            for moment in (gap.first_requested, gap.last_requested, gap.next_request)
         )
         return {
             "market": self.market.key,
@@ -202,7 +215,7 @@ def gaps(
         Explained(table, m, gap)
         for m in markets
         for table in tables
-        for gap in toolbox.gaps.between(table, m, window)
+        for gap in toolbox.ledger.gaps.between(table, m, window)
     ]
     return [one for one in found if kind in (None, one.kind)]
 
@@ -216,7 +229,7 @@ def reopen(toolbox: Toolbox, market: Market, start: datetime) -> list[Explained]
     known = [
         Explained(table, market, gap)
         for table in tables
-        for gap in toolbox.gaps.between(table, market, every)
+        for gap in toolbox.ledger.gaps.between(table, market, every)
     ]
     found = [one for one in known if one.gap.window.start == start]
     if not found:
@@ -228,14 +241,13 @@ def reopen(toolbox: Toolbox, market: Market, start: datetime) -> list[Explained]
         )
         raise BadInput(f"no gap of {market.key} begins at {iso(start)}{hint}")
     for one in found:
-        toolbox.gaps.reopen(one.table, market, one.gap, toolbox.settings.now())
+        toolbox.ledger.gaps.reopen(one.table, market, one.gap, now=toolbox.settings.now())
     return found
 
 
 def proof_of(gap: Gap) -> dict[str, Any]:
     """A gap's proof as it is stored."""
-    found: dict[str, Any] = json.loads(gap.proof)
-    return found
+    return gap.proof
 
 
 def words_of(gap: Gap) -> str:

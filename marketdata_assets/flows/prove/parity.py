@@ -10,8 +10,8 @@ import polars as pl
 
 from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.derive.rollup import Derived, known
-from marketdata_assets.ledger.ledger import Gap
 from marketdata_assets.model.bar import NAMES, empty_bars
+from marketdata_assets.model.gap import Gap
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import Table, history, parity, raw
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
@@ -80,7 +80,7 @@ def _answered(
         alone = pl.col("outcome") == outcome
         if judged.filter(alone).is_empty():
             continue
-        for gap in toolbox.ledger.gaps(table, partition):
+        for gap in toolbox.ledger.gaps.of(table, partition):
             if gap.reason == "unanswered":
                 inside = (pl.col("open_time") >= gap.window.start) & (
                     pl.col("open_time") + timeframe.width <= gap.window.end
@@ -95,7 +95,7 @@ def _native(
     """The venue's own bars, and the window of open times that they were asked for in; an empty one
     where none are stored.
     """
-    state = toolbox.ledger.state(raw(timeframe), partition)
+    state = toolbox.ledger.partitions.get(raw(timeframe), partition)
     stored = (
         None
         if state is None or state.bytes is None
@@ -172,17 +172,17 @@ def _finer(
 
 def _absences(toolbox: Toolbox, table: Table, months: list[Partition]) -> Iterator[Absence]:
     """What the ledger knows of bars that are not there."""
-    listed = toolbox.ledger.listed(months[0].market)
+    listed = toolbox.ledger.markets.first_bar(months[0].market)
     if listed:
         yield Absence(Window(EPOCH, table.timeframe.floor(listed)), "not listed yet")
     for partition in months:
-        for gap in toolbox.ledger.gaps(table, partition):
+        for gap in toolbox.ledger.gaps.of(table, partition):
             yield Absence(gap.window, _why(toolbox, table, partition, gap))
 
 
 def _why(toolbox: Toolbox, table: Table, partition: Partition, gap: Gap) -> str:
     if gap.reason == "quarantined":
-        refused = toolbox.ledger.quarantined(partition.market, gap.window)
+        refused = toolbox.ledger.quarantine.rows(partition.market, gap.window)
         reasons = sorted({str(row["reasons"]) for row in refused if row["table"] == table.name})
         return f"refused by a rule: {', '.join(reasons)}" if reasons else "refused by a rule"
     return _WHY[gap.cause or gap.reason].format(table.timeframe.name)

@@ -40,7 +40,7 @@ def read_as_of(
         )
     base = timeframe if table.layer == "raw" else base_of(toolbox, market)
     span = Window(window.start, window.end + timeframe.width)
-    known = toolbox.ledger.states(raw(base), market)
+    known = toolbox.ledger.partitions.of_market(raw(base), market)
     months = [p for p in partitions_of(market, span) if p.month_key in known]
     frames = [partition_as_of(toolbox, table, partition, moment) for partition in months]
     inside = pl.col("open_time").is_between(window.start, window.end, closed="left")
@@ -109,7 +109,7 @@ def _rolled_then(
 ) -> pl.DataFrame:
     """One partition of a rolled-up timeframe: made as flows.derive would have made it then."""
     owned, earlier = partition.opens(timeframe), neighbour(partition, -1)
-    state, before = (toolbox.ledger.state(raw(base), p) for p in (partition, earlier))
+    state, before = (toolbox.ledger.partitions.get(raw(base), p) for p in (partition, earlier))
     if state is None:
         return pl.DataFrame(schema=ROLLUP_SCHEMA)
     bars, start = _raw_then(toolbox, partition, base, moment), state.start
@@ -122,7 +122,7 @@ def _rolled_then(
         bars, start = pl.concat([tail, bars]), max(owned.start, before.start)
     if bars.is_empty():
         return roll_up(bars, base, [timeframe], owned)[timeframe]
-    whole = state.whole_at is not None and state.whole_at <= moment
+    whole = state.completed_at is not None and state.completed_at <= moment
     asked = Window(
         min(start, bars["open_time"][0]),
         max(bars["open_time"][-1] + base.width, state.through if whole else start),

@@ -29,7 +29,7 @@ def known_market(toolbox: Toolbox, key: str) -> Market:
             former = Market.parse(key)
         except BadInput:
             former = None
-        if former is not None and toolbox.ledger.stored_span(former):
+        if former is not None and toolbox.ledger.partitions.stored_span(former):
             return former
         raise
 
@@ -59,7 +59,7 @@ def base_of(toolbox: Toolbox, market: Market) -> Timeframe:
 
 
 def _consolidated_table(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Table:
-    settings, stored = toolbox.settings, toolbox.ledger.stored_span(market)
+    settings, stored = toolbox.settings, toolbox.ledger.partitions.stored_span(market)
     known = [tf for tf in TIMEFRAMES.values() if consolidated(tf).name in stored]
     base = [settings.base(market)] if market in settings.consolidate else known
     if timeframe not in base:
@@ -85,7 +85,9 @@ def _timeframes(
         venue = settings.venues[market.venue]
         return venue.base, settings.rolled(market), venue.reference
     base, *reference = [
-        tf for tf in TIMEFRAMES.values() if raw(tf).name in toolbox.ledger.stored_span(market)
+        tf
+        for tf in TIMEFRAMES.values()
+        if raw(tf).name in toolbox.ledger.partitions.stored_span(market)
     ]
     return base, [tf for tf in settings.timeframes if tf.width > base.width], reference
 
@@ -114,5 +116,5 @@ def read_bars(
 def _stored_span(toolbox: Toolbox, market: Market) -> Window:
     if market in toolbox.settings.markets or market in toolbox.settings.consolidate:
         return toolbox.settings.history(market)
-    spans = toolbox.ledger.stored_span(market).values()
+    spans = toolbox.ledger.partitions.stored_span(market).values()
     return Window(min(span.start for span in spans), max(span.end for span in spans))

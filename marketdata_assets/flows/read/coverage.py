@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, time, timedelta
 
 from marketdata_assets.context import Toolbox
-from marketdata_assets.ledger.ledger import State
+from marketdata_assets.ledger.records import PartitionState
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, raw
@@ -51,9 +51,9 @@ def coverage(
 
 def _coverage(toolbox: Toolbox, market: Market, window: Window | None) -> Coverage:
     base = toolbox.settings.venues[market.venue].base
-    span, listed = toolbox.settings.span(market), toolbox.ledger.listed(market)
+    span, listed = toolbox.settings.span(market), toolbox.ledger.markets.first_bar(market)
     span = span if window is None else span & window
-    states = toolbox.ledger.states(raw(base), market)
+    states = toolbox.ledger.partitions.of_market(raw(base), market)
     found = Coverage(market.key)
     for partition in partitions_of(market, span):
         wanted = partition.opens(base) & Window(base.ceil(span.start), base.floor(span.end))
@@ -70,7 +70,7 @@ def _add_partition(
     table: Table,
     partition: Partition,
     wanted: Window,
-    state: State | None,
+    state: PartitionState | None,
 ) -> None:
     """One month's wanted window: what lies in the lake, what the ledger explains, and the rest that
     was not fetched.
@@ -84,19 +84,20 @@ def _add_partition(
     ):
         present, gaps = (
             _present(toolbox, table, partition, wanted, state),
-            toolbox.gaps.between(table, partition.market, wanted),
+            toolbox.ledger.gaps.between(table, partition.market, wanted),
         )
         found.present += present
         left -= present
         for gap in gaps:
             bars = min(left, (gap.window & wanted).count(timeframe))
-            setattr(found, gap.part, getattr(found, gap.part) + bars)
+            part = gap.coverage_part
+            setattr(found, part, getattr(found, part) + bars)
             left -= bars
     found.not_fetched += left
 
 
 def _present(
-    toolbox: Toolbox, table: Table, partition: Partition, wanted: Window, state: State
+    toolbox: Toolbox, table: Table, partition: Partition, wanted: Window, state: PartitionState
 ) -> int:
     """Bars inside the window: the ledger's count of a whole month, else the object's, which may hold
     bars that are not wanted now.
@@ -143,14 +144,14 @@ class _Known:
 
     def __init__(self, toolbox: Toolbox, source: Table, need_rolled: bool) -> None:
         self._settings, self._source, self._need_rolled = toolbox.settings, source, need_rolled
-        self._outlines = toolbox.ledger.outlines(source)
+        self._outlines = toolbox.ledger.partitions.summaries(source)
         # in S3 `backfill_missed` looks for lost objects from time to time
         self._sizes = (
             toolbox.lake.sizes(source)
             if toolbox.lake.local
             else {k: o.bytes for k, o in self._outlines.items()}
         )
-        self._open_gaps = toolbox.ledger.unsettled(source)
+        self._open_gaps = toolbox.ledger.gaps.unsettled(source)
 
     def days(self, partition: Partition) -> Iterator[float | None]:
         """The share of each day of a month that the universe wants."""
@@ -164,12 +165,12 @@ class _Known:
         )
         outline = self._outlines.get(key)
         lost = outline is None or outline.bytes is None or self._sizes.get(key) != outline.bytes
-        if outline is None or lost or (self._need_rolled and not outline.rolled):
+        if outline is None or lost or (self._need_rolled and not outline.is_rolled_up):
             asked = Window(wanted.start, wanted.start)
         else:
             asked = Window(parse_time(outline.start), parse_time(outline.through))
             if (
-                outline.complete
+                outline.is_complete
                 and key not in self._open_gaps
                 and asked.start <= wanted.start
                 and asked.end >= wanted.end

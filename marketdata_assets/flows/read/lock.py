@@ -168,7 +168,7 @@ def _stored(
         if not in_warehouse(toolbox, table):
             known = {
                 key
-                for key, outline in toolbox.ledger.outlines(table).items()
+                for key, outline in toolbox.ledger.partitions.summaries(table).items()
                 if outline.bytes is not None
             }
             there = known | toolbox.lake.sizes(table).keys()

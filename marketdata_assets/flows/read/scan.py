@@ -35,7 +35,10 @@ def newest_bars(toolbox: Toolbox, markets: Sequence[Market], timeframe: Timefram
     """The open time of each market's newest stored bar: raw ones from the ledger alone, rolled-up ones
     from their last objects.
     """
-    known = {key: moment for key, (moment, *_) in toolbox.ledger.newest(raw(timeframe)).items()}
+    known = {
+        key: moment
+        for key, (moment, *_) in toolbox.ledger.partitions.newest(raw(timeframe)).items()
+    }
     rows = []
     for market in markets:
         table = table_of(toolbox, market, timeframe)
@@ -52,7 +55,7 @@ def newest_bars(toolbox: Toolbox, markets: Sequence[Market], timeframe: Timefram
 
 def _newest_rolled(toolbox: Toolbox, table: Table, market: Market) -> object:
     base = toolbox.settings.venues[market.venue].base
-    months = sorted(toolbox.ledger.states(raw(base), market), reverse=True)
+    months = sorted(toolbox.ledger.partitions.of_market(raw(base), market), reverse=True)
     for month in months[
         :2
     ]:  # a week ends in the month after it began, so the newest month may have none yet
@@ -84,10 +87,10 @@ def _scans(toolbox: Toolbox, table: Table, market: Market, window: Window) -> li
 def _stored_months(toolbox: Toolbox, table: Table, market: Market) -> set[str]:
     venue = toolbox.settings.venues.get(market.venue)
     source = raw(venue.base) if table.layer == "rollup" and venue else table
-    states = toolbox.ledger.states(source, market)
+    states = toolbox.ledger.partitions.of_market(source, market)
     kept = f"{toolbox.settings.kept_since(table.name):%Y-%m-%d}"
     return {
         month
         for month, s in states.items()
-        if (s.bytes if source == table else s.rolled) is not None and month >= kept
+        if (s.bytes if source == table else s.rollup_source_digest) is not None and month >= kept
     }
