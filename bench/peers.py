@@ -42,8 +42,7 @@ Found = dict[str, dict[str, Any]]
 
 # --------------------------------------------------------------------------------- virtual environm
 def python_of(name: str) -> str:
-    """The interpreter of a virtual environment of the bench's own, made where it is not there yet.
-    """
+    """The interpreter of a virtual environment of the bench's own, made where it is not there yet."""
     wanted = {
         "main": ["--constraint", str(ROOT / "requirements.lock"), "--editable", str(ROOT), *MAIN],
         "other": OTHER,

@@ -36,7 +36,8 @@ from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import MINUTE, TIMEFRAMES
 from marketdata_assets.model.window import Window, iso, parse_time, to_ms
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -168,8 +169,7 @@ def wait_until(settings: Settings, moment: datetime) -> None:
 
 
 def whole(settings: Settings, end: datetime) -> bool:
-    """Whether all months are there and rolled up, and the newest bar of every market reaches `end`.
-    """
+    """Whether all months are there and rolled up, and the newest bar of every market reaches `end`."""
     with open_context(settings) as context:
         for market in settings.markets:
             states = context.ledger.states(raw(settings.venues[market.venue].base), market).values()

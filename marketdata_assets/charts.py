@@ -432,8 +432,7 @@ def _worst(
 
 
 def _cells(rows: Iterable[Sequence[float | None]], size: int) -> str:
-    """All cells in units of a cell, one path for each colour; a run is a stroke as thick as a row.
-    """
+    """All cells in units of a cell, one path for each colour; a run is a stroke as thick as a row."""
     paths: dict[str, str] = {}
     for y, row in enumerate(rows):
         x, reached = 0, dict[str, int]()

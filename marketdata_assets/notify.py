@@ -82,8 +82,7 @@ class Message:
 
 
 class Channel(Protocol):
-    """Somebody who can be told. `name` is stable and holds no secret: `file`, `slack-1`, `json-2`.
-    """
+    """Somebody who can be told. `name` is stable and holds no secret: `file`, `slack-1`, `json-2`."""
 
     name: str
 

@@ -25,7 +25,7 @@ from marketdata_assets.flows.read.sql import open_sql_views
 from marketdata_assets.model.market import CONSOLIDATED
 from marketdata_assets.model.timeframe import Timeframe, timeframe
 from marketdata_assets.model.window import Window, parse_time
-from marketdata_assets.settings.universe import PREFIX, load_settings
+from marketdata_assets.settings.load import PREFIX, load_settings
 from marketdata_assets.storage.views import answer
 
 if TYPE_CHECKING:

@@ -1,5 +1,4 @@
-"""What tests about fetching and storing do over and over, by other means than the code under test.
-"""
+"""What tests about fetching and storing do over and over, by other means than the code under test."""
 
 from __future__ import annotations
 
@@ -158,8 +157,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @contextmanager
 def serving(handler: Handler, tls: ssl.SSLContext | None = None) -> Iterator[str]:
-    """Any HTTP server on a free port of loopback, in a thread of this process; gives its base URL.
-    """
+    """Any HTTP server on a free port of loopback, in a thread of this process; gives its base URL."""
     loop = asyncio.new_event_loop()
 
     async def start() -> tuple[web.AppRunner, int]:

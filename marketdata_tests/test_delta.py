@@ -350,8 +350,7 @@ def test_killed_writers_leave_the_partition_whole(
 # --------------------------------------------------------------------------------- moved forward by
 @pytest.fixture
 def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`meanwhile(act)`: somebody else acts between our reading and our commit; the first time only.
-    """
+    """`meanwhile(act)`: somebody else acts between our reading and our commit; the first time only."""
 
     def set_up(act: Callable[[], object], times: int = 1) -> None:
         left = [act] * times
@@ -778,8 +777,7 @@ def delta_in_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def published(
     request: pytest.FixtureRequest, sandbox: Sandbox, universe: Universe, delta_in_folder: None
 ) -> Settings:
-    """Two markets, four days over two months, fetched and rolled up; `delta:` publishes 1m and 1h.
-    """
+    """Two markets, four days over two months, fetched and rolled up; `delta:` publishes 1m and 1h."""
     rollups = getattr(request, "param", "parquet")
     made = universe(
         sandbox[1],

@@ -417,8 +417,7 @@ def test_the_weight_limit_is_never_reached(world: World, tmp_path: Path) -> None
 def test_a_nearly_used_up_minute_is_left_alone(
     world: World, ledger: Ledger, used: int, paused: bool
 ) -> None:
-    """At 12:00:20 the next request waits for 12:01 when little is left, and goes at once otherwise.
-    """
+    """At 12:00:20 the next request waits for 12:01 when little is left, and goes at once otherwise."""
     world.now = NOON + 20
     venue = FakeVenue(world)
     venue.weight_limit, venue.used_weight = 6000, used
@@ -433,8 +432,7 @@ def test_a_nearly_used_up_minute_is_left_alone(
 
 
 def broken(world: World, ledger: Ledger, script: Script = ()) -> tuple[FakeVenue, Guarded]:
-    """A guard whose venue has just failed often enough; what it answers from now on is the script.
-    """
+    """A guard whose venue has just failed often enough; what it answers from now on is the script."""
     venue = FakeVenue(world, itertools.chain((retry() for _ in range(BREAKER_LIMIT)), script))
     guarded = Guarded(venue, "binance", ledger, None, world.policy(0.0))
     for _ in range(BREAKER_LIMIT // 6):
@@ -522,8 +520,7 @@ def test_half_open_and_still_down_stays_shut(world: World, ledger: Ledger) -> No
 
 
 def test_the_breaker_stays_open_longer_each_time(world: World, ledger: Ledger) -> None:
-    """Two hours of outage, asked every 5 s: the time between trials grows from 30 s to ten minutes.
-    """
+    """Two hours of outage, asked every 5 s: the time between trials grows from 30 s to ten minutes."""
     venue, guarded = broken(world, ledger, for_ever(retry))
     while world.now < NOON + 7200:
         world.now += 5

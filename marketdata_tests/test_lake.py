@@ -96,8 +96,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """A real S3 server on a free port, named in the environment as users name theirs; its address.
-    """
+    """A real S3 server on a free port, named in the environment as users name theirs; its address."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -26,7 +26,8 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 from marketdata_assets.storage.fingerprint import fingerprint
@@ -284,8 +285,7 @@ def test_another_packing_proves(copy: Copy, locked: LockFile, options: dict[str,
 
 
 def test_an_open_month_may_grow(copy: Copy, locked: LockFile):
-    """A bar that comes after the last locked one is no difference, one that changes before it is.
-    """
+    """A bar that comes after the last locked one is no difference, one that changes before it is."""
     settings = copy(now="2024-01-20")
     bars = truth("BTCUSDT", "1m", Window(at("2024-01-01"), at("2024-01-12")))
     with open_context(settings) as context:

@@ -11,10 +11,10 @@ from typing import Any
 
 import polars as pl
 import pytest
+from marketdata_assets.flows.prove.audit import Auditor, Finding
 
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.derive.rollup import RollupBuilder
-from marketdata_assets.flows.prove.audit import Auditor, Finding
 from marketdata_assets.flows.read.sql import connected
 from marketdata_assets.model.bar import SCHEMA
 from marketdata_assets.model.partition import Partition
@@ -213,8 +213,7 @@ def test_what_is_planted_is_traced_to_its_minute(
 
 @needs_shared
 def test_the_venue_at_odds_with_its_own_finer_bars(replay: Replay, universe: Universe) -> None:
-    """The 1h bar is restated; the 15m ones, fetched before as the 1m ones were, still equal ours.
-    """
+    """The 1h bar is restated; the 15m ones, fetched before as the 1m ones were, still equal ours."""
     exchange = replay("2024-01-11T00:00:30Z")
     settings = universe(
         f"{exchange.url}/binance",
@@ -284,7 +283,7 @@ def test_the_minute_that_binance_lacks_itself(
         now="2023-03-02",
         extra=extra,
     )
-    names = [tf.name for tf in settings.venues["binance"].fetched]
+    names = [tf.name for tf in settings.venues["binance"].fetched_timeframes]
     for name in names:
         run_ingest(settings, timeframe=name)
     for findings in audited(settings, names[1:]).values():

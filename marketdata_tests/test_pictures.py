@@ -36,8 +36,7 @@ Stroke = tuple[float, float, float, float]
 
 
 def svg_of(markdown: str, name: str) -> ElementTree.Element:
-    """The picture, provided that the Markdown is one image and nothing in its address can end it.
-    """
+    """The picture, provided that the Markdown is one image and nothing in its address can end it."""
     found = re.fullmatch(
         rf"!\[{name}\]\(data:image/svg\+xml(;base64)?,([^\s()#\"'&\\]+)\)", markdown
     )

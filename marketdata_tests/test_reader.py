@@ -35,8 +35,7 @@ BTC, ETH = "binance:BTC-USDT", "binance:ETH-USDT"
 def stored(
     request: pytest.FixtureRequest, sandbox: Any, universe: Callable[..., Settings]
 ) -> Settings:
-    """Two markets over a turn of the month, with rollups in objects, in DuckDB, or all of it in S3.
-    """
+    """Two markets over a turn of the month, with rollups in objects, in DuckDB, or all of it in S3."""
     rollups = "duckdb" if request.param == "duckdb" else "parquet"
     lake = f"s3://{request.getfixturevalue('bucket')}/lake" if request.param == "s3" else None
     settings = universe(

@@ -1,5 +1,4 @@
-"""Rollups equal plain sums of Python decimals, and on real bars what the exchange itself publishes.
-"""
+"""Rollups equal plain sums of Python decimals, and on real bars what the exchange itself publishes."""
 
 from __future__ import annotations
 

@@ -250,8 +250,7 @@ def test_a_lake_on_each_server(store: Store):
 
 
 def test_one_of_two_writers_wins_and_the_other_is_told(store: Store):
-    """Two hosts have read the same object; and after that, neither finds one, and both create it.
-    """
+    """Two hosts have read the same object; and after that, neither finds one, and both create it."""
     store.lake().write(TABLE, JANUARY, GOOD)
     for partition in (JANUARY, FEBRUARY):
         first, second = store.lake(), store.lake()
@@ -668,8 +667,7 @@ def test_a_store_that_knows_less_serves_as_well_as_it_can(fast: Store, proxy: Pr
 def test_a_store_that_wants_the_etag_without_quotes_is_as_safe_as_any(
     fast: Store, monkeypatch: pytest.MonkeyPatch
 ):
-    """radosgw 16: another host writes after the quoted condition has been refused and looked into.
-    """
+    """radosgw 16: another host writes after the quoted condition has been refused and looked into."""
     other = fast.lake()
     other.write(TABLE, JANUARY, GOOD)
 
@@ -910,7 +908,7 @@ def coverage_of(settings: Settings) -> list[Coverage]:
 HOST = """
 import sys
 from marketdata_assets.errors import MarketDataError
-from marketdata_assets.settings.universe import load_settings
+from marketdata_assets.settings.load import load_settings
 from marketdata_tests.steps import partitions, run_derive, run_ingest
 settings, failed = load_settings(), []
 print("ready", flush=True)
@@ -1066,10 +1064,8 @@ def test_foreign_files_disturb_nothing(
         ] == [0, 0]
         assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
         for minute in range(8):  # the rollups are looked at in turn
-            later = dataclasses.replace(
-                settings,
-                clock=dataclasses.replace(settings.clock, start=at(f"2024-01-10T00:{minute:02}")),
-            )
+            clock = settings.clock.model_copy(update={"start": at(f"2024-01-10T00:{minute:02}")})
+            later = settings.model_copy(update={"clock": clock})
             assert (
                 missed(dataclasses.replace(context, settings=later), 9, (), {}).says
                 == "nothing is missing"

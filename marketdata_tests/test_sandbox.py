@@ -178,8 +178,7 @@ def test_every_minute_is_possible(symbol: str) -> None:
 
 
 def test_prices_are_continuous_and_move() -> None:
-    """A minute opens where the one before closed; over years a market wanders by tens of percent.
-    """
+    """A minute opens where the one before closed; over years a market wanders by tens of percent."""
     rows = pages("BTCUSDT", ms("2024-03-01"), ms("2024-03-03"))
     assert all(
         after[1] == before[4] for before, after in pairwise(rows) if after[0] - before[0] == MINUTE
@@ -212,8 +211,7 @@ def test_weeks_open_on_monday_and_the_first_may_be_short() -> None:
 
 
 def test_halts_are_shared_and_holes_are_not() -> None:
-    """One halt of 80 minutes on the 8th for all; beside it each symbol misses its own few minutes.
-    """
+    """One halt of 80 minutes on the 8th for all; beside it each symbol misses its own few minutes."""
     month = Window(datetime(2024, 3, 1, tzinfo=UTC), datetime(2024, 4, 1, tzinfo=UTC))
     every = set(range(ms("2024-03-01"), ms("2024-04-01"), MINUTE))
     missing = {
@@ -315,8 +313,7 @@ def test_truth_needs_no_clock_and_refuses_strangers() -> None:
 
 
 def test_endpoints_with_and_without_the_prefix() -> None:
-    """Ping, time and klines under both roots; the log has the bare path, the query and the status.
-    """
+    """Ping, time and klines under both roots; the log has the bare path, the query and the status."""
     exchange = SandboxExchange(now=lambda: NOW)
     with running(exchange) as url:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/binance", url)
@@ -476,8 +473,7 @@ def test_the_log_is_bounded() -> None:
 
 
 def test_running_stops_and_says_which_port_is_taken() -> None:
-    """After the block nobody answers; a second exchange on the same port is BadInput, not a hang.
-    """
+    """After the block nobody answers; a second exchange on the same port is BadInput, not a hang."""
     with running(SandboxExchange(now=lambda: NOW)) as url:
         port = int(url.split(":")[2].split("/")[0])
         with pytest.raises(BadInput, match=str(port)), running(SandboxExchange(), port):

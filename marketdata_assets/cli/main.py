@@ -18,6 +18,7 @@ from marketdata_assets.cli import (
     operations,
     quarantine,
     repair,
+    schema,
     servers,
 )
 from marketdata_assets.cli.output import err, print_line, print_problem
@@ -34,7 +35,7 @@ app = typer.Typer(
 )
 for family in (
     *(backfill, importing, bars, gaps, quarantine, anomalies),
-    *(repair, lock, operations, servers),
+    *(repair, lock, operations, servers, schema),
 ):
     app.add_typer(family.commands)
 

@@ -24,7 +24,7 @@ def load_context() -> Iterator[Context]:
     Raises BadInput for a mistake in the universe, StoreFailed for a store that cannot be opened.
     """
     from marketdata_assets.context import open_context
-    from marketdata_assets.settings.universe import load_settings
+    from marketdata_assets.settings.load import load_settings
 
     with open_context(load_settings()) as context:
         yield context

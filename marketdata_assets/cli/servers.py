@@ -35,10 +35,11 @@ def dev(port: Port = 3000) -> None:
     """Serve the Dagster UI on 127.0.0.1 and run its daemon on your universe, until Ctrl-C."""
     from marketdata_assets.cli.serve import serve_ui
     from marketdata_assets.notify import open_channels
-    from marketdata_assets.settings.universe import load_settings
+    from marketdata_assets.settings.load import load_settings
 
     settings = load_settings()
-    open_channels(settings.state, settings.alerts)  # finds a wrong URL before an alert needs it
+    urls = [url.get_secret_value() for url in settings.alerts]
+    open_channels(settings.state, urls)  # finds a wrong URL before an alert needs it
     serve_ui(settings, port, report=print_line)
 
 
@@ -62,7 +63,7 @@ def serve(
     It needs `database:` of the universe, and a worker needs `broker:` as well.
     """
     from marketdata_assets.cli.serve import Role, RoleOptions, is_role_alive, serve_role
-    from marketdata_assets.settings.universe import load_settings
+    from marketdata_assets.settings.load import load_settings
 
     if role not in list(Role):
         raise BadInput(f"{role} is not one of {', '.join(Role)}")

@@ -249,8 +249,7 @@ class ProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass):
         )
 
     def dispose(self) -> None:
-        """Whoever started runs and ends politely ends them too, and waits until they have said so.
-        """
+        """Whoever started runs and ends politely ends them too, and waits until they have said so."""
         watched = list(self._children.items())
         for end, patience in ((signal.SIGTERM, _LAST_WORDS), (signal.SIGKILL, 2.0)):
             for watch, process in watched:

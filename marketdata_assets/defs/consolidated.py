@@ -161,8 +161,7 @@ def _drawn(finding: Finding, done: Consolidated) -> Finding:
 
 
 def _metadata(done: Consolidated) -> dict[str, Any]:
-    """Bars of each venue, where the series goes over to another, and how far apart the venues lie.
-    """
+    """Bars of each venue, where the series goes over to another, and how far apart the venues lie."""
     changes = switches(done.bars)
     counts = {
         f"bars_{venue}": count
@@ -269,8 +268,7 @@ def _lost(settings: Settings, late: dict[Partition, Behind]) -> dict[Table, list
 
 
 def _run(block: Block, late: dict[Partition, Behind], settings: Settings) -> dg.RunRequest:
-    """One run; the same once more only when what it would be made of has changed, or after a while.
-    """
+    """One run; the same once more only when what it would be made of has changed, or after a while."""
     content = hashlib.sha256(
         "".join(late[partition].of for partition in block.partitions).encode()
     ).hexdigest()[:16]

@@ -20,7 +20,8 @@ from marketdata_assets.flows.derive.publish import DeltaPublisher, Published, ma
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.settings.universe import Delta, Settings
+from marketdata_assets.settings.parts import DeltaSettings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.delta import Maintained, columns_of
 
 MAINTAIN = "maintain_delta"
@@ -45,7 +46,7 @@ def delta_assets(
 
 def _delta_asset(
     settings: Settings,
-    delta: Delta,
+    delta: DeltaSettings,
     timeframe: Timeframe,
     grid: dg.MultiPartitionsDefinition,
     tell: Tell,

@@ -32,7 +32,8 @@ from marketdata_assets.flows.operate.repair import Repairer, span_of
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.window import Window, iso, parse_time
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 
 REPAIR, OP = "repair", "repair_span"
 REPAIR_START, REPAIR_END = "marketdata/repair_start", "marketdata/repair_end"

@@ -1,5 +1,4 @@
-"""The anomalies: what was found in which bars, whether a person knows it, and whether it is over.
-"""
+"""The anomalies: what was found in which bars, whether a person knows it, and whether it is over."""
 
 from __future__ import annotations
 

@@ -96,8 +96,7 @@ class State:
 
 
 class Outline(NamedTuple):
-    """A State in few words, for whoever looks at all of them. `start` and `through` are ISO text.
-    """
+    """A State in few words, for whoever looks at all of them. `start` and `through` are ISO text."""
 
     start: str
     through: str
@@ -312,8 +311,7 @@ class Ledger(Database):
         }
 
     def stored_span(self, market: Market) -> dict[str, Window]:
-        """By table name: from the first to the last month of which something of a market is stored.
-        """
+        """By table name: from the first to the last month of which something of a market is stored."""
         sql = "SELECT tbl, min(month), max(month) FROM partitions WHERE market = ? AND bytes IS NOT NULL GROUP BY tbl"
         return {
             t: Window(parse_time(a), month_of(parse_time(b)).end)

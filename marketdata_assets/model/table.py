@@ -75,8 +75,7 @@ class Table:
         return [pl.col(name).cast(dtype) for name, dtype in self.schema.items()]
 
     def path(self, partition: Partition) -> str:
-        """The object of one partition, in Hive folders that DuckDB, Polars and pandas read unaided.
-        """
+        """The object of one partition, in Hive folders that DuckDB, Polars and pandas read unaided."""
         return f"{self.name}/{folder(partition.market)}/month={partition.month_key[:7]}/{OBJECT}"
 
 

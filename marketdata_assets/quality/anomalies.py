@@ -358,8 +358,7 @@ def _moves(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
 
 
 def _frozen(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
-    """Runs of bars with the same prices, or with the same of everything, of which fewer are enough.
-    """
+    """Runs of bars with the same prices, or with the same of everything, of which fewer are enough."""
     rule = RULES["frozen"]
     prices = _repeats(traded, PRICES)
     lengths = prices["bars"].sort(descending=True)

@@ -38,8 +38,7 @@ class Cleaned(NamedTuple):
 
 
 def clean(rows: pl.DataFrame, timeframe: Timeframe, owned: Window) -> Cleaned:
-    """Judge stored rows (model.bar.SCHEMA and more) of one partition, which owns these open times.
-    """
+    """Judge stored rows (model.bar.SCHEMA and more) of one partition, which owns these open times."""
     numbered = rows.with_columns(pl.lit(-1, pl.Int64).alias("answer"))
     mine = pl.col("open_time").is_between(owned.start, owned.end, closed="left")
     single = numbered.filter(mine).unique(NAMES, keep="first", maintain_order=True)

@@ -140,8 +140,7 @@ class Facts:
 
 
 class Part(NamedTuple):
-    """Part of a hole: its cause (empty: not told apart), whether that is final, and why, in words.
-    """
+    """Part of a hole: its cause (empty: not told apart), whether that is final, and why, in words."""
 
     window: Window
     cause: str

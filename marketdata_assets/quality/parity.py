@@ -121,6 +121,5 @@ def _listed(flags: dict[str, pl.Expr]) -> pl.Expr:
 
 
 def outcomes(judged: pl.DataFrame) -> pl.DataFrame:
-    """What is kept of judged bars that were traced (`cause`, `minutes`): model.bar.PARITY_COLUMNS.
-    """
+    """What is kept of judged bars that were traced (`cause`, `minutes`): model.bar.PARITY_COLUMNS."""
     return judged.select(pl.col(column.name).cast(column.dtype) for column in PARITY_COLUMNS)

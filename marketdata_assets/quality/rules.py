@@ -96,8 +96,7 @@ def rules(
 
 
 def _more_decimals() -> str:
-    """A pattern for texts with more decimals than SCALE: `0.1234567890123`, `0.12345e-8`, `1e-13`.
-    """
+    """A pattern for texts with more decimals than SCALE: `0.1234567890123`, `0.12345e-8`, `1e-13`."""
     plain = rf"\.[0-9]{{{SCALE}}}[0-9]*[1-9]"
     shifted = (
         rf"\.[0-9]{{{SCALE - shift}}}[0-9]*[1-9]0*[eE]-0*{shift}$" for shift in range(1, SCALE + 1)

@@ -90,8 +90,7 @@ class _Bucket:
 
     # --------------------------------------------------------------------------------- by the venue
     def _by_finer(self) -> Cause | None:
-        """The causes of the venue's own finer bars that differ inside; None where they say nothing.
-        """
+        """The causes of the venue's own finer bars that differ inside; None where they say nothing."""
         if self.evidence.finer is None or self.evidence.finer[0].width >= self.timeframe.width:
             return None
         finer, judged = self.evidence.finer

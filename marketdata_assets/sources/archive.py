@@ -270,8 +270,7 @@ def _parsed(path: Path, stem: str) -> _Name | None:
 
 
 def symbol_id(market: Market, form: Format) -> str | None:
-    """A market's symbol as the file names of a format write it; None where there are no such files.
-    """
+    """A market's symbol as the file names of a format write it; None where there are no such files."""
     base, _, rest = market.symbol.partition("/")
     quote, _, contract = rest.partition(":")
     if form is KRAKEN:

@@ -38,7 +38,7 @@ from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, from_ms, to_ms
-from marketdata_assets.settings.universe import Venue
+from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.base import Fetched, Request
 
 T = TypeVar("T")
@@ -154,8 +154,7 @@ class _Strict:
 
 
 class _StrictText(_Strict):
-    """The same for venues that send numbers and not text: every digit is kept, no float in between.
-    """
+    """The same for venues that send numbers and not text: every digit is kept, no float in between."""
 
     @staticmethod
     def on_json_response(text: str) -> Any:
@@ -376,8 +375,7 @@ def _rebased(urls: Any, base_url: str, hostname: str) -> Any:
 # --------------------------------------------------------------------------------- errors
 @contextmanager
 def _translated(venue: str, answer: _Answer) -> Iterator[None]:
-    """Turn whatever ccxt, aiohttp or a strange answer raises into our tree: retry, wait or give up.
-    """
+    """Turn whatever ccxt, aiohttp or a strange answer raises into our tree: retry, wait or give up."""
     from ccxt.base.errors import BaseError
 
     try:

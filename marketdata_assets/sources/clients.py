@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from marketdata_assets.model.events import ProgressCallback, no_progress
-from marketdata_assets.settings.universe import Venue
+from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.base import Source
 from marketdata_assets.sources.guards import Guarded, Policy, VenueState
 
@@ -21,8 +21,7 @@ REQUESTS_IN_FLIGHT = 8
 
 
 class VenueClient:
-    """One venue: its guarded source, its free request slots, and the newest reading of its clock.
-    """
+    """One venue: its guarded source, its free request slots, and the newest reading of its clock."""
 
     def __init__(self, source: Source, on_progress: ProgressCallback) -> None:
         self.source, self.on_progress = source, on_progress

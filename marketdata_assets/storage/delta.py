@@ -51,8 +51,7 @@ class Committed(NamedTuple):
 
 
 class Version(NamedTuple):
-    """One commit in a table's history; `note` says what we did, and is empty for others' commits.
-    """
+    """One commit in a table's history; `note` says what we did, and is empty for others' commits."""
 
     version: int
     at: datetime

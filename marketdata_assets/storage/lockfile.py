@@ -54,8 +54,7 @@ class Pinned(NamedTuple):
 
 
 class Wants(NamedTuple):
-    """What the universe wanted of one venue. Times are `since`, inclusive, and `until`, exclusive.
-    """
+    """What the universe wanted of one venue. Times are `since`, inclusive, and `until`, exclusive."""
 
     symbols: tuple[str, ...]
     since: datetime

@@ -332,8 +332,7 @@ class _Bucket:
                     ) from None
 
     def _conditions(self, path: str, creates: bool) -> list[dict[str, str]]:
-        """What to ask for first, and what next where that is refused although nothing has changed.
-        """
+        """What to ask for first, and what next where that is refused although nothing has changed."""
         if version := self._versions.get(path):
             return [{"IfMatch": version}, {"IfMatch": version.strip('"')}, {}]
         return [{"IfNoneMatch": "*"}, {}] if creates and path in self._versions else [{}]

@@ -63,7 +63,7 @@ class RollupBuilder:
     def _timeframes(self, partition: Partition) -> list[Timeframe]:
         """Return the timeframes of the market whose retention keeps this month."""
         settings, start = self.settings, partition.month.start
-        wanted = settings.rolled(partition.market)
+        wanted = settings.rollup_timeframes_of(partition.market)
         return [tf for tf in wanted if start >= settings.kept_since(rollup(tf).name)]
 
     def _straddling_timeframes(self, partition: Partition) -> list[Timeframe]:
@@ -95,7 +95,7 @@ class RollupBuilder:
     ) -> tuple[pl.DataFrame, datetime | None]:
         """Return the last bars of the month before, and since when they were requested."""
         month, earlier = partition.month.start, neighbour(partition, -1)
-        timeframes = self.settings.rolled(partition.market)
+        timeframes = self.settings.rollup_timeframes_of(partition.market)
         first = min((partition.opens(tf).start for tf in timeframes), default=month)
         state = self._state(earlier)
         if first >= month or state is None or state.through < month:

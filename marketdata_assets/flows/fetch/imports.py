@@ -255,8 +255,8 @@ def _count_rows(
 
 def _raise_if_unwanted(settings: Settings, file: ArchiveFile) -> None:
     venue, timeframe = settings.venues[file.market.venue], file.timeframe
-    if timeframe not in venue.fetched:
-        known = " ".join(tf.name for tf in venue.fetched)
+    if timeframe not in venue.fetched_timeframes:
+        known = " ".join(tf.name for tf in venue.fetched_timeframes)
         raise BadInput(
             f"{file.path}: {settings.source} fetches {known} of {venue.name} and no "
             f"{timeframe.name} bars; add `reference: [{timeframe.name}]` there, or import the "

@@ -85,7 +85,7 @@ def wanted_window(settings: Settings, timeframe: Timeframe, partition: Partition
     does not fetch the timeframe.
     """
     venue = settings.venues[partition.market.venue]
-    if timeframe not in venue.fetched:
+    if timeframe not in venue.fetched_timeframes:
         return Window(partition.month.start, partition.month.start)
     span = settings.span(partition.market)
     return partition.opens(timeframe) & Window(

@@ -18,7 +18,8 @@ from marketdata_assets.model.partition_status import PartitionStatus, partition_
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.settings.universe import Settings, Venue
+from marketdata_assets.settings.parts import Venue
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.archive.names import month_file_url
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.venues.registry import facts_of
@@ -73,7 +74,7 @@ class BackfillPlanner:
     def _plan_partition(self, partition: Partition, due: _DuePartitions) -> PlannedPartition | None:
         venue = self.settings.venues[partition.market.venue]
         page = new_bars_per_request(partition.market)
-        missing = {tf: self._count_missing(tf, partition, due) for tf in venue.fetched}
+        missing = {tf: self._count_missing(tf, partition, due) for tf in venue.fetched_timeframes}
         requests = {tf: math.ceil(bars / page) for tf, bars in missing.items()}
         state = self.ledger.partitions.get(raw(venue.base), partition)
         if any(missing.values()):
@@ -134,7 +135,7 @@ class BackfillPlanner:
         return ArchiveOffer(timeframe, bars, saved, url) if url and saved > 0 else None
 
     def _is_rolled_up(self, partition: Partition, state: PartitionState) -> bool:
-        timeframes = self.settings.rolled(partition.market)
+        timeframes = self.settings.rollup_timeframes_of(partition.market)
         if not timeframes:
             return True
         source = state.rollup_source_digest

@@ -27,7 +27,8 @@ from marketdata_assets.model.partition_status import (
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import MINUTE, Timeframe
 from marketdata_assets.model.window import iso
-from marketdata_assets.settings.universe import Settings, Venue
+from marketdata_assets.settings.parts import Venue
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 
 GRACE = timedelta(hours=1)
@@ -119,11 +120,11 @@ class BacklogFinder:
         for venue in self.settings.venues.values():
             tables = [
                 _RawTable(self.ledger, self.storage, raw(tf), shown.get(raw(tf)), due, now)
-                for tf in venue.fetched
+                for tf in venue.fetched_timeframes
             ]
             months = list(self._closed_months(venue, now))
             for market in venue.markets:
-                has_rollups = bool(self.settings.rolled(market))
+                has_rollups = bool(self.settings.rollup_timeframes_of(market))
                 for month, windows in months:
                     key = PartitionKey(market.key, month)
                     reasons = (
@@ -149,7 +150,9 @@ class BacklogFinder:
             is_too_old = days is not None and end < now - timedelta(days=days)
             if end > now - GRACE or is_too_old:
                 continue
-            windows = [wanted_window(self.settings, tf, partition) for tf in venue.fetched]
+            windows = [
+                wanted_window(self.settings, tf, partition) for tf in venue.fetched_timeframes
+            ]
             texts = [(iso(w.start), iso(w.end)) if w else None for w in windows]
             yield partition.month_key, texts
 
@@ -203,7 +206,7 @@ class BacklogFinder:
 
     def _is_rolled_up(self, market_key: str, timeframe: Timeframe) -> bool:
         market = next((m for m in self.settings.markets if m.key == market_key), None)
-        return market is not None and timeframe in self.settings.rolled(market)
+        return market is not None and timeframe in self.settings.rollup_timeframes_of(market)
 
     # ------------------------------------------------------------------------------ what may run
     def _find_ready(

@@ -12,7 +12,8 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.partition_status import PartitionStatus, partition_status
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.window import month_of
-from marketdata_assets.settings.universe import Settings, Venue
+from marketdata_assets.settings.parts import Venue
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 
 
@@ -64,7 +65,7 @@ class RefreshPlanner:
 
     def _needs_refresh(self, venue: Venue, partition: Partition) -> bool:
         """Return whether closed bars of a fetched timeframe were not requested, or are lost."""
-        for timeframe in venue.fetched:
+        for timeframe in venue.fetched_timeframes:
             table, window = raw(timeframe), wanted_window(self.settings, timeframe, partition)
             if not window:
                 continue

@@ -89,7 +89,7 @@ class Repairer:
     def _steps(self, partition: Partition, again: Window | None) -> Iterator[RepairStep]:
         venue, key = self.settings.venues[partition.market.venue], partition.key
         page = new_bars_per_request(partition.market)
-        for timeframe in venue.fetched:
+        for timeframe in venue.fetched_timeframes:
             table = raw(timeframe)
             stored, problem = self._read_and_check(table, partition)
             if problem:
@@ -128,7 +128,7 @@ class Repairer:
         """
         store, found = PartitionStore(self.settings, self.ledger, self.storage.lake), []
         for partition in partitions:
-            for timeframe in self.settings.venues[partition.market.venue].fetched:
+            for timeframe in self.settings.venues[partition.market.venue].fetched_timeframes:
                 if message := store.remove_invalid_rows(timeframe, partition):
                     table = raw(timeframe).name
                     found.append({"table": table, "partition": partition.key, "says": message})
@@ -139,8 +139,11 @@ class Repairer:
         places: list[tuple[Table, Partition]] = []
         for partition in partitions:
             venue = self.settings.venues[partition.market.venue]
-            places += [(raw(tf), partition) for tf in venue.fetched]
-            places += [(rollup(tf), partition) for tf in self.settings.rolled(partition.market)]
+            places += [(raw(tf), partition) for tf in venue.fetched_timeframes]
+            places += [
+                (rollup(tf), partition)
+                for tf in self.settings.rollup_timeframes_of(partition.market)
+            ]
         with self.storage.warehouse.held():
             return {(table.name, p.key): self._read_content(table, p) for table, p in places}
 

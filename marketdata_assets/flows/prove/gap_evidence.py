@@ -148,7 +148,7 @@ class GapInvestigation:
 
     def _is_native_pending(self, window: Window) -> bool:
         """Return whether a coarser bar over the window has still to be fetched."""
-        for timeframe in self._settings.venues[self.month.venue].fetched:
+        for timeframe in self._settings.venues[self.month.venue].fetched_timeframes:
             if timeframe.width <= self._table.timeframe.width:
                 continue
             state = self._ledger.partitions.get(raw(timeframe), self._partition)
@@ -205,7 +205,7 @@ def _native_bars(
     Only of timeframes whose native bars equal the sum of ours where none is missing.
     """
     venue = settings.venues.get(partition.market.venue)
-    for timeframe in venue.fetched if venue else ():
+    for timeframe in venue.fetched_timeframes if venue else ():
         is_coarser = timeframe.width > table.timeframe.width
         native = lake.read(raw(timeframe), partition) if is_coarser else None
         if native is None:

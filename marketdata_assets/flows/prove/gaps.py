@@ -79,7 +79,7 @@ class GapExplainer:
             months = {
                 (p.market.venue, p.month)
                 for p in partitions
-                if timeframe in self.settings.venues[p.market.venue].fetched
+                if timeframe in self.settings.venues[p.market.venue].fetched_timeframes
             }
             every = [
                 Partition(market, month)

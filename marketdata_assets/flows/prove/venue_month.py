@@ -77,7 +77,7 @@ class VenueMonth:
         asset = market.symbol.partition("/")[0]
         for name, venue in self.settings.venues.items():
             same_asset = [m for m in venue.markets if m.symbol.partition("/")[0] == asset]
-            has_table = self.table.timeframe in venue.fetched
+            has_table = self.table.timeframe in venue.fetched_timeframes
             if name == self.venue or not same_asset or not has_table:
                 continue
             if name not in self._other_venues:

@@ -157,7 +157,9 @@ class BarReader:
         settings = self.settings
         if market in settings.markets:
             venue = settings.venues[market.venue]
-            return StoredTimeframes(venue.base, settings.rolled(market), venue.reference)
+            return StoredTimeframes(
+                venue.base, settings.rollup_timeframes_of(market), venue.reference
+            )
         stored = self.ledger.partitions.stored_span(market)
         base, *references = [tf for tf in TIMEFRAMES.values() if raw(tf).name in stored]
         coarser = [tf for tf in settings.timeframes if tf.width > base.width]

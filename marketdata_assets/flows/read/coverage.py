@@ -80,7 +80,7 @@ class CoverageReporter:
         is_rollup = table.layer == "rollup"
         for venue in settings.venues.values():
             source = raw(venue.base if is_rollup else table.timeframe)
-            if source.timeframe not in venue.fetched:
+            if source.timeframe not in venue.fetched_timeframes:
                 continue
             days = _DailyShares(settings, self.ledger, self.lake, source, needs_rollup=is_rollup)
             for market in venue.markets:

@@ -195,8 +195,8 @@ def locked_moment(path: Path) -> datetime:
 
 def tables_of(settings: Settings, market: Market) -> list[Table]:
     """Return all tables that hold a market's bars."""
-    fetched = settings.venues[market.venue].fetched
-    return [*map(raw, fetched), *map(rollup, settings.rolled(market))]
+    fetched = settings.venues[market.venue].fetched_timeframes
+    return [*map(raw, fetched), *map(rollup, settings.rollup_timeframes_of(market))]
 
 
 def _table_names(
