@@ -46,7 +46,7 @@ from marketdata_tests.conftest import needs_shared
 from marketdata_tests.samples import MINUTE, START, frame, minutes, random_rows, row
 from marketdata_tests.steps import SkippingClock, at, lake_files, run_ingest, window
 from marketdata_tests.test_automation import tick
-from marketdata_tests.test_cli import marketdata, says
+from marketdata_tests.test_cli import marketdata, text_of
 from marketdata_tests.test_dagster import check_results, checked_partitions, latest
 
 M1 = TIMEFRAMES["1m"]
@@ -704,9 +704,9 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
     )
     assert (series(settings).columns, series(settings).height) == ([*NAMES, "venue"], 0)
     first = marketdata("backfill")
-    assert first.returncode == 0, says(first)
+    assert first.returncode == 0, text_of(first)
     second = marketdata("backfill")
-    assert (second.returncode, "nothing to do" in says(second)) == (0, True)
+    assert (second.returncode, "nothing to do" in text_of(second)) == (0, True)
     told = marketdata(
         "bars",
         "consolidated:BTC-USDT",
