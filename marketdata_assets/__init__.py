@@ -1,5 +1,6 @@
-"""Exact OHLCV market data: fetched, proven, rolled up. In Python: `from marketdata_assets import
-open_reader`.
+"""Exact OHLCV market data: fetched, proven and rolled up.
+
+In Python, read it with `from marketdata_assets import open_reader`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ __all__ = ["Reader", "open_reader"]
 
 
 def __getattr__(name: str) -> Any:
-    """The reader, when somebody asks for it: every room lies in this package, and few need it."""
+    """Import the reader on first use: every module lies in this package, and few need it."""
     if name in __all__:
         from marketdata_assets import reader
 

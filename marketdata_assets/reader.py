@@ -1,4 +1,4 @@
-"""The door for Python: bars as Polars LazyFrames, and SQL over all tables, without Dagster.
+"""Reading from Python: bars as Polars LazyFrames, and SQL over all tables, without Dagster.
 
 from marketdata_assets import open_reader
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,26 +19,27 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from marketdata_assets.context import Context, open_context
-from marketdata_assets.flows.read.scan import newest_bars, scan_bars
-from marketdata_assets.flows.read.sql import connected
+from marketdata_assets.flows.read.as_of import AsOfReader
+from marketdata_assets.flows.read.bars import BarReader
+from marketdata_assets.flows.read.sql import open_sql_views
 from marketdata_assets.model.market import CONSOLIDATED
-from marketdata_assets.model.timeframe import timeframe
-from marketdata_assets.model.window import Window, iso, parse_time
+from marketdata_assets.model.timeframe import Timeframe, timeframe
+from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.load import PREFIX, load_settings
 from marketdata_assets.storage.views import answer
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from marketdata_assets.storage.views import Connection
 
 Moment = str | datetime | None
-"""An ISO text or a datetime, UTC where it names no zone; None is the beginning or our now."""
+"""An ISO text or a datetime, UTC where it names no zone. None means: no limit."""
 
 
 class Reader:
-    """What is stored of one universe. It sends no request to any venue and writes nothing. Raises
-    errors.MarketDataError.
+    """Reads what is stored of one universe. Sends no request to a venue and writes nothing.
+
+    Every method raises BadInput for an unknown market, timeframe or moment, Damaged for an object
+    that cannot be read, and StoreFailed for a store that does not answer; all are MarketDataErrors.
     """
 
     def __init__(self, context: Context) -> None:
@@ -46,7 +47,7 @@ class Reader:
 
     @property
     def markets(self) -> list[str]:
-        """The keys of the universe's markets, such as `binance:BTC-USDT`."""
+        """The keys of the universe's markets, such as `binance:BTC-USDT`, in its order."""
         return [market.key for market in self._context.settings.markets]
 
     def bars(
@@ -57,38 +58,41 @@ class Reader:
         end: Moment = None,
         as_of: Moment = None,
     ) -> pl.LazyFrame:
-        """The bars that open in `[start, end)`, sorted by open_time: all columns of model.bar, prices
-        and volumes Decimal(38, 12).
+        """Return the bars that open in `[start, end)` UTC, sorted by open_time.
 
-        Only the files of those months are read, and of them what the query needs, when it is
-        collected. With a list of markets, the first column is `market`, and each market's bars come
-        after the other's. With `as_of` (our clock) they are the bars that were known at that
-        moment; these are read at once. A consolidated market, such as `consolidated:BTC-USDT`, has
-        a last column `venue`.
+        By default `start` is the universe's first day and `end` our now. The columns are those of
+        model.bar: open_time in UTC, prices and volumes as Decimal(38, 12), null where the venue
+        gives no value. Only files of those months are read, when the frame is collected.
+
+        A list of markets puts a column `market` in front, and all bars of a market come before
+        those of the next. A consolidated market, such as `consolidated:BTC-USDT`, has a last
+        column `venue`. With `as_of`, a moment of our clock (inclusive), the bars are those that
+        were known then, and they are read at once. Raises ValueError for an empty list.
         """
-        window, moment = self._window(start, end), _moment(as_of)
+        tf, window, moment = timeframe(timeframe_), self._window(start, end), _parse_moment(as_of)
         if isinstance(market, str):
-            return self._scan(market, timeframe_, window, moment)
+            return self._scan(market, tf, window, moment=moment)
         if not market:
             raise ValueError("name at least one market; reader.markets has all of them")
         frames = [
-            self._scan(key, timeframe_, window, moment).select(
-                pl.lit(key).alias("market"), pl.all()
-            )
+            self._scan(key, tf, window, moment=moment).select(pl.lit(key).alias("market"), pl.all())
             for key in market
         ]
-        mixed = any(key.startswith(CONSOLIDATED) for key in market)
-        return pl.concat(frames, how="diagonal" if mixed else "vertical")
+        has_venue = any(key.startswith(CONSOLIDATED) for key in market)
+        return pl.concat(frames, how="diagonal" if has_venue else "vertical")
 
     def newest(self, timeframe_: str) -> pl.DataFrame:
-        """`market`, `open_time`: the newest stored bar of every market of the universe, null where
-        there is none.
+        """Return `market`, `open_time`: the newest stored bar of every market of the universe.
+
+        `open_time` is null for a market without bars.
         """
-        return newest_bars(self._context, self._context.settings.markets, timeframe(timeframe_))
+        reader = self._context.bind(BarReader)
+        return reader.newest(self._context.settings.markets, timeframe(timeframe_))
 
     def sql(self, query: str) -> pl.DataFrame:
-        """The answer of DuckDB to a query over the views `raw.ohlcv_<timeframe>`,
-        `rollup.ohlcv_<timeframe>` and so on.
+        """Return DuckDB's answer to a query over `raw.ohlcv_1m`, `rollup.ohlcv_1h` and so on.
+
+        The views have a first column `market`. Raises BadInput for a query that DuckDB refuses.
         """
         with self.connect() as connection:
             return answer(connection, query)
@@ -96,34 +100,45 @@ class Reader:
     def connect(
         self, markets: Sequence[str] | None = None, start: Moment = None, end: Moment = None
     ) -> AbstractContextManager[Connection]:
-        """A DuckDB connection with those views; over these markets and months only, where they are
-        given (it opens fewer files).
+        """Return a context manager with a DuckDB connection to the views of `sql`.
 
-        While it is open and rollups lie in the warehouse, nobody can write there: close it soon.
+        The views show the months that `[start, end)` touches, of these markets or of all; the
+        fewer, the fewer files are opened. While rollups lie in the warehouse and the connection is
+        open, no process can write them: close it soon.
         """
-        return connected(self._context, markets, self._window(start, end))
+        context = self._context
+        return open_sql_views(
+            context.settings,
+            context.ledger,
+            context.storage,
+            keys=markets,
+            window=self._window(start, end),
+        )
 
-    def _scan(self, key: str, name: str, window: Window, moment: datetime | None) -> pl.LazyFrame:
-        asked = self._context, known_market(self._context, key), timeframe(name), window
-        return scan_bars(*asked) if moment is None else read_as_of(*asked, moment).lazy()
+    def _scan(
+        self, key: str, timeframe_: Timeframe, window: Window, *, moment: datetime | None
+    ) -> pl.LazyFrame:
+        reader = self._context.bind(BarReader)
+        market = reader.find_market(key)
+        if moment is None:
+            return reader.scan(market, timeframe_, window)
+        as_of_reader = self._context.bind(AsOfReader)
+        return as_of_reader.read(market, timeframe_, window, moment=moment).lazy()
 
     def _window(self, start: Moment, end: Moment) -> Window:
         settings = self._context.settings
-        return Window(_moment(start) or settings.since, _moment(end) or settings.now())
+        return Window(_parse_moment(start) or settings.since, _parse_moment(end) or settings.now())
 
 
-def _moment(moment: Moment) -> datetime | None:
-    return (
-        parse_time(iso(moment) if isinstance(moment, datetime) and moment.tzinfo else str(moment))
-        if moment is not None
-        else None
-    )
+def _parse_moment(moment: Moment) -> datetime | None:
+    return None if moment is None else parse_time(str(moment))
 
 
 @contextmanager
 def open_reader(universe: str | Path | None = None) -> Iterator[Reader]:
-    """A reader of the universe in that file; by default, of the one that the command `marketdata`
-    uses.
+    """Open a reader of the universe in that file; by default, of the command `marketdata`'s.
+
+    Raises BadInput for a mistake in the universe, StoreFailed for a state that cannot be opened.
     """
     environment = {**os.environ, PREFIX + "UNIVERSE": str(universe)} if universe else None
     with open_context(load_settings(environment)) as context:

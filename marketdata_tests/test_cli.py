@@ -12,12 +12,16 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
+from typer.main import get_command
 
+from marketdata_assets.cli.main import app
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.operate.alerts import AlertCenter
 from marketdata_assets.model.partition import Partition
@@ -45,8 +49,8 @@ def marketdata(
     return done
 
 
-def says(done: subprocess.CompletedProcess[str]) -> str:
-    """All it printed, on one line: the terminal may wrap anywhere."""
+def text_of(done: subprocess.CompletedProcess[str]) -> str:
+    """All that it printed, on one line: a table may wrap anywhere."""
     return re.sub(r"\s+", " ", done.stderr + done.stdout)
 
 
@@ -73,7 +77,7 @@ def test_the_main_job(
     assert planned["partitions"] == 4
 
     first = marketdata("backfill")
-    assert first.returncode == 0, says(first)
+    assert first.returncode == 0, text_of(first)
     assert abs(bar_requests(exchange) - planned["requests"]) <= 0.15 * planned["requests"] + 10
 
     table = list(
@@ -98,7 +102,7 @@ def test_the_main_job(
     before = bar_requests(exchange)
     second = marketdata("backfill")
     assert (second.returncode, bar_requests(exchange) - before) == (0, 0)
-    assert "nothing to do" in says(second)
+    assert "nothing to do" in text_of(second)
     assert lake_digests(tmp_path / "lake") == files
 
     for row in json.loads(marketdata("coverage", "--format", "json").stdout):
@@ -148,33 +152,43 @@ def stored(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settings
         ),
         (["backfill", "--start", "2031-01-01"], 2, "lies in the future"),
         (["backfill", "--market", "binance:DOGE-USDT"], 2, "not in"),
-        (["bars", "binance:BTC-USDT", "1m", "--format", "xml"], 2, "table, csv, json, parquet"),
+        (
+            ["bars", "binance:BTC-USDT", "1m", "--format", "xml"],
+            2,
+            "'xml' is not one of 'table', 'csv', 'json', 'parquet'",
+        ),
         (["bars", "binance:BTC-USDT", "1m", "--format", "parquet"], 2, "needs --out"),
         (["quarantine", "list", "--market", "x"], 2, "not in"),
         (["coverage", "--market", "x:y"], 2, "not in"),
         (["parked", "--market", "x:y"], 2, "not in"),
-        (["alerts", "--format", "xml"], 2, "table, json"),
-        (["prune", "--days", "-1"], 2, "0"),
-        (["nonsense"], 2, "No such command"),
+        (["alerts", "--format", "xml"], 2, "'xml' is not one of 'table', 'json'"),
+        (["prune", "--days", "-1"], 2, "'--days': Input should be greater than or equal to 0"),
+        (["bars"], 2, "Missing argument 'MARKET'. (see `marketdata bars --help`)"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["quarantine", "list", "--nonsense"], 2, "(see `marketdata quarantine list --help`)"),
     ],
 )
-def test_bad_words_are_one_clear_error(
+def test_bad_input_is_one_line_of_standard_error(
     stored: Settings, arguments: list[str], code: int, words: str
 ) -> None:
     done = marketdata(*arguments)
-    assert done.returncode == code
-    assert words in says(done)
+    assert (done.returncode, done.stdout) == (code, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
 
 
 def test_missing_and_broken_universe(tmp_path: Path) -> None:
     done = marketdata("plan", MARKETDATA_UNIVERSE=str(tmp_path / "none.yaml"))
-    assert (done.returncode, "there is no universe file" in says(done)) == (2, True)
+    assert (done.returncode, "there is no universe file" in text_of(done)) == (2, True)
     (tmp_path / "u.yaml").write_text(
         "venues:\n  binnance: {symbols: [BTC/USDT], since: 2024-01-01}\n"
     )
     done = marketdata("plan", MARKETDATA_UNIVERSE=str(tmp_path / "u.yaml"))
     assert done.returncode == 2
-    assert re.search(r"u\.yaml line 2: unknown venue 'binnance'; did you mean 'binance", says(done))
+    assert re.search(
+        r"u\.yaml line 2: unknown venue 'binnance'; did you mean 'binance", text_of(done)
+    )
 
 
 def test_symbol_unknown_to_the_venue(
@@ -183,7 +197,7 @@ def test_symbol_unknown_to_the_venue(
     universe(sandbox[1], symbols="[BTC/USDC]", since="2024-01-01", until="2024-01-03")
     done = marketdata("backfill")
     assert done.returncode == 2
-    assert "has no symbol BTC/USDC; did you mean BTC/USDT?" in says(done)
+    assert "does not know the symbol BTC/USDC; did you mean BTC/USDT?" in text_of(done)
 
 
 def test_venue_down_is_exit_3(universe: Universe) -> None:
@@ -196,8 +210,8 @@ def test_venue_down_is_exit_3(universe: Universe) -> None:
         )
         done = marketdata("backfill")
     assert done.returncode == 3
-    assert "binance" in says(done)
-    assert "cannot be reached" in says(done)
+    assert "binance" in text_of(done)
+    assert "cannot be reached" in text_of(done)
 
 
 class _Website(BaseHTTPRequestHandler):
@@ -219,7 +233,7 @@ def test_base_url_that_is_no_exchange(universe: Universe) -> None:
         done = marketdata("backfill")
         server.shutdown()
     assert done.returncode == 3
-    assert "the answer is not JSON: it is text" in says(done)
+    assert "the answer is not JSON: it is text" in text_of(done)
 
 
 def test_lake_that_cannot_be_written(
@@ -231,7 +245,7 @@ def test_lake_that_cannot_be_written(
     )
     done = marketdata("backfill")
     assert done.returncode == 3
-    assert "mend the folder or set another `lake:`" in says(done)
+    assert "mend the folder or set another `lake:`" in text_of(done)
 
 
 def test_state_that_cannot_be_written(
@@ -241,7 +255,7 @@ def test_state_that_cannot_be_written(
     (tmp_path / "file").write_text("in the way")
     done = marketdata("backfill", MARKETDATA_STATE=str(tmp_path / "file" / "state"))
     assert done.returncode == 3
-    assert "set another `state:`" in says(done)
+    assert "set another `state:`" in text_of(done)
 
 
 HOLD = """
@@ -320,12 +334,12 @@ def test_no_secret_anywhere(
     secrets = dict.fromkeys(
         ("AWS_SECRET_ACCESS_KEY", "BINANCE_APIKEY", "BINANCE_SECRET", "MARKETDATA_API_KEY"), canary
     )
-    texts = [says(marketdata("backfill", **secrets))]
+    texts = [text_of(marketdata("backfill", **secrets))]
     file = tmp_path / "universe.yaml"
     file.write_text(file.read_text().replace("/binance", f"/binance?apikey={canary}"))
-    texts.append(says(marketdata("backfill", **secrets)))
+    texts.append(text_of(marketdata("backfill", **secrets)))
     file.write_text(file.read_text().replace("http://", f"http://user:{canary}@"))
-    texts.append(says(marketdata("backfill", **secrets)))
+    texts.append(text_of(marketdata("backfill", **secrets)))
     file.unlink()
     assert not [text for text in texts if canary in text]
     assert not [
@@ -345,10 +359,10 @@ def test_health_alerts_parked_and_prune(stored: Settings) -> None:
     assert marketdata("backfill").returncode == 0
     partition = Partition.parse("binance:BTC-USDT|2024-01-01")
     with open_context(stored) as context:
-        context.ledger.beat("daemon", stored.now())
+        context.ledger.heartbeats.record("daemon", stored.now())
         assert marketdata("health").returncode == 0
-        context.ledger.ask([(partition, "x")], stored.now())
-        context.ledger.park([(partition, "failed: it says no")], stored.now())
+        context.ledger.attempts.add([(partition, "x")], stored.now())
+        context.ledger.attempts.park([(partition, "failed: HTTP 403")], stored.now())
         context.bind(AlertCenter).update_incidents(
             context.bind(AlertCenter).find_problems(),
             lambda key: False,
@@ -360,15 +374,15 @@ def test_health_alerts_parked_and_prune(stored: Settings) -> None:
         "error",
         None,
     )
-    assert "1 incidents, 1 of them open" in says(marketdata("alerts"))
+    assert "1 incidents, 1 of them open" in text_of(marketdata("alerts"))
     (parked,) = json.loads(marketdata("parked", "--format", "json").stdout)
     assert (parked["partition"], parked["attempts"], parked["reason"]) == (
         partition.key,
         1,
-        "failed: it says no",
+        "failed: HTTP 403",
     )
-    assert "0 partitions are parked" in says(marketdata("parked", "--start", "2024-01-03"))
-    assert "1 partitions unparked" in says(marketdata("parked", "--unpark"))
+    assert "0 partitions are parked" in text_of(marketdata("parked", "--start", "2024-01-03"))
+    assert "1 partitions unparked" in text_of(marketdata("parked", "--unpark"))
     assert json.loads(marketdata("parked", "--format", "json").stdout) == []
     would = json.loads(marketdata("prune", "--days", "0", "--dry-run").stdout)
     assert would["dry_run"]
@@ -381,34 +395,47 @@ def test_health_alerts_parked_and_prune(stored: Settings) -> None:
 def test_a_wrong_alert_url_is_told_at_the_start(stored: Settings) -> None:
     done = marketdata("dev", MARKETDATA_ALERTS="[nonsense://CANARY-5f1c9a]")
     assert done.returncode == 2
-    assert "alert URL 1 (scheme nonsense)" in says(done)
-    assert "CANARY" not in says(done)
+    assert "alert URL 1 (scheme nonsense)" in text_of(done)
+    assert "CANARY" not in text_of(done)
 
 
-def test_every_command_has_help() -> None:
-    listed = re.findall(r"^[│ ]+([a-z]+) {2,}", marketdata("--help", COLUMNS="100").stdout, re.M)
-    assert {
-        "backfill",
-        "bars",
-        "coverage",
-        "quarantine",
-        "plan",
-        "health",
-        "alerts",
-        "parked",
-        "prune",
-        "sandbox",
-        "dev",
-        "demo",
-    } <= set(listed)
-    for command in listed:
-        assert marketdata(command, "--help").returncode == 0
+def leaf_commands(group: Any, path: str = "marketdata") -> Iterator[tuple[str, Any]]:
+    """Yield the commands below a group, each by the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from leaf_commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def test_every_command_and_option_has_help_and_a_row_in_readme() -> None:
+    commands = dict(leaf_commands(get_command(app)))
+    assert len(commands) > 20
+    table = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    rows = set(re.findall(r"^\| `(marketdata(?: [a-z]+)+)", table, re.M))
+    assert rows == set(commands)
+    texts = {path: command.help for path, command in commands.items()}
+    for path, command in commands.items():
+        texts |= {f"{path} {p.name}": p.help for p in command.params if p.name != "help"}
+    assert [name for name, text in texts.items() if not (text or "").strip().endswith(".")] == []
+
+
+def test_help_lists_every_command_and_exits_with_0() -> None:
+    done = marketdata("--help", COLUMNS="100")
+    listed = re.findall(r"^[│ ]+([a-z]+) {2,}", done.stdout, re.M)
+    assert (done.returncode, set(listed)) == (0, set(get_command(app).commands))
+    assert marketdata("bars", "--help").returncode == 0
+    assert marketdata().returncode == 2
 
 
 def test_commands_without_dagster_import_neither_dagster_nor_ccxt() -> None:
     code = (
-        "import sys, marketdata_assets.cli.main, marketdata_assets.flows.read.bars, marketdata_assets.flows.fetch.plan, marketdata_assets.context;"
-        "heavy = {'dagster', 'ccxt', 'pandera', 'pyarrow', 'duckdb', 'boto3', 'aiohttp'} & set(sys.modules);"
-        "sys.exit(str(heavy) if heavy else 0)"
+        "import sys, marketdata_assets.cli.main;"
+        "slow = {'polars', 'pydantic', 'sqlalchemy', 'yaml'} & set(sys.modules);"
+        "import marketdata_assets.flows.read.bars, marketdata_assets.flows.fetch.plan;"
+        "import marketdata_assets.context;"
+        "heavy = {'dagster', 'ccxt', 'pandera', 'pyarrow', 'duckdb', 'boto3', 'aiohttp'};"
+        "print(sorted(slow | heavy & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"

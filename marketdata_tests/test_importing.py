@@ -47,7 +47,7 @@ from marketdata_tests.steps import (
     stored_bars,
     window,
 )
-from marketdata_tests.test_cli import marketdata, says
+from marketdata_tests.test_cli import marketdata, text_of
 
 NOWHERE = "http://127.0.0.1:1"
 DAY = window("2024-01-02", "2024-01-03")
@@ -715,7 +715,7 @@ def test_the_command_works_offline_and_dagster_shows_it(
     month = window("2024-01-01", "2024-02-01")
     file = written(tmp_path / "BTCUSDT-1m-2024-01.zip", klines(month))
     first = marketdata("import", str(file), "--format", "json")
-    assert first.returncode == 0, says(first)
+    assert first.returncode == 0, text_of(first)
     (row,) = json.loads(first.stdout)["files"]
     assert (row["rows"], row["stored"], row["lacking"]) == (44560, 44560, 80)
     days = marketdata("bars", "binance:BTC-USDT", "1d", "--format", "csv").stdout.splitlines()
@@ -729,9 +729,9 @@ def test_the_command_works_offline_and_dagster_shows_it(
     assert not shown.get("raw/ohlcv_1h")  # no file told it, and nobody was asked
     written(file, klines(month, change=cell(8, 5, "123456")))
     again = marketdata("import", str(file))
-    assert again.returncode == 1, says(again)
-    assert "44559 identical, 0 refused, 1 disagree" in says(again)
-    assert "1 values differ" in says(again)
+    assert again.returncode == 1, text_of(again)
+    assert "44559 identical, 0 refused, 1 disagree" in text_of(again)
+    assert "1 values differ" in text_of(again)
 
 
 def test_a_mistake_is_one_line(settings: Settings, tmp_path: Path) -> None:

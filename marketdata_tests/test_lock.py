@@ -697,7 +697,7 @@ def test_bad_input_as_commands(command: Callable[..., tuple[int, str, str]], tmp
         (["lock", "--table", "raw"], "is not one of"),
         (["lock", "--name", "a b"], "no name for a dataset"),
         (["verify", "--lock", "none.lock.json"], "there is no such file"),
-        (["verify", "--lock", "none.lock.json", "--format", "xml"], "is not one of table, json"),
+        (["verify", "--lock", "none.lock.json", "--format", "xml"], "is not one of 'table', 'json'"),
     ):
         code, _, told = command(*words)
         assert code == 2, words

@@ -1,142 +1,132 @@
-"""`marketdata anomalies`: what is hard to believe, with its bars, and what a person says of it."""
+"""`marketdata anomalies`: implausible bars, and what a person made of them."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from marketdata_assets.cli.common import (
-    End,
-    Format,
-    Markets,
-    Start,
-    app,
-    as_text,
-    one_of,
-    opened,
-    print_json,
-    print_table,
-    say,
-    window_of,
-)
+from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Start, one_of
+from marketdata_assets.cli.output import format_values, print_line, show
+from marketdata_assets.cli.selection import load_context, select_window
 from marketdata_assets.errors import BadInput
+from marketdata_assets.model.anomaly import AnomalySeverity, AnomalyState
+from marketdata_assets.model.window import iso
 
-STATES, SEVERITIES = (
-    ("open", "acknowledged", "resolved", "all"),
-    ("low", "medium", "high", "critical"),
-)
-_Id = Annotated[int | None, typer.Option(metavar="ID", help="The number of an entry.")]
+if TYPE_CHECKING:
+    from marketdata_assets.ledger.anomalies import AnomalyRecord
+    from marketdata_assets.storage.parquet import Lake
+
+SEVERITIES = tuple(severity.word for severity in AnomalySeverity)
+_COLUMNS = [
+    *("id", "market", "kind", "severity", "state"),
+    *("start", "end", "bars", "what", "note"),
+]
 
 
-@app.command()
+class StateFilter(StrEnum):
+    """Which anomalies are listed, by their state."""
+
+    OPEN = AnomalyState.OPEN
+    ACKNOWLEDGED = AnomalyState.ACKNOWLEDGED
+    RESOLVED = AnomalyState.RESOLVED
+    ALL = "all"
+
+
+def _number_option(meaning: str) -> Any:
+    return typer.Option(metavar="ID", help=f"{meaning} The number is in the list.")
+
+
+commands = typer.Typer()
+
+
+@commands.command()
 def anomalies(
     market: Markets = None,
     start: Start = None,
     end: End = None,
-    state: Annotated[str, typer.Option("--state", help=", ".join(STATES))] = "open",
+    state: Annotated[
+        StateFilter, typer.Option("--state", help="List only anomalies in this state.")
+    ] = StateFilter.OPEN,
     severity: Annotated[
         list[str] | None,
-        typer.Option("--severity", help="low, medium, high or critical; again for more."),
+        typer.Option(
+            "--severity",
+            parser=one_of("--severity", SEVERITIES),
+            metavar="SEVERITY",
+            help=f"List only this severity: {', '.join(SEVERITIES)}; repeat the option for more.",
+        ),
     ] = None,
-    format: Format = "table",
-    acknowledge: _Id = None,
-    resolve: _Id = None,
-    reopen: _Id = None,
-    note: Annotated[str | None, typer.Option("--note", help="Why, kept with the entry.")] = None,
+    format: Format = ListFormat.TABLE,
+    acknowledge: Annotated[int | None, _number_option("Mark an anomaly as real.")] = None,
+    resolve: Annotated[int | None, _number_option("Mark an anomaly as corrected.")] = None,
+    reopen: Annotated[int | None, _number_option("Mark an anomaly as open again.")] = None,
+    note: Annotated[
+        str | None, typer.Option("--note", help="Keep this reason with the new state.")
+    ] = None,
 ) -> None:
-    """Bars that keep every rule and are hard to believe; --acknowledge what is real, --resolve what is
-    mended.
-    """
-    one_of(format, "table", "json")
-    wanted = _wanted(state, severity or [])
-    marks = {"acknowledged": acknowledge, "resolved": resolve, "open": reopen}
-    given = [(word, id) for word, id in marks.items() if id is not None]
-    if len(given) > 1:
-        raise BadInput("one of --acknowledge, --resolve and --reopen at a time")
-    if note is not None and not given:
-        raise BadInput("--note belongs to --acknowledge, --resolve or --reopen")
-    if given:
-        _mark(*given[0], note)
-    else:
-        _list(market, start, end, wanted, format)
-
-
-def _wanted(state: str, severities: list[str]) -> tuple[set[str], set[str]]:
-    for option, value, allowed in (
-        ("--state", state, STATES),
-        *(("--severity", s, SEVERITIES) for s in severities),
-    ):
-        if value not in allowed:
-            raise BadInput(f"{option} {value} is not one of {', '.join(allowed)}")
-    return set(STATES) if state == "all" else {state}, set(severities or SEVERITIES)
-
-
-def _mark(word: str, id: int, note: str | None) -> None:
-    from marketdata_assets.flows.prove.anomalies import mark
-    from marketdata_assets.model.anomaly import State
-
-    with opened() as (_, context):
-        entry = mark(context.settings, context.ledger, id, state=State(word), note=note)
-    say(f"anomaly {id} ({entry.anomaly.kind} of {entry.market.key}) is {word}")
-
-
-def _list(
-    market: list[str] | None,
-    start: str | None,
-    end: str | None,
-    wanted: tuple[set[str], set[str]],
-    format: str,
-) -> None:
-    from marketdata_assets.flows.prove.anomalies import bars_of, row_of
+    """List bars that keep every rule and are implausible, or set the state of one anomaly."""
     from marketdata_assets.flows.read.bars import BarReader
-    from marketdata_assets.model.window import iso
 
-    with opened() as (settings, context):
-        window = window_of(settings, start, end)
+    numbers = {
+        AnomalyState.ACKNOWLEDGED: acknowledge,
+        AnomalyState.RESOLVED: resolve,
+        AnomalyState.OPEN: reopen,
+    }
+    changes = [(new, number) for new, number in numbers.items() if number is not None]
+    if len(changes) > 1:
+        raise BadInput("one of --acknowledge, --resolve and --reopen at a time")
+    if note is not None and not changes:
+        raise BadInput("--note belongs to --acknowledge, --resolve or --reopen")
+    if changes:
+        _set_state(*changes[0], note)
+        return
+    with load_context() as context:
         markets = {context.bind(BarReader).find_market(key) for key in market or []}
         found = [
-            entry
-            for entry in context.ledger.anomalies.find(window)
-            if (not markets or entry.market in markets)
-            and entry.state.value in wanted[0]
-            and entry.anomaly.severity.word in wanted[1]
+            record
+            for record in context.ledger.anomalies.find(select_window(context.settings, start, end))
+            if (not markets or record.market in markets)
+            and state in (StateFilter.ALL, record.state)
+            and record.anomaly.severity.word in (severity or SEVERITIES)
         ]
-        if format == "table":
-            names = [
-                "id",
-                "market",
-                "kind",
-                "severity",
-                "state",
-                "start",
-                "end",
-                "bars",
-                "what",
-                "note",
-            ]
-            print_table(
-                [
-                    {"market": entry.market.key, "note": entry.note, **row_of(entry)}
-                    for entry in found
-                ],
-                names,
-            )
-            return
-        rows: list[dict[str, Any]] = []
-        for entry, bars in bars_of(context.storage.lake, found):
-            told = {
-                "found_at": iso(entry.found_at),
-                "changed_at": iso(entry.changed_at),
-                "note": entry.note,
-            }
-            row = {
-                "market": entry.market.key,
-                "table": entry.table.name,
-                **row_of(entry),
-                "evidence": entry.anomaly.evidence,
-            }
-            rows.append(
-                {**row, **told, "bars_found": entry.anomaly.bars, "bars": as_text(bars).to_dicts()}
-            )
-    print_json(rows)
+        rows = _json_rows(context.lake, found) if format == ListFormat.JSON else _rows(found)
+    show(rows, format, columns=_COLUMNS, closing=f"{len(rows)} anomalies")
+
+
+def _set_state(state: AnomalyState, number: int, note: str | None) -> None:
+    from marketdata_assets.flows.prove.anomalies import set_anomaly_state
+
+    with load_context() as context:
+        settings, ledger = context.settings, context.ledger
+        record = set_anomaly_state(settings, ledger, number, state=state, note=note)
+    kind = record.anomaly.kind
+    print_line(f"anomaly {number} ({kind} of {record.market.key}) is {state.value}")
+
+
+def _rows(records: Iterable[AnomalyRecord]) -> list[dict[str, Any]]:
+    from marketdata_assets.flows.prove.anomalies import as_row
+
+    return [{"market": r.market.key, "note": r.note, **as_row(r)} for r in records]
+
+
+def _json_rows(lake: Lake, records: Iterable[AnomalyRecord]) -> list[dict[str, Any]]:
+    """Return the anomalies with their evidence and the stored bars. Raises Damaged."""
+    from marketdata_assets.flows.prove.anomalies import as_row, read_anomalous_bars
+
+    return [
+        {
+            "market": record.market.key,
+            "table": record.table.name,
+            **as_row(record),
+            "evidence": record.anomaly.evidence,
+            "found_at": iso(record.found_at),
+            "changed_at": iso(record.changed_at),
+            "note": record.note,
+            "bars_found": record.anomaly.bars,
+            "bars": format_values(bars).to_dicts(),
+        }
+        for record, bars in read_anomalous_bars(lake, records)
+    ]

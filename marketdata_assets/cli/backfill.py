@@ -1,222 +1,165 @@
-"""`marketdata backfill`: plan, hand ranges to warm workers, show how far they are, say how it
-ended.
-"""
+"""`marketdata plan` and `marketdata backfill`: what is missing, what that costs, and getting it."""
 
 from __future__ import annotations
 
-import json
-import selectors
-import subprocess
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import groupby
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+import typer
 
-from marketdata_assets.cli.common import err, out, plain
-from marketdata_assets.cli.processes import dagster_environment, start, stop
-from marketdata_assets.flows.fetch.plan import Task
-from marketdata_assets.model.partition import Partition
-from marketdata_assets.settings.universe import Settings
+from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Start
+from marketdata_assets.cli.output import out, print_line, print_problem, progress_bar, show
+from marketdata_assets.cli.selection import load_context, select_partitions
 
-WORKERS = 2
-MONTHS_A_RUN = 2
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from marketdata_assets.cli.worker_pool import BackfillOutcome
+    from marketdata_assets.flows.fetch.plan import PlannedPartition
+    from marketdata_assets.settings.universe import Settings
+
+OFFERS_SHOWN = 20
+
+commands = typer.Typer()
 
 
-class Span(NamedTuple):
-    """A range of partitions for one run. `imported`: raw tables that files have told; then no venue is
-    asked, only they are looked at, and rollups are made where "rollup" is among them.
-    """
+@commands.command()
+def plan(
+    market: Markets = None, start: Start = None, end: End = None, format: Format = ListFormat.TABLE
+) -> None:
+    """Print what a backfill would do: partitions, requests and minutes. Nothing is requested."""
+    from marketdata_assets.flows.fetch.plan import BackfillPlanner, minutes_needed
 
-    first: Partition
-    last: Partition
-    imported: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class Outcome:
-    """How a backfill went. `exit_code` is the command's."""
-
-    bars: int = 0
-    requests: int = 0
-    runs: int = 0
-    failed: list[dict[str, Any]] = field(default_factory=list)
-    checks: list[dict[str, Any]] = field(default_factory=list)
-    broken_runs: list[str] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        """0 all done, else the worst of what happened."""
-        codes = [int(f["exit_code"]) for f in self.failed]
-        if 2 in codes:
-            return 2
-        if 3 in codes:
-            return 3
-        return (
-            1
-            if self.failed
-            or self.broken_runs
-            or not all(check.get("mild") for check in self.checks)
-            else 0
-        )
-
-
-def backfill_tasks(settings: Settings, tasks: list[Task], console: Console = out) -> int:
-    """Run these tasks through Dagster, with a progress bar, and say on the console how it ended; the
-    exit code.
-    """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
+    with load_context() as context:
+        settings = context.settings
+        partitions = select_partitions(settings, market, start=start, end=end)
+        planned = context.bind(BackfillPlanner).plan(partitions)
+    totals = {
+        "partitions": len(planned),
+        "bars": sum(each.bars for each in planned),
+        "requests": sum(each.requests for each in planned),
+        "minutes": round(sum(minutes_needed(planned, v) for v in settings.venues.values()), 2),
+    }
+    rows = [
+        {"partition": p.partition.key, "bars": p.bars, "requests": p.requests, "reason": p.reason}
+        for p in planned
+    ]
+    offers = list(_offer_rows(settings, planned))
+    summary = (
+        "{partitions} partitions, {bars} bars, {requests} requests, at least {minutes} minutes"
+    )
+    show(
+        rows,
+        format,
+        document={**totals, "tasks": rows, "archives": offers},
+        closing="\n".join([summary.format(**totals), *_describe_offers(offers)]),
     )
 
-    total = sum(task.bars for task in tasks)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("bars"),
-        TextColumn("{task.fields[requests]} requests"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=err) as progress:
-        bar = progress.add_task(f"{len(tasks)} partitions", total=total, requests=0)
-        outcome = run_ranges(
-            settings,
-            ranges(tasks),
-            lambda o: progress.update(bar, completed=min(o.bars, total), requests=o.requests),
-        )
-    print_trouble(outcome)
-    done = (
-        f"{outcome.bars} bars received in {outcome.requests} requests, "
-        if total or outcome.requests
-        else ""
-    )
-    console.print(f"{done}{len(tasks)} partitions in {outcome.runs} runs")
+
+@commands.command()
+def backfill(market: Markets = None, start: Start = None, end: End = None) -> None:
+    """Fetch, check and roll up what is missing or may still be filled. Dagster shows the runs.
+
+    A second call over closed months requests no bars.
+    """
+    from marketdata_assets.flows.derive.consolidate import Consolidator
+    from marketdata_assets.flows.fetch.plan import BackfillPlanner
+
+    with load_context() as context:
+        settings, storage = context.settings, context.storage
+        storage.lake.sweep()
+        if storage.rollups_in_warehouse and not storage.warehouse.exists:
+            context.ledger.partitions.clear_rollup_sources()
+        partitions = select_partitions(settings, market, start=start, end=end)
+        planned = context.bind(BackfillPlanner).plan(partitions)
+        code = run_backfill(settings, planned)
+        consolidations = context.bind(Consolidator).plan(partitions)
+        code = max(code, run_backfill(settings, consolidations))
+    if not planned and not consolidations:
+        print_line(f"nothing to do: all {len(partitions)} partitions are complete")
+    raise typer.Exit(code)
+
+
+def run_backfill(
+    settings: Settings, planned: Sequence[PlannedPartition], console: Console = out
+) -> int:
+    """Bring these partitions up to date through Dagster, with a progress bar; return the exit code.
+
+    Problems are printed on standard error, a summary on `console`. An empty plan does nothing.
+    """
+    from marketdata_assets.cli.worker_pool import execute_ranges, split_into_ranges
+
+    if not planned:
+        return 0
+    total, count = sum(each.bars for each in planned), f"{len(planned)} partitions"
+    with progress_bar("bars") as update:
+        update(total=total, description=count)
+
+        def on_change(outcome: BackfillOutcome) -> None:
+            description = f"{count}, {outcome.requests} requests"
+            update(completed=min(outcome.bars, total), description=description)
+
+        ranges = split_into_ranges([each.partition for each in planned])
+        outcome = execute_ranges(settings, ranges, on_change)
+    print_problems(outcome)
+    received = f"{outcome.bars} bars received in {outcome.requests} requests, "
+    has_fetched = total or outcome.requests
+    print_line(f"{received if has_fetched else ''}{count} in {outcome.runs} runs", console)
     return outcome.exit_code
 
 
-def print_trouble(outcome: Outcome) -> None:
-    """A line for every partition that failed, every red check and every broken run."""
-    for failure in outcome.failed:
-        err.print(
-            f"[red]failed[/red] {failure['failed']}: {plain(failure['says'])}", highlight=False
-        )
+def print_problems(outcome: BackfillOutcome) -> None:
+    """Print a line for every partition that failed, check that did not pass, and broken run."""
+    for failure in outcome.failures:
+        print_problem("failed", f"{failure.partition}: {failure.message}")
     for check in outcome.checks:
-        err.print(
-            f"[yellow]check[/yellow] {check['check']} {check['partition']}: {plain(check['says'])}",
-            highlight=False,
-        )
+        text = f"{check.check} {check.partition}: {check.message}"
+        print_problem("check", text, style="yellow")
     for run in outcome.broken_runs:
-        err.print(f"[red]run failed[/red] {plain(run)}", highlight=False)
+        print_problem("run failed", run)
 
 
-def ranges(tasks: Sequence[Task], imported: tuple[str, ...] = ()) -> list[Span]:
-    """Partitions as ranges of one market and at most MONTHS_A_RUN consecutive months; markets take
-    turns.
-    """
-    found: list[list[Span]] = []
-    for _, group in groupby((task.partition for task in tasks), key=lambda p: p.market):
-        mine: list[list[Partition]] = []
-        for partition in sorted(group):
-            if (
-                mine
-                and mine[-1][-1].month.end == partition.month.start
-                and len(mine[-1]) < MONTHS_A_RUN
-            ):
-                mine[-1].append(partition)
-            else:
-                mine.append([partition])
-        found.append([Span(run[0], run[-1], imported) for run in mine])
-    longest = max((len(f) for f in found), default=0)
-    return [f[i] for i in range(longest) for f in found if i < len(f)]
+# --------------------------------------------------------------------------------- archives
+def _offer_rows(
+    settings: Settings, planned: Sequence[PlannedPartition]
+) -> Iterator[dict[str, Any]]:
+    """Yield the archives that provide a plan's bars for less, as rows."""
+    from marketdata_assets.flows.fetch.plan import requests_per_minute
+
+    for each in planned:
+        rate = requests_per_minute(settings.venues[each.partition.market.venue])
+        for offer in each.offers:
+            minutes = None if offer.requests is None else round(offer.requests / rate, 3)
+            yield {
+                "partition": each.partition.key,
+                "timeframe": offer.timeframe.name,
+                "bars": offer.bars,
+                "saves_requests": offer.requests,
+                "saves_minutes": minutes,
+                "url": offer.url,
+            }
 
 
-def run_ranges(
-    settings: Settings, spans: Sequence[Span], show: Callable[[Outcome], None]
-) -> Outcome:
-    """Do the ranges in worker processes; `show` is called after every message."""
-    outcome, waiting = Outcome(), deque(spans)
-    environment = dagster_environment(settings)
-    with selectors.DefaultSelector() as selector:
-        workers = [_start_worker(environment, selector) for _ in range(min(WORKERS, len(spans)))]
-        try:
-            while selector.get_map():
-                for key, _ in selector.select():
-                    worker = key.data
-                    line = worker.stdout.readline()
-                    if not line:
-                        selector.unregister(worker.stdout)
-                        _mourn(worker, outcome, waiting)
-                        continue
-                    _hear(json.loads(line), worker, outcome, waiting)
-                    show(outcome)
-        finally:
-            for worker in workers:
-                stop(worker)
-                for pipe in (worker.stdin, worker.stdout):
-                    with suppress(BrokenPipeError):
-                        pipe.close()  # type: ignore[union-attr]
-    return outcome
-
-
-def _start_worker(
-    environment: dict[str, str], selector: selectors.BaseSelector
-) -> subprocess.Popen[str]:
-    with Path(environment["DAGSTER_HOME"], "worker.log").open("a", encoding="utf-8") as log:
-        worker = start(
-            ["marketdata_assets.defs.backfill_worker"],
-            environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.fileno(),
-        )
-    selector.register(worker.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
-    return worker
-
-
-def _hear(
-    event: dict[str, Any], worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[Span]
-) -> None:
-    if "bars" in event:
-        outcome.bars += event["bars"]
-        outcome.requests += event["requests"]
-    elif "failed" in event:
-        outcome.failed.append(event)
-    elif "check" in event:
-        outcome.checks.append(event)
-    elif "done" in event:
-        outcome.runs += 1
-        known = any(
-            event["done"]["start"] <= f["failed"] <= event["done"]["end"] for f in outcome.failed
-        )
-        if not event["success"] and not known:
-            outcome.broken_runs.append(
-                f"{event['done']['start']} .. {event['done']['end']}: {event['says'].strip()}"
-            )
-    if "ready" in event or "done" in event:
-        assert worker.stdin is not None
-        if waiting:
-            span = waiting.popleft()
-            worker.stdin.write(
-                json.dumps(
-                    {"start": span.first.key, "end": span.last.key, "imported": span.imported}
-                )
-                + "\n"
-            )
-        else:
-            worker.stdin.write("end\n")
-        worker.stdin.flush()
-
-
-def _mourn(worker: subprocess.Popen[str], outcome: Outcome, waiting: deque[Span]) -> None:
-    code = worker.wait()
-    if code != 0:
-        outcome.broken_runs.append(
-            f"a worker ended with code {code}; its log is worker.log in the state folder"
-        )
-        waiting.clear()
+def _describe_offers(offers: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield lines about the archives that save most, and what all of them save."""
+    if not offers:
+        return
+    yield ""
+    for offer in sorted(offers, key=lambda row: -(row["saves_requests"] or 10**9))[:OFFERS_SHOWN]:
+        saves = f"saves {offer['saves_requests']} requests"
+        if offer["saves_requests"] is None:
+            saves = "not in the API any more"
+        bars = f"{offer['bars']} bars, {saves}"
+        yield f"{offer['partition']} {offer['timeframe']}: {bars}: {offer['url']}"
+    requests = sum(offer["saves_requests"] or 0 for offer in offers)
+    minutes = sum(offer["saves_minutes"] or 0 for offer in offers)
+    unserved = sum(offer["bars"] for offer in offers if offer["saves_requests"] is None)
+    more = f" ({OFFERS_SHOWN} are shown; --format json has all)"
+    yield (
+        f"{len(offers)} tables cost less from archives{more if len(offers) > OFFERS_SHOWN else ''}:"
+        f" {requests} requests and {minutes:.1f} minutes less; {unserved} bars exist only there."
+    )
+    yield (
+        "Download the files and their CHECKSUM files, and `marketdata import` them before the "
+        "backfill."
+    )

@@ -1,4 +1,4 @@
-"""`marketdata gaps`: every hole, why it is there, and the way to have one asked for again."""
+"""`marketdata gaps`: every gap with its cause, and discarding a cause."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ from typing import Annotated
 
 import typer
 
-from marketdata_assets.cli.common import (
-    End,
-    Format,
-    Markets,
-    Start,
-    app,
-    chosen,
-    one_of,
-    opened,
-    out,
-    print_json,
-    print_table,
-    window_of,
-)
+from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Start, one_of
+from marketdata_assets.cli.output import show
+from marketdata_assets.cli.selection import load_context, select_markets, select_window
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.window import parse_time
+from marketdata_assets.model.gap import GAP_KINDS
+
+_COLUMNS = [
+    *("market", "table", "from", "until", "bars", "cause"),
+    *("asked", "last_asked", "next_ask", "says"),
+]
+
+commands = typer.Typer()
 
 
-@app.command()
+@commands.command()
 def gaps(
     market: Markets = None,
     start: Start = None,
@@ -32,58 +28,41 @@ def gaps(
     cause: Annotated[
         str | None,
         typer.Option(
-            help="Only no_trade, halted, delisted, missing_at_source, quarantined or unexplained."
+            "--cause",
+            parser=one_of("--cause", GAP_KINDS),
+            metavar="CAUSE",
+            help=f"List only gaps of this cause: {', '.join(GAP_KINDS)}.",
         ),
     ] = None,
     reopen: Annotated[
         bool,
         typer.Option(
             "--reopen",
-            help="Forget the cause of the gap of --market that begins at --start, and ask for it again.",
+            help="Discard the cause of the gap of --market that begins at --start; the next run "
+            "requests it again.",
         ),
     ] = False,
-    format: Format = "table",
+    format: Format = ListFormat.TABLE,
 ) -> None:
-    """Every gap with its cause and the proof of it. JSON has the requests, the neighbours and the
-    other markets as well.
-    """
-    from marketdata_assets.flows.prove import gaps as flow
+    """List every gap with its cause and the proof.
 
-    one_of(format, "table", "json")
-    if cause not in (None, *flow.KINDS):
-        raise BadInput(f"--cause {cause} is not one of {', '.join(flow.KINDS)}")
-    with opened() as (settings, context):
+    JSON also has the requests, the bars on both sides and what the other markets had.
+    """
+    from marketdata_assets.flows.prove.gaps import GapExplainer
+
+    with load_context() as context:
+        settings, explainer = context.settings, context.bind(GapExplainer)
         if reopen:
             if not market or len(market) > 1 or not start:
                 raise BadInput(
-                    "--reopen needs one --market and the --start of a gap, as `marketdata gaps` prints them"
+                    "--reopen needs one --market and the --start of a gap, as `marketdata gaps` "
+                    "prints them"
                 )
-            found = context.bind(GapExplainer).reopen(settings.market(market[0]), parse_time(start))
+            found = explainer.reopen(settings.market(market[0]), start)
         else:
-            found = context.bind(GapExplainer).list_gaps(
-                chosen(settings, market), window_of(settings, start, end), cause
-            )
-    rows = [one.as_dict() for one in found]
-    if format == "json":
-        print_json(rows)
-        return
-    print_table(
-        rows,
-        [
-            "market",
-            "table",
-            "from",
-            "until",
-            "bars",
-            "cause",
-            "asked",
-            "last_asked",
-            "next_ask",
-            "says",
-        ],
-    )
-    bars = sum(row["bars"] for row in rows)
-    out.print(
-        f"{len(rows)} gaps, {bars} bars" + (", asked for again by the next run" if reopen else ""),
-        highlight=False,
-    )
+            markets, window = select_markets(settings, market), select_window(settings, start, end)
+            found = explainer.list_gaps(markets, window, cause)
+    rows = [gap.as_dict() for gap in found]
+    following = ", which the next run requests again" if reopen else ""
+    closing = f"{len(rows)} gaps, {sum(row['bars'] for row in rows)} bars{following}"
+    show(rows, format, columns=_COLUMNS, closing=closing)

@@ -1,6 +1,4 @@
-"""`marketdata import`: bars out of archives and CSV files, then the checks and rollups of what they
-touched.
-"""
+"""`marketdata import`: bars out of files, then checks and rollups of what they changed."""
 
 from __future__ import annotations
 
@@ -10,210 +8,168 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from marketdata_assets.cli.common import Format, app, err, one_of, out, print_json, print_table, say
-from marketdata_assets.errors import BadInput
-from marketdata_assets.model.timeframe import timeframe
+from marketdata_assets.cli.backfill import print_problems
+from marketdata_assets.cli.options import DryRun, Format, ListFormat
+from marketdata_assets.cli.output import err, progress_bar, show
+from marketdata_assets.cli.selection import load_context
+from marketdata_assets.model.events import Event, FileInspected, RangeRequest, RowsProcessed
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.timeframe import timeframe as parse_timeframe
 
 if TYPE_CHECKING:
-    from marketdata_assets.cli.backfill import Span
-    from marketdata_assets.flows.fetch.imports import Imported
-    from marketdata_assets.flows.fetch.plan import Task
+    from marketdata_assets.context import Context
+    from marketdata_assets.flows.fetch.import_result import ImportResult
     from marketdata_assets.settings.universe import Settings
-    from marketdata_assets.sources.archive import Told
+    from marketdata_assets.sources.archive.options import ImportOptions
 
-SHOWN = 20
-_PER_FILE = [
-    "file",
-    "market",
-    "timeframe",
-    "rows",
-    "stored",
-    "identical",
-    "refused",
-    "disagree",
-    "conflict",
-    "unwanted",
-    "lacking",
+DIFFERENCES_SHOWN = 20
+_FILE_COLUMNS = [
+    *("file", "market", "timeframe", "rows", "stored", "identical", "refused"),
+    *("disagree", "conflict", "unwanted", "lacking"),
 ]
-_APART = ["market", "timeframe", "open_time", "column", "value", "of", "other_value", "other"]
+_INCOMPLETE_CHECKS = ("gaps", "complete")
+"""Checks that fail for bars that are in no file: a backfill fetches them."""
 
-Files = Annotated[
-    list[Path],
-    typer.Argument(metavar="FILE...", help="Archives (.zip), CSV files, or folders of them."),
-]
-OneMarket = Annotated[
-    str | None,
-    typer.Option("--market", "-m", help="Whose bars they are, where their names do not tell."),
-]
-OneTimeframe = Annotated[
-    str | None,
-    typer.Option("--timeframe", help="Of which timeframe, where their names do not tell."),
-]
-Columns = Annotated[
-    str | None,
-    typer.Option(
-        help="Of a plain CSV: open_time=ts,open=o,... (names in its header, or places counted from 1)."
-    ),
-]
-Unit = Annotated[
-    str | None,
-    typer.Option(help="s, ms, us, ns or iso: refuse files whose open times are in another unit."),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Read and judge everything, store nothing.")
-]
+commands = typer.Typer()
 
 
-@app.command(name="import")
-def import_(
-    files: Files,
-    market: OneMarket = None,
-    timeframe_: OneTimeframe = None,
-    columns: Columns = None,
-    unit: Unit = None,
+def _parse_unit(text: str) -> str:
+    from marketdata_assets.cli.options import one_of
+    from marketdata_assets.sources.archive.times import ISO, UNITS
+
+    return one_of("--unit", (*UNITS, ISO))(text)
+
+
+def _parse_columns(text: str) -> dict[str, str]:
+    from marketdata_assets.sources.archive.options import parse_columns
+
+    return parse_columns(text)
+
+
+@commands.command("import")
+def import_files(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Archives (.zip), CSV files, or folders of them."),
+    ],
+    market: Annotated[
+        str | None,
+        typer.Option(
+            "--market", "-m", help="The market of the bars, where the files' names do not have it."
+        ),
+    ] = None,
+    timeframe: Annotated[
+        Timeframe | None,
+        typer.Option(
+            "--timeframe",
+            parser=parse_timeframe,
+            metavar="TIMEFRAME",
+            help="The timeframe of the bars, where the files' names do not have it.",
+        ),
+    ] = None,
+    columns: Annotated[
+        dict[str, str] | None,
+        typer.Option(
+            "--columns",
+            parser=_parse_columns,
+            metavar="COLUMNS",
+            help="The columns of a plain CSV, as open_time=ts,open=o,...: names in its header, or "
+            "places counted from 1.",
+        ),
+    ] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(
+            "--unit",
+            parser=_parse_unit,
+            metavar="UNIT",
+            help="Reject files whose open times have another unit: s, ms, us, ns or iso.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
-    format: Format = "table",
+    format: Format = ListFormat.TABLE,
 ) -> None:
-    """Take bars out of Binance's archives, Kraken's OHLCVT files or plain CSV. Asks no venue; doing it
-    again changes nothing.
-    """
-    from marketdata_assets.settings.load import load_settings
-    from marketdata_assets.sources.archive import ISO, UNITS, Told, parse_columns
+    """Import bars from Binance's archives, Kraken's OHLCVT files or plain CSV.
 
-    one_of(format, "table", "json")
-    if unit not in (None, ISO, *UNITS):
-        raise BadInput(f"--unit {unit} is not one of {', '.join((*UNITS, ISO))}")
-    settings = load_settings()
-    told = Told(
-        settings.market(market) if market else None,
-        timeframe(timeframe_) if timeframe_ else None,
-        parse_columns(columns) if columns else None,
-        unit,
-    )
-    done, spans = _import(settings, files, told, dry_run)
-    code = 0 if dry_run else _show(settings, spans)
-    _print(done, format, dry_run)
-    raise typer.Exit(max(code, int(done.disputed > 0)))
+    Sends no request to a venue; importing again changes nothing. Exits with 1 for disputed rows.
+    """
+    from marketdata_assets.sources.archive.options import ImportOptions
+
+    with load_context() as context:
+        settings = context.settings
+        chosen = settings.market(market) if market else None
+        options = ImportOptions(chosen, timeframe, columns, unit)
+        result = _import(context, files, options, dry_run=dry_run)
+        ranges = [] if dry_run else _ranges_to_check(context, result)
+    code = _check_and_roll_up(settings, ranges)
+    _show_result(result, format, dry_run)
+    raise typer.Exit(max(code, int(result.disputed > 0)))
 
 
 def _import(
-    settings: Settings, files: Sequence[Path], told: Told, dry_run: bool
-) -> tuple[Imported, list[Span]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    context: Context, files: Sequence[Path], options: ImportOptions, *, dry_run: bool
+) -> ImportResult:
+    from marketdata_assets.flows.fetch.imports import FileImporter, inspect_files
 
-    from marketdata_assets.cli.backfill import ranges
-    from marketdata_assets.context import open_context
-    from marketdata_assets.flows.fetch.imports import FileImporter, look
-    from marketdata_assets.flows.fetch.plan import Task
+    with progress_bar("rows") as update:
+        update(description="reading")
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows"),
-        TimeElapsedColumn(),
-    )
-    with open_context(settings) as context, Progress(*columns, console=err) as progress:
-        bar = progress.add_task("reading", total=None)
-        found = look(
-            context.settings, files, told, tell=lambda event: progress.advance(bar, event["rows"])
-        )
-        progress.reset(
-            bar, total=sum(facts.rows for facts in found), description=f"{len(found)} files"
-        )
-        done = context.bind(FileImporter).import_files(
-            found, told, dry_run, tell=lambda event: progress.advance(bar, event["rows"])
-        )
-        groups = {} if dry_run else context.bind(FileImporter).tables_to_check(done)
-    return done, [
-        s
-        for tables, months in groups.items()
-        for s in ranges([Task(p, 0, 0, "imported") for p in months], tables)
+        def on_progress(event: Event) -> None:
+            if isinstance(event, FileInspected | RowsProcessed):
+                update(advance=event.rows)
+
+        found = inspect_files(context.settings, files, options, on_progress=on_progress)
+        total = sum(file.rows for file in found)
+        update(completed=0, total=total, description=f"{len(found)} files")
+        importer = context.bind(FileImporter)
+        return importer.import_files(found, options, dry_run, on_progress=on_progress)
+
+
+def _ranges_to_check(context: Context, result: ImportResult) -> list[RangeRequest]:
+    """Return the ranges of the imported partitions, with the tables to check in each."""
+    from marketdata_assets.cli.worker_pool import split_into_ranges
+    from marketdata_assets.flows.fetch.imports import FileImporter
+
+    groups = context.bind(FileImporter).tables_to_check(result)
+    return [
+        request
+        for tables, partitions in groups.items()
+        for request in split_into_ranges(partitions, tables)
     ]
 
 
-def _show(settings: Settings, spans: Sequence[Span]) -> int:
-    """Check and roll up what was told, through Dagster, so that the UI shows it; the exit code of
-    that.
-    """
-    from marketdata_assets.cli.backfill import print_trouble, run_ranges
+def _check_and_roll_up(settings: Settings, ranges: Sequence[RangeRequest]) -> int:
+    """Check and roll up what was imported, through Dagster, so that the UI shows it.
 
-    with err.status(f"checks and rollups in {len(spans)} runs"):
-        outcome = run_ranges(settings, spans, lambda _: None)
-    # what is not whole yet is for a backfill to fetch; every other red check, and every failure,
-    # counts
+    Returns the exit code. Missing bars do not count: a backfill fetches them.
+    """
+    from marketdata_assets.cli.worker_pool import execute_ranges
+
+    if not ranges:
+        return 0
+    with err.status(f"checks and rollups in {len(ranges)} runs"):
+        outcome = execute_ranges(settings, ranges, lambda _: None)
     outcome.checks = [
         check
         for check in outcome.checks
-        if check["check"].rpartition(" ")[2] not in ("gaps", "complete")
+        if check.check.rpartition(" ")[2] not in _INCOMPLETE_CHECKS
     ]
-    print_trouble(outcome)
+    print_problems(outcome)
     return outcome.exit_code
 
 
-def _print(done: Imported, format: str, dry_run: bool) -> None:
-    rows: list[dict[str, Any]] = [tally.as_dict() for tally in done.files]
-    apart: list[dict[str, Any]] = [difference._asdict() for difference in done.differences]
-    if format == "json":
-        print_json({"files": rows, "differences": apart, "dry_run": dry_run})
-        return
-    print_table(rows, _PER_FILE)
-    if apart:
-        say(
-            f"{len(apart)} values differ, {min(SHOWN, len(apart))} of them here; no bar of them was changed or stored:"
-        )
-        print_table(apart[:SHOWN], _APART)
-    say(done.says() + (", nothing was stored" if dry_run else ""))
+def _show_result(result: ImportResult, format: ListFormat, dry_run: bool) -> None:
+    rows: list[dict[str, Any]] = [tally.as_dict() for tally in result.files]
+    differences: list[dict[str, Any]] = [each._asdict() for each in result.differences]
+    closing = [result.message + (", nothing was stored" if dry_run else "")]
     if any(row["lacking"] for row in rows):
-        say(
-            "`lacking` bars are in no row of their file; `marketdata plan` says what is still to be asked for"
+        closing.append(
+            "`lacking` bars are in no row of their file; `marketdata plan` counts what is still "
+            "to be requested"
         )
-
-
-# --------------------------------------------------------------------------------- where files beat
-def offer_rows(settings: Settings, tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """The files that a plan's partitions come cheaper from, as rows of a table."""
-    from marketdata_assets.flows.fetch.plan import per_minute
-
-    return [
-        {
-            "partition": task.partition.key,
-            "timeframe": offer.timeframe.name,
-            "bars": offer.bars,
-            "saves_requests": offer.requests,
-            "saves_minutes": None
-            if offer.requests is None
-            else round(
-                offer.requests / per_minute(settings.venues[task.partition.market.venue]), 3
-            ),
-            "url": offer.url,
-        }
-        for task in tasks
-        for offer in task.offers
-    ]
-
-
-def print_offers(offers: Sequence[dict[str, Any]]) -> None:
-    """Where to get them, and what that saves; the first ones only."""
-    if not offers:
-        return
-    saved, minutes = (
-        sum(offer[name] or 0 for offer in offers) for name in ("saves_requests", "saves_minutes")
-    )
-    only = sum(offer["bars"] for offer in offers if offer["saves_requests"] is None)
-    say("")
-    for offer in sorted(offers, key=lambda offer: -(offer["saves_requests"] or 10**9))[:SHOWN]:
-        says = (
-            "not in the API any more"
-            if offer["saves_requests"] is None
-            else f"saves {offer['saves_requests']} requests"
-        )
-        line = f"{offer['partition']} {offer['timeframe']}: {offer['bars']} bars, {says}: {offer['url']}"
-        out.print(line, highlight=False, soft_wrap=True)  # nobody can copy a URL that is cut
-    more = f" (here {SHOWN} of them; --format json has all)" if len(offers) > SHOWN else ""
-    say(
-        f"{len(offers)} tables come cheaper from files{more}: {saved} requests and {minutes:.1f} minutes less; {only} bars are only there."
-    )
-    say(
-        "Download them yourself, with their CHECKSUM files, and `marketdata import` them before the backfill."
-    )
+    document = {"files": rows, "differences": differences, "dry_run": dry_run}
+    show(rows, format, columns=_FILE_COLUMNS, document=document, closing="\n".join(closing))
+    if differences and format == ListFormat.TABLE:
+        count = min(DIFFERENCES_SHOWN, len(differences))
+        summary = f"{len(differences)} values differ, {count} of them are shown; none was changed"
+        show(differences[:DIFFERENCES_SHOWN], format, closing=summary)

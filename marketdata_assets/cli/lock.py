@@ -1,126 +1,105 @@
-"""`marketdata lock` and `marketdata verify`: a dataset as one number, and the proof of a copy."""
+"""`marketdata lock` and `verify`: a dataset as one number, and the proof of a copy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from marketdata_assets.cli.common import (
-    End,
-    Format,
-    Markets,
-    Start,
-    app,
-    chosen,
-    err,
-    one_of,
-    opened,
-    out,
-    print_json,
-    print_table,
-    window_of,
-)
+from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Start
+from marketdata_assets.cli.output import print_line, progress_bar, show
+from marketdata_assets.cli.selection import load_context, select_markets, select_window
+from marketdata_assets.model.events import Event, PartitionsRead, ProgressCallback
 from marketdata_assets.model.window import iso
 
 if TYPE_CHECKING:
-    from marketdata_assets.context import Tell
+    from marketdata_assets.flows.read.verify import Verification
+
+commands = typer.Typer()
 
 
-@app.command()
+@commands.command()
 def lock(
     name: Annotated[
         str | None,
-        typer.Option("--name", help="The dataset's name. Default: that of the universe's file."),
+        typer.Option("--name", help="Name the dataset. Default: the name of the universe's file."),
     ] = None,
     market: Markets = None,
     start: Start = None,
     end: End = None,
     table: Annotated[
         list[str] | None,
-        typer.Option("--table", help="A table such as raw/ohlcv_1m; again for more. Default: all."),
+        typer.Option(
+            "--table",
+            help="Take only this table, such as raw/ohlcv_1m; repeat the option for more. "
+            "Default: all tables.",
+        ),
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--out", help="The lock file. Default: <name>.lock.json in this folder."),
+        typer.Option("--out", help="Write this file. Default: <name>.lock.json in this folder."),
     ] = None,
 ) -> None:
-    """Write the content hash of every partition whose month touches the span, and one hash of them
-    all.
-    """
+    """Write a lock file: the hash of every partition whose month touches the span, and of all."""
     from marketdata_assets.flows.read.lock import DatasetLocker
     from marketdata_assets.storage.lockfile import write_lock
 
-    with opened() as (settings, context), _progress("lock") as tell:
+    with load_context() as context, _show_progress("lock") as on_progress:
+        settings = context.settings
         name = name or Path(settings.source).stem
+        markets, window = select_markets(settings, market), select_window(settings, start, end)
         found = context.bind(DatasetLocker).lock(
-            name, chosen(settings, market), window_of(settings, start, end), tables=table, tell=tell
+            name, markets, window, tables=table, on_progress=on_progress
         )
     target = file or Path(f"{name}.lock.json")
     write_lock(target, found)
-    still = sum(pinned.open for pinned in found.partitions)
-    words = f", {still} of them of a month that is not over" if still else ""
-    out.print(
-        f"{target}: {len(found.partitions)} partitions{words}, {found.bars} bars as of {iso(found.as_of)}",
-        highlight=False,
-    )
-    out.print(f"{found.dataset}", highlight=False, soft_wrap=True)
+    count = sum(partition.open for partition in found.partitions)
+    of_open_months = f", {count} of them of a month that is not over" if count else ""
+    contents = f"{len(found.partitions)} partitions{of_open_months}, {found.bars} bars"
+    print_line(f"{target}: {contents} as of {iso(found.as_of)}")
+    print_line(found.dataset)
 
 
-@app.command()
+@commands.command()
 def verify(
-    file: Annotated[Path, typer.Option("--lock", help="The lock file.")],
-    format: Format = "table",
+    file: Annotated[Path, typer.Option("--lock", help="Verify against this lock file.")],
+    format: Format = ListFormat.TABLE,
 ) -> None:
-    """Prove that what is stored is what was locked, or list each partition that differs. Exit code 1
-    where one does.
+    """Prove that what is stored equals what was locked, or list each partition that differs.
+
+    Exits with 1 when a partition differs.
     """
-    from marketdata_assets.flows.read.lock import DatasetLocker
+    from marketdata_assets.flows.read.verify import DatasetVerifier
     from marketdata_assets.storage.lockfile import read_lock
 
-    one_of(format, "table", "json")
-    locked = read_lock(file)
-    with opened() as (_, context), _progress("verify") as tell:
-        found = context.bind(DatasetLocker).verify(locked, tell)
-    if format == "json":
-        print_json(found.as_dict())
-        raise typer.Exit(1 if found.differences else 0)
-    if found.differences:
-        print_table(
-            [d.as_dict() for d in found.differences],
-            ["table", "market", "month", "what", "locked", "stored", "says"],
-        )
+    lock = read_lock(file)
+    with load_context() as context, _show_progress("verify") as on_progress:
+        found = context.bind(DatasetVerifier).verify(lock, on_progress)
+    rows = [difference.as_dict() for difference in found.differences]
+    show(rows, format, document=found.as_dict(), closing=_summarize(found))
+    raise typer.Exit(1 if rows else 0)
+
+
+def _summarize(found: Verification) -> str:
+    """Return what was proved, and the dataset's number when all of it was."""
+    lock, count = found.lock, len(found.differences)
     past = f", {found.from_history} of them from history" if found.from_history else ""
-    words = f"{found.proved} of {len(locked.partitions)} partitions proved{past}, {found.bars} bars, {len(found.differences)} differ"
-    out.print(f"{locked.name} as of {iso(locked.as_of)}: {words}", highlight=False)
-    if not found.differences:
-        out.print(f"{locked.dataset}", highlight=False, soft_wrap=True)
-    raise typer.Exit(1 if found.differences else 0)
+    proved = f"{found.proved} of {len(lock.partitions)} partitions proved{past}"
+    summary = f"{lock.name} as of {iso(lock.as_of)}: {proved}, {found.bars} bars, {count} differ"
+    return summary if count else f"{summary}\n{lock.dataset}"
 
 
 @contextmanager
-def _progress(verb: str) -> Iterator[Tell]:
-    """How many partitions are read, on stderr; gone when it is done."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _show_progress(verb: str) -> Iterator[ProgressCallback]:
+    """Show on standard error how many partitions were read; the bar disappears at the end."""
+    with progress_bar("partitions", transient=True) as update:
+        update(description=verb)
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("partitions"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(verb, total=None)
+        def on_progress(event: Event) -> None:
+            if isinstance(event, PartitionsRead):
+                update(completed=event.done, total=event.total)
 
-        def tell(event: dict[str, Any]) -> None:
-            progress.update(task, completed=event["done"], total=event["partitions"])
-
-        yield tell
+        yield on_progress

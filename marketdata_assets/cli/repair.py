@@ -1,39 +1,33 @@
-"""`marketdata repair`, `corrections`, `receipts` and `quarantine replay`: what is mended, and the
-proof of it.
-"""
+"""`marketdata repair`, `corrections` and `receipts`: repairing what is stored, and the proof."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from marketdata_assets.cli.common import (
-    End,
-    Format,
-    Markets,
-    Start,
-    app,
-    chosen,
-    err,
-    one_of,
-    opened,
-    out,
-    plain,
-    print_json,
-    print_table,
-    quarantine,
-    window_of,
-)
-from marketdata_assets.model.bar import number_text
+from marketdata_assets.cli.options import DryRun, End, Format, ListFormat, Markets, Start
+from marketdata_assets.cli.output import print_json, print_problem, show
+from marketdata_assets.cli.selection import load_context, select_markets, select_window
+from marketdata_assets.errors import BadInput
 from marketdata_assets.model.window import iso, parse_time
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+    from marketdata_assets.flows.operate.repair import RepairStep
+    from marketdata_assets.flows.prove.corrections import Correction
+    from marketdata_assets.ledger.receipts import Receipt
+    from marketdata_assets.settings.universe import Settings
+
+commands = typer.Typer()
 
 
-@app.command()
+@commands.command()
 def repair(
     market: Markets = None,
     start: Start = None,
@@ -41,216 +35,172 @@ def repair(
     missing: Annotated[
         bool,
         typer.Option(
-            "--missing", help="Do not ask again for what is stored, although a span is given."
+            "--missing", help="Do not request stored bars again, although a span is given."
         ),
     ] = False,
     dry_run: DryRun = False,
-    format: Format = "table",
+    format: Format = ListFormat.TABLE,
 ) -> None:
-    """Clean, fetch what is missing, check and roll up again, through Dagster; with a receipt.
+    """Clean, fetch what is missing, check and roll up again, through Dagster; print a receipt.
 
-    With --start or --end, the venue is asked again for every bar of the span: what it corrected
-    becomes a new revision.
+    With --start or --end, every bar of the span is requested again, to find corrections.
     """
-    from marketdata_assets.cli.processes import answer_of
-    from marketdata_assets.flows.fetch.plan import per_minute
+    from marketdata_assets.cli.dagster_home import run_for_json
     from marketdata_assets.flows.operate.repair import Repairer
-    from marketdata_assets.model.partition import Partition
 
-    one_of(format, "table", "json")
-    with opened() as (settings, context):
-        markets, window = chosen(settings, market), window_of(settings, start, end)
+    with load_context() as context:
+        settings = context.settings
+        markets, window = select_markets(settings, market), select_window(settings, start, end)
         again = window if (start or end) and not missing else None
-        partitions = settings.partitions(markets, window)
-        steps = context.bind(Repairer).plan(partitions, again)
-        rates = {
-            step.partition: per_minute(
-                settings.venues[Partition.parse(step.partition).market.venue]
-            )
-            for step in steps
-        }
-        minutes = round(sum(step.requests / rates[step.partition] for step in steps), 2)
+        steps = context.bind(Repairer).plan(settings.partitions(markets, window), again)
         if dry_run or not steps:
-            _show_plan([asdict(step) for step in steps], minutes, format)
+            _show_steps(settings, steps, format)
             return
-        asked = {
-            "markets": [m.key for m in markets],
+        request = {
+            "markets": [market.key for market in markets],
             "start": iso(window.start),
             "end": iso(window.end),
             "again": again is not None,
         }
-        done = answer_of(["marketdata_assets.defs.repair", json.dumps(asked)], settings)
-        receipt = context.ledger.receipts.find(done["receipt"]) if done["receipt"] else None
+        run = run_for_json(["marketdata_assets.defs.repair", json.dumps(request)], settings)
+        receipt = context.ledger.receipts.find(run["receipt"]) if run["receipt"] else None
     if receipt:
-        body = {"receipt": receipt.id, "at": iso(receipt.at), "says": receipt.says, **receipt.body}
-        print_json(body) if format == "json" else _show_receipt(body)
-    if not done["success"]:
-        err.print(
-            f"[red]failed[/red] {plain(done['says'].strip().splitlines()[-1] if done['says'].strip() else 'see the run in the UI')}",
-            highlight=False,
-        )
+        _show_receipt(receipt, format)
+    if not run["success"]:
+        lines = run["says"].strip().splitlines() or ["see the run in the UI"]
+        print_problem("failed", lines[-1])
         raise typer.Exit(1)
 
 
-def _show_plan(steps: list[dict[str, Any]], minutes: float, format: str) -> None:
-    requests = sum(step["requests"] for step in steps)
-    if format == "json":
-        print_json({"requests": requests, "minutes": minutes, "steps": steps})
-        return
-    print_table(steps, ["partition", "table", "what", "why", "bars", "requests"])
-    out.print(
-        f"{len(steps)} steps, about {requests} requests, at least {minutes} minutes; nothing was changed",
-        highlight=False,
+def _show_steps(settings: Settings, steps: Sequence[RepairStep], format: ListFormat) -> None:
+    from marketdata_assets.flows.fetch.plan import requests_per_minute
+    from marketdata_assets.model.partition import Partition
+
+    requests, minutes = sum(step.requests for step in steps), 0.0
+    for step in steps:
+        venue = settings.venues[Partition.parse(step.partition).market.venue]
+        minutes += step.requests / requests_per_minute(venue)
+    rows = [asdict(step) for step in steps]
+    totals = {"requests": requests, "minutes": round(minutes, 2)}
+    show(
+        rows,
+        format,
+        columns=["partition", "table", "what", "why", "bars", "requests"],
+        document={**totals, "steps": rows},
+        closing=f"{len(rows)} steps, about {requests} requests, at least {totals['minutes']} "
+        "minutes; nothing was changed",
     )
 
 
-def _show_receipt(body: dict[str, Any]) -> None:
-    print_table(
+def _show_receipt(receipt: Receipt, format: ListFormat) -> None:
+    body = receipt.body
+    message = f"receipt {receipt.id}: {body['requests']} requests; {receipt.message}"
+    show(
         body["tables"],
-        ["table", "partition", "rows_before", "rows_after", "hash_before", "hash_after"],
+        format,
+        columns=["table", "partition", "rows_before", "rows_after", "hash_before", "hash_after"],
+        document={
+            "receipt": receipt.id,
+            "at": iso(receipt.at),
+            "says": receipt.message,
+            **body,
+        },
+        closing="\n".join([*_describe_cleaned(body["cleaned"]), message]),
     )
-    for cleaned in body["cleaned"]:
-        out.print(
-            f"cleaned {cleaned['table']} {cleaned['partition']}: {plain(cleaned['says'])}",
-            highlight=False,
-        )
-    for failed in body["failed"]:
-        err.print(
-            f"[red]failed[/red] {failed['table']} {failed['partition']}: {plain(failed['says'])}",
-            highlight=False,
-        )
-    out.print(
-        f"receipt {body['receipt']}: {body['requests']} requests; {plain(body['says'])}",
-        highlight=False,
-    )
+    if format == ListFormat.TABLE:
+        for failed in body["failed"]:
+            print_problem("failed", f"{failed['table']} {failed['partition']}: {failed['says']}")
 
 
-@app.command()
+def _describe_cleaned(cleaned: Sequence[dict[str, str]]) -> Iterator[str]:
+    for each in cleaned:
+        yield f"cleaned {each['table']} {each['partition']}: {each['says']}"
+
+
+@commands.command()
 def receipts(
     number: Annotated[
-        int | None, typer.Argument(metavar="NUMBER", help="Show the whole of this one.")
+        int | None, typer.Argument(metavar="NUMBER", help="Print all of this receipt, as JSON.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 50,
-    format: Format = "table",
+    limit: Annotated[int, typer.Option(min=1, help="Print at most this many, the newest.")] = 50,
+    format: Format = ListFormat.TABLE,
 ) -> None:
-    """What repairs, imports and replays have done, the newest first."""
-    from marketdata_assets.errors import BadInput
-
-    one_of(format, "table", "json")
-    with opened() as (_, context):
-        one = context.ledger.receipts.find(number) if number is not None else None
+    """List what repairs, imports and replays did, the newest first, or print one receipt."""
+    with load_context() as context:
+        if number is not None:
+            receipt = context.ledger.receipts.find(number)
+            if receipt is None:
+                raise BadInput(f"there is no receipt {number}; `marketdata receipts` lists them")
+            print_json(receipt.as_dict())
+            return
         found = context.ledger.receipts.list(limit=limit)
-    if number is not None:
-        if one is None:
-            raise BadInput(f"there is no receipt {number}; `marketdata receipts` lists them")
-        print_json({**one._asdict(), "at": iso(one.at)})
-        return
-    rows = [{"receipt": r.id, "kind": r.kind, "at": iso(r.at), "says": r.says} for r in found]
-    print_json(rows) if format == "json" else print_table(rows, ["receipt", "kind", "at", "says"])
+    rows = [{"receipt": r.id, "kind": r.kind, "at": iso(r.at), "says": r.message} for r in found]
+    show(rows, format, closing=f"{len(rows)} receipts")
 
 
-@app.command()
+@commands.command()
 def corrections(
     market: Markets = None,
     start: Start = None,
     end: End = None,
     since: Annotated[
-        str | None,
-        typer.Option("--since", help="Only those made at or after this moment, by our clock."),
+        datetime | None,
+        typer.Option(
+            "--since",
+            parser=parse_time,
+            metavar="TIME",
+            help="List only corrections recorded at or after this moment (UTC, our clock).",
+        ),
     ] = None,
-    format: Format = "table",
+    format: Format = ListFormat.TABLE,
 ) -> None:
-    """Which bars were corrected: what they were, what they became, by how much, and since when."""
-    from marketdata_assets.flows.prove.corrections import corrections as corrections_flow
+    """List corrected bars: what they were, what they became, by how much, and since when."""
+    from marketdata_assets.flows.prove.corrections import list_corrections
 
-    one_of(format, "table", "json")
-    with opened() as (settings, context):
-        found = list(
-            corrections_flow(
-                context.settings,
-                context.storage.lake,
-                chosen(settings, market),
-                window=window_of(settings, start, end),
-                since=parse_time(since) if since else None,
-            )
-        )
-    rows: list[dict[str, Any]] = [
-        {
-            "market": c.market.key,
-            "table": c.table.name,
-            "open_time": iso(c.open_time),
-            "known": iso(c.known_at) if c.known_at else None,
-            "corrected": iso(c.corrected_at),
-            "source": c.source,
-            "changes": {name: _change(was, became) for name, (was, became) in c.changes.items()},
-        }
-        for c in found
-    ]
-    if format == "json":
-        print_json(rows)
-        return
-    for row in rows:
-        row["changes"] = ", ".join(
-            f"{n} {c['was']} -> {c['is']} ({c['by']})" for n, c in row["changes"].items()
-        )
-    print_table(rows, ["market", "table", "open_time", "corrected", "changes"])
-    out.print(f"{len(rows)} corrections", highlight=False)
-
-
-def _change(was: Any, became: Any) -> dict[str, str | None]:
-    """A value before and after, null where it was not given, and by how much it changed."""
-    before, after = (None if value is None else number_text(value) for value in (was, became))
-    return {"was": before, "is": after, "by": _by(was, became)}
-
-
-def _by(was: Any, became: Any) -> str:
-    """How much it changed, relative to what it was."""
-    return (
-        f"{(became - was) / was:+.4%}"
-        if was and became is not None
-        else "new"
-        if was is None
-        else "gone"
-        if became is None
-        else "from 0"
+    with load_context() as context:
+        settings = context.settings
+        markets, window = select_markets(settings, market), select_window(settings, start, end)
+        found = list_corrections(settings, context.lake, markets, window=window, since=since)
+        rows = [_correction_row(correction) for correction in found]
+    show(
+        rows,
+        format,
+        columns=["market", "table", "open_time", "corrected", "changes"],
+        cells={"changes": _describe_changes},
+        closing=f"{len(rows)} corrections",
     )
 
 
-@quarantine.command("replay")
-def quarantine_replay(
-    market: Markets = None,
-    start: Start = None,
-    end: End = None,
-    dry_run: DryRun = False,
-    format: Format = "table",
-) -> None:
-    """Judge refused rows again, after a rule was mended: those that pass become bars, and are rolled
-    up.
-    """
-    from marketdata_assets.cli.backfill import backfill_tasks
-    from marketdata_assets.flows.fetch.plan import BackfillPlanner
-    from marketdata_assets.flows.fetch.replay import QuarantineReplayer
+def _correction_row(correction: Correction) -> dict[str, Any]:
+    changes = correction.changes.items()
+    return {
+        "market": correction.market.key,
+        "table": correction.table.name,
+        "open_time": iso(correction.open_time),
+        "known": iso(correction.known_at) if correction.known_at else None,
+        "corrected": iso(correction.corrected_at),
+        "source": correction.source,
+        "changes": {name: _change(before, after) for name, (before, after) in changes},
+    }
 
-    one_of(format, "table", "json")
-    with opened() as (settings, context):
-        found = context.bind(QuarantineReplayer).replay(
-            chosen(settings, market), window_of(settings, start, end), dry_run
-        )
-        touched = (
-            sorted({one.partition for one in found if one.outcome == "stored"})
-            if not dry_run
-            else []
-        )
-        code = (
-            backfill_tasks(settings, tasks, err)
-            if (tasks := context.bind(BackfillPlanner).plan(touched))
-            else 0
-        )
-    rows = [
-        {**asdict(one), "partition": one.partition.key, "timeframe": one.timeframe.name}
-        for one in found
-    ]
-    print_json(rows) if format == "json" else print_table(
-        rows, ["id", "partition", "open_time", "reasons", "outcome"]
-    )
-    raise typer.Exit(code)
+
+def _change(before: Decimal | int | None, after: Decimal | int | None) -> dict[str, str | None]:
+    """Return a value before and after, None where it was not given, and how much it changed."""
+    from marketdata_assets.model.bar import number_text
+
+    was, became = (None if value is None else number_text(value) for value in (before, after))
+    return {"was": was, "is": became, "by": _relative_change(before, after)}
+
+
+def _relative_change(before: Decimal | int | None, after: Decimal | int | None) -> str:
+    """Return a change in percent of the value before."""
+    if before is None:
+        return "new"
+    if after is None:
+        return "gone"
+    return f"{(after - before) / before:+.4%}" if before else "from 0"
+
+
+def _describe_changes(changes: dict[str, dict[str, str | None]]) -> str:
+    parts = (f"{name} {c['was']} -> {c['is']} ({c['by']})" for name, c in changes.items())
+    return ", ".join(parts)

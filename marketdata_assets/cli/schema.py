@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from marketdata_assets.cli.common import app, print_json
+import typer
+
+from marketdata_assets.cli.output import print_json
+
+commands = typer.Typer()
 
 
-@app.command()
+@commands.command()
 def schema() -> None:
     """Print the JSON Schema of the universe; an editor completes and checks the file with it."""
     from marketdata_assets.settings.schema import universe_schema
