@@ -33,7 +33,8 @@ from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.window import iso
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 
 
 def universe(folder: Path, markets: int, months: int) -> Settings:

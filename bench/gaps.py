@@ -35,7 +35,7 @@ from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.quality.split import REJECTED_SCHEMA
-from marketdata_assets.settings.universe import load_settings
+from marketdata_assets.settings.load import load_settings
 from marketdata_assets.sources import ccxt_rest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -125,7 +125,7 @@ def fill(context: Context, from_archive: bool) -> None:
                 rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
                 source="archive",
             )
-        for timeframe in settings.venues[market.venue].fetched:
+        for timeframe in settings.venues[market.venue].fetched_timeframes:
             for done in context.bind(Ingester).ingest(timeframe, partitions):
                 if done.error:
                     raise done.error

@@ -29,7 +29,7 @@ from marketdata_assets.context import open_context
 from marketdata_assets.flows.fetch.imports import FileImporter, look
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import parse_time
-from marketdata_assets.settings.universe import load_settings
+from marketdata_assets.settings.load import load_settings
 from marketdata_assets.sources.archive import Told
 
 FIRST, DAY_MS = parse_time("2022-01-01"), 86_400_000

@@ -28,7 +28,8 @@ from marketdata_assets.cli.serve import run_sandbox
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw, rollup
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.fingerprint import fingerprint
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -130,7 +130,7 @@ def as_floats(bars: pl.DataFrame) -> pl.DataFrame:
 def settings(rollups: str, place: Path) -> Settings:
     """Our universe over the synthetic bars; its clock stands at their end."""
     os.environ["MARKETDATA_UNIVERSE"] = str(place / f"universe-{rollups}.yaml")
-    from marketdata_assets.settings.universe import load_settings
+    from marketdata_assets.settings.load import load_settings
 
     return load_settings()
 

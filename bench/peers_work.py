@@ -1105,13 +1105,14 @@ def dagster_ours(folder: Path, months_a_run: int) -> Operations:
     """The job `ingest` over one market-year whose rollups are to be made anew, and the same flows
     without Dagster.
     """
+    from marketdata_assets.flows.prove.audit import Auditor
+
     from marketdata_assets.context import open_context
     from marketdata_assets.dagster_ext.launcher import open_instance
     from marketdata_assets.defs.jobs import INGEST, build_definitions
     from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
     from marketdata_assets.flows.derive.rollup import RollupBuilder
     from marketdata_assets.flows.fetch.ingest import Ingester
-    from marketdata_assets.flows.prove.audit import Auditor
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import partitions_of
     from marketdata_assets.model.timeframe import TIMEFRAMES

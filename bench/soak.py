@@ -36,7 +36,8 @@ from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import MINUTE, TIMEFRAMES
 from marketdata_assets.model.window import Window, iso, parse_time, to_ms
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

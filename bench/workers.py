@@ -126,7 +126,7 @@ def compare(fleet: Bench, folder: Path) -> None:
     """Every object of the shared lake beside what one process makes alone on a disk."""
     import boto3
 
-    from marketdata_assets.settings.universe import load_settings
+    from marketdata_assets.settings.load import load_settings
     from marketdata_tests.steps import run_derive, run_ingest
 
     os.environ |= {**fleet.environment("alone"), "MARKETDATA_LAKE": str(folder / "alone/lake")}

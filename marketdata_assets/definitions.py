@@ -5,7 +5,7 @@ from __future__ import annotations
 import dagster as dg
 
 from marketdata_assets.defs.jobs import build_definitions
-from marketdata_assets.settings.universe import load_settings
+from marketdata_assets.settings.load import load_settings
 
 
 @dg.definitions

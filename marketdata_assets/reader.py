@@ -24,7 +24,7 @@ from marketdata_assets.flows.read.sql import connected
 from marketdata_assets.model.market import CONSOLIDATED
 from marketdata_assets.model.timeframe import timeframe
 from marketdata_assets.model.window import Window, iso, parse_time
-from marketdata_assets.settings.universe import PREFIX, load_settings
+from marketdata_assets.settings.load import PREFIX, load_settings
 from marketdata_assets.storage.views import answer
 
 if TYPE_CHECKING:

@@ -4,13 +4,13 @@ with its reasons.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from pydantic import SecretStr
 
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.operate.alerts import AlertCenter, failed_runs_go_on, run_problem
@@ -103,9 +103,8 @@ def test_a_channel_that_is_down_is_told_later_and_holds_up_nobody(settings: Sett
         return web.Response()
 
     with serving(hook) as url:
-        hooked = dataclasses.replace(
-            settings, alerts=(url.replace("http://", "json://") + "/secret-token",)
-        )
+        secret = SecretStr(url.replace("http://", "json://") + "/secret-token")
+        hooked = settings.model_copy(update={"alerts": (secret,)})
         assert settled(hooked, [WRONG]) == (1, 0)
         assert settled(hooked, []) == (0, 1)
         assert [line["event"] for line in lines(settings)] == ["opened", "recovered"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from marketdata_assets.flows.prove.audit import Auditor, Finding
 from typer.testing import CliRunner, Result
 
 from marketdata_assets.cli.main import app
@@ -20,7 +21,6 @@ from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.prove.anomalies import mark
-from marketdata_assets.flows.prove.audit import Auditor, Finding
 from marketdata_assets.ledger.anomalies import GONE
 from marketdata_assets.model.anomaly import Anomaly, Severity, State
 from marketdata_assets.model.bar import NAMES, PRICES, SCHEMA

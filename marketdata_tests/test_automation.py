@@ -4,7 +4,6 @@ without runs, repair.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -253,13 +252,11 @@ def test_coverage_is_red_for_what_is_not_on_disk(
 def test_a_failed_run_is_one_incident_until_a_run_succeeds(
     settings: Settings, instance: dg.DagsterInstance, universe: Universe
 ) -> None:
-    down = dataclasses.replace(
-        settings,
-        venues={
-            n: dataclasses.replace(v, base_url="http://127.0.0.1:9")
-            for n, v in settings.venues.items()
-        },
-    )
+    unreachable = {
+        name: venue.model_copy(update={"base_url": "http://127.0.0.1:9"})
+        for name, venue in settings.venues.items()
+    }
+    down = settings.model_copy(update={"venues": unreachable})
     for _ in range(2):
         assert not run(down, instance, {RANGE_START: DEC, RANGE_END: DEC}).success
     _, cursor = tick(settings, instance, "watch_incidents")
@@ -283,7 +280,7 @@ def alerts(settings: Settings) -> list[tuple[str, str]]:
 def test_a_tick_that_cannot_work_says_why_and_the_next_one_works(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
-    broken = dataclasses.replace(settings, state=Path("/proc/nowhere"))
+    broken = settings.model_copy(update={"state": Path("/proc/nowhere")})
     with pytest.raises(
         dg.DagsterInvariantViolationError,
         match=r"ledger\.db cannot be opened .*; mend the folder or set another `state:`",

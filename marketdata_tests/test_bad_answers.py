@@ -17,7 +17,7 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path
@@ -580,13 +580,11 @@ def test_nobody_asks_before_the_time_is_up(stage: Stage, status: int, pause: int
     early.
     """
     begun, early = stage.clock.now, [0]
-    settings = replace(
-        stage.settings,
-        venues={
-            n: replace(v, since=window("2024-01-01", UNTIL).start)
-            for n, v in stage.settings.venues.items()
-        },
-    )
+    longer = {
+        name: venue.model_copy(update={"since": window("2024-01-01", UNTIL).start})
+        for name, venue in stage.settings.venues.items()
+    }
+    settings = stage.settings.model_copy(update={"venues": longer})
 
     async def patience(request: web.Request, _: Rows) -> web.Response | None:
         if stage.clock.now - begun >= pause or request.query.get("startTime") == "0":
@@ -1023,13 +1021,11 @@ def test_one_answer_from_another_day_stops_nothing(
     the truth.
     """
     settings, how = generic
-    settings = replace(
-        settings,
-        venues={
-            name: replace(venue, until=window(SINCE, "2024-01-05T22:00").end)
-            for name, venue in settings.venues.items()
-        },
-    )
+    shorter = {
+        name: venue.model_copy(update={"until": window(SINCE, "2024-01-05T22:00").end})
+        for name, venue in settings.venues.items()
+    }
+    settings = settings.model_copy(update={"venues": shorter})
     left = [1]
 
     def later(_: web.Request, rows: Rows) -> Rows:
@@ -1048,10 +1044,12 @@ def test_always_believable_about_earlier_days(stage: Stage, fault: Fault) -> Non
     other side.
     """
     earlier = {
-        name: replace(venue, since=window("2024-01-05", UNTIL).start, until=window(SINCE, HALF).end)
+        name: venue.model_copy(
+            update={"since": window("2024-01-05", UNTIL).start, "until": window(SINCE, HALF).end}
+        )
         for name, venue in stage.settings.venues.items()
     }
-    stage.settings = replace(stage.settings, venues=earlier)
+    stage.settings = stage.settings.model_copy(update={"venues": earlier})
     done, before, _ = always(stage, fault)
     assert lake_files(stage.settings) == before
     assert stage.reasons or done.error

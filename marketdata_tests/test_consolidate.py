@@ -7,7 +7,6 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from fractions import Fraction
@@ -37,7 +36,8 @@ from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, from_ms, iso, month_of
 from marketdata_assets.quality.reconcile import differences, opinions, reconcile, worst
 from marketdata_assets.reader import Reader
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.transforms.consolidate import consolidate as as_one_series
@@ -681,7 +681,7 @@ def test_another_order_of_venues_is_another_series(settings: Settings):
     make_all(settings)
     assert reasons(settings) == {}
     parts = {**settings.consolidate, BTC: tuple(reversed(settings.consolidate[BTC]))}
-    turned = replace(settings, consolidate=parts)
+    turned = settings.model_copy(update={"consolidate": parts})
     assert reasons(turned) == {
         f"consolidated:BTC-USDT|{month}": "its venues' bars have changed" for month in (NOV, DEC)
     }
@@ -830,9 +830,9 @@ def test_the_ledger_in_both_databases(settings: Settings):
                 'UPDATE gaps SET start = ?, "end" = ? WHERE cause = ?',
                 ("2023-11-28T07:00:00Z", "2023-11-28T07:02:00Z", NO_TRADE),
             )
-        assert [late.reason for late in context.bind(Consolidator).find_outdated(look=True).values()] == [
-            "its venues' bars have changed"
-        ]
+        assert [
+            late.reason for late in context.bind(Consolidator).find_outdated(look=True).values()
+        ] == ["its venues' bars have changed"]
         assert context.ledger.consolidations.quiet(raw(M1), partition) == [
             window("2023-11-28T07:00", "2023-11-28T07:02")
         ]

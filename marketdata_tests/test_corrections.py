@@ -33,7 +33,8 @@ from marketdata_assets.model.table import history, raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.split import REJECTED_SCHEMA
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 from marketdata_assets.storage.fingerprint import fingerprint
@@ -444,7 +445,9 @@ def test_columns_that_a_file_does_not_give_are_no_disagreement(universe: Univers
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
     fewer = bars.with_columns(pl.lit(None, SCHEMA["quote_volume"]).alias("quote_volume"))
     with open_context(settings) as context:
-        context.bind(PartitionStore).ingest_frame(MINUTE, january, bars, rejected=empty, source="whole.csv")
+        context.bind(PartitionStore).ingest_frame(
+            MINUTE, january, bars, rejected=empty, source="whole.csv"
+        )
         done = context.bind(PartitionStore).ingest_frame(
             MINUTE, january, fewer, rejected=empty, source="fewer.csv"
         )

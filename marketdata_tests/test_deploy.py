@@ -34,7 +34,8 @@ from moto.server import ThreadedMotoServer
 from typer.main import get_command
 
 from marketdata_assets.cli.main import app
-from marketdata_assets.settings.universe import load_settings
+from marketdata_assets.settings.fields import reveal_secret
+from marketdata_assets.settings.load import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"
@@ -612,9 +613,10 @@ def test_the_universe_loads(where: str) -> None:
     settings = load_settings({**environ, "MARKETDATA_UNIVERSE": str(file)})
     assert settings.lake.startswith("s3://")
     assert (settings.rollups, settings.state) == ("parquet", Path("/state"))
-    assert settings.database is not None
-    assert settings.database.startswith("postgresql://marketdata@postgres")
-    assert settings.broker == ("redis://:s3cret@redis:6379/0" if where == "compose" else None)
+    database, broker = reveal_secret(settings.database), reveal_secret(settings.broker)
+    assert database is not None
+    assert database.startswith("postgresql://marketdata@postgres")
+    assert broker == ("redis://:s3cret@redis:6379/0" if where == "compose" else None)
     config = "/etc/marketdata/universe.yaml"
     assert (
         config

@@ -26,7 +26,8 @@ from marketdata_assets.model.bar import NAMES, SCHEMA
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.settings.universe import Venue
+from marketdata_assets.settings.parts import Venue
+from marketdata_assets.settings.universe import Universe as UniverseModel
 from marketdata_assets.sources import ccxt_rest
 from marketdata_assets.sources.base import Fetched
 from marketdata_assets.sources.ccxt_rest import CcxtSource
@@ -51,8 +52,9 @@ TAKEN = ("open", "high", "low", "close", "volume")
 Sandbox = tuple[SandboxExchange, str]
 
 
-def venue(name: str, url: str, *symbols: str) -> Venue:
-    return Venue(name, symbols or ("BTC/USDT",), at("2024-01-01"), base_url=url)
+def venue(name: str, url: str, *symbols: str, since: str = "2024-01-01") -> Venue:
+    entry = {"symbols": symbols or ("BTC/USDT",), "since": since, "base_url": url}
+    return UniverseModel.model_validate({"venues": {name: entry}}).venues[name]
 
 
 def fetch(
@@ -268,12 +270,8 @@ def test_other_venues_tell_their_troubles_in_their_own_ways(
     """
     exchange = replay("2023-03-10T12:00:30Z", kraken_rate=0, coinbase_rate=0)
     exchange.admin(fault=fault, match="OHLC|candles", params=params)
-    wanted = Venue(
-        name,
-        ("BTC/USD",),
-        at("2023-03-01"),
-        base_url=f"{exchange.url}/{name.removesuffix('exchange')}",
-    )
+    url = f"{exchange.url}/{name.removesuffix('exchange')}"
+    wanted = venue(name, url, "BTC/USD", since="2023-03-01")
     error = raised(lambda: fetch(wanted, window("2023-03-10T10:00", "2023-03-10T11:00")))
     assert isinstance(error, kind)
     assert str(error).startswith(name)
@@ -282,9 +280,7 @@ def test_other_venues_tell_their_troubles_in_their_own_ways(
 @needs_shared
 def test_binance_us_keeps_nine_columns(replay: Callable[..., Any]) -> None:
     exchange = replay("2023-03-10T12:00:30Z")
-    wanted = Venue(
-        "binanceus", ("BTC/USDT",), at("2023-03-01"), base_url=f"{exchange.url}/binanceus"
-    )
+    wanted = venue("binanceus", f"{exchange.url}/binanceus", since="2023-03-01")
     fetched = fetch(wanted, window("2023-03-10T02:00", "2023-03-10T12:00"))
     rows = exchange.truth(
         "binanceus", "BTCUSDT", "1m", "2023-03-10T02:00:00Z", "2023-03-10T12:00:00Z"

@@ -4,7 +4,6 @@ the minute.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -17,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from marketdata_assets.flows.prove.audit import Auditor
 
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.fetch.plan import BackfillPlanner
 from marketdata_assets.flows.operate.backfill import BacklogFinder
-from marketdata_assets.flows.prove.audit import Auditor
 from marketdata_assets.flows.prove.gaps import Explained, GapExplainer, words_of
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
@@ -47,7 +46,8 @@ from marketdata_assets.quality.gap_causes import (
 )
 from marketdata_assets.quality.halts import Halt, known_halts, registry
 from marketdata_assets.quality.split import REJECTED_SCHEMA
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_tests.conftest import IMPATIENT, Universe
 from marketdata_tests.samples import BTC, dump, frame, row
 from marketdata_tests.steps import at, lake_files, partitions, run_ingest, window
@@ -338,7 +338,9 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
 # --------------------------------------------------------------------------------- real days
 def at_time(settings: Settings, now: str) -> Settings:
     assert settings.clock
-    return dataclasses.replace(settings, clock=dataclasses.replace(settings.clock, start=at(now)))
+    return settings.model_copy(
+        update={"clock": settings.clock.model_copy(update={"start": at(now)})}
+    )
 
 
 def explained(settings: Settings, ask: bool = False) -> list[Explained]:

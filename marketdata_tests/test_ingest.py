@@ -102,7 +102,7 @@ def whole(symbol: str, timeframe: Timeframe, span: Window) -> pl.DataFrame:
 def everything_is_true(settings: Settings, span: Window) -> None:
     """All markets, all timeframes, nine columns, read back from the lake and from the rollups."""
     for market in settings.markets:
-        for timeframe in (MINUTE, *settings.rolled(market)):
+        for timeframe in (MINUTE, *settings.rollup_timeframes_of(market)):
             found, expected = (
                 read(settings, market, timeframe, span),
                 whole(market.symbol.replace("/", ""), timeframe, span),
@@ -416,7 +416,7 @@ def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
         early = (at("2021-05-10T11:30") - at("2021-04-01")) // timedelta(minutes=1)
         assert (found.present, found.not_listed, found.not_fetched) == (present, early, 0)
         assert found.missing_at_source == 61 * 1440 - present - early
-        for timeframe in (MINUTE, *settings.rolled(settings.markets[0])):
+        for timeframe in (MINUTE, *settings.rollup_timeframes_of(settings.markets[0])):
             bars = read(
                 settings, settings.markets[0], timeframe, window("2021-04-01", "2021-06-01")
             )
@@ -659,7 +659,7 @@ def test_a_damaged_file_with_the_venue_down(universe: Universe) -> None:
 
 OTHER = """
 import json, sys
-from marketdata_assets.settings.universe import load_settings
+from marketdata_assets.settings.load import load_settings
 from marketdata_tests.steps import run_ingest
 settings = load_settings()
 print("started", flush=True)
@@ -890,7 +890,7 @@ def test_hourly_base_and_references(universe: Universe, rollups: str) -> None:
             )
         run_derive(settings)
         assert {seen.query["interval"] for seen in bar_requests(exchange)} == {"1h", "1d"}
-        for timeframe in settings.rolled(BTC):
+        for timeframe in settings.rollup_timeframes_of(BTC):
             assert_bars(
                 read(settings, BTC, timeframe, window("2024-01-01", "2024-02-01")),
                 whole("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),

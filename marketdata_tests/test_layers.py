@@ -20,23 +20,30 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 
-_LOW = {"errors", "model"}
-_TOOLS = {"sources", "quality", "transforms", "lake", "notify"}
-_JOINED = _LOW | {"settings"} | _TOOLS | {"context"}
-_DOORS = _JOINED | {"flows"}
+_LOW = {"errors", "system", "retry", "model"}
+_TOOLS = {"quality", "transforms", "storage", "ledger", "notify", "charts"}
+_JOINED = _LOW | {"settings", "venues", "sources"} | _TOOLS | {"context"}
+_DOORS = _JOINED | {"flows", "dagster_ext"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "system": {"errors"},
+    "retry": {"errors"},
     "model": {"errors"},
     "settings": _LOW,
-    "sources": _LOW | {"settings"},
-    **dict.fromkeys(_TOOLS - {"sources"}, _LOW),
+    "venues": {"errors", "model"},
+    "sources": _LOW | {"settings", "venues"},
+    **dict.fromkeys(_TOOLS, _LOW | {"venues"}),
     "context": _JOINED,
-    "flows": _JOINED,
+    "flows": _JOINED - {"context"},
+    "dagster_ext": _JOINED | {"flows"},
     **dict.fromkeys(("defs", "cli", "reader"), _DOORS),
     "__init__": {"reader"},
     "definitions": _DOORS | {"defs"},
 }
 """What each room may import, besides itself."""
+
+STAGES = ("read", "fetch", "derive", "prove", "operate")
+"""The folders of `flows`; each imports only itself and those before it."""
 
 HOMES: dict[str, tuple[str, ...]] = {
     "dagster": ("defs/", "definitions.py"),

@@ -4,7 +4,6 @@ for ever.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,9 @@ def filled(settings: Settings) -> Settings:
 
 def at_time(settings: Settings, now: str) -> Settings:
     assert settings.clock
-    return dataclasses.replace(settings, clock=dataclasses.replace(settings.clock, start=at(now)))
+    return settings.model_copy(
+        update={"clock": settings.clock.model_copy(update={"start": at(now)})}
+    )
 
 
 def look(
@@ -252,9 +253,8 @@ def test_a_venue_that_is_down_costs_no_attempt(filled: Settings, universe: Unive
 
 
 def test_months_beyond_the_lookback_are_left_alone(settings: Settings) -> None:
-    short = dataclasses.replace(
-        settings, automation=dataclasses.replace(settings.automation, lookback_days=20)
-    )
+    automation = settings.automation.model_copy(update={"lookback_days": 20})
+    short = settings.model_copy(update={"automation": automation})
     assert asked(look(short)) == ["binance:BTC-USDT|2023-12-01..binance:ETH-USDT|2023-12-01"]
 
 
@@ -302,11 +302,7 @@ def test_a_new_symbol_is_asked_for_and_a_removed_one_no_more(
     wanted = Window(at("2023-11-01"), at("2023-12-01"))
     with open_context(more) as context:  # what is stored of a removed one can be read
         eth = context.bind(BarReader).find_market("binance:ETH-USDT")
-        assert (
-            context.bind(BarReader)
-            .read(eth, M1, wanted)
-            .equals(truth("ETHUSDT", "1m", wanted))
-        )
+        assert context.bind(BarReader).read(eth, M1, wanted).equals(truth("ETHUSDT", "1m", wanted))
         assert context.bind(BarReader).read(eth, TIMEFRAMES["1d"], wanted).height == 30
         with pytest.raises(BadInput, match="is not in"):
             context.bind(BarReader).find_market("binance:XRP-USDT")

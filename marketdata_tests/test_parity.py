@@ -11,10 +11,10 @@ from typing import Any
 
 import polars as pl
 import pytest
+from marketdata_assets.flows.prove.audit import Auditor, Finding
 
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.derive.rollup import RollupBuilder
-from marketdata_assets.flows.prove.audit import Auditor, Finding
 from marketdata_assets.flows.read.sql import connected
 from marketdata_assets.model.bar import SCHEMA
 from marketdata_assets.model.partition import Partition
@@ -283,7 +283,7 @@ def test_the_minute_that_binance_lacks_itself(
         now="2023-03-02",
         extra=extra,
     )
-    names = [tf.name for tf in settings.venues["binance"].fetched]
+    names = [tf.name for tf in settings.venues["binance"].fetched_timeframes]
     for name in names:
         run_ingest(settings, timeframe=name)
     for findings in audited(settings, names[1:]).values():

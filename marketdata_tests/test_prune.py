@@ -38,7 +38,8 @@ from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, market_mon
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 from marketdata_tests.conftest import SANDBOX_NOW
 

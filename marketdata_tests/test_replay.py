@@ -10,11 +10,11 @@ from typing import Any
 
 import polars as pl
 import pytest
+from marketdata_assets.flows.prove.audit import RAW_CHECKS, Auditor
 
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.derive.rollup import RollupBuilder
 from marketdata_assets.flows.fetch.ingest import Ingester
-from marketdata_assets.flows.prove.audit import RAW_CHECKS, Auditor
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.bar import SCHEMA
@@ -123,7 +123,7 @@ def everything_is_true(settings: Settings, exchange: Any, span: Window) -> int:
     compared = 0
     with open_context(settings) as context:
         for market in settings.markets:
-            for timeframe in (MINUTE, *settings.rolled(market)):
+            for timeframe in (MINUTE, *settings.rollup_timeframes_of(market)):
                 bars = expected(exchange, market.symbol.replace("/", ""), timeframe, span)
                 assert_bars(
                     context.bind(BarReader).read(market, timeframe, span),

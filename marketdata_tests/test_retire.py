@@ -27,7 +27,8 @@ from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_tests.steps import at, partitions, run_derive, run_ingest
 
 MARKET = "binance:BTC-USDT"
@@ -113,9 +114,7 @@ def test_what_is_gone_is_neither_missing_nor_asked_for(stored: Stored):
     ]
     assert partitions(settings) == []
     with open_context(settings) as context:
-        assert [c.expected for c in context.bind(CoverageReporter).report(settings.markets)] == [
-            0
-        ]
+        assert [c.expected for c in context.bind(CoverageReporter).report(settings.markets)] == [0]
         assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
         assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).blocks == []
         days, _ = context.bind(CoverageReporter).daily(raw(MINUTES))

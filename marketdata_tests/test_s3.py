@@ -908,7 +908,7 @@ def coverage_of(settings: Settings) -> list[Coverage]:
 HOST = """
 import sys
 from marketdata_assets.errors import MarketDataError
-from marketdata_assets.settings.universe import load_settings
+from marketdata_assets.settings.load import load_settings
 from marketdata_tests.steps import partitions, run_derive, run_ingest
 settings, failed = load_settings(), []
 print("ready", flush=True)
@@ -1064,10 +1064,8 @@ def test_foreign_files_disturb_nothing(
         ] == [0, 0]
         assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
         for minute in range(8):  # the rollups are looked at in turn
-            later = dataclasses.replace(
-                settings,
-                clock=dataclasses.replace(settings.clock, start=at(f"2024-01-10T00:{minute:02}")),
-            )
+            clock = settings.clock.model_copy(update={"start": at(f"2024-01-10T00:{minute:02}")})
+            later = settings.model_copy(update={"clock": clock})
             assert (
                 missed(dataclasses.replace(context, settings=later), 9, (), {}).says
                 == "nothing is missing"

@@ -29,7 +29,8 @@ from marketdata_assets.errors import BadInput
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.timeframe import TIMEFRAMES
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_tests.conftest import SANDBOX_NOW
@@ -249,12 +250,7 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(
         MARKETDATA_STATE=str(tmp_path / "alone"),
         MARKETDATA_DATABASE="",
     )
-    alone_settings = Settings(
-        **{
-            **{f: getattr(alone, f) for f in alone.__slots__ if not f.startswith("_")},
-            "database": None,
-        }
-    )
+    alone_settings = alone.model_copy(update={"database": None})
     run_ingest(alone_settings)
     run_derive(alone_settings)
     with open_context(alone_settings) as context:

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.model.window import Window, iso, parse_time
-from marketdata_assets.settings.universe import Settings, load_settings
 
 if TYPE_CHECKING:
     import polars as pl
 
     from marketdata_assets.context import Context
     from marketdata_assets.model.market import Market
+    from marketdata_assets.settings.universe import Settings
 
 HELP = "The `marketdata` command. Exit codes: 0 done, 1 a check failed or something is missing, 2 bad input, 3 unreachable."
 app = typer.Typer(

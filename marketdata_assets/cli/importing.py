@@ -13,12 +13,12 @@ import typer
 from marketdata_assets.cli.common import Format, app, err, one_of, out, print_json, print_table, say
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.timeframe import timeframe
-from marketdata_assets.settings.universe import Settings, load_settings
 
 if TYPE_CHECKING:
     from marketdata_assets.cli.backfill import Span
     from marketdata_assets.flows.fetch.imports import Imported
     from marketdata_assets.flows.fetch.plan import Task
+    from marketdata_assets.settings.universe import Settings
     from marketdata_assets.sources.archive import Told
 
 SHOWN = 20
@@ -77,6 +77,7 @@ def import_(
     """Take bars out of Binance's archives, Kraken's OHLCVT files or plain CSV. Asks no venue; doing it
     again changes nothing.
     """
+    from marketdata_assets.settings.load import load_settings
     from marketdata_assets.sources.archive import ISO, UNITS, Told, parse_columns
 
     one_of(format, "table", "json")

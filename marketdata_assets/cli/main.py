@@ -16,7 +16,8 @@ import typer
 import marketdata_assets.cli.anomalies
 import marketdata_assets.cli.gaps
 import marketdata_assets.cli.lock
-import marketdata_assets.cli.repair  # noqa: F401 - registers its commands
+import marketdata_assets.cli.repair
+import marketdata_assets.cli.schema  # noqa: F401 - registers its commands
 from marketdata_assets.cli.common import (
     End,
     FileFormat,
@@ -43,10 +44,10 @@ from marketdata_assets.cli.importing import offer_rows, print_offers
 from marketdata_assets.errors import BadInput, MarketDataError
 from marketdata_assets.model.timeframe import timeframe
 from marketdata_assets.model.window import iso, parse_time
-from marketdata_assets.settings.universe import Settings, load_settings
 
 if TYPE_CHECKING:
     from marketdata_assets.ledger.incidents import Incident
+    from marketdata_assets.settings.universe import Settings
 
 
 def main() -> None:
@@ -430,11 +431,11 @@ def dev(port: Port = 3000) -> None:
     """Serve the Dagster UI and run its daemon on your universe, until Ctrl-C."""
     from marketdata_assets.cli.serve import serve_ui
     from marketdata_assets.notify import open_channels
+    from marketdata_assets.settings.load import load_settings
 
     settings = load_settings()
-    open_channels(
-        settings.state, settings.alerts
-    )  # a wrong URL is told now, not when something burns
+    # a wrong URL is reported now, not when something burns
+    open_channels(settings.state, [url.get_secret_value() for url in settings.alerts])
     serve_ui(settings, port, say=say)
 
 
@@ -457,6 +458,7 @@ def serve(
     until it is ended.
     """
     from marketdata_assets.cli.serve import ROLES, check_role, serve_role
+    from marketdata_assets.settings.load import load_settings
 
     if role not in ROLES:
         raise BadInput(f"{role} is not one of {', '.join(ROLES)}")

@@ -28,7 +28,9 @@ from marketdata_assets.cli.processes import (
 )
 from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.settings.universe import PREFIX, Settings, load_settings
+from marketdata_assets.settings.fields import reveal_secret
+from marketdata_assets.settings.load import PREFIX, load_settings
+from marketdata_assets.settings.universe import Settings
 
 _LOCATION = "marketdata_assets"
 _STARTUP = 120
@@ -77,7 +79,11 @@ def serve_role(
     """
     environment = _shared_environment(settings)
     service = _role(settings, role, environment, host, port, processes)
-    only = _Only(Ledger(settings.state, settings.database)) if role == "daemon" else None
+    only = (
+        _Only(Ledger(settings.state, reveal_secret(settings.database)))
+        if role == "daemon"
+        else None
+    )
     with only or nullcontext(), Supervisor(environment, say) as supervisor:
         supervisor.begin(service)
         say(f"{service.name} starts")

@@ -26,7 +26,8 @@ from dagster_celery.launcher import CeleryRunLauncher
 
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.settings.universe import load_settings
+from marketdata_assets.settings.fields import reveal_secret
+from marketdata_assets.settings.load import load_settings
 
 
 def celery_config() -> dict[str, Any]:
@@ -46,7 +47,7 @@ def celery_config() -> dict[str, Any]:
     task_prerun.connect(begin, weak=False)
     task_postrun.connect(end, weak=False)
     return {
-        "broker_url": load_settings().broker,
+        "broker_url": reveal_secret(load_settings().broker),
         "broker_connection_retry_on_startup": True,
         "broker_transport_options": {
             "visibility_timeout": 7 * 86400
@@ -64,7 +65,7 @@ def celery_config() -> dict[str, Any]:
 def _ledger() -> Ledger:
     """The ledger of this process, opened once; a worker opens it in the child that does the run."""
     settings = load_settings()
-    return Ledger(settings.state, settings.database)
+    return Ledger(settings.state, reveal_secret(settings.database))
 
 
 def _lock_of(run_id: str) -> str:

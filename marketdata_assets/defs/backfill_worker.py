@@ -32,7 +32,7 @@ from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.settings.universe import load_settings
+from marketdata_assets.settings.load import load_settings
 
 
 def main() -> None:

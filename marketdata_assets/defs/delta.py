@@ -24,7 +24,8 @@ from marketdata_assets.model.events import ProgressCallback, no_progress
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.settings.universe import DeltaSettings, Settings
+from marketdata_assets.settings.parts import DeltaSettings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.delta import Maintained, columns_of
 
 MAINTAIN = "maintain_delta"

@@ -11,7 +11,7 @@ from marketdata_assets.charts import candles
 from marketdata_assets.defs.results import AssetResults, RunContext, bars_metadata
 from marketdata_assets.defs.specs import asset_key
 from marketdata_assets.flows.derive.rollup import RollupResult
-from marketdata_assets.flows.fetch.partition_store import IngestResult
+from marketdata_assets.flows.fetch.open_partition import IngestResult
 from marketdata_assets.flows.operate.pipeline import (
     AuditedIngest,
     AuditedRollup,

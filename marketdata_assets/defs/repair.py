@@ -34,7 +34,8 @@ from marketdata_assets.flows.operate.repair import (
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.window import Window, iso, parse_time
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.system import process_id
 
 REPAIR, OP = "repair", "repair_span"

@@ -38,7 +38,7 @@ from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, from_ms, to_ms
-from marketdata_assets.settings.universe import Venue
+from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.base import Fetched, Request
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from marketdata_assets.model.events import ProgressCallback, no_progress
-from marketdata_assets.settings.universe import Venue
+from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.base import Source
 from marketdata_assets.sources.guards import Guarded, Policy, VenueState
 

@@ -49,7 +49,7 @@ class ConsolidationResult:
 
 @dataclass(frozen=True, slots=True)
 class OutdatedConsolidation:
-    """Why a partition has to be built, and a digest that changes with what it would be built from."""
+    """Why a partition has to be built, and a digest of what it would be built from."""
 
     reason: str
     source_digest: str
@@ -66,21 +66,23 @@ class Consolidator:
     def build(
         self, timeframe: Timeframe, partitions: Sequence[Partition]
     ) -> Iterator[ConsolidationResult]:
-        """Build each partition from the raw bars of its venues; one that fails does not stop others."""
+        """Build each partition from the raw bars of its venues; one that fails does not stop
+        others.
+        """
         for partition in partitions:
             try:
                 with self.ledger.lock(partition.key):
                     yield self._build(timeframe, partition)
             except MarketDataError as error:
                 start = partition.month.start
-                self.ledger.fail(
+                self.ledger.partitions.record_failure(
                     consolidated(timeframe),
                     partition,
                     Window(start, start),
                     error=str(error),
                     fetches=[],
                     now=self.settings.now(),
-                    forgiven=isinstance(error, Unreachable),
+                    is_forgiven=isinstance(error, Unreachable),
                 )
                 yield ConsolidationResult(partition, error=error)
 
@@ -90,11 +92,11 @@ class Consolidator:
         busy: Collection[str] = (),
         shown: Mapping[Table, Collection[str]] | None = None,
     ) -> dict[Partition, OutdatedConsolidation]:
-        """Return the partitions whose raw bars have changed since they were built, or that are lost.
+        """Return the partitions that are lost or whose raw bars have changed since they were built.
 
-        `look`: whether the lake is searched for lost objects. `busy`: the Dagster keys of partitions
-        that a run works on; `shown`: the keys that Dagster shows as materialized, by table. Raises
-        StoreFailed when most of the lake is lost.
+        `look`: whether the lake is searched for lost objects. `busy`: the Dagster keys of
+        partitions that a run works on; `shown`: the keys that Dagster shows as materialized, by
+        table. Raises StoreFailed when most of the lake is lost.
         """
         found, stored = {}, 0
         for timeframe in self.settings.consolidated_timeframes:

@@ -9,7 +9,8 @@ from datetime import datetime
 
 import polars as pl
 
-from marketdata_assets.ledger.ledger import WAREHOUSE, Ledger, State
+from marketdata_assets.ledger.ledger import WAREHOUSE, Ledger
+from marketdata_assets.ledger.partitions import PartitionState
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.partition import Partition, neighbour
@@ -56,13 +57,13 @@ class RollupBuilder:
             yield self._build(partition, self._timeframes(partition))
             following = neighbour(partition, +1)
             state = self._state(following)
-            if state is not None and state.rolled is not None:
+            if state is not None and state.rollup_source_digest is not None:
                 self._build(following, self._straddling_timeframes(following))
 
     def _timeframes(self, partition: Partition) -> list[Timeframe]:
         """Return the timeframes of the market whose retention keeps this month."""
         settings, start = self.settings, partition.month.start
-        wanted = settings.rolled(partition.market)
+        wanted = settings.rollup_timeframes_of(partition.market)
         return [tf for tf in wanted if start >= settings.kept_since(rollup(tf).name)]
 
     def _straddling_timeframes(self, partition: Partition) -> list[Timeframe]:
@@ -86,7 +87,7 @@ class RollupBuilder:
         frames = {tf: frame.filter(opens_inside(owned[tf])) for tf, frame in frames.items()}
         changed = self._write(partition, frames, owned)
         if len(timeframes) == len(self._timeframes(partition)) and state.digest:
-            self.ledger.set_rolled(raw(base), partition, state.digest)
+            self.ledger.partitions.set_rollup_source(raw(base), partition, state.digest)
         return RollupResult(partition, frames, changed=changed, requested=requested)
 
     def _end_of_month_before(
@@ -94,7 +95,7 @@ class RollupBuilder:
     ) -> tuple[pl.DataFrame, datetime | None]:
         """Return the last bars of the month before, and since when they were requested."""
         month, earlier = partition.month.start, neighbour(partition, -1)
-        timeframes = self.settings.rolled(partition.market)
+        timeframes = self.settings.rollup_timeframes_of(partition.market)
         first = min((partition.opens(tf).start for tf in timeframes), default=month)
         state = self._state(earlier)
         if first >= month or state is None or state.through < month:
@@ -104,9 +105,9 @@ class RollupBuilder:
             return empty_bars(), None
         return bars.filter(pl.col("open_time") >= first), max(first, state.start)
 
-    def _state(self, partition: Partition) -> State | None:
+    def _state(self, partition: Partition) -> PartitionState | None:
         base = self.settings.venues[partition.market.venue].base
-        return self.ledger.state(raw(base), partition)
+        return self.ledger.partitions.get(raw(base), partition)
 
     def _write(
         self,

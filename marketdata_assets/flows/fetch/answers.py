@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 import polars as pl
 
 from marketdata_assets.errors import VenueRefused
-from marketdata_assets.ledger.ledger import Account, LoggedFetch, logged
+from marketdata_assets.ledger.fetches import LoggedFetch, log_requests
+from marketdata_assets.ledger.partitions import RowAccount
 from marketdata_assets.model.bar import NAMES, empty_bars
 from marketdata_assets.model.gap import PROMPT_ATTEMPTS, Gap, GapReason, GapStatus
 from marketdata_assets.model.intervals import (
@@ -33,7 +34,7 @@ from marketdata_assets.quality.agreement import (
 )
 from marketdata_assets.quality.gap_causes import next_request_at
 from marketdata_assets.quality.split import REJECTED_SCHEMA, asked_columns, reject, split
-from marketdata_assets.sources.base import Fetched, Request
+from marketdata_assets.sources.base import BarsPage, Request
 
 STORED = -1
 """Stands for the stored bars among the numbers of the answers."""
@@ -59,14 +60,14 @@ class FetchSpan:
 class FetchResult:
     """What a fetch brought.
 
-    `bars` are new or replace stored ones (`corrected` of them). Everything before `through` has been
-    requested. `answers[i]` is the index in `fetches` of the request that brought answer i.
+    `bars` are new or replace stored ones (`corrected` of them). Everything before `through` has
+    been requested. `answers[i]` is the index in `fetches` of the request that brought answer i.
     """
 
     bars: pl.DataFrame = field(default_factory=empty_bars)
     rejected: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=REJECTED_SCHEMA))
     gaps: tuple[Gap, ...] = ()
-    account: Account = field(default_factory=Account)
+    account: RowAccount = field(default_factory=RowAccount)
     fetches: tuple[LoggedFetch, ...] = ()
     answers: tuple[int, ...] = ()
     retries: int = 0
@@ -91,7 +92,9 @@ def remaining_gaps(gaps: Iterable[Gap], opens: pl.Series, timeframe: Timeframe) 
 def missing_windows(
     opens: pl.Series, timeframe: Timeframe, window: Window, *, gaps: Iterable[Gap], now: datetime
 ) -> list[Window]:
-    """Return the windows without a bar among `opens` that no gap keeps waiting at `now` (our clock)."""
+    """Return the windows without a bar among `opens` that no gap keeps waiting at `now` (our
+    clock).
+    """
     waiting = [gap.window for gap in gaps if not gap.is_due(now)]
     return subtract_windows(find_gaps(opens, timeframe, window), waiting)
 
@@ -109,17 +112,17 @@ class Answers:
     closed_before: datetime
     now: datetime
     columns: tuple[str, ...]
-    fetched: list[Fetched] = field(default_factory=list)
+    fetched: list[BarsPage] = field(default_factory=list)
     received: int = 0
     _kept: list[pl.DataFrame] = field(default_factory=list)
     _rejected: list[pl.DataFrame] = field(default_factory=list)
     _extents: list[tuple[datetime, datetime]] = field(default_factory=list)
 
-    def add(self, fetched: Sequence[Fetched]) -> None:
+    def add(self, fetched: Sequence[BarsPage]) -> None:
         """Apply the rules to new answers; neighbors beyond the window are used, but not counted."""
         first = len(self.fetched)
         self.fetched.extend(fetched)
-        frames = [asked_columns(f.rows, first + i, f.asked) for i, f in enumerate(fetched)]
+        frames = [asked_columns(f.rows, first + i, f.requested) for i, f in enumerate(fetched)]
         timeframe = self.span.timeframe
         kept, rejected = split(pl.concat(frames), timeframe, self.closed_before, self.columns)
         opens = pl.col("open_time")
@@ -158,7 +161,7 @@ class Answers:
         return sum(a < window.start and b >= window.end for a, b in self._extents)
 
     def build_result(self, resolved: ResolvedAnswers) -> FetchResult:
-        """Return what is to be stored. Raises VenueRefused when most stored bars are contradicted."""
+        """Return what to store. Raises VenueRefused when most stored bars are contradicted."""
         is_stored = pl.col("answer") == STORED
         lost = pl.concat([resolved.outvoted, resolved.unresolved]).filter(~is_stored)
         rejected = pl.concat([*self._rejected, reject(lost, "conflict")])
@@ -172,7 +175,7 @@ class Answers:
             bars=bars.sort("open_time"),
             rejected=rejected,
             gaps=tuple(self._gaps(resolved)),
-            account=Account(self.received, bars.height, repeated - bars.height, rejected.height),
+            account=RowAccount(self.received, bars.height, repeated - bars.height, rejected.height),
             fetches=fetches,
             answers=answers,
             retries=sum(len(f.requests) - 1 for f in self.fetched),
@@ -182,18 +185,18 @@ class Answers:
         )
 
     def build_unanswered(self, requests: Sequence[Request]) -> FetchResult:
-        """Return the result for a market that the venue no longer lists: everything is unanswered."""
+        """Return the result for a market that the venue no longer lists: all is unanswered."""
         opens, gaps = self.span.stored["open_time"], self.span.gaps
         windows = missing_windows(opens, self.span.timeframe, self.window, gaps=gaps, now=self.now)
         found = self._waiting_gaps(opens) + [self._gap(w, GapReason.UNANSWERED, 1) for w in windows]
         return FetchResult(
             gaps=tuple(sorted(found, key=lambda gap: gap.window)),
-            fetches=tuple(logged(requests, self.window)),
+            fetches=tuple(log_requests(requests, self.window)),
             through=self.window.end,
         )
 
     def _delivered(self) -> pl.DataFrame:
-        """Return the rows that keep every rule; what they leave out is taken from the stored bars."""
+        """Return the rows that keep every rule, completed from the stored bars."""
         return coalesce_optional(pl.concat(self._kept), self.span.stored)
 
     def _open_times(self, resolved: ResolvedAnswers) -> pl.Series:
@@ -208,7 +211,9 @@ class Answers:
         return rows.group_by(grid.alias("open_time"), "fields").agg(votes)
 
     def _raise_if_contradicted(self, corrected: pl.Series) -> None:
-        """A venue corrects some bars; answers that deny most repeated ones are about another market."""
+        """A venue corrects some bars; answers that deny most repeated ones are about another
+        market.
+        """
         timeframe = self.span.timeframe
         windows = group_consecutive(corrected.to_list(), timeframe)
         in_a_row = [window for window in windows if window.count(timeframe) > 1]
@@ -217,7 +222,7 @@ class Answers:
         if in_a_row and 2 * corrected.len() > repeated:
             error = VenueRefused(
                 f"{self.span.market.venue}: its answers contradict the stored bars of "
-                f"{in_a_row[0]}, {corrected.len()} of {repeated} that were requested again; nothing "
+                f"{in_a_row[0]}, {corrected.len()} of {repeated} requested again; nothing "
                 "of them is stored. If the venue did correct them, repair a longer span, most of "
                 "which agrees"
             )
@@ -252,9 +257,9 @@ class Answers:
 
     def _gap(self, window: Window, reason: GapReason, answers: int) -> Gap:
         """Return a gap that continues what is known of it; it is requested at growing distance."""
-        about = [f for f in self.fetched if f.asked & window]
+        about = [f for f in self.fetched if f.requested & window]
         evidence = "; ".join(
-            f"asked {f.asked} at {_sent_at(f)}, {f.rows.height} rows" for f in about[-2:]
+            f"asked {f.requested} at {_sent_at(f)}, {f.rows.height} rows" for f in about[-2:]
         )
         before = [gap for gap in self.span.gaps if gap.window & window]
         answers += max((gap.answers for gap in before), default=0)
@@ -278,12 +283,12 @@ class Answers:
         fetches: list[LoggedFetch] = []
         answers = []
         for fetched in self.fetched:
-            fetches += logged(fetched.requests, fetched.asked)
+            fetches += log_requests(fetched.requests, fetched.requested)
             answers.append(len(fetches) - 1)
         return tuple(fetches), tuple(answers)
 
 
-def _sent_at(fetched: Fetched) -> str:
+def _sent_at(fetched: BarsPage) -> str:
     if not fetched.requests:
         return "?"
-    return iso(datetime.fromtimestamp(int(fetched.requests[-1].asked_at), UTC))
+    return iso(datetime.fromtimestamp(int(fetched.requests[-1].sent_at), UTC))

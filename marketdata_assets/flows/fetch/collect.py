@@ -22,24 +22,26 @@ from marketdata_assets.flows.fetch.answers import (
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.events import BarsReceived
 from marketdata_assets.model.intervals import (
-    coalesce_windows,
     group_consecutive,
+    pack_windows,
     subtract_window,
 )
 from marketdata_assets.model.timeframe import EPOCH, MINUTE
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.agreement import ResolvedAnswers
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.base import Fetched, Request
+from marketdata_assets.sources.base import BarsPage, Request
 from marketdata_assets.sources.clients import VenueClient
 
 ROUNDS = 7
 """How often the pages of one span are requested at most."""
 REQUESTS_DISPUTED, REQUESTS_MISSING = 4, 2
-"""How often one window is requested while answers contradict each other, and while bars are missing."""
+"""How often one window is requested while answers contradict each other, and while bars are
+missing.
+"""
 NEIGHBORS = 3
-"""How many stored bars beside a new span are requested again at least: an answer that contradicts most
-of them is rejected.
+"""How many stored bars on each side of a new span are requested again at least: an answer that
+contradicts most of them is rejected.
 """
 
 
@@ -48,8 +50,8 @@ async def collect(
 ) -> FetchResult:
     """Fetch the bars of a span that are neither stored nor covered by a waiting gap.
 
-    Bars of `span.again` are fetched whether they are stored or not. Sends no request when nothing is
-    missing. Raises VenueDown, VenueRefused, BadInput.
+    Bars of `span.again` are fetched whether they are stored or not. Sends no request when nothing
+    is missing. Raises VenueDown, VenueRefused, BadInput.
     """
     opens, timeframe, wanted = span.stored["open_time"], span.timeframe, span.wanted
     now = settings.now()
@@ -79,8 +81,8 @@ async def collect(
 async def _is_delisted(ledger: Ledger, client: VenueClient, span: FetchSpan) -> bool:
     """Return whether a market with stored bars has left the venue's list; False when unknown."""
     try:
-        has_bars = bool(ledger.stored_span(span.market))
-        return has_bars and not await client.source.lists(span.market)
+        has_bars = bool(ledger.partitions.stored_span(span.market))
+        return has_bars and not await client.source.is_listed(span.market)
     except MarketDataError:
         return False
 
@@ -89,12 +91,14 @@ async def _find_first_bar(
     settings: Settings, ledger: Ledger, client: VenueClient, span: FetchSpan
 ) -> datetime | None:
     """Return the market's first bar on the span's grid, once two answers agree on it."""
-    first_bar, stored = ledger.listed(span.market), span.stored
+    first_bar, stored = ledger.markets.first_bar(span.market), span.stored
     if first_bar is None and (stored.is_empty() or stored["open_time"][0] > span.wanted.start):
         base = settings.venues[span.market.venue].base
         one, two = [await client.source.first_open(span.market, base) for _ in range(2)]
         if one is not None and one == two:
-            ledger.set_listed(span.market, one, f"first bar of {base.name}, in two answers")
+            ledger.markets.set_first_bar(
+                span.market, one, f"first bar of {base.name}, in two answers"
+            )
             first_bar = one
     return span.timeframe.floor(first_bar) if first_bar else None
 
@@ -122,7 +126,7 @@ class FetchSession:
         return self.answers.build_result(resolved)
 
     def last_stored(self, missing: Sequence[Window], minutes: int) -> list[Window]:
-        """Return the last stored bars if one page holds them and the new ones: venues correct them."""
+        """Return the last stored bars, which venues correct, if one page holds them as well."""
         window, stored = self.answers.window, self.answers.span.stored
         if not minutes or not missing or missing[-1].end < window.end or stored.is_empty():
             return []
@@ -159,7 +163,7 @@ class FetchSession:
         size = max(1, self.client.source.page_size - 2)
         back = (NEIGHBORS - 1) * timeframe.width
         wide = (Window(w.start - back, w.end + back) & self.answers.window for w in windows)
-        joined = coalesce_windows(wide, size, timeframe)
+        joined = pack_windows(wide, timeframe, max_bars=size)
         pages = (page for window in joined for page in window.pages(timeframe, size))
         return [self._with_neighbors(page) for page in pages]
 
@@ -168,11 +172,11 @@ class FetchSession:
         if self.client.source.skips_gaps or len(pages) < 3:
             return pages
         await self._request(pages[:1])
-        if self.answers.fetched[0].later is None:
+        if self.answers.fetched[0].first_available is None:
             return pages[1:]
         await self._request(pages[:1])
         start = self.answers.window.start
-        self.served_from = min(answer.later or start for answer in self.answers.fetched)
+        self.served_from = min(answer.first_available or start for answer in self.answers.fetched)
         return [page for page in pages if page.end > self.served_from] or pages[-1:]
 
     def _with_neighbors(self, window: Window) -> Window:
@@ -186,7 +190,7 @@ class FetchSession:
     def _join(self, windows: list[Window]) -> list[Window]:
         """Return the windows in as few requests as the venue allows."""
         source, timeframe = self.client.source, self.answers.span.timeframe
-        joined = coalesce_windows(windows, source.page_size, timeframe)
+        joined = pack_windows(windows, timeframe, max_bars=source.page_size)
         if source.skips_gaps:
             return joined
         return [page for window in joined for page in window.pages(timeframe, source.page_size)]
@@ -202,7 +206,7 @@ class FetchSession:
             raise
         self.answers.add(fetched)
 
-    async def _request_one(self, window: Window) -> Fetched:
+    async def _request_one(self, window: Window) -> BarsPage:
         span = self.answers.span
         async with self.client.slots:
             fetched = await self.client.source.fetch(span.market, span.timeframe, window)
@@ -210,9 +214,9 @@ class FetchSession:
         return fetched
 
 
-async def _cancel(tasks: Sequence[asyncio.Task[Fetched]]) -> list[Request]:
-    """Cancel what still runs; return the requests of everything that has ended, for the fetch log."""
+async def _cancel(tasks: Sequence[asyncio.Task[BarsPage]]) -> list[Request]:
+    """Cancel what still runs; return the requests of what has ended, for the fetch log."""
     for task in tasks:
         task.cancel()
     ended = await asyncio.gather(*tasks, return_exceptions=True)
-    return [r for end in ended if isinstance(end, Fetched | MarketDataError) for r in end.requests]
+    return [r for end in ended if isinstance(end, BarsPage | MarketDataError) for r in end.requests]

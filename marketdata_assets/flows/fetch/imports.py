@@ -1,180 +1,86 @@
-"""Imports: bars out of files, through the same rules, quarantine and accounting as those that a venue
-sends.
+"""Imports: bars out of files, through the rules, quarantine and accounting of those that venues
+send.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import polars as pl
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.fetch.ingest import Ingested, Ingester, wanted_window
+from marketdata_assets.flows.fetch.import_differences import (
+    between_files,
+    with_stored,
+)
+from marketdata_assets.flows.fetch.import_result import FileTally, ImportResult
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.bar import NAMES, decimal_text, empty_bars
-from marketdata_assets.model.events import ProgressCallback, no_progress
+from marketdata_assets.model.bar import NAMES, empty_bars
+from marketdata_assets.model.events import (
+    FileInspected,
+    ProgressCallback,
+    RowsProcessed,
+    no_progress,
+)
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso, month_of, to_ms
-from marketdata_assets.quality.agreement import beside, unanimous
+from marketdata_assets.quality.agreement import (
+    StoredComparison,
+    compare_with_stored,
+    resolve_files,
+)
 from marketdata_assets.quality.split import asked_columns, reject, split
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.archive import KRAKEN, Facts, Told, files_of, read_file
+from marketdata_assets.sources.archive.options import ImportOptions
+from marketdata_assets.sources.archive.reading import ArchiveFile, find_files, read_file
 from marketdata_assets.storage.parquet import Lake
 
-DIFFERENCES = 1000
-"""How many values that differ are written down one by one; quarantine has all rows."""
+MAX_DIFFERENCES = 1000
+"""How many differing values are recorded one by one; quarantine has all rows."""
 
 
-@dataclass(slots=True)
-class Tally:
-    """What became of the rows of one file: the counts sum to its rows, always.
+class _FileRows(NamedTuple):
+    """Rows of one file."""
 
-    `disagree`: bars that are stored with other values, which stay. `conflict`: bars that another of
-    the files tells otherwise. `unwanted`: outside the universe's span. `lacking`: bars of the
-    file's own span that it does not hold.
-    """
-
-    facts: Facts
-    stored: int = 0
-    identical: int = 0
-    refused: int = 0
-    disagree: int = 0
-    conflict: int = 0
-    unwanted: int = 0
-
-    @property
-    def balanced(self) -> bool:
-        """Whether every row is accounted for."""
-        counts = (
-            self.stored,
-            self.identical,
-            self.refused,
-            self.disagree,
-            self.conflict,
-            self.unwanted,
-        )
-        return sum(counts) == self.facts.rows
-
-    def as_dict(self) -> dict[str, Any]:
-        """As a row of a table."""
-        facts, counts = (
-            self.facts,
-            {name: value for name, value in asdict(self).items() if name != "facts"},
-        )
-        told = {
-            "file": facts.path.name,
-            "market": facts.market.key,
-            "timeframe": facts.timeframe.name,
-            "rows": facts.rows,
-        }
-        about = {
-            "lacking": facts.lacking,
-            "format": facts.format,
-            "unit": facts.unit,
-            "sha256": facts.sha256,
-        }
-        return {**told, **counts, **about, "path": str(facts.path)}
+    tally: FileTally
+    rows: pl.DataFrame
 
 
-class Difference(NamedTuple):
-    """One value that two on_progress differently: `stored`, or the name of a file, and a file."""
-
-    market: str
-    timeframe: str
-    open_time: str
-    column: str
-    value: str
-    of: str
-    other_value: str
-    other: str
-
-
-@dataclass(slots=True)
-class Imported:
-    """What an import did. `partitions`: those of which bars were told, by timeframe."""
-
-    files: list[Tally]
-    differences: list[Difference] = field(default_factory=list)
-    partitions: dict[Timeframe, list[Partition]] = field(default_factory=dict)
-
-    @property
-    def disputed(self) -> int:
-        """Rows that were not stored and that nothing like them was stored for."""
-        return sum(tally.refused + tally.disagree + tally.conflict for tally in self.files)
-
-    def says(self) -> str:
-        """All of it in one line."""
-        sums: Counter[str] = Counter()
-        for tally in self.files:
-            sums.update({name: value for name, value in tally.as_dict().items() if name in _COUNTS})
-        return f"{len(self.files)} files: " + ", ".join(f"{sums[name]} {name}" for name in _COUNTS)
-
-
-_COUNTS = ("rows", "stored", "identical", "refused", "disagree", "conflict", "unwanted")
-
-
-def look(
+def inspect_files(
     settings: Settings,
     paths: Iterable[Path],
-    told: Told,
+    options: ImportOptions,
     *,
     on_progress: ProgressCallback = no_progress,
-) -> list[Facts]:
-    """What the files are; nothing is stored unless all of them can be believed. Raises BadInput."""
+) -> list[ArchiveFile]:
+    """Return what the files are; stores nothing. Raises BadInput unless all of them can be used."""
     found = []
-    for path in files_of(paths):
-        facts, _ = read_file(path, told, settings.markets)
-        _check(settings, facts)
-        found.append(facts)
-        on_progress({"file": path.name, "rows": facts.rows})
-    if all(not (f.held & _wanted(settings, f.market, f.timeframe)) for f in found):
+    for path in find_files(paths):
+        file, _ = read_file(path, options, settings.markets)
+        _raise_if_unwanted(settings, file)
+        found.append(file)
+        on_progress(FileInspected(path.name, file.rows))
+    windows = [_wanted_window(settings, file.market, file.timeframe) for file in found]
+    if not any(f.rows_window & window for f, window in zip(found, windows, strict=True)):
         first = found[0]
         raise BadInput(
-            f"{first.path}: it holds {first.held}, and {settings.source} wants {first.market.key} "
-            f"in {_wanted(settings, first.market, first.timeframe)}; change since or until there"
+            f"{first.path}: it holds {first.rows_window}, and {settings.source} wants "
+            f"{first.market.key} in {windows[0]}; change since or until there"
         )
     return found
 
 
-def _check(settings: Settings, facts: Facts) -> None:
-    venue = settings.venues[facts.market.venue]
-    if facts.timeframe not in venue.fetched:
-        known = " ".join(tf.name for tf in venue.fetched)
-        raise BadInput(
-            f"{facts.path}: {settings.source} fetches {known} of {venue.name} and no {facts.timeframe.name} bars; "
-            f"add `reference: [{facts.timeframe.name}]` there, or import the {venue.base.name} bars"
-        )
-    if facts.held.end - facts.timeframe.width > settings.now():
-        last = facts.held.end - facts.timeframe.width
-        raise BadInput(
-            f"{facts.path}: its bars go until {iso(last)}, and it is now {iso(settings.now())}; is open_time in another unit?"
-        )
-
-
-def _wanted(settings: Settings, market: Market, timeframe: Timeframe) -> Window:
-    """The open times that the universe wants, as far as this month goes: a bar that is not closed yet
-    is for a rule to refuse.
-    """
-    until = settings.venues[market.venue].until
-    end = Partition(market, month_of(settings.now())).opens(timeframe).end
-    return Window(
-        timeframe.ceil(settings.span(market).start),
-        min(end, timeframe.floor(until)) if until else end,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class FileImporter:
-    """."""
+    """Imports files that `inspect_files` has accepted."""
 
     settings: Settings
     ledger: Ledger
@@ -182,268 +88,220 @@ class FileImporter:
 
     def import_files(
         self,
-        files: Sequence[Facts],
-        told: Told,
+        files: Sequence[ArchiveFile],
+        options: ImportOptions,
         dry_run: bool = False,
         *,
         on_progress: ProgressCallback = no_progress,
-    ) -> Imported:
-        """Take the bars of these files (of `look`) into the lake, month by month, and write a receipt; in
-        a dry run do neither.
+    ) -> ImportResult:
+        """Store the bars of the files month by month and write a receipt; in a dry run do neither.
 
-        A bar that is stored with other values stays and the file's is refused as `disagrees`; a bar
-        that two of the files on_progress differently is refused as `conflict` from both. Sends no request.
-        Doing it again changes nothing.
+        A bar that is stored with other values stays, and the file's is rejected as `disagrees`; a
+        bar that two files give other values is rejected as `conflict` from both. Sends no request.
+        Importing again changes nothing.
         """
-        done = Imported([Tally(facts) for facts in files])
-        by_table = sorted(done.files, key=lambda t: (t.facts.market, t.facts.timeframe.width))
+        result = ImportResult([FileTally(file) for file in files])
+        ordered = sorted(result.files, key=lambda t: (t.file.market, t.file.timeframe.width))
         for (market, timeframe), group in groupby(
-            by_table, key=lambda t: (t.facts.market, t.facts.timeframe)
+            ordered, key=lambda t: (t.file.market, t.file.timeframe)
         ):
-            tallies = list(group)
-            for partition, rows in self._by_month(
-                market, timeframe, tallies, told=told, on_progress=on_progress
-            ):
-                done.partitions.setdefault(timeframe, []).append(partition)
-                for together in _touching(rows):
-                    self._take(timeframe, partition, together, done=done, dry_run=dry_run)
-                    on_progress({"rows": sum(frame.height for _, frame in together)})
+            months = self._read_months(
+                market, timeframe, list(group), options=options, on_progress=on_progress
+            )
+            for partition, rows in months:
+                result.partitions.setdefault(timeframe, []).append(partition)
+                for adjoining in _group_adjoining(rows):
+                    self._import_rows(partition, adjoining, result, dry_run=dry_run)
+                    count = sum(frame.height for _, frame in adjoining)
+                    on_progress(RowsProcessed(count))
         if not dry_run:
             body = {
-                "files": [tally.as_dict() for tally in done.files],
-                "differences": [d._asdict() for d in done.differences],
+                "files": [tally.as_dict() for tally in result.files],
+                "differences": [d._asdict() for d in result.differences],
             }
-            self.ledger.receipts.add("import", self.settings.now(), done.says(), body)
-        return done
+            self.ledger.receipts.add("import", self.settings.now(), result.message, body=body)
+        return result
 
-    def _by_month(
+    def tables_to_check(self, result: ImportResult) -> dict[tuple[str, ...], list[Partition]]:
+        """Return the imported partitions by the raw tables to check.
+
+        "rollup" is among the tables where the base is stored, so that rollups can be made.
+        """
+        found: dict[tuple[str, ...], list[Partition]] = {}
+        for partition in sorted({p for group in result.partitions.values() for p in group}):
+            base = raw(self.settings.venues[partition.market.venue].base)
+            state = self.ledger.partitions.get(base, partition)
+            tables = [raw(tf).name for tf, group in result.partitions.items() if partition in group]
+            if state and state.bytes is not None:
+                tables.append("rollup")
+            found.setdefault(tuple(tables), []).append(partition)
+        return found
+
+    def _read_months(
         self,
         market: Market,
         timeframe: Timeframe,
-        tallies: Sequence[Tally],
+        tallies: Sequence[FileTally],
         *,
-        told: Told,
+        options: ImportOptions,
         on_progress: ProgressCallback,
-    ) -> Iterator[tuple[Partition, list[_Rows]]]:
-        """The wanted rows of files of one market, by partition; a file is held in memory only while its
-        months are under way.
+    ) -> Iterator[tuple[Partition, list[_FileRows]]]:
+        """Yield the wanted rows of one market's files by partition.
+
+        A file is held in memory only while its months are imported.
         """
-        wanted, open_files = _wanted(self.settings, market, timeframe), list[_Rows]()
-        waiting = sorted(tallies, key=lambda t: t.facts.held)
-        whole = Window(waiting[0].facts.held.start, max(t.facts.held.end for t in waiting)) & wanted
-        for partition in partitions_of(
-            market, Window(whole.start, whole.end + timeframe.width) if whole else whole
-        ):
+        wanted, open_files = _wanted_window(self.settings, market, timeframe), list[_FileRows]()
+        waiting = sorted(tallies, key=lambda tally: tally.file.rows_window)
+        ends = (tally.file.rows_window.end for tally in tallies)
+        whole = Window(waiting[0].file.rows_window.start, max(ends)) & wanted
+        if whole:
+            whole = Window(whole.start, whole.end + timeframe.width)
+        for partition in partitions_of(market, whole):
             opens = partition.opens(timeframe) & wanted
-            while waiting and waiting[0].facts.held.start < opens.end:
+            while waiting and waiting[0].file.rows_window.start < opens.end:
                 tally = waiting.pop(0)
-                rows = self._read(tally.facts, told)
-                inside = rows.filter(_between(wanted))
+                rows = self._read_again(tally.file, options)
+                inside = rows.filter(_opens_between(wanted))
                 tally.unwanted = rows.height - inside.height
-                on_progress({"rows": tally.unwanted})
-                open_files.append((tally, inside))
-            found = [(tally, rows.filter(_between(opens))) for tally, rows in open_files]
-            if found := [(tally, rows) for tally, rows in found if rows.height]:
-                yield partition, found
-            open_files = [
-                (tally, rows) for tally, rows in open_files if tally.facts.held.end > opens.end
-            ]
+                on_progress(RowsProcessed(tally.unwanted))
+                open_files.append(_FileRows(tally, inside))
+            of_month = [_FileRows(t, rows.filter(_opens_between(opens))) for t, rows in open_files]
+            if of_month := [each for each in of_month if each.rows.height]:
+                yield partition, of_month
+            open_files = [f for f in open_files if f.tally.file.rows_window.end > opens.end]
         for tally in waiting:
-            tally.unwanted = tally.facts.rows
+            tally.unwanted = tally.file.rows
 
-    def _read(self, facts: Facts, told: Told) -> pl.DataFrame:
-        again, fetched = read_file(facts.path, told, self.settings.markets)
-        if again != facts:
-            raise BadInput(f"{facts.path}: it was changed while it was imported; import it again")
-        return fetched.rows
+    def _read_again(self, file: ArchiveFile, options: ImportOptions) -> pl.DataFrame:
+        again, rows = read_file(file.path, options, self.settings.markets)
+        if again != file:
+            raise BadInput(f"{file.path}: it was changed while it was imported; import it again")
+        return rows
 
-    def _take(
+    def _import_rows(
         self,
-        timeframe: Timeframe,
         partition: Partition,
-        together: Sequence[_Rows],
+        files: Sequence[_FileRows],
+        result: ImportResult,
         *,
-        done: Imported,
         dry_run: bool,
     ) -> None:
-        """Judge the rows of one partition and store them; count what becomes of each."""
-        now, sources = self.settings.now(), [tally.facts.path.name for tally, _ in together]
+        """Apply the rules to the rows of one partition, store them, and count their fate."""
+        timeframe = files[0].tally.file.timeframe
+        sources = [tally.file.path.name for tally, _ in files]
         judged = [
             split(
-                asked_columns(rows, answer, tally.facts.span), timeframe, now, tally.facts.columns
+                asked_columns(rows, answer, tally.file.span),
+                timeframe,
+                self.settings.now(),
+                tally.file.columns,
             )
-            for answer, (tally, rows) in enumerate(together)
+            for answer, (tally, rows) in enumerate(files)
         ]
-        told = unanimous(pl.concat(one.kept for one in judged))
-        broken = pl.concat(one.rejected for one in judged)
-        refused = pl.concat([broken, reject(told.disputed, "conflict")])
+        resolved = resolve_files(pl.concat(each.kept for each in judged))
+        broken = pl.concat(each.rejected for each in judged)
         if dry_run:
             stored = self.lake.read(raw(timeframe), partition)
-            found = beside(
-                told.bars.select("answer", *NAMES), empty_bars() if stored is None else stored
-            )
+            bars = resolved.bars.select("answer", *NAMES)
+            comparison = compare_with_stored(bars, empty_bars() if stored is None else stored)
         else:
-            final = all(tally.facts.format == KRAKEN.name for tally, _ in together)
-            taken = (
-                Ingester(self.settings, self.ledger, self.lake, None)
-                .take_in(
-                    timeframe, partition, told.bars, rejected=refused, source=sources, final=final
-                )
-                .beside
-            )
-            assert taken is not None
-            found = taken
-        repeated = beside(
-            told.repeated.select("answer", *NAMES), found.denied.select(NAMES)
-        )  # of a denied bar it is denied as well
-        counts = {
-            "stored": (found.new,),
-            "identical": (found.identical, repeated.new),
-            "refused": (broken,),
-            "disagree": (found.denied, repeated.identical, repeated.denied),
-            "conflict": (told.disputed,),
-        }
-        for name, frames in counts.items():
-            for answer, count in (
-                pl.concat(frame["answer"] for frame in frames).value_counts().iter_rows()
-            ):
-                setattr(together[answer][0], name, getattr(together[answer][0], name) + count)
-        room = DIFFERENCES - len(done.differences)
-        if room > 0:
-            done.differences += [
-                *_denied(partition, timeframe, found.denied, sources),
-                *_disputed(partition, timeframe, told.disputed, sources),
-            ][:room]
-
-    def tables_to_check(self, done: Imported) -> dict[tuple[str, ...], list[Partition]]:
-        """The partitions that an import touched, by what is to be looked at: raw tables, and "rollup"
-        where the base is there.
-        """
-        found: dict[tuple[str, ...], list[Partition]] = {}
-        for partition in sorted({p for partitions in done.partitions.values() for p in partitions}):
-            base = self.ledger.state(
-                raw(self.settings.venues[partition.market.venue].base), partition
-            )
-            tables = [
-                raw(tf).name
-                for tf, partitions in done.partitions.items()
-                if partition in partitions
-            ]
-            found.setdefault(
-                (*tables, *(["rollup"] if base and base.bytes is not None else [])), []
-            ).append(partition)
-        return found
-
-    def read_stored(self, timeframe: Timeframe, partition: Partition) -> Ingested:
-        """A partition as it lies there after an import, for the checks; asks nobody and changes nothing.
-        Raises Damaged.
-        """
-        table, wanted = raw(timeframe), wanted_window(self.settings, timeframe, partition)
-        stored, state = self.lake.read(table, partition), self.ledger.state(table, partition)
-        bars = empty_bars() if stored is None else stored
-        ends = [
-            wanted.start,
-            *([state.through] if state else []),
-            *([bars["open_time"][-1] + timeframe.width] if bars.height else []),
-        ]
-        come = Window(wanted.start, min(wanted.end, max(ends)))
-        gaps, account = (
-            tuple(self.ledger.gaps(table, partition)),
-            self.ledger.account(table, partition),
-        )
-        size, complete = (state.bytes or 0, state.complete) if state else (0, False)
-        return Ingested(partition, timeframe, come, bars, gaps, account, size, complete)
-
-
-_Rows = tuple[Tally, pl.DataFrame]
-
-
-def _between(window: Window) -> pl.Expr:
-    return pl.col("open_time").is_between(to_ms(window.start), to_ms(window.end), closed="left")
-
-
-def _touching(rows: Sequence[_Rows]) -> Iterator[list[_Rows]]:
-    """Files that overlap or adjoin each other, those that give most columns first; what lies between
-    others no file is about.
-    """
-    together: list[_Rows] = []
-    for each in sorted(rows, key=lambda pair: pair[0].facts.span):
-        if together and each[0].facts.span.start > max(
-            tally.facts.span.end for tally, _ in together
-        ):
-            yield _richest_first(together)
-            together = []
-        together.append(each)
-    yield _richest_first(together)
-
-
-def _richest_first(together: Sequence[_Rows]) -> list[_Rows]:
-    return sorted(together, key=lambda pair: -len(pair[0].facts.columns))
-
-
-def _denied(
-    partition: Partition, timeframe: Timeframe, denied: pl.DataFrame, sources: Sequence[str]
-) -> Iterator[Difference]:
-    """Stored bars beside those of a file."""
-    for row in _texts(denied).head(DIFFERENCES).iter_rows(named=True):
-        yield from _apart(
-            partition,
-            timeframe,
-            row,
-            {n: row[n + "_stored"] for n in NAMES[1:]},
-            "stored",
-            row,
-            sources[row["answer"]],
-        )
-
-
-def _disputed(
-    partition: Partition, timeframe: Timeframe, disputed: pl.DataFrame, sources: Sequence[str]
-) -> Iterator[Difference]:
-    """Bars of one file beside those of the next."""
-    rows = _texts(disputed.sort("open_time", "answer")).head(DIFFERENCES).iter_rows(named=True)
-    for _, variants in groupby(rows, key=lambda row: row["open_time"]):
-        first, *others = variants
-        for other in others:
-            yield from _apart(
-                partition,
+            store = PartitionStore(self.settings, self.ledger, self.lake)
+            ingested = store.ingest_frame(
                 timeframe,
-                first,
-                first,
-                sources[first["answer"]],
-                other,
-                sources[other["answer"]],
+                partition,
+                resolved.bars,
+                rejected=pl.concat([broken, reject(resolved.disputed, "conflict")]),
+                sources=sources,
+                settles_gaps=all(tally.file.is_final for tally, _ in files),
             )
+            assert ingested.comparison is not None, "frames are compared with what is stored"
+            comparison = ingested.comparison
+        _count_rows(files, comparison, broken, resolved.repeated, resolved.disputed)
+        room = MAX_DIFFERENCES - len(result.differences)
+        if room > 0:
+            market = partition.market
+            found = [
+                *with_stored(market, timeframe, comparison.denied, sources=sources),
+                *between_files(market, timeframe, resolved.disputed, sources=sources),
+            ]
+            result.differences += found[:room]
 
 
-def _apart(
-    partition: Partition,
-    timeframe: Timeframe,
-    row: dict[str, Any],
-    one: dict[str, Any],
-    of: str,
-    other: dict[str, Any],
-    name: str,
-) -> Iterator[Difference]:
-    for column in NAMES[1:]:
-        if one[column] != other[column] and one[column] is not None and other[column] is not None:
-            moment: datetime = row["open_time"]
-            yield Difference(
-                partition.market.key,
-                timeframe.name,
-                iso(moment),
-                column,
-                one[column],
-                of,
-                other[column],
-                name,
-            )
-
-
-def _texts(bars: pl.DataFrame) -> pl.DataFrame:
-    """Numbers as their exact digits."""
-    decimals = [name for name, dtype in bars.schema.items() if isinstance(dtype, pl.Decimal)]
-    counts = [name for name in bars.columns if name.startswith("trades")]
-    return bars.with_columns(
-        *(decimal_text(name) for name in decimals), pl.col(counts).cast(pl.String)
+def _count_rows(
+    files: Sequence[_FileRows],
+    comparison: StoredComparison,
+    broken: pl.DataFrame,
+    repeated: pl.DataFrame,
+    disputed: pl.DataFrame,
+) -> None:
+    """Add what became of the rows to the tally of their file, the column `answer`."""
+    # a repeated row shares the fate of the row that it repeats
+    of_repeated = compare_with_stored(
+        repeated.select("answer", *NAMES), comparison.denied.select(NAMES)
     )
+    counts = {
+        "stored": (comparison.new,),
+        "identical": (comparison.identical, of_repeated.new),
+        "refused": (broken,),
+        "disagree": (comparison.denied, of_repeated.identical, of_repeated.denied),
+        "conflict": (disputed,),
+    }
+    for name, frames in counts.items():
+        answers = pl.concat(frame["answer"] for frame in frames)
+        for answer, count in answers.value_counts().iter_rows():
+            tally = files[answer].tally
+            setattr(tally, name, getattr(tally, name) + count)
+
+
+def _raise_if_unwanted(settings: Settings, file: ArchiveFile) -> None:
+    venue, timeframe = settings.venues[file.market.venue], file.timeframe
+    if timeframe not in venue.fetched_timeframes:
+        known = " ".join(tf.name for tf in venue.fetched_timeframes)
+        raise BadInput(
+            f"{file.path}: {settings.source} fetches {known} of {venue.name} and no "
+            f"{timeframe.name} bars; add `reference: [{timeframe.name}]` there, or import the "
+            f"{venue.base.name} bars"
+        )
+    last, now = file.rows_window.end - timeframe.width, settings.now()
+    if last > now:
+        raise BadInput(
+            f"{file.path}: its bars go until {iso(last)}, and it is now {iso(now)}; is open_time "
+            "in another unit?"
+        )
+
+
+def _wanted_window(settings: Settings, market: Market, timeframe: Timeframe) -> Window:
+    """Return the open times that the universe wants, to the end of the running month.
+
+    A bar that is not closed yet is rejected by a rule.
+    """
+    until = settings.venues[market.venue].until
+    end = Partition(market, month_of(settings.now())).opens(timeframe).end
+    if until:
+        end = min(end, timeframe.floor(until))
+    return Window(timeframe.ceil(settings.span(market).start), end)
+
+
+def _opens_between(window: Window) -> pl.Expr:
+    """Return the filter of rows as sent, whose open times are milliseconds."""
+    start, end = to_ms(window.start), to_ms(window.end)
+    return pl.col("open_time").is_between(start, end, closed="left")
+
+
+def _group_adjoining(rows: Sequence[_FileRows]) -> Iterator[list[_FileRows]]:
+    """Yield files that overlap or adjoin, those with most columns first.
+
+    What lies between two groups is in no file.
+    """
+    group: list[_FileRows] = []
+    for each in sorted(rows, key=lambda each: each.tally.file.span):
+        end = max((tally.file.span.end for tally, _ in group), default=None)
+        if end is not None and each.tally.file.span.start > end:
+            yield _most_columns_first(group)
+            group = []
+        group.append(each)
+    yield _most_columns_first(group)
+
+
+def _most_columns_first(files: Sequence[_FileRows]) -> list[_FileRows]:
+    return sorted(files, key=lambda each: -len(each.tally.file.columns))

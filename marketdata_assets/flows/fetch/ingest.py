@@ -11,11 +11,8 @@ from typing import NamedTuple
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.flows.fetch.answers import FetchResult, FetchSpan
 from marketdata_assets.flows.fetch.collect import collect
-from marketdata_assets.flows.fetch.partition_store import (
-    IngestResult,
-    OpenPartition,
-    PartitionStore,
-)
+from marketdata_assets.flows.fetch.open_partition import IngestResult, OpenPartition
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw

@@ -1,23 +1,39 @@
-"""Store what was fetched for one partition: bars, revisions, gaps, rejected rows and the row account."""
+"""Store what was fetched for one partition: bars, revisions, gaps, rejected rows and the row
+account.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import polars as pl
 
 from marketdata_assets.errors import Damaged, MarketDataError, Unreachable
 from marketdata_assets.flows.fetch.answers import FetchResult, remaining_gaps
-from marketdata_assets.ledger.ledger import Account, Entry, Gap, Ledger, State, logged
-from marketdata_assets.model.bar import HISTORY_COLUMNS, NAMES, TIME, TOLD_SCHEMA
-from marketdata_assets.model.intervals import holes, left_of, runs, without
+from marketdata_assets.flows.fetch.open_partition import (
+    IngestResult,
+    OpenPartition,
+    empty_raw_bars,
+    wanted_window,
+)
+from marketdata_assets.ledger.fetches import log_requests
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.partitions import IngestRecord, PartitionState, RowAccount
+from marketdata_assets.model.bar import HISTORY_COLUMNS, NAMES, TIME, empty_bars
+from marketdata_assets.model.gap import Gap, GapReason
+from marketdata_assets.model.intervals import (
+    find_gaps,
+    group_consecutive,
+    subtract_window,
+    subtract_windows,
+)
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, history, raw
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.quality.agreement import Beside, beside
+from marketdata_assets.quality.agreement import StoredComparison, compare_with_stored
 from marketdata_assets.quality.clean import clean
 from marketdata_assets.quality.contract import check_bars
 from marketdata_assets.quality.split import reject
@@ -28,79 +44,6 @@ REST = "rest"
 """The stored source of bars that came from the venue's API."""
 CLEAN_UP = "clean-up"
 """The stored source of rows that a clean-up removed from the lake."""
-
-
-def _empty_raw_bars(*more_times: str) -> pl.DataFrame:
-    return pl.DataFrame(schema={**TOLD_SCHEMA, **dict.fromkeys(more_times, TIME)})
-
-
-@dataclass(frozen=True, slots=True)
-class IngestResult:
-    """One partition after an ingest.
-
-    `wanted` is the window of open times that the universe asks for, up to the venue's clock. `bars`
-    are all stored bars of it (model.bar.NAMES), `replaced` the revisions that moved to the history
-    now. After a failure `error` is set and everything stored is as it was before. `comparison` says
-    what became of bars that did not come from the venue's API.
-    """
-
-    partition: Partition
-    timeframe: Timeframe
-    wanted: Window
-    bars: pl.DataFrame
-    gaps: tuple[Gap, ...]
-    account: Account
-    bytes: int
-    complete: bool
-    requests: int = 0
-    retries: int = 0
-    seconds_waited: float = 0.0
-    note: str | None = None
-    error: MarketDataError | None = None
-    replaced: pl.DataFrame = field(default_factory=lambda: _empty_raw_bars("replaced_at"))
-    comparison: Beside | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OpenPartition:
-    """One partition before an ingest; `stored` holds its bars with their provenance."""
-
-    partition: Partition
-    table: Table
-    wanted: Window
-    stored: pl.DataFrame = field(default_factory=_empty_raw_bars)
-    gaps: Sequence[Gap] = ()
-    state: State | None = None
-    note: str | None = None
-
-    def as_result(self, bars: pl.DataFrame, gaps: Sequence[Gap], *, bytes: int) -> IngestResult:
-        """Return the partition as it is stored, before anything is counted."""
-        return IngestResult(
-            partition=self.partition,
-            timeframe=self.table.timeframe,
-            wanted=self.wanted,
-            bars=bars.select(NAMES),
-            gaps=tuple(gaps),
-            account=Account(),
-            bytes=bytes,
-            complete=False,
-            note=self.note,
-        )
-
-
-def wanted_window(settings: Settings, timeframe: Timeframe, partition: Partition) -> Window:
-    """Return the open times that the universe wants of a partition.
-
-    These are whole bars between `since` and `until` (or our now); none when the venue's universe
-    does not fetch the timeframe.
-    """
-    venue = settings.venues[partition.market.venue]
-    if timeframe not in venue.fetched:
-        return Window(partition.month.start, partition.month.start)
-    span = settings.span(partition.market)
-    return partition.opens(timeframe) & Window(
-        timeframe.ceil(span.start), timeframe.floor(span.end)
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +61,15 @@ class PartitionStore:
         try:
             stored = self.lake.read(table, partition, provenance=True)
         except Damaged as damage:
-            note = f"{damage}; set aside as {self.lake.set_aside(table, partition)}"
+            note = f"{damage}; set aside as {self.lake.quarantine_object(table, partition)}"
             stored = None
         return OpenPartition(
             partition,
             table,
             wanted=wanted,
-            stored=_empty_raw_bars() if stored is None else stored,
-            gaps=self.ledger.gaps(table, partition),
-            state=self.ledger.state(table, partition),
+            stored=empty_raw_bars() if stored is None else stored,
+            gaps=list(self.ledger.gaps.of(table, partition)),
+            state=self.ledger.partitions.get(table, partition),
             note=note,
         )
 
@@ -148,8 +91,8 @@ class PartitionStore:
         bars = _merge(before.stored, new)
         size, digest = self._write_if_changed(before, bars)
         state = self._next_state(before, fetched, bars, size=size, digest=digest)
-        self.ledger.commit(
-            Entry(
+        self.ledger.partitions.commit(
+            IngestRecord(
                 table,
                 partition,
                 state,
@@ -166,7 +109,7 @@ class PartitionStore:
         return replace(
             before.as_result(bars, fetched.gaps, bytes=size or 0),
             account=fetched.account,
-            complete=state.complete,
+            complete=state.is_complete,
             replaced=replaced,
             wanted=Window(start, max(start, min(before.wanted.end, state.through))),
             requests=len(fetched.fetches),
@@ -174,16 +117,38 @@ class PartitionStore:
             seconds_waited=fetched.seconds_waited,
         )
 
+    def read_result(self, table: Table, partition: Partition) -> IngestResult:
+        """Return a partition as it is stored, without asking a venue. Raises Damaged."""
+        wanted = wanted_window(self.settings, table.timeframe, partition)
+        stored = self.lake.read(table, partition)
+        bars = empty_bars() if stored is None else stored
+        state = self.ledger.partitions.get(table, partition)
+        ends = [wanted.start]
+        if state:
+            ends.append(state.through)
+        if bars.height:
+            ends.append(bars["open_time"][-1] + table.timeframe.width)
+        return IngestResult(
+            partition,
+            table.timeframe,
+            wanted=Window(wanted.start, min(wanted.end, max(ends))),
+            bars=bars,
+            gaps=tuple(self.ledger.gaps.of(table, partition)),
+            account=self.ledger.partitions.account(table, partition),
+            bytes=(state.bytes or 0) if state else 0,
+            complete=state.is_complete if state else False,
+        )
+
     def record_failure(self, before: OpenPartition, error: MarketDataError) -> IngestResult:
         """Write a failed ingest into the ledger; everything stored stays as it is."""
-        self.ledger.fail(
+        self.ledger.partitions.record_failure(
             before.table,
             before.partition,
             before.wanted,
             error=str(error),
-            fetches=logged(error.requests, before.wanted),
+            fetches=log_requests(error.requests, before.wanted),
             now=self.settings.now(),
-            forgiven=isinstance(error, Unreachable),
+            is_forgiven=isinstance(error, Unreachable),
         )
         size = before.state.bytes if before.state else None
         unchanged = before.as_result(before.stored, before.gaps, bytes=size or 0)
@@ -225,7 +190,7 @@ class PartitionStore:
         with self.ledger.lock(partition.key):
             before = self.open(raw(timeframe), partition)
             cleaned = clean(before.stored, timeframe, partition.opens(timeframe))
-            problem = cleaned.says
+            problem = cleaned.message
             if problem:
                 before = replace(before, stored=cleaned.bars, note=before.note or problem)
                 none = cleaned.bars.clear()
@@ -254,29 +219,29 @@ class PartitionStore:
         *,
         size: int | None,
         digest: str | None,
-    ) -> State:
+    ) -> PartitionState:
         old = before.state
         through = max(fetched.through, before.wanted.start, old.through if old else fetched.through)
-        settled = all(gap.settled for gap in fetched.gaps)
-        return State(
+        settled = all(gap.is_settled for gap in fetched.gaps)
+        return PartitionState(
             start=before.wanted.start,
             through=through,
             newest=bars["open_time"][-1] if bars.height else None,
-            complete=fetched.through >= before.wanted.end and settled,
+            is_complete=fetched.through >= before.wanted.end and settled,
             rows=bars.height,
             bytes=size,
             digest=digest,
-            rolled=old.rolled if old else None,
+            rollup_source_digest=old.rollup_source_digest if old else None,
             attempts=old.attempts + 1 if old else 1,
             failures=0,
             error=None,
-            whole_at=self._completed_at(before, through),
+            completed_at=self._completed_at(before, through),
         )
 
     def _completed_at(self, before: OpenPartition, through: datetime) -> datetime | None:
         """Return since when everything that the universe will ever want has been requested."""
-        if before.state and before.state.whole_at:
-            return before.state.whole_at
+        if before.state and before.state.completed_at:
+            return before.state.completed_at
         timeframe = before.table.timeframe
         until = self.settings.venues[before.partition.market.venue].until
         end = before.partition.opens(timeframe).end
@@ -300,30 +265,32 @@ def _compare_frame(
     *,
     sources: Sequence[str],
     settles_gaps: bool = True,
-) -> tuple[FetchResult, Beside]:
-    """Return what is to be stored of rows from other sources, and their comparison with the store."""
+) -> tuple[FetchResult, StoredComparison]:
+    """Return what to store of rows from other sources, and their comparison with the store."""
     timeframe = before.table.timeframe
     if len(sources) == 1:
         kept = kept.with_columns(pl.lit(0, pl.Int64).alias("answer"))
-    found = beside(kept.select("answer", *NAMES).sort("open_time"), before.stored)
+    found = compare_with_stored(kept.select("answer", *NAMES).sort("open_time"), before.stored)
     name = pl.col("answer").replace_strict(range(len(sources)), sources, return_dtype=pl.String)
     bars = found.new.with_columns(name.alias("source"))
     opens = pl.concat([before.stored["open_time"], bars["open_time"]]).sort()
     gaps = remaining_gaps(before.gaps, opens, timeframe)
     moments = kept["open_time"].sort()
     inside = Window(moments[0], moments[-1]) & before.wanted if kept.height else None
-    new = left_of(holes(opens, timeframe, inside) if inside else [], [gap.window for gap in gaps])
+    new = subtract_windows(
+        find_gaps(opens, timeframe, inside) if inside else [], [gap.window for gap in gaps]
+    )
     broken = rejected["open_time"].drop_nulls().dt.truncate(timeframe.every).to_list()
-    quarantined = runs(broken, timeframe)
+    quarantined = group_consecutive(broken, timeframe)
     for window in new:
         gaps += _gaps_of_sources(window, quarantined, timeframe, sources, settles_gaps)
-    settled = [gap.window for gap in gaps if gap.settled]
-    missing = left_of(holes(opens, timeframe, before.wanted), settled)
+    settled = [gap.window for gap in gaps if gap.is_settled]
+    missing = subtract_windows(find_gaps(opens, timeframe, before.wanted), settled)
     fetched = FetchResult(
         bars=bars,
         rejected=pl.concat([rejected, reject(found.denied, "disagrees")]),
-        gaps=tuple(sorted(gaps)),
-        account=Account(
+        gaps=tuple(sorted(gaps, key=lambda gap: gap.window)),
+        account=RowAccount(
             received=kept.height + rejected.height,
             stored=bars.height,
             identical=found.identical.height,
@@ -344,18 +311,18 @@ def _gaps_of_sources(
     """Return the gaps between two delivered bars: rejected rows, and no rows at all."""
     first, last = sources[0], sources[-1]
     name = first if len(sources) == 1 else f"{first} .. {last} ({len(sources)} files)"
-    absent = without(window, quarantined)
+    absent = subtract_window(window, quarantined)
     gaps = [
-        Gap(w, w.count(timeframe), "quarantined", 1, f"{name} holds rows that break a rule")
-        for w in without(window, absent)
+        Gap(w, w.count(timeframe), GapReason.QUARANTINED, 1, f"{name} holds rows that break a rule")
+        for w in subtract_window(window, absent)
     ]
-    reason, answers = ("no_bars", 2) if settles_gaps else ("unanswered", 1)
+    reason, answers = (GapReason.NO_BARS, 2) if settles_gaps else (GapReason.UNANSWERED, 1)
     evidence = f"{name} holds both neighbors and nothing between them"
     return gaps + [Gap(w, w.count(timeframe), reason, answers, evidence) for w in absent]
 
 
 def _merge(stored: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
-    """Return stored and new bars, sorted; of one open_time the new bar, on which two answers agree."""
+    """Return stored and new bars, sorted; a new bar replaces the stored one of its open_time."""
     if new.is_empty():
         return stored
     if stored.is_empty():

@@ -7,20 +7,25 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from marketdata_assets.flows.fetch.answers import missing_windows
-from marketdata_assets.flows.fetch.partition_store import wanted_window
+from marketdata_assets.flows.fetch.open_partition import wanted_window
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.partitions import PartitionState
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.intervals import count_bars
+from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.partition_status import PartitionStatus, partition_status
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.settings.universe import Settings, Venue
-from marketdata_assets.sources.archive import FILES_A_MONTH, monthly_archive
+from marketdata_assets.settings.parts import Venue
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.archive.names import month_file_url
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.venues.registry import facts_of
+
+OVERLAP = 2
+"""How many bars of a page are in the adjacent pages as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +73,8 @@ class BackfillPlanner:
 
     def _plan_partition(self, partition: Partition, due: _DuePartitions) -> PlannedPartition | None:
         venue = self.settings.venues[partition.market.venue]
-        page = facts_of(venue.name).bars_per_request
-        missing = {tf: self._count_missing(tf, partition, due) for tf in venue.fetched}
+        page = new_bars_per_request(partition.market)
+        missing = {tf: self._count_missing(tf, partition, due) for tf in venue.fetched_timeframes}
         requests = {tf: math.ceil(bars / page) for tf, bars in missing.items()}
         state = self.ledger.partitions.get(raw(venue.base), partition)
         if any(missing.values()):
@@ -116,20 +121,21 @@ class BackfillPlanner:
         """Return the files that cost less than requests, or that alone have these bars."""
         market, now = partition.market, self.settings.now()
         facts = facts_of(market.venue)
-        if facts.newest_bars is not None:
-            oldest = timeframe.floor(now) - facts.newest_bars * timeframe.width
+        archive = facts.archive
+        if archive is None:
+            return None
+        if facts.newest_bars_only and archive.overview_url:
+            oldest = timeframe.floor(now) - facts.newest_bars_only * timeframe.width
             wanted = wanted_window(self.settings, timeframe, partition)
             unserved = wanted & Window(partition.month.start, oldest)
             count = min(bars, unserved.count(timeframe))
-            url = facts.history_url
-            return ArchiveOffer(timeframe, count, None, url) if count and url else None
-        found = monthly_archive(market, timeframe, partition.month, now=now)
-        if found and requests > FILES_A_MONTH:
-            return ArchiveOffer(timeframe, bars, requests - FILES_A_MONTH, found)
-        return None
+            return ArchiveOffer(timeframe, count, None, archive.overview_url) if count else None
+        url = month_file_url(market, timeframe, partition.month, now=now)
+        saved = requests - archive.files_per_month
+        return ArchiveOffer(timeframe, bars, saved, url) if url and saved > 0 else None
 
     def _is_rolled_up(self, partition: Partition, state: PartitionState) -> bool:
-        timeframes = self.settings.rolled(partition.market)
+        timeframes = self.settings.rollup_timeframes_of(partition.market)
         if not timeframes:
             return True
         source = state.rollup_source_digest
@@ -149,7 +155,13 @@ def minutes_needed(planned: Sequence[PlannedPartition], venue: Venue) -> float:
 
 def requests_per_minute(venue: Venue) -> int:
     """Return how many requests a minute the venue's limit lets through."""
-    return venue.requests_per_minute or facts_of(venue.name).requests_per_minute
+    endpoint = facts_of(venue.name).endpoint(venue.symbols[0])
+    return venue.requests_per_minute or endpoint.requests_per_minute
+
+
+def new_bars_per_request(market: Market) -> int:
+    """Return about how many new bars a request brings; its neighbors bring the others as well."""
+    return facts_of(market.venue).endpoint(market.symbol).page_size - OVERLAP
 
 
 def _reason(state: PartitionState | None) -> str:

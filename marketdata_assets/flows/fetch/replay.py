@@ -1,15 +1,16 @@
-"""Replay: rows in quarantine that the rules would take today become bars. Sends no request."""
+"""Replay: rows in quarantine that pass the rules today become bars. Sends no request."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
-from marketdata_assets.flows.fetch.ingest import Ingester, wanted_window
+from marketdata_assets.flows.fetch.open_partition import wanted_window
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.market import Market
@@ -17,22 +18,29 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, parse_time, to_ms
-from marketdata_assets.quality.split import REJECTED_SCHEMA, asked_columns, split
+from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, split
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 
 REPLAY = "replay"
-EVERY = 10**9
-NOT_OF_THE_ROW = {"outside_window", "unclosed", "conflict", "disagrees", "overlap"}
-"""Reasons that no rule about the row itself gave: the row came unasked or too early, or others deny
-it.
+"""The stored source of replayed bars, and the kind of the receipt."""
+NO_LIMIT = 10**9
+NOT_REPLAYABLE = {"outside_window", "unclosed", "conflict", "disagrees", "overlap"}
+"""Reasons that are not about the row itself: it was not requested, came too early, or is
+contradicted.
 """
+_SENT_SCHEMA: dict[str, pl.DataType] = {
+    **{name: pl.String() for name in NAMES},
+    "open_time": pl.Int64(),
+    "trades": pl.Int64(),
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Replayed:
-    """One row of quarantine that was judged again. `outcome`: `stored`, `identical`, `disagrees`, or
-    the reasons it still breaks.
+class ReplayedRow:
+    """One row of quarantine that was judged again.
+
+    `outcome` is `stored`, `identical`, `disagrees`, or the reasons that it still breaks.
     """
 
     id: int
@@ -43,9 +51,17 @@ class Replayed:
     outcome: str
 
 
+class _Place(NamedTuple):
+    """Where rows belong, as the ledger stores it."""
+
+    table: str
+    market: str
+    month: str
+
+
 @dataclass(frozen=True, slots=True)
 class QuarantineReplayer:
-    """."""
+    """Judges rows of quarantine again."""
 
     settings: Settings
     ledger: Ledger
@@ -53,126 +69,114 @@ class QuarantineReplayer:
 
     def replay(
         self, markets: Sequence[Market], window: Window, dry_run: bool = False
-    ) -> list[Replayed]:
-        """Judge the refused rows of these markets and open times again, and store what passes now; write a
-        receipt.
+    ) -> list[ReplayedRow]:
+        """Judge the rejected rows of these markets and open times again, and store what passes.
 
-        A bar that is stored stays as it is. Of several different rows of one open_time none is stored.
-        What is stored or identical is marked as replayed and not judged again; the others stay as they
-        are.
+        A stored bar stays as it is. Of several different rows of one open_time none is stored. What
+        is stored or identical is marked as replayed and not judged again. Writes a receipt.
         """
         rows = [
             row
             for market in markets
-            for row in self.ledger.quarantined(market, window, limit=EVERY)
-            if _can_be(row)
+            for row in self.ledger.quarantine.rows(market, window, limit=NO_LIMIT)
+            if _is_replayable(row)
         ]
         found = [
-            one
-            for key, group in groupby(sorted(rows, key=_place), key=_place)
-            for one in self._replay(key, list(group), dry_run)
+            replayed
+            for place, group in groupby(sorted(rows, key=_place_of), key=_place_of)
+            for replayed in self._replay(place, list(group), dry_run)
         ]
-        done = [one for one in found if one.outcome in ("stored", "identical")]
+        done = [row for row in found if row.outcome in ("stored", "identical")]
         if done and not dry_run:
-            self.ledger.set_replayed([one.id for one in done], self.settings.now())
-            bars = sum(one.outcome == "stored" for one in done)
-            says = (
+            now = self.settings.now()
+            self.ledger.quarantine.mark_replayed([row.id for row in done], now)
+            bars = sum(row.outcome == "stored" for row in done)
+            message = (
                 f"{len(done)} of {len(found)} refused rows pass the rules now, {bars} bars stored"
             )
-            body = {
-                "rows": [
-                    {
-                        "id": o.id,
-                        "partition": o.partition.key,
-                        "open_time": o.open_time,
-                        "was": o.reasons,
-                        "is": o.outcome,
-                    }
-                    for o in found
-                ]
-            }
-            self.ledger.receipts.add(REPLAY, self.settings.now(), says, body)
+            body = {"rows": [_receipt_row(row) for row in found]}
+            self.ledger.receipts.add(REPLAY, now, message, body=body)
         return found
 
     def _replay(
-        self, place: tuple[str, str, str], rows: list[dict[str, Any]], dry_run: bool
-    ) -> Iterator[Replayed]:
-        table, market, month = place
-        timeframe, partition = (
-            TIMEFRAMES[table.rpartition("_")[2]],
-            Partition.parse(f"{market}|{month}"),
-        )
+        self, place: _Place, rows: list[dict[str, Any]], dry_run: bool
+    ) -> Iterator[ReplayedRow]:
+        timeframe = TIMEFRAMES[place.table.rpartition("_")[2]]
+        partition = Partition.parse(f"{place.market}|{place.month}")
         wanted = wanted_window(self.settings, timeframe, partition)
         if not wanted:
             return
-        sent = pl.DataFrame([_sent(row) for row in rows], schema=_SENT).with_row_index("row")
-        judged = split(
-            asked_columns(sent.drop("row"), 0, wanted).with_columns(
-                sent["row"].cast(pl.Int64).alias("answer")
-            ),
-            timeframe,
-            self.settings.now(),
-        )
-        alone = judged.kept.unique(NAMES).filter(~pl.col("open_time").is_duplicated())
+        judged = self._judge(timeframe, rows, wanted)
+        candidates = judged.kept.unique(NAMES).filter(~pl.col("open_time").is_duplicated())
         stored = self.lake.read(raw(timeframe), partition)
-        there = stored.select(NAMES) if stored is not None else alone.select(NAMES).clear()
-        if not dry_run and alone.height:
-            Ingester(self.settings, self.ledger, self.lake, self.venues).take_in(
+        before = candidates.clear() if stored is None else stored
+        if not dry_run and candidates.height:
+            PartitionStore(self.settings, self.ledger, self.lake).ingest_frame(
                 timeframe,
                 partition,
-                alone.select(NAMES),
+                candidates.select(NAMES),
                 rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
-                source=REPLAY,
-                final=False,
+                sources=[REPLAY],
+                settles_gaps=False,
             )
-        outcome = {
-            **dict(judged.rejected.select("answer", "reasons").iter_rows()),
-            **dict.fromkeys(judged.kept["answer"], "several different rows"),
-            **dict.fromkeys(
-                judged.kept.join(alone, on=NAMES, how="semi", nulls_equal=True)["answer"],
-                "disagrees",
-            ),
-            **dict.fromkeys(
-                judged.kept.join(there, on=NAMES, how="semi", nulls_equal=True)["answer"],
-                "identical",
-            ),
-            **dict.fromkeys(_new(judged.kept, alone, there)["answer"], "stored"),
-        }
+        outcomes = _outcomes(judged, candidates, before.select(NAMES))
         for i, row in enumerate(rows):
-            yield Replayed(
-                row["id"], partition, timeframe, row["open_time"], row["reasons"], outcome[i]
+            yield ReplayedRow(
+                row["id"],
+                partition,
+                timeframe,
+                open_time=row["open_time"],
+                reasons=row["reasons"],
+                outcome=outcomes[i],
             )
 
-
-def _can_be(row: dict[str, Any]) -> bool:
-    alone = row["open_time"] is not None and row["replayed_at"] is None
-    return alone and not NOT_OF_THE_ROW & set(row["reasons"].split())
-
-
-def _place(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["table"], row["market"], row["month"]
+    def _judge(self, timeframe: Timeframe, rows: Sequence[dict[str, Any]], wanted: Window) -> Split:
+        """Apply the rules to rows of quarantine; the column `answer` is the index of a row."""
+        sent = pl.DataFrame([_as_sent(row) for row in rows], schema=_SENT_SCHEMA)
+        index = pl.int_range(pl.len(), dtype=pl.Int64).alias("answer")
+        asked = asked_columns(sent, 0, wanted).with_columns(index)
+        return split(asked, timeframe, self.settings.now())
 
 
-def _new(kept: pl.DataFrame, alone: pl.DataFrame, there: pl.DataFrame) -> pl.DataFrame:
-    return kept.join(alone, on=NAMES, how="semi", nulls_equal=True).join(
-        there, on="open_time", how="anti"
-    )
+def _outcomes(judged: Split, candidates: pl.DataFrame, stored: pl.DataFrame) -> dict[int, str]:
+    """Return the outcome of each row by its index; `stored` are the bars before the replay."""
+    kept = judged.kept
+    unique = kept.join(candidates, on=NAMES, how="semi", nulls_equal=True)
+    identical = kept.join(stored, on=NAMES, how="semi", nulls_equal=True)
+    new = unique.join(stored, on="open_time", how="anti")
+    return {
+        **dict(judged.rejected.select("answer", "reasons").iter_rows()),
+        **dict.fromkeys(kept["answer"], "several different rows"),
+        **dict.fromkeys(unique["answer"], "disagrees"),
+        **dict.fromkeys(identical["answer"], "identical"),
+        **dict.fromkeys(new["answer"], "stored"),
+    }
 
 
-_SENT: dict[str, pl.DataType] = {name: pl.String() for name in NAMES} | {
-    "open_time": pl.Int64(),
-    "trades": pl.Int64(),
-}
+def _is_replayable(row: dict[str, Any]) -> bool:
+    is_waiting = row["open_time"] is not None and row["replayed_at"] is None
+    return is_waiting and not NOT_REPLAYABLE & set(row["reasons"].split())
 
 
-def _sent(row: dict[str, Any]) -> dict[str, Any]:
-    """The row as the venue sent it: quarantine keeps all fields as text."""
+def _place_of(row: dict[str, Any]) -> _Place:
+    return _Place(row["table"], row["market"], row["month"])
+
+
+def _as_sent(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row as the venue sent it; quarantine keeps all fields as text."""
     fields = dict(row["fields"])
-    trades = fields.get("trades")
+    trades, open_time = fields.get("trades"), str(fields["open_time"])
     fields["trades"] = int(trades) if trades and trades.isdecimal() else None
-    fields["open_time"] = (
-        int(fields["open_time"])
-        if str(fields["open_time"]).isdecimal()
-        else to_ms(parse_time(row["open_time"]))
-    )
+    is_number = open_time.isdecimal()
+    fields["open_time"] = int(open_time) if is_number else to_ms(parse_time(row["open_time"]))
     return {name: fields.get(name) for name in NAMES}
+
+
+def _receipt_row(row: ReplayedRow) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "partition": row.partition.key,
+        "open_time": row.open_time,
+        "was": row.reasons,
+        "is": row.outcome,
+    }

@@ -1,4 +1,6 @@
-"""Alerts: what is wrong now becomes incidents, each opened once, recovered once and sent to channels."""
+"""Alerts: what is wrong now becomes incidents, each opened once, recovered once and sent to
+channels.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ class AlertCenter:
     lake: Lake
 
     def find_problems(self) -> list[Problem]:
-        """Return open breakers, stale markets, failures in a row, parked partitions, failed checks."""
+        """Return open breakers, stale markets, repeated failures, parked partitions, failed checks."""
         return [
             *self._open_breakers(),
             *self._stale_markets(),

@@ -1,4 +1,4 @@
-"""Backfill: which closed months need work, and which of them may be requested now. Sends no request.
+"""Backfill: which closed months need work, and which may be requested now. Sends no request.
 
 The truth is the ledger and the lake's own listing: a partition is wanted when its status is not
 `whole`, its rollups are not up to date, or Dagster does not show it. The open month belongs to
@@ -8,11 +8,11 @@ The truth is the ledger and the lake's own listing: a partition is wanted when i
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from marketdata_assets.flows.fetch.partition_store import wanted_window
+from marketdata_assets.flows.fetch.open_partition import wanted_window
 from marketdata_assets.flows.operate.blocks import Block, count_reasons, plan_blocks
 from marketdata_assets.ledger.attempts import BackfillAttempt
 from marketdata_assets.ledger.ledger import Ledger
@@ -26,8 +26,9 @@ from marketdata_assets.model.partition_status import (
 )
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import MINUTE, Timeframe
-from marketdata_assets.model.window import Window, iso
-from marketdata_assets.settings.universe import Settings, Venue
+from marketdata_assets.model.window import iso
+from marketdata_assets.settings.parts import Venue
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 
 GRACE = timedelta(hours=1)
@@ -119,11 +120,11 @@ class BacklogFinder:
         for venue in self.settings.venues.values():
             tables = [
                 _RawTable(self.ledger, self.storage, raw(tf), shown.get(raw(tf)), due, now)
-                for tf in venue.fetched
+                for tf in venue.fetched_timeframes
             ]
             months = list(self._closed_months(venue, now))
             for market in venue.markets:
-                has_rollups = bool(self.settings.rolled(market))
+                has_rollups = bool(self.settings.rollup_timeframes_of(market))
                 for month, windows in months:
                     key = PartitionKey(market.key, month)
                     reasons = (
@@ -149,7 +150,9 @@ class BacklogFinder:
             is_too_old = days is not None and end < now - timedelta(days=days)
             if end > now - GRACE or is_too_old:
                 continue
-            windows = [wanted_window(self.settings, tf, partition) for tf in venue.fetched]
+            windows = [
+                wanted_window(self.settings, tf, partition) for tf in venue.fetched_timeframes
+            ]
             texts = [(iso(w.start), iso(w.end)) if w else None for w in windows]
             yield partition.month_key, texts
 
@@ -172,7 +175,9 @@ class BacklogFinder:
             return is_free and state is not None and state.bytes != size
 
     def _find_lost_rollups(self, plan: BackfillPlan, search: bool) -> set[PartitionKey]:
-        """Return the partitions whose rollups are gone; in the lake, one table is searched at a time."""
+        """Return the partitions whose rollups are gone; in the lake, one table is searched at a
+        time.
+        """
         timeframes = self.settings.rollup_timeframes
         if self.storage.rollups_in_warehouse:
             if not self.storage.warehouse.exists:
@@ -201,7 +206,7 @@ class BacklogFinder:
 
     def _is_rolled_up(self, market_key: str, timeframe: Timeframe) -> bool:
         market = next((m for m in self.settings.markets if m.key == market_key), None)
-        return market is not None and timeframe in self.settings.rolled(market)
+        return market is not None and timeframe in self.settings.rollup_timeframes_of(market)
 
     # ------------------------------------------------------------------------------ what may run
     def _find_ready(
@@ -213,7 +218,7 @@ class BacklogFinder:
         plan: BackfillPlan,
         now: datetime,
     ) -> set[PartitionKey]:
-        """Return what may be requested now; count why the rest may not, and park what failed often."""
+        """Return what may be requested now; count why the rest may not; park what failed often."""
         ready, parking = set(), []
         clock = self.clock()
         broken = {
@@ -224,10 +229,9 @@ class BacklogFinder:
         for key, reason in wanted.items():
             attempt = attempts.get(key)
             wait = self._reason_to_wait(key, attempt, busy, broken=broken, now=now)
-            if wait is None and attempt:
-                if attempt.attempts >= self.settings.automation.attempts:
-                    parking.append((attempt.partition, reason))
-                    wait = PARKED
+            if wait is None and attempt and attempt.attempts >= self.settings.automation.attempts:
+                parking.append((attempt.partition, reason))
+                wait = PARKED
             if wait is None:
                 ready.add(key)
                 continue

@@ -1,4 +1,6 @@
-"""Blocks: partitions as rectangles of the grid (adjacent markets by consecutive months), one run each."""
+"""Blocks: partitions as rectangles of the grid (adjacent markets by consecutive months), one run
+each.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.settings.universe import FreshnessLimits, Settings
+from marketdata_assets.settings.parts import FreshnessLimits
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 
 
@@ -53,7 +54,7 @@ def market_freshness(
     """
     newest, found = ledger.partitions.newest(raw(timeframe)), []
     for market in markets:
-        if timeframe not in settings.venues[market.venue].fetched:
+        if timeframe not in settings.venues[market.venue].fetched_timeframes:
             continue
         span, through = settings.span(market), None
         if market.key in newest:

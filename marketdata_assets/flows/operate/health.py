@@ -1,4 +1,4 @@
-"""Health: every market, every venue and the daemon is healthy, degraded or unhealthy, with reasons."""
+"""Health: each market, venue and the daemon is healthy, degraded or unhealthy, with reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The work of a run: ingest and audit raw partitions, explain their gaps, roll them up and audit that."""
+"""The work of a run: ingest and audit raw partitions, explain their gaps, roll them up and audit
+that.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import NamedTuple
 from marketdata_assets.errors import CheckFailed, MarketDataError
 from marketdata_assets.flows.derive.rollup import RollupBuilder, RollupResult
 from marketdata_assets.flows.fetch.ingest import Ingester
-from marketdata_assets.flows.fetch.partition_store import IngestResult, PartitionStore
+from marketdata_assets.flows.fetch.open_partition import IngestResult
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.flows.prove.gaps import GapExplainer
 from marketdata_assets.flows.prove.raw_checks import RawAuditor
 from marketdata_assets.flows.prove.rollup_checks import RollupAuditor
@@ -40,7 +43,7 @@ class RevisedFinding(NamedTuple):
 
 
 class AuditedRollup(NamedTuple):
-    """The rollups of one partition after their audit, or the error that kept them from being made."""
+    """The rollups of one partition after their audit, or the error that prevented them."""
 
     partition: Partition
     result: RollupResult | None
@@ -86,7 +89,8 @@ class Pipeline:
             if partition in failed:
                 check = failed[partition]
                 error = CheckFailed(
-                    f"{check.table} {check.name} is red: {check.message}; nothing is rolled up from it"
+                    f"{check.table} {check.name} is red: {check.message}; "
+                    "nothing is rolled up from it"
                 )
                 yield AuditedRollup(partition, None, {}, error)
         builder = RollupBuilder(self.settings, self.ledger, self.storage)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
-from marketdata_assets.flows.fetch.partition_store import wanted_window
+from marketdata_assets.flows.fetch.open_partition import wanted_window
 from marketdata_assets.flows.operate.backfill import GRACE
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.partition_status import PartitionStatus, partition_status
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.window import month_of
-from marketdata_assets.settings.universe import Settings, Venue
+from marketdata_assets.settings.parts import Venue
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 
 
@@ -64,7 +65,7 @@ class RefreshPlanner:
 
     def _needs_refresh(self, venue: Venue, partition: Partition) -> bool:
         """Return whether closed bars of a fetched timeframe were not requested, or are lost."""
-        for timeframe in venue.fetched:
+        for timeframe in venue.fetched_timeframes:
             table, window = raw(timeframe), wanted_window(self.settings, timeframe, partition)
             if not window:
                 continue

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import polars as pl
 
 from marketdata_assets.errors import Damaged
-from marketdata_assets.flows.fetch.partition_store import (
-    IngestResult,
-    PartitionStore,
-    wanted_window,
-)
-from marketdata_assets.flows.fetch.plan import BackfillPlanner
+from marketdata_assets.flows.fetch.open_partition import IngestResult, wanted_window
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
+from marketdata_assets.flows.fetch.plan import BackfillPlanner, new_bars_per_request
 from marketdata_assets.flows.operate.pipeline import AuditedIngest, Pipeline, PipelineResult
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.receipts import Receipt
@@ -27,7 +24,6 @@ from marketdata_assets.quality.clean import clean
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.storage.fingerprint import fingerprint
-from marketdata_assets.venues.registry import facts_of
 
 
 class RepairAction(StrEnum):
@@ -111,8 +107,8 @@ class Repairer:
 
     def _steps(self, partition: Partition, again: Window | None) -> Iterator[RepairStep]:
         venue, key = self.settings.venues[partition.market.venue], partition.key
-        page = facts_of(venue.name).bars_per_request
-        for timeframe in venue.fetched:
+        page = new_bars_per_request(partition.market)
+        for timeframe in venue.fetched_timeframes:
             table = raw(timeframe)
             stored, problem = self._read_and_check(table, partition)
             if problem:
@@ -151,7 +147,7 @@ class Repairer:
         """
         store, found = PartitionStore(self.settings, self.ledger, self.storage.lake), []
         for partition in partitions:
-            for timeframe in self.settings.venues[partition.market.venue].fetched:
+            for timeframe in self.settings.venues[partition.market.venue].fetched_timeframes:
                 if message := store.remove_invalid_rows(timeframe, partition):
                     table = raw(timeframe).name
                     found.append({"table": table, "partition": partition.key, "says": message})
@@ -162,8 +158,11 @@ class Repairer:
         places: list[tuple[Table, Partition]] = []
         for partition in partitions:
             venue = self.settings.venues[partition.market.venue]
-            places += [(raw(tf), partition) for tf in venue.fetched]
-            places += [(rollup(tf), partition) for tf in self.settings.rolled(partition.market)]
+            places += [(raw(tf), partition) for tf in venue.fetched_timeframes]
+            places += [
+                (rollup(tf), partition)
+                for tf in self.settings.rollup_timeframes_of(partition.market)
+            ]
         with self.storage.warehouse.held():
             return {(table.name, p.key): self._read_content(table, p) for table, p in places}
 
@@ -183,7 +182,7 @@ class Repairer:
         fetched: Sequence[FetchSummary],
         cleaned: Sequence[Mapping[str, str]],
     ) -> Receipt:
-        """Record what a repair did: rows and hash of every table before and after, and the counts."""
+        """Record what a repair did: counts, and rows and hash of every table before and after."""
         rows = [_content_row(key, before[key], after[key]) for key in after]
         changed = [row for row in rows if row["hash_before"] != row["hash_after"]]
         names = ("requests", "stored", "corrected", "refused")

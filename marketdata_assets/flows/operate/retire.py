@@ -13,7 +13,8 @@ from marketdata_assets.ledger.partitions import PartitionSummary
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import Table, consolidated, raw, reconciled, rollup
 from marketdata_assets.model.window import iso, month_of
-from marketdata_assets.settings.universe import ColdStorage, Settings
+from marketdata_assets.settings.parts import ColdStorage
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 
 IN_USE = "a run works on it"
@@ -28,9 +29,9 @@ class RetirementAction(StrEnum):
 
 
 class Retirement(NamedTuple):
-    """What happened to one month of one table, or would in a dry run. `message` is why, or where to.
+    """What happened to one month of one table, or would in a dry run.
 
-    Without a partition, all old bars of a table in the warehouse are meant.
+    `message` is why, or where to. Without a partition, all old bars of a table in the warehouse are meant.
     """
 
     table: Table
@@ -59,7 +60,7 @@ class Retirer:
     storage: BarStorage
 
     def retire(self, dry_run: bool = False) -> Iterator[Retirement]:
-        """Remove what is older than each table's retention, then move what is older than `cold:` says.
+        """Remove what is older than its table's retention, then move what `cold:` says.
 
         A raw month is removed only when its rollups are made, and the month after it is too old as
         well: a week of the first month that is kept begins in the one before. A month that a run
@@ -114,7 +115,7 @@ class Retirer:
         """Return what still needs a month that is old enough to go; None when nothing does."""
         venue = self.settings.venues.get(partition.market.venue)
         is_base = venue is not None and table.layer == "raw" and table.timeframe == venue.base
-        if not is_base or not self.settings.rolled(partition.market):
+        if not is_base or not self.settings.rollup_timeframes_of(partition.market):
             return None
         following = neighbour(partition, +1)
         if following.month.start >= self.settings.kept_since(table.name):

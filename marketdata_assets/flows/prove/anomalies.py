@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import polars as pl
 
 from marketdata_assets.errors import BadInput, Damaged
-from marketdata_assets.flows.fetch.partition_store import IngestResult
+from marketdata_assets.flows.fetch.open_partition import IngestResult
 from marketdata_assets.ledger.anomalies import AnomalyRecord
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.anomaly import AnomalySeverity, AnomalyState

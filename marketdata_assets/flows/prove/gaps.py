@@ -1,38 +1,64 @@
-"""Gaps: look for the cause of each hole and write it down with its proof; list them; have one asked
-for again.
-"""
+"""Gaps: find the cause of each and record it with its proof; list them; reopen one."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from marketdata_assets.errors import BadInput, Damaged
-from marketdata_assets.flows.prove.gap_evidence import Look, Month
-from marketdata_assets.ledger.gaps import REOPENED
-from marketdata_assets.ledger.ledger import Gap, Ledger
+from marketdata_assets.flows.prove.gap_evidence import GapInvestigation
+from marketdata_assets.flows.prove.venue_month import VenueMonth
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.model.gap import Gap, GapCause, GapStatus
+from marketdata_assets.model.intervals import fold_neighbors
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.gap_causes import CAUSES, DELISTED, HALTED, ask_again_at, classify
+from marketdata_assets.quality.gap_causes import classify, next_request_at
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.clients import VenueClients
 from marketdata_assets.storage.parquet import Lake
 
-UNEXPLAINED = "unexplained"
-KINDS = (*CAUSES, "quarantined", UNEXPLAINED)
-"""What a gap can be; `--cause` takes one of them."""
+
+@dataclass(frozen=True, slots=True)
+class ListedGap:
+    """One gap with its place."""
+
+    table: Table
+    market: Market
+    gap: Gap
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as a row of a table; the proof comes last."""
+        gap = self.gap
+        times = (gap.first_requested, gap.last_requested, gap.next_request)
+        first, last, following = (moment and iso(moment) for moment in times)
+        return {
+            "market": self.market.key,
+            "table": self.table.name,
+            "from": iso(gap.window.start),
+            "until": iso(gap.window.end),
+            "bars": gap.bars,
+            "cause": gap.kind,
+            "reason": gap.reason.value,
+            "asked": gap.answers,
+            "first_asked": first,
+            "last_asked": last,
+            "next_ask": following,
+            "says": gap.explanation,
+            "evidence": gap.evidence,
+            "proof": gap.proof,
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class GapExplainer:
-    """."""
+    """Finds the causes of gaps by the ledger, the lake and the venue's list of markets."""
 
     settings: Settings
     ledger: Ledger
@@ -42,210 +68,140 @@ class GapExplainer:
     def explain(
         self, partitions: Collection[Partition], ask: bool = False
     ) -> set[tuple[Table, Partition]]:
-        """Look for the causes of all gaps that have none for good, in these months of their venues; of
-        what more is known now.
+        """Look for the causes of gaps without a final one; return the partitions that changed.
 
-        All markets and tables of the venues are looked at, as each tells more about the others. `ask`:
-        a venue may be asked whether it still lists a market. Objects are read only of months with such
-        gaps. A partition that a run works on is left alone: that run explains it.
+        All markets and tables of the venues in these months are looked at, as each shows more about
+        the others. `ask`: a venue may be asked whether it still lists a market. Objects are read
+        only of months with such gaps. A partition that a run works on is left to that run.
         """
         changed = set()
         for timeframe in self.settings.raw_timeframes:
-            venues = {
-                venue.name for venue in self.settings.venues.values() if timeframe in venue.fetched
+            months = {
+                (p.market.venue, p.month)
+                for p in partitions
+                if timeframe in self.settings.venues[p.market.venue].fetched_timeframes
             }
-            months = {(p.market.venue, p.month) for p in partitions if p.market.venue in venues}
-            whole = [
+            every = [
                 Partition(market, month)
                 for venue, month in months
                 for market in self.settings.venues[venue].markets
             ]
-            changed |= {
-                (raw(timeframe), partition)
-                for partition in self._explain_all(raw(timeframe), whole, ask)
-            }
+            table = raw(timeframe)
+            changed |= {(table, partition) for partition in self._explain(table, every, ask)}
         return changed
 
     def explain_new(self, markets: Collection[Market]) -> None:
-        """The same for the gaps of these markets that nobody has looked at. Sends no request."""
+        """Look for the causes of gaps that were never looked at; sends no request."""
         for timeframe in self.settings.raw_timeframes:
-            self._explain_all(
-                raw(timeframe),
-                [p for p in self.ledger.gap_book.unexamined(raw(timeframe)) if p.market in markets],
-                False,
-            )
+            new = self.ledger.gaps.unexamined(raw(timeframe))
+            self._explain(raw(timeframe), [p for p in new if p.market in markets], ask=False)
 
-    def _explain_all(
-        self, table: Table, partitions: Iterable[Partition], ask: bool
-    ) -> set[Partition]:
+    def list_gaps(
+        self, markets: Collection[Market], window: Window, kind: str | None = None
+    ) -> list[ListedGap]:
+        """Return the gaps that touch a window, by market, table and time.
+
+        New gaps are explained before. `kind` is one of model.gap.GAP_KINDS.
+        """
+        self.explain_new(markets)
+        gaps = (gap for market in markets for gap in self._between(market, window))
+        return [listed for listed in gaps if kind in (None, listed.gap.kind)]
+
+    def reopen(self, market: Market, start: datetime) -> list[ListedGap]:
+        """Discard the cause of the gap that begins at `start`, so that the next run requests it.
+
+        Returns the gaps of all tables that begin there. Raises BadInput when there is none.
+        """
+        every = Window(self.settings.since, self.settings.now())
+        gaps = list(self._between(market, every))
+        found = [listed for listed in gaps if listed.gap.window.start == start]
+        if not found:
+            nearest = min(gaps, key=lambda one: abs(one.gap.window.start - start), default=None)
+            hint = "; it has none at all"
+            if nearest:
+                hint = f"; the nearest is --start {iso(nearest.gap.window.start)}"
+            raise BadInput(f"no gap of {market.key} begins at {iso(start)}{hint}")
+        for listed in found:
+            self.ledger.gaps.reopen(listed.table, market, listed.gap, now=self.settings.now())
+        return found
+
+    def _between(self, market: Market, window: Window) -> Iterator[ListedGap]:
+        for timeframe in self.settings.raw_timeframes:
+            table = raw(timeframe)
+            for gap in self.ledger.gaps.between(table, market, window):
+                yield ListedGap(table, market, gap)
+
+    def _explain(self, table: Table, partitions: Iterable[Partition], ask: bool) -> set[Partition]:
         by_month: dict[tuple[str, Window], list[Partition]] = defaultdict(list)
         for partition in partitions:
             by_month[partition.market.venue, partition.month].append(partition)
         changed = set()
         for (venue, window), chosen in by_month.items():
-            month = Month(self.settings, self.ledger, table, venue=venue, month=window)
+            month = VenueMonth(self.settings, self.ledger, table, venue=venue, month=window)
             for partition in chosen:
-                with suppress(Damaged):  # the next ingest sets the object aside
-                    changed |= {partition} if self._explain(month, partition, ask) else set()
+                with suppress(Damaged):  # the next ingest moves the object out of the way
+                    if self._explain_partition(month, partition, ask):
+                        changed.add(partition)
         return changed
 
-    def _explain(self, month: Month, partition: Partition, ask: bool) -> bool:
-        if not any(_is_open(gap) for gap in month.gaps(partition.market)):
+    def _explain_partition(self, month: VenueMonth, partition: Partition, ask: bool) -> bool:
+        """Explain the gaps of one partition; return whether a cause has changed."""
+        if not any(gap.needs_cause for gap in month.gaps(partition.market)):
             return False
-        with self.ledger.lock(partition.key, wait=False) as free:
-            if not free:
+        with self.ledger.lock(partition.key, wait=False) as is_free:
+            if not is_free:
                 return False
-            gaps = [
-                gap
-                for gap in self.ledger.gaps(month.table, partition)
-                if _is_open(gap) or gap.cause == DELISTED
-            ]
-            look, parts = (
-                Look(month, partition, ask, lake=self.lake, venues=self.venues),
-                [gap for gap in gaps if not _is_open(gap)],
-            )
-            for gap in sorted(
-                filter(_is_open, gaps), key=lambda gap: -gap.bars
-            ):  # the longest first: halts are no habit
-                parts += _parts(look, gap, self.settings.now())
-            new = _one_end(parts)
-            if new != gaps:
-                self.ledger.gap_book.rewrite(month.table, partition, gaps, new)
-        return [(gap.window, gap.cause) for gap in new] != [(gap.window, gap.cause) for gap in gaps]
-
-    def list_gaps(
-        self, markets: Collection[Market], window: Window, kind: str | None = None
-    ) -> list[Explained]:
-        """Every gap of these markets that touches a window, by market, table and time, after what is new
-        was explained.
-        """
-        self.explain_new(markets)
-        tables = [raw(timeframe) for timeframe in self.settings.raw_timeframes]
-        found = [
-            Explained(table, m, gap)
-            for m in markets
-            for table in tables
-            for gap in self.ledger.gap_book.between(table, m, window)
-        ]
-        return [one for one in found if kind in (None, one.kind)]
-
-    def reopen(self, market: Market, start: datetime) -> list[Explained]:
-        """Forget the cause of the market's gap that begins at `start`, so that the next run asks for it.
-        Raises BadInput.
-        """
-        every = Window(self.settings.since, self.settings.now())
-        tables = [raw(timeframe) for timeframe in self.settings.raw_timeframes]
-        known = [
-            Explained(table, market, gap)
-            for table in tables
-            for gap in self.ledger.gap_book.between(table, market, every)
-        ]
-        found = [one for one in known if one.gap.window.start == start]
-        if not found:
-            nearest = min(known, key=lambda one: abs(one.gap.window.start - start), default=None)
-            hint = (
-                f"; the nearest is --start {iso(nearest.gap.window.start)}"
-                if nearest
-                else "; it has none at all"
-            )
-            raise BadInput(f"no gap of {market.key} begins at {iso(start)}{hint}")
-        for one in found:
-            self.ledger.gap_book.reopen(one.table, market, one.gap, self.settings.now())
-        return found
+            gaps = self.ledger.gaps.of(month.table, partition)
+            old = [gap for gap in gaps if gap.needs_cause or gap.cause == GapCause.DELISTED]
+            venues = self.venues if ask else None
+            investigation = GapInvestigation(month, partition, self.lake, venues=venues)
+            new = [gap for gap in old if not gap.needs_cause]
+            # the longest first: what turns out to be a halt is left out of the rates of others
+            for gap in sorted((g for g in old if g.needs_cause), key=lambda g: -g.bars):
+                new += _explain_gap(investigation, gap, self.settings.now())
+            new = _join_delisted(new)
+            if new != old:
+                self.ledger.gaps.rewrite(month.table, partition, old, new=new)
+        return [(gap.window, gap.cause) for gap in new] != [(gap.window, gap.cause) for gap in old]
 
 
-def _is_open(gap: Gap) -> bool:
-    """Whether a cause is looked for. Refused rows speak for themselves, and what was reopened is asked
-    for first.
-    """
-    return (
-        gap.reason != "quarantined"
-        and (not gap.cause or gap.next_ask is not None)
-        and REOPENED not in gap.proof
-    )
-
-
-def _parts(look: Look, gap: Gap, now: datetime) -> Iterator[Gap]:
-    """The gap cut by causes. What is final is never asked for again; the rest keeps its turn."""
-    facts = look.facts(gap)
-    for part in classify(facts):
-        if part.cause == HALTED:
-            look.month.set_aside(part.window)
-        turn = None if part.final else gap.next_ask or ask_again_at(gap.first_asked or now, now)
-        proof = json.dumps(look.proof(gap, facts, part))
-        yield gap._replace(
+def _explain_gap(investigation: GapInvestigation, gap: Gap, now: datetime) -> Iterator[Gap]:
+    """Yield the gap cut by causes. A final cause ends its requests; the rest keeps its next one."""
+    evidence = investigation.gather(gap)
+    for part in classify(evidence):
+        if part.cause == GapCause.HALTED:
+            investigation.month.exclude_halt(part.window)
+        following = gap.next_request or next_request_at(gap.first_requested or now, now)
+        status = GapStatus.OPEN
+        if part.cause:
+            status = GapStatus.FINAL if part.is_final else GapStatus.EXPLAINED
+        yield replace(
+            gap,
             window=part.window,
-            bars=part.window.count(facts.timeframe),
+            bars=part.window.count(evidence.timeframe),
             cause=part.cause,
-            proof=proof,
-            next_ask=turn,
+            status=status,
+            proof=investigation.prove(gap, evidence, part),
+            next_request=None if part.is_final else following,
         )
 
 
-def _one_end(gaps: Iterable[Gap]) -> list[Gap]:
-    """A delisted market's silence as one gap, however often it was asked for in the meantime."""
-    joined: list[Gap] = []
-    for gap in sorted(gaps):
-        last = joined[-1] if joined else None
-        if last and last.cause == gap.cause == DELISTED and last.window.end == gap.window.start:
-            turn = last.next_ask and gap.next_ask
-            whole = Window(last.window.start, gap.window.end)
-            joined[-1] = gap._replace(
-                window=whole,
-                bars=last.bars + gap.bars,
-                answers=last.answers + gap.answers,
-                first_asked=last.first_asked,
-                next_ask=turn,
-            )
-        else:
-            joined.append(gap)
-    return joined
+def _join_delisted(gaps: Iterable[Gap]) -> list[Gap]:
+    """Return the gaps sorted, with a delisted market's silence as one gap."""
 
-
-# --------------------------------------------------------------------------------- listing
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """One gap with its place. `kind` is one of KINDS."""
-
-    table: Table
-    market: Market
-    gap: Gap
-
-    @property
-    def kind(self) -> str:
-        """Its cause, `quarantined`, or that it has none yet."""
-        return "quarantined" if self.gap.reason == "quarantined" else self.gap.cause or UNEXPLAINED
-
-    def as_dict(self) -> dict[str, Any]:
-        """In the order of the table; the proof comes last."""
-        gap = self.gap
-        asked, last, following = (
-            moment and iso(moment) for moment in (gap.first_asked, gap.last_asked, gap.next_ask)
+    def join(last: Gap, gap: Gap) -> Gap | None:
+        is_delisted = last.cause == gap.cause == GapCause.DELISTED
+        if not is_delisted or last.window.end != gap.window.start:
+            return None
+        following = last.next_request and gap.next_request
+        return replace(
+            gap,
+            window=Window(last.window.start, gap.window.end),
+            bars=last.bars + gap.bars,
+            answers=last.answers + gap.answers,
+            status=GapStatus.EXPLAINED if following else GapStatus.FINAL,
+            first_requested=last.first_requested,
+            next_request=following,
         )
-        return {
-            "market": self.market.key,
-            "table": self.table.name,
-            "from": iso(gap.window.start),
-            "until": iso(gap.window.end),
-            "bars": gap.bars,
-            "cause": self.kind,
-            "reason": gap.reason,
-            "asked": gap.answers,
-            "first_asked": asked,
-            "last_asked": last,
-            "next_ask": following,
-            "says": words_of(gap),
-            "evidence": gap.evidence,
-            "proof": proof_of(gap),
-        }
 
-
-def proof_of(gap: Gap) -> dict[str, Any]:
-    """A gap's proof as it is stored."""
-    found: dict[str, Any] = json.loads(gap.proof)
-    return found
-
-
-def words_of(gap: Gap) -> str:
-    """Why a gap is what it is; before anybody has looked, what the answers said."""
-    return str(proof_of(gap).get("words") or gap.evidence)
+    return fold_neighbors(sorted(gaps, key=lambda gap: gap.window), join)

@@ -46,8 +46,8 @@ class ParityChecker:
     lake: Lake
 
     def compare(self, derived: Derived, timeframe: Timeframe) -> pl.DataFrame:
-        """Judge every bar that both sides should have: asked for, closed, made from base bars that were
-        asked for.
+        """Judge every bar that both sides should have: asked for, closed, made from base bars that
+        were asked for.
 
         Gives the rows of `quality.parity.judge` with `cause` and `minutes`, and stores them as
         `parity/ohlcv_<timeframe>`. Where the venue's own bars are not stored there are none, and
@@ -80,8 +80,8 @@ class ParityChecker:
     def _answered(
         self, partition: Partition, timeframe: Timeframe, judged: pl.DataFrame
     ) -> pl.DataFrame:
-        """Without bars of one side whose whole span the venue has not answered for on the other: the check
-        `gaps` tells of them.
+        """Without bars of one side whose whole span the venue has not answered for on the other: the
+        check `gaps` tells of them.
         """
         base = self.settings.venues[partition.market.venue].base
         for outcome, table in ((ONLY_NATIVE, raw(base)), (ONLY_OURS, raw(timeframe))):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import polars as pl
 
-from marketdata_assets.flows.fetch.partition_store import IngestResult
+from marketdata_assets.flows.fetch.open_partition import IngestResult
 from marketdata_assets.flows.prove.anomalies import (
     ANOMALIES,
     as_row,
@@ -43,7 +43,7 @@ RAW_CHECKS: dict[str, str] = {
         "`marketdata gaps` explains each."
     ),
     "accounting": (
-        "Rows received = stored + identical + quarantined. If red: it is a defect of this software; "
+        "Rows received = stored + identical + quarantined. If red: this software has a defect; "
         "please report the metadata."
     ),
     ANOMALIES: (
@@ -65,7 +65,7 @@ class RawAuditor:
     lake: Lake
 
     def audit(self, result: IngestResult) -> list[Finding]:
-        """Return the findings in the order of RAW_CHECKS; anomalies are checked in base bars only."""
+        """Return the findings in the order of RAW_CHECKS; only base bars have anomalies."""
         findings = [
             _check_ohlc(result),
             _check_duplicates(result),

@@ -29,7 +29,7 @@ _ABSENT: dict[str, pl.DataType] = {"open_time": TIME, "absent": pl.Int64()}
 
 @dataclass(frozen=True, slots=True)
 class RollupAuditor:
-    """Computes the checks of rolled-up partitions and records in the ledger which of them failed."""
+    """Computes the checks of rolled-up partitions and records in the ledger which failed."""
 
     settings: Settings
     ledger: Ledger
@@ -74,7 +74,7 @@ class RollupAuditor:
         )
 
     def _count_absent_bars(self, partition: Partition, timeframe: Timeframe) -> pl.DataFrame:
-        """Return, by open_time, how many base bars the venue never had, by the ledger's evidence."""
+        """Return, by open_time, how many base bars the venue never had, by the ledger."""
         base = self.settings.venues[partition.market.venue].base
         months = (neighbour(partition, -1), partition)
         gaps = [gap for month in months for gap in self.ledger.gaps.of(raw(base), month)]

@@ -69,7 +69,7 @@ class BarReader:
         raise BadInput(f"{market.key} has no {timeframe.name} bars; it has {' '.join(stored)}")
 
     def base_timeframe(self, market: Market) -> Timeframe:
-        """Return the finest timeframe that is fetched of a market; of a former one, that is stored."""
+        """Return the finest timeframe fetched of a market; of a former one, the finest stored."""
         return self._timeframes(market).base
 
     def read(self, market: Market, timeframe: Timeframe, window: Window) -> pl.DataFrame:
@@ -157,7 +157,9 @@ class BarReader:
         settings = self.settings
         if market in settings.markets:
             venue = settings.venues[market.venue]
-            return StoredTimeframes(venue.base, settings.rolled(market), venue.reference)
+            return StoredTimeframes(
+                venue.base, settings.rollup_timeframes_of(market), venue.reference
+            )
         stored = self.ledger.partitions.stored_span(market)
         base, *references = [tf for tf in TIMEFRAMES.values() if raw(tf).name in stored]
         coarser = [tf for tf in settings.timeframes if tf.width > base.width]

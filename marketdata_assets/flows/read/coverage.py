@@ -8,8 +8,8 @@ from datetime import UTC, date, datetime, time, timedelta
 
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.partitions import PartitionState
-from marketdata_assets.model.market import Market
 from marketdata_assets.model.intervals import count_bars
+from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.partition_status import PartitionStatus, partition_status
 from marketdata_assets.model.table import Table, raw
@@ -80,7 +80,7 @@ class CoverageReporter:
         is_rollup = table.layer == "rollup"
         for venue in settings.venues.values():
             source = raw(venue.base if is_rollup else table.timeframe)
-            if source.timeframe not in venue.fetched:
+            if source.timeframe not in venue.fetched_timeframes:
                 continue
             days = _DailyShares(settings, self.ledger, self.lake, source, needs_rollup=is_rollup)
             for market in venue.markets:
@@ -121,7 +121,7 @@ class CoverageReporter:
         wanted: Window,
         state: PartitionState | None,
     ) -> None:
-        """Add one month: what the lake holds, what the ledger explains, and what was not fetched."""
+        """Add one month: what the lake holds, what the ledger explains, and the rest."""
         remaining = wanted.count(table.timeframe)
         size = self.lake.size(table, partition) if remaining and state else None
         bounds = (wanted.start, wanted.end)

@@ -70,7 +70,8 @@ class DatasetReader:
     ) -> list[StoredPlace]:
         """Return where bars may lie, in the order of a lock file.
 
-        The lake is judged by its listing and the ledger; in the warehouse every month may have bars.
+        The lake is judged by its listing and the ledger; in the warehouse every month may have
+        bars.
         """
         wanted: dict[Table, list[Partition]] = {}
         for market in sorted(set(markets), key=lambda m: m.key):
@@ -194,8 +195,8 @@ def locked_moment(path: Path) -> datetime:
 
 def tables_of(settings: Settings, market: Market) -> list[Table]:
     """Return all tables that hold a market's bars."""
-    fetched = settings.venues[market.venue].fetched
-    return [*map(raw, fetched), *map(rollup, settings.rolled(market))]
+    fetched = settings.venues[market.venue].fetched_timeframes
+    return [*map(raw, fetched), *map(rollup, settings.rollup_timeframes_of(market))]
 
 
 def _table_names(

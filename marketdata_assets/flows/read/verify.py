@@ -38,7 +38,7 @@ class DifferenceKind(StrEnum):
 
 
 class PartitionDifference(NamedTuple):
-    """A partition that does not hold what was locked: bars locked, bars stored, and what is known."""
+    """A partition that does not hold what was locked, with the bars locked and stored."""
 
     table: str
     partition: Partition
