@@ -26,7 +26,7 @@ from typing import Any
 
 import dagster as dg
 
-from marketdata_assets.cli.processes import dagster_environment
+from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.context import open_context
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.jobs import build_definitions

@@ -1093,7 +1093,7 @@ def fetch_freqtrade(folder: Path, quick: bool) -> Operations:
 
 # --------------------------------------------------------------------------------- 7 dagster
 def dagster_home(place: Path, universe: Any) -> None:
-    from marketdata_assets.cli.processes import dagster_environment
+    from marketdata_assets.cli.dagster_home import dagster_environment
 
     os.environ |= {
         key: value for key, value in dagster_environment(universe).items() if key == "DAGSTER_HOME"
@@ -1106,7 +1106,7 @@ def dagster_ours(folder: Path, months_a_run: int) -> Operations:
     without Dagster.
     """
     from marketdata_assets.context import open_context
-    from marketdata_assets.dagster_ext.launcher import open_instance
+    from marketdata_assets.dagster_ext.runs import open_instance
     from marketdata_assets.defs.jobs import INGEST, build_definitions
     from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
     from marketdata_assets.flows.derive.rollup import RollupBuilder

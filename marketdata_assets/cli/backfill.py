@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from marketdata_assets.cli.common import err, out, plain
-from marketdata_assets.cli.processes import dagster_environment, start, stop
+from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.flows.fetch.plan import Task
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.settings.universe import Settings
+from marketdata_assets.system import start_module, stop
 
 WORKERS = 2
 MONTHS_A_RUN = 2
@@ -168,7 +169,7 @@ def _start_worker(
     environment: dict[str, str], selector: selectors.BaseSelector
 ) -> subprocess.Popen[str]:
     with Path(environment["DAGSTER_HOME"], "worker.log").open("a", encoding="utf-8") as log:
-        worker = start(
+        worker = start_module(
             ["marketdata_assets.defs.backfill_worker"],
             environment,
             stdin=subprocess.PIPE,

@@ -360,13 +360,13 @@ def prune(
     """Remove logs of old runs, recovered alerts and old fetch logs; never a materialization or a check
     result.
     """
-    from marketdata_assets.cli.processes import answer_of
+    from marketdata_assets.cli.dagster_home import run_for_json
     from marketdata_assets.flows.operate.prune import forget
 
     with opened() as (settings, context):
         keep = settings.retention_days if days is None else days
         flags = ["--days", str(keep), *(["--dry-run"] if dry_run else [])]
-        gone = answer_of(["marketdata_assets.dagster_ext.prune", *flags], settings) | forget(
+        gone = run_for_json(["marketdata_assets.dagster_ext.prune", *flags], settings) | forget(
             context.settings, context.ledger, context.clock, days=keep, dry_run=dry_run
         )
     print_json(gone)
@@ -435,7 +435,7 @@ def dev(port: Port = 3000) -> None:
     open_channels(
         settings.state, settings.alerts
     )  # a wrong URL is told now, not when something burns
-    serve_ui(settings, port, say=say)
+    serve_ui(settings, port, report=say)
 
 
 @app.command()
@@ -456,14 +456,14 @@ def serve(
     """One role of an instance that many machines share (`database:` and `broker:` of the universe),
     until it is ended.
     """
-    from marketdata_assets.cli.serve import ROLES, check_role, serve_role
+    from marketdata_assets.cli.serve import Role, RoleOptions, is_role_alive, serve_role
 
-    if role not in ROLES:
-        raise BadInput(f"{role} is not one of {', '.join(ROLES)}")
-    settings = load_settings()
+    if role not in list(Role):
+        raise BadInput(f"{role} is not one of {', '.join(Role)}")
+    settings, options = load_settings(), RoleOptions(host, port, processes)
     if check:
-        raise typer.Exit(0 if check_role(settings, role, host, port) else 1)
-    serve_role(settings, role, host, port, processes, say=say)
+        raise typer.Exit(0 if is_role_alive(settings, Role(role), options) else 1)
+    serve_role(settings, Role(role), options, report=say)
 
 
 @app.command()
@@ -479,14 +479,15 @@ def demo(
     """The main job on the sandbox exchange: two markets fetched through ccxt, checked and rolled up,
     then the UI.
     """
-    from marketdata_assets.cli.serve import demo_universe, run_sandbox, serve_ui
+    from marketdata_assets.cli.demo import run_sandbox, write_demo_universe
+    from marketdata_assets.cli.serve import serve_ui
 
     with run_sandbox() as url:
-        settings = demo_universe(folder, url)
+        settings = write_demo_universe(folder, url)
         say(f"sandbox exchange at {url}, universe in {settings.source}")
         code = _demo(settings)
         if ui:
-            serve_ui(settings, port, say=say)
+            serve_ui(settings, port, report=say)
     raise typer.Exit(code)
 
 

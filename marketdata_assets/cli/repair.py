@@ -52,7 +52,7 @@ def repair(
     With --start or --end, the venue is asked again for every bar of the span: what it corrected
     becomes a new revision.
     """
-    from marketdata_assets.cli.processes import answer_of
+    from marketdata_assets.cli.dagster_home import run_for_json
     from marketdata_assets.flows.fetch.plan import per_minute
     from marketdata_assets.flows.operate.repair import Repairer
     from marketdata_assets.model.partition import Partition
@@ -79,7 +79,7 @@ def repair(
             "end": iso(window.end),
             "again": again is not None,
         }
-        done = answer_of(["marketdata_assets.defs.repair", json.dumps(asked)], settings)
+        done = run_for_json(["marketdata_assets.defs.repair", json.dumps(asked)], settings)
         receipt = context.ledger.receipts.find(done["receipt"]) if done["receipt"] else None
     if receipt:
         body = {"receipt": receipt.id, "at": iso(receipt.at), "says": receipt.says, **receipt.body}

@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 
 from marketdata_assets.context import open_context
+from marketdata_assets.dagster_ext.materializations import CheckTarget, newest_materialization
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.checks import (
     COVERAGE,
@@ -19,10 +20,8 @@ from marketdata_assets.defs.checks import (
     MISSED,
     REFRESH,
     MarketResult,
-    Target,
     coverage_result,
     freshness_result,
-    newest_materialization,
 )
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, partitions_between
 from marketdata_assets.defs.repair import REPAIR_END, REPAIR_START
@@ -262,7 +261,7 @@ class _Said:
 
 
 def _evaluation(
-    table: Table, name: str, result: dg.AssetCheckResult, target: Target | None
+    table: Table, name: str, result: dg.AssetCheckResult, target: CheckTarget | None
 ) -> dg.AssetCheckEvaluation:
     return dg.AssetCheckEvaluation(
         asset_key=asset_key(table),

@@ -11,12 +11,10 @@ from datetime import date, timedelta
 from typing import Any
 
 import dagster as dg
-from dagster._core.definitions.asset_checks.asset_check_evaluation import (
-    AssetCheckEvaluationTargetMaterializationData,
-)
 
 from marketdata_assets.charts import heat_map
 from marketdata_assets.context import Context, Tell, open_context
+from marketdata_assets.dagster_ext.materializations import CheckTarget, newest_materializations
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.flows.operate.freshness import Freshness, freshness
 from marketdata_assets.flows.prove.anomalies import CHECK
@@ -86,7 +84,6 @@ def market_checks(settings: Settings, table: Table) -> list[dg.AssetChecksDefini
     return found
 
 
-Target = AssetCheckEvaluationTargetMaterializationData
 MarketResult = Callable[[Context, Table], dg.AssetCheckResult]
 
 
@@ -307,7 +304,7 @@ class Results:
                 )
 
     def _evaluation(
-        self, partition: Partition, finding: Finding, target: Target | None
+        self, partition: Partition, finding: Finding, target: CheckTarget | None
     ) -> dg.AssetCheckEvaluation:
         return dg.AssetCheckEvaluation(
             asset_key=self._key,
@@ -339,31 +336,6 @@ class Results:
             description=bad[0].says if bad else None,
             metadata={"partitions": len(findings), "failed": len(bad), **totals},
         )
-
-
-def newest_materialization(instance: dg.DagsterInstance, key: dg.AssetKey) -> Target | None:
-    """What a check of the whole asset must name as judged."""
-    records = instance.fetch_materializations(key, limit=1).records
-    return _target(records[0]) if records else None
-
-
-def _target(record: dg.EventLogRecord) -> Target:
-    return Target(storage_id=record.storage_id, run_id=record.run_id, timestamp=record.timestamp)
-
-
-def newest_materializations(
-    instance: dg.DagsterInstance, key: dg.AssetKey, partitions: Sequence[str]
-) -> dict[str, Target]:
-    """What a check of each partition must name as judged."""
-    kind = dg.DagsterEventType.ASSET_MATERIALIZATION
-    ids = instance.event_log_storage.get_latest_storage_id_by_partition(key, kind, set(partitions))
-    if not ids:
-        return {}
-    records = instance.fetch_materializations(
-        dg.AssetRecordsFilter(key, storage_ids=list(ids.values())), limit=len(ids)
-    ).records
-    targets = {record.storage_id: _target(record) for record in records}
-    return {partition: targets[id] for partition, id in ids.items() if id in targets}
 
 
 def finished(

@@ -6,11 +6,10 @@ from collections import defaultdict
 from dataclasses import asdict
 
 import dagster as dg
-from dagster._time import get_current_datetime
 from pydantic import Field
 
 from marketdata_assets.context import open_context, tell_nobody
-from marketdata_assets.dagster_ext.prune import prune
+from marketdata_assets.dagster_ext.prune import prune_runs
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.checks import failure_told
 from marketdata_assets.flows.operate.health import Health, HealthInspector, Status
@@ -66,7 +65,7 @@ def prune_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefiniti
     )
     def remove(context: dg.OpExecutionContext) -> None:
         with failure_told(tell_nobody, ()), open_context(settings) as app:
-            gone = prune(context.instance, settings.retention_days, get_current_datetime())
+            gone = prune_runs(context.instance, settings.retention_days)
             context.add_output_metadata(
                 {
                     **asdict(gone),

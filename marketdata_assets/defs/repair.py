@@ -20,12 +20,7 @@ import dagster as dg
 from pydantic import Field
 
 from marketdata_assets.context import open_context, tell_nobody
-from marketdata_assets.dagster_ext.launcher import (
-    PROCESS_TAG,
-    open_instance,
-    process_id,
-    why_failed,
-)
+from marketdata_assets.dagster_ext.runs import PROCESS_TAG, failure_message, open_instance
 from marketdata_assets.defs.assets import asset_key, fetch_into, roll_up_into
 from marketdata_assets.defs.checks import Results, failure_told, log_all
 from marketdata_assets.flows.operate.repair import Repairer, span_of
@@ -33,6 +28,7 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.window import Window, iso, parse_time
 from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.system import process_id
 
 REPAIR, OP = "repair", "repair_span"
 REPAIR_START, REPAIR_END = "marketdata/repair_start", "marketdata/repair_end"
@@ -208,7 +204,7 @@ def main() -> None:
             {
                 "success": result.success,
                 "receipt": receipt and int(receipt),
-                "says": why_failed(result),
+                "says": failure_message(result),
             }
         )
         + "\n"

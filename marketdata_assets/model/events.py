@@ -1,4 +1,4 @@
-"""Progress events: what a flow reports while it runs, also from one process to another as JSON."""
+"""What flows report while they run, and what processes send each other as lines of JSON."""
 
 from __future__ import annotations
 
@@ -72,6 +72,22 @@ class RangeFinished:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class RangeRequest:
+    """Asks a worker process for one run over the partitions `start` .. `end` (keys, inclusive).
+
+    `imported` names the raw tables whose bars came from files: then no venue is asked, only these
+    tables are checked, and rollups are made where "rollup" is among them.
+    """
+
+    start: str
+    end: str
+    imported: tuple[str, ...] = ()
+
+
+END_OF_REQUESTS = "end"
+"""The line after the last request: a worker process ends when it has read it."""
+
 Event = (
     BarsReceived
     | RowsProcessed
@@ -104,8 +120,8 @@ def no_progress(event: Event) -> None:
     """Ignore the event."""
 
 
-def to_json(event: Event) -> str:
-    """Return the event as one line of JSON without a line break."""
+def to_json(event: Event | RangeRequest) -> str:
+    """Return an event or a request as one line of JSON without a line break."""
     return json.dumps({"event": type(event).__name__, **asdict(event)})
 
 
@@ -113,3 +129,9 @@ def from_json(line: str) -> Event:
     """Return the event of a line that `to_json` wrote; raises KeyError for an unknown event."""
     fields = json.loads(line)
     return _TYPES[fields.pop("event")](**fields)
+
+
+def request_from_json(line: str) -> RangeRequest:
+    """Return the request of a line that `to_json` wrote; raises KeyError for anything else."""
+    fields = json.loads(line)
+    return RangeRequest(fields["start"], fields["end"], tuple(fields["imported"]))
