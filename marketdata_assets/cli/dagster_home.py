@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 import yaml
 
 from marketdata_assets.errors import BadInput, StoreFailed
-from marketdata_assets.settings.universe import PREFIX, Settings
+from marketdata_assets.settings.fields import reveal_secret
+from marketdata_assets.settings.load import PREFIX
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.objects import endpoint
 from marketdata_assets.system import start_module
 
@@ -41,7 +43,10 @@ def dagster_environment(settings: Settings) -> dict[str, str]:
     """
     home = settings.state / "dagster"
     write_file(home / "dagster.yaml", _dagster_yaml(settings))
-    services = {POSTGRES: _with_driver(settings.database), BROKER: settings.broker}
+    services = {
+        POSTGRES: _with_driver(reveal_secret(settings.database)),
+        BROKER: reveal_secret(settings.broker),
+    }
     return {
         **_ALLOCATORS,
         **os.environ,

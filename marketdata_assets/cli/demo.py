@@ -11,7 +11,8 @@ from pathlib import Path
 
 from marketdata_assets.cli.ports import find_free_port, get_url, wait_until_ready
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.settings.universe import PREFIX, Settings, load_settings
+from marketdata_assets.settings.load import PREFIX, load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.system import start_module, stop
 
 DEMO_MONTHS = 2

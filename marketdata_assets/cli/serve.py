@@ -25,6 +25,7 @@ from marketdata_assets.cli.ports import (
 from marketdata_assets.cli.supervisor import Service, Supervisor, hold_state_folder
 from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.settings.fields import reveal_secret
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.system import start_module
 
@@ -110,7 +111,9 @@ def serve_role(
     """Serve one role until the process is asked to end; restart it when it dies."""
     environment = _shared_environment(settings)
     service = _role_service(settings, role, options, environment=environment)
-    lock = _DaemonLock(Ledger(settings.state, settings.database)) if role == Role.DAEMON else None
+    lock = None
+    if role == Role.DAEMON:
+        lock = _DaemonLock(Ledger(settings.state, reveal_secret(settings.database)))
     with lock or nullcontext(), Supervisor(environment, report) as supervisor:
         supervisor.start(service)
         report(f"{service.name} starts")
@@ -136,11 +139,11 @@ def is_role_alive(settings: Settings, role: Role, options: RoleOptions) -> bool:
 class _DaemonLock:
     """A lock in the database, as two daemons would ask for everything twice."""
 
-    def __init__(self, database: Ledger) -> None:
-        self._database, self._lock, self._next_check = database, ExitStack(), 0.0
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger, self._lock, self._next_check = ledger, ExitStack(), 0.0
 
     def __enter__(self) -> Self:
-        if not self._lock.enter_context(self._database.lock("daemon", wait=False)):
+        if not self._lock.enter_context(self._ledger.lock("daemon", wait=False)):
             raise BadInput(
                 "another daemon already serves this database; there must be one, as two would ask "
                 "for everything twice"
@@ -156,7 +159,7 @@ class _DaemonLock:
             return
         self._next_check = time.monotonic() + _LOCK_CHECK_SECONDS
         try:
-            self._database.rows("SELECT 1")
+            self._ledger.check_connection()
         except StoreFailed:
             self._lock.close()
             self.__enter__()

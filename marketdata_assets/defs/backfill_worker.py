@@ -19,10 +19,10 @@ import threading
 import dagster as dg
 
 from marketdata_assets.dagster_ext.runs import PROCESS_TAG, failure_message, open_instance
-from marketdata_assets.defs.checks import IMPORT, KIND
 from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
+from marketdata_assets.defs.tags import KIND, RunKind
 from marketdata_assets.model.events import (
     END_OF_REQUESTS,
     Event,
@@ -34,7 +34,8 @@ from marketdata_assets.model.events import (
     to_json,
 )
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.system import process_id
 
 
@@ -79,7 +80,7 @@ def _execute_range(
     }
     selection = None
     if request.imported:
-        tags[KIND] = IMPORT
+        tags[KIND] = RunKind.IMPORT.value
         selection = _select_imported(job, request.imported)
     result = job.execute_in_process(
         instance=instance, tags=tags, raise_on_error=False, asset_selection=selection

@@ -45,7 +45,7 @@ from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import iso, month_of
 from marketdata_assets.quality.reconcile import FAIL_BASIS_POINTS, WARN_BASIS_POINTS
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.transforms.consolidate import switches
+from marketdata_assets.transforms.consolidate import find_venue_switches
 
 CONSOLIDATE = "consolidate"
 """The name of the job."""
@@ -176,7 +176,7 @@ def _partition_mapping(settings: Settings) -> dg.MultiPartitionMapping:
 def _metadata(result: ConsolidationResult) -> dict[str, Any]:
     """Return the bars of each venue, where the series switches venues, and how far these differ."""
     bars = result.bars
-    changes = switches(bars)
+    changes = find_venue_switches(bars)
     rows = [
         dg.TableRecord({"from": iso(moment), "before": before, "venue": venue})
         for moment, before, venue in changes.head(SWITCHES_SHOWN).iter_rows()
