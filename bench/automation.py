@@ -31,8 +31,8 @@ from marketdata_assets.context import open_toolbox
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw, rollup
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.table import Table, raw_table, rollup_table
+from marketdata_assets.model.window import format_time
 from marketdata_assets.settings.universe import Settings, load_settings
 
 
@@ -57,7 +57,7 @@ def universe(folder: Path, markets: int, months: int) -> Settings:
 def fill(settings: Settings, instance: dg.DagsterInstance) -> list[Partition]:
     """Every partition there, by the lake, by the ledger and by Dagster."""
     partitions = settings.partitions(settings.markets, settings.span(settings.markets[0]))
-    table = raw(next(iter(settings.venues.values())).base)
+    table = raw_table(next(iter(settings.venues.values())).base)
     for partition in partitions:
         file = Path(settings.lake, table.path(partition))
         file.parent.mkdir(parents=True)
@@ -70,9 +70,9 @@ def fill(settings: Settings, instance: dg.DagsterInstance) -> list[Partition]:
             table.name,
             p.market.key,
             p.month_key,
-            iso(p.month.start),
-            iso(p.month.end),
-            iso(p.month.end),
+            format_time(p.month.start),
+            format_time(p.month.end),
+            format_time(p.month.end),
             1,
             43200,
             3,
@@ -88,7 +88,7 @@ def fill(settings: Settings, instance: dg.DagsterInstance) -> list[Partition]:
     ]
     with sqlite3.connect(settings.state / "ledger.db") as ledger:
         ledger.executemany(f"INSERT INTO partitions VALUES ({', '.join('?' * 16)})", rows)
-    for shown in (table, rollup(settings.rollup_timeframes[0])):
+    for shown in (table, rollup_table(settings.rollup_timeframes[0])):
         copy_events(instance, shown, partitions)
     return partitions
 
@@ -158,7 +158,7 @@ def main() -> None:
 def measure(
     settings: Settings, instance: dg.DagsterInstance, partitions: list[Partition], lost: int
 ) -> None:
-    table = raw(next(iter(settings.venues.values())).base)
+    table = raw_table(next(iter(settings.venues.values())).base)
     definitions = show("definitions of the code location", lambda: build_definitions(settings), 1)
     repository = definitions.get_repository_def()
 
@@ -175,7 +175,7 @@ def measure(
     def bare() -> None:
         with open_toolbox(settings) as toolbox:
             toolbox.ledger.outlines(table)
-            toolbox.lake.sizes(table)
+            toolbox.lake.list_sizes(table)
         instance.get_materialized_partitions(asset_key(table))
 
     show("the bare reading of ledger, lake and Dagster", bare)

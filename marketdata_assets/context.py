@@ -21,8 +21,8 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.base import Source
 from marketdata_assets.sources.guards import Guarded, Policy
-from marketdata_assets.storage.parquet import Lake
-from marketdata_assets.storage.warehouse import Connect, Warehouse
+from marketdata_assets.storage.lake import Lake
+from marketdata_assets.storage.warehouse import ConnectionFactory, Warehouse
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ class Toolbox:
 @contextmanager
 def open_toolbox(
     settings: Settings,
-    connect: Connect | None = None,
+    connect: ConnectionFactory | None = None,
     policy: Policy | None = None,
     tell: Tell = tell_nobody,
 ) -> Iterator[Toolbox]:

@@ -23,11 +23,11 @@ from marketdata_assets.flows.read.as_of import read_as_of
 from marketdata_assets.flows.read.bars import known_market
 from marketdata_assets.flows.read.scan import newest_bars, scan_bars
 from marketdata_assets.flows.read.sql import connected
-from marketdata_assets.model.market import CONSOLIDATED
-from marketdata_assets.model.timeframe import timeframe
-from marketdata_assets.model.window import Window, iso, parse_time
+from marketdata_assets.model.market import CONSOLIDATED_VENUE
+from marketdata_assets.model.timeframe import parse_timeframe
+from marketdata_assets.model.window import Window, format_time, parse_time
 from marketdata_assets.settings.universe import PREFIX, load_settings
-from marketdata_assets.storage.views import answer
+from marketdata_assets.storage.views import run_query
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -79,21 +79,23 @@ class Reader:
             )
             for key in market
         ]
-        mixed = any(key.startswith(CONSOLIDATED) for key in market)
+        mixed = any(key.startswith(CONSOLIDATED_VENUE) for key in market)
         return pl.concat(frames, how="diagonal" if mixed else "vertical")
 
     def newest(self, timeframe_: str) -> pl.DataFrame:
         """`market`, `open_time`: the newest stored bar of every market of the universe, null where
         there is none.
         """
-        return newest_bars(self._toolbox, self._toolbox.settings.markets, timeframe(timeframe_))
+        return newest_bars(
+            self._toolbox, self._toolbox.settings.markets, parse_timeframe(timeframe_)
+        )
 
     def sql(self, query: str) -> pl.DataFrame:
         """The answer of DuckDB to a query over the views `raw.ohlcv_<timeframe>`,
         `rollup.ohlcv_<timeframe>` and so on.
         """
         with self.connect() as connection:
-            return answer(connection, query)
+            return run_query(connection, query)
 
     def connect(
         self, markets: Sequence[str] | None = None, start: Moment = None, end: Moment = None
@@ -106,7 +108,7 @@ class Reader:
         return connected(self._toolbox, markets, self._window(start, end))
 
     def _scan(self, key: str, name: str, window: Window, moment: datetime | None) -> pl.LazyFrame:
-        asked = self._toolbox, known_market(self._toolbox, key), timeframe(name), window
+        asked = self._toolbox, known_market(self._toolbox, key), parse_timeframe(name), window
         return scan_bars(*asked) if moment is None else read_as_of(*asked, moment).lazy()
 
     def _window(self, start: Moment, end: Moment) -> Window:
@@ -116,7 +118,9 @@ class Reader:
 
 def _moment(moment: Moment) -> datetime | None:
     return (
-        parse_time(iso(moment) if isinstance(moment, datetime) and moment.tzinfo else str(moment))
+        parse_time(
+            format_time(moment) if isinstance(moment, datetime) and moment.tzinfo else str(moment)
+        )
         if moment is not None
         else None
     )

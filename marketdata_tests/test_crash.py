@@ -349,7 +349,11 @@ def test_everything_killed_and_started_again(stack: Stack) -> None:
     os.kill(stack.pids("dagster_ext.launcher run")[0], signal.SIGSTOP)
     queued, begun = (soon(lambda: stack.launch(ETH), 60, "a run can be launched") for _ in range(2))
     stack.kill(
-        "cli.main dev", "dagster_webserver", "code-server start", "dagster_ext.launcher run", "execute_run"
+        "cli.main dev",
+        "dagster_webserver",
+        "code-server start",
+        "dagster_ext.launcher run",
+        "execute_run",
     )
     stack.supervisor.wait()
     orphan = stack.pids(

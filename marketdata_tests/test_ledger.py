@@ -37,7 +37,7 @@ from marketdata_assets.ledger.ledger import (
 )
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.split import REJECTED_SCHEMA
@@ -54,7 +54,7 @@ from marketdata_tests.samples import (
     start_python,
 )
 
-TABLE = raw(TIMEFRAMES["1m"])
+TABLE = raw_table(TIMEFRAMES["1m"])
 NOW = at("2024-02-01T12:00")
 T0 = 1_700_000_000.0
 FRESH_VENUES = map("venue{}".format, itertools.count())

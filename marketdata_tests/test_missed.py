@@ -19,13 +19,13 @@ from marketdata_assets.flows.operate.refresh import refreshes
 from marketdata_assets.flows.read.bars import known_market, read_bars
 from marketdata_assets.flows.read.coverage import daily_coverage
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange
-from marketdata_assets.storage import objects
+from marketdata_assets.storage import s3
 from marketdata_tests.conftest import Universe
 from marketdata_tests.steps import at, partitions, run_derive, run_ingest, tell_apart
 
@@ -68,7 +68,7 @@ def asked(found: missed_flow.Missed) -> list[str]:
 
 
 def file_of(settings: Settings, key: str, timeframe: str = "1m") -> Path:
-    return Path(settings.lake, raw(TIMEFRAMES[timeframe]).path(Partition.parse(key)))
+    return Path(settings.lake, raw_table(TIMEFRAMES[timeframe]).path(Partition.parse(key)))
 
 
 def test_an_empty_lake_is_asked_for_newest_first_without_the_open_month(settings: Settings) -> None:
@@ -88,7 +88,7 @@ def test_a_deleted_file_is_noticed_and_asked_for_alone(filled: Settings) -> None
     file_of(filled, "binance:ETH-USDT|2023-11-01").unlink()
     found = look(filled)
     assert asked(found) == ["binance:ETH-USDT|2023-11-01..binance:ETH-USDT|2023-11-01"]
-    assert found.lost == {raw(M1): [Partition.parse("binance:ETH-USDT|2023-11-01")]}
+    assert found.lost == {raw_table(M1): [Partition.parse("binance:ETH-USDT|2023-11-01")]}
     assert found.blocks[0].reasons == {missed_flow.LOST: 1}
 
 
@@ -116,7 +116,7 @@ def test_a_lake_that_lost_most_of_itself_is_not_believed(
 
 def test_what_dagster_does_not_show_is_asked_for(filled: Settings) -> None:
     keys = {p.key for p in partitions(filled)}
-    shown = {raw(M1): keys - {"binance:BTC-USDT|2023-12-01"}}
+    shown = {raw_table(M1): keys - {"binance:BTC-USDT|2023-12-01"}}
     found = look(filled, shown=shown)
     assert asked(found) == ["binance:BTC-USDT|2023-12-01..binance:BTC-USDT|2023-12-01"]
     assert found.lost == {}
@@ -133,7 +133,7 @@ def test_rollups_follow_when_the_raw_bars_are_newer_or_the_warehouse_is_gone(
     settings.duckdb.unlink()
     again = look(settings)
     assert again.blocks[0].reasons == {"its rollups are not up to date": 6}
-    assert set(again.lost) == {rollup(tf) for tf in settings.rollup_timeframes}
+    assert set(again.lost) == {rollup_table(tf) for tf in settings.rollup_timeframes}
 
 
 def test_rollups_as_objects_are_looked_at_in_turn(
@@ -150,7 +150,8 @@ def test_rollups_as_objects_are_looked_at_in_turn(
     run_derive(settings)
     assert look(settings).blocks == []
     lost = Path(
-        settings.lake, rollup(TIMEFRAMES["4h"]).path(Partition.parse("binance:BTC-USDT|2023-11-01"))
+        settings.lake,
+        rollup_table(TIMEFRAMES["4h"]).path(Partition.parse("binance:BTC-USDT|2023-11-01")),
     )
     lost.unlink()
     seen = Counter(
@@ -369,10 +370,10 @@ def test_s3_is_listed_from_time_to_time_and_what_is_lost_is_found(
     run_ingest(settings)
     run_derive(settings)
     listed: list[str] = []
-    real = objects._Bucket._objects
+    real = s3.S3Objects._list_objects
     monkeypatch.setattr(
-        objects._Bucket,
-        "_objects",
+        s3.S3Objects,
+        "_list_objects",
         lambda self, prefix: (listed.append(prefix), real(self, prefix))[1],
     )
     with open_toolbox(settings) as toolbox:
@@ -380,10 +381,10 @@ def test_s3_is_listed_from_time_to_time_and_what_is_lost_is_found(
     assert "raw/ohlcv_1m" in listed
     with open_toolbox(settings) as toolbox:
         lost = Partition.parse("binance:BTC-USDT|2023-11-01")
-        toolbox.lake.delete(raw(M1), lost)
+        toolbox.lake.delete(raw_table(M1), lost)
         listed.clear()
         assert missed(toolbox, 4, set(), {}).says == "nothing is missing"
-        daily_coverage(toolbox, raw(M1))
+        daily_coverage(toolbox, raw_table(M1))
     assert listed == []
     with open_toolbox(at_time(settings, "2024-01-10T00:11:00Z")) as toolbox:
         assert [

@@ -36,7 +36,7 @@ from marketdata_assets.dagster_ext.prune import Pruned, prune
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, market_months
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.universe import Settings, load_settings
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running
@@ -65,7 +65,7 @@ def swap(settings: Settings, key: str) -> None:
     it.
     """
     with open_toolbox(settings) as toolbox:
-        table, partition = raw(TIMEFRAMES["1m"]), Partition.parse(key)
+        table, partition = raw_table(TIMEFRAMES["1m"]), Partition.parse(key)
         bars = toolbox.lake.read(table, partition)
         assert bars is not None
         toolbox.lake.write(

@@ -27,8 +27,8 @@ from marketdata_assets.flows.operate.repair import plan_repair
 from marketdata_assets.flows.read.bars import read_bars
 from marketdata_assets.flows.read.coverage import coverage
 from marketdata_assets.ledger.ledger import Account, Entry, Gap
-from marketdata_assets.model.bar import NAMES
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.bar import COLUMN_NAMES
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.clean import clean
@@ -80,9 +80,9 @@ def call(*arguments: str, code: int = 0) -> Any:
 def tamper_with(settings: Settings, change: Any) -> None:
     """Let somebody else write into January's raw object."""
     with open_toolbox(settings) as toolbox:
-        bars = toolbox.lake.read(raw(MINUTE), JANUARY, provenance=True)
+        bars = toolbox.lake.read(raw_table(MINUTE), JANUARY, with_provenance=True)
         assert bars is not None
-        toolbox.lake.write(raw(MINUTE), JANUARY, change(bars))
+        toolbox.lake.write(raw_table(MINUTE), JANUARY, change(bars))
 
 
 def test_a_whole_span_needs_nothing(stored: tuple[SandboxExchange, Settings]) -> None:
@@ -308,16 +308,16 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
     stored then.
     """
     with open_toolbox(settings) as toolbox:
-        stored = toolbox.lake.read(raw(MINUTE), JANUARY, provenance=True)
-        state = toolbox.ledger.state(raw(MINUTE), JANUARY)
+        stored = toolbox.lake.read(raw_table(MINUTE), JANUARY, with_provenance=True)
+        state = toolbox.ledger.state(raw_table(MINUTE), JANUARY)
         assert stored is not None
         assert state is not None
         lies = toolbox.lake.write(
-            raw(MINUTE), JANUARY, stored.join(bars, on="open_time", how="anti")
+            raw_table(MINUTE), JANUARY, stored.join(bars, on="open_time", how="anti")
         )
         fields = pl.struct(
             pl.col("open_time").dt.epoch("ms").cast(pl.String),
-            *(pl.col(n).cast(pl.String) for n in NAMES[1:]),
+            *(pl.col(n).cast(pl.String) for n in COLUMN_NAMES[1:]),
         ).struct.json_encode()
         refused = bars.select(
             pl.lit(-1, pl.Int64).alias("answer"),
@@ -337,7 +337,7 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
             }
         )
         entry = Entry(
-            raw(MINUTE),
+            raw_table(MINUTE),
             JANUARY,
             kept,
             Account(bars.height, 0, 0, bars.height),

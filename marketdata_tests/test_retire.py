@@ -24,7 +24,7 @@ from marketdata_assets.flows.operate.backfill import missed
 from marketdata_assets.flows.operate.retire import retire
 from marketdata_assets.flows.read.bars import read_bars
 from marketdata_assets.flows.read.coverage import coverage, daily_coverage
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings, load_settings
@@ -117,7 +117,7 @@ def test_what_is_gone_is_neither_missing_nor_asked_for(stored: Stored):
         assert [c.expected for c in coverage(toolbox, settings.markets)] == [0]
         assert plan(toolbox, partitions(settings)) == []
         assert missed(toolbox, 4, set(), {}).blocks == []
-        days, _ = daily_coverage(toolbox, raw(MINUTES))
+        days, _ = daily_coverage(toolbox, raw_table(MINUTES))
         assert set(days[MARKET]) == {None}
     assert bars(settings, "1h").height > 0
 
@@ -159,8 +159,8 @@ def test_old_months_move_to_a_colder_place_and_read_as_before(stored: Stored, tm
     moved = went(settings)
     assert {(month, what) for _, month, what in moved} == {("2023-10", "moved")}
     assert {table for table, *_ in moved} == {
-        raw(MINUTES).name,
-        *(rollup(tf).name for tf in settings.rollup_timeframes),
+        raw_table(MINUTES).name,
+        *(rollup_table(tf).name for tf in settings.rollup_timeframes),
     }
     assert len(list((tmp_path / "cold").rglob("data.parquet"))) == len(moved)
     assert not list((tmp_path / "lake").glob("*/*/*/month=2023-10/*"))
@@ -192,7 +192,10 @@ def test_in_s3_old_months_change_their_class_or_their_bucket(
     before = bars(settings, "1h")
     assert {(month, what) for _, month, what in went(settings)} == {("2023-10", "moved")}
     with open_toolbox(settings) as toolbox:
-        assert sorted(toolbox.lake.classes(raw(MINUTES)).values()) == ["STANDARD", "STANDARD_IA"]
+        assert sorted(toolbox.lake.list_storage_classes(raw_table(MINUTES)).values()) == [
+            "STANDARD",
+            "STANDARD_IA",
+        ]
     assert went(settings) == []
     assert_frame_equal(bars(settings, "1h"), before)
     monkeypatch.setenv("MARKETDATA_COLD", f"{{after_days: 31, lake: 's3://{bucket}/cold'}}")
@@ -228,5 +231,5 @@ def test_the_command_and_the_job_say_the_same(stored: Stored, monkeypatch: pytes
                 instance=instance, run_config={"ops": {"let_go": {"config": {"dry_run": dry_run}}}}
             ).success
         with open_toolbox(settings) as toolbox:
-            assert len(toolbox.lake.sizes(raw(MINUTES))) == left
+            assert len(toolbox.lake.list_sizes(raw_table(MINUTES))) == left
     assert wiped == [("raw/ohlcv_1m", [f"{MARKET}|2023-10-01", f"{MARKET}|2023-11-01"])]

@@ -74,10 +74,10 @@ def _wanted(state: str, severities: list[str]) -> tuple[set[str], set[str]]:
 
 def _mark(word: str, id: int, note: str | None) -> None:
     from marketdata_assets.flows.prove.anomalies import mark
-    from marketdata_assets.model.anomaly import State
+    from marketdata_assets.model.anomaly import AnomalyState
 
     with opened() as (_, toolbox):
-        entry = mark(toolbox, id, State(word), note)
+        entry = mark(toolbox, id, AnomalyState(word), note)
     say(f"anomaly {id} ({entry.anomaly.kind} of {entry.market.key}) is {word}")
 
 
@@ -90,7 +90,7 @@ def _list(
 ) -> None:
     from marketdata_assets.flows.prove.anomalies import bars_of, row_of
     from marketdata_assets.flows.read.bars import known_market
-    from marketdata_assets.model.window import iso
+    from marketdata_assets.model.window import format_time
 
     with opened() as (settings, toolbox):
         window = window_of(settings, start, end)
@@ -100,7 +100,7 @@ def _list(
             for entry in toolbox.anomalies.find(window)
             if (not markets or entry.market in markets)
             and entry.state.value in wanted[0]
-            and entry.anomaly.severity.word in wanted[1]
+            and entry.anomaly.severity.label in wanted[1]
         ]
         if format == "table":
             names = [
@@ -126,8 +126,8 @@ def _list(
         rows: list[dict[str, Any]] = []
         for entry, bars in bars_of(toolbox, found):
             told = {
-                "found_at": iso(entry.found_at),
-                "changed_at": iso(entry.changed_at),
+                "found_at": format_time(entry.found_at),
+                "changed_at": format_time(entry.changed_at),
                 "note": entry.note,
             }
             row = {

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from marketdata_assets.errors import BadInput, StoreFailed
-from marketdata_assets.model.window import Window, iso, parse_time
+from marketdata_assets.model.window import Window, format_time, parse_time
 from marketdata_assets.settings.universe import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -70,10 +70,12 @@ def window_of(settings: Settings, start: str | None, end: str | None) -> Window:
         parse_time(start) if start else settings.since, parse_time(end) if end else settings.now()
     )
     if start and window.start > settings.now():
-        raise BadInput(f"--start {start} lies in the future; it is now {iso(settings.now())}")
+        raise BadInput(
+            f"--start {start} lies in the future; it is now {format_time(settings.now())}"
+        )
     if not window:
         raise BadInput(
-            f"the window {iso(window.start)} .. {iso(window.end)} is empty; --start must come before --end"
+            f"the window {format_time(window.start)} .. {format_time(window.end)} is empty; --start must come before --end"
         )
     return window
 
@@ -145,13 +147,13 @@ def as_text(found: pl.DataFrame) -> pl.DataFrame:
     """Times as ISO, decimals as their exact digits; counts stay numbers, null stays null."""
     import polars as pl
 
-    from marketdata_assets.model.bar import decimal_text
+    from marketdata_assets.model.bar import format_decimals
 
     times = [name for name, dtype in found.schema.items() if isinstance(dtype, pl.Datetime)]
     return found.with_columns(
         pl.col(times).dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
         *(
-            decimal_text(name)
+            format_decimals(name)
             for name, dtype in found.schema.items()
             if isinstance(dtype, pl.Decimal)
         ),

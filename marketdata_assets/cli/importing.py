@@ -12,7 +12,7 @@ import typer
 
 from marketdata_assets.cli.common import Format, app, err, one_of, out, print_json, print_table, say
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.timeframe import timeframe
+from marketdata_assets.model.timeframe import parse_timeframe
 from marketdata_assets.settings.universe import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def import_(
     settings = load_settings()
     told = Told(
         settings.market(market) if market else None,
-        timeframe(timeframe_) if timeframe_ else None,
+        parse_timeframe(timeframe_) if timeframe_ else None,
         parse_columns(columns) if columns else None,
         unit,
     )

@@ -24,7 +24,7 @@ from marketdata_assets.cli.common import (
     print_table,
     window_of,
 )
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 
 if TYPE_CHECKING:
     from marketdata_assets.context import Tell
@@ -61,13 +61,13 @@ def lock(
         )
     target = file or Path(f"{name}.lock.json")
     write_lock(target, found)
-    still = sum(pinned.open for pinned in found.partitions)
+    still = sum(pinned.is_open for pinned in found.partitions)
     words = f", {still} of them of a month that is not over" if still else ""
     out.print(
-        f"{target}: {len(found.partitions)} partitions{words}, {found.bars} bars as of {iso(found.as_of)}",
+        f"{target}: {len(found.partitions)} partitions{words}, {found.bars} bars as of {format_time(found.as_of)}",
         highlight=False,
     )
-    out.print(f"{found.dataset}", highlight=False, soft_wrap=True)
+    out.print(f"{found.dataset_digest}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -95,9 +95,9 @@ def verify(
         )
     past = f", {found.from_history} of them from history" if found.from_history else ""
     words = f"{found.proved} of {len(locked.partitions)} partitions proved{past}, {found.bars} bars, {len(found.differences)} differ"
-    out.print(f"{locked.name} as of {iso(locked.as_of)}: {words}", highlight=False)
+    out.print(f"{locked.name} as of {format_time(locked.as_of)}: {words}", highlight=False)
     if not found.differences:
-        out.print(f"{locked.dataset}", highlight=False, soft_wrap=True)
+        out.print(f"{locked.dataset_digest}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if found.differences else 0)
 
 

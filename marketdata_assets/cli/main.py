@@ -41,8 +41,8 @@ from marketdata_assets.cli.common import (
 )
 from marketdata_assets.cli.importing import offer_rows, print_offers
 from marketdata_assets.errors import BadInput, MarketDataError
-from marketdata_assets.model.timeframe import timeframe
-from marketdata_assets.model.window import iso, parse_time
+from marketdata_assets.model.timeframe import parse_timeframe
+from marketdata_assets.model.window import format_time, parse_time
 from marketdata_assets.settings.universe import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def backfill(market: Markets = None, start: Start = None, end: End = None) -> No
     from marketdata_assets.flows.fetch.plan import plan as plan_flow
 
     with opened() as (settings, toolbox):
-        toolbox.lake.sweep()
+        toolbox.lake.remove_abandoned_uploads()
         if settings.rollups == "duckdb" and not toolbox.warehouse.exists:
             toolbox.ledger.forget_rollups()
         partitions = settings.partitions(chosen(settings, market), window_of(settings, start, end))
@@ -158,7 +158,7 @@ def bars(
         asked = (
             toolbox,
             known_market(toolbox, market),
-            timeframe(timeframe_),
+            parse_timeframe(timeframe_),
             window_of(settings, start, end),
         )
         found = read_as_of(*asked, _moment(as_of)) if as_of else read_bars(*asked)
@@ -188,14 +188,14 @@ def sql(
 ) -> None:
     """Query all tables with SQL. Naming markets and a span opens fewer files."""
     from marketdata_assets.flows.read.sql import connected
-    from marketdata_assets.storage.views import answer
+    from marketdata_assets.storage.views import run_query
 
     check_format(format, file)
     with (
         opened() as (settings, toolbox),
         connected(toolbox, market, window_of(settings, start, end)) as connection,
     ):
-        found = answer(connection, query)
+        found = run_query(connection, query)
     write_bars(found, format, file)
 
 
@@ -292,10 +292,10 @@ def alerts(
 
 def _incident_row(incident: Incident) -> dict[str, Any]:
     problem = incident.problem
-    recovered = iso(incident.recovered_at) if incident.recovered_at else None
+    recovered = format_time(incident.recovered_at) if incident.recovered_at else None
     return {
         "severity": problem.severity,
-        "opened": iso(incident.opened_at),
+        "opened": format_time(incident.opened_at),
         "recovered": recovered,
         "title": problem.title,
         "body": problem.body,
@@ -331,7 +331,7 @@ def parked(
         {
             "partition": ask.partition.key,
             "attempts": ask.attempts,
-            "parked": iso(ask.parked_at),
+            "parked": format_time(ask.parked_at),
             "reason": ask.reason,
         }
         for ask in found

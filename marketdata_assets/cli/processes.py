@@ -24,7 +24,7 @@ import yaml
 
 from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.settings.universe import PREFIX, Settings
-from marketdata_assets.storage.objects import endpoint
+from marketdata_assets.storage.s3_client import get_endpoint_url
 
 ROOT = Path(__file__).resolve().parents[2]
 POSTGRES, BROKER = PREFIX + "DAGSTER_POSTGRES", PREFIX + "DAGSTER_BROKER"
@@ -138,7 +138,7 @@ def _part(module: str, name: str, config: dict[str, Any]) -> dict[str, Any]:
 def _s3_logs(lake: str) -> dict[str, Any]:
     """What runs print lies beside the lake, so that the UI shows it wherever they ran."""
     parts = urlsplit(lake)
-    where = endpoint()
+    where = get_endpoint_url()
     place = {
         "bucket": parts.netloc,
         "prefix": f"{parts.path.strip('/')}/run_logs".lstrip("/"),

@@ -27,8 +27,8 @@ from marketdata_assets.cli.common import (
     quarantine,
     window_of,
 )
-from marketdata_assets.model.bar import number_text
-from marketdata_assets.model.window import iso, parse_time
+from marketdata_assets.model.bar import format_number
+from marketdata_assets.model.window import format_time, parse_time
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 
@@ -75,14 +75,19 @@ def repair(
             return
         asked = {
             "markets": [m.key for m in markets],
-            "start": iso(window.start),
-            "end": iso(window.end),
+            "start": format_time(window.start),
+            "end": format_time(window.end),
             "again": again is not None,
         }
         done = answer_of(["marketdata_assets.defs.repair", json.dumps(asked)], settings)
         receipt = toolbox.receipts.find(done["receipt"]) if done["receipt"] else None
     if receipt:
-        body = {"receipt": receipt.id, "at": iso(receipt.at), "says": receipt.says, **receipt.body}
+        body = {
+            "receipt": receipt.id,
+            "at": format_time(receipt.at),
+            "says": receipt.says,
+            **receipt.body,
+        }
         print_json(body) if format == "json" else _show_receipt(body)
     if not done["success"]:
         err.print(
@@ -143,9 +148,11 @@ def receipts(
     if number is not None:
         if one is None:
             raise BadInput(f"there is no receipt {number}; `marketdata receipts` lists them")
-        print_json({**one._asdict(), "at": iso(one.at)})
+        print_json({**one._asdict(), "at": format_time(one.at)})
         return
-    rows = [{"receipt": r.id, "kind": r.kind, "at": iso(r.at), "says": r.says} for r in found]
+    rows = [
+        {"receipt": r.id, "kind": r.kind, "at": format_time(r.at), "says": r.says} for r in found
+    ]
     print_json(rows) if format == "json" else print_table(rows, ["receipt", "kind", "at", "says"])
 
 
@@ -177,9 +184,9 @@ def corrections(
         {
             "market": c.market.key,
             "table": c.table.name,
-            "open_time": iso(c.open_time),
-            "known": iso(c.known_at) if c.known_at else None,
-            "corrected": iso(c.corrected_at),
+            "open_time": format_time(c.open_time),
+            "known": format_time(c.known_at) if c.known_at else None,
+            "corrected": format_time(c.corrected_at),
             "source": c.source,
             "changes": {name: _change(was, became) for name, (was, became) in c.changes.items()},
         }
@@ -198,7 +205,7 @@ def corrections(
 
 def _change(was: Any, became: Any) -> dict[str, str | None]:
     """A value before and after, null where it was not given, and by how much it changed."""
-    before, after = (None if value is None else number_text(value) for value in (was, became))
+    before, after = (None if value is None else format_number(value) for value in (was, became))
     return {"was": before, "is": after, "by": _by(was, became)}
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import dagster as dg
 from dagster_duckdb import DuckDBResource
 
-from marketdata_assets.charts import candles, sparkline
+from marketdata_assets.charts.candles import draw_candles
+from marketdata_assets.charts.lines import draw_sparkline
 from marketdata_assets.context import Tell, Toolbox, open_toolbox
 from marketdata_assets.defs.checks import IMPORT, KIND, Results, check_specs, failure_told, finished
 from marketdata_assets.defs.partitions import partitions_of_run
@@ -23,9 +24,9 @@ from marketdata_assets.flows.prove.gaps import explain
 from marketdata_assets.flows.read.coverage import daily_coverage
 from marketdata_assets.model.bar import Column
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.settings.universe import Settings
 
 WAREHOUSE_POOL = "warehouse"
@@ -82,7 +83,7 @@ def raw_asset(
     settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitionsDefinition, tell: Tell
 ) -> dg.AssetsDefinition:
     """The asset of one fetched timeframe."""
-    table = raw(timeframe)
+    table = raw_table(timeframe)
     what = (
         f"{timeframe.name} bars exactly as the venues sent them, one Parquet object per market and month.\n\n"
         "Materialize a partition to fetch what it lacks; a complete one costs no request. When a check is red, its own "
@@ -118,7 +119,7 @@ def raw_asset(
                 # this step fails and the next is skipped: those that are well must not wait for the
                 # others
                 rollups = {
-                    tf: Results(context, asset_key(rollup(tf)), tell)
+                    tf: Results(context, asset_key(rollup_table(tf)), tell)
                     for tf in settings.rollup_timeframes
                 }
                 roll_up_into(rollups, toolbox, good)
@@ -146,8 +147,8 @@ def rollup_assets(
     settings: Settings, grid: dg.MultiPartitionsDefinition, tell: Tell
 ) -> dg.AssetsDefinition:
     """All rollups: one step, one read of the raw bars, an asset per timeframe."""
-    tables = {tf: rollup(tf) for tf in settings.rollup_timeframes}
-    deps = [raw(tf) for tf in settings.raw_timeframes]
+    tables = {tf: rollup_table(tf) for tf in settings.rollup_timeframes}
+    deps = [raw_table(tf) for tf in settings.raw_timeframes]
     kinds = {"polars", "duckdb" if settings.rollups == "duckdb" else "parquet"}
     specs = [_spec(t, deps, _rollup_words(tf), kinds) for tf, t in tables.items()]
 
@@ -208,9 +209,9 @@ def fetch_into(
         toolbox, partitions, ask=asks
     )  # what one market lacks, the others tell apart
     for done in unexplained:
-        if done.error is None and (raw(timeframe), done.partition) in explained:
+        if done.error is None and (raw_table(timeframe), done.partition) in explained:
             results.renew(done.partition, audit_gaps(toolbox, done))
-    results.cover(*daily_coverage(toolbox, raw(timeframe)))
+    results.cover(*daily_coverage(toolbox, raw_table(timeframe)))
     return fetched
 
 
@@ -240,7 +241,7 @@ def roll_up_into(
                 findings,
                 changed=derived.changed.get(tf, 0) > 0,
             )
-    covered = daily_coverage(toolbox, rollup(next(iter(results))))  # they are made together
+    covered = daily_coverage(toolbox, rollup_table(next(iter(results))))  # they are made together
     for result in results.values():
         result.cover(*covered)
 
@@ -264,12 +265,12 @@ def _raw_metadata(done: Ingested) -> dict[str, Any]:
         "rows_received": done.account.received,
         "rows_quarantined": done.account.quarantined,
         "bars_corrected": done.replaced.height,
-        "closes": dg.MetadataValue.md(sparkline(done.bars["close"])),
-        "candles": dg.MetadataValue.md(candles(done.bars)),
+        "closes": dg.MetadataValue.md(draw_sparkline(done.bars["close"])),
+        "candles": dg.MetadataValue.md(draw_candles(done.bars)),
         "dagster/partition_row_count": done.bars.height,
     }
     if done.bars.height:
-        metadata |= {"first_bar": iso(opens[0]), "last_bar": iso(opens[-1])}
+        metadata |= {"first_bar": format_time(opens[0]), "last_bar": format_time(opens[-1])}
     if done.note:
         metadata["note"] = done.note
     return metadata
@@ -282,8 +283,8 @@ def _rollup_metadata(derived: Derived, timeframe: Timeframe) -> dict[str, Any]:
     return {
         "rows": frame.height,
         "rows_changed": derived.changed.get(timeframe, 0),
-        "first_bar": iso(frame["open_time"][0]),
-        "last_bar": iso(frame["open_time"][-1]),
-        "closes": dg.MetadataValue.md(sparkline(frame["close"])),
+        "first_bar": format_time(frame["open_time"][0]),
+        "last_bar": format_time(frame["open_time"][-1]),
+        "closes": dg.MetadataValue.md(draw_sparkline(frame["close"])),
         "dagster/partition_row_count": frame.height,
     }

@@ -33,8 +33,8 @@ from marketdata_assets.flows.operate.health import DAEMON
 from marketdata_assets.flows.operate.refresh import Refresh, refreshes
 from marketdata_assets.ledger.incidents import Problem
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw, rollup
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.table import Table, raw_table, rollup_table
+from marketdata_assets.model.window import format_time
 from marketdata_assets.settings.universe import Settings
 
 TICK_SECONDS = 30
@@ -104,9 +104,9 @@ def backfill_missed(
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         with one_line(), open_toolbox(settings) as toolbox:
             toolbox.ledger.beat(DAEMON, settings.now())
-            toolbox.lake.sweep()
+            toolbox.lake.remove_abandoned_uploads()
             busy, mine = under_way(context.instance, grid)
-            bases = {raw(venue.base) for venue in settings.venues.values()}
+            bases = {raw_table(venue.base) for venue in settings.venues.values()}
             shown = {
                 table: context.instance.get_materialized_partitions(asset_key(table))
                 for table in bases
@@ -133,7 +133,7 @@ def _missed_run(block: Block, settings: Settings) -> dg.RunRequest:
         "dagster/priority": HISTORY,
     }
     return dg.RunRequest(
-        run_key=f"{block.first.key}..{block.last.key}@{iso(settings.now())}", tags=tags
+        run_key=f"{block.first.key}..{block.last.key}@{format_time(settings.now())}", tags=tags
     )
 
 
@@ -196,8 +196,8 @@ def watch_markets(settings: Settings) -> dg.SensorDefinition:
     or after REPEAT.
     """
     raws, rollups = (
-        [raw(tf) for tf in settings.raw_timeframes],
-        [rollup(tf) for tf in settings.rollup_timeframes],
+        [raw_table(tf) for tf in settings.raw_timeframes],
+        [rollup_table(tf) for tf in settings.rollup_timeframes],
     )
     tables = [*raws, *rollups]
     looks: list[tuple[list[Table], str, MarketResult]] = [

@@ -15,7 +15,7 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationTargetMaterializationData,
 )
 
-from marketdata_assets.charts import heat_map
+from marketdata_assets.charts.heat_map import draw_heat_map
 from marketdata_assets.context import Tell, Toolbox, open_toolbox
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.flows.operate.freshness import Freshness, freshness
@@ -25,7 +25,7 @@ from marketdata_assets.flows.read.coverage import daily_coverage
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
 from marketdata_assets.model.timeframe import MINUTE
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 from marketdata_assets.settings.universe import Settings
 
 SHOWN = 200
@@ -146,7 +146,7 @@ def _freshness_row(found: Freshness) -> dg.TableRecord:
         {
             "market": found.market.key,
             "state": "stale" if found.stale else "late" if found.late else "fresh",
-            "newest bar ends": iso(found.through) if found.through else "none",
+            "newest bar ends": format_time(found.through) if found.through else "none",
             "minutes behind": found.lag // MINUTE,
             "warning at": found.limits.warn // MINUTE,
             "error at": found.limits.error // MINUTE,
@@ -168,7 +168,7 @@ def coverage_result(toolbox: Toolbox, table: Table) -> dg.AssetCheckResult:
         metadata={
             "days_not_whole": sum(bad.values()),
             "markets_not_whole": len(bad),
-            "market_by_day": dg.MetadataValue.md(heat_map(rows, first)),
+            "market_by_day": dg.MetadataValue.md(draw_heat_map(rows, first)),
         },
     )
 
@@ -233,7 +233,7 @@ class Results:
             )
             self._done[partition] = {
                 **metadata,
-                "coverage": dg.MetadataValue.md(heat_map(shown, first)),
+                "coverage": dg.MetadataValue.md(draw_heat_map(shown, first)),
             }
 
     def finish(self) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:

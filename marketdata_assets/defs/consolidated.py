@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster as dg
 
-from marketdata_assets.charts import differences, sparkline
+from marketdata_assets.charts.lines import draw_differences, draw_sparkline
 from marketdata_assets.context import Tell, open_toolbox
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.automation import (
@@ -36,12 +36,12 @@ from marketdata_assets.flows.derive.consolidate import (
 from marketdata_assets.flows.operate.backfill import LOST, Block, blocks, look_is_due
 from marketdata_assets.flows.prove.audit import Finding
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, consolidated, raw
+from marketdata_assets.model.table import Table, consolidated_table, raw_table
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import iso, month_of
+from marketdata_assets.model.window import format_time, month_of
 from marketdata_assets.quality.reconcile import FAIL, WARN
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.warehouse import sql_type
+from marketdata_assets.storage.warehouse import duckdb_type
 from marketdata_assets.transforms.consolidate import switches
 
 CONSOLIDATE = "consolidate"
@@ -73,12 +73,12 @@ def consolidated_assets(
 def _consolidated_asset(
     settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitionsDefinition, tell: Tell
 ) -> dg.AssetsDefinition:
-    table = consolidated(timeframe)
+    table = consolidated_table(timeframe)
     key = asset_key(table)
     columns = [
         dg.TableColumn(
             c.name,
-            sql_type(c.dtype),
+            duckdb_type(c.dtype),
             c.meaning,
             constraints=dg.TableColumnConstraints(nullable=c.optional),
         )
@@ -86,7 +86,7 @@ def _consolidated_asset(
     ]
     spec = dg.AssetSpec(
         key,
-        deps=[dg.AssetDep(asset_key(raw(timeframe)), partition_mapping=_mapping(settings))],
+        deps=[dg.AssetDep(asset_key(raw_table(timeframe)), partition_mapping=_mapping(settings))],
         description=(
             f"{timeframe.name} bars of several venues as one series: at each time the bar of the first venue that was up, in the "
             "universe's order. The column `venue` says whose bar it is.\n\n"
@@ -153,7 +153,7 @@ def _mapping(settings: Settings) -> dg.MultiPartitionMapping:
 
 
 def _drawn(finding: Finding, done: Consolidated) -> Finding:
-    picture = dg.MetadataValue.md(differences(done.pairs, done.partition.month, WARN, FAIL))
+    picture = dg.MetadataValue.md(draw_differences(done.pairs, done.partition.month, WARN, FAIL))
     return replace(finding, shown={**finding.shown, "differences": picture})
 
 
@@ -165,7 +165,7 @@ def _metadata(done: Consolidated) -> dict[str, Any]:
         for venue, count in done.bars["venue"].value_counts(sort=True).iter_rows()
     }
     rows = [
-        dg.TableRecord({"from": iso(at), "before": before, "venue": venue})
+        dg.TableRecord({"from": format_time(at), "before": before, "venue": venue})
         for at, before, venue in changes.head(SHOWN).iter_rows()
     ]
     metadata: dict[str, Any] = {
@@ -174,16 +174,16 @@ def _metadata(done: Consolidated) -> dict[str, Any]:
         **counts,
         "switches": changes.height,
         "switched": dg.MetadataValue.table(rows) if rows else "never",
-        "closes": dg.MetadataValue.md(sparkline(done.bars["close"])),
+        "closes": dg.MetadataValue.md(draw_sparkline(done.bars["close"])),
         "differences": dg.MetadataValue.md(
-            differences(done.pairs, done.partition.month, WARN, FAIL)
+            draw_differences(done.pairs, done.partition.month, WARN, FAIL)
         ),
         "dagster/partition_row_count": done.bars.height,
     }
     if done.bars.height:
         metadata |= {
-            "first_bar": iso(done.bars["open_time"][0]),
-            "last_bar": iso(done.bars["open_time"][-1]),
+            "first_bar": format_time(done.bars["open_time"][0]),
+            "last_bar": format_time(done.bars["open_time"][-1]),
         }
     return {**metadata, "note": done.note} if done.note else metadata
 
@@ -193,7 +193,7 @@ def consolidate_job(settings: Settings) -> Any:
     """The job that makes consolidated partitions; the raw ones below them are another grid, so
     `ingest` cannot.
     """
-    keys = [asset_key(consolidated(tf)) for tf in settings.consolidated_timeframes]
+    keys = [asset_key(consolidated_table(tf)) for tf in settings.consolidated_timeframes]
     return dg.define_asset_job(
         CONSOLIDATE,
         selection=dg.AssetSelection.assets(*keys),
@@ -220,7 +220,7 @@ def keep_consolidated(
         ),
     )
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        tables = [consolidated(tf) for tf in settings.consolidated_timeframes]
+        tables = [consolidated_table(tf) for tf in settings.consolidated_timeframes]
         with one_line(), open_toolbox(settings) as toolbox:
             busy, _ = under_way(context.instance, mine)
             shown = {
@@ -261,7 +261,9 @@ def _lost(settings: Settings, late: dict[Partition, Behind]) -> dict[Table, list
     lost: dict[Table, list[Partition]] = {}
     for partition, why in late.items():
         if why.reason == LOST:
-            lost.setdefault(consolidated(settings.base(partition.market)), []).append(partition)
+            lost.setdefault(consolidated_table(settings.base(partition.market)), []).append(
+                partition
+            )
     return lost
 
 

@@ -17,11 +17,12 @@ from marketdata_assets.defs.maintenance import schedule
 from marketdata_assets.defs.partitions import partitions_of_run
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.derive.publish import Published, maintain, publish
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Delta, Settings
-from marketdata_assets.storage.delta import Maintained, columns_of
+from marketdata_assets.storage.delta import delta_column_types
+from marketdata_assets.storage.delta_maintenance import DeltaMaintenance
 
 MAINTAIN = "maintain_delta"
 
@@ -53,7 +54,7 @@ def _delta_asset(
     sources = _sources(settings, timeframe)
     key = delta_key(timeframe)
     store = "s3" if delta.location.startswith("s3://") else "parquet"
-    columns = [dg.TableColumn(name, kind) for name, kind in columns_of(sources[-1]).items()]
+    columns = [dg.TableColumn(name, kind) for name, kind in delta_column_types(sources[-1]).items()]
     spec = dg.AssetSpec(
         key,
         deps=[asset_key(table) for table in sources],
@@ -94,10 +95,10 @@ def _sources(settings: Settings, timeframe: Timeframe) -> list[Table]:
     others.
     """
     bases = {venue.base for venue in settings.venues.values()}
-    found = [raw(timeframe)] if timeframe in bases else []
-    found += [rollup(timeframe)] if timeframe in settings.rollup_timeframes else []
+    found = [raw_table(timeframe)] if timeframe in bases else []
+    found += [rollup_table(timeframe)] if timeframe in settings.rollup_timeframes else []
     if not found and timeframe in settings.raw_timeframes:
-        found = [raw(timeframe)]
+        found = [raw_table(timeframe)]
     if not found:
         known = " ".join(
             tf.name
@@ -141,7 +142,7 @@ def delta_job_and_schedule(settings: Settings) -> tuple[dg.JobDefinition, dg.Sch
         rows = [_row(name, done) for name, done in found.items()]
         totals = {
             name: sum(getattr(done, name) for done in found.values())
-            for name in Maintained._fields
+            for name in DeltaMaintenance._fields
             if name != "version"
         }
         totals["partitions_published"] = sum(len(results.good) for results in late)
@@ -181,5 +182,5 @@ def _publish_late(context: dg.OpExecutionContext, toolbox: Toolbox) -> list[Resu
     return found
 
 
-def _row(name: str, done: Maintained) -> dg.TableRecord:
+def _row(name: str, done: DeltaMaintenance) -> dg.TableRecord:
     return dg.TableRecord({"table": name, **done._asdict()})

@@ -25,7 +25,7 @@ from marketdata_assets.defs.delta import delta_assets, delta_job_and_schedule
 from marketdata_assets.defs.maintenance import health_job, prune_job, retire_job
 from marketdata_assets.defs.partitions import market_months
 from marketdata_assets.defs.repair import repair_job, second_looks
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.settings.universe import Settings
 
 INGEST = "ingest"
@@ -48,7 +48,10 @@ def build_definitions(settings: Settings, tell: Tell = tell_nobody) -> dg.Defini
             assets.append(rollup_assets(settings, grid, tell))
         assets += delta_assets(settings, grid, tell)
         consolidated = consolidated_assets(settings, grid, tell)
-        tables = [*map(raw, settings.raw_timeframes), *map(rollup, settings.rollup_timeframes)]
+        tables = [
+            *map(raw_table, settings.raw_timeframes),
+            *map(rollup_table, settings.rollup_timeframes),
+        ]
         checks = [check for table in tables for check in market_checks(settings, table)]
         partitioned = (
             dg.AssetSelection.all()

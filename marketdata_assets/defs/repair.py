@@ -30,8 +30,8 @@ from marketdata_assets.defs.assets import asset_key, fetch_into, roll_up_into
 from marketdata_assets.defs.checks import Results, failure_told, log_all
 from marketdata_assets.flows.operate.repair import clean_up, contents, span_of, write_receipt
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw, rollup
-from marketdata_assets.model.window import Window, iso, parse_time
+from marketdata_assets.model.table import raw_table, rollup_table
+from marketdata_assets.model.window import Window, format_time, parse_time
 from marketdata_assets.settings.universe import Settings, load_settings
 
 REPAIR, OP = "repair", "repair_span"
@@ -82,7 +82,8 @@ def repair_job(settings: Settings) -> dg.JobDefinition:
             cleaned = clean_up(toolbox, partitions)
             log = cast(dg.AssetExecutionContext, context)  # an op's context takes the same events
             raws = {
-                tf: Results(log, asset_key(raw(tf)), tell_nobody) for tf in settings.raw_timeframes
+                tf: Results(log, asset_key(raw_table(tf)), tell_nobody)
+                for tf in settings.raw_timeframes
             }
             again = window if config.again else None
             fetched = [
@@ -91,7 +92,7 @@ def repair_job(settings: Settings) -> dg.JobDefinition:
                 for told in fetch_into(results, toolbox, tf, partitions, again)
             ]
             rollups = {
-                tf: Results(log, asset_key(rollup(tf)), tell_nobody)
+                tf: Results(log, asset_key(rollup_table(tf)), tell_nobody)
                 for tf in settings.rollup_timeframes
             }
             roll_up_into(rollups, toolbox, partitions)
@@ -145,8 +146,8 @@ def run_config(markets: Sequence[str], window: Window, again: bool) -> dict[str,
     """The job's configuration for a span; no markets are all."""
     config = {
         "market": " ".join(markets),
-        "start": iso(window.start),
-        "end": iso(window.end),
+        "start": format_time(window.start),
+        "end": format_time(window.end),
         "again": again,
     }
     return {"ops": {OP: {"config": config}}}

@@ -8,11 +8,11 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from marketdata_assets.ledger.database import Database
-from marketdata_assets.model.anomaly import Anomaly, Severity, State
+from marketdata_assets.model.anomaly import Anomaly, AnomalySeverity, AnomalyState
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.table import Table
-from marketdata_assets.model.timeframe import timeframe
-from marketdata_assets.model.window import Window, iso, month_of, parse_time
+from marketdata_assets.model.timeframe import parse_timeframe
+from marketdata_assets.model.window import Window, format_time, month_of, parse_time
 
 GONE = "no longer found: its bars, or those beside it, have changed"
 
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     table: Table
     market: Market
     anomaly: Anomaly
-    state: State
+    state: AnomalyState
     found_at: datetime
     changed_at: datetime
     note: str | None
@@ -46,7 +46,7 @@ class Anomalies:
         """Those that share a moment with the window, by start."""
         sql, values = (
             f'SELECT {_ENTRY} FROM anomalies WHERE start < ? AND "end" > ?',
-            [iso(window.end), iso(window.start)],
+            [format_time(window.end), format_time(window.start)],
         )
         for name, value in (
             ("market", market.key if market else ""),
@@ -83,7 +83,7 @@ class Anomalies:
                 new.append(one)
             elif entry.anomaly != one or entry.note == GONE:
                 same.append((entry, one))
-        gone = [entry for entry in by_key.values() if entry.state == State.OPEN]
+        gone = [entry for entry in by_key.values() if entry.state == AnomalyState.OPEN]
         if not (new or same or gone):
             return known
         with self._database.transaction() as db:
@@ -96,9 +96,9 @@ class Anomalies:
                         table.name,
                         market.key,
                         _month(a),
-                        State.OPEN.value,
-                        iso(now),
-                        iso(now),
+                        AnomalyState.OPEN.value,
+                        format_time(now),
+                        format_time(now),
                         *_columns(a),
                     )
                     for a in new
@@ -109,20 +109,21 @@ class Anomalies:
             db.executemany(
                 _MARK,
                 [
-                    (State.OPEN.value, None, iso(now), entry.id)
+                    (AnomalyState.OPEN.value, None, format_time(now), entry.id)
                     for entry, _ in same
                     if entry.note == GONE
                 ],
             )
             db.executemany(
-                _MARK, [(State.RESOLVED.value, GONE, iso(now), entry.id) for entry in gone]
+                _MARK,
+                [(AnomalyState.RESOLVED.value, GONE, format_time(now), entry.id) for entry in gone],
             )
         return self._begun(table, market, judged)
 
-    def mark(self, id: int, state: State, note: str | None, now: datetime) -> None:
+    def mark(self, id: int, state: AnomalyState, note: str | None, now: datetime) -> None:
         """A person's word on one of them."""
         with self._database.transaction() as db:
-            db.execute(_MARK, (state.value, note, iso(now), id))
+            db.execute(_MARK, (state.value, note, format_time(now), id))
 
     def _begun(self, table: Table, market: Market, window: Window) -> list[Entry]:
         return [
@@ -155,19 +156,19 @@ def _entry(row: Sequence[Any]) -> Entry:
     layer, _, name = tbl.partition("/ohlcv_")
     anomaly = Anomaly(
         kind,
-        Severity[severity.upper()],
+        AnomalySeverity[severity.upper()],
         parse_time(start),
         parse_time(end),
         bars,
         json.loads(evidence),
     )
-    table = Table(layer, timeframe(name))
+    table = Table(layer, parse_timeframe(name))
     return Entry(
         id,
         table,
         Market.parse(market),
         anomaly,
-        State(state),
+        AnomalyState(state),
         parse_time(found_at),
         parse_time(changed_at),
         note,
@@ -177,9 +178,9 @@ def _entry(row: Sequence[Any]) -> Entry:
 def _columns(one: Anomaly) -> tuple[str | int, ...]:
     return (
         one.kind,
-        one.severity.word,
-        iso(one.start),
-        iso(one.end),
+        one.severity.label,
+        format_time(one.start),
+        format_time(one.end),
         one.bars,
         json.dumps(one.evidence),
     )

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from marketdata_assets.ledger.database import Database
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table
-from marketdata_assets.model.window import Window, iso, parse_time
-from marketdata_assets.storage.parquet import Stored
+from marketdata_assets.model.table import StoredObject, Table
+from marketdata_assets.model.window import Window, format_time, parse_time
 
 NO_TRADE = "no_trade"
 """The cause of a gap that shows its venue up."""
@@ -86,7 +85,7 @@ class Consolidations:
         span: Window,
         newest: datetime | None,
         rows: int,
-        stored: Stored,
+        stored: StoredObject,
         of: str,
         now: datetime,
     ) -> None:
@@ -98,7 +97,7 @@ class Consolidations:
         replaced = ", ".join(f"{name} = excluded.{name}" for name in values.split(", "))
         names = f"{keys}, {values}"
         marks = ", ".join("?" for _ in names.split(", "))
-        moments = iso(span.start), iso(span.end), newest and iso(newest)
+        moments = format_time(span.start), format_time(span.end), newest and format_time(newest)
         row = (
             table.name,
             partition.market.key,
@@ -110,7 +109,7 @@ class Consolidations:
             of,
             None,
             0,
-            iso(now),
+            format_time(now),
         )
         with self._database.transaction() as db:
             db.execute(

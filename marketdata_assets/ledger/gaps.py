@@ -13,7 +13,7 @@ from marketdata_assets.ledger.ledger import GAP, Gap, gap_of, write_gaps
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
-from marketdata_assets.model.window import Window, iso, parse_time
+from marketdata_assets.model.window import Window, format_time, parse_time
 
 REOPENED = '"reopened"'
 """In the proof of a gap that somebody wants to have asked for again: no cause is looked for until it
@@ -53,7 +53,7 @@ class Gaps:
         return [
             gap_of(row)
             for row in self._database.rows(
-                sql, table.name, market.key, iso(window.end), iso(window.start)
+                sql, table.name, market.key, format_time(window.end), format_time(window.start)
             )
         ]
 
@@ -73,7 +73,7 @@ class Gaps:
         return {
             (market, month)
             for market, month in self._database.rows(
-                sql, table.name, iso(now.replace(microsecond=0))
+                sql, table.name, format_time(now.replace(microsecond=0))
             )
         }
 
@@ -92,7 +92,9 @@ class Gaps:
             'SELECT id, start, "end", asked_at, outcome, rows FROM fetches'
             ' WHERE tbl = ? AND market = ? AND start < ? AND "end" > ? ORDER BY id'
         )
-        found = self._database.rows(sql, table.name, market.key, iso(window.end), iso(window.start))
+        found = self._database.rows(
+            sql, table.name, market.key, format_time(window.end), format_time(window.start)
+        )
         return [
             Asked(id, Window(parse_time(a), parse_time(b)), _moment(at), outcome, rows)
             for id, a, b, at, outcome, rows in found
@@ -100,17 +102,17 @@ class Gaps:
 
     def reopen(self, table: Table, market: Market, gap: Gap, now: datetime) -> None:
         """Forget a gap's cause and ask for it in the next run."""
-        proof = f'{{{REOPENED}: "{iso(now)}"}}'
+        proof = f'{{{REOPENED}: "{format_time(now)}"}}'
         with self._database.transaction() as db:
             sql = "UPDATE gaps SET cause = '', proof = ?, next_ask = ? WHERE tbl = ? AND market = ? AND start = ?"
             db.execute(
                 sql,
                 (
                     proof,
-                    iso(now.replace(microsecond=0)),
+                    format_time(now.replace(microsecond=0)),
                     table.name,
                     market.key,
-                    iso(gap.window.start),
+                    format_time(gap.window.start),
                 ),
             )
 
@@ -121,10 +123,12 @@ class Gaps:
         all or nothing.
         """
         with self._database.transaction() as db:
-            where = [(table.name, partition.market.key, iso(gap.window.start)) for gap in old]
+            where = [
+                (table.name, partition.market.key, format_time(gap.window.start)) for gap in old
+            ]
             db.executemany("DELETE FROM gaps WHERE tbl = ? AND market = ? AND start = ?", where)
             write_gaps(db, table, partition, new)
 
 
 def _moment(seconds: float) -> str:
-    return iso(datetime.fromtimestamp(int(seconds), UTC))
+    return format_time(datetime.fromtimestamp(int(seconds), UTC))

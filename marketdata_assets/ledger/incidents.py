@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import NamedTuple
 
 from marketdata_assets.ledger.database import Database
-from marketdata_assets.model.window import iso, parse_time
+from marketdata_assets.model.window import format_time, parse_time
 
 OPENED, RECOVERED = "opened", "recovered"
 
@@ -83,12 +83,14 @@ class Incidents:
                 names = "key, severity, title, body, opened_at"
                 sql = f"INSERT INTO incidents ({names}) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id"
                 events += [
-                    (id, OPENED) for (id,) in db.execute(sql, (*problem, iso(now))).fetchall()
+                    (id, OPENED)
+                    for (id,) in db.execute(sql, (*problem, format_time(now))).fetchall()
                 ]
             for incident in recovered:
                 sql = "UPDATE incidents SET recovered_at = ? WHERE id = ? AND recovered_at IS NULL RETURNING id"
                 events += [
-                    (id, RECOVERED) for (id,) in db.execute(sql, (iso(now), incident.id)).fetchall()
+                    (id, RECOVERED)
+                    for (id,) in db.execute(sql, (format_time(now), incident.id)).fetchall()
                 ]
             rows = [(*event, channel) for event in events for channel in channels]
             db.executemany("INSERT INTO letters (incident, event, channel) VALUES (?, ?, ?)", rows)
@@ -106,7 +108,8 @@ class Incidents:
         """It was told."""
         with self._database.transaction() as db:
             db.execute(
-                "UPDATE letters SET sent_at = ?, error = NULL WHERE id = ?", (iso(now), letter.id)
+                "UPDATE letters SET sent_at = ?, error = NULL WHERE id = ?",
+                (format_time(now), letter.id),
             )
 
     def not_sent(self, letter: Letter, error: str) -> None:
@@ -128,11 +131,13 @@ class Incidents:
         """Delete incidents that recovered before a moment, with their letters; how many."""
         old = "SELECT id FROM incidents WHERE recovered_at < ?"
         if dry_run:
-            return len(self._database.rows(old, iso(before)))
+            return len(self._database.rows(old, format_time(before)))
         with self._database.transaction() as db:
-            db.execute(f"DELETE FROM letters WHERE incident IN ({old})", (iso(before),))
+            db.execute(f"DELETE FROM letters WHERE incident IN ({old})", (format_time(before),))
             return int(
-                db.execute("DELETE FROM incidents WHERE recovered_at < ?", (iso(before),)).rowcount
+                db.execute(
+                    "DELETE FROM incidents WHERE recovered_at < ?", (format_time(before),)
+                ).rowcount
             )
 
 

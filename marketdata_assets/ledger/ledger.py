@@ -21,7 +21,7 @@ from marketdata_assets.ledger.schema import Statements, content
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
-from marketdata_assets.model.window import Window, iso, month_of, parse_time
+from marketdata_assets.model.window import Window, format_time, month_of, parse_time
 
 BREAKER_LIMIT = 30
 BREAKER_FIRST, BREAKER_LONGEST = 30.0, 600.0
@@ -286,7 +286,7 @@ class Ledger(Database):
         with self.transaction() as db:
             db.execute(
                 _upsert("markets", "market", "listed, evidence"),
-                (market.key, iso(listed), evidence),
+                (market.key, format_time(listed), evidence),
             )
 
     def states(self, table: Table, market: Market) -> dict[str, State]:
@@ -350,7 +350,7 @@ class Ledger(Database):
 
     def commit(self, entry: Entry) -> None:
         """Write down one ingest, whole or not at all."""
-        where, now, s = _where(entry.table, entry.partition), iso(entry.now), entry.state
+        where, now, s = _where(entry.table, entry.partition), format_time(entry.now), entry.state
         with self.transaction() as db:
             ids = _log_fetches(db, entry.table, entry.partition.market, entry.fetches)
             db.execute("DELETE FROM gaps WHERE tbl = ? AND market = ? AND month = ?", where)
@@ -358,8 +358,8 @@ class Ledger(Database):
             _quarantine(db, entry, ids, now)
             db.execute(
                 _upsert("partitions", "tbl, market, month", f"{_STATE}, account, updated_at"),
-                (*where, iso(s.start), iso(s.through), s.newest and iso(s.newest), s.complete, s.rows, s.bytes, s.digest, s.rolled,
-                 s.attempts, s.failures, s.error, s.whole_at and iso(s.whole_at), json.dumps(asdict(entry.account)), now),
+                (*where, format_time(s.start), format_time(s.through), s.newest and format_time(s.newest), s.complete, s.rows, s.bytes, s.digest, s.rolled,
+                 s.attempts, s.failures, s.error, s.whole_at and format_time(s.whole_at), json.dumps(asdict(entry.account)), now),
             )  # fmt: skip
 
     def fail(
@@ -390,7 +390,14 @@ class Ledger(Database):
                 " ON CONFLICT (tbl, market, month) DO UPDATE SET attempts = partitions.attempts + 1,"
                 " failures = partitions.failures + excluded.failures, error = excluded.error,"
                 " updated_at = excluded.updated_at",
-                (*where, iso(wanted.start), iso(wanted.start), counts, error, iso(now)),
+                (
+                    *where,
+                    format_time(wanted.start),
+                    format_time(wanted.start),
+                    counts,
+                    error,
+                    format_time(now),
+                ),
             )
 
     def set_rolled(self, table: Table, partition: Partition, digest: str) -> None:
@@ -429,7 +436,9 @@ class Ledger(Database):
             " ORDER BY market, rtrim(open_time, 'Z'), id LIMIT ?"
         )
         key = market and market.key
-        found = self.rows(sql, key, key, iso(window.start)[:-1], iso(window.end)[:-1], limit)
+        found = self.rows(
+            sql, key, key, format_time(window.start)[:-1], format_time(window.end)[:-1], limit
+        )
         rows = [
             dict(zip(names.replace("tbl", "table").split(", "), values, strict=True))
             for values in found
@@ -440,7 +449,8 @@ class Ledger(Database):
         """These refused rows have become bars."""
         with self.transaction() as db:
             db.executemany(
-                "UPDATE quarantine SET replayed_at = ? WHERE id = ?", [(iso(now), id) for id in ids]
+                "UPDATE quarantine SET replayed_at = ? WHERE id = ?",
+                [(format_time(now), id) for id in ids],
             )
 
     def accounts(self) -> list[dict[str, Any]]:
@@ -489,7 +499,7 @@ class Ledger(Database):
         refused = dict(
             self.rows(
                 "SELECT market, count(*) FROM quarantine WHERE last_seen >= ? GROUP BY market",
-                iso(since),
+                format_time(since),
             )
         )
         brought = self.rows(
@@ -507,7 +517,7 @@ class Ledger(Database):
 
     def ask(self, partitions: Iterable[tuple[Partition, str]], now: datetime) -> None:
         """Count one more attempt for each partition, with the reason it is asked for."""
-        rows = [(p.market.key, p.month_key, iso(now), reason) for p, reason in partitions]
+        rows = [(p.market.key, p.month_key, format_time(now), reason) for p, reason in partitions]
         with self.transaction() as db:
             db.executemany(
                 "INSERT INTO asks VALUES (?, ?, 1, ?, NULL, ?) ON CONFLICT (market, month) DO UPDATE SET"
@@ -517,7 +527,7 @@ class Ledger(Database):
 
     def park(self, partitions: Iterable[tuple[Partition, str]], now: datetime) -> None:
         """These are not asked for any more, until somebody unparks them."""
-        rows = [(iso(now), reason, p.market.key, p.month_key) for p, reason in partitions]
+        rows = [(format_time(now), reason, p.market.key, p.month_key) for p, reason in partitions]
         with self.transaction() as db:
             db.executemany(
                 "UPDATE asks SET parked_at = ?, reason = ? WHERE market = ? AND month = ?", rows
@@ -557,7 +567,7 @@ class Ledger(Database):
             db.execute(
                 "INSERT INTO red_checks VALUES (?, ?, ?, ?, ?, ?, 1, ?) ON CONFLICT (tbl, market, month, name) DO UPDATE SET"
                 " times = red_checks.times + 1, blocking = excluded.blocking, says = excluded.says",
-                (*where, *red, iso(now)),
+                (*where, *red, format_time(now)),
             )
 
     def red_checks(self) -> list[RedCheck]:
@@ -572,7 +582,7 @@ class Ledger(Database):
     def beat(self, name: str, now: datetime) -> None:
         """Something that must go on for ever has just been done."""
         with self.transaction() as db:
-            db.execute(_upsert("beats", "name", "at"), (name, iso(now)))
+            db.execute(_upsert("beats", "name", "at"), (name, format_time(now)))
 
     def last_beat(self, name: str) -> datetime | None:
         """When it was done last."""
@@ -654,10 +664,10 @@ def write_gaps(db: Statements, table: Table, partition: Partition, gaps: Iterabl
     rows = [
         (
             *where,
-            iso(g.window.start),
-            iso(g.window.end),
+            format_time(g.window.start),
+            format_time(g.window.end),
             *g[1:7],
-            *(t and iso(t) for t in (g.first_asked, g.last_asked, g.next_ask)),
+            *(t and format_time(t) for t in (g.first_asked, g.last_asked, g.next_ask)),
         )
         for g in gaps
     ]
@@ -681,7 +691,11 @@ def _log_fetches(
     )
     where = table.name, market.key
     return [
-        int(db.execute(sql, (*where, iso(f.window.start), iso(f.window.end), *f[1:])).fetchone()[0])
+        int(
+            db.execute(
+                sql, (*where, format_time(f.window.start), format_time(f.window.end), *f[1:])
+            ).fetchone()[0]
+        )
         for f in fetches
     ]
 
@@ -693,7 +707,7 @@ def _quarantine(db: Statements, entry: Entry, ids: list[int], now: str) -> None:
     ).iter_rows():
         fetch, open_time = (
             ids[entry.answers[answer]] if 0 <= answer < len(entry.answers) else None,
-            moment and iso(moment),
+            moment and format_time(moment),
         )
         source = _teller(entry, answer)
         rows.append(

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from marketdata_assets.ledger.database import Database
-from marketdata_assets.model.window import iso, parse_time
+from marketdata_assets.model.window import format_time, parse_time
 
 
 class Receipt(NamedTuple):
@@ -33,7 +33,7 @@ class Receipts:
         """Write one down."""
         sql = "INSERT INTO receipts (kind, at, says, body) VALUES (?, ?, ?, ?) RETURNING id"
         with self._database.transaction() as db:
-            (id,) = db.execute(sql, (kind, iso(at), says, json.dumps(body))).fetchone()
+            (id,) = db.execute(sql, (kind, format_time(at), says, json.dumps(body))).fetchone()
         return Receipt(int(id), kind, at, says, dict(body))
 
     def find(self, number: int) -> Receipt | None:

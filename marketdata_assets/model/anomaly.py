@@ -1,6 +1,4 @@
-"""An anomaly: bars that keep every rule and are hard to believe, how bad that is, and what a person
-made of it.
-"""
+"""An anomaly: bars that pass every rule and are still hard to believe."""
 
 from __future__ import annotations
 
@@ -9,8 +7,8 @@ from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
 
-class Severity(IntEnum):
-    """How much harm it would do if it is an error."""
+class AnomalySeverity(IntEnum):
+    """How much harm an anomaly does if its bars are wrong."""
 
     LOW = 1
     MEDIUM = 2
@@ -18,31 +16,32 @@ class Severity(IntEnum):
     CRITICAL = 4
 
     @property
-    def word(self) -> str:
-        """`high`"""
+    def label(self) -> str:
+        """The severity in lower case, as it is stored and shown: `high`."""
         return self.name.lower()
 
 
-class State(StrEnum):
-    """What became of it: nobody looked, somebody knows it (a real move), or it is over (mended, or no
-    longer found).
-    """
+class AnomalyState(StrEnum):
+    """How far the review of an anomaly has come."""
 
     OPEN = "open"
+    """Nobody has reviewed it."""
     ACKNOWLEDGED = "acknowledged"
+    """A person confirmed that the bars are right, for example a real crash."""
     RESOLVED = "resolved"
+    """The bars were repaired, or the anomaly is no longer found."""
 
 
 class Anomaly(NamedTuple):
-    """`kind` names a row of `quality.anomalies.RULES`. It lies in the bars that open in `[start,
-    end)`; `bars` of them were found.
+    """Suspicious bars of one market, which open in `[start, end)`.
 
-    `evidence` is what was measured, as text by name: `size` and the `limit` it is above, and what
-    it `says` to a person.
+    `kind` names a row of `quality.anomalies.RULES`, and `bars` counts the suspicious bars.
+    `evidence` holds the measurements as text by name: `size`, the `limit` that it exceeds, and
+    `says`, a sentence for a person.
     """
 
     kind: str
-    severity: Severity
+    severity: AnomalySeverity
     start: datetime
     end: datetime
     bars: int

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from marketdata_assets.model.bar import COLUMNS, NAMES
+from marketdata_assets.model.bar import BAR_COLUMNS, COLUMN_NAMES
 
 
 class Agreement(NamedTuple):
@@ -26,7 +26,7 @@ class Agreement(NamedTuple):
 
 
 def agree(kept: pl.DataFrame) -> Agreement:
-    """Settle the kept rows of all answers about one span (columns `answer` and model.bar.SCHEMA).
+    """Settle the kept rows of all answers about one span (columns `answer` and model.bar.BAR_SCHEMA).
 
     One variant of an open_time is believed. Of several, the one that most answers gave is believed
     when at least two gave it and no other has as many. `len(kept) == len(bars) + identical +
@@ -34,9 +34,9 @@ def agree(kept: pl.DataFrame) -> Agreement:
     """
     repeated = kept["open_time"].is_duplicated()
     if not repeated.any():
-        return Agreement(kept.select(NAMES).sort("open_time"), 0, kept.clear(), kept.clear())
+        return Agreement(kept.select(COLUMN_NAMES).sort("open_time"), 0, kept.clear(), kept.clear())
     single, several = kept.filter(~repeated), kept.filter(repeated)
-    variants = several.group_by(NAMES).agg(pl.col("answer").n_unique().alias("votes"))
+    variants = several.group_by(COLUMN_NAMES).agg(pl.col("answer").n_unique().alias("votes"))
     ranked = variants.with_columns(
         pl.col("votes").max().over("open_time").alias("most"),
         pl.len().over("open_time").alias("rivals"),
@@ -45,12 +45,15 @@ def agree(kept: pl.DataFrame) -> Agreement:
     alone = leading.sum().over("open_time") == 1
     won = leading & ((pl.col("rivals") == 1) | ((pl.col("most") > 1) & alone))
     judged = ranked.with_columns(won.alias("won"), won.any().over("open_time").alias("settled"))
-    winners = judged.filter("won").select(NAMES)
+    winners = judged.filter("won").select(COLUMN_NAMES)
     rows = several.join(
-        judged.select(*NAMES, "won", "settled"), on=NAMES, how="left", nulls_equal=True
+        judged.select(*COLUMN_NAMES, "won", "settled"),
+        on=COLUMN_NAMES,
+        how="left",
+        nulls_equal=True,
     )
     return Agreement(
-        pl.concat([single.select(NAMES), winners]).sort("open_time"),
+        pl.concat([single.select(COLUMN_NAMES), winners]).sort("open_time"),
         int(rows["won"].sum()) - winners.height,
         rows.filter(~pl.col("won") & pl.col("settled")).select(kept.columns),
         rows.filter(~pl.col("settled")).select(kept.columns),
@@ -65,7 +68,7 @@ def filled(rows: pl.DataFrame, by: pl.DataFrame) -> pl.DataFrame:
     than the venue's API.
     """
     lacking = [
-        column.name for column in COLUMNS if column.optional and rows[column.name].null_count()
+        column.name for column in BAR_COLUMNS if column.optional and rows[column.name].null_count()
     ]
     if not lacking or by.is_empty():
         return rows
@@ -87,7 +90,7 @@ class Unanimous(NamedTuple):
 
 
 def unanimous(kept: pl.DataFrame) -> Unanimous:
-    """Rows of several files (columns `answer` and model.bar.NAMES): an open_time that is told twice
+    """Rows of several files (columns `answer` and model.bar.COLUMN_NAMES): an open_time that is told twice
     must be told alike.
 
     Files are no witnesses that outvote each other: where two differ, neither is believed; a value
@@ -98,7 +101,7 @@ def unanimous(kept: pl.DataFrame) -> Unanimous:
     if not again.any():
         return Unanimous(kept, kept.clear(), kept.clear())
     differs = pl.any_horizontal(
-        pl.col(name).min() != pl.col(name).max() for name in NAMES if name != "open_time"
+        pl.col(name).min() != pl.col(name).max() for name in COLUMN_NAMES if name != "open_time"
     )
     opens = (
         kept.filter(again)
@@ -128,9 +131,13 @@ def beside(bars: pl.DataFrame, stored: pl.DataFrame) -> Beside:
     """Bars of one partition beside those that are stored. A value that one of the two does not give
     contradicts nothing.
     """
-    both = bars.join(stored.select(NAMES), on="open_time", suffix="_stored")
-    optional = {column.name for column in COLUMNS if column.optional}
-    same = {name: pl.col(name) == pl.col(name + "_stored") for name in NAMES if name != "open_time"}
+    both = bars.join(stored.select(COLUMN_NAMES), on="open_time", suffix="_stored")
+    optional = {column.name for column in BAR_COLUMNS if column.optional}
+    same = {
+        name: pl.col(name) == pl.col(name + "_stored")
+        for name in COLUMN_NAMES
+        if name != "open_time"
+    }
     agrees = both.select(
         pl.all_horizontal(e.fill_null(True) if n in optional else e for n, e in same.items()).alias(
             "agrees"

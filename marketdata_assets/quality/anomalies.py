@@ -15,8 +15,8 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.model.anomaly import Anomaly, Severity
-from marketdata_assets.model.bar import NAMES, PRICES, number_text
+from marketdata_assets.model.anomaly import Anomaly, AnomalySeverity
+from marketdata_assets.model.bar import COLUMN_NAMES, PRICES, format_number
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 
@@ -53,12 +53,13 @@ class Rule:
     why: str
     floor: float
     times: float
-    severities: dict[Severity, float] = field(default_factory=dict)
+    severities: dict[AnomalySeverity, float] = field(default_factory=dict)
 
-    def severity(self, size: float) -> Severity:
+    def severity(self, size: float) -> AnomalySeverity:
         """The worst severity that a size reaches."""
         return max(
-            (s for s, least in self.severities.items() if size >= least), default=Severity.LOW
+            (s for s, least in self.severities.items() if size >= least),
+            default=AnomalySeverity.LOW,
         )
 
 
@@ -66,7 +67,11 @@ _GAP = (0.0025, 3)
 """Floor and times of both rules that begin with a gap between two bars: which it is, the bars after it
 tell.
 """
-_OF_PRICE = {Severity.MEDIUM: 0.005, Severity.HIGH: 0.02, Severity.CRITICAL: 0.2}
+_OF_PRICE = {
+    AnomalySeverity.MEDIUM: 0.005,
+    AnomalySeverity.HIGH: 0.02,
+    AnomalySeverity.CRITICAL: 0.2,
+}
 RULES: dict[str, Rule] = {
     row.name: row
     for row in (
@@ -106,7 +111,7 @@ RULES: dict[str, Rule] = {
             "Real crashes do this, too: somebody should have looked.",
             math.log(1.1),
             0,
-            {Severity.HIGH: 0, Severity.CRITICAL: math.log(2)},
+            {AnomalySeverity.HIGH: 0, AnomalySeverity.CRITICAL: math.log(2)},
         ),
         Rule(
             "frozen",
@@ -114,7 +119,7 @@ RULES: dict[str, Rule] = {
             "The longest real run is 11 bars, in a market that trades every other minute.",
             10,
             8,
-            {Severity.MEDIUM: 0, Severity.HIGH: 60, Severity.CRITICAL: 1440},
+            {AnomalySeverity.MEDIUM: 0, AnomalySeverity.HIGH: 60, AnomalySeverity.CRITICAL: 1440},
         ),
         Rule(
             "volume",
@@ -122,7 +127,7 @@ RULES: dict[str, Rule] = {
             "Volume has heavy tails: its limit grows with how far the large ones lie above the usual ones.",
             0,
             30,
-            {Severity.MEDIUM: 1, Severity.HIGH: 10},
+            {AnomalySeverity.MEDIUM: 1, AnomalySeverity.HIGH: 10},
         ),
         Rule(
             "untraded",
@@ -130,7 +135,7 @@ RULES: dict[str, Rule] = {
             "A bar without trades stands at the last close.",
             0,
             0,
-            {Severity.MEDIUM: 0},
+            {AnomalySeverity.MEDIUM: 0},
         ),
     )
 }
@@ -142,7 +147,7 @@ Finder = Callable[[pl.DataFrame, Timeframe], Iterator[Anomaly]]
 def find_anomalies(bars: pl.DataFrame, timeframe: Timeframe, judged: Window) -> list[Anomaly]:
     """The anomalies that begin in `judged`, by start.
 
-    `bars` (model.bar.SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last bar
+    `bars` (model.bar.BAR_SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last bar
     of all is only judged where the next one is not needed for it. A price is told once: of the
     rules about prices the first that finds a bar has it.
     """
@@ -292,7 +297,7 @@ def _gaps(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
         elif _returns(row["gap"], row["body"]):  # its open
             first, last, away = row["i"], row["i"], min(abs(row["gap"]), abs(row["body"]))
         else:
-            says = f"closed at {_at(traded, row['i'] - 1, 'close')}, then opened at {number_text(row['open'])}"
+            says = f"closed at {_at(traded, row['i'] - 1, 'close')}, then opened at {format_number(row['open'])}"
             yield _anomaly(
                 traded,
                 timeframe,
@@ -337,7 +342,7 @@ def _wicks(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     ):
         top = _at(traded, row["i"] - 1, "high"), _at(traded, row["i"] + 1, "high")
         bottom = _at(traded, row["i"] - 1, "low"), _at(traded, row["i"] + 1, "low")
-        says = f"{number_text(row['low'])} to {number_text(row['high'])}; {bottom[0]} to {top[0]} before, {bottom[1]} to {top[1]} after"
+        says = f"{format_number(row['low'])} to {format_number(row['high'])}; {bottom[0]} to {top[0]} before, {bottom[1]} to {top[1]} after"
         yield _anomaly(
             traded, timeframe, "wick", row["i"], row["i"], row["size"], row["limit"], says
         )
@@ -351,7 +356,7 @@ def _moves(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
         * (timeframe.minutes * pl.col("step").fill_null(1).clip(1, AROUND)).sqrt()
     )
     for row in _beyond(traded, moved, limit):
-        says = f"low {number_text(row['low'])}, high {number_text(row['high'])}, close before {_at(traded, row['i'] - 1, 'close')}"
+        says = f"low {format_number(row['low'])}, high {format_number(row['high'])}, close before {_at(traded, row['i'] - 1, 'close')}"
         yield _anomaly(
             traded, timeframe, "move", row["i"], row["i"], row["size"], row["limit"], says
         )
@@ -364,7 +369,7 @@ def _frozen(traded: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     lengths = prices["bars"].sort(descending=True)
     rank = (traded.height - int((lengths - 1).sum())) // 100
     longest = max(rule.floor, rule.times * (lengths[rank] if rank < len(lengths) else 1))
-    for runs, limit in ((prices, longest), (_repeats(traded, NAMES[1:]), SAME)):
+    for runs, limit in ((prices, longest), (_repeats(traded, COLUMN_NAMES[1:]), SAME)):
         for bars, end in runs.filter(pl.col("bars") >= limit).iter_rows():
             says = f"{bars} bars, all with close {_at(traded, end - 1, 'close')}"
             yield _anomaly(traded, timeframe, "frozen", end - bars, end - 1, bars, limit, says)
@@ -413,7 +418,7 @@ def _untraded(bars: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
     miscounted = still != (pl.col("trades") == 0)
     frame = bars.with_row_index("i")
     for row in frame.filter((moved | miscounted).fill_null(False)).to_dicts():
-        says = f"volume {number_text(row['volume'])}, trades {row['trades']}, close {number_text(row['close'])}"
+        says = f"volume {format_number(row['volume'])}, trades {row['trades']}, close {format_number(row['close'])}"
         yield _anomaly(frame, timeframe, "untraded", row["i"], row["i"], 0, 0, says)
 
 
@@ -448,4 +453,4 @@ def _beside(frame: pl.DataFrame, first: int, last: int) -> str:
 
 
 def _at(frame: pl.DataFrame, i: int, column: str) -> str:
-    return number_text(frame[column][i]) if 0 <= i < frame.height else "nothing"
+    return format_number(frame[column][i]) if 0 <= i < frame.height else "nothing"

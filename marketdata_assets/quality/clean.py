@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.split import REJECTED_SCHEMA, asked_columns, reject, split
@@ -38,18 +38,18 @@ class Cleaned(NamedTuple):
 
 
 def clean(rows: pl.DataFrame, timeframe: Timeframe, owned: Window) -> Cleaned:
-    """Judge stored rows (model.bar.SCHEMA and more) of one partition, which owns these open times."""
+    """Judge stored rows (model.bar.BAR_SCHEMA and more) of one partition, which owns these open times."""
     numbered = rows.with_columns(pl.lit(-1, pl.Int64).alias("answer"))
     mine = pl.col("open_time").is_between(owned.start, owned.end, closed="left")
-    single = numbered.filter(mine).unique(NAMES, keep="first", maintain_order=True)
+    single = numbered.filter(mine).unique(COLUMN_NAMES, keep="first", maintain_order=True)
     disputed = single["open_time"].is_duplicated()
     held = single.filter(~disputed)
     sent = held.with_columns(
         pl.col("open_time").dt.epoch("ms"),
-        *(pl.col(n).cast(pl.String) for n in NAMES if n not in _AS_THEY_ARE),
+        *(pl.col(n).cast(pl.String) for n in COLUMN_NAMES if n not in _AS_THEY_ARE),
     )
     broken = split(
-        asked_columns(sent.select(NAMES), -1, owned), timeframe, owned.end + timeframe.width
+        asked_columns(sent.select(COLUMN_NAMES), -1, owned), timeframe, owned.end + timeframe.width
     ).rejected
     rejected = [
         reject(numbered.filter(~mine), "overlap"),

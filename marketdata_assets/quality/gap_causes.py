@@ -10,10 +10,10 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import NamedTuple
 
-from marketdata_assets.model.bar import number_text
+from marketdata_assets.model.bar import format_number
 from marketdata_assets.model.intervals import without
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.halts import Halt
 
 NO_TRADE, HALTED, DELISTED, MISSING = "no_trade", "halted", "delisted", "missing_at_source"
@@ -67,8 +67,8 @@ class Native(NamedTuple):
         return Window(self.open_time, self.open_time + self.timeframe.width)
 
     def __str__(self) -> str:
-        amounts = f"volume {number_text(self.volume)}, ours in it {number_text(self.ours)}"
-        return f"the venue's {self.timeframe.name} bar of {iso(self.open_time)} has {amounts}, {self.lacking} bars lack"
+        amounts = f"volume {format_number(self.volume)}, ours in it {format_number(self.ours)}"
+        return f"the venue's {self.timeframe.name} bar of {format_time(self.open_time)} has {amounts}, {self.lacking} bars lack"
 
 
 class Habit(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from marketdata_assets.model.bar import APART, NAMES, PARITY_COLUMNS
+from marketdata_assets.model.bar import COLUMN_NAMES, DIFFERENCE_SUFFIX, PARITY_COLUMNS
 from marketdata_assets.model.window import Window
 
 EQUAL, WITHIN, DIFFERS, ONLY_OURS, ONLY_NATIVE = (
@@ -23,7 +23,7 @@ EQUAL, WITHIN, DIFFERS, ONLY_OURS, ONLY_NATIVE = (
 that both should have.
 """
 UNEQUAL = (DIFFERS, ONLY_OURS, ONLY_NATIVE)
-VALUES = NAMES[1:]
+VALUES = COLUMN_NAMES[1:]
 
 
 class Tolerance(NamedTuple):
@@ -65,7 +65,7 @@ was measured.
 
 
 def judge(venue: str, ours: pl.DataFrame, native: pl.DataFrame, span: Window) -> pl.DataFrame:
-    """Every bar that opens inside the span, on either side (model.bar.SCHEMA, sorted), with its
+    """Every bar that opens inside the span, on either side (model.bar.BAR_SCHEMA, sorted), with its
     outcome.
 
     `open_time`, `outcome`, `columns` (those that make it so, with spaces between), and for each
@@ -73,14 +73,17 @@ def judge(venue: str, ours: pl.DataFrame, native: pl.DataFrame, span: Window) ->
     `volume_apart`. A value that is null on one side was not given, and is not compared.
     """
     inside = pl.col("open_time").is_between(span.start, span.end, closed="left")
-    mine, theirs = ours.select(NAMES).filter(inside), native.select(NAMES).filter(inside)
+    mine, theirs = (
+        ours.select(COLUMN_NAMES).filter(inside),
+        native.select(COLUMN_NAMES).filter(inside),
+    )
     both = mine.join(theirs, on="open_time", how="full", coalesce=True, suffix="_native").sort(
         "open_time"
     )
     both = both.with_columns(
-        (pl.col(name) - pl.col(name + "_native")).alias(name + APART) for name in VALUES
+        (pl.col(name) - pl.col(name + "_native")).alias(name + DIFFERENCE_SUFFIX) for name in VALUES
     )
-    unequal = {name: (pl.col(name + APART) != 0).fill_null(False) for name in VALUES}
+    unequal = {name: (pl.col(name + DIFFERENCE_SUFFIX) != 0).fill_null(False) for name in VALUES}
     beyond = {name: unequal[name] & ~_within(venue, name) for name in VALUES}
     outcome = (
         pl.when(pl.col("close").is_null())
@@ -107,7 +110,7 @@ def _within(venue: str, name: str) -> pl.Expr:
     allowed = TOLERANCE.get((venue, name))
     if allowed is None:
         return pl.lit(False)
-    distance = pl.col(name + APART).abs().cast(pl.Float64)
+    distance = pl.col(name + DIFFERENCE_SUFFIX).abs().cast(pl.Float64)
     share = pl.col(name + "_native").abs().cast(pl.Float64) * float(allowed.relative)
     return (distance <= float(allowed.absolute)) | (distance <= share)
 

@@ -24,7 +24,7 @@ def reconcile(bars: Mapping[str, pl.DataFrame], timeframe: Timeframe) -> pl.Data
     """Every pair of venues at every open time where both traded: model.bar.RECONCILED_SCHEMA, sorted
     by open time.
 
-    `bars` (model.bar.SCHEMA, sorted) by venue, the preferred one first; each is held against all
+    `bars` (model.bar.BAR_SCHEMA, sorted) by venue, the preferred one first; each is held against all
     that come after it.
     """
     pairs = [

@@ -14,13 +14,13 @@ from datetime import datetime, timedelta
 
 import polars as pl
 
-from marketdata_assets.model.bar import COLUMNS, NAMES, PRICES, SCALE
+from marketdata_assets.model.bar import BAR_COLUMNS, COLUMN_NAMES, PRICES, SCALE
 from marketdata_assets.model.timeframe import Timeframe
 
 SENT = "sent_"
 VOLUMES = ("volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume")
-REQUIRED = tuple(column.name for column in COLUMNS if not column.optional)
-_TEXTS = tuple(name for name in NAMES if name not in ("open_time", "trades"))
+REQUIRED = tuple(column.name for column in BAR_COLUMNS if not column.optional)
+_TEXTS = tuple(name for name in COLUMN_NAMES if name not in ("open_time", "trades"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def rules(
         Rule(
             "not_a_number",
             "NaN, infinite, text that is no number, or no moment",
-            _any(_unreadable(n) for n in NAMES),
+            _any(_unreadable(n) for n in COLUMN_NAMES),
         ),
         Rule("too_precise", f"more than {SCALE} decimals", _any(_too_precise(n) for n in _TEXTS)),
         Rule(

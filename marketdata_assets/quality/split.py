@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from marketdata_assets.model.bar import NAMES, SCHEMA, TIME
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, TIME
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, to_ms
 from marketdata_assets.quality.rules import REQUIRED, SENT, rules
@@ -26,7 +26,7 @@ wraps around.
 
 
 class Split(NamedTuple):
-    """`kept`: bars (model.bar.SCHEMA and `answer`). `rejected`: REJECTED_SCHEMA; `fields` is JSON, all
+    """`kept`: bars (model.bar.BAR_SCHEMA and `answer`). `rejected`: REJECTED_SCHEMA; `fields` is JSON, all
     values as text.
     """
 
@@ -46,8 +46,8 @@ def split(
     `closed_before` is the venue's clock: a bar is closed when its end is at or before it. Null is
     broken in each of `columns`.
     """
-    typed = rows.rename({name: SENT + name for name in NAMES}).with_columns(
-        _typed(name, dtype) for name, dtype in SCHEMA.items()
+    typed = rows.rename({name: SENT + name for name in COLUMN_NAMES}).with_columns(
+        _typed(name, dtype) for name, dtype in BAR_SCHEMA.items()
     )
     table = rules(timeframe, closed_before, columns)
     judged = typed.with_columns(
@@ -55,7 +55,7 @@ def split(
     )
     broken = pl.any_horizontal("broken_" + rule.name for rule in table)
     refused = judged.filter(broken)
-    kept = (judged.filter(~broken) if refused.height else judged).select("answer", *NAMES)
+    kept = (judged.filter(~broken) if refused.height else judged).select("answer", *COLUMN_NAMES)
     if refused.is_empty():
         return Split(kept, pl.DataFrame(schema=REJECTED_SCHEMA))
     reasons = pl.concat_str(
@@ -64,7 +64,7 @@ def split(
         ignore_nulls=True,
     )
     fields = pl.struct(
-        pl.col(SENT + name).cast(pl.String).alias(name) for name in NAMES
+        pl.col(SENT + name).cast(pl.String).alias(name) for name in COLUMN_NAMES
     ).struct.json_encode()
     return Split(
         kept,
@@ -83,7 +83,7 @@ def asked_columns(rows: pl.DataFrame, answer: int, asked: Window) -> pl.DataFram
 
 def reject(bars: pl.DataFrame, reason: str) -> pl.DataFrame:
     """Bars (with `answer`) that are refused after all, in REJECTED_SCHEMA."""
-    fields = pl.struct(pl.col(name).cast(pl.String) for name in NAMES).struct.json_encode()
+    fields = pl.struct(pl.col(name).cast(pl.String) for name in COLUMN_NAMES).struct.json_encode()
     return bars.select(
         "answer", "open_time", pl.lit(reason).alias("reasons"), fields.alias("fields")
     )

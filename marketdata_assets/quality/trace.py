@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from marketdata_assets.model.bar import APART, PRICES, number_text
+from marketdata_assets.model.bar import DIFFERENCE_SUFFIX, PRICES, format_number
 from marketdata_assets.model.intervals import holes, runs
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.parity import DIFFERS, ONLY_NATIVE, ONLY_OURS, UNEQUAL, VALUES
 
 SUMS = ("volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume")
@@ -41,7 +41,7 @@ class Cause(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known of the base bars (`bars`: model.bar.SCHEMA, sorted) that bars of `timeframe` are
+    """What is known of the base bars (`bars`: model.bar.BAR_SCHEMA, sorted) that bars of `timeframe` are
     made of.
 
     `absent` says why base bars are not there, `native_absent` why the venue's own bars are not.
@@ -107,7 +107,7 @@ class _Bucket:
             return None
         causes = [_Bucket(row, self.evidence, finer).cause() for row in rows]
         parts = [
-            f"{finer.name} {iso(row['open_time'])}: {cause.says}"
+            f"{finer.name} {format_time(row['open_time'])}: {cause.says}"
             for row, cause in zip(rows, causes, strict=True)
         ]
         minutes = _joined(window for cause in causes for window in cause.minutes)
@@ -132,7 +132,7 @@ class _Bucket:
     def _left(self, finer: Timeframe, inside: pl.DataFrame) -> list[str]:
         """What the finer bars' differences do not add up to."""
         rest = {
-            name: amount - (inside[name + APART].sum() or 0)
+            name: amount - (inside[name + DIFFERENCE_SUFFIX].sum() or 0)
             for name, amount in self._apart(SUMS).items()
         }
         odd = {name: amount for name, amount in rest.items() if amount}
@@ -210,31 +210,32 @@ class _Bucket:
         ):
             if len(found) == 1:
                 return Cause(
-                    f"{iso(found[0]['open_time'])} {words}: {_amounts(amounts)}",
+                    f"{format_time(found[0]['open_time'])} {words}: {_amounts(amounts)}",
                     self._windows(found),
                 )
         if len(share) == 1 and len(amounts) > 1:
             bar, (name, amount) = share[0], next(iter(amounts.items()))
-            says = f"{iso(bar['open_time'])} differs by one share in every column: {name} {number_text(bar[name])}, by the venue's own bar"
-            return Cause(f"{says} {number_text(bar[name] - amount)}", self._windows([bar]))
+            says = f"{format_time(bar['open_time'])} differs by one share in every column: {name} {format_number(bar[name])}, by the venue's own bar"
+            return Cause(f"{says} {format_number(bar[name] - amount)}", self._windows([bar]))
         return None
 
     def _extreme(self, name: str, bars: Sequence[Bar]) -> Cause:
         """A high or low: the bars that reach beyond the venue's own, or that none does."""
         mine, theirs, sign = self.row[name], self.row[name + "_native"], 1 if name == "high" else -1
         if sign * (mine - theirs) < 0:
-            says = f"{name}: no {self.base.name} bar reaches the venue's own {number_text(theirs)}, ours ends at {number_text(mine)}"
+            says = f"{name}: no {self.base.name} bar reaches the venue's own {format_number(theirs)}, ours ends at {format_number(mine)}"
             return Cause(says, tuple(self.missing))
         beyond = [bar for bar in bars if sign * (bar[name] - theirs) > 0]
         which = _some(
             [
-                f"{iso(bar['open_time'])} reaches {number_text(bar[name])}{_idle(bar)}"
+                f"{format_time(bar['open_time'])} reaches {format_number(bar[name])}{_idle(bar)}"
                 for bar in beyond
             ],
             "bars",
         )
         return Cause(
-            f"{name}: {which}, beyond the venue's own {number_text(theirs)}", self._windows(beyond)
+            f"{name}: {which}, beyond the venue's own {format_number(theirs)}",
+            self._windows(beyond),
         )
 
     def _edge(self, name: str, bars: Sequence[Bar]) -> Cause:
@@ -246,13 +247,14 @@ class _Bucket:
             else (bars[-1], self.window.end - self.base.width)
         )
         verb = "opens" if name == "open" else "closes"
-        says = f"{name}: {iso(bar['open_time'])} {verb} at {number_text(bar[name])}{_idle(bar)}, the venue's own bar at {number_text(theirs)}"
+        says = f"{name}: {format_time(bar['open_time'])} {verb} at {format_number(bar[name])}{_idle(bar)}, the venue's own bar at {format_number(theirs)}"
         lost = tuple(window for window in self.missing if window.start <= end < window.end)
         traded = next((other for other in bars if other["volume"]), bar)
         if name == "open" and traded is not bar and traded["open"] == theirs:
             idle = [other for other in bars if other["open_time"] < traded["open_time"]]
             return Cause(
-                f"{says}, with its first trade, of {iso(traded['open_time'])}", self._windows(idle)
+                f"{says}, with its first trade, of {format_time(traded['open_time'])}",
+                self._windows(idle),
             )
         return Cause(says, lost or self._windows([bar]))
 
@@ -279,7 +281,7 @@ class _Bucket:
         if not changed:
             return None
         moments = [was["open_time"] for was in exact[:1] or (was for was, _ in changed)]
-        which = _some([iso(moment) for moment in dict.fromkeys(moments)], "bars")
+        which = _some([format_time(moment) for moment in dict.fromkeys(moments)], "bars")
         still = ": the venue's own bar still counts what it said before" if exact else ""
         return Cause(f"corrected since: {which}{still}", tuple(runs(moments, self.base)))
 
@@ -287,7 +289,9 @@ class _Bucket:
     def _apart(self, names: Iterable[str]) -> dict[str, Any]:
         """Ours less the venue's own, of the columns that both give."""
         return {
-            name: self.row[name + APART] for name in names if self.row[name + APART] is not None
+            name: self.row[name + DIFFERENCE_SUFFIX]
+            for name in names
+            if self.row[name + DIFFERENCE_SUFFIX] is not None
         }
 
     def _windows(self, bars: Sequence[Bar]) -> tuple[Window, ...]:
@@ -310,7 +314,9 @@ def minutes_text(cause: Cause, base: Timeframe) -> str:
 
 def _named(window: Window, base: Timeframe) -> str:
     return (
-        iso(window.start) if window.count(base) == 1 else f"{iso(window.start)}/{iso(window.end)}"
+        format_time(window.start)
+        if window.count(base) == 1
+        else f"{format_time(window.start)}/{format_time(window.end)}"
     )
 
 
@@ -359,7 +365,7 @@ def _change(was: Bar, bar: Bar, name: str) -> Any:
 
 
 def _amounts(amounts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {number_text(amount)}" for name, amount in amounts.items())
+    return ", ".join(f"{name} {format_number(amount)}" for name, amount in amounts.items())
 
 
 def _some(parts: Sequence[str], what: str) -> str:

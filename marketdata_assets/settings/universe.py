@@ -22,10 +22,10 @@ from urllib.parse import SplitResult, urlsplit
 import yaml
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.market import CONSOLIDATED, Market
+from marketdata_assets.model.market import CONSOLIDATED_VENUE, Market
 from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.timeframe import EPOCH, MINUTE, TIMEFRAMES, Timeframe, timeframe
-from marketdata_assets.model.window import Window, iso, month_of, parse_time
+from marketdata_assets.model.timeframe import EPOCH, MINUTE, TIMEFRAMES, Timeframe, parse_timeframe
+from marketdata_assets.model.window import Window, format_time, month_of, parse_time
 
 DEFAULT_FILE = "data/universe.yaml"
 PREFIX = "MARKETDATA_"
@@ -388,7 +388,7 @@ def _time(entry: _Entry) -> datetime:
 
 def _timeframe(entry: _Entry) -> Timeframe:
     try:
-        return timeframe(entry.text())
+        return parse_timeframe(entry.text())
     except BadInput as error:
         raise entry.fail(str(error)) from None
 
@@ -514,7 +514,7 @@ def _venue(name: str, entry: _Entry) -> Venue:
     venue = Venue(name, _symbols(items["symbols"], name), **values)
     if venue.until is not None and venue.until <= venue.since:
         raise items["until"].fail(
-            f"until {iso(venue.until)} is not after since {iso(venue.since)}; swap them"
+            f"until {format_time(venue.until)} is not after since {format_time(venue.since)}; swap them"
         )
     if venue.base in venue.reference:
         raise items["reference"].fail(
@@ -535,7 +535,7 @@ def _check_dates(settings: Settings, entry: _Entry) -> None:
     for name, item in entry.items().items():
         if settings.venues[name].since >= now:
             raise item.items()["since"].fail(
-                f"since {iso(settings.venues[name].since)} lies in the future (now {iso(now)})"
+                f"since {format_time(settings.venues[name].since)} lies in the future (now {format_time(now)})"
             )
 
 
@@ -562,7 +562,7 @@ def _consolidate(entry: _Entry) -> dict[Market, tuple[Market, ...]]:
     found = {}
     for symbol, item in entry.items().items():
         try:
-            market = Market(CONSOLIDATED, symbol)
+            market = Market(CONSOLIDATED_VENUE, symbol)
         except BadInput as error:
             raise item.fail(str(error)) from None
         names = [element.text() for element in item.elements()]

@@ -23,15 +23,15 @@ from pathlib import Path
 import polars as pl
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.bar import COLUMNS, NAMES
+from marketdata_assets.model.bar import BAR_COLUMNS, COLUMN_NAMES
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe, timeframe
+from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe, parse_timeframe
 from marketdata_assets.model.window import Window, from_ms, month_of, parse_time, to_ms
 from marketdata_assets.sources.base import Fetched
 
 MAX_BYTES = 1 << 30
 """Of one file's text: a zip that unpacks to more is not unpacked."""
-REQUIRED = tuple(column.name for column in COLUMNS if not column.optional)
+REQUIRED = tuple(column.name for column in BAR_COLUMNS if not column.optional)
 UNITS = ("s", "ms", "us", "ns")
 _A_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 1_000_000)}
 _LIMITS = (10**11, 10**14, 10**17)
@@ -158,10 +158,10 @@ def parse_columns(text: str) -> dict[str, str]:
     """The mapping of `open_time=ts,open=o,...`. Raises BadInput."""
     pairs = [pair.partition("=") for pair in text.split(",")]
     found = {name.strip(): theirs.strip() for name, _, theirs in pairs}
-    unknown = [name for name in found if name not in NAMES or not found[name]]
+    unknown = [name for name in found if name not in COLUMN_NAMES or not found[name]]
     if unknown or len(found) < len(pairs):
         raise BadInput(
-            f"--columns {text}: write `column=its name in the file`, each once, of {', '.join(NAMES)}"
+            f"--columns {text}: write `column=its name in the file`, each once, of {', '.join(COLUMN_NAMES)}"
         )
     if lacking := [name for name in REQUIRED if name not in found]:
         raise BadInput(f"--columns {text}: {', '.join(lacking)} must be named as well")
@@ -202,7 +202,7 @@ def read_file(path: Path, told: Told, markets: Sequence[Market]) -> tuple[Facts,
             opens.is_between(to_ms(span.start), to_ms(span.end), closed="left")
         ).n_unique()
     )
-    given = tuple(n for n in NAMES if n in places)
+    given = tuple(n for n in COLUMN_NAMES if n in places)
     return Facts(
         path, sha256, form.name, market, tf, unit, rows.height, span, held, lacking, given
     ), Fetched(rows, span)
@@ -258,7 +258,7 @@ def _parsed(path: Path, stem: str) -> _Name | None:
             raise BadInput(f"{path}: {found['timeframe']} is not one of {' '.join(TIMEFRAMES)}")
         day = parse_time(found["date"] if len(found["date"]) > 7 else found["date"] + "-01")
         window = Window(day, day + timedelta(days=1)) if len(found["date"]) > 7 else month_of(day)
-        return _Name(BINANCE, found["id"], timeframe(found["timeframe"]), window, kind)
+        return _Name(BINANCE, found["id"], parse_timeframe(found["timeframe"]), window, kind)
     if found := KRAKEN.pattern and KRAKEN.pattern.fullmatch(stem):
         fitting = [tf for tf in TIMEFRAMES.values() if tf.minutes == int(found["minutes"])]
         if not fitting:
@@ -447,7 +447,7 @@ def _shape(table: _Table, name: _Name | None, told: Told) -> tuple[Format, dict[
     )
     header = not _is_number(first[1]) if len(first) > 1 else False
     if form is PLAIN:
-        names = {n: n for n in NAMES if n in first}
+        names = {n: n for n in COLUMN_NAMES if n in first}
         if not header or not set(REQUIRED) <= set(names):
             raise BadInput(
                 f"{table.path}: say which columns it has with --columns open_time=...,open=...,high=..."
@@ -528,10 +528,12 @@ def _rows(
         closes, _ = _moments(table, taken["close_time"], "close_time", skipped, None)
         _check_lengths(table, opens, closes, tf, skipped)
     _check_spacing(table, opens, tf)
-    rows = pl.DataFrame({n: opens if n == "open_time" else taken[n] for n in NAMES if n in taken})
+    rows = pl.DataFrame(
+        {n: opens if n == "open_time" else taken[n] for n in COLUMN_NAMES if n in taken}
+    )
     return rows.with_columns(
-        pl.lit(None, pl.String).alias(n) for n in NAMES if n not in taken
-    ).select(NAMES), found
+        pl.lit(None, pl.String).alias(n) for n in COLUMN_NAMES if n not in taken
+    ).select(COLUMN_NAMES), found
 
 
 def _moments(

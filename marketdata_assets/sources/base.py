@@ -32,7 +32,7 @@ class Request:
 class Fetched:
     """One believed answer.
 
-    `rows` has the columns of `model.bar.NAMES`, as sent: `open_time` in integer milliseconds,
+    `rows` has the columns of `model.bar.COLUMN_NAMES`, as sent: `open_time` in integer milliseconds,
     numbers as text, null for what the venue does not give. `asked` is the half-open window of open
     times that was asked for.
     """

@@ -34,7 +34,7 @@ from marketdata_assets.errors import (
     VenueRefused,
     Wait,
 )
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, from_ms, to_ms
@@ -183,7 +183,7 @@ class CcxtSource:
     @property
     def columns(self) -> tuple[str, ...]:
         """Klines have all nine values, ccxt's bars the first five."""
-        return NAMES if self._klines else _OHLCV
+        return COLUMN_NAMES if self._klines else _OHLCV
 
     @property
     def skips_gaps(self) -> bool:
@@ -501,7 +501,7 @@ def _ohlcv_frame(rows: list[list[Any]]) -> pl.DataFrame:
         )
     missing = {
         name: pl.lit(None, pl.Int64() if name == "trades" else pl.String())
-        for name in NAMES
+        for name in COLUMN_NAMES
         if name not in series
     }
-    return pl.DataFrame(series).with_columns(**missing).select(NAMES)
+    return pl.DataFrame(series).with_columns(**missing).select(COLUMN_NAMES)

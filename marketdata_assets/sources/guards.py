@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 from marketdata_assets.errors import MarketDataError, Retry, VenueDown, Wait
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, from_ms, iso
+from marketdata_assets.model.window import Window, format_time, from_ms
 from marketdata_assets.sources.base import Fetched, Request, Source
 
 T = TypeVar("T")
@@ -228,4 +228,4 @@ class Guarded:
 
 
 def _moment(seconds: float) -> str:
-    return iso(from_ms(int(seconds) * 1000))
+    return format_time(from_ms(int(seconds) * 1000))

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 
 import polars as pl
 
-from marketdata_assets.model.bar import CONSOLIDATED_COLUMNS, NAMES, TIME
+from marketdata_assets.model.bar import COLUMN_NAMES, CONSOLIDATED_COLUMNS, TIME
 from marketdata_assets.model.window import Window
 
 
 def consolidate(
     bars: Mapping[str, pl.DataFrame], quiet: Mapping[str, Sequence[Window]]
 ) -> pl.DataFrame:
-    """The bars of all venues (by name, the preferred one first; model.bar.SCHEMA, sorted) as one
+    """The bars of all venues (by name, the preferred one first; model.bar.BAR_SCHEMA, sorted) as one
     series with a column `venue`.
 
     `quiet` holds windows of open times in which a venue was up and nobody traded there: where it
@@ -25,7 +25,9 @@ def consolidate(
     empty = pl.DataFrame(schema={column.name: column.dtype for column in CONSOLIDATED_COLUMNS})
     found, settled = empty, list[Sequence[Window]]()
     for venue, frame in bars.items():
-        left = frame.select(NAMES).join(found.select("open_time"), on="open_time", how="anti")
+        left = frame.select(COLUMN_NAMES).join(
+            found.select("open_time"), on="open_time", how="anti"
+        )
         for windows in settled:
             left = _outside(left, windows)
         found = pl.concat([found, left.with_columns(pl.lit(venue).alias("venue"))])
@@ -45,7 +47,7 @@ def _outside(frame: pl.DataFrame, windows: Sequence[Window]) -> pl.DataFrame:
     beside = frame.sort("open_time").join_asof(spans, left_on="open_time", right_on="start")
     return beside.filter(
         pl.col("until").is_null() | (pl.col("open_time") >= pl.col("until"))
-    ).select(NAMES)
+    ).select(COLUMN_NAMES)
 
 
 def switches(series: pl.DataFrame) -> pl.DataFrame:

@@ -20,14 +20,14 @@ from marketdata_assets.ledger.consolidations import Made, Source
 from marketdata_assets.model.bar import (
     CONSOLIDATED_COLUMNS,
     RECONCILED_SCHEMA,
-    decimal_text,
     empty_bars,
+    format_decimals,
 )
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, consolidated, raw, reconciled
+from marketdata_assets.model.partition import Partition, PartitionKey
+from marketdata_assets.model.table import Table, consolidated_table, raw_table, reconciled_table
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.reconcile import FAIL, WARN, Opinion, opinions, reconcile, worst
 from marketdata_assets.transforms.consolidate import consolidate as as_one_series
 
@@ -74,7 +74,7 @@ def consolidate(
                 isinstance(error, Unreachable),
             )
             toolbox.ledger.fail(
-                consolidated(timeframe),
+                consolidated_table(timeframe),
                 partition,
                 wanted,
                 str(error),
@@ -87,7 +87,7 @@ def consolidate(
 
 
 def _consolidate(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> Consolidated:
-    settings, table = toolbox.settings, consolidated(timeframe)
+    settings, table = toolbox.settings, consolidated_table(timeframe)
     markets = settings.consolidate.get(partition.market)
     if markets is None:
         raise BadInput(
@@ -98,21 +98,21 @@ def _consolidate(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -
             partition, note=f"its bars are of {settings.base(partition.market).name}"
         )
     # before the bars: where these change meanwhile, it is made once more
-    sources = toolbox.consolidations.sources(raw(timeframe), partition.month_key)
+    sources = toolbox.consolidations.sources(raw_table(timeframe), partition.month_key)
     if _retired(sources, markets, partition.month_key):
         return _left(toolbox, timeframe, partition)
     bars, quiet = {}, {}
     for market in markets:
         part = Partition(market, partition.month)
         bars[market.venue] = _bars(
-            toolbox, raw(timeframe), part, sources.get((market.key, partition.month_key))
+            toolbox, raw_table(timeframe), part, sources.get((market.key, partition.month_key))
         )
-        quiet[market.venue] = toolbox.consolidations.quiet(raw(timeframe), part)
+        quiet[market.venue] = toolbox.consolidations.quiet(raw_table(timeframe), part)
     series, pairs = as_one_series(bars, quiet), reconcile(bars, timeframe)
-    before = toolbox.consolidations.made(table).get((partition.market.key, partition.month_key))
-    toolbox.lake.write_changed(reconciled(timeframe), partition, pairs)
+    before = toolbox.consolidations.made(table).get(partition.stored_key)
+    toolbox.lake.write_if_changed(reconciled_table(timeframe), partition, pairs)
     stored = toolbox.lake.write(table, partition, series)
-    opens, start = series["open_time"], partition.opens(timeframe).start
+    opens, start = series["open_time"], partition.open_times(timeframe).start
     span = Window(opens[0], opens[-1] + timeframe.width) if series.height else Window(start, start)
     newest = opens[-1] if series.height else None
     of = _made_of(sources, markets, partition.month_key)
@@ -151,7 +151,7 @@ def _retired(
 def _left(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> Consolidated:
     bars, pairs = (
         toolbox.lake.read(table, partition)
-        for table in (consolidated(timeframe), reconciled(timeframe))
+        for table in (consolidated_table(timeframe), reconciled_table(timeframe))
     )
     note = "retention has removed raw bars of this month: it stays as it is"
     if bars is None or pairs is None:
@@ -160,7 +160,7 @@ def _left(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> Conso
         partition,
         bars,
         pairs,
-        toolbox.lake.size(consolidated(timeframe), partition) or 0,
+        toolbox.lake.size(consolidated_table(timeframe), partition) or 0,
         note=note,
     )
 
@@ -198,15 +198,15 @@ def behind(
     """
     found = {}
     for timeframe in toolbox.settings.consolidated_timeframes:
-        table = consolidated(timeframe)
+        table = consolidated_table(timeframe)
         sources, made = (
-            toolbox.consolidations.sources(raw(timeframe)),
+            toolbox.consolidations.sources(raw_table(timeframe)),
             toolbox.consolidations.made(table),
         )
-        sizes = toolbox.lake.sizes(table) if look else None
+        sizes = toolbox.lake.list_sizes(table) if look else None
         for partition in _wanted(toolbox, table):
             if partition.key not in busy:
-                then = made.get((partition.market.key, partition.month_key))
+                then = made.get(partition.stored_key)
                 reason, of = _why(toolbox, partition, sources, then, sizes)
                 if (
                     reason is None
@@ -251,14 +251,14 @@ def _why(
     partition: Partition,
     sources: Mapping[tuple[str, str], Source],
     made: Made | None,
-    sizes: Mapping[tuple[str, str], int] | None,
+    sizes: Mapping[PartitionKey, int] | None,
 ) -> tuple[str | None, str]:
     """Why a partition has to be made, if it has to; and what it would be made of, empty where there is
     nothing.
     """
     markets, key = (
         toolbox.settings.consolidate[partition.market],
-        (partition.market.key, partition.month_key),
+        partition.stored_key,
     )
     if not any((market.key, partition.month_key) in sources for market in markets) or _retired(
         sources, markets, partition.month_key
@@ -280,7 +280,7 @@ def _believe(toolbox: Toolbox, found: Mapping[Partition, Behind]) -> None:
     if lost <= MANY:
         return
     known = sum(
-        len(toolbox.consolidations.made(consolidated(tf)))
+        len(toolbox.consolidations.made(consolidated_table(tf)))
         for tf in toolbox.settings.consolidated_timeframes
     )
     if 2 * lost >= known:
@@ -316,7 +316,7 @@ def audit_consolidated(toolbox: Toolbox, timeframe: Timeframe, done: Consolidate
     )
     red = (False, says) if failed else None
     toolbox.ledger.set_check(
-        consolidated(timeframe), done.partition, RECONCILED, red, toolbox.settings.now()
+        consolidated_table(timeframe), done.partition, RECONCILED, red, toolbox.settings.now()
     )
     return finding
 
@@ -338,11 +338,11 @@ def _numbers(opinion: Opinion) -> dict[str, float]:
 
 def _worst(done: Consolidated) -> list[Row]:
     rows = worst(done.pairs, SHOWN).with_columns(
-        decimal_text("close_bp"), decimal_text("return_bp")
+        format_decimals("close_bp"), format_decimals("return_bp")
     )
     return [
         {
-            "open_time": iso(moment),
+            "open_time": format_time(moment),
             "venue": venue,
             "other": other,
             "close_bp": close,

@@ -13,9 +13,10 @@ from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput, MarketDataError
 from marketdata_assets.flows.read.bars import in_warehouse, table_of
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.storage.delta import DeltaTables, Maintained, delta_tables
+from marketdata_assets.storage.delta import DeltaTables, open_delta_tables
+from marketdata_assets.storage.delta_maintenance import DeltaMaintenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +54,20 @@ def publish(
         yield done
 
 
-def maintain(toolbox: Toolbox, dry_run: bool = False) -> dict[str, Maintained]:
+def maintain(toolbox: Toolbox, dry_run: bool = False) -> dict[str, DeltaMaintenance]:
     """Compact and clean every Delta table that is there; what was done, or would be, by the table's
     name.
     """
     tables, settings = _tables(toolbox), toolbox.settings.delta
     wanted = [
-        table(tf) for tf in (settings.timeframes if settings else ()) for table in (raw, rollup)
+        table(tf)
+        for tf in (settings.timeframes if settings else ())
+        for table in (raw_table, rollup_table)
     ]
     found = {
-        table.name: tables.maintain(table, settings.history_days if settings else 0, dry_run)
+        table.name: tables.maintain(
+            table, settings.history_days if settings else 0, dry_run=dry_run
+        )
         for table in wanted
     }
     return {name: done for name, done in found.items() if done is not None}
@@ -74,7 +79,7 @@ def _tables(toolbox: Toolbox) -> DeltaTables:
         raise BadInput(
             f"{settings.source}: there is no `delta:`; write `delta: {{location: data/delta, timeframes: [1h]}}`"
         )
-    return delta_tables(settings.delta.location)
+    return open_delta_tables(settings.delta.location)
 
 
 def _publish(
@@ -95,5 +100,5 @@ def _stored(toolbox: Toolbox, table: Table, partition: Partition) -> pl.DataFram
     """The partition's bars, or None where it is not stored."""
     if not in_warehouse(toolbox, table):
         return toolbox.lake.read(table, partition)
-    bars = toolbox.warehouse.read(table, partition.market, partition.opens(table.timeframe))
+    bars = toolbox.warehouse.read(table, partition.market, partition.open_times(table.timeframe))
     return None if bars.is_empty() else bars

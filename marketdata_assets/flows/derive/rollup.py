@@ -12,8 +12,8 @@ import polars as pl
 from marketdata_assets.context import Toolbox
 from marketdata_assets.ledger.ledger import WAREHOUSE, State
 from marketdata_assets.model.bar import empty_bars
-from marketdata_assets.model.partition import Partition, neighbour
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.partition import Partition, adjacent_partition
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.transforms.rollup import roll_up
@@ -43,7 +43,7 @@ def derive(toolbox: Toolbox, partitions: Sequence[Partition]) -> Iterator[Derive
     """
     for partition in partitions:
         yield _derive(toolbox, partition, _wanted(toolbox, partition))
-        after = neighbour(partition, +1)
+        after = adjacent_partition(partition, +1)
         state = _state(toolbox, after)
         if state is not None and state.rolled is not None:
             _derive(toolbox, after, _straddling(toolbox, after))
@@ -54,7 +54,7 @@ def _straddling(toolbox: Toolbox, partition: Partition) -> list[Timeframe]:
     return [
         tf
         for tf in _wanted(toolbox, partition)
-        if partition.opens(tf).start < partition.month.start
+        if partition.open_times(tf).start < partition.month.start
     ]
 
 
@@ -64,7 +64,7 @@ def _wanted(toolbox: Toolbox, partition: Partition) -> list[Timeframe]:
     return [
         tf
         for tf in settings.rolled(partition.market)
-        if partition.month.start >= settings.kept_since(rollup(tf).name)
+        if partition.month.start >= settings.kept_since(rollup_table(tf).name)
     ]
 
 
@@ -73,19 +73,19 @@ def _derive(toolbox: Toolbox, partition: Partition, timeframes: Sequence[Timefra
     state = _state(toolbox, partition)
     if state is None or state.bytes is None or not timeframes:
         return Derived(partition, {}, {}, Window(partition.month.start, partition.month.start))
-    bars = toolbox.lake.read(raw(base), partition)
+    bars = toolbox.lake.read(raw_table(base), partition)
     before, start = _tail(toolbox, partition, base)
     joined = pl.concat([before, empty_bars() if bars is None else bars])
     whole = known(joined["open_time"], base, Window(start or state.start, state.through))
     frames = roll_up(joined, base, timeframes, whole)
-    owned = {tf: partition.opens(tf) for tf in timeframes}
+    owned = {tf: partition.open_times(tf) for tf in timeframes}
     frames = {
         tf: f.filter(pl.col("open_time").is_between(owned[tf].start, owned[tf].end, closed="left"))
         for tf, f in frames.items()
     }
     changed = _write(toolbox, partition, frames, owned)
     if len(timeframes) == len(_wanted(toolbox, partition)) and state.digest:
-        toolbox.ledger.set_rolled(raw(base), partition, state.digest)
+        toolbox.ledger.set_rolled(raw_table(base), partition, state.digest)
     return Derived(partition, frames, changed, whole)
 
 
@@ -103,14 +103,14 @@ def _tail(
 ) -> tuple[pl.DataFrame, datetime | None]:
     """The last days of the month before, and since when there is no span that was not asked for."""
     first = min(
-        (partition.opens(tf).start for tf in toolbox.settings.rolled(partition.market)),
+        (partition.open_times(tf).start for tf in toolbox.settings.rolled(partition.market)),
         default=partition.month.start,
     )
-    earlier = neighbour(partition, -1)
+    earlier = adjacent_partition(partition, -1)
     state = _state(toolbox, earlier)
     if first >= partition.month.start or state is None or state.through < partition.month.start:
         return empty_bars(), None
-    bars = toolbox.lake.read(raw(base), earlier, since=first)
+    bars = toolbox.lake.read(raw_table(base), earlier, since=first)
     if bars is None:
         return empty_bars(), None
     return bars.filter(pl.col("open_time") >= first), max(first, state.start)
@@ -118,7 +118,7 @@ def _tail(
 
 def _state(toolbox: Toolbox, partition: Partition) -> State | None:
     return toolbox.ledger.state(
-        raw(toolbox.settings.venues[partition.market.venue].base), partition
+        raw_table(toolbox.settings.venues[partition.market.venue].base), partition
     )
 
 
@@ -134,9 +134,9 @@ def _write(
         return {tf: changed[tf.name] for tf in frames}
 
     def write(timeframe: Timeframe) -> bool:
-        return toolbox.lake.write_changed(rollup(timeframe), partition, frames[timeframe])
+        return toolbox.lake.write_if_changed(rollup_table(timeframe), partition, frames[timeframe])
 
-    with ThreadPoolExecutor(1 if toolbox.lake.local else WRITES_AT_ONCE) as pool:
+    with ThreadPoolExecutor(1 if toolbox.lake.is_local else WRITES_AT_ONCE) as pool:
         return {
             tf: frames[tf].height * changed
             for tf, changed in zip(frames, pool.map(write, frames), strict=True)

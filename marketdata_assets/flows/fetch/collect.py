@@ -21,11 +21,11 @@ from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput, MarketDataError, VenueRefused
 from marketdata_assets.ledger.gaps import REOPENED
 from marketdata_assets.ledger.ledger import PROMPT_ASKS, Account, Gap, LoggedFetch, logged
-from marketdata_assets.model.bar import NAMES, empty_bars
+from marketdata_assets.model.bar import COLUMN_NAMES, empty_bars
 from marketdata_assets.model.intervals import holes, left_of, merged, runs, without
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import EPOCH, MINUTE, Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.agreement import Agreement, agree, filled
 from marketdata_assets.quality.gap_causes import ask_again_at
 from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
@@ -272,7 +272,7 @@ class _Inquiry:
         fresh = self._told()
         old = self.stored.join(fresh.select("open_time").unique(), on="open_time", how="semi")
         old = filled(
-            old.select(pl.lit(STORED, pl.Int64).alias("answer"), *NAMES),
+            old.select(pl.lit(STORED, pl.Int64).alias("answer"), *COLUMN_NAMES),
             fresh.unique("open_time", keep="first"),
         )
         return agree(pl.concat([fresh, old]))
@@ -350,7 +350,7 @@ class _Inquiry:
         fresh = pl.concat([*self.rejected, reject(lost, "conflict")])
         denied = agreement.outvoted.filter(stored)["open_time"]
         self._refuse_contradiction(denied)
-        bars = agreement.bars.join(self.stored, on=NAMES, how="anti", nulls_equal=True)
+        bars = agreement.bars.join(self.stored, on=COLUMN_NAMES, how="anti", nulls_equal=True)
         account = Account(self.received, bars.height, self._repeated(agreement), fresh.height)
         fetches, answers = self._log()
         return Collected(
@@ -388,8 +388,10 @@ class _Inquiry:
 
     def _repeated(self, agreement: Agreement) -> int:
         """Rows that only said again what is believed, counted from the rows themselves."""
-        same = self._told().join(agreement.bars, on=NAMES, how="semi", nulls_equal=True).height
-        new = agreement.bars.join(self.stored, on=NAMES, how="anti", nulls_equal=True).height
+        same = (
+            self._told().join(agreement.bars, on=COLUMN_NAMES, how="semi", nulls_equal=True).height
+        )
+        new = agreement.bars.join(self.stored, on=COLUMN_NAMES, how="anti", nulls_equal=True).height
         return same - new
 
     def _gaps(self, agreement: Agreement) -> list[Gap]:
@@ -486,7 +488,7 @@ class _Inquiry:
 
 def _moment(fetched: Fetched) -> str:
     return (
-        iso(datetime.fromtimestamp(int(fetched.requests[-1].asked_at), UTC))
+        format_time(datetime.fromtimestamp(int(fetched.requests[-1].asked_at), UTC))
         if fetched.requests
         else "?"
     )

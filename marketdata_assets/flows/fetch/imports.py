@@ -17,12 +17,12 @@ import polars as pl
 from marketdata_assets.context import Tell, Toolbox, tell_nobody
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.fetch.ingest import Ingested, take_in, wanted_window
-from marketdata_assets.model.bar import NAMES, decimal_text, empty_bars
+from marketdata_assets.model.bar import COLUMN_NAMES, empty_bars, format_decimals
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso, month_of, to_ms
+from marketdata_assets.model.window import Window, format_time, month_of, to_ms
 from marketdata_assets.quality.agreement import beside, unanimous
 from marketdata_assets.quality.split import asked_columns, reject, split
 from marketdata_assets.sources.archive import KRAKEN, Facts, Told, files_of, read_file
@@ -149,7 +149,7 @@ def _check(toolbox: Toolbox, facts: Facts) -> None:
     if facts.held.end - facts.timeframe.width > settings.now():
         last = facts.held.end - facts.timeframe.width
         raise BadInput(
-            f"{facts.path}: its bars go until {iso(last)}, and it is now {iso(settings.now())}; is open_time in another unit?"
+            f"{facts.path}: its bars go until {format_time(last)}, and it is now {format_time(settings.now())}; is open_time in another unit?"
         )
 
 
@@ -158,7 +158,7 @@ def _wanted(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Window:
     is for a rule to refuse.
     """
     settings, until = toolbox.settings, toolbox.settings.venues[market.venue].until
-    end = Partition(market, month_of(settings.now())).opens(timeframe).end
+    end = Partition(market, month_of(settings.now())).open_times(timeframe).end
     return Window(
         timeframe.ceil(settings.span(market).start),
         min(end, timeframe.floor(until)) if until else end,
@@ -219,7 +219,7 @@ def _by_month(
     for partition in partitions_of(
         market, Window(whole.start, whole.end + timeframe.width) if whole else whole
     ):
-        opens = partition.opens(timeframe) & wanted
+        opens = partition.open_times(timeframe) & wanted
         while waiting and waiting[0].facts.held.start < opens.end:
             tally = waiting.pop(0)
             rows = _read(toolbox, tally.facts, told)
@@ -285,9 +285,9 @@ def _take(
     broken = pl.concat(one.rejected for one in judged)
     refused = pl.concat([broken, reject(told.disputed, "conflict")])
     if dry_run:
-        stored = toolbox.lake.read(raw(timeframe), partition)
+        stored = toolbox.lake.read(raw_table(timeframe), partition)
         found = beside(
-            told.bars.select("answer", *NAMES), empty_bars() if stored is None else stored
+            told.bars.select("answer", *COLUMN_NAMES), empty_bars() if stored is None else stored
         )
     else:
         final = all(tally.facts.format == KRAKEN.name for tally, _ in together)
@@ -295,7 +295,7 @@ def _take(
         assert taken is not None
         found = taken
     repeated = beside(
-        told.repeated.select("answer", *NAMES), found.denied.select(NAMES)
+        told.repeated.select("answer", *COLUMN_NAMES), found.denied.select(COLUMN_NAMES)
     )  # of a denied bar it is denied as well
     counts = {
         "stored": (found.new,),
@@ -326,7 +326,7 @@ def _denied(
             partition,
             timeframe,
             row,
-            {n: row[n + "_stored"] for n in NAMES[1:]},
+            {n: row[n + "_stored"] for n in COLUMN_NAMES[1:]},
             "stored",
             row,
             sources[row["answer"]],
@@ -361,13 +361,13 @@ def _apart(
     other: dict[str, Any],
     name: str,
 ) -> Iterator[Difference]:
-    for column in NAMES[1:]:
+    for column in COLUMN_NAMES[1:]:
         if one[column] != other[column] and one[column] is not None and other[column] is not None:
             moment: datetime = row["open_time"]
             yield Difference(
                 partition.market.key,
                 timeframe.name,
-                iso(moment),
+                format_time(moment),
                 column,
                 one[column],
                 of,
@@ -381,7 +381,7 @@ def _texts(bars: pl.DataFrame) -> pl.DataFrame:
     decimals = [name for name, dtype in bars.schema.items() if isinstance(dtype, pl.Decimal)]
     counts = [name for name in bars.columns if name.startswith("trades")]
     return bars.with_columns(
-        *(decimal_text(name) for name in decimals), pl.col(counts).cast(pl.String)
+        *(format_decimals(name) for name in decimals), pl.col(counts).cast(pl.String)
     )
 
 
@@ -392,10 +392,12 @@ def to_show(toolbox: Toolbox, done: Imported) -> dict[tuple[str, ...], list[Part
     found: dict[tuple[str, ...], list[Partition]] = {}
     for partition in sorted({p for partitions in done.partitions.values() for p in partitions}):
         base = toolbox.ledger.state(
-            raw(toolbox.settings.venues[partition.market.venue].base), partition
+            raw_table(toolbox.settings.venues[partition.market.venue].base), partition
         )
         tables = [
-            raw(tf).name for tf, partitions in done.partitions.items() if partition in partitions
+            raw_table(tf).name
+            for tf, partitions in done.partitions.items()
+            if partition in partitions
         ]
         found.setdefault(
             (*tables, *(["rollup"] if base and base.bytes is not None else [])), []
@@ -407,7 +409,7 @@ def as_stored(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -> I
     """A partition as it lies there after an import, for the checks; asks nobody and changes nothing.
     Raises Damaged.
     """
-    table, wanted = raw(timeframe), wanted_window(toolbox, timeframe, partition)
+    table, wanted = raw_table(timeframe), wanted_window(toolbox, timeframe, partition)
     stored, state = toolbox.lake.read(table, partition), toolbox.ledger.state(table, partition)
     bars = empty_bars() if stored is None else stored
     ends = [

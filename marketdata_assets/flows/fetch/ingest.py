@@ -16,10 +16,10 @@ from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import Damaged, MarketDataError, Unreachable
 from marketdata_assets.flows.fetch.collect import Collected, collect, still_lacking
 from marketdata_assets.ledger.ledger import Account, Entry, Gap, State, logged
-from marketdata_assets.model.bar import HISTORY_COLUMNS, NAMES, TIME, TOLD_SCHEMA
+from marketdata_assets.model.bar import COLUMN_NAMES, HISTORY_COLUMNS, STORED_RAW_SCHEMA, TIME
 from marketdata_assets.model.intervals import holes, left_of, runs, without
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, history, raw
+from marketdata_assets.model.table import Table, history_table, raw_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.agreement import Beside, beside
@@ -34,7 +34,7 @@ CLEAN_UP = "clean-up"
 
 
 def _no_bars(*more: str) -> pl.DataFrame:
-    return pl.DataFrame(schema={**TOLD_SCHEMA, **dict.fromkeys(more, TIME)})
+    return pl.DataFrame(schema={**STORED_RAW_SCHEMA, **dict.fromkeys(more, TIME)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def wanted_window(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) 
     if timeframe not in venue.fetched:
         return Window(partition.month.start, partition.month.start)
     span = toolbox.settings.span(partition.market)
-    return partition.opens(timeframe) & Window(
+    return partition.open_times(timeframe) & Window(
         timeframe.ceil(span.start), timeframe.floor(span.end)
     )
 
@@ -109,7 +109,7 @@ def ingest(
     A partition that fails is yielded with its error and the others go on. Partitions are held
     against other processes one at a time: whoever comes second finds the work done.
     """
-    table = raw(timeframe)
+    table = raw_table(timeframe)
     ahead: _Started | None = None
     for i, partition in enumerate(partitions):
         prepared, future, held = ahead or _start(toolbox, table, partition, again)
@@ -134,14 +134,14 @@ def take_in(
     """Store bars of one partition that something else than the venue's API told: `source`, such as a
     file's name.
 
-    `kept` (model.bar.NAMES, one bar an open_time) has passed the rules, `rejected`
+    `kept` (model.bar.COLUMN_NAMES, one bar an open_time) has passed the rules, `rejected`
     (quality.split.REJECTED_SCHEMA) has not. Of several sources, the column `answer` of both frames
     says which one told a row. What is stored already stays: a bar that says the same is identical,
     another one is refused as `disagrees`. A hole between two bars of `kept` is a gap by the
     evidence of its source: settled where that has the last word (`final`), else to be asked for.
     Sends no request.
     """
-    table, sources = raw(timeframe), [source] if isinstance(source, str) else list(source)
+    table, sources = raw_table(timeframe), [source] if isinstance(source, str) else list(source)
     with toolbox.ledger.lock(partition.key):
         prepared = _prepare(toolbox, table, partition)
         got, found = _told(prepared, kept, rejected, sources, final)
@@ -159,7 +159,7 @@ def _told(
     timeframe = prepared.table.timeframe
     if len(sources) == 1:
         kept = kept.with_columns(pl.lit(0, pl.Int64).alias("answer"))
-    found = beside(kept.select("answer", *NAMES).sort("open_time"), prepared.stored)
+    found = beside(kept.select("answer", *COLUMN_NAMES).sort("open_time"), prepared.stored)
     bars = found.new.with_columns(
         pl.col("answer")
         .replace_strict(range(len(sources)), sources, return_dtype=pl.String)
@@ -230,10 +230,10 @@ def clean_stored(toolbox: Toolbox, timeframe: Timeframe, partition: Partition) -
     What was stored twice stays once; what is refused goes to quarantine, and what is lacking then
     is fetched by the next ingest. A damaged object is left to that, too.
     """
-    table = raw(timeframe)
+    table = raw_table(timeframe)
     with toolbox.ledger.lock(partition.key):
         prepared = _prepare(toolbox, table, partition)
-        cleaned = clean(prepared.stored, timeframe, partition.opens(timeframe))
+        cleaned = clean(prepared.stored, timeframe, partition.open_times(timeframe))
         says = cleaned.says
         if says:
             prepared = replace(prepared, stored=cleaned.bars, note=prepared.note or says)
@@ -294,9 +294,9 @@ def _prepare(toolbox: Toolbox, table: Table, partition: Partition) -> _Prepared:
     wanted = wanted_window(toolbox, table.timeframe, partition)
     state, note = toolbox.ledger.state(table, partition), None
     try:
-        stored = toolbox.lake.read(table, partition, provenance=True)
+        stored = toolbox.lake.read(table, partition, with_provenance=True)
     except Damaged as damage:
-        note = f"{damage}; set aside as {toolbox.lake.set_aside(table, partition)}"
+        note = f"{damage}; set aside as {toolbox.lake.quarantine_object(table, partition)}"
         stored = None
     gaps = toolbox.ledger.gaps(table, partition)
     return _Prepared(
@@ -336,7 +336,7 @@ def _store(
 ) -> Ingested:
     table, partition, now = prepared.table, prepared.partition, toolbox.settings.now()
     source = pl.col("source") if sources else pl.lit(REST).alias("source")
-    told = got.bars.select(*NAMES, pl.lit(now, TIME).alias("known_at"), source)
+    told = got.bars.select(*COLUMN_NAMES, pl.lit(now, TIME).alias("known_at"), source)
     replaced = prepared.stored.join(told, on="open_time", how="semi").with_columns(
         pl.lit(now, TIME).alias("replaced_at")
     )
@@ -350,7 +350,7 @@ def _store(
         or not bars.equals(prepared.stored)
         or size != toolbox.lake.size(table, partition)
     ):
-        check_bars(bars.select(NAMES))
+        check_bars(bars.select(COLUMN_NAMES))
         size, digest = toolbox.lake.write(table, partition, bars)
     complete = got.through >= prepared.wanted.end and all(gap.settled for gap in got.gaps)
     through = max(
@@ -401,10 +401,10 @@ def _remember(toolbox: Toolbox, table: Table, partition: Partition, replaced: pl
     """Add revisions to the history; one that was added before, by a run that died then, is the same
     revision.
     """
-    place = history(table.timeframe)
+    place = history_table(table.timeframe)
     known = toolbox.lake.read(place, partition)
     every = replaced if known is None else pl.concat([known, replaced])
-    last = every.unique([*NAMES, "known_at"], keep="last", maintain_order=True)
+    last = every.unique([*COLUMN_NAMES, "known_at"], keep="last", maintain_order=True)
     toolbox.lake.write(
         place,
         partition,
@@ -422,7 +422,7 @@ def _whole_at(
         prepared.table.timeframe,
         toolbox.settings.venues[prepared.partition.market.venue].until,
     )
-    end = prepared.partition.opens(timeframe).end
+    end = prepared.partition.open_times(timeframe).end
     return now if through >= (min(end, timeframe.floor(until)) if until else end) else None
 
 
@@ -438,7 +438,7 @@ def _ingested(
         prepared.partition,
         prepared.table.timeframe,
         prepared.wanted,
-        bars.select(NAMES),
+        bars.select(COLUMN_NAMES),
         tuple(gaps),
         account,
         size,

@@ -11,7 +11,7 @@ from marketdata_assets.flows.fetch.ingest import wanted_window
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.intervals import holes, left_of
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Venue
@@ -55,7 +55,7 @@ class Task:
 def plan(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[Task]:
     """The partitions that are missing, open or not rolled up, in the order given."""
     due = {
-        raw(tf): toolbox.gaps.due(raw(tf), toolbox.settings.now())
+        raw_table(tf): toolbox.gaps.due(raw_table(tf), toolbox.settings.now())
         for tf in toolbox.settings.raw_timeframes
     }
     return [
@@ -89,7 +89,7 @@ def _task(toolbox: Toolbox, partition: Partition, due: _Due) -> Task | None:
     lacking = {tf: _lacking(toolbox, tf, partition, due) for tf in venue.fetched}
     bars = sum(lacking.values())
     requests = sum(math.ceil(n / page_size(venue.name)) for n in lacking.values())
-    state = toolbox.ledger.state(raw(venue.base), partition)
+    state = toolbox.ledger.state(raw_table(venue.base), partition)
     if bars:
         offers = tuple(
             offer
@@ -141,7 +141,7 @@ def _reason(known: bool, error: str | None) -> str:
 
 def _lacking(toolbox: Toolbox, timeframe: Timeframe, partition: Partition, due: _Due) -> int:
     """Bars that a backfill would ask for. Reads the object only where the ledger cannot say."""
-    table, wanted = raw(timeframe), wanted_window(toolbox, timeframe, partition)
+    table, wanted = raw_table(timeframe), wanted_window(toolbox, timeframe, partition)
     if not wanted:
         return 0
     state = toolbox.ledger.state(table, partition)
@@ -152,7 +152,7 @@ def _lacking(toolbox: Toolbox, timeframe: Timeframe, partition: Partition, due: 
     )
     if state is None or not there:
         return wanted.count(timeframe)
-    quiet = (partition.market.key, partition.month_key) not in due[table]
+    quiet = partition.stored_key not in due[table]
     if state.complete and quiet and state.start <= wanted.start and wanted.end <= state.through:
         return 0
     stored = toolbox.lake.read(table, partition)
@@ -170,4 +170,4 @@ def _rolled(toolbox: Toolbox, partition: Partition, rolled: str | None, digest: 
         return False
     if toolbox.settings.rollups == "duckdb":
         return toolbox.warehouse.exists
-    return all(toolbox.lake.size(rollup(tf), partition) is not None for tf in timeframes)
+    return all(toolbox.lake.size(rollup_table(tf), partition) is not None for tf in timeframes)

@@ -11,10 +11,10 @@ import polars as pl
 
 from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.fetch.ingest import take_in, wanted_window
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, parse_time, to_ms
 from marketdata_assets.quality.split import REJECTED_SCHEMA, asked_columns, split
@@ -111,15 +111,17 @@ def _replay(
         timeframe,
         toolbox.settings.now(),
     )
-    alone = judged.kept.unique(NAMES).filter(~pl.col("open_time").is_duplicated())
-    stored = toolbox.lake.read(raw(timeframe), partition)
-    there = stored.select(NAMES) if stored is not None else alone.select(NAMES).clear()
+    alone = judged.kept.unique(COLUMN_NAMES).filter(~pl.col("open_time").is_duplicated())
+    stored = toolbox.lake.read(raw_table(timeframe), partition)
+    there = (
+        stored.select(COLUMN_NAMES) if stored is not None else alone.select(COLUMN_NAMES).clear()
+    )
     if not dry_run and alone.height:
         take_in(
             toolbox,
             timeframe,
             partition,
-            alone.select(NAMES),
+            alone.select(COLUMN_NAMES),
             pl.DataFrame(schema=REJECTED_SCHEMA),
             REPLAY,
             final=False,
@@ -128,10 +130,12 @@ def _replay(
         **dict(judged.rejected.select("answer", "reasons").iter_rows()),
         **dict.fromkeys(judged.kept["answer"], "several different rows"),
         **dict.fromkeys(
-            judged.kept.join(alone, on=NAMES, how="semi", nulls_equal=True)["answer"], "disagrees"
+            judged.kept.join(alone, on=COLUMN_NAMES, how="semi", nulls_equal=True)["answer"],
+            "disagrees",
         ),
         **dict.fromkeys(
-            judged.kept.join(there, on=NAMES, how="semi", nulls_equal=True)["answer"], "identical"
+            judged.kept.join(there, on=COLUMN_NAMES, how="semi", nulls_equal=True)["answer"],
+            "identical",
         ),
         **dict.fromkeys(_new(judged.kept, alone, there)["answer"], "stored"),
     }
@@ -142,12 +146,12 @@ def _replay(
 
 
 def _new(kept: pl.DataFrame, alone: pl.DataFrame, there: pl.DataFrame) -> pl.DataFrame:
-    return kept.join(alone, on=NAMES, how="semi", nulls_equal=True).join(
+    return kept.join(alone, on=COLUMN_NAMES, how="semi", nulls_equal=True).join(
         there, on="open_time", how="anti"
     )
 
 
-_SENT: dict[str, pl.DataType] = {name: pl.String() for name in NAMES} | {
+_SENT: dict[str, pl.DataType] = {name: pl.String() for name in COLUMN_NAMES} | {
     "open_time": pl.Int64(),
     "trades": pl.Int64(),
 }
@@ -163,4 +167,4 @@ def _sent(row: dict[str, Any]) -> dict[str, Any]:
         if str(fields["open_time"]).isdecimal()
         else to_ms(parse_time(row["open_time"]))
     )
-    return {name: fields.get(name) for name in NAMES}
+    return {name: fields.get(name) for name in COLUMN_NAMES}

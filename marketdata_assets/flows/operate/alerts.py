@@ -12,10 +12,17 @@ from marketdata_assets.flows.operate.freshness import freshness
 from marketdata_assets.flows.operate.health import FAILURES_IN_A_ROW
 from marketdata_assets.ledger.incidents import OPENED, Letter, Problem
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import MINUTE
-from marketdata_assets.model.window import iso, month_of
-from marketdata_assets.notify import Channel, Message, NotSent, Severity, open_channels
+from marketdata_assets.model.window import format_time, month_of
+from marketdata_assets.notify import (
+    AlertEvent,
+    AlertSeverity,
+    Channel,
+    Message,
+    NotSent,
+    open_channels,
+)
 
 FILE = "alerts.jsonl"
 TIMES = 3
@@ -69,7 +76,7 @@ def run_problem(job: str, venue: str, says: str) -> Problem:
     about = f"{job} at {venue}" if venue else job
     return Problem(
         f"{RUN}|{job}|{venue}",
-        Severity.WARNING,
+        AlertSeverity.WARNING,
         f"A run of {about} failed",
         f"{says}. The run's page in the UI has its log.",
     )
@@ -95,8 +102,15 @@ def _message(letter: Letter) -> Message:
     problem, opened = incident.problem, letter.event == OPENED
     at = incident.opened_at if opened else incident.recovered_at or incident.opened_at
     title = problem.title if opened else f"Recovered: {problem.title}"
-    body = problem.body if opened else f"It began at {iso(incident.opened_at)} and is over."
-    return Message(problem.key, letter.event, Severity(problem.severity), title, body, at)
+    body = problem.body if opened else f"It began at {format_time(incident.opened_at)} and is over."
+    return Message(
+        incident=problem.key,
+        event=AlertEvent(letter.event),
+        severity=AlertSeverity(problem.severity),
+        title=title,
+        body=body,
+        at=at,
+    )
 
 
 # --------------------------------------------------------------------------------- what is wrong no
@@ -105,7 +119,9 @@ def _breakers(toolbox: Toolbox) -> Iterator[Problem]:
         held = toolbox.ledger.venue_health(name)
         if held.broken_until > 0:
             body = "Its circuit breaker is open: nothing is asked until it answers again. If that lasts, look at the venue."
-            yield Problem(f"breaker|{name}", Severity.CRITICAL, f"{name} does not answer", body)
+            yield Problem(
+                f"breaker|{name}", AlertSeverity.CRITICAL, f"{name} does not answer", body
+            )
 
 
 def _stale(toolbox: Toolbox) -> Iterator[Problem]:
@@ -117,20 +133,23 @@ def _stale(toolbox: Toolbox) -> Iterator[Problem]:
             if (
                 found.stale
                 and found.through
-                and toolbox.ledger.state(raw(timeframe), Partition(found.market, month))
+                and toolbox.ledger.state(raw_table(timeframe), Partition(found.market, month))
             ):
-                behind = f"newest bar ended at {iso(found.through)}, {found.lag // MINUTE} minutes behind"
-                stale[found.market.key].append(f"{raw(timeframe).name}: {behind}")
+                behind = f"newest bar ended at {format_time(found.through)}, {found.lag // MINUTE} minutes behind"
+                stale[found.market.key].append(f"{raw_table(timeframe).name}: {behind}")
     for key, tables in stale.items():
         body = f"{'; '.join(tables)}. See `marketdata health` and the venue's status page."
-        yield Problem(f"stale|{key}", Severity.ERROR, f"{key} is stale", body)
+        yield Problem(f"stale|{key}", AlertSeverity.ERROR, f"{key} is stale", body)
 
 
 def _failing(toolbox: Toolbox) -> Iterator[Problem]:
     for key, (count, error) in toolbox.ledger.failing().items():
         if count >= FAILURES_IN_A_ROW:
             yield Problem(
-                f"failing|{key}", Severity.WARNING, f"{key} failed {count} times in a row", error
+                f"failing|{key}",
+                AlertSeverity.WARNING,
+                f"{key} failed {count} times in a row",
+                error,
             )
 
 
@@ -139,14 +158,14 @@ def _parked(toolbox: Toolbox) -> Iterator[Problem]:
         if ask.parked_at:
             market, key = ask.partition.market.key, ask.partition.key
             body = f"{ask.reason} ({ask.attempts} attempts). Mend the cause, then `marketdata parked --unpark --market {market}`."
-            yield Problem(f"parked|{key}", Severity.ERROR, f"{key} is parked", body)
+            yield Problem(f"parked|{key}", AlertSeverity.ERROR, f"{key} is parked", body)
 
 
 def _red(toolbox: Toolbox) -> Iterator[Problem]:
     month = month_of(toolbox.settings.now())
     for check in toolbox.ledger.red_checks():
         if check.blocking or check.times >= TIMES or check.partition.month != month:
-            severity = Severity.ERROR if check.blocking else Severity.WARNING
+            severity = AlertSeverity.ERROR if check.blocking else AlertSeverity.WARNING
             title = f"{check.table} {check.name} is red for {check.partition.key}"
             yield Problem(
                 f"check|{check.table}|{check.name}|{check.partition.key}",

@@ -19,10 +19,10 @@ from marketdata_assets.errors import StoreFailed
 from marketdata_assets.flows.fetch.ingest import wanted_window
 from marketdata_assets.ledger.ledger import Ask, Outline
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.partition import Partition, PartitionKey, partitions_of
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import MINUTE
-from marketdata_assets.model.window import Window, iso, month_of
+from marketdata_assets.model.window import Window, format_time, month_of
 from marketdata_assets.settings.universe import Venue
 
 GRACE = timedelta(hours=1)
@@ -121,7 +121,7 @@ def missed(
     if len(ready) > len(asked):
         found.waiting["wait for their turn"] = len(ready) - len(asked)
     if asked:
-        toolbox.ledger.ask([(p, wanted[p.market.key, p.month_key]) for p in asked], now)
+        toolbox.ledger.ask([(p, wanted[p.stored_key]) for p in asked], now)
     return found
 
 
@@ -142,7 +142,9 @@ def _lacks(
     due = look_is_due(toolbox, now)
     rolled_lost = _rollups_lost(toolbox, found, due)
     for venue in toolbox.settings.venues.values():
-        looks = [_Look(toolbox, raw(tf), shown.get(raw(tf)), due) for tf in venue.fetched]
+        looks = [
+            _Look(toolbox, raw_table(tf), shown.get(raw_table(tf)), due) for tf in venue.fetched
+        ]
         months = list(_closed_months(toolbox, venue, now))
         for market in venue.markets:
             rolls = bool(toolbox.settings.rolled(market))
@@ -167,7 +169,7 @@ def _lacks(
 
 def look_is_due(toolbox: Toolbox, now: datetime, what: str = "lost objects") -> bool:
     """Whether to look for lost objects now: always where that is free. `what` names who looks."""
-    if toolbox.lake.local:
+    if toolbox.lake.is_local:
         return True
     last = toolbox.ledger.last_beat(what)
     if last is not None and timedelta(0) <= now - last < LOOK:
@@ -194,7 +196,7 @@ def _believe(toolbox: Toolbox, found: Missed, wanted: dict[_Key, str]) -> None:
     for table, partitions in lost.items():
         found.lost[table] = [p for p in partitions if _is_lost(toolbox, table, p)]
         for partition in set(partitions) - set(found.lost[table]):
-            wanted.pop((partition.market.key, partition.month_key), None)
+            wanted.pop(partition.stored_key, None)
         if not found.lost[table]:
             del found.lost[table]
 
@@ -213,7 +215,7 @@ class _Look:
     ) -> None:
         self.table, self.shown = table, shown
         self.outlines: dict[_Key, Outline] = toolbox.ledger.outlines(table)
-        self.sizes = toolbox.lake.sizes(table) if look else None
+        self.sizes = toolbox.lake.list_sizes(table) if look else None
         self.due = toolbox.gaps.due(table, toolbox.settings.now())
 
     def at(self, key: _Key, wanted: tuple[str, str], found: Missed) -> str | None:
@@ -221,7 +223,7 @@ class _Look:
         outline = self.outlines.get(key)
         if outline is None or outline.bytes is None:
             return f"failed: {outline.error}" if outline and outline.error else "never fetched"
-        if self.sizes is not None and self.sizes.get(key) != outline.bytes:
+        if self.sizes is not None and self.sizes.get(PartitionKey(*key)) != outline.bytes:
             found.lost[self.table].append(Partition.parse("|".join(key)))
             return LOST
         if outline.error:
@@ -253,7 +255,10 @@ def _closed_months(
         if end > now - GRACE or (days is not None and end < now - timedelta(days=days)):
             continue
         windows = [wanted_window(toolbox, tf, partition) for tf in venue.fetched]
-        yield partition.month_key, [(iso(w.start), iso(w.end)) if w else None for w in windows]
+        yield (
+            partition.month_key,
+            [(format_time(w.start), format_time(w.end)) if w else None for w in windows],
+        )
 
 
 def _rollups_lost(toolbox: Toolbox, found: Missed, look: bool) -> set[_Key]:
@@ -265,29 +270,29 @@ def _rollups_lost(toolbox: Toolbox, found: Missed, look: bool) -> set[_Key]:
         if not toolbox.warehouse.exists:
             toolbox.ledger.forget_rollups()
             for tf in timeframes:
-                found.lost[rollup(tf)] = []  # all of it
+                found.lost[rollup_table(tf)] = []  # all of it
         return set()
     if not timeframes or not look:
         return set()
-    pace = MINUTE if toolbox.lake.local else LOOK
+    pace = MINUTE if toolbox.lake.is_local else LOOK
     turn = timeframes[
         int(toolbox.settings.now().timestamp() // pace.total_seconds()) % len(timeframes)
     ]  # one table at a time: they are many
-    there = toolbox.lake.sizes(rollup(turn))
+    there = toolbox.lake.list_sizes(rollup_table(turn))
     outlines = (
         item
         for base in {v.base for v in toolbox.settings.venues.values()}
-        for item in toolbox.ledger.outlines(raw(base)).items()
+        for item in toolbox.ledger.outlines(raw_table(base)).items()
     )
-    kept = f"{toolbox.settings.kept_since(rollup(turn).name):%Y-%m-%d}"
+    kept = f"{toolbox.settings.kept_since(rollup_table(turn).name):%Y-%m-%d}"
     gone = {
         k
         for k, outline in outlines
         if outline.rolled and k not in there and k[1] >= kept and turn in _rolled(toolbox, k[0])
     }
-    found.lost[rollup(turn)] = [Partition.parse("|".join(key)) for key in gone]
+    found.lost[rollup_table(turn)] = [Partition.parse("|".join(key)) for key in gone]
     if not gone:
-        del found.lost[rollup(turn)]
+        del found.lost[rollup_table(turn)]
     return gone
 
 
@@ -422,9 +427,7 @@ def _block(
     block = Block([markets[i] for i in rows], months, Counter())
     return replace(
         block,
-        reasons=Counter(
-            wanted[p.market.key, p.month_key].partition(":")[0] for p in block.partitions
-        ),
+        reasons=Counter(wanted[p.stored_key].partition(":")[0] for p in block.partitions),
     )
 
 

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from marketdata_assets.context import Toolbox
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.settings.universe import Limits
 
@@ -40,7 +40,7 @@ def freshness(toolbox: Toolbox, timeframe: Timeframe, markets: Iterable[Market])
     """Every market whose venue fetches this timeframe, by the newest bar on disk and not by the newest
     run.
     """
-    newest = toolbox.ledger.newest(raw(timeframe))
+    newest = toolbox.ledger.newest(raw_table(timeframe))
     fetched = [m for m in markets if timeframe in toolbox.settings.venues[m.venue].fetched]
     return [_of(toolbox, timeframe, market, newest.get(market.key)) for market in fetched]
 
@@ -52,7 +52,10 @@ def _of(
     through = None
     if newest is not None:
         bar, month, size = newest
-        there = toolbox.lake.size(raw(timeframe), Partition.parse(f"{market.key}|{month}")) == size
+        there = (
+            toolbox.lake.size(raw_table(timeframe), Partition.parse(f"{market.key}|{month}"))
+            == size
+        )
         through = bar + timeframe.width if there else None
     lag = max(timedelta(0), timeframe.floor(span.end) - (through or span.start))
     return Freshness(market, through, lag, toolbox.settings.limits(timeframe))

@@ -11,9 +11,9 @@ from enum import StrEnum
 
 from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.operate.freshness import freshness
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import MINUTE
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 
 DAEMON = "daemon"
 SILENT_AFTER = timedelta(minutes=3)
@@ -74,7 +74,8 @@ def _daemon(toolbox: Toolbox) -> Health:
         found.add(Status.UNHEALTHY, "it never ran here: start `marketdata dev`")
     elif abs(toolbox.settings.now() - beat) > SILENT_AFTER:
         found.add(
-            Status.UNHEALTHY, f"its last sensor tick was at {iso(beat)}: start `marketdata dev`"
+            Status.UNHEALTHY,
+            f"its last sensor tick was at {format_time(beat)}: start `marketdata dev`",
         )
     return found
 
@@ -163,5 +164,5 @@ def _late(toolbox: Toolbox) -> Iterator[_Reason]:
                 yield (
                     found.market.key,
                     Status.UNHEALTHY if found.stale else Status.DEGRADED,
-                    f"{raw(timeframe).name}: {behind}",
+                    f"{raw_table(timeframe).name}: {behind}",
                 )

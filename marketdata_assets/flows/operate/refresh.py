@@ -9,7 +9,7 @@ from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.fetch.ingest import wanted_window
 from marketdata_assets.flows.operate.backfill import GRACE
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.window import month_of
 from marketdata_assets.settings.universe import Venue
 
@@ -64,11 +64,11 @@ def _lacks(toolbox: Toolbox, venue: Venue, partition: Partition) -> bool:
     """
     for timeframe in venue.fetched:
         wanted = wanted_window(toolbox, timeframe, partition)
-        state = toolbox.ledger.state(raw(timeframe), partition)
+        state = toolbox.ledger.state(raw_table(timeframe), partition)
         if wanted and (
             state is None or state.bytes is None or state.through < wanted.end or state.error
         ):
             return True
-        if wanted and state and toolbox.lake.size(raw(timeframe), partition) != state.bytes:
+        if wanted and state and toolbox.lake.size(raw_table(timeframe), partition) != state.bytes:
             return True
     return False

@@ -16,8 +16,8 @@ from marketdata_assets.flows.fetch.plan import page_size, plan
 from marketdata_assets.flows.read.lock import content
 from marketdata_assets.ledger.receipts import Receipt
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw, rollup
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.table import Table, raw_table, rollup_table
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.clean import clean
 from marketdata_assets.storage.fingerprint import fingerprint
 
@@ -47,7 +47,7 @@ def _steps(toolbox: Toolbox, partition: Partition, again: Window | None) -> Iter
     venue = toolbox.settings.venues[partition.market.venue]
     page = page_size(venue.name)
     for timeframe in venue.fetched:
-        table = raw(timeframe)
+        table = raw_table(timeframe)
         stored, why = _stored(toolbox, table, partition)
         if why:
             yield Step(table.name, partition.key, "clean", why)
@@ -68,7 +68,9 @@ def _steps(toolbox: Toolbox, partition: Partition, again: Window | None) -> Iter
                 )
     for task in plan(toolbox, [partition]):
         what = "fetch" if task.bars else "roll up"
-        yield Step(raw(venue.base).name, partition.key, what, task.reason, task.bars, task.requests)
+        yield Step(
+            raw_table(venue.base).name, partition.key, what, task.reason, task.bars, task.requests
+        )
 
 
 def _stored(
@@ -76,11 +78,11 @@ def _stored(
 ) -> tuple[pl.DataFrame | None, str]:
     """The rows of an object and what is wrong with them."""
     try:
-        rows = toolbox.lake.read(table, partition, provenance=True)
+        rows = toolbox.lake.read(table, partition, with_provenance=True)
     except Damaged as damage:
         return None, str(damage).partition(";")[0]
     return rows, clean(
-        rows, table.timeframe, partition.opens(table.timeframe)
+        rows, table.timeframe, partition.open_times(table.timeframe)
     ).says if rows is not None else ""
 
 
@@ -94,7 +96,7 @@ def clean_up(toolbox: Toolbox, partitions: Sequence[Partition]) -> list[dict[str
             said = clean_stored(toolbox, timeframe, partition)
             if said:
                 found.append(
-                    {"table": raw(timeframe).name, "partition": partition.key, "says": said}
+                    {"table": raw_table(timeframe).name, "partition": partition.key, "says": said}
                 )
     return found
 
@@ -113,10 +115,14 @@ class Content:
 def contents(toolbox: Toolbox, partitions: Sequence[Partition]) -> dict[tuple[str, str], Content]:
     """By table name and partition key: what is stored of the fetched and the rolled-up tables."""
     tables = [
-        (p, raw(tf)) for p in partitions for tf in toolbox.settings.venues[p.market.venue].fetched
+        (p, raw_table(tf))
+        for p in partitions
+        for tf in toolbox.settings.venues[p.market.venue].fetched
     ]
-    tables += [(p, rollup(tf)) for p in partitions for tf in toolbox.settings.rolled(p.market)]
-    with toolbox.warehouse.held():
+    tables += [
+        (p, rollup_table(tf)) for p in partitions for tf in toolbox.settings.rolled(p.market)
+    ]
+    with toolbox.warehouse.keep_open():
         return {
             (table.name, partition.key): _content(toolbox, table, partition)
             for partition, table in tables
@@ -147,7 +153,7 @@ class Told:
 def told(done: Ingested) -> Told:
     """An ingest, for the receipt."""
     failed = str(done.error) if done.error else None
-    account, table = done.account, raw(done.timeframe).name
+    account, table = done.account, raw_table(done.timeframe).name
     return Told(
         table,
         done.partition.key,
@@ -197,4 +203,4 @@ def write_receipt(
 def span_of(partitions: Sequence[Partition], window: Window) -> dict[str, Any]:
     """What a repair was asked for, for its receipt."""
     markets = sorted({partition.market.key for partition in partitions})
-    return {"markets": markets, "start": iso(window.start), "end": iso(window.end)}
+    return {"markets": markets, "start": format_time(window.start), "end": format_time(window.end)}

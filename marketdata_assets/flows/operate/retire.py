@@ -10,9 +10,15 @@ from typing import NamedTuple
 
 from marketdata_assets.context import Toolbox
 from marketdata_assets.ledger.ledger import WAREHOUSE, Outline
-from marketdata_assets.model.partition import Partition, neighbour
-from marketdata_assets.model.table import Table, consolidated, raw, reconciled, rollup
-from marketdata_assets.model.window import iso, month_of
+from marketdata_assets.model.partition import Partition, adjacent_partition
+from marketdata_assets.model.table import (
+    Table,
+    consolidated_table,
+    raw_table,
+    reconciled_table,
+    rollup_table,
+)
+from marketdata_assets.model.window import format_time, month_of
 from marketdata_assets.settings.universe import Cold
 
 REMOVED, MOVED, KEPT = "removed", "moved", "kept"
@@ -48,14 +54,16 @@ def retire(toolbox: Toolbox, dry_run: bool = False) -> Iterator[Retired]:
     left for the next time.
     """
     settings = toolbox.settings
-    in_lake = [raw(tf) for tf in settings.raw_timeframes]
-    rolled = [rollup(tf) for tf in settings.rollup_timeframes]
+    in_lake = [raw_table(tf) for tf in settings.raw_timeframes]
+    rolled = [rollup_table(tf) for tf in settings.rollup_timeframes]
     if settings.rollups == "duckdb":
         yield from _from_warehouse(toolbox, rolled, dry_run)
     else:
         in_lake += rolled
     in_lake += [
-        table(tf) for tf in settings.consolidated_timeframes for table in (consolidated, reconciled)
+        table(tf)
+        for tf in settings.consolidated_timeframes
+        for table in (consolidated_table, reconciled_table)
     ]
     for table in in_lake:
         if table.name in settings.retention:
@@ -69,14 +77,14 @@ def _from_warehouse(toolbox: Toolbox, tables: list[Table], dry_run: bool) -> Ite
         if table.name in toolbox.settings.retention:
             before = toolbox.settings.kept_since(table.name)
             with toolbox.ledger.lock(WAREHOUSE):
-                bars = toolbox.warehouse.forget(table, before, dry_run)
+                bars = toolbox.warehouse.delete_before(table, before, dry_run=dry_run)
             if bars:
-                yield Retired(table, None, REMOVED, f"{bars} bars before {iso(before)}")
+                yield Retired(table, None, REMOVED, f"{bars} bars before {format_time(before)}")
 
 
 def _from_lake(toolbox: Toolbox, table: Table, dry_run: bool) -> Iterator[Retired]:
     outlines = toolbox.ledger.outlines(table)
-    for (market, month), size in sorted(toolbox.lake.sizes(table).items()):
+    for (market, month), size in sorted(toolbox.lake.list_sizes(table).items()):
         partition = Partition.parse(f"{market}|{month}")
         if partition.month.start >= toolbox.settings.kept_since(table.name):
             continue
@@ -104,11 +112,11 @@ def _needed(
         or not toolbox.settings.rolled(partition.market)
     ):
         return None
-    after = neighbour(partition, +1)
+    after = adjacent_partition(partition, +1)
     if after.month.start >= toolbox.settings.kept_since(table.name):
         return "a week of the first month that is kept begins in it"
     for needed in (partition, after):
-        outline = outlines.get((needed.market.key, needed.month_key))
+        outline = outlines.get(needed.stored_key)
         if outline and outline.bytes is not None and not outline.rolled:
             return f"the rollups of {needed.month_key[:7]} are not made yet"
     return None
@@ -127,8 +135,8 @@ def _remove(toolbox: Toolbox, table: Table, partition: Partition, dry_run: bool)
 
 def _to_cold(toolbox: Toolbox, table: Table, cold: Cold, dry_run: bool) -> Iterator[Retired]:
     before = month_of(toolbox.settings.now() - timedelta(days=cold.after_days)).start
-    classes = toolbox.lake.classes(table) if cold.storage_class else {}
-    for (market, month), size in sorted(toolbox.lake.hot(table).items()):
+    classes = toolbox.lake.list_storage_classes(table) if cold.storage_class else {}
+    for (market, month), size in sorted(toolbox.lake.list_hot_sizes(table).items()):
         partition = Partition.parse(f"{market}|{month}")
         if partition.month.start >= before or (
             cold.storage_class and classes.get(table.path(partition)) == cold.storage_class
@@ -140,7 +148,7 @@ def _to_cold(toolbox: Toolbox, table: Table, cold: Cold, dry_run: bool) -> Itera
                     yield Retired(table, partition, KEPT, "a run works on it", size)
                     continue
                 if cold.storage_class:
-                    toolbox.lake.set_class(table, partition, cold.storage_class)
+                    toolbox.lake.set_storage_class(table, partition, cold.storage_class)
                 else:
-                    toolbox.lake.chill(table, partition)
+                    toolbox.lake.move_to_cold(table, partition)
         yield Retired(table, partition, MOVED, f"to {cold.lake or cold.storage_class}", size)

@@ -12,11 +12,11 @@ from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.fetch.ingest import Ingested
 from marketdata_assets.ledger.anomalies import Entry
-from marketdata_assets.model.anomaly import Severity, State
+from marketdata_assets.model.anomaly import AnomalySeverity, AnomalyState
 from marketdata_assets.model.bar import empty_bars
-from marketdata_assets.model.partition import Partition, neighbour, partitions_of
-from marketdata_assets.model.table import Table, raw
-from marketdata_assets.model.window import Window, iso, month_of
+from marketdata_assets.model.partition import Partition, adjacent_partition, partitions_of
+from marketdata_assets.model.table import Table, raw_table
+from marketdata_assets.model.window import Window, format_time, month_of
 from marketdata_assets.quality.anomalies import CONTEXT, REACH, find_anomalies
 
 CHECK = "anomalies"
@@ -29,13 +29,19 @@ def judge(toolbox: Toolbox, done: Ingested) -> list[Entry]:
     Those of the last bars of the month before are found once more: the first bars after them say
     more about them.
     """
-    table, partition = raw(done.timeframe), done.partition
+    table, partition = raw_table(done.timeframe), done.partition
     month, width = partition.month, done.timeframe.width
     before = _beside(
-        toolbox, table, neighbour(partition, -1), Window(month.start - CONTEXT * width, month.start)
+        toolbox,
+        table,
+        adjacent_partition(partition, -1),
+        Window(month.start - CONTEXT * width, month.start),
     )
     after = _beside(
-        toolbox, table, neighbour(partition, +1), Window(month.end, month.end + CONTEXT * width)
+        toolbox,
+        table,
+        adjacent_partition(partition, +1),
+        Window(month.end, month.end + CONTEXT * width),
     )
     judged = Window(month.start - REACH * width if before.height else month.start, month.end)
     found = find_anomalies(pl.concat([before, done.bars, after]), done.timeframe, judged)
@@ -62,12 +68,12 @@ def _opens_in(window: Window) -> pl.Expr:
 
 def alarming(entry: Entry) -> bool:
     """Whether a person should look: nobody has yet, and it would do harm."""
-    return entry.state == State.OPEN and entry.anomaly.severity >= Severity.HIGH
+    return entry.state == AnomalyState.OPEN and entry.anomaly.severity >= AnomalySeverity.HIGH
 
 
 def words(entries: Sequence[Entry]) -> str:
     """What the check says of the entries of a partition."""
-    waiting = sum(entry.state == State.OPEN for entry in entries)
+    waiting = sum(entry.state == AnomalyState.OPEN for entry in entries)
     return f"{waiting} anomalies are open, {sum(map(alarming, entries))} of them high or critical"
 
 
@@ -84,7 +90,7 @@ def bars_of(toolbox: Toolbox, entries: Iterable[Entry]) -> Iterator[tuple[Entry,
         yield entry, pl.concat([empty_bars(), *frames]).filter(_opens_in(window))
 
 
-def mark(toolbox: Toolbox, id: int, state: State, note: str | None) -> Entry:
+def mark(toolbox: Toolbox, id: int, state: AnomalyState, note: str | None) -> Entry:
     """Set what became of an entry; its check follows in the ledger at once, in the UI with the next
     run. Raises BadInput.
     """
@@ -109,10 +115,10 @@ def row_of(entry: Entry) -> dict[str, str | int]:
     return {
         "id": entry.id,
         "kind": one.kind,
-        "severity": one.severity.word,
+        "severity": one.severity.label,
         "state": entry.state.value,
-        "start": iso(one.start),
-        "end": iso(one.end),
+        "start": format_time(one.start),
+        "end": format_time(one.end),
         "bars": one.bars,
         "what": one.evidence["says"],
     }

@@ -19,13 +19,13 @@ from marketdata_assets.flows.prove.anomalies import CHECK, alarming, judge, row_
 from marketdata_assets.flows.prove.gaps import UNEXPLAINED, words_of
 from marketdata_assets.flows.prove.parity import compare
 from marketdata_assets.ledger.ledger import Account, Gap
-from marketdata_assets.model.anomaly import State
-from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA, number_text
+from marketdata_assets.model.anomaly import AnomalyState
+from marketdata_assets.model.bar import COLUMN_NAMES, ROLLUP_SCHEMA, format_number
 from marketdata_assets.model.intervals import holes, left_of
-from marketdata_assets.model.partition import Partition, neighbour
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.partition import Partition, adjacent_partition
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.parity import UNEQUAL, WITHIN
 from marketdata_assets.quality.split import asked_columns, split
 
@@ -81,12 +81,12 @@ def audit_raw(toolbox: Toolbox, done: Ingested) -> list[Finding]:
     findings = [_ohlc(done), _duplicates(done), _gaps(done), _accounting(done.account)]
     if done.timeframe == toolbox.settings.venues[done.partition.market.venue].base:
         findings.append(_anomalies(toolbox, done))
-    return _remembered(toolbox, raw(done.timeframe), done.partition, findings)
+    return _remembered(toolbox, raw_table(done.timeframe), done.partition, findings)
 
 
 def audit_gaps(toolbox: Toolbox, done: Ingested) -> Finding:
     """The check `gaps` alone, once more, by what the ledger says of them now."""
-    table = raw(done.timeframe)
+    table = raw_table(done.timeframe)
     explained = replace(done, gaps=tuple(toolbox.ledger.gaps(table, done.partition)))
     return _remembered(toolbox, table, done.partition, [_gaps(explained)])[0]
 
@@ -149,9 +149,11 @@ def _accounting(account: Account) -> Finding:
 def _anomalies(toolbox: Toolbox, done: Ingested) -> Finding:
     entries = sorted(
         judge(toolbox, done),
-        key=lambda e: (list(State).index(e.state), -e.anomaly.severity, e.anomaly.start),
+        key=lambda e: (list(AnomalyState).index(e.state), -e.anomaly.severity, e.anomaly.start),
     )
-    numbers = {state.value: sum(entry.state == state for entry in entries) for state in State}
+    numbers = {
+        state.value: sum(entry.state == state for entry in entries) for state in AnomalyState
+    }
     alarms = sum(map(alarming, entries))
     return Finding(
         CHECK,
@@ -166,10 +168,13 @@ def _anomalies(toolbox: Toolbox, done: Ingested) -> Finding:
 def _broken(done: Ingested) -> list[Row]:
     sent = done.bars.with_columns(
         pl.col("open_time").dt.epoch("ms"),
-        *(pl.col(n).cast(pl.String) for n in NAMES if n not in ("open_time", "trades")),
+        *(pl.col(n).cast(pl.String) for n in COLUMN_NAMES if n not in ("open_time", "trades")),
     )
     refused = split(asked_columns(sent, 0, done.wanted), done.timeframe, done.wanted.end).rejected
-    return [{"open_time": iso(t), "reasons": r, "fields": f} for _, t, r, f in refused.iter_rows()]
+    return [
+        {"open_time": format_time(t), "reasons": r, "fields": f}
+        for _, t, r, f in refused.iter_rows()
+    ]
 
 
 def _unexplained(done: Ingested) -> list[Window]:
@@ -197,8 +202,8 @@ def _gap_numbers(unexplained: Sequence[Window], done: Ingested) -> dict[str, int
 def _gap_table(unexplained: Sequence[Window], done: Ingested) -> list[Row]:
     known: list[Row] = [
         {
-            "from": iso(g.window.start),
-            "until": iso(g.window.end),
+            "from": format_time(g.window.start),
+            "until": format_time(g.window.end),
             "bars": g.bars,
             "cause": g.cause or UNEXPLAINED,
             "reason": g.reason,
@@ -209,15 +214,15 @@ def _gap_table(unexplained: Sequence[Window], done: Ingested) -> list[Row]:
     asked = {str(row["from"]) for row in known}
     rest: list[Row] = [
         {
-            "from": iso(w.start),
-            "until": iso(w.end),
+            "from": format_time(w.start),
+            "until": format_time(w.end),
             "bars": w.count(done.timeframe),
             "cause": UNEXPLAINED,
             "reason": "not fetched yet",
             "evidence": "",
         }
         for w in unexplained
-        if iso(w.start) not in asked
+        if format_time(w.start) not in asked
     ]
     return (known + rest)[:SHOWN]
 
@@ -230,7 +235,7 @@ def audit_rollup(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> li
     findings = [_complete(toolbox, partition, timeframe, frame)]
     if timeframe in toolbox.settings.venues[partition.market.venue].reference:
         findings.append(_matches_native(toolbox, derived, timeframe))
-    return _remembered(toolbox, rollup(timeframe), partition, findings)
+    return _remembered(toolbox, rollup_table(timeframe), partition, findings)
 
 
 def _complete(
@@ -248,7 +253,7 @@ def _complete(
     )
     unexplained = judged.filter(pl.col("bars_present") + pl.col("absent") < pl.col("bars_expected"))
     rows: list[Row] = [
-        {"open_time": iso(t), "expected": e, "present": p}
+        {"open_time": format_time(t), "expected": e, "present": p}
         for t, e, p in unexplained.select("open_time", "bars_expected", "bars_present").iter_rows()
     ]
     numbers = {"bars": frame.height, "short": short.height, "unexplained": unexplained.height}
@@ -267,8 +272,8 @@ def _absent_bars(toolbox: Toolbox, partition: Partition, timeframe: Timeframe) -
     base = toolbox.settings.venues[partition.market.venue].base
     known = [
         gap
-        for p in (neighbour(partition, -1), partition)
-        for gap in toolbox.ledger.gaps(raw(base), p)
+        for p in (adjacent_partition(partition, -1), partition)
+        for gap in toolbox.ledger.gaps(raw_table(base), p)
     ]
     gaps = [gap.window for gap in known if gap.cause or gap.reason == "no_bars"]
     listed = toolbox.ledger.listed(partition.market)
@@ -303,7 +308,7 @@ def _matches_native(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) ->
 
 def _difference(row: dict[str, Any]) -> Row:
     values = [
-        f"{name} {number_text(row[name])} / {number_text(row[name + '_native'])}"
+        f"{name} {format_number(row[name])} / {format_number(row[name + '_native'])}"
         for name in row["columns"].split()
     ]
     minutes = row["minutes"].split()
@@ -312,7 +317,7 @@ def _difference(row: dict[str, Any]) -> Row:
         *([f"and {len(minutes) - SHOWN} more"] if len(minutes) > SHOWN else []),
     ]
     return {
-        "open_time": iso(row["open_time"]),
+        "open_time": format_time(row["open_time"]),
         "outcome": row["outcome"],
         "ours / the venue's": ", ".join(values),
         "cause": row["cause"],

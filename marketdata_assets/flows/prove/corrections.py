@@ -11,10 +11,10 @@ from typing import Any
 import polars as pl
 
 from marketdata_assets.context import Toolbox
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.table import Table, history, raw
+from marketdata_assets.model.table import Table, history_table, raw_table
 from marketdata_assets.model.window import Window
 
 
@@ -39,8 +39,8 @@ def corrections(
     """Every correction of bars that open inside the window, made at or after `since`, market by market
     in order of open_time.
     """
-    tables = [raw(tf) for tf in toolbox.settings.raw_timeframes]
-    there = {table: toolbox.lake.sizes(history(table.timeframe)) for table in tables}
+    tables = [raw_table(tf) for tf in toolbox.settings.raw_timeframes]
+    there = {table: toolbox.lake.list_sizes(history_table(table.timeframe)) for table in tables}
     for market in markets:
         for table in tables:
             for partition in partitions_of(market, window):
@@ -53,7 +53,7 @@ def _corrections(
 ) -> Iterator[Correction]:
     for was, became in _pairs(toolbox, table, partition, window):
         if since is None or was["replaced_at"] >= since:
-            changes = {n: (was[n], became[n]) for n in NAMES if was[n] != became[n]}
+            changes = {n: (was[n], became[n]) for n in COLUMN_NAMES if was[n] != became[n]}
             moments = was["open_time"], was["known_at"], was["replaced_at"]
             if changes:  # none: a run wrote this revision down and died before it replaced it
                 yield Correction(table, partition.market, *moments, became["source"] or "", changes)
@@ -63,8 +63,8 @@ def _pairs(
     toolbox: Toolbox, table: Table, partition: Partition, window: Window
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Each replaced revision with the one after it."""
-    stored = toolbox.lake.read(table, partition, provenance=True)
-    former = toolbox.lake.read(history(table.timeframe), partition)
+    stored = toolbox.lake.read(table, partition, with_provenance=True)
+    former = toolbox.lake.read(history_table(table.timeframe), partition)
     if stored is None or former is None:
         return
     inside = pl.col("open_time").is_between(window.start, window.end, closed="left")

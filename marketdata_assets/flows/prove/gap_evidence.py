@@ -16,12 +16,12 @@ import polars as pl
 from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.ledger.ledger import Gap, State
-from marketdata_assets.model.bar import empty_bars, number_text
+from marketdata_assets.model.bar import empty_bars, format_number
 from marketdata_assets.model.intervals import without
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.table import Table, raw_table
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.gap_causes import (
     HALTED,
     Facts,
@@ -309,15 +309,15 @@ class Look:
         """Whether a coarser bar over the hole has still to be fetched."""
         for timeframe in self._toolbox.settings.venues[self.month.venue].fetched:
             if timeframe.width > self._table.timeframe.width:
-                state = self._toolbox.ledger.state(raw(timeframe), self._partition)
-                end = min(timeframe.floor(hole.end), self._partition.opens(timeframe).end)
+                state = self._toolbox.ledger.state(raw_table(timeframe), self._partition)
+                end = min(timeframe.floor(hole.end), self._partition.open_times(timeframe).end)
                 if state is None or (state.through < end and not state.error):
                     return True
         return False
 
     def _finer(self, hole: Window) -> tuple[tuple[Window, str], ...]:
         """The causes of base bars that lack in a hole of a coarser table."""
-        base = raw(self._toolbox.settings.venues[self.month.venue].base)
+        base = raw_table(self._toolbox.settings.venues[self.month.venue].base)
         if base == self._table:
             return ()
         return tuple(
@@ -363,7 +363,7 @@ def _natives(
     venue = toolbox.settings.venues.get(partition.market.venue)
     for timeframe in venue.fetched if venue else ():
         native = (
-            toolbox.lake.read(raw(timeframe), partition)
+            toolbox.lake.read(raw_table(timeframe), partition)
             if timeframe.width > table.timeframe.width
             else None
         )
@@ -396,7 +396,7 @@ class _Requests:
 
     def __init__(self, toolbox: Toolbox, table: Table, partition: Partition) -> None:
         self._asked = toolbox.gaps.requests(
-            table, partition.market, partition.opens(table.timeframe)
+            table, partition.market, partition.open_times(table.timeframe)
         )
         windows = [asked.window for asked in self._asked]
         self._starts = pl.Series(
@@ -411,7 +411,7 @@ class _Requests:
         touching = (self._starts < window.end) & (self._ends > window.start)
         found = {request["id"]: request for request in earlier}
         for asked in (self._asked[i] for i in touching.arg_true()):
-            page = {"from": iso(asked.window.start), "until": iso(asked.window.end)}
+            page = {"from": format_time(asked.window.start), "until": format_time(asked.window.end)}
             found[asked.id] = {
                 "id": asked.id,
                 "at": asked.at,
@@ -431,7 +431,7 @@ def _bar(neighbour: Neighbour | None) -> dict[str, str] | None:
     if neighbour is None:
         return None
     return {
-        "open_time": iso(neighbour.open_time),
-        "close": number_text(neighbour.close),
-        "volume": number_text(neighbour.volume),
+        "open_time": format_time(neighbour.open_time),
+        "close": format_number(neighbour.close),
+        "volume": format_number(neighbour.volume),
     }

@@ -19,8 +19,8 @@ from marketdata_assets.ledger.gaps import REOPENED
 from marketdata_assets.ledger.ledger import Gap
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.table import Table, raw_table
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.gap_causes import CAUSES, DELISTED, HALTED, ask_again_at, classify
 
 UNEXPLAINED = "unexplained"
@@ -50,8 +50,8 @@ def explain(
             for market in toolbox.settings.venues[venue].markets
         ]
         changed |= {
-            (raw(timeframe), partition)
-            for partition in _explain_all(toolbox, raw(timeframe), whole, ask)
+            (raw_table(timeframe), partition)
+            for partition in _explain_all(toolbox, raw_table(timeframe), whole, ask)
         }
     return changed
 
@@ -61,8 +61,8 @@ def explain_new(toolbox: Toolbox, markets: Collection[Market]) -> None:
     for timeframe in toolbox.settings.raw_timeframes:
         _explain_all(
             toolbox,
-            raw(timeframe),
-            [p for p in toolbox.gaps.unexamined(raw(timeframe)) if p.market in markets],
+            raw_table(timeframe),
+            [p for p in toolbox.gaps.unexamined(raw_table(timeframe)) if p.market in markets],
             False,
         )
 
@@ -170,13 +170,14 @@ class Explained:
         """In the order of the table; the proof comes last."""
         gap = self.gap
         asked, last, following = (
-            moment and iso(moment) for moment in (gap.first_asked, gap.last_asked, gap.next_ask)
+            moment and format_time(moment)
+            for moment in (gap.first_asked, gap.last_asked, gap.next_ask)
         )
         return {
             "market": self.market.key,
             "table": self.table.name,
-            "from": iso(gap.window.start),
-            "until": iso(gap.window.end),
+            "from": format_time(gap.window.start),
+            "until": format_time(gap.window.end),
             "bars": gap.bars,
             "cause": self.kind,
             "reason": gap.reason,
@@ -197,7 +198,7 @@ def gaps(
     was explained.
     """
     explain_new(toolbox, markets)
-    tables = [raw(timeframe) for timeframe in toolbox.settings.raw_timeframes]
+    tables = [raw_table(timeframe) for timeframe in toolbox.settings.raw_timeframes]
     found = [
         Explained(table, m, gap)
         for m in markets
@@ -212,7 +213,7 @@ def reopen(toolbox: Toolbox, market: Market, start: datetime) -> list[Explained]
     Raises BadInput.
     """
     every = Window(toolbox.settings.since, toolbox.settings.now())
-    tables = [raw(timeframe) for timeframe in toolbox.settings.raw_timeframes]
+    tables = [raw_table(timeframe) for timeframe in toolbox.settings.raw_timeframes]
     known = [
         Explained(table, market, gap)
         for table in tables
@@ -222,11 +223,11 @@ def reopen(toolbox: Toolbox, market: Market, start: datetime) -> list[Explained]
     if not found:
         nearest = min(known, key=lambda one: abs(one.gap.window.start - start), default=None)
         hint = (
-            f"; the nearest is --start {iso(nearest.gap.window.start)}"
+            f"; the nearest is --start {format_time(nearest.gap.window.start)}"
             if nearest
             else "; it has none at all"
         )
-        raise BadInput(f"no gap of {market.key} begins at {iso(start)}{hint}")
+        raise BadInput(f"no gap of {market.key} begins at {format_time(start)}{hint}")
     for one in found:
         toolbox.gaps.reopen(one.table, market, one.gap, toolbox.settings.now())
     return found

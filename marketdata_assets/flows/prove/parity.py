@@ -11,9 +11,9 @@ import polars as pl
 from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.derive.rollup import Derived, known
 from marketdata_assets.ledger.ledger import Gap
-from marketdata_assets.model.bar import NAMES, empty_bars
-from marketdata_assets.model.partition import Partition, neighbour
-from marketdata_assets.model.table import Table, history, parity, raw
+from marketdata_assets.model.bar import COLUMN_NAMES, empty_bars
+from marketdata_assets.model.partition import Partition, adjacent_partition
+from marketdata_assets.model.table import Table, history_table, parity_table, raw_table
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.parity import ONLY_NATIVE, ONLY_OURS, UNEQUAL, judge, outcomes
@@ -51,7 +51,7 @@ def compare(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> pl.Data
         pl.col("cause", "minutes").fill_null("")
     )
     if judged.height:
-        toolbox.lake.write_changed(parity(timeframe), partition, outcomes(judged))
+        toolbox.lake.write_if_changed(parity_table(timeframe), partition, outcomes(judged))
     return judged
 
 
@@ -62,9 +62,9 @@ def _judged(
     made = Window(timeframe.ceil(whole.start), timeframe.floor(whole.end))
     judged = judge(
         partition.market.venue,
-        ours.select(NAMES),
+        ours.select(COLUMN_NAMES),
         native,
-        partition.opens(timeframe) & made & asked,
+        partition.open_times(timeframe) & made & asked,
     )
     return _answered(toolbox, partition, timeframe, judged)
 
@@ -76,7 +76,7 @@ def _answered(
     `gaps` tells of them.
     """
     base = toolbox.settings.venues[partition.market.venue].base
-    for outcome, table in ((ONLY_NATIVE, raw(base)), (ONLY_OURS, raw(timeframe))):
+    for outcome, table in ((ONLY_NATIVE, raw_table(base)), (ONLY_OURS, raw_table(timeframe))):
         alone = pl.col("outcome") == outcome
         if judged.filter(alone).is_empty():
             continue
@@ -95,11 +95,11 @@ def _native(
     """The venue's own bars, and the window of open times that they were asked for in; an empty one
     where none are stored.
     """
-    state = toolbox.ledger.state(raw(timeframe), partition)
+    state = toolbox.ledger.state(raw_table(timeframe), partition)
     stored = (
         None
         if state is None or state.bytes is None
-        else toolbox.lake.read(raw(timeframe), partition)
+        else toolbox.lake.read(raw_table(timeframe), partition)
     )
     if state is None or stored is None:
         return empty_bars(), Window(partition.month.start, partition.month.start)
@@ -126,20 +126,24 @@ def _causes(
 def _evidence(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> Evidence:
     partition = derived.partition
     base = toolbox.settings.venues[partition.market.venue].base
-    first = partition.opens(timeframe).start
-    months = [neighbour(partition, -1), partition] if first < partition.month.start else [partition]
-    read = [toolbox.lake.read(raw(base), p, since=first) for p in months]
+    first = partition.open_times(timeframe).start
+    months = (
+        [adjacent_partition(partition, -1), partition]
+        if first < partition.month.start
+        else [partition]
+    )
+    read = [toolbox.lake.read(raw_table(base), p, since=first) for p in months]
     bars = pl.concat([empty_bars(), *(frame for frame in read if frame is not None)])
-    replaced = [toolbox.lake.read(history(base), p) for p in months]
+    replaced = [toolbox.lake.read(history_table(base), p) for p in months]
     return Evidence(
         base,
         timeframe,
         bars,
-        list(_absences(toolbox, raw(base), months)),
-        list(_absences(toolbox, raw(timeframe), [partition])),
+        list(_absences(toolbox, raw_table(base), months)),
+        list(_absences(toolbox, raw_table(timeframe), [partition])),
         pl.concat(
             [
-                pl.DataFrame(schema=history(base).schema),
+                pl.DataFrame(schema=history_table(base).schema),
                 *(frame for frame in replaced if frame is not None),
             ]
         ),

@@ -10,12 +10,12 @@ import polars as pl
 from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.read.bars import base_of, table_of
-from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA, TIME, empty_bars
+from marketdata_assets.model.bar import COLUMN_NAMES, ROLLUP_SCHEMA, TIME, empty_bars
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.partition import Partition, neighbour, partitions_of
-from marketdata_assets.model.table import Table, history, raw
+from marketdata_assets.model.partition import Partition, adjacent_partition, partitions_of
+from marketdata_assets.model.table import Table, history_table, raw_table
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.transforms.rollup import roll_up
 
 
@@ -31,16 +31,16 @@ def read_as_of(
     """
     if moment > toolbox.settings.now():
         raise BadInput(
-            f"--as-of {iso(moment)} lies in the future; it is now {iso(toolbox.settings.now())}"
+            f"--as-of {format_time(moment)} lies in the future; it is now {format_time(toolbox.settings.now())}"
         )
     table = table_of(toolbox, market, timeframe)
     if table.layer not in ("raw", "rollup"):
         raise BadInput(
-            f"{market.key} keeps no revisions, as it is made of other markets; ask for one of these as of {iso(moment)}"
+            f"{market.key} keeps no revisions, as it is made of other markets; ask for one of these as of {format_time(moment)}"
         )
     base = timeframe if table.layer == "raw" else base_of(toolbox, market)
     span = Window(window.start, window.end + timeframe.width)
-    known = toolbox.ledger.states(raw(base), market)
+    known = toolbox.ledger.states(raw_table(base), market)
     months = [p for p in partitions_of(market, span) if p.month_key in known]
     frames = [partition_as_of(toolbox, table, partition, moment) for partition in months]
     inside = pl.col("open_time").is_between(window.start, window.end, closed="left")
@@ -64,8 +64,10 @@ def partition_as_of(
 def _refuse_before_the_first(
     toolbox: Toolbox, market: Market, base: Timeframe, months: Iterable[Partition], moment: datetime
 ) -> None:
-    stored = [toolbox.lake.read(raw(base), partition, provenance=True) for partition in months]
-    before = [toolbox.lake.read(history(base), partition) for partition in months]
+    stored = [
+        toolbox.lake.read(raw_table(base), partition, with_provenance=True) for partition in months
+    ]
+    before = [toolbox.lake.read(history_table(base), partition) for partition in months]
     known = pl.concat(
         [
             pl.Series("known_at", dtype=TIME),
@@ -75,7 +77,7 @@ def _refuse_before_the_first(
     first = None if known.null_count() else known.min()
     if isinstance(first, datetime) and first > moment:
         raise BadInput(
-            f"nothing of {market.key} in these months was known at {iso(moment)}; the first of it was fetched at {iso(first)}"
+            f"nothing of {market.key} in these months was known at {format_time(moment)}; the first of it was fetched at {format_time(first)}"
         )
 
 
@@ -83,23 +85,23 @@ def _raw_then(
     toolbox: Toolbox, partition: Partition, base: Timeframe, moment: datetime
 ) -> pl.DataFrame:
     """One partition of a fetched timeframe."""
-    stored = toolbox.lake.read(raw(base), partition, provenance=True)
+    stored = toolbox.lake.read(raw_table(base), partition, with_provenance=True)
     if stored is None:
         return empty_bars()
     known = pl.col("known_at").is_null() | (pl.col("known_at") <= moment)
     current = stored.filter(known)
     if current.height == stored.height:
-        return current.select(NAMES)
-    former = toolbox.lake.read(history(base), partition)
+        return current.select(COLUMN_NAMES)
+    former = toolbox.lake.read(history_table(base), partition)
     if former is None:
-        return current.select(NAMES)
+        return current.select(COLUMN_NAMES)
     then = former.filter(known & (pl.col("replaced_at") > moment)).join(
         current, on="open_time", how="anti"
     )
     return pl.concat(
         [
-            current.select(NAMES),
-            then.unique("open_time", keep="first", maintain_order=True).select(NAMES),
+            current.select(COLUMN_NAMES),
+            then.unique("open_time", keep="first", maintain_order=True).select(COLUMN_NAMES),
         ]
     ).sort("open_time")
 
@@ -108,8 +110,8 @@ def _rolled_then(
     toolbox: Toolbox, partition: Partition, base: Timeframe, timeframe: Timeframe, moment: datetime
 ) -> pl.DataFrame:
     """One partition of a rolled-up timeframe: made as flows.derive would have made it then."""
-    owned, earlier = partition.opens(timeframe), neighbour(partition, -1)
-    state, before = (toolbox.ledger.state(raw(base), p) for p in (partition, earlier))
+    owned, earlier = partition.open_times(timeframe), adjacent_partition(partition, -1)
+    state, before = (toolbox.ledger.state(raw_table(base), p) for p in (partition, earlier))
     if state is None:
         return pl.DataFrame(schema=ROLLUP_SCHEMA)
     bars, start = _raw_then(toolbox, partition, base, moment), state.start

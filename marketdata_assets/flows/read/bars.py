@@ -8,9 +8,9 @@ import polars as pl
 
 from marketdata_assets.context import Toolbox
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.market import CONSOLIDATED, Market
+from marketdata_assets.model.market import CONSOLIDATED_VENUE, Market
 from marketdata_assets.model.partition import partitions_of
-from marketdata_assets.model.table import Table, consolidated, raw, rollup
+from marketdata_assets.model.table import Table, consolidated_table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
 
@@ -38,15 +38,15 @@ def table_of(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Table:
     """Where the bars of a timeframe are: the base as fetched, coarser ones rolled up, else a
     reference. Raises BadInput.
     """
-    if market.venue == CONSOLIDATED:
+    if market.venue == CONSOLIDATED_VENUE:
         return _consolidated_table(toolbox, market, timeframe)
     base, rolled, reference = _timeframes(toolbox, market)
     if timeframe == base:
-        return raw(timeframe)
+        return raw_table(timeframe)
     if timeframe in rolled:
-        return rollup(timeframe)
+        return rollup_table(timeframe)
     if timeframe in reference:
-        return raw(timeframe)
+        return raw_table(timeframe)
     known = [tf.name for tf in (base, *rolled, *reference)]
     raise BadInput(
         f"{market.key} has no {timeframe.name} bars; it has {' '.join(dict.fromkeys(known))}"
@@ -60,13 +60,13 @@ def base_of(toolbox: Toolbox, market: Market) -> Timeframe:
 
 def _consolidated_table(toolbox: Toolbox, market: Market, timeframe: Timeframe) -> Table:
     settings, stored = toolbox.settings, toolbox.ledger.stored_span(market)
-    known = [tf for tf in TIMEFRAMES.values() if consolidated(tf).name in stored]
+    known = [tf for tf in TIMEFRAMES.values() if consolidated_table(tf).name in stored]
     base = [settings.base(market)] if market in settings.consolidate else known
     if timeframe not in base:
         raise BadInput(
             f"{market.key} has no {timeframe.name} bars; it has {' '.join(tf.name for tf in base)}"
         )
-    return consolidated(timeframe)
+    return consolidated_table(timeframe)
 
 
 def in_warehouse(toolbox: Toolbox, table: Table) -> bool:
@@ -85,7 +85,7 @@ def _timeframes(
         venue = settings.venues[market.venue]
         return venue.base, settings.rolled(market), venue.reference
     base, *reference = [
-        tf for tf in TIMEFRAMES.values() if raw(tf).name in toolbox.ledger.stored_span(market)
+        tf for tf in TIMEFRAMES.values() if raw_table(tf).name in toolbox.ledger.stored_span(market)
     ]
     return base, [tf for tf in settings.timeframes if tf.width > base.width], reference
 

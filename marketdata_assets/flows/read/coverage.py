@@ -10,7 +10,7 @@ from marketdata_assets.context import Toolbox
 from marketdata_assets.ledger.ledger import State
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.table import Table, raw
+from marketdata_assets.model.table import Table, raw_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, parse_time
 
@@ -53,14 +53,16 @@ def _coverage(toolbox: Toolbox, market: Market, window: Window | None) -> Covera
     base = toolbox.settings.venues[market.venue].base
     span, listed = toolbox.settings.span(market), toolbox.ledger.listed(market)
     span = span if window is None else span & window
-    states = toolbox.ledger.states(raw(base), market)
+    states = toolbox.ledger.states(raw_table(base), market)
     found = Coverage(market.key)
     for partition in partitions_of(market, span):
-        wanted = partition.opens(base) & Window(base.ceil(span.start), base.floor(span.end))
+        wanted = partition.open_times(base) & Window(base.ceil(span.start), base.floor(span.end))
         late = Window(max(wanted.start, base.floor(listed)), wanted.end) if listed else wanted
         found.expected += wanted.count(base)
         found.not_listed += wanted.count(base) - late.count(base)
-        _add_partition(toolbox, found, raw(base), partition, late, states.get(partition.month_key))
+        _add_partition(
+            toolbox, found, raw_table(base), partition, late, states.get(partition.month_key)
+        )
     return _in_minutes(found, base)
 
 
@@ -101,7 +103,7 @@ def _present(
     """Bars inside the window: the ledger's count of a whole month, else the object's, which may hold
     bars that are not wanted now.
     """
-    if wanted == partition.opens(table.timeframe):
+    if wanted == partition.open_times(table.timeframe):
         return state.rows
     bars = toolbox.lake.read(table, partition)
     return (
@@ -121,7 +123,7 @@ def daily_coverage(toolbox: Toolbox, table: Table) -> tuple[dict[str, list[float
     settings = toolbox.settings
     found: dict[str, list[float | None]] = {}
     for venue in settings.venues.values():
-        source = raw(venue.base if table.layer == "rollup" else table.timeframe)
+        source = raw_table(venue.base if table.layer == "rollup" else table.timeframe)
         if source.timeframe not in venue.fetched:
             continue
         known = _Known(toolbox, source, need_rolled=table.layer == "rollup")
@@ -146,8 +148,8 @@ class _Known:
         self._outlines = toolbox.ledger.outlines(source)
         # in S3 `backfill_missed` looks for lost objects from time to time
         self._sizes = (
-            toolbox.lake.sizes(source)
-            if toolbox.lake.local
+            toolbox.lake.list_sizes(source)
+            if toolbox.lake.is_local
             else {k: o.bytes for k, o in self._outlines.items()}
         )
         self._open_gaps = toolbox.ledger.unsettled(source)
@@ -160,7 +162,7 @@ class _Known:
         )  # what closed since may be on its way
         wanted, key = (
             partition.month & span & Window(span.start, settled),
-            (partition.market.key, partition.month_key),
+            partition.stored_key,
         )
         outline = self._outlines.get(key)
         lost = outline is None or outline.bytes is None or self._sizes.get(key) != outline.bytes

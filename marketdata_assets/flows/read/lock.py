@@ -22,11 +22,17 @@ from marketdata_assets.flows.read.bars import in_warehouse
 from marketdata_assets.model.intervals import holes
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.table import Table, raw, rollup
-from marketdata_assets.model.window import Window, iso, month_of
+from marketdata_assets.model.table import Table, raw_table, rollup_table
+from marketdata_assets.model.window import Window, format_time, month_of
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.fingerprint import fingerprint
-from marketdata_assets.storage.lockfile import LockFile, Pinned, Wants, check_name, read_lock
+from marketdata_assets.storage.lockfile import (
+    LockedPartition,
+    LockFile,
+    WantedVenue,
+    check_name,
+    read_lock,
+)
 
 READS_AT_ONCE = 8
 """Objects that are on their way from S3."""
@@ -56,7 +62,9 @@ def content(
     if as_of is not None:
         return partition_as_of(toolbox, table, partition, as_of)
     if in_warehouse(toolbox, table):
-        return toolbox.warehouse.read(table, partition.market, partition.opens(table.timeframe))
+        return toolbox.warehouse.read(
+            table, partition.market, partition.open_times(table.timeframe)
+        )
     found = toolbox.lake.read(table, partition)
     return pl.DataFrame(schema=table.schema) if found is None else found
 
@@ -86,7 +94,7 @@ def lock(
     names = _named(settings, markets, tables)
     span = _months(window & Window(settings.since, began))
 
-    def pin(place: Place) -> Pinned | None:
+    def pin(place: Place) -> LockedPartition | None:
         bars = content(toolbox, *place)
         if (
             bars.is_empty()
@@ -115,7 +123,10 @@ def lock(
 
 def _tables(settings: Settings, market: Market) -> list[Table]:
     """All tables that hold a market's bars."""
-    return [*map(raw, settings.venues[market.venue].fetched), *map(rollup, settings.rolled(market))]
+    return [
+        *map(raw_table, settings.venues[market.venue].fetched),
+        *map(rollup_table, settings.rolled(market)),
+    ]
 
 
 def _named(
@@ -135,7 +146,7 @@ def _months(window: Window) -> Window:
     return Window(month_of(window.start).start, month_of(window.end - datetime.resolution).end)
 
 
-def _venues(settings: Settings, markets: Iterable[Market]) -> dict[str, Wants]:
+def _venues(settings: Settings, markets: Iterable[Market]) -> dict[str, WantedVenue]:
     symbols: dict[str, list[str]] = {}
     for market in sorted(markets):
         symbols.setdefault(market.venue, []).append(market.symbol)
@@ -143,7 +154,7 @@ def _venues(settings: Settings, markets: Iterable[Market]) -> dict[str, Wants]:
     for name, chosen in symbols.items():
         venue = settings.venues[name]
         reference = tuple(tf.name for tf in venue.reference)
-        found[name] = Wants(
+        found[name] = WantedVenue(
             tuple(dict.fromkeys(chosen)), venue.since, venue.until, venue.base.name, reference
         )
     return found
@@ -171,8 +182,8 @@ def _stored(
                 for key, outline in toolbox.ledger.outlines(table).items()
                 if outline.bytes is not None
             }
-            there = known | toolbox.lake.sizes(table).keys()
-            months = [p for p in months if (p.market.key, p.month_key) in there]
+            there = known | toolbox.lake.list_sizes(table).keys()
+            months = [p for p in months if p.stored_key in there]
         found += [(table, partition) for partition in months]
     return found
 
@@ -183,11 +194,13 @@ def _each(
     """Work on every place, several at once; what came of each, in order. Whoever writes rollups waits
     for some of them at the most.
     """
-    with ThreadPoolExecutor((os.cpu_count() or 1) if toolbox.lake.local else READS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(
+        (os.cpu_count() or 1) if toolbox.lake.is_local else READS_AT_ONCE
+    ) as pool:
         for start in range(0, len(places), A_TURN):
             turn = places[start : start + A_TURN]
             held = any(in_warehouse(toolbox, table) for table, _ in turn)
-            with toolbox.warehouse.held() if held else nullcontext():
+            with toolbox.warehouse.keep_open() if held else nullcontext():
                 found = list(pool.map(work, turn))
             for done, result in enumerate(found, start + 1):
                 tell({"done": done, "partitions": len(places)})
@@ -199,11 +212,15 @@ def _is_open(settings: Settings, partition: Partition, moment: datetime) -> bool
     return partition.month.end > moment and (until is None or until > moment)
 
 
-def _pin(table: Table, partition: Partition, bars: pl.DataFrame, open: bool) -> Pinned | None:
+def _pin(
+    table: Table, partition: Partition, bars: pl.DataFrame, open: bool
+) -> LockedPartition | None:
     if bars.is_empty():
         return None
     opens = bars["open_time"]
-    return Pinned(table.name, partition, bars.height, opens[0], opens[-1], fingerprint(bars), open)
+    return LockedPartition(
+        table.name, partition, bars.height, opens[0], opens[-1], fingerprint(bars), open
+    )
 
 
 # --------------------------------------------------------------------------------- verify
@@ -251,8 +268,8 @@ class Verified:
         """As a person's program reads it."""
         found = {
             "name": self.lock.name,
-            "as_of": iso(self.lock.as_of),
-            "dataset": self.lock.dataset,
+            "as_of": format_time(self.lock.as_of),
+            "dataset": self.lock.dataset_digest,
         }
         counts = {
             "partitions": len(self.lock.partitions),
@@ -285,7 +302,7 @@ def verify(toolbox: Toolbox, lock: LockFile, tell: Tell = tell_nobody) -> Verifi
         if place not in locked
     ]
 
-    def judge(place: Place) -> tuple[Pinned | None, bool, Difference | None]:
+    def judge(place: Place) -> tuple[LockedPartition | None, bool, Difference | None]:
         return locked.get(place), *_judge(toolbox, *place, locked.get(place), lock.as_of)
 
     found = Verified(lock)
@@ -300,7 +317,11 @@ def verify(toolbox: Toolbox, lock: LockFile, tell: Tell = tell_nobody) -> Verifi
 
 
 def _judge(
-    toolbox: Toolbox, table: Table, partition: Partition, pinned: Pinned | None, as_of: datetime
+    toolbox: Toolbox,
+    table: Table,
+    partition: Partition,
+    pinned: LockedPartition | None,
+    as_of: datetime,
 ) -> tuple[bool, Difference | None]:
     """Whether only history holds what was locked, and what differs where nothing does."""
     rows = pinned.rows if pinned else 0
@@ -330,15 +351,15 @@ def _judge(
     return False, Difference(table.name, partition, what, rows, bars.height, says)
 
 
-def _up_to(bars: pl.DataFrame, pinned: Pinned | None) -> pl.DataFrame:
-    return bars.filter(pl.col("open_time") <= pinned.last) if pinned and pinned.open else bars
+def _up_to(bars: pl.DataFrame, pinned: LockedPartition | None) -> pl.DataFrame:
+    return bars.filter(pl.col("open_time") <= pinned.last) if pinned and pinned.is_open else bars
 
 
-def _holds(bars: pl.DataFrame, pinned: Pinned | None) -> bool:
+def _holds(bars: pl.DataFrame, pinned: LockedPartition | None) -> bool:
     return fingerprint(bars) == pinned.fingerprint if pinned else bars.is_empty()
 
 
-def _words(table: Table, bars: pl.DataFrame, pinned: Pinned | None) -> Iterator[str]:
+def _words(table: Table, bars: pl.DataFrame, pinned: LockedPartition | None) -> Iterator[str]:
     """Where the bars lie that there are now, and the closest that can be said without those that were
     locked.
     """
@@ -346,22 +367,26 @@ def _words(table: Table, bars: pl.DataFrame, pinned: Pinned | None) -> Iterator[
         yield "nothing is stored; `marketdata backfill` fetches it again"
         return
     opens = bars["open_time"]
-    yield f"stored {iso(opens[0])} .. {iso(opens[-1])}"
+    yield f"stored {format_time(opens[0])} .. {format_time(opens[-1])}"
     if pinned is None:
         yield "no bar was locked"
         return
     if (opens[0], opens[-1]) != (pinned.first, pinned.last):
-        yield f"locked {iso(pinned.first)} .. {iso(pinned.last)}"
+        yield f"locked {format_time(pinned.first)} .. {format_time(pinned.last)}"
     inside = bars.filter(pl.col("open_time").is_between(pinned.first, pinned.last))
     if inside.height < bars.height and _holds(inside, pinned):
         yield "the locked bars are unchanged, the others lie before or after them"
     span = Window(pinned.first, pinned.last + table.timeframe.width)
     if pinned.rows == span.count(table.timeframe) and inside.height < pinned.rows:
-        yield f"the first bar that lacks opened {iso(holes(inside['open_time'], table.timeframe, span)[0].start)}"
+        yield f"the first bar that lacks opened {format_time(holes(inside['open_time'], table.timeframe, span)[0].start)}"
 
 
 def _late(
-    toolbox: Toolbox, table: Table, partition: Partition, pinned: Pinned | None, as_of: datetime
+    toolbox: Toolbox,
+    table: Table,
+    partition: Partition,
+    pinned: LockedPartition | None,
+    as_of: datetime,
 ) -> list[str]:
     """What is to be said of raw bars that the partition is made of and that came or were corrected
     since it was locked.
@@ -374,8 +399,8 @@ def _late(
         if table.layer == "raw"
         else toolbox.settings.venues[partition.market.venue].base
     )
-    owned = partition.opens(table.timeframe)
-    end = pinned.last + table.timeframe.width if pinned and pinned.open else owned.end
+    owned = partition.open_times(table.timeframe)
+    end = pinned.last + table.timeframe.width if pinned and pinned.is_open else owned.end
     since = (pl.col("known_at") > as_of) & pl.col("open_time").is_between(
         owned.start, end, closed="left"
     )
@@ -383,7 +408,7 @@ def _late(
     found = [
         frame
         for month in months
-        if (frame := toolbox.lake.read(raw(base), month, provenance=True)) is not None
+        if (frame := toolbox.lake.read(raw_table(base), month, with_provenance=True)) is not None
     ]
     rows = [
         row
@@ -392,8 +417,13 @@ def _late(
     ]
     if not rows:
         return []
-    span, last = f"{iso(rows[0][0])} .. {iso(rows[-1][0])}", max(known for _, known in rows)
-    return [f"{len(rows)} bars, {span}, came or were corrected since, the last ones at {iso(last)}"]
+    span, last = (
+        f"{format_time(rows[0][0])} .. {format_time(rows[-1][0])}",
+        max(known for _, known in rows),
+    )
+    return [
+        f"{len(rows)} bars, {span}, came or were corrected since, the last ones at {format_time(last)}"
+    ]
 
 
 # --------------------------------------------------------------------------------- the same univers
@@ -416,7 +446,9 @@ def _same_universe(settings: Settings, lock: LockFile) -> None:
 _SHOWN = 5
 
 
-def _venue_differs(settings: Settings, lock: LockFile, name: str, wants: Wants) -> Iterator[str]:
+def _venue_differs(
+    settings: Settings, lock: LockFile, name: str, wants: WantedVenue
+) -> Iterator[str]:
     venue = settings.venues.get(name)
     if venue is None:
         yield f"venue {name} is not in it"
@@ -443,6 +475,6 @@ def _venue_differs(settings: Settings, lock: LockFile, name: str, wants: Wants) 
         min(wants.until or lock.as_of, lock.as_of, lock.span.end),
     )
     if venue.since > start:
-        yield f"it wants {name} since {iso(venue.since)}, and the lock holds it since {iso(start)}"
+        yield f"it wants {name} since {format_time(venue.since)}, and the lock holds it since {format_time(start)}"
     if venue.until and venue.until < end:
-        yield f"it wants {name} until {iso(venue.until)}, and the lock holds it until {iso(end)}"
+        yield f"it wants {name} until {format_time(venue.until)}, and the lock holds it until {format_time(end)}"

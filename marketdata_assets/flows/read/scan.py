@@ -12,7 +12,7 @@ from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.read.bars import in_warehouse, table_of
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.table import Table, raw
+from marketdata_assets.model.table import Table, raw_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 
@@ -35,7 +35,9 @@ def newest_bars(toolbox: Toolbox, markets: Sequence[Market], timeframe: Timefram
     """The open time of each market's newest stored bar: raw ones from the ledger alone, rolled-up ones
     from their last objects.
     """
-    known = {key: moment for key, (moment, *_) in toolbox.ledger.newest(raw(timeframe)).items()}
+    known = {
+        key: moment for key, (moment, *_) in toolbox.ledger.newest(raw_table(timeframe)).items()
+    }
     rows = []
     for market in markets:
         table = table_of(toolbox, market, timeframe)
@@ -52,12 +54,12 @@ def newest_bars(toolbox: Toolbox, markets: Sequence[Market], timeframe: Timefram
 
 def _newest_rolled(toolbox: Toolbox, table: Table, market: Market) -> object:
     base = toolbox.settings.venues[market.venue].base
-    months = sorted(toolbox.ledger.states(raw(base), market), reverse=True)
+    months = sorted(toolbox.ledger.states(raw_table(base), market), reverse=True)
     for month in months[
         :2
     ]:  # a week ends in the month after it began, so the newest month may have none yet
         partition = Partition.parse(f"{market.key}|{month}")
-        window = partition.opens(table.timeframe)
+        window = partition.open_times(table.timeframe)
         found = (
             scan_bars(toolbox, market, table.timeframe, window)
             .select(pl.col("open_time").max())
@@ -77,13 +79,13 @@ def _scans(toolbox: Toolbox, table: Table, market: Market, window: Window) -> li
         stored = _stored_months(toolbox, table, market)
         known = bool(stored)
         partitions = [p for p in partitions if p.month_key in stored] if known else partitions
-    frames = toolbox.lake.scan(table, partitions, known)
+    frames = toolbox.lake.scan(table, partitions, all_exist=known)
     return frames or [pl.LazyFrame(schema=table.schema)]
 
 
 def _stored_months(toolbox: Toolbox, table: Table, market: Market) -> set[str]:
     venue = toolbox.settings.venues.get(market.venue)
-    source = raw(venue.base) if table.layer == "rollup" and venue else table
+    source = raw_table(venue.base) if table.layer == "rollup" and venue else table
     states = toolbox.ledger.states(source, market)
     kept = f"{toolbox.settings.kept_since(table.name):%Y-%m-%d}"
     return {

@@ -10,7 +10,14 @@ from marketdata_assets.context import Toolbox
 from marketdata_assets.flows.read.bars import known_market
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import partitions_of
-from marketdata_assets.model.table import Table, consolidated, parity, raw, reconciled, rollup
+from marketdata_assets.model.table import (
+    Table,
+    consolidated_table,
+    parity_table,
+    raw_table,
+    reconciled_table,
+    rollup_table,
+)
 from marketdata_assets.model.window import Window
 from marketdata_assets.storage.views import open_views
 
@@ -29,15 +36,19 @@ def connected(toolbox: Toolbox, keys: Sequence[str] | None, window: Window) -> I
         if keys
         else [*settings.markets, *settings.consolidate]
     )
-    tables = [raw(tf) for tf in settings.raw_timeframes]
+    tables = [raw_table(tf) for tf in settings.raw_timeframes]
     tables += [
-        table(tf) for tf in settings.consolidated_timeframes for table in (consolidated, reconciled)
+        table(tf)
+        for tf in settings.consolidated_timeframes
+        for table in (consolidated_table, reconciled_table)
     ]
     in_lake = (
-        [rollup(tf) for tf in settings.rollup_timeframes] if settings.rollups == "parquet" else []
+        [rollup_table(tf) for tf in settings.rollup_timeframes]
+        if settings.rollups == "parquet"
+        else []
     )
     judged = [
-        parity(tf)
+        parity_table(tf)
         for tf in settings.rollup_timeframes
         if any(tf in venue.reference for venue in settings.venues.values())
     ]
@@ -51,7 +62,7 @@ def connected(toolbox: Toolbox, keys: Sequence[str] | None, window: Window) -> I
 
 def _files(toolbox: Toolbox, table: Table, markets: Sequence[Market], window: Window) -> list[str]:
     """One walk or one listing of the table, and of it what is wanted."""
-    there = toolbox.lake.sizes(table)
+    there = toolbox.lake.list_sizes(table)
     wanted = Window(window.start, window.end + table.timeframe.width)
     partitions = [
         p
@@ -59,4 +70,4 @@ def _files(toolbox: Toolbox, table: Table, markets: Sequence[Market], window: Wi
         for p in partitions_of(market, wanted)
         if (market.key, p.month_key) in there
     ]
-    return toolbox.lake.uris(table, partitions, known=True)
+    return toolbox.lake.find_uris(table, partitions, all_exist=True)
