@@ -27,7 +27,7 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.model.bar import NAMES, PRICES, SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, PRICES
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.quality import anomalies as rules
@@ -68,12 +68,12 @@ def as_bars(frame: pl.DataFrame) -> pl.DataFrame:
         }
     )
     seconds = frame["open_time"][0] < 10**11
-    opens = (pl.col("open_time") * (1_000_000 if seconds else 1000)).cast(SCHEMA["open_time"])
+    opens = (pl.col("open_time") * (1_000_000 if seconds else 1000)).cast(BAR_SCHEMA["open_time"])
     given = [
-        pl.col(n).cast(pl.String).cast(SCHEMA[n])
+        pl.col(n).cast(pl.String).cast(BAR_SCHEMA[n])
         if n in frame.columns
-        else pl.lit(None, SCHEMA[n]).alias(n)
-        for n in NAMES[1:]
+        else pl.lit(None, BAR_SCHEMA[n]).alias(n)
+        for n in COLUMN_NAMES[1:]
     ]
     return frame.select(opens, *given)
 
@@ -237,7 +237,7 @@ def planted(
         rows = plant(bars[place : place + BLOCK].to_dicts())
         new += rows
         spans.append((rows[0]["open_time"], rows[-1]["open_time"]))
-    changed = pl.DataFrame(new, schema=SCHEMA)
+    changed = pl.DataFrame(new, schema=BAR_SCHEMA)
     return pl.concat([bars.join(changed, on="open_time", how="anti"), changed]).sort(
         "open_time"
     ), spans

@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-
 from marketdata_assets.cli.processes import dagster_environment
+
 from marketdata_assets.context import open_context
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw, rollup
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.table import Table, raw_table, rollup_table
+from marketdata_assets.model.window import format_time
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 
@@ -58,7 +58,7 @@ def universe(folder: Path, markets: int, months: int) -> Settings:
 def fill(settings: Settings, instance: dg.DagsterInstance) -> list[Partition]:
     """Every partition there, by the lake, by the ledger and by Dagster."""
     partitions = settings.partitions(settings.markets, settings.span(settings.markets[0]))
-    table = raw(next(iter(settings.venues.values())).base)
+    table = raw_table(next(iter(settings.venues.values())).base)
     for partition in partitions:
         file = Path(settings.lake, table.path(partition))
         file.parent.mkdir(parents=True)
@@ -71,9 +71,9 @@ def fill(settings: Settings, instance: dg.DagsterInstance) -> list[Partition]:
             table.name,
             p.market.key,
             p.month_key,
-            iso(p.month.start),
-            iso(p.month.end),
-            iso(p.month.end),
+            format_time(p.month.start),
+            format_time(p.month.end),
+            format_time(p.month.end),
             1,
             43200,
             3,
@@ -89,7 +89,7 @@ def fill(settings: Settings, instance: dg.DagsterInstance) -> list[Partition]:
     ]
     with sqlite3.connect(settings.state / "ledger.db") as ledger:
         ledger.executemany(f"INSERT INTO partitions VALUES ({', '.join('?' * 16)})", rows)
-    for shown in (table, rollup(settings.rollup_timeframes[0])):
+    for shown in (table, rollup_table(settings.rollup_timeframes[0])):
         copy_events(instance, shown, partitions)
     return partitions
 
@@ -159,7 +159,7 @@ def main() -> None:
 def measure(
     settings: Settings, instance: dg.DagsterInstance, partitions: list[Partition], lost: int
 ) -> None:
-    table = raw(next(iter(settings.venues.values())).base)
+    table = raw_table(next(iter(settings.venues.values())).base)
     definitions = show("definitions of the code location", lambda: build_definitions(settings), 1)
     repository = definitions.get_repository_def()
 
@@ -176,7 +176,7 @@ def measure(
     def bare() -> None:
         with open_context(settings) as context:
             context.ledger.outlines(table)
-            context.storage.lake.sizes(table)
+            context.storage.lake.list_sizes(table)
         instance.get_materialized_partitions(asset_key(table))
 
     show("the bare reading of ledger, lake and Dagster", bare)

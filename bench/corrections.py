@@ -27,7 +27,7 @@ from typing import Any
 import polars as pl
 
 from marketdata_assets import open_reader
-from marketdata_assets.model.bar import SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.storage.fingerprint import fingerprint
 
 MARKETS = {"binance:BTC-USDT": "BTCUSDT", "binance:ETH-USDT": "ETHUSDT"}
@@ -64,8 +64,8 @@ def _truth(exchange: Any, symbol: str, timeframe: str) -> pl.DataFrame:
         }
     )
     return sent.select(
-        (pl.col("open_time") * 1000).cast(SCHEMA["open_time"]),
-        *(pl.col(n).cast(SCHEMA[n]) for n in KEYS),
+        (pl.col("open_time") * 1000).cast(BAR_SCHEMA["open_time"]),
+        *(pl.col(n).cast(BAR_SCHEMA[n]) for n in KEYS),
     )
 
 
@@ -94,7 +94,7 @@ def compare(name: str, expected: Truth, as_of: str | None = None) -> None:
     begun = time.perf_counter()
     with open_reader() as reader:
         for (market, tf), bars in expected.items():
-            found = reader.bars(market, tf, START, END, as_of=as_of).select(*SCHEMA).collect()
+            found = reader.bars(market, tf, START, END, as_of=as_of).select(*BAR_SCHEMA).collect()
             wrong += pl.concat([found, bars]).is_unique().sum()
             compared += bars.height
     print(

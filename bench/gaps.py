@@ -29,9 +29,9 @@ from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.prove import gaps as flow
 from marketdata_assets.flows.prove.gaps import Explained, GapExplainer
 from marketdata_assets.flows.read.coverage import CoverageReporter
-from marketdata_assets.model.bar import NAMES, SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.quality.split import REJECTED_SCHEMA
@@ -97,7 +97,7 @@ def archive(symbol: str) -> pl.DataFrame:
     opens = (
         pl.from_epoch("time", time_unit="s")
         .dt.replace_time_zone("UTC")
-        .cast(SCHEMA["open_time"])
+        .cast(BAR_SCHEMA["open_time"])
         .alias("open_time")
     )
     given = (
@@ -107,9 +107,11 @@ def archive(symbol: str) -> pl.DataFrame:
         "close",
         "volume",
     )  # what its REST gives as well, so that the two agree
-    missing = [pl.lit(None, SCHEMA[name]).alias(name) for name in NAMES[1:] if name not in given]
+    missing = [
+        pl.lit(None, BAR_SCHEMA[name]).alias(name) for name in COLUMN_NAMES[1:] if name not in given
+    ]
     return rows.with_columns(opens, *missing).select(
-        pl.col(name).cast(SCHEMA[name]) for name in NAMES
+        pl.col(name).cast(BAR_SCHEMA[name]) for name in COLUMN_NAMES
     )
 
 
@@ -167,7 +169,7 @@ def by_minute(
     """Under which parts every minute stands, by the stored objects and the list of gaps."""
     parts: dict[datetime, list[str]] = defaultdict(list)
     for partition in context.settings.partitions([market], context.settings.span(market)):
-        bars = context.storage.lake.read(raw(MINUTE), partition)
+        bars = context.storage.lake.read(raw_table(MINUTE), partition)
         for moment in [] if bars is None else bars["open_time"]:
             parts[moment].append("present")
     for one in found:

@@ -23,13 +23,14 @@ from typing import NamedTuple
 
 import polars as pl
 
-from marketdata_assets.model.bar import SCHEMA, TIME
+from marketdata_assets.model.bar import BAR_SCHEMA, TIME
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, history, raw
+from marketdata_assets.model.table import Table, history_table, raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import month_of
-from marketdata_assets.storage.parquet import Lake, decode, encode
+from marketdata_assets.storage.lake import Lake
+from marketdata_assets.storage.parquet import decode, encode
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "marketdata" / "binance_spot"
 M1 = TIMEFRAMES["1m"]
@@ -55,7 +56,8 @@ def real_months(symbol: str) -> list[Month]:
     opens = pl.from_epoch("open_time", time_unit="ms").dt.replace_time_zone("UTC").cast(TIME)
     found = pl.concat(pl.read_parquet(file).rename({"count": "trades"}) for file in files)
     bars = found.select(
-        opens, *(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items() if name != "open_time")
+        opens,
+        *(pl.col(name).cast(dtype) for name, dtype in BAR_SCHEMA.items() if name != "open_time"),
     )
     months = bars.group_by(pl.col("open_time").dt.truncate("1mo"), maintain_order=True)
     return [(Partition(market, month_of(part["open_time"][0])), part) for _, part in months]
@@ -96,18 +98,18 @@ def corrected(bars: pl.DataFrame) -> dict[Table, pl.DataFrame]:
     after = (pl.col("open_time") + timedelta(days=1, seconds=7)).cast(TIME)
     before = known.filter(late).with_columns(after.alias("replaced_at"))
     return {
-        raw(M1): known.with_columns(
+        raw_table(M1): known.with_columns(
             pl.when(late).then(after).otherwise("known_at").alias("known_at")
         ),
-        history(M1): before,
+        history_table(M1): before,
     }
 
 
 CASES = (
-    Case("bars alone", lambda bars: {raw(M1): bars}, False),
-    Case("backfilled", lambda bars: {raw(M1): backfilled(bars)}, True),
-    Case("live", lambda bars: {raw(M1): live(bars)}, True),
-    Case("live, read as bars", lambda bars: {raw(M1): live(bars)}, False),
+    Case("bars alone", lambda bars: {raw_table(M1): bars}, False),
+    Case("backfilled", lambda bars: {raw_table(M1): backfilled(bars)}, True),
+    Case("live", lambda bars: {raw_table(M1): live(bars)}, True),
+    Case("live, read as bars", lambda bars: {raw_table(M1): live(bars)}, False),
     Case(f"live, {REPLACED} replaced", corrected, True),
 )
 

@@ -27,7 +27,7 @@ from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.cli.demo import run_sandbox
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.fingerprint import fingerprint
@@ -64,7 +64,10 @@ def digests(settings: Settings) -> dict[Path, str]:
 
 def shown(settings: Settings) -> set[tuple[str, str]]:
     """What Dagster shows as materialized: asset and partition."""
-    tables = [*map(raw, settings.raw_timeframes), *map(rollup, settings.rollup_timeframes)]
+    tables = [
+        *map(raw_table, settings.raw_timeframes),
+        *map(rollup_table, settings.rollup_timeframes),
+    ]
     with dg.DagsterInstance.get() as instance:
         return {
             (t.name, key)
@@ -150,8 +153,11 @@ def lose(settings: Settings, lost: list[Partition]) -> None:
     with dg.DagsterInstance.get() as instance:
         for timeframe in settings.raw_timeframes:
             for partition in lost:
-                Path(settings.lake, raw(timeframe).path(partition)).unlink()
-        for table in (*map(raw, settings.raw_timeframes), *map(rollup, settings.rollup_timeframes)):
+                Path(settings.lake, raw_table(timeframe).path(partition)).unlink()
+        for table in (
+            *map(raw_table, settings.raw_timeframes),
+            *map(rollup_table, settings.rollup_timeframes),
+        ):
             instance.wipe_asset_partitions(asset_key(table), [partition.key for partition in lost])
 
 

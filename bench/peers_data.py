@@ -192,12 +192,12 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
     from marketdata_assets.model.intervals import holes
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import partitions_of
-    from marketdata_assets.model.table import raw
+    from marketdata_assets.model.table import raw_table
     from marketdata_assets.model.timeframe import TIMEFRAMES
     from marketdata_assets.model.window import Window
     from marketdata_assets.quality.split import REJECTED_SCHEMA
 
-    table, nothing = raw(TIMEFRAMES["1m"]), pl.DataFrame(schema=REJECTED_SCHEMA)
+    table, nothing = raw_table(TIMEFRAMES["1m"]), pl.DataFrame(schema=REJECTED_SCHEMA)
     with open_context(settings(rollups, place)) as context:
         for key, bars in market_years(quick):
             partitions = partitions_of(Market.parse(key), Window(START, END))

@@ -154,7 +154,7 @@ def rollup_ours(folder: Path, quick: bool) -> Operations:
     for key, bars in market_years(quick):
         first = bars if first is None else first
         for partition in partitions_of(Market.parse(key), Window(START, END)):
-            start = max(START, min(partition.opens(tf).start for tf in targets))
+            start = max(START, min(partition.open_times(tf).start for tf in targets))
             inside = pl.col("open_time").is_between(start, partition.month.end, closed="left")
             jobs.append((bars.filter(inside), Window(start, partition.month.end)))
 
@@ -338,13 +338,13 @@ def months(bars: pl.DataFrame) -> list[pl.DataFrame]:
 def bytes_ours(folder: Path, quick: bool) -> Operations:
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import Partition
-    from marketdata_assets.model.table import raw
+    from marketdata_assets.model.table import raw_table
     from marketdata_assets.model.timeframe import TIMEFRAMES
     from marketdata_assets.model.window import month_of
-    from marketdata_assets.storage.parquet import Lake
+    from marketdata_assets.storage.lake import Lake
 
     def store(bars: pl.DataFrame, place: Path) -> tuple[int, pl.DataFrame]:
-        lake, table, size, found = Lake(str(place)), raw(TIMEFRAMES["1m"]), 0, []
+        lake, table, size, found = Lake(str(place)), raw_table(TIMEFRAMES["1m"]), 0, []
         for part in months(bars):
             partition = Partition(Market.parse(MARKET), month_of(part["open_time"][0]))
             size += lake.write(table, partition, part).bytes
@@ -464,11 +464,11 @@ def bytes_freqtrade(folder: Path, quick: bool) -> Operations:
 def pipeline_ours(folder: Path, quick: bool) -> Operations:
     from marketdata_assets.model.bar import empty_bars
     from marketdata_assets.model.partition import partitions_of
-    from marketdata_assets.model.table import raw, rollup
+    from marketdata_assets.model.table import raw_table, rollup_table
     from marketdata_assets.model.timeframe import TIMEFRAMES
     from marketdata_assets.model.window import Window
     from marketdata_assets.quality.contract import check_bars
-    from marketdata_assets.storage.parquet import Lake
+    from marketdata_assets.storage.lake import Lake
     from marketdata_assets.transforms.rollup import roll_up
 
     universe, place = settings("parquet", folder), scratch(folder)
@@ -482,15 +482,15 @@ def pipeline_ours(folder: Path, quick: bool) -> Operations:
         for market in universe.markets:
             before = empty_bars()
             for partition in partitions_of(market, Window(START, END)):
-                bars = check_bars(source.read(raw(TIMEFRAMES["1m"]), partition))
-                first = max(START, min(partition.opens(tf).start for tf in targets))
+                bars = check_bars(source.read(raw_table(TIMEFRAMES["1m"]), partition))
+                first = max(START, min(partition.open_times(tf).start for tf in targets))
                 joined = pl.concat([before.filter(pl.col("open_time") >= first), bars])
                 for tf, frame in roll_up(
                     joined, TIMEFRAMES["1m"], targets, Window(first, partition.month.end)
                 ).items():
-                    owned = partition.opens(tf)
+                    owned = partition.open_times(tf)
                     sink.write(
-                        rollup(tf),
+                        rollup_table(tf),
                         partition,
                         frame.filter(
                             pl.col("open_time").is_between(owned.start, owned.end, closed="left")
@@ -605,13 +605,13 @@ def replace_ours(folder: Path, rollups: str) -> Operations:
     from marketdata_assets.ledger.ledger import Account
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import Partition
-    from marketdata_assets.model.table import raw, rollup
+    from marketdata_assets.model.table import raw_table, rollup_table
     from marketdata_assets.model.timeframe import TIMEFRAMES
     from marketdata_assets.model.window import Window, month_of
 
     place = own_copy(folder, rollups, only=NAME)
     universe, market = settings(rollups, place), Market.parse(MARKET)
-    partition, table = Partition(market, month_of(CORRECTED)), raw(TIMEFRAMES["1m"])
+    partition, table = Partition(market, month_of(CORRECTED)), raw_table(TIMEFRAMES["1m"])
     holder = open_context(universe)
     context = holder.__enter__()
     day = context.storage.lake.read(table, partition).filter(
@@ -637,9 +637,9 @@ def replace_ours(folder: Path, rollups: str) -> Operations:
         run()
         tf, where = TIMEFRAMES["1d"], Window(CORRECTED, CORRECTED + DAY)
         read = (
-            context.storage.warehouse.read(rollup(tf), market, where)
+            context.storage.warehouse.read(rollup_table(tf), market, where)
             if rollups == "duckdb"
-            else context.storage.lake.read(rollup(tf), partition)
+            else context.storage.lake.read(rollup_table(tf), partition)
         )
         found = read.filter(pl.col("open_time") == CORRECTED)["volume"].to_list()
         return "every digit" if found == [sum(turns[0]["volume"].to_list())] else f"wrong: {found}"

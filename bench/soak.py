@@ -32,10 +32,10 @@ import polars as pl
 
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.read.bars import BarReader
-from marketdata_assets.model.bar import NAMES, SCHEMA
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import MINUTE, TIMEFRAMES
-from marketdata_assets.model.window import Window, iso, parse_time, to_ms
+from marketdata_assets.model.window import Window, format_time, parse_time, to_ms
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 
@@ -77,7 +77,9 @@ FAULTS = [
 SINCE = parse_time("2023-02-01")
 OUTAGE_BEGINS = 45
 """The real second of a minute; the schedule refreshes at second 0."""
-TRUTH = dict(zip(NAMES, ("t", "o", "h", "l", "c", "v", "qv", "n", "tbv", "tbq"), strict=True))
+TRUTH = dict(
+    zip(COLUMN_NAMES, ("t", "o", "h", "l", "c", "v", "qv", "n", "tbv", "tbq"), strict=True)
+)
 
 
 def universe(folder: Path, url: str, speed: float) -> Settings:
@@ -110,9 +112,9 @@ def follow_clock(exchange: Any) -> None:
     state = exchange._http("GET", "/_admin")
     now, speed = state["now"], state["speed"]
     moment = (
-        iso(parse_time(now))
+        format_time(parse_time(now))
         if isinstance(now, str)
-        else iso(datetime.fromtimestamp(now / 1000, UTC))
+        else format_time(datetime.fromtimestamp(now / 1000, UTC))
     )
     os.environ["MARKETDATA_NOW"] = f"{moment} x{speed:g} since {datetime.now(UTC).isoformat()}"
 
@@ -172,7 +174,9 @@ def whole(settings: Settings, end: datetime) -> bool:
     """Whether all months are there and rolled up, and the newest bar of every market reaches `end`."""
     with open_context(settings) as context:
         for market in settings.markets:
-            states = context.ledger.states(raw(settings.venues[market.venue].base), market).values()
+            states = context.ledger.states(
+                raw_table(settings.venues[market.venue].base), market
+            ).values()
             months = len(settings.partitions([market], Window(SINCE, end)))
             if (
                 len(states) < months
@@ -194,8 +198,8 @@ def compare(settings: Settings, exchange: Any, end: datetime) -> None:
                     "binance",
                     market.symbol.replace("/", ""),
                     timeframe.name,
-                    iso(window.start),
-                    iso(window.end),
+                    format_time(window.start),
+                    format_time(window.end),
                 )
                 rows = [row for row in rows if row["ct"] < to_ms(end)]
                 truth = pl.DataFrame(rows, infer_schema_length=None).select(
@@ -205,13 +209,13 @@ def compare(settings: Settings, exchange: Any, end: datetime) -> None:
                     .alias(name)
                     if name == "open_time"
                     else pl.col(TRUTH[name]).cast(dtype).alias(name)
-                    for name, dtype in SCHEMA.items()
+                    for name, dtype in BAR_SCHEMA.items()
                 )
-                found = context.bind(BarReader).read(market, timeframe, window).select(NAMES)
+                found = context.bind(BarReader).read(market, timeframe, window).select(COLUMN_NAMES)
                 if (
                     truth["quote_volume"].sum() == 0
                 ):  # native bars of which the dump has five columns
-                    truth, found = truth.select(NAMES[:6]), found.select(NAMES[:6])
+                    truth, found = truth.select(COLUMN_NAMES[:6]), found.select(COLUMN_NAMES[:6])
                 lost = truth.join(found, on="open_time", how="anti").height
                 wrong = found.join(truth, on=truth.columns, how="anti", nulls_equal=True).height
                 bars, different, missing = bars + truth.height, different + wrong, missing + lost
@@ -290,7 +294,9 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     try:
         with Running(
-            [str(SHARED / "marketdata")], now=iso(parse_time(asked.start)), speed=asked.speed
+            [str(SHARED / "marketdata")],
+            now=format_time(parse_time(asked.start)),
+            speed=asked.speed,
         ) as exchange:
             soak(asked, folder, exchange)
     finally:
@@ -324,14 +330,14 @@ def soak(asked: argparse.Namespace, folder: Path, exchange: Any) -> None:
             time.sleep(0.1)
         watch.outage, began = True, settings.now()
         exchange.admin(op="outage", venue="binance", on=True)
-        print("outage begins", iso(settings.now()), flush=True)
+        print("outage begins", format_time(settings.now()), flush=True)
         wait_until(settings, began + timedelta(hours=2))
         exchange.admin(op="outage", venue="binance", on=False)
-        print("outage is over", iso(settings.now()), flush=True)
+        print("outage is over", format_time(settings.now()), flush=True)
         wait_until(settings, first + day / 2)
         watch.outage = False
         os.kill(daemon_of(dev), signal.SIGKILL)
-        print("daemon killed", iso(settings.now()), flush=True)
+        print("daemon killed", format_time(settings.now()), flush=True)
         wait_until(settings, first + day)
         end = settings.now()
         exchange.admin(op="clear")

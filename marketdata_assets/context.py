@@ -14,8 +14,8 @@ from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.clients import VenueClients
 from marketdata_assets.sources.guards import RetryPolicy
 from marketdata_assets.storage.bars import BarStorage
-from marketdata_assets.storage.parquet import Lake
-from marketdata_assets.storage.warehouse import Connect, Warehouse
+from marketdata_assets.storage.lake import Lake
+from marketdata_assets.storage.warehouse import ConnectionFactory, Warehouse
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class Context:
 @contextmanager
 def open_context(
     settings: Settings,
-    connect: Connect | None = None,
+    connect: ConnectionFactory | None = None,
     policy: RetryPolicy | None = None,
     *,
     for_reading: bool = False,

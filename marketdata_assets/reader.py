@@ -22,11 +22,11 @@ from marketdata_assets.context import Context, open_context
 from marketdata_assets.flows.read.as_of import AsOfReader
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.sql import open_sql_views
-from marketdata_assets.model.market import CONSOLIDATED
-from marketdata_assets.model.timeframe import Timeframe, timeframe
+from marketdata_assets.model.market import CONSOLIDATED_VENUE
+from marketdata_assets.model.timeframe import Timeframe, parse_timeframe
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.load import PREFIX, load_settings
-from marketdata_assets.storage.views import answer
+from marketdata_assets.storage.views import run_query
 
 if TYPE_CHECKING:
     from marketdata_assets.storage.views import Connection
@@ -69,7 +69,11 @@ class Reader:
         column `venue`. With `as_of`, a moment of our clock (inclusive), the bars are those that
         were known then, and they are read at once. Raises ValueError for an empty list.
         """
-        tf, window, moment = timeframe(timeframe_), self._window(start, end), _parse_moment(as_of)
+        tf, window, moment = (
+            parse_timeframe(timeframe_),
+            self._window(start, end),
+            _parse_moment(as_of),
+        )
         if isinstance(market, str):
             return self._scan(market, tf, window, moment=moment)
         if not market:
@@ -78,7 +82,7 @@ class Reader:
             self._scan(key, tf, window, moment=moment).select(pl.lit(key).alias("market"), pl.all())
             for key in market
         ]
-        has_venue = any(key.startswith(CONSOLIDATED) for key in market)
+        has_venue = any(key.startswith(CONSOLIDATED_VENUE) for key in market)
         return pl.concat(frames, how="diagonal" if has_venue else "vertical")
 
     def newest(self, timeframe_: str) -> pl.DataFrame:
@@ -87,7 +91,7 @@ class Reader:
         `open_time` is null for a market without bars.
         """
         reader = self._context.bind(BarReader)
-        return reader.newest(self._context.settings.markets, timeframe(timeframe_))
+        return reader.newest(self._context.settings.markets, parse_timeframe(timeframe_))
 
     def sql(self, query: str) -> pl.DataFrame:
         """Return DuckDB's answer to a query over `raw.ohlcv_1m`, `rollup.ohlcv_1h` and so on.
@@ -95,7 +99,7 @@ class Reader:
         The views have a first column `market`. Raises BadInput for a query that DuckDB refuses.
         """
         with self.connect() as connection:
-            return answer(connection, query)
+            return run_query(connection, query)
 
     def connect(
         self, markets: Sequence[str] | None = None, start: Moment = None, end: Moment = None

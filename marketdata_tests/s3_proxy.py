@@ -1,5 +1,5 @@
-"""A proxy on loopback between boto and an S3 server: it does to requests and answers what networks and
-servers do to them.
+"""A proxy on loopback between boto and an S3 server. It damages requests and answers as networks
+and servers do.
 """
 
 from __future__ import annotations
@@ -12,30 +12,49 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 
+class Ending(Enum):
+    """How an answer ends."""
+
+    WHOLE = auto()
+    LOST = auto()
+    """The connection is closed before the first byte."""
+    RESET = auto()
+    """The connection is reset before the first byte."""
+    HALF = auto()
+    """The connection is closed after half of the body."""
+    STALLED = auto()
+    """Nothing follows after half of the body, until the client gives up."""
+    SLOW = auto()
+    """All bytes arrive, a few at a time."""
+    BENT = auto()
+    """One bit of the body is flipped."""
+    SILENT = auto()
+    """Nothing is sent, until the client gives up."""
+
+
 @dataclass(frozen=True)
 class Fault:
-    """What becomes of one request.
+    """The damage to one request.
 
-    `applied`: the server gets it. `answer` stands in the place of the server's. `ending`: whole,
-    lost (closed without a byte), reset, half (of the body), stalled (after half of it), slow (in
-    drops), bent (one bit of the body), silent (until the client gives up). `hide`: headers that the
-    server does not get.
+    `is_applied`: the server receives the request. `answer` replaces the server's answer. `ending`
+    is how the answer ends. `hidden` are headers that the server does not receive.
     """
 
-    applied: bool = True
+    is_applied: bool = True
     answer: bytes | None = None
-    ending: str = "whole"
-    hide: tuple[str, ...] = ()
+    ending: Ending = Ending.WHOLE
+    hidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One request that came."""
+class ProxyRequest:
+    """One request that the proxy received."""
 
     method: str
     path: str
@@ -44,20 +63,20 @@ class Seen:
 
 
 def refusal(status: int, code: str, *headers: str) -> bytes:
-    """An error as S3 says it; its words hold what no error of ours may repeat."""
-    words = (
+    """Return an error answer of S3; its text holds a canary that no error of ours may repeat."""
+    text = (
         f"<Code>{code}</Code><Message>CANARY of {code}\nline two</Message><RequestId>1</RequestId>"
     )
     return answer(
         status,
-        f'<?xml version="1.0"?><Error>{words}</Error>'.encode(),
+        f'<?xml version="1.0"?><Error>{text}</Error>'.encode(),
         "Content-Type: application/xml",
         *headers,
     )
 
 
 def answer(status: int, body: bytes, *headers: str) -> bytes:
-    """Any HTTP answer."""
+    """Return an HTTP answer."""
     lines = [
         f"HTTP/1.1 {status} x",
         *headers,
@@ -70,30 +89,32 @@ def answer(status: int, body: bytes, *headers: str) -> bytes:
 
 
 PASSING = {
-    "503": Fault(applied=False, answer=refusal(503, "ServiceUnavailable")),
-    "slow down": Fault(applied=False, answer=refusal(503, "SlowDown")),
+    "503": Fault(is_applied=False, answer=refusal(503, "ServiceUnavailable")),
+    "slow down": Fault(is_applied=False, answer=refusal(503, "SlowDown")),
     "500 after apply": Fault(answer=refusal(500, "InternalError")),
-    "lost response": Fault(ending="lost"),
-    "reset before": Fault(applied=False, ending="reset"),
-    "reset after": Fault(ending="reset"),
-    "slow": Fault(ending="slow"),
-    "truncated": Fault(ending="half"),
-    "bent": Fault(ending="bent"),
-    "stalled": Fault(ending="stalled"),
-    "silent": Fault(ending="silent"),
+    "lost response": Fault(ending=Ending.LOST),
+    "reset before": Fault(is_applied=False, ending=Ending.RESET),
+    "reset after": Fault(ending=Ending.RESET),
+    "slow": Fault(ending=Ending.SLOW),
+    "truncated": Fault(ending=Ending.HALF),
+    "bent": Fault(ending=Ending.BENT),
+    "stalled": Fault(ending=Ending.STALLED),
+    "silent": Fault(ending=Ending.SILENT),
 }
-"""What a second attempt outlives."""
+"""Faults after which a second attempt succeeds."""
 
 
 @dataclass
 class Proxy:
-    """`fault` says of every request what becomes of it; None: nothing."""
+    """A proxy before the server at `host` and `port`. `fault` returns the damage to each request;
+    None: no damage.
+    """
 
     host: str
     port: int
     tls: ssl.SSLContext | None = None
-    fault: Callable[[Seen], Fault | None] = lambda seen: None
-    seen: list[Seen] = field(default_factory=list)
+    fault: Callable[[ProxyRequest], Fault | None] = lambda request: None
+    requests: list[ProxyRequest] = field(default_factory=list)
     own_port: int = 0
     _server: Any = None
     _tasks: set[Any] = field(default_factory=set)
@@ -104,22 +125,24 @@ class Proxy:
         return f"http{'s' if self.tls else ''}://127.0.0.1:{self.own_port}"
 
     def first(self, count: int, fault: Fault, method: str = "") -> None:
-        """The next so many requests (of one method) meet the fault; the others pass. Forgets what was
-        seen.
-        """
+        """Damage the next `count` requests (of one method); the others pass."""
         left = [fault] * count
-        self.seen.clear()
-        self.fault = lambda seen: left.pop() if left and seen.method.startswith(method) else None
+        self.requests.clear()
+        self.fault = lambda request: (
+            left.pop() if left and request.method.startswith(method) else None
+        )
 
     def always(self, fault: Fault | None) -> None:
-        self.seen.clear()
-        self.fault = lambda seen: fault
+        """Damage every request from now on."""
+        self.requests.clear()
+        self.fault = lambda request: fault
 
     def up(self) -> None:
+        """Accept connections, at the port of before."""
         self._run(self._up())
 
     def down(self) -> None:
-        """Nobody listens any more."""
+        """Stop to accept connections."""
         self._run(self._down())
 
     def _run(self, work: Any) -> None:
@@ -135,11 +158,12 @@ class Proxy:
         self._server.close()
 
     def vanish_at(self, count: int, method: str, fault: Fault) -> None:
-        """The count-th such request meets the fault, and from then on nobody listens."""
-        self.seen.clear()
+        """Damage the count-th request of that method, and accept no connection from then on."""
+        self.requests.clear()
 
-        def last(seen: Seen) -> Fault | None:
-            if seen.method != method or sum(s.method == method for s in self.seen) + 1 < count:
+        def last(request: ProxyRequest) -> Fault | None:
+            earlier = sum(r.method == method for r in self.requests)
+            if request.method != method or earlier + 1 < count:
                 return None
             self._server.close()
             return fault
@@ -147,11 +171,10 @@ class Proxy:
         self.fault = last
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._tasks.add(
-            asyncio.current_task()
-        )  # asyncio alone forgets a task whose peer has hung up
+        # asyncio alone does not keep a task whose peer has hung up
+        self._tasks.add(asyncio.current_task())
         try:
-            with suppress(OSError, asyncio.IncompleteReadError):  # who hangs up on us
+            with suppress(OSError, asyncio.IncompleteReadError):  # the client hung up
                 await self._answer(reader, writer)
         finally:
             writer.close()
@@ -159,19 +182,19 @@ class Proxy:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
-        (method, path, _), headers = _parsed(head)
+        (method, path, _), headers = _parse(head)
         if "expect" in headers:
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = await _body(reader, headers)
-        seen = Seen(method, unquote(path), headers)
-        fault = self.fault(seen) or Fault()
-        self.seen.append(Seen(method, unquote(path), headers, fault if fault != Fault() else None))
-        told = (
-            await self._forward(_without(head, ("Expect", "Connection", *fault.hide)) + body)
-            if fault.applied
-            else b""
-        )
-        await _end(fault.ending, told if fault.answer is None else fault.answer, reader, writer)
+        body = await _read_body(reader, headers)
+        request = ProxyRequest(method, unquote(path), headers)
+        fault = self.fault(request) or Fault()
+        self.requests.append(replace(request, fault=fault if fault != Fault() else None))
+        content = b""
+        if fault.is_applied:
+            kept = _remove_headers(head, ("Expect", "Connection", *fault.hidden))
+            content = await self._forward(kept + body)
+        content = content if fault.answer is None else fault.answer
+        await _send(fault.ending, content, reader, writer)
 
     async def _forward(self, request: bytes) -> bytes:
         reader, writer = await asyncio.open_connection(self.host, self.port)
@@ -182,20 +205,20 @@ class Proxy:
             writer.close()
 
 
-def _parsed(head: bytes) -> tuple[list[str], dict[str, str]]:
+def _parse(head: bytes) -> tuple[list[str], dict[str, str]]:
     first, *lines = head.decode("latin-1").strip().split("\r\n")
     return first.split(" "), {
         name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
     }
 
 
-def _without(head: bytes, names: tuple[str, ...]) -> bytes:
+def _remove_headers(head: bytes, names: tuple[str, ...]) -> bytes:
     for name in names:
         head = re.sub(rb"\r\n%s:[^\r]*" % name.encode(), b"", head, flags=re.IGNORECASE)
     return head[:-4] + b"\r\nConnection: close\r\n\r\n"
 
 
-async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
+async def _read_body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
     if headers.get("transfer-encoding") != "chunked":
         return await reader.readexactly(int(headers.get("content-length", 0)))
     found, size = b"", 1
@@ -206,33 +229,34 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
     return found
 
 
-async def _end(
-    ending: str, told: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+async def _send(
+    ending: Ending, content: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    cut = told.find(b"\r\n\r\n") + 4
-    middle = (cut + len(told)) // 2
-    if ending == "bent" and middle > cut:
-        told = told[:middle] + bytes([told[middle] ^ 4]) + told[middle + 1 :]
-    if ending in ("half", "stalled"):
-        told = told[:middle]
-    if ending == "reset":
+    body = content.find(b"\r\n\r\n") + 4
+    middle = (body + len(content)) // 2
+    if ending is Ending.BENT and middle > body:
+        content = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+    if ending in (Ending.HALF, Ending.STALLED):
+        content = content[:middle]
+    if ending is Ending.RESET:
         writer.get_extra_info("socket").setsockopt(
             socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
         )
-    if ending in ("whole", "half", "bent", "stalled"):
-        writer.write(told)
-    if ending in ("silent", "stalled"):
+    if ending in (Ending.WHOLE, Ending.HALF, Ending.BENT, Ending.STALLED):
+        writer.write(content)
+    if ending in (Ending.SILENT, Ending.STALLED):
         await reader.read()
-    if ending == "slow":
-        for i in range(0, len(told), 1 + len(told) // 50):
-            writer.write(told[i : i + 1 + len(told) // 50])
+    if ending is Ending.SLOW:
+        size = 1 + len(content) // 50
+        for start in range(0, len(content), size):
+            writer.write(content[start : start + size])
             await writer.drain()
             await asyncio.sleep(0.001)
 
 
 @contextmanager
-def proxied(url: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
-    """A proxy before the server at `url`, in a thread of this process."""
+def open_proxy(url: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
+    """Run a proxy before the server at `url`, in a thread of this process."""
     parts = urlsplit(url)
     proxy = Proxy(str(parts.hostname), int(parts.port or 80), tls)
     loop = proxy._loop
@@ -254,4 +278,4 @@ async def _cancel_all() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.sleep(0.01)  # what was closed just now is gone after another round
+    await asyncio.sleep(0.01)  # connections that were closed just now need another round

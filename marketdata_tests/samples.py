@@ -16,7 +16,7 @@ import polars as pl
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from marketdata_assets.model.bar import NAMES, SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.window import Window
@@ -66,7 +66,7 @@ def row(open_time: datetime, **changes: Any) -> Row:
 
 def frame(rows: Iterable[Row]) -> pl.DataFrame:
     """Rows as a frame of bars."""
-    return pl.DataFrame([{name: r[name] for name in NAMES} for r in rows], schema=SCHEMA)
+    return pl.DataFrame([{name: r[name] for name in COLUMN_NAMES} for r in rows], schema=BAR_SCHEMA)
 
 
 def random_rows(
@@ -130,9 +130,9 @@ def real_bars(symbol: str, timeframe: str, span: str) -> pl.DataFrame:
     opens = (
         pl.from_epoch("open_time", time_unit="ms")
         .dt.replace_time_zone("UTC")
-        .cast(SCHEMA["open_time"])
+        .cast(BAR_SCHEMA["open_time"])
     )
-    return rows.select(opens, *(pl.col(name).cast(SCHEMA[name]) for name in NAMES[1:]))
+    return rows.select(opens, *(pl.col(name).cast(BAR_SCHEMA[name]) for name in COLUMN_NAMES[1:]))
 
 
 def start_python(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:

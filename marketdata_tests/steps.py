@@ -21,7 +21,7 @@ from polars.testing import assert_frame_equal
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.derive.rollup import Derived, RollupBuilder
 from marketdata_assets.flows.fetch.ingest import Ingested, Ingester
-from marketdata_assets.model.bar import SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
@@ -117,9 +117,10 @@ def stored_bars(
         Path(settings.lake).glob(f"raw/ohlcv_{timeframe}/market={market}/month=*/data.parquet")
     )
     frames = [
-        pl.read_parquet(file.read_bytes(), columns=list(SCHEMA)).cast(SCHEMA) for file in files
+        pl.read_parquet(file.read_bytes(), columns=list(BAR_SCHEMA)).cast(BAR_SCHEMA)
+        for file in files
     ]  # type: ignore[arg-type]
-    return pl.concat(frames) if frames else pl.DataFrame(schema=SCHEMA)
+    return pl.concat(frames) if frames else pl.DataFrame(schema=BAR_SCHEMA)
 
 
 def assert_bars(found: pl.DataFrame, expected: pl.DataFrame) -> None:

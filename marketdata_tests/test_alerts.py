@@ -18,7 +18,7 @@ from marketdata_assets.flows.operate.health import HealthInspector
 from marketdata_assets.flows.operate.prune import forget
 from marketdata_assets.ledger.incidents import Problem
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.server import SandboxExchange
@@ -26,7 +26,7 @@ from marketdata_tests.conftest import Universe
 from marketdata_tests.steps import at, run_derive, run_ingest, serving
 from marketdata_tests.test_missed import at_time
 
-RAW = raw(TIMEFRAMES["1m"])
+RAW = raw_table(TIMEFRAMES["1m"])
 NOW = "2024-01-10T00:00:00Z"
 BTC = Partition.parse("binance:BTC-USDT|2024-01-01")
 WRONG = Problem("stale|x", "error", "x is stale", "its newest bar is old")

@@ -23,8 +23,8 @@ from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.prove.anomalies import mark
 from marketdata_assets.ledger.anomalies import GONE
 from marketdata_assets.model.anomaly import Anomaly, AnomalySeverity, AnomalyState
-from marketdata_assets.model.bar import NAMES, PRICES, SCHEMA
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, PRICES
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.quality.anomalies import CONTEXT, REACH, find_anomalies
@@ -55,7 +55,7 @@ def planted(
     """The bars after `change` has worked on some of them as Python values."""
     rows = bars[first : first + count].to_dicts()
     change(rows)
-    return pl.concat([bars[:first], pl.DataFrame(rows, schema=SCHEMA), bars[first + count :]])
+    return pl.concat([bars[:first], pl.DataFrame(rows, schema=BAR_SCHEMA), bars[first + count :]])
 
 
 def scale(row: dict[str, Any], factor: str, *names: str) -> None:
@@ -107,7 +107,7 @@ ERRORS: dict[str, tuple[Callable[[Rows], None], str, int, AnomalySeverity]] = {
     "high up 3 %": (one_price("high", "1.03"), "wick", 1, AnomalySeverity.HIGH),
     "low down 10 %": (one_price("low", "0.9"), "wick", 1, AnomalySeverity.HIGH),
     "prices stand for 12 bars": (freeze(12, *PRICES), "frozen", 12, AnomalySeverity.MEDIUM),
-    "five equal bars": (freeze(5, *NAMES[1:]), "frozen", 5, AnomalySeverity.MEDIUM),
+    "five equal bars": (freeze(5, *COLUMN_NAMES[1:]), "frozen", 5, AnomalySeverity.MEDIUM),
     "a thousand times the volume": (times(1000, *VOLUMES), "volume", 1, AnomalySeverity.MEDIUM),
     "many times the volume and the trades": (
         times(10_000, *VOLUMES, "trades"),
@@ -224,15 +224,15 @@ def other_venue(venue: str, symbol: str) -> pl.DataFrame:
     rows = dump(venue, symbol, "1m", "2023-03-01_2023-03-21")
     rows = rows.rename({"count": "trades"} if "count" in rows.columns else {})
     given = [
-        pl.col(n).cast(pl.String).cast(SCHEMA[n])
+        pl.col(n).cast(pl.String).cast(BAR_SCHEMA[n])
         if n in rows.columns
-        else pl.lit(None, SCHEMA[n]).alias(n)
-        for n in NAMES[1:]
+        else pl.lit(None, BAR_SCHEMA[n]).alias(n)
+        for n in COLUMN_NAMES[1:]
     ]
     opens = (
         pl.from_epoch("time", time_unit="s")
         .dt.replace_time_zone("UTC")
-        .cast(SCHEMA["open_time"])
+        .cast(BAR_SCHEMA["open_time"])
         .alias("open_time")
     )
     return rows.select(opens, *given)
@@ -302,7 +302,7 @@ def test_months_together_or_one_by_one_say_the_same() -> None:
 
 
 # --------------------------------------------------------------------------------- the entries
-RAW = raw(TF)
+RAW = raw_table(TF)
 JANUARY = window("2024-01-01", "2024-02-01")
 NOON, LATER = at("2024-01-05T12:00"), at("2024-01-06")
 
@@ -343,7 +343,7 @@ def test_entries_keep_their_state(universe: Universe) -> None:
             ("spike", "wick", "frozen"), (AnomalyState.OPEN, None)
         )
         ids = {entry.anomaly.kind: entry.id for entry in store.find(EVER)}
-        assert store.find(EVER, ETH) == store.find(EVER, table=raw(TIMEFRAMES["1h"])) == []
+        assert store.find(EVER, ETH) == store.find(EVER, table=raw_table(TIMEFRAMES["1h"])) == []
         assert [entry.anomaly for entry in store.find(EVER)] == [frozen, spike, wick]
 
         store.mark(ids["wick"], AnomalyState.ACKNOWLEDGED, "a real crash", LATER)

@@ -17,7 +17,7 @@ from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
@@ -309,7 +309,7 @@ def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInsta
     assert events(instance, RAW) == before + 1
     assert check_results(instance, RAW, "gaps")[DEC]
     with open_context(settings) as context:
-        state = context.ledger.state(raw(TIMEFRAMES["1m"]), Partition.parse(DEC))
+        state = context.ledger.state(raw_table(TIMEFRAMES["1m"]), Partition.parse(DEC))
         assert state
         assert state.rolled == state.digest
         assert context.ledger.asks() == {}

@@ -17,7 +17,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from marketdata_assets.charts import differences as drawn
+from marketdata_assets.charts.lines import draw_differences as drawn
 from marketdata_assets.context import open_context
 from marketdata_assets.defs.checks import KIND
 from marketdata_assets.defs.consolidated import CONSOLIDATE
@@ -28,12 +28,12 @@ from marketdata_assets.flows.derive.consolidate import Consolidated, Consolidato
 from marketdata_assets.flows.operate.retire import REMOVED, Retirer
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.ledger.consolidations import NO_TRADE
-from marketdata_assets.model.bar import NAMES
-from marketdata_assets.model.market import CONSOLIDATED, Market
+from marketdata_assets.model.bar import COLUMN_NAMES
+from marketdata_assets.model.market import CONSOLIDATED_VENUE, Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import consolidated, raw, reconciled
+from marketdata_assets.model.table import consolidated_table, raw_table, reconciled_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
-from marketdata_assets.model.window import Window, from_ms, iso, month_of
+from marketdata_assets.model.window import Window, format_time, from_ms, month_of
 from marketdata_assets.quality.reconcile import (
     compare_pair,
     compare_venues,
@@ -55,9 +55,9 @@ from marketdata_tests.test_cli import marketdata, says
 from marketdata_tests.test_dagster import check_results, checked_partitions, latest
 
 M1 = TIMEFRAMES["1m"]
-TABLE = consolidated(M1)
+TABLE = consolidated_table(M1)
 KEY = dg.AssetKey(["consolidated", "ohlcv_1m"])
-BTC = Market(CONSOLIDATED, "BTC/USDT")
+BTC = Market(CONSOLIDATED_VENUE, "BTC/USDT")
 
 
 # --------------------------------------------------------------------------------- the pure functio
@@ -83,7 +83,7 @@ def test_the_first_venue_that_was_up_tells_the_minute():
         (whole[6], "c"),
     ]
     assert found["trades"].to_list() == [7, 7, 2, 7]
-    assert found.columns == [*NAMES, "venue"]
+    assert found.columns == [*COLUMN_NAMES, "venue"]
     assert find_venue_switches(found).rows() == [(whole[4], "a", "b"), (whole[6], "b", "c")]
 
 
@@ -351,7 +351,7 @@ def say_of_gaps(settings: Settings, cause: str, which: str) -> int:
 def quiet_at_coinbase(settings: Settings) -> list[Window]:
     with open_context(settings) as context:
         return context.ledger.consolidations.quiet(
-            raw(M1), Partition.parse("coinbaseexchange:BTC-USDT|2023-03-01")
+            raw_table(M1), Partition.parse("coinbaseexchange:BTC-USDT|2023-03-01")
         )
 
 
@@ -474,7 +474,7 @@ def test_a_planted_spike_is_found(
     assert (finding.passed, finding.blocking, finding.severity) == (False, False, severity)
     assert finding.numbers["compared"] > 100
     assert (finding.numbers["warned"], finding.numbers["failed"]) == (1, red)
-    assert finding.table[0]["open_time"] == iso(from_ms(bar["t"]))
+    assert finding.table[0]["open_time"] == format_time(from_ms(bar["t"]))
     spike = -(1 - 1 / factor) * 1e4
     assert float(finding.table[0]["close_bp"]) == pytest.approx(spike, abs=20)
     assert finding.shown["coinbaseexchange_binanceus_close_bp_max"] == pytest.approx(-spike, abs=20)
@@ -590,16 +590,16 @@ def test_a_difference_in_the_check_and_a_failure_that_stays_alone(
     run_ingest(settings)
     btc, eth = (Partition.parse(f"binance:{name}|{NOV}") for name in ("BTC-USDT", "ETH-USDT"))
     with open_context(settings) as context:
-        bars = context.storage.lake.read(raw(M1), btc)
+        bars = context.storage.lake.read(raw_table(M1), btc)
         assert bars is not None
         context.storage.lake.write(
-            raw(M1),
+            raw_table(M1),
             btc,
             bars.with_columns(pl.col("close") * Decimal("1.02")).select(
-                pl.col(n).cast(bars.schema[n]) for n in NAMES
+                pl.col(n).cast(bars.schema[n]) for n in COLUMN_NAMES
             ),
         )
-        context.storage.lake.delete(raw(M1), eth)
+        context.storage.lake.delete(raw_table(M1), eth)
     done = run(settings, instance, f"consolidated:BTC-USDT|{NOV}", f"consolidated:ETH-USDT|{NOV}")
     assert not done.success  # ETH
     assert instance.get_materialized_partitions(KEY) == {f"consolidated:BTC-USDT|{NOV}"}
@@ -709,7 +709,7 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
         "timeframes: [1h]\nconsolidate: {BTC/USDT: [binance, binanceus]}",
         now="2024-01-10T00:00:00Z",
     )
-    assert (series(settings).columns, series(settings).height) == ([*NAMES, "venue"], 0)
+    assert (series(settings).columns, series(settings).height) == ([*COLUMN_NAMES, "venue"], 0)
     first = marketdata("backfill")
     assert first.returncode == 0, says(first)
     second = marketdata("backfill")
@@ -726,7 +726,7 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
         "csv",
     )
     lines = told.stdout.splitlines()
-    assert lines[0] == ",".join([*NAMES, "venue"])
+    assert lines[0] == ",".join([*COLUMN_NAMES, "venue"])
     assert [(line.split(",")[0], line.split(",")[-1]) for line in lines[1:]] == [
         ("2023-11-28T23:59:00Z", "binance"),
         ("2023-11-29T00:00:00Z", "binanceus"),
@@ -737,9 +737,9 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
         with pytest.raises(BadInput, match="consolidated:BTC-USDT has no 1h bars; it has 1m"):
             reader.bars("consolidated:BTC-USDT", "1h")
         bars = reader.bars("consolidated:BTC-USDT", "1m").collect()
-        assert bars.select(NAMES).equals(expected)
+        assert bars.select(COLUMN_NAMES).equals(expected)
         both = reader.bars(["consolidated:BTC-USDT", "binanceus:BTC-USDT"], "1m").collect()
-        assert both.columns == ["market", *NAMES, "venue"]
+        assert both.columns == ["market", *COLUMN_NAMES, "venue"]
         assert both["venue"].null_count() == expected.height
         counts = reader.sql(
             "SELECT market, venue, count(*) FROM consolidated.ohlcv_1m GROUP BY ALL ORDER BY ALL"
@@ -797,11 +797,11 @@ def test_retention(settings: Settings):
         for name, content in lake_files(settings).items()
         if not name.startswith("raw/")
     } == before
-    short = replace(old, retention={TABLE.name: 5, reconciled(M1).name: 5})
+    short = replace(old, retention={TABLE.name: 5, reconciled_table(M1).name: 5})
     with open_context(short) as context:
         assert {(gone.table.name, gone.what) for gone in context.bind(Retirer).retire()} == {
             (TABLE.name, "removed"),
-            (reconciled(M1).name, "removed"),
+            (reconciled_table(M1).name, "removed"),
         }
         assert context.bind(Consolidator).find_outdated(look=True) == {}
     assert {name.partition("/")[0] for name in lake_files(settings)} == {"raw"}
@@ -814,7 +814,7 @@ def test_the_ledger_in_both_databases(settings: Settings):
     partition = Partition.parse(f"binance:BTC-USDT|{NOV}")
     with open_context(settings) as context:
         assert context.bind(Consolidator).find_outdated(look=True) == {}
-        assert context.ledger.consolidations.quiet(raw(M1), partition) == []
+        assert context.ledger.consolidations.quiet(raw_table(M1), partition) == []
         columns = 'tbl, market, month, start, "end", bars, reason, answers, evidence, cause'
         insert = f"INSERT INTO gaps ({columns}) VALUES ('raw/ohlcv_1m', ?, ?, ?, ?, 2, 'no_bars', 2, '', ?)"
         where = partition.market.key, partition.month_key
@@ -840,7 +840,7 @@ def test_the_ledger_in_both_databases(settings: Settings):
         assert [
             late.reason for late in context.bind(Consolidator).find_outdated(look=True).values()
         ] == ["its venues' bars have changed"]
-        assert context.ledger.consolidations.quiet(raw(M1), partition) == [
+        assert context.ledger.consolidations.quiet(raw_table(M1), partition) == [
             window("2023-11-28T07:00", "2023-11-28T07:02")
         ]
 

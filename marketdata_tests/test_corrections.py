@@ -27,9 +27,9 @@ from marketdata_assets.flows.prove.corrections import Correction, corrections
 from marketdata_assets.flows.read.as_of import AsOfReader
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.lock import DatasetLocker
-from marketdata_assets.model.bar import NAMES, SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import history, raw
+from marketdata_assets.model.table import history_table, raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.split import REJECTED_SCHEMA
@@ -38,8 +38,8 @@ from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 from marketdata_assets.storage.fingerprint import fingerprint
+from marketdata_assets.storage.lake import Lake
 from marketdata_assets.storage.lockfile import write_lock
-from marketdata_assets.storage.parquet import Lake
 from marketdata_assets.transforms.rollup import roll_up
 from marketdata_tests.conftest import SANDBOX_NOW, Universe
 from marketdata_tests.samples import BTC
@@ -93,8 +93,8 @@ class Stage:
     def correct(self, opens: list[datetime], factor: str = "1.25") -> None:
         """All amounts of these bars by a factor, and the close moved to the high."""
         grown = [
-            (pl.col(n) * Decimal(factor)).round(8).cast(SCHEMA[n]).alias(n)
-            for n in SCHEMA
+            (pl.col(n) * Decimal(factor)).round(8).cast(BAR_SCHEMA[n]).alias(n)
+            for n in BAR_SCHEMA
             if "volume" in n
         ]
         changed = self.told.filter(pl.col("open_time").is_in(opens)).with_columns(
@@ -319,7 +319,7 @@ def test_a_venue_that_denies_most_bars_is_not_believed(stage: Stage) -> None:
     )
     with open_context(stage.settings) as context:
         assert_reads(context, good, stage.span)
-        assert context.storage.lake.read(history(MINUTE), done.partition) is None
+        assert context.storage.lake.read(history_table(MINUTE), done.partition) is None
     half = window("2024-01-01", "2024-01-01T12:00")
     stage.told = good
     stage.correct([t for t in good["open_time"] if half.start <= t < half.end])
@@ -346,7 +346,7 @@ def test_a_run_that_died_between_history_and_bars_loses_and_doubles_nothing(
     write = Lake.write
 
     def dies(lake: Lake, table: Any, partition: Partition, frame: pl.DataFrame) -> Any:
-        if table == raw(MINUTE):
+        if table == raw_table(MINUTE):
             raise KeyboardInterrupt
         return write(lake, table, partition, frame)
 
@@ -412,14 +412,14 @@ def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(
         assert done.complete
         assert [(gap.bars, gap.reason) for gap in done.gaps] == [(1, "no_bars")]
         assert "b.csv holds both neighbours" in done.gaps[0].evidence
-        stored = context.storage.lake.read(raw(MINUTE), january, provenance=True)
+        stored = context.storage.lake.read(raw_table(MINUTE), january, with_provenance=True)
         assert stored is not None
         assert stored.group_by("source").len().sort("source").rows() == [
             ("a.zip", 720),
             ("b.csv", 719),
         ]
         assert_frame_equal(
-            stored.select(NAMES),
+            stored.select(COLUMN_NAMES),
             bars.filter(pl.col("open_time") != at("2024-01-01T20:00")),
             check_exact=True,
         )
@@ -443,7 +443,7 @@ def test_columns_that_a_file_does_not_give_are_no_disagreement(universe: Univers
     bars = truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-02"))
     (january,) = partitions(settings)
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
-    fewer = bars.with_columns(pl.lit(None, SCHEMA["quote_volume"]).alias("quote_volume"))
+    fewer = bars.with_columns(pl.lit(None, BAR_SCHEMA["quote_volume"]).alias("quote_volume"))
     with open_context(settings) as context:
         context.bind(PartitionStore).ingest_frame(
             MINUTE, january, bars, rejected=empty, source="whole.csv"
@@ -458,9 +458,9 @@ def test_columns_that_a_file_does_not_give_are_no_disagreement(universe: Univers
 def test_bars_of_before_revisions_were_kept_count_as_always_known(stage: Stage) -> None:
     with open_context(stage.at("2024-01-06")) as context:
         for partition in partitions(stage.settings):
-            bars = context.storage.lake.read(raw(MINUTE), partition)
+            bars = context.storage.lake.read(raw_table(MINUTE), partition)
             assert bars is not None
-            context.storage.lake.write(raw(MINUTE), partition, bars)
+            context.storage.lake.write(raw_table(MINUTE), partition, bars)
         assert_reads(context, stage.told, stage.span, at("2020-01-01") + timedelta(days=1))
 
 
@@ -483,7 +483,7 @@ def test_a_pinned_dataset_is_proved_and_read_after_corrections(
                 context.bind(DatasetLocker).lock("pinned", stage.settings.markets, stage.span)
             )
             told.append(stage.told)
-    assert len({one.dataset for one in locks}) == 3
+    assert len({one.dataset_digest for one in locks}) == 3
     with open_context(stage.at("2024-01-08")) as context:
         for one in locks:
             found = context.bind(DatasetLocker).verify(one)
@@ -505,7 +505,7 @@ def test_a_pinned_dataset_is_proved_and_read_after_corrections(
         )
         closes = pl.read_csv(done.stdout_bytes, schema_overrides={"close": pl.String})[
             "close"
-        ].cast(SCHEMA["close"])
+        ].cast(BAR_SCHEMA["close"])
         assert closes.equals(bars["close"])
 
 
@@ -513,10 +513,10 @@ def test_what_was_changed_by_hand_is_not_proved_from_history(stage: Stage) -> No
     with open_context(stage.at("2024-01-06")) as context:
         one = context.bind(DatasetLocker).lock("pinned", stage.settings.markets, stage.span)
         partition = partitions(stage.settings)[0]
-        bars = context.storage.lake.read(raw(MINUTE), partition, provenance=True)
+        bars = context.storage.lake.read(raw_table(MINUTE), partition, with_provenance=True)
         assert bars is not None
         context.storage.lake.write(
-            raw(MINUTE), partition, bars.with_columns(pl.col("high").alias("close"))
+            raw_table(MINUTE), partition, bars.with_columns(pl.col("high").alias("close"))
         )
         found = context.bind(DatasetLocker).verify(one)
         assert [(d.table, d.what) for d in found.differences] == [("raw/ohlcv_1m", "other content")]
@@ -531,7 +531,7 @@ def test_the_venue_and_a_file_that_gives_more_or_less_do_not_contradict_each_oth
     span, empty = window("2024-01-01", "2024-01-01T12:00"), pl.DataFrame(schema=REJECTED_SCHEMA)
     every = truth("BTCUSDT", "1m", span)
     more = every.with_columns(
-        pl.lit(None, SCHEMA[n]).alias(n) for n in NAMES if "quote" in n or "taker" in n
+        pl.lit(None, BAR_SCHEMA[n]).alias(n) for n in COLUMN_NAMES if "quote" in n or "taker" in n
     )
 
     def candles(request: web.Request) -> web.Response:

@@ -17,14 +17,14 @@ from typing import Any
 
 import dagster as dg
 import pytest
-
 from marketdata_assets.cli.processes import dagster_environment
+
 from marketdata_assets.context import open_context
 from marketdata_assets.dagster_ext.launcher import end_dead_runs, process_id
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
@@ -233,7 +233,7 @@ def test_a_red_blocking_check_keeps_the_rollups_away(
     assert run(settings, instance, BTC_NOV, BTC_NOV).success
     before = latest(instance, HOUR, BTC_NOV)
     with open_context(settings) as context:
-        table, partition = raw(TIMEFRAMES["1m"]), Partition.parse(BTC_NOV)
+        table, partition = raw_table(TIMEFRAMES["1m"]), Partition.parse(BTC_NOV)
         bars = context.storage.lake.read(table, partition)
         assert bars is not None
         swapped = bars.rename({"high": "low", "low": "high"}).select(bars.columns)
@@ -260,7 +260,7 @@ def test_matches_native_names_the_bar_that_differs(
 ) -> None:
     assert run(settings, instance, BTC_NOV, BTC_NOV).success
     with open_context(settings) as context:
-        table, partition = raw(TIMEFRAMES["1h"]), Partition.parse(BTC_NOV)
+        table, partition = raw_table(TIMEFRAMES["1h"]), Partition.parse(BTC_NOV)
         hours = context.storage.lake.read(table, partition)
         assert hours is not None
         trades = hours["trades"].to_list()
@@ -349,7 +349,7 @@ def test_materialized_from_the_ui_through_the_real_daemon(
         assert backfill["status"] == "COMPLETED_SUCCESS", backfill
         with open_context(settings) as context:
             for market in settings.markets:
-                states = context.ledger.states(raw(TIMEFRAMES["1m"]), market)
+                states = context.ledger.states(raw_table(TIMEFRAMES["1m"]), market)
                 assert [state.complete for state in states.values()] == [True, True]
                 assert all(state.rolled == state.digest for state in states.values())
     finally:

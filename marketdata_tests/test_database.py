@@ -21,8 +21,8 @@ from marketdata_assets.ledger import schema
 from marketdata_assets.ledger.incidents import IncidentBook
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.records import IngestRecord, PartitionState, RowAccount
-from marketdata_assets.model.bar import NAMES
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.bar import COLUMN_NAMES
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.storage.parquet import decode
@@ -38,7 +38,7 @@ from marketdata_tests.samples import (
 )
 
 HERE = Path(__file__).parent
-TABLE = raw(TIMEFRAMES["1m"])
+TABLE = raw_table(TIMEFRAMES["1m"])
 
 
 # --------------------------------------------------------------------------------- versions
@@ -170,10 +170,10 @@ def test_a_newer_version_is_not_touched(tmp_path: Path):
 def test_objects_of_the_version_before_are_read():
     found = decode(
         (HERE / "version_1" / "rollup_1d.parquet").read_bytes(),
-        rollup(TIMEFRAMES["1d"]),
+        rollup_table(TIMEFRAMES["1d"]),
         "rollup_1d.parquet",
     )
-    assert found.columns == [column.name for column in rollup(TIMEFRAMES["1d"]).columns]
+    assert found.columns == [column.name for column in rollup_table(TIMEFRAMES["1d"]).columns]
     assert [(str(row["close"]), row["bars_present"]) for row in found.to_dicts()] == EXPECTED_DAYS
 
 
@@ -182,11 +182,11 @@ EXPECTED_DAYS = [("54002.870000000000", 1440), ("54259.360000000000", 1360)]
 
 def test_raw_objects_of_the_version_before_know_no_provenance():
     content = (HERE / "version_2" / "raw_1m.parquet").read_bytes()
-    found = decode(content, TABLE, "raw_1m.parquet", provenance=True)
-    assert found.select(NAMES).equals(
+    found = decode(content, TABLE, "raw_1m.parquet", with_provenance=True)
+    assert found.select(COLUMN_NAMES).equals(
         frame(random_rows(7, minutes(30, at("2024-01-07")), digits=8))
     )
-    assert found.columns == [*NAMES, "known_at", "source"]
+    assert found.columns == [*COLUMN_NAMES, "known_at", "source"]
     assert found["known_at"].null_count() == found["source"].null_count() == 30
 
 

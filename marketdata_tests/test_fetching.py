@@ -22,7 +22,7 @@ import pytest
 from aiohttp import web
 
 from marketdata_assets.errors import BadInput, MarketDataError, Retry, VenueDown, VenueRefused, Wait
-from marketdata_assets.model.bar import NAMES, SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
@@ -90,9 +90,9 @@ def test_binance_rows_are_the_texts_that_were_sent(sandbox: Sandbox) -> None:
     rows = klines(
         "BTCUSDT", "1m", ms("2024-01-07T23:00"), ms("2024-01-08T00:59"), 1000, SANDBOX_NOW
     )
-    assert fetched.rows.columns == list(NAMES)
+    assert fetched.rows.columns == list(COLUMN_NAMES)
     assert fetched.rows.dtypes == [
-        pl.Int64() if name in ("open_time", "trades") else pl.String() for name in NAMES
+        pl.Int64() if name in ("open_time", "trades") else pl.String() for name in COLUMN_NAMES
     ]
     assert fetched.rows.rows() == [(*row[:6], *row[7:11]) for row in rows]
     assert len(rows) == 120
@@ -168,8 +168,10 @@ def replayed(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> pl.Data
         "open_time": [row["t"] for row in rows],
         **{name: [row[key] for row in rows] for name, key in columns.items()},
     }
-    frame = pl.DataFrame(texts).with_columns((pl.col("open_time") * 1000).cast(SCHEMA["open_time"]))
-    return frame.with_columns(pl.col(name).cast(SCHEMA[name]) for name in columns)
+    frame = pl.DataFrame(texts).with_columns(
+        (pl.col("open_time") * 1000).cast(BAR_SCHEMA["open_time"])
+    )
+    return frame.with_columns(pl.col(name).cast(BAR_SCHEMA[name]) for name in columns)
 
 
 FIVE = {"open": "o", "high": "h", "low": "l", "close": "c", "volume": "v"}

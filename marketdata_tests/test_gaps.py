@@ -25,7 +25,7 @@ from marketdata_assets.flows.prove.gaps import Explained, GapExplainer, words_of
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
 from marketdata_assets.model.gap import GapCause
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.split import REJECTED_SCHEMA
@@ -74,7 +74,7 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
             "test",
         )
         for partition in partitions(settings):
-            wanted = partition.opens(M1) & settings.span(BTC)
+            wanted = partition.open_times(M1) & settings.span(BTC)
             moment, bars, gaps = max(wanted.start, listed), [], []
             through = Window(moment, wanted.end).start + data.draw(st.integers(0, 2000)) * M1.width
             while moment < min(through, wanted.end):
@@ -90,14 +90,14 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
                     gaps.append(gap(0, len(opens), stretch.start, reason, cause))
                 moment = stretch.end
             size, digest = context.storage.lake.write(
-                raw(M1), partition, frame(bars) if bars else frame([row(listed)]).clear()
+                raw_table(M1), partition, frame(bars) if bars else frame([row(listed)]).clear()
             )
             state = State(
                 wanted.start, moment, None, False, len(bars), size, digest, None, 1, 0, None
             )
             context.ledger.commit(
                 Entry(
-                    raw(M1),
+                    raw_table(M1),
                     partition,
                     state,
                     Account(),

@@ -24,10 +24,10 @@ from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.fetch.imports import FileImporter, Imported, Tally, look
 from marketdata_assets.flows.fetch.plan import BackfillPlanner
-from marketdata_assets.model.bar import NAMES, SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import partitions_of
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
@@ -78,10 +78,10 @@ def klines(
         }
         cells = [
             str(start * unit),
-            *(texts[n] for n in NAMES[1:6]),
+            *(texts[n] for n in COLUMN_NAMES[1:6]),
             str(int(start + width) * unit - 1),
         ]
-        lines.append(",".join(change(number, [*cells, *(texts[n] for n in NAMES[6:]), "0"])))
+        lines.append(",".join(change(number, [*cells, *(texts[n] for n in COLUMN_NAMES[6:]), "0"])))
     return lines
 
 
@@ -178,7 +178,7 @@ def test_a_month_and_its_reference(settings: Settings, tmp_path: Path) -> None:
     assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", month))
     assert_bars(stored_bars(settings, timeframe="1h"), truth("BTCUSDT", "1h", month))
     with open_context(settings) as context:
-        gaps = context.ledger.gaps(raw(TIMEFRAMES["1m"]), partitions_of(BTC, month)[0])
+        gaps = context.ledger.gaps(raw_table(TIMEFRAMES["1m"]), partitions_of(BTC, month)[0])
     assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(halt, "unanswered", False)]
     assert "BTCUSDT-1m-2024-01.zip holds both neighbours" in gaps[0].evidence
 
@@ -191,14 +191,14 @@ def test_plain_csv_with_a_mapping(settings: Settings, tmp_path: Path) -> None:
     )
     file = tmp_path / "mine.csv"
     texts.select(
-        "volume", *(pl.col(n).alias(n[0].upper()) for n in NAMES[1:5]), ts="open_time"
+        "volume", *(pl.col(n).alias(n[0].upper()) for n in COLUMN_NAMES[1:5]), ts="open_time"
     ).reverse().write_csv(file)
     mapping = parse_columns("open_time=ts, open=O, high=H, low=L, close=C, volume=volume")
     done = imported(
         settings, file, market="binance:BTC-USDT", timeframe=TIMEFRAMES["1m"], columns=mapping
     )
     assert (counts(done.files[0]), done.files[0].facts.unit) == ({"stored": 1440}, "iso")
-    assert_bars(stored_bars(settings).select(NAMES[:6]), bars.select(NAMES[:6]))
+    assert_bars(stored_bars(settings).select(COLUMN_NAMES[:6]), bars.select(COLUMN_NAMES[:6]))
     assert stored_bars(settings)["quote_volume"].null_count() == 1440
 
 
@@ -210,7 +210,7 @@ def test_places_instead_of_names_and_our_own_csv(settings: Settings, tmp_path: P
         tmp_path / "bare.csv", include_header=False
     )
     told: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
-    mapping = {name: str(i + 1) for i, name in enumerate(NAMES)}
+    mapping = {name: str(i + 1) for i, name in enumerate(COLUMN_NAMES)}
     assert counts(
         imported(settings, tmp_path / "bare.csv", columns=mapping, unit="s", **told).files[0]
     ) == {"stored": 1440}
@@ -223,7 +223,7 @@ def test_bars_of_another_timeframe_are_known_by_their_distance(
 ) -> None:
     told: dict[str, Any] = {
         "market": "binance:BTC-USDT",
-        "columns": {name: str(i + 1) for i, name in enumerate(NAMES[:6])},
+        "columns": {name: str(i + 1) for i, name in enumerate(COLUMN_NAMES[:6])},
     }
     for name, asked, words in [
         ("1h", "1m", "these are no 1m bars, they are 1:00:00 apart"),
@@ -246,7 +246,7 @@ def test_of_two_files_the_one_that_gives_more_is_taken(settings: Settings, tmp_p
     told: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
     fewer = written(
         tmp_path / "a.csv",
-        [",".join(NAMES[:6]), *(",".join(line.split(",")[:6]) for line in klines())],
+        [",".join(COLUMN_NAMES[:6]), *(",".join(line.split(",")[:6]) for line in klines())],
     )
     whole = written(tmp_path / NAME, klines())
     done = imported(settings, fewer, whole, **told)
@@ -277,7 +277,7 @@ def test_a_kraken_file_has_the_last_word_about_its_holes(kraken: Settings, tmp_p
     assert (found["volume"][0], found["quote_volume"].null_count()) == (Decimal("1.23456789"), 23)
     with open_context(kraken) as context:
         gaps = context.ledger.gaps(
-            raw(TIMEFRAMES["1h"]), partitions_of(Market("kraken", "BTC/USD"), DAY)[0]
+            raw_table(TIMEFRAMES["1h"]), partitions_of(Market("kraken", "BTC/USD"), DAY)[0]
         )
     assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(1, "no_bars", True)]
 
@@ -522,7 +522,7 @@ def test_what_a_rule_refuses_lies_in_quarantine_under_the_files_name(
     ]
     with open_context(settings) as context:
         (partition, *_) = partitions_of(BTC, DAY)
-        gaps = context.ledger.gaps(raw(TIMEFRAMES["1m"]), partition)
+        gaps = context.ledger.gaps(raw_table(TIMEFRAMES["1m"]), partition)
     assert [(gap.bars, gap.reason) for gap in gaps] == [
         (1, "quarantined"),
         (1, "quarantined"),
@@ -655,9 +655,11 @@ def test_days_in_one_go_and_what_lies_between_files_is_not_told(
     with open_toolbox(settings) as toolbox:
         done = import_files(toolbox, look(toolbox, [tmp_path], ImportOptions()), ImportOptions())
         (partition,) = partitions_of(BTC, DAY)
-        stored = context.storage.lake.read(raw(TIMEFRAMES["1m"]), partition, provenance=True)
-        gaps = context.ledger.gaps(raw(TIMEFRAMES["1m"]), partition)
-        state = context.ledger.state(raw(TIMEFRAMES["1m"]), partition)
+        stored = context.storage.lake.read(
+            raw_table(TIMEFRAMES["1m"]), partition, with_provenance=True
+        )
+        gaps = context.ledger.gaps(raw_table(TIMEFRAMES["1m"]), partition)
+        state = context.ledger.state(raw_table(TIMEFRAMES["1m"]), partition)
     assert [counts(tally) for tally in done.files] == [{"stored": t.facts.rows} for t in done.files]
     assert stored is not None
     assert dict(stored.group_by("source").len().rows()) == {
@@ -695,7 +697,7 @@ def test_every_row_is_accounted_for_whatever_is_wrong_with_it(
     kept = stored_bars(settings)
     assert kept.height == tally.stored
     assert (
-        kept.join(good, on=NAMES, how="semi", nulls_equal=True).height >= tally.stored - 200
+        kept.join(good, on=COLUMN_NAMES, how="semi", nulls_equal=True).height >= tally.stored - 200
     )  # "0" may pass the rules
     with open_context(settings) as context:
         assert (
@@ -848,7 +850,7 @@ def test_the_real_kraken_file(universe: Universe) -> None:
     assert_frame_equal(
         found.select("close"),
         pl.DataFrame(
-            {"close": [Decimal(line[4]) for line in lines]}, schema={"close": SCHEMA["close"]}
+            {"close": [Decimal(line[4]) for line in lines]}, schema={"close": BAR_SCHEMA["close"]}
         ),
     )
     assert json.loads(json.dumps(done.files[0].as_dict()))["unit"] == "s"

@@ -29,7 +29,7 @@ from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.coverage import Coverage, CoverageReporter
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.settings.universe import Settings
@@ -778,7 +778,7 @@ def test_one_market_that_fails_does_not_stop_the_others(universe: Universe, kind
         assert task.reason.startswith("failed: binance")
         assert [found.not_fetched for found in covered(settings)] == [0, 720, 0]
         with open_context(settings) as context:
-            state = context.ledger.state(raw(MINUTE), failed.partition)
+            state = context.ledger.state(raw_table(MINUTE), failed.partition)
         assert state is not None
         blamed = int(error is not VenueDown)  # a venue that is down is not the partition's fault
         assert (state.attempts, state.failures, state.error) == (1, blamed, str(failed.error))

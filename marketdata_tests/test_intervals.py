@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marketdata_assets.model.bar import SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.model.intervals import (
     align_inside,
     coalesce_windows,
@@ -48,7 +48,9 @@ def windows_of(tf: Timeframe, spans: Iterable[Span]) -> list[Window]:
 
 
 def opens_of(tf: Timeframe, there: Iterable[int]) -> pl.Series:
-    return pl.Series([tf.origin + i * tf.width for i in sorted(there)], dtype=SCHEMA["open_time"])
+    return pl.Series(
+        [tf.origin + i * tf.width for i in sorted(there)], dtype=BAR_SCHEMA["open_time"]
+    )
 
 
 def places(windows: Iterable[Window], tf: Timeframe) -> list[int]:

@@ -35,7 +35,7 @@ from marketdata_assets.ledger.venues import BREAKER_FIRST, BREAKER_LIMIT, BREAKE
 from marketdata_assets.model.gap import PROMPT_ATTEMPTS, Gap, GapCause, GapReason
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.split import REJECTED_SCHEMA
@@ -53,7 +53,7 @@ from marketdata_tests.samples import (
     start_python,
 )
 
-TABLE = raw(TIMEFRAMES["1m"])
+TABLE = raw_table(TIMEFRAMES["1m"])
 NOW = at("2024-02-01T12:00")
 T0 = 1_700_000_000.0
 FRESH_VENUES = map("venue{}".format, itertools.count())

@@ -23,7 +23,7 @@ from marketdata_assets.errors import BadInput, Damaged, StoreFailed
 from marketdata_assets.flows.read.lock import DatasetLocker, Verified, pinned_moment
 from marketdata_assets.model.bar import TIME
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.load import load_settings
@@ -139,7 +139,7 @@ def proves(settings: Settings, locked: LockFile) -> None:
 
 def stored(settings: Settings, table: Table | None = None) -> Path:
     """The object of December, by default of raw 1m bars."""
-    return Path(settings.lake) / (table or raw(M1)).path(DECEMBER)
+    return Path(settings.lake) / (table or raw_table(M1)).path(DECEMBER)
 
 
 # --------------------------------------------------------------------------------- the lock
@@ -166,15 +166,18 @@ def test_the_lock_says_what_is_stored(original: Path, locked: LockFile):
     assert partitions == sorted(partitions)
     assert (
         hashlib.sha256("".join(line + "\n" for line in partitions).encode()).hexdigest()
-        == locked.dataset
+        == locked.dataset_digest
     )
-    assert lines[-2:] == [f'"dataset": "{locked.dataset}"', "}"]
+    assert lines[-2:] == [f'"dataset": "{locked.dataset_digest}"', "}"]
 
 
 def test_the_same_bars_and_moment_give_the_same_bytes(original: Path, locked: LockFile, copy: Copy):
     assert locked_in(copy()).text() == locked.text()
     later = locked_in(universe_of(original, now="2024-01-10T07:00:00.5Z"), "other")
-    assert (later.dataset, later.as_of) == (locked.dataset, at("2024-01-10T07:00:00.5"))
+    assert (later.dataset_digest, later.as_of) == (
+        locked.dataset_digest,
+        at("2024-01-10T07:00:00.5"),
+    )
 
 
 def test_no_path_and_no_address_is_in_it(copy: Copy, tmp_path: Path):
@@ -289,13 +292,13 @@ def test_an_open_month_may_grow(copy: Copy, locked: LockFile):
     settings = copy(now="2024-01-20")
     bars = truth("BTCUSDT", "1m", Window(at("2024-01-01"), at("2024-01-12")))
     with open_context(settings) as context:
-        before = context.storage.lake.read(raw(M1), JANUARY)
+        before = context.storage.lake.read(raw_table(M1), JANUARY)
         grown = pl.concat([before, bars.filter(pl.col("open_time") > before["open_time"][-1])])
         assert grown.height > before.height + 2000
-        context.storage.lake.write(raw(M1), JANUARY, grown)
+        context.storage.lake.write(raw_table(M1), JANUARY, grown)
         proves(settings, locked)
         context.storage.lake.write(
-            raw(M1),
+            raw_table(M1),
             JANUARY,
             grown.with_columns(pl.col("close").shift(1, fill_value=pl.col("close").first())),
         )
@@ -308,7 +311,7 @@ def test_a_month_after_the_lock_is_no_difference(copy: Copy, locked: LockFile):
     settings = copy(now="2024-03-01")
     february = Partition.parse(f"{BTC}|2024-02-01")
     with open_context(settings) as context:
-        context.storage.lake.write(raw(M1), february, truth("BTCUSDT", "1m", february.month))
+        context.storage.lake.write(raw_table(M1), february, truth("BTCUSDT", "1m", february.month))
     proves(settings, locked)
 
 
@@ -347,8 +350,8 @@ def test_one_change_is_found(
 ):
     settings = copy()
     with open_context(settings) as context:
-        bars = context.storage.lake.read(raw(M1), DECEMBER)
-        context.storage.lake.write(raw(M1), DECEMBER, change(bars))
+        bars = context.storage.lake.read(raw_table(M1), DECEMBER)
+        context.storage.lake.write(raw_table(M1), DECEMBER, change(bars))
     rows = bars.height
     assert differs(settings, locked) == [
         ("raw/ohlcv_1m", DECEMBER.key, what, rows, 0 if more is None else rows + more)
@@ -360,9 +363,9 @@ def test_the_first_bar_that_lacks_is_named(copy: Copy, locked: LockFile):
     """Hours have no holes in December, so that what lacks now was there."""
     settings = copy()
     with open_context(settings) as context:
-        hours = context.storage.lake.read(rollup(H1), DECEMBER)
+        hours = context.storage.lake.read(rollup_table(H1), DECEMBER)
         assert hours.height == 12 * 24
-        context.storage.lake.write(rollup(H1), DECEMBER, hours[:30].vstack(hours[32:]))
+        context.storage.lake.write(rollup_table(H1), DECEMBER, hours[:30].vstack(hours[32:]))
     (found,) = verified(settings, locked).differences
     assert (found.table, found.what, found.locked, found.stored) == (
         "rollup/ohlcv_1h",
@@ -376,9 +379,9 @@ def test_the_first_bar_that_lacks_is_named(copy: Copy, locked: LockFile):
 def test_rows_that_came_before_the_locked_ones_are_told_apart(copy: Copy, locked: LockFile):
     settings = copy()
     with open_context(settings) as context:
-        bars = context.storage.lake.read(raw(M1), DECEMBER)
+        bars = context.storage.lake.read(raw_table(M1), DECEMBER)
         earlier = truth("BTCUSDT", "1m", window("2023-12-19", "2023-12-20"))
-        context.storage.lake.write(raw(M1), DECEMBER, earlier.vstack(bars))
+        context.storage.lake.write(raw_table(M1), DECEMBER, earlier.vstack(bars))
     (found,) = verified(settings, locked).differences
     assert (found.what, found.stored - found.locked) == ("extra rows", earlier.height)
     assert "the locked bars are unchanged, the others lie before or after them" in found.says
@@ -413,7 +416,7 @@ def test_a_partition_that_was_not_locked_is_extra(copy: Copy, locked: LockFile):
     ],
     ids=["gone", "cut short", "a byte", "empty", "a column"],
 )
-@pytest.mark.parametrize("table", [raw(M1), rollup(H1)], ids=lambda table: table.name)
+@pytest.mark.parametrize("table", [raw_table(M1), rollup_table(H1)], ids=lambda table: table.name)
 def test_an_object_that_is_gone_or_damaged_is_named(
     copy: Copy, locked: LockFile, harm: Any, what: str, table: Table
 ):
@@ -475,12 +478,12 @@ def test_bars_that_came_or_were_corrected_since_are_told(copy: Copy, locked: Loc
         90: "2024-01-10T09:00:00",
     }
     with open_context(settings) as context:
-        raw_bars = context.storage.lake.read(raw(M1), DECEMBER)
-        for table, partition in ((rollup(H1), DECEMBER), (rollup(H1), JANUARY)):
+        raw_bars = context.storage.lake.read(raw_table(M1), DECEMBER)
+        for table, partition in ((rollup_table(H1), DECEMBER), (rollup_table(H1), JANUARY)):
             context.storage.lake.write(
                 table, partition, context.storage.lake.read(table, partition)[1:]
             )
-        context.storage.lake.write(raw(M1), DECEMBER, told(one_digit(raw_bars), moments))
+        context.storage.lake.write(raw_table(M1), DECEMBER, told(one_digit(raw_bars), moments))
         found = context.bind(DatasetLocker).verify(locked)
     opens = [f"{raw_bars['open_time'][i]:%Y-%m-%dT%H:%M:%SZ}" for i in (60, 90)]
     words = f"; 3 bars, {opens[0]} .. {opens[1]}, came or were corrected since, the last ones at 2024-01-11T00:00:00Z"
@@ -668,11 +671,11 @@ def test_lock_and_verify_as_commands(
     file = tmp_path / "work/universe.lock.json"
     assert code == 0
     assert "40 partitions, 20 of them of a month that is not over" in told
-    assert told.splitlines()[-1] == locked.dataset == json.loads(file.read_text())["dataset"]
+    assert told.splitlines()[-1] == locked.dataset_digest == json.loads(file.read_text())["dataset"]
     code, told, _ = command("verify", "--lock", str(file))
     assert code == 0
     assert f"40 of 40 partitions proved, {locked.bars} bars, 0 differ" in " ".join(told.split())
-    assert told.splitlines()[-1] == locked.dataset
+    assert told.splitlines()[-1] == locked.dataset_digest
 
     stored(universe_of(tmp_path)).unlink()
     code, told, _ = command("verify", "--lock", str(file), "--format", "json")
@@ -681,7 +684,7 @@ def test_lock_and_verify_as_commands(
         1,
         39,
         40,
-        locked.dataset,
+        locked.dataset_digest,
     )
     assert [(d["table"], d["market"], d["month"], d["what"]) for d in found["differences"]] == [
         ("raw/ohlcv_1m", BTC, "2023-12", "missing")
@@ -697,7 +700,10 @@ def test_bad_input_as_commands(command: Callable[..., tuple[int, str, str]], tmp
         (["lock", "--table", "raw"], "is not one of"),
         (["lock", "--name", "a b"], "no name for a dataset"),
         (["verify", "--lock", "none.lock.json"], "there is no such file"),
-        (["verify", "--lock", "none.lock.json", "--format", "xml"], "is not one of 'table', 'json'"),
+        (
+            ["verify", "--lock", "none.lock.json", "--format", "xml"],
+            "is not one of 'table', 'json'",
+        ),
     ):
         code, _, told = command(*words)
         assert code == 2, words

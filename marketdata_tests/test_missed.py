@@ -18,7 +18,7 @@ from marketdata_assets.flows.operate.refresh import refreshes
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
@@ -69,7 +69,7 @@ def asked(found: missed_flow.Missed) -> list[str]:
 
 
 def file_of(settings: Settings, key: str, timeframe: str = "1m") -> Path:
-    return Path(settings.lake, raw(TIMEFRAMES[timeframe]).path(Partition.parse(key)))
+    return Path(settings.lake, raw_table(TIMEFRAMES[timeframe]).path(Partition.parse(key)))
 
 
 def test_an_empty_lake_is_asked_for_newest_first_without_the_open_month(settings: Settings) -> None:
@@ -89,7 +89,7 @@ def test_a_deleted_file_is_noticed_and_asked_for_alone(filled: Settings) -> None
     file_of(filled, "binance:ETH-USDT|2023-11-01").unlink()
     found = look(filled)
     assert asked(found) == ["binance:ETH-USDT|2023-11-01..binance:ETH-USDT|2023-11-01"]
-    assert found.lost == {raw(M1): [Partition.parse("binance:ETH-USDT|2023-11-01")]}
+    assert found.lost == {raw_table(M1): [Partition.parse("binance:ETH-USDT|2023-11-01")]}
     assert found.blocks[0].reasons == {missed_flow.LOST: 1}
 
 
@@ -117,7 +117,7 @@ def test_a_lake_that_lost_most_of_itself_is_not_believed(
 
 def test_what_dagster_does_not_show_is_asked_for(filled: Settings) -> None:
     keys = {p.key for p in partitions(filled)}
-    shown = {raw(M1): keys - {"binance:BTC-USDT|2023-12-01"}}
+    shown = {raw_table(M1): keys - {"binance:BTC-USDT|2023-12-01"}}
     found = look(filled, shown=shown)
     assert asked(found) == ["binance:BTC-USDT|2023-12-01..binance:BTC-USDT|2023-12-01"]
     assert found.lost == {}
@@ -134,7 +134,7 @@ def test_rollups_follow_when_the_raw_bars_are_newer_or_the_warehouse_is_gone(
     settings.duckdb.unlink()
     again = look(settings)
     assert again.blocks[0].reasons == {"its rollups are not up to date": 6}
-    assert set(again.lost) == {rollup(tf) for tf in settings.rollup_timeframes}
+    assert set(again.lost) == {rollup_table(tf) for tf in settings.rollup_timeframes}
 
 
 def test_rollups_as_objects_are_looked_at_in_turn(
@@ -151,7 +151,8 @@ def test_rollups_as_objects_are_looked_at_in_turn(
     run_derive(settings)
     assert look(settings).blocks == []
     lost = Path(
-        settings.lake, rollup(TIMEFRAMES["4h"]).path(Partition.parse("binance:BTC-USDT|2023-11-01"))
+        settings.lake,
+        rollup_table(TIMEFRAMES["4h"]).path(Partition.parse("binance:BTC-USDT|2023-11-01")),
     )
     lost.unlink()
     seen = Counter(
@@ -391,10 +392,10 @@ def test_s3_is_listed_from_time_to_time_and_what_is_lost_is_found(
     assert "raw/ohlcv_1m" in listed
     with open_context(settings) as context:
         lost = Partition.parse("binance:BTC-USDT|2023-11-01")
-        context.storage.lake.delete(raw(M1), lost)
+        context.storage.lake.delete(raw_table(M1), lost)
         listed.clear()
         assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).says == "nothing is missing"
-        context.bind(CoverageReporter).daily(raw(M1))
+        context.bind(CoverageReporter).daily(raw_table(M1))
     assert listed == []
     with open_context(at_time(settings, "2024-01-10T00:11:00Z")) as context:
         assert [

@@ -1,5 +1,5 @@
-"""What the words mean: keys that round-trip, grids and months counted a second way, by hand and by
-calendar.
+"""The values of `model`: keys are exact inverses, and grids and months equal those of a second
+count, by hand and by calendar.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from hypothesis import strategies as st
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.bar import (
-    COLUMNS,
+    BAR_COLUMNS,
+    BAR_SCHEMA,
+    COLUMN_NAMES,
     DECIMAL,
-    NAMES,
     ROLLUP_COLUMNS,
-    SCHEMA,
-    decimal_text,
     empty_bars,
+    format_decimals,
 )
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.timeframe import TIMEFRAMES, timeframe
-from marketdata_assets.model.window import Window, from_ms, iso, month_of, parse_time, to_ms
+from marketdata_assets.model.partition import Partition, adjacent_partition, partitions_of
+from marketdata_assets.model.timeframe import TIMEFRAMES, parse_timeframe
+from marketdata_assets.model.window import Window, format_time, from_ms, month_of, parse_time, to_ms
 from marketdata_tests.samples import BTC, DECIMALS, MINUTE, at
 
-# --------------------------------------------------------------------------------- markets
+# ---------------------------------------------------------------- markets
 _ASSETS = st.builds(
     str.__add__,
     st.sampled_from(string.ascii_letters + string.digits),
@@ -140,7 +140,7 @@ def test_a_hostile_venue_is_refused(venue: str):
         "x" * 300,
     ],
 )
-def test_what_is_no_key_is_refused(key: str):
+def test_text_that_is_no_key_is_refused(key: str):
     with pytest.raises(BadInput) as refused:
         Market.parse(key)
     assert len(str(refused.value)) < 300
@@ -154,7 +154,7 @@ def test_any_text_is_a_key_exactly_or_refused(text: str):
         assert Market.parse(text).key == text
 
 
-# --------------------------------------------------------------------------------- moments and time
+# ---------------------------------------------------------------- moments and timeframes
 MOMENTS = st.datetimes(datetime(1969, 1, 1), datetime(2199, 12, 31), timezones=st.just(UTC))
 
 
@@ -171,15 +171,15 @@ def test_the_table_of_timeframes():
         "1w": 10080,
     }
     for tf in TIMEFRAMES.values():
-        assert timeframe(tf.name) is tf
+        assert parse_timeframe(tf.name) is tf
         assert tf.parent is None or tf.minutes % TIMEFRAMES[tf.parent].minutes == 0
     for name in ("3m", "1M", "", "1mo"):
         with pytest.raises(BadInput, match="1m 5m 15m"):
-            timeframe(name)
+            parse_timeframe(name)
 
 
 def grid_floor(moment: datetime, name: str) -> datetime:
-    """The open time of the bar, read off the clock's and the calendar's own fields."""
+    """Return the open time of the bar from the fields of the clock and the calendar."""
     day = moment.replace(hour=0, minute=0, second=0, microsecond=0)
     if name == "1w":
         return day - timedelta(days=moment.isoweekday() - 1)
@@ -208,8 +208,8 @@ def test_weeks_begin_on_monday():
 
 @given(MOMENTS)
 def test_moments_as_text_and_as_numbers(moment: datetime):
-    assert parse_time(iso(moment)) == moment
-    assert iso(moment).endswith("Z")
+    assert parse_time(format_time(moment)) == moment
+    assert format_time(moment).endswith("Z")
     assert from_ms(to_ms(moment)) == moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
@@ -225,7 +225,7 @@ def test_moments_as_text_and_as_numbers(moment: datetime):
     ],
 )
 def test_a_moment_by_hand(text: str, moment: str):
-    assert iso(parse_time(text)) == moment
+    assert format_time(parse_time(text)) == moment
 
 
 @pytest.mark.parametrize(
@@ -240,12 +240,12 @@ def test_a_moment_by_hand(text: str, moment: str):
         "0001-01-01T00:00:00+05:00",
     ],
 )
-def test_what_is_no_moment_is_refused(text: str):
+def test_text_that_is_no_moment_is_refused(text: str):
     with pytest.raises(BadInput, match="is not a date such as"):
         parse_time(text)
 
 
-# --------------------------------------------------------------------------------- windows
+# ---------------------------------------------------------------- windows
 WINDOWS = st.builds(
     lambda start, length: Window(start, start + length * timedelta(seconds=20)),
     MOMENTS,
@@ -273,16 +273,16 @@ def test_pages_cover_a_window_once(window: Window, size: int):
     assert all(page and page.end - page.start <= size * MINUTE for page in pages)
 
 
-def test_windows_share_what_lies_in_both():
+def test_the_intersection_of_windows():
     a, b = Window(at("2024-01-01"), at("2024-01-03")), Window(at("2024-01-02"), at("2024-01-05"))
     assert a & b == Window(at("2024-01-02"), at("2024-01-03"))
     assert not a & Window(at("2024-01-03"), at("2024-01-04"))
     assert str(a) == "[2024-01-01T00:00:00Z, 2024-01-03T00:00:00Z)"
 
 
-# --------------------------------------------------------------------------------- partitions
+# ---------------------------------------------------------------- partitions
 def month(year: int, number: int) -> Window:
-    """A calendar month by Python's calendar."""
+    """Return a calendar month by Python's calendar."""
     start = datetime(year, number, 1, tzinfo=UTC)
     return Window(start, start + timedelta(days=calendar.monthrange(year, number)[1]))
 
@@ -291,14 +291,14 @@ MONTHS = st.builds(month, st.integers(1970, 2199), st.integers(1, 12))
 
 
 @given(MOMENTS)
-def test_a_month_is_the_calendars(moment: datetime):
+def test_a_month_equals_the_calendars(moment: datetime):
     assert month_of(moment) == month(moment.year, moment.month)
 
 
 @given(MONTHS, st.sampled_from(list(TIMEFRAMES)))
 def test_a_bar_belongs_to_the_month_of_its_last_minute(span: Window, name: str):
     tf = TIMEFRAMES[name]
-    opens = Partition(BTC, span).opens(tf)
+    opens = Partition(BTC, span).open_times(tf)
     for moment in (opens.start, opens.end - tf.width):
         assert grid_floor(moment, name) == moment
         assert span.start <= moment + tf.width - MINUTE < span.end
@@ -308,11 +308,13 @@ def test_a_bar_belongs_to_the_month_of_its_last_minute(span: Window, name: str):
 
 @given(MOMENTS, st.sampled_from(list(TIMEFRAMES)))
 def test_every_minute_belongs_to_exactly_one_partition(moment: datetime, name: str):
-    """Of the months around it, exactly one owns the bar that holds the minute."""
+    """Of the months around a minute, exactly one owns its bar."""
     opened = grid_floor(moment, name)
     near = partitions_of(BTC, Window(moment - timedelta(days=40), moment + timedelta(days=40)))
     owners = [
-        p for p in near if p.opens(TIMEFRAMES[name]).start <= opened < p.opens(TIMEFRAMES[name]).end
+        p
+        for p in near
+        if p.open_times(TIMEFRAMES[name]).start <= opened < p.open_times(TIMEFRAMES[name]).end
     ]
     last = opened + TIMEFRAMES[name].width - MINUTE
     assert [p.month_key for p in owners] == [f"{last.year}-{last.month:02}-01"]
@@ -321,18 +323,24 @@ def test_every_minute_belongs_to_exactly_one_partition(moment: datetime, name: s
 def test_a_week_lies_in_the_month_of_its_sunday():
     week = TIMEFRAMES["1w"]
     # Monday 2024-02-26 .. Sunday 2024-03-03; Monday 2024-03-25 .. Sunday 2024-03-31
-    assert Partition(BTC, month(2024, 3)).opens(week) == Window(at("2024-02-26"), at("2024-04-01"))
-    assert Partition(BTC, month(2024, 2)).opens(week) == Window(at("2024-01-29"), at("2024-02-26"))
-    assert Partition(BTC, month(2024, 3)).opens(TIMEFRAMES["1d"]) == month(2024, 3)
+    assert Partition(BTC, month(2024, 3)).open_times(week) == Window(
+        at("2024-02-26"), at("2024-04-01")
+    )
+    assert Partition(BTC, month(2024, 2)).open_times(week) == Window(
+        at("2024-01-29"), at("2024-02-26")
+    )
+    assert Partition(BTC, month(2024, 3)).open_times(TIMEFRAMES["1d"]) == month(2024, 3)
 
 
 @given(SYMBOLS, MONTHS)
 def test_a_partition_key_leads_back(symbol: str, span: Window):
-    partition = Partition(Market("binance", symbol), span)
-    assert (
-        partition.key == f"binance:{partition.market.key.partition(':')[2]}|{span.start:%Y-%m}-01"
-    )
+    market = Market("binance", symbol)
+    partition = Partition(market, span)
+    assert partition.key == f"{market.key}|{span.start:%Y-%m}-01"
     assert Partition.parse(partition.key) == partition
+    assert partition.stored_key == (market.key, f"{span.start:%Y-%m}-01")
+    assert "|".join(partition.stored_key) == partition.key
+    assert Partition.from_stored_key(partition.stored_key) == partition
 
 
 @pytest.mark.parametrize(
@@ -355,9 +363,15 @@ def test_a_partition_key_leads_back(symbol: str, span: Window):
         "2024-03-01|binance:BTC-USDT",
     ],
 )
-def test_what_is_no_partition_key_is_refused(key: str):
+def test_text_that_is_no_partition_key_is_refused(key: str):
     with pytest.raises(BadInput):
         Partition.parse(key)
+
+
+def test_the_adjacent_months():
+    january, december = Partition(BTC, month(2024, 1)), Partition(BTC, month(2023, 12))
+    assert adjacent_partition(january, -1) == december
+    assert adjacent_partition(december, +1) == january
 
 
 def test_partitions_of_a_span():
@@ -369,9 +383,9 @@ def test_partitions_of_a_span():
     assert keys("2024-02-01", "2024-02-01") == keys("2024-02-02", "2024-01-01") == []
 
 
-# --------------------------------------------------------------------------------- bars
+# ---------------------------------------------------------------- bars
 def test_the_columns_of_a_bar():
-    assert NAMES == (
+    assert COLUMN_NAMES == (
         "open_time",
         "open",
         "high",
@@ -383,26 +397,28 @@ def test_the_columns_of_a_bar():
         "taker_buy_volume",
         "taker_buy_quote_volume",
     )
-    assert {c.name for c in COLUMNS if c.optional} == {
+    assert {c.name for c in BAR_COLUMNS if c.optional} == {
         "quote_volume",
         "trades",
         "taker_buy_volume",
         "taker_buy_quote_volume",
     }
-    assert [c.name for c in ROLLUP_COLUMNS[len(COLUMNS) :]] == [
+    assert [c.name for c in ROLLUP_COLUMNS[len(BAR_COLUMNS) :]] == [
         "vwap",
         "bars_expected",
         "bars_present",
     ]
-    assert empty_bars().schema == pl.Schema(SCHEMA)
+    assert empty_bars().schema == pl.Schema(BAR_SCHEMA)
     assert empty_bars().is_empty()
 
 
 @given(st.lists(DECIMALS, min_size=1, max_size=20))
-def test_decimals_as_text_keep_every_digit_and_no_zero_too_many(values: list[Decimal]):
+def test_decimals_as_text_have_every_digit_and_no_trailing_zero(values: list[Decimal]):
     values = [*values, Decimal(0), Decimal(100), Decimal("-1.25")]
     texts = (
-        pl.DataFrame({"v": values}, schema={"v": DECIMAL}).select(decimal_text("v"))["v"].to_list()
+        pl.DataFrame({"v": values}, schema={"v": DECIMAL})
+        .select(format_decimals("v"))["v"]
+        .to_list()
     )
     assert [Decimal(text) for text in texts] == values
     assert texts[-3:] == ["0", "100", "-1.25"]

@@ -1,5 +1,5 @@
-"""Alert channels against real parts: files written by several processes, servers that answer, refuse,
-hang and trickle.
+"""Alert channels against real parts: files that several processes write, and servers that answer,
+refuse, hang and trickle.
 """
 
 from __future__ import annotations
@@ -25,36 +25,45 @@ from aiohttp import web
 
 from marketdata_assets import notify
 from marketdata_assets.errors import BadInput, MarketDataError
-from marketdata_assets.notify import Channel, Message, NotSent, Severity, open_channels
+from marketdata_assets.notify import (
+    AlertEvent,
+    AlertSeverity,
+    Channel,
+    Message,
+    NotSent,
+    open_channels,
+)
 from marketdata_tests.steps import at, serving
 
 CANARY = "CANARY7e57"
 STALE = Message(
     incident="stale|raw/ohlcv_1m|binance:BTC-USDT",
-    event="opened",
-    severity=Severity.WARNING,
+    event=AlertEvent.OPENED,
+    severity=AlertSeverity.WARNING,
     title="binance:BTC-USDT is stale",
-    body="The newest bar is 3 h old.\nLook at the venue, then run `marketdata backfill`. <b>&amp; 币安",
+    body="The newest bar is 3 h old.\nRun `marketdata backfill`. <b>&amp; 币安",
     at=at("2024-03-01T12:00:00.5"),
 )
 
 
 def message(
-    event: str = "opened", severity: Severity = Severity.WARNING, **changed: str
+    event: AlertEvent = AlertEvent.OPENED,
+    severity: AlertSeverity = AlertSeverity.WARNING,
+    **changed: str,
 ) -> Message:
     facts = {"incident": STALE.incident, "title": STALE.title, "body": STALE.body, **changed}
     return Message(event=event, severity=severity, at=STALE.at, **facts)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
-    """Every line of a file as JSON; the last one ends with a newline too."""
+    """Parse every line of a file as JSON, and check that the last one ends with a newline."""
     text = file.read_text(encoding="utf-8")
     assert text.endswith("\n")
     return [json.loads(line) for line in text.splitlines()]
 
 
 class Hook:
-    """A webhook: keeps what it was sent, and answers as told."""
+    """A webhook that records the requests and answers with `status`."""
 
     def __init__(self, status: int = 200) -> None:
         self.status = status
@@ -73,7 +82,7 @@ async def hang(request: web.Request) -> web.StreamResponse:
 
 
 async def trickle(request: web.Request) -> web.StreamResponse:
-    """A byte now and then, so that no wait for a byte is ever long."""
+    """Send a byte now and then, so that no wait for a byte is long."""
     response = web.StreamResponse()
     await response.prepare(request)
     while True:
@@ -92,7 +101,14 @@ from pathlib import Path
 from marketdata_assets import notify
 
 def message(title="t", body="b"):
-    return notify.Message("key", "opened", notify.Severity.ERROR, title, body, datetime(2024, 3, 1, tzinfo=UTC))
+    return notify.Message(
+        incident="key",
+        event=notify.AlertEvent.OPENED,
+        severity=notify.AlertSeverity.ERROR,
+        title=title,
+        body=body,
+        at=datetime(2024, 3, 1, tzinfo=UTC),
+    )
 
 def channels(*urls):
     return notify.open_channels(Path(sys.argv[1]), urls)
@@ -100,7 +116,7 @@ def channels(*urls):
 
 
 def process(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """A process of its own that runs the code, with `message`, `channels` and `notify` at hand."""
+    """Start a process that runs the code, with `message`, `channels` and `notify` defined."""
     command = [sys.executable, *options.pop("flags", ()), "-c", START + code, *map(str, arguments)]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -108,7 +124,7 @@ def process(code: str, *arguments: object, **options: Any) -> subprocess.Popen[s
 
 
 def run(code: str, *arguments: object, **options: Any) -> tuple[int | None, str, str]:
-    """Its exit code, stdout and stderr."""
+    """Run the code. Return exit code, stdout and stderr."""
     with process(code, *arguments, **options) as child:
         try:
             out, err = child.communicate(timeout=30)
@@ -119,7 +135,7 @@ def run(code: str, *arguments: object, **options: Any) -> tuple[int | None, str,
 
 @pytest.fixture
 def service(tmp_path: Path) -> Callable[[str], Channel]:
-    """`service(url)`: the one channel of that URL."""
+    """Return `service(url)`, which opens the channel of that URL."""
 
     def make(url: str) -> Channel:
         _, channel = open_channels(tmp_path / "alerts.jsonl", [url])
@@ -130,17 +146,22 @@ def service(tmp_path: Path) -> Callable[[str], Channel]:
 
 @pytest.fixture
 def refused() -> Iterator[str]:
-    """The base URL of a port that nobody listens on, and that nobody else can take meanwhile."""
+    """Reserve a port where nothing listens. Yield its base URL."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{held.getsockname()[1]}"
 
 
 def test_severities_compare_by_rank():
-    mildest_first = [Severity.INFO, Severity.WARNING, Severity.ERROR, Severity.CRITICAL]
-    assert sorted(Severity, reverse=True) == mildest_first[::-1]
+    mildest_first = [
+        AlertSeverity.INFO,
+        AlertSeverity.WARNING,
+        AlertSeverity.ERROR,
+        AlertSeverity.CRITICAL,
+    ]
+    assert sorted(AlertSeverity, reverse=True) == mildest_first[::-1]
     assert [severity.rank for severity in mildest_first] == [0, 1, 2, 3]
-    assert max(mildest_first) is Severity.CRITICAL
+    assert max(mildest_first) is AlertSeverity.CRITICAL
     for i, one in enumerate(mildest_first):
         for j, other in enumerate(mildest_first):
             assert (one < other, one <= other, one > other, one >= other) == (
@@ -151,11 +172,11 @@ def test_severities_compare_by_rank():
             )
 
 
-def test_not_sent_is_an_error_of_ours():
+def test_not_sent_is_an_error_of_this_package():
     assert issubclass(NotSent, MarketDataError)
 
 
-# --------------------------------------------------------------------------------- the file
+# ---------------------------------------------------------------- the file
 def test_each_message_is_one_line_of_the_file(tmp_path: Path):
     file = tmp_path / "state" / "alerts.jsonl"
     (channel,) = open_channels(file, [])
@@ -164,7 +185,10 @@ def test_each_message_is_one_line_of_the_file(tmp_path: Path):
     channel.send(STALE)
     channel.send(
         message(
-            "recovered", Severity.INFO, title="fresh again", body="line\u2028separator \udc80 \x00"
+            AlertEvent.RECOVERED,
+            AlertSeverity.INFO,
+            title="fresh again",
+            body="line\u2028separator \udc80 \x00",
         )
     )
     assert lines(file) == [
@@ -216,11 +240,11 @@ def test_lines_of_several_processes_never_mix(tmp_path: Path):
         own = [(entry["title"], entry["body"]) for entry in found if entry["title"][0] == name]
         assert own == [(f"{name}-{n}", name * (n * 97 % 2000)) for n in range(2000)]
     names = "".join(entry["title"][0] for entry in found)
-    assert len(re.findall(r"(.)(?!\1)", names)) > 4  # they did write at once
+    assert len(re.findall(r"(.)(?!\1)", names)) > 4  # they wrote at the same time
 
 
 @pytest.mark.parametrize("wrong", ["a folder", "below a file", "full"])
-def test_a_file_that_cannot_be_written_is_not_sent(tmp_path: Path, wrong: str):
+def test_a_file_that_cannot_be_written_raises_not_sent(tmp_path: Path, wrong: str):
     (tmp_path / "plain").write_text("")
     (channel,) = open_channels(
         {"a folder": tmp_path, "below a file": tmp_path / "plain" / "x", "full": Path("/dev/full")}[
@@ -234,7 +258,7 @@ def test_a_file_that_cannot_be_written_is_not_sent(tmp_path: Path, wrong: str):
         channel.send(STALE)
 
 
-CRAMPED = """
+FULL_DISK = """
 import resource
 (channel,) = channels()
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -248,28 +272,28 @@ except notify.NotSent:
 """
 
 
-def test_a_disk_that_takes_a_part_of_a_line_leaves_only_whole_lines(tmp_path: Path):
+def test_a_disk_with_room_for_a_part_of_a_line_keeps_only_whole_lines(tmp_path: Path):
     file = tmp_path / "alerts.jsonl"
-    code, out, err = run(CRAMPED, file)
+    code, out, err = run(FULL_DISK, file)
     assert (code, err) == (0, "")
     assert len(lines(file)) == int(out) > 1
     assert file.stat().st_size < 1000  # the next line would have fitted in part
 
 
-# --------------------------------------------------------------------------------- services
+# ---------------------------------------------------------------- services
 @pytest.mark.parametrize(
     ("event", "severity", "kind"),
     [
-        ("opened", Severity.INFO, "info"),
-        ("opened", Severity.WARNING, "warning"),
-        ("opened", Severity.ERROR, "failure"),
-        ("opened", Severity.CRITICAL, "failure"),
-        ("recovered", Severity.CRITICAL, "success"),
-        ("recovered", Severity.INFO, "success"),
+        (AlertEvent.OPENED, AlertSeverity.INFO, "info"),
+        (AlertEvent.OPENED, AlertSeverity.WARNING, "warning"),
+        (AlertEvent.OPENED, AlertSeverity.ERROR, "failure"),
+        (AlertEvent.OPENED, AlertSeverity.CRITICAL, "failure"),
+        (AlertEvent.RECOVERED, AlertSeverity.CRITICAL, "success"),
+        (AlertEvent.RECOVERED, AlertSeverity.INFO, "success"),
     ],
 )
-def test_a_service_is_told_what_and_how_bad(
-    service: Callable[[str], Channel], event: str, severity: Severity, kind: str
+def test_a_service_receives_text_and_severity(
+    service: Callable[[str], Channel], event: AlertEvent, severity: AlertSeverity, kind: str
 ):
     hook = Hook()
     with serving(hook.answer) as base:
@@ -280,7 +304,7 @@ def test_a_service_is_told_what_and_how_bad(
     ]
 
 
-def test_channels_stand_in_order_and_are_named_by_service_and_position(tmp_path: Path):
+def test_channels_keep_their_order_and_are_named_by_service_and_position(tmp_path: Path):
     urls = [
         "json://127.0.0.1/a",
         "https://hooks.slack.com/services/T1JJ3T3L2/A1BRTD4JD/TIiajkdnlazkcOXrIdevi7FQ",
@@ -296,7 +320,9 @@ def test_channels_stand_in_order_and_are_named_by_service_and_position(tmp_path:
     ]
 
 
-def test_a_long_message_is_split_unless_the_url_says_otherwise(service: Callable[[str], Channel]):
+def test_a_long_message_is_split_unless_the_url_has_another_setting(
+    service: Callable[[str], Channel],
+):
     hook, long = Hook(), "word " * 10_000
     with serving(hook.answer) as base:
         service(json_url(base)).send(message(body=long))
@@ -315,7 +341,9 @@ def test_a_message_without_a_body_is_sent(service: Callable[[str], Channel]):
 
 
 @pytest.mark.parametrize("status", [302, 400, 404, 500, 503])
-def test_an_answer_that_is_no_success_is_not_sent(service: Callable[[str], Channel], status: int):
+def test_an_answer_other_than_success_raises_not_sent(
+    service: Callable[[str], Channel], status: int
+):
     hook = Hook(status)
     with serving(hook.answer) as base, pytest.raises(NotSent) as caught:
         service(json_url(base, "hook?retry=5&wait=1&optional=yes")).send(STALE)
@@ -326,13 +354,15 @@ def test_an_answer_that_is_no_success_is_not_sent(service: Callable[[str], Chann
     assert len(hook.sent) == 1
 
 
-def test_a_service_that_is_not_there_is_not_sent(service: Callable[[str], Channel], refused: str):
+def test_a_service_that_does_not_listen_raises_not_sent(
+    service: Callable[[str], Channel], refused: str
+):
     channel = service(json_url(refused))
     with pytest.raises(NotSent, match=r"^channel json-1 did not take the message"):
         channel.send(STALE)
 
 
-def test_a_timeout_in_the_url_is_kept_and_bounded(service: Callable[[str], Channel]):
+def test_a_timeout_in_the_url_is_used_up_to_the_deadline(service: Callable[[str], Channel]):
     with serving(hang) as base:
         channel, begun = service(json_url(base, "hook?rto=0.2")), time.monotonic()
         with pytest.raises(NotSent):
@@ -379,7 +409,7 @@ def test_a_channel_that_hung_works_again(
         slow = False
         monkeypatch.setattr(notify, "DEADLINE", 10)
         channel.send(STALE)
-    assert len(hook.sent) == 2  # the first one arrived late: a message may come twice
+    assert len(hook.sent) == 2  # the first one arrived late: a message may arrive twice
 
 
 @pytest.mark.parametrize(
@@ -396,25 +426,24 @@ def test_a_channel_that_hung_works_again(
     ],
 )
 def test_a_url_that_apprise_cannot_use_is_bad_input(
-    tmp_path: Path, url: str, shown: str | None, heard: io.StringIO
+    tmp_path: Path, url: str, shown: str | None, logs: io.StringIO
 ):
     shown = shown or "alert URL 2 (scheme https)"
     with pytest.raises(BadInput) as caught:
         open_channels(tmp_path / "x", ["json://127.0.0.1/a", url])
-    assert (
-        str(caught.value)
-        == f"{shown} is not one that Apprise can use; write it as https://appriseit.com/services shows"
+    assert str(caught.value) == (
+        f"{shown} is not one that Apprise can use; write it as https://appriseit.com/services shows"
     )
-    assert CANARY not in "".join(traceback.format_exception(caught.value)) + heard.getvalue()
+    assert CANARY not in "".join(traceback.format_exception(caught.value)) + logs.getvalue()
 
 
-# --------------------------------------------------------------------------------- secrets and cost
+# ---------------------------------------------------------------- secrets and cost
 @pytest.fixture
-def heard() -> Iterator[io.StringIO]:
-    """All that anybody logs, at every level, with tracebacks."""
+def logs() -> Iterator[io.StringIO]:
+    """Record all logs of every logger, at every level, with tracebacks."""
     logging.getLogger("urllib3").setLevel(
         logging.NOTSET
-    )  # the client of Kubernetes has made it quiet for all
+    )  # the client of Kubernetes raises it for all
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     level = logging.root.level
@@ -426,7 +455,7 @@ def heard() -> Iterator[io.StringIO]:
 
 
 def test_no_secret_is_ever_shown(
-    tmp_path: Path, heard: io.StringIO, refused: str, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, logs: io.StringIO, refused: str, capfd: pytest.CaptureFixture[str]
 ):
     secret = f"{CANARY}/{CANARY}?-token={CANARY}&+Authorization={CANARY}&:key={CANARY}"
     shown = ""
@@ -442,26 +471,26 @@ def test_no_secret_is_ever_shown(
                 channel.send(STALE)
             except NotSent as error:
                 shown += "NotSent " + "".join(traceback.format_exception(error))
-                shown += repr(error.__context__)  # what a logger of whole chains would show
+                shown += repr(error.__context__)  # a logger may show the whole chain
         assert shown.count("NotSent ") == 3
-        assert CANARY not in shown + repr(channels) + heard.getvalue() + "".join(capfd.readouterr())
+        assert CANARY not in shown + repr(channels) + logs.getvalue() + "".join(capfd.readouterr())
         assert CANARY not in (tmp_path / "alerts.jsonl").read_text()
-        # the control: what others say is heard, and urllib3 and Apprise would have told
+        # the control: other records are logged, and urllib3 and Apprise do log the URL
         requests.post(f"{good}/{CANARY}", json={})
-        assert f"/{CANARY}" in heard.getvalue()
-        heard.truncate(0)
+        assert f"/{CANARY}" in logs.getvalue()
+        logs.truncate(0)
         channels[1]._plugin.notify(body="x")  # type: ignore[attr-defined]
-        assert f"/{CANARY}" in heard.getvalue()
+        assert f"/{CANARY}" in logs.getvalue()
 
 
-def test_other_threads_are_heard_while_a_message_is_sent(
-    service: Callable[[str], Channel], heard: io.StringIO
+def test_other_threads_can_log_while_a_message_is_sent(
+    service: Callable[[str], Channel], logs: io.StringIO
 ):
-    inside, told = threading.Event(), threading.Event()
+    inside, logged = threading.Event(), threading.Event()
 
     async def answer(request: web.Request) -> web.StreamResponse:
         inside.set()
-        await asyncio.to_thread(told.wait, 5)
+        await asyncio.to_thread(logged.wait, 5)
         return web.Response()
 
     with serving(answer) as base:
@@ -469,11 +498,11 @@ def test_other_threads_are_heard_while_a_message_is_sent(
         sender = threading.Thread(target=channel.send, args=(STALE,))
         sender.start()
         assert inside.wait(5)
-        logging.getLogger("urllib3.connectionpool").debug("somebody else")
-        told.set()
+        logging.getLogger("urllib3.connectionpool").debug("another thread")
+        logged.set()
         sender.join()
-    assert "somebody else" in heard.getvalue()
-    assert CANARY not in heard.getvalue()
+    assert "another thread" in logs.getvalue()
+    assert CANARY not in logs.getvalue()
 
 
 def test_apprise_is_imported_for_a_url_only_and_without_a_warning(tmp_path: Path):

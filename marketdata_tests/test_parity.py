@@ -16,14 +16,14 @@ from marketdata_assets.flows.prove.audit import Auditor, Finding
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.derive.rollup import RollupBuilder
 from marketdata_assets.flows.read.sql import connected
-from marketdata_assets.model.bar import SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import history, parity, raw
+from marketdata_assets.model.table import history_table, parity_table, raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.parity import compare_bars
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.views import answer
+from marketdata_assets.storage.views import run_query
 from marketdata_assets.transforms.rollup import roll_up
 from marketdata_assets.venues.registry import facts_of
 from marketdata_tests.conftest import Universe, needs_shared
@@ -58,7 +58,7 @@ def stored(
     """The outcomes in the lake."""
     with open_context(settings) as context:
         found = context.storage.lake.read(
-            parity(TIMEFRAMES[timeframe]), partition or partitions(settings)[0]
+            parity_table(TIMEFRAMES[timeframe]), partition or partitions(settings)[0]
         )
     assert found is not None
     return found
@@ -311,13 +311,13 @@ def test_the_minute_that_binance_lacks_itself(
             window=window("2023-02-01", "2023-03-01"),
         ) as sql,
     ):
-        found = answer(
+        found = run_query(
             sql, "SELECT market, open_time, minutes FROM parity.ohlcv_1h WHERE outcome <> 'equal'"
         )
         assert found.rows() == [
             ("binance:SOL-USDT", at("2023-02-14T16:00:00Z"), "2023-02-14T16:39:00Z")
         ]
-        counted = answer(sql, "SELECT count(*), count(DISTINCT outcome) FROM parity.ohlcv_1h")
+        counted = run_query(sql, "SELECT count(*), count(DISTINCT outcome) FROM parity.ohlcv_1h")
         assert counted.rows() == [(48, 2)]
 
 
@@ -328,7 +328,7 @@ def kraken(symbol: str, timeframe: str, span: str) -> pl.DataFrame:
     opens = (
         pl.from_epoch("time")
         .dt.replace_time_zone("UTC")
-        .cast(SCHEMA["open_time"])
+        .cast(BAR_SCHEMA["open_time"])
         .alias("open_time")
     )
     given = {
@@ -341,7 +341,7 @@ def kraken(symbol: str, timeframe: str, span: str) -> pl.DataFrame:
     }
     values = [
         (pl.col(given[n]).cast(t) if n in given else pl.lit(None, t)).alias(n)
-        for n, t in SCHEMA.items()
+        for n, t in BAR_SCHEMA.items()
         if n != "open_time"
     ]
     return rows.select(opens, *values)
@@ -570,9 +570,9 @@ def altered(
 ) -> None:
     """The stored raw bars, changed behind the ledger's back."""
     with open_context(settings) as context:
-        bars = context.storage.lake.read(raw(TIMEFRAMES[timeframe]), JANUARY)
+        bars = context.storage.lake.read(raw_table(TIMEFRAMES[timeframe]), JANUARY)
         assert bars is not None
-        context.storage.lake.write(raw(TIMEFRAMES[timeframe]), JANUARY, change(bars))
+        context.storage.lake.write(raw_table(TIMEFRAMES[timeframe]), JANUARY, change(bars))
 
 
 SPAN = window("2024-01-02T05:00", "2024-01-02T06:00")
@@ -633,11 +633,11 @@ def test_a_correction_that_the_native_bar_does_not_know(whole_day: Settings) -> 
             .then(pl.col("volume") + 3)
             .otherwise(pl.col("volume"))
         )
-        return bars.with_columns(more.cast(SCHEMA["volume"]).alias("volume"))
+        return bars.with_columns(more.cast(BAR_SCHEMA["volume"]).alias("volume"))
 
     altered(whole_day, "1m", correct)
     with open_context(whole_day) as context:
-        table = history(ONE)
+        table = history_table(ONE)
         told = {"known_at": SPAN.start, "replaced_at": SPAN.end, "source": "rest"}
         revision = old[0].with_columns(pl.lit(value).alias(name) for name, value in told.items())
         context.storage.lake.write(table, JANUARY, revision.select(table.typed))
@@ -666,7 +666,7 @@ def test_where_the_venues_bars_are_not_stored_nothing_is_judged(
     assert finding.numbers["compared"] == 0
     assert "no bars of the venue's own are stored" in finding.says
     with open_context(settings) as context:
-        assert context.storage.lake.sizes(parity(HOUR)) == {}
+        assert context.storage.lake.list_sizes(parity_table(HOUR)) == {}
 
 
 def test_only_what_both_sides_were_asked_for_is_judged(
@@ -691,8 +691,10 @@ def test_only_what_both_sides_were_asked_for_is_judged(
 def test_the_same_bars_give_the_same_object(whole_day: Settings) -> None:
     audited(whole_day)
     with open_context(whole_day) as context:
-        before = context.storage.lake.sizes(parity(HOUR))
-        (file,) = (Path(uri) for uri in context.storage.lake.uris(parity(HOUR), [JANUARY]))
+        before = context.storage.lake.list_sizes(parity_table(HOUR))
+        (file,) = (
+            Path(uri) for uri in context.storage.lake.find_uris(parity_table(HOUR), [JANUARY])
+        )
     content = file.read_bytes()
     audited(whole_day)
     assert file.read_bytes() == content
@@ -734,7 +736,7 @@ def test_what_the_finer_bars_do_not_add_up_to(sandbox: Any, universe: Universe) 
             settings,
             name,
             lambda bars, added=added: bars.with_columns(
-                added.cast(SCHEMA["volume"]).alias("volume")
+                added.cast(BAR_SCHEMA["volume"]).alias("volume")
             ),
         )  # type: ignore[misc]
     (shown,) = audited(settings, ("15m", "1h"))["1h"][0].table
@@ -762,10 +764,10 @@ def test_a_week_that_began_in_the_month_before(sandbox: Any, universe: Universe)
         run_ingest(settings, timeframe=name)
     november, december = partitions(settings)
     with open_context(settings) as context:
-        bars = context.storage.lake.read(raw(ONE), november)
+        bars = context.storage.lake.read(raw_table(ONE), november)
         assert bars is not None
         context.storage.lake.write(
-            raw(ONE), november, bars.filter(pl.col("open_time") != at("2023-11-29T03:00"))
+            raw_table(ONE), november, bars.filter(pl.col("open_time") != at("2023-11-29T03:00"))
         )
     found = audited(settings, ("1d", "1w"))
     assert [[row["minutes"] for row in finding.table] for finding in found["1d"]] == [

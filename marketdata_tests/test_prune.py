@@ -36,7 +36,7 @@ from marketdata_assets.dagster_ext.prune import Pruned, prune
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, market_months
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
@@ -66,7 +66,7 @@ def swap(settings: Settings, key: str) -> None:
     it.
     """
     with open_context(settings) as context:
-        table, partition = raw(TIMEFRAMES["1m"]), Partition.parse(key)
+        table, partition = raw_table(TIMEFRAMES["1m"]), Partition.parse(key)
         bars = context.storage.lake.read(table, partition)
         assert bars is not None
         context.storage.lake.write(

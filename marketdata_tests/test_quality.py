@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marketdata_assets.model.bar import COLUMNS, NAMES, SCHEMA, empty_bars
+from marketdata_assets.model.bar import BAR_COLUMNS, BAR_SCHEMA, COLUMN_NAMES, empty_bars
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, to_ms
 from marketdata_assets.quality.agreement import (
@@ -41,7 +41,7 @@ ASKED = Window(START, START + timedelta(days=1))
 LATER = START + timedelta(days=2)
 NOON = START + timedelta(hours=12)
 SENT_SCHEMA = {
-    name: pl.Int64() if name in ("open_time", "trades") else pl.String() for name in NAMES
+    name: pl.Int64() if name in ("open_time", "trades") else pl.String() for name in COLUMN_NAMES
 }
 TEXTS = [name for name, dtype in SENT_SCHEMA.items() if dtype == pl.String]
 
@@ -62,7 +62,9 @@ def judge(
     columns: Sequence[str] = REQUIRED,
 ) -> SplitRows:
     """Split rows of one answer."""
-    frame = pl.DataFrame([{name: r[name] for name in NAMES} for r in rows], schema=SENT_SCHEMA)
+    frame = pl.DataFrame(
+        [{name: r[name] for name in COLUMN_NAMES} for r in rows], schema=SENT_SCHEMA
+    )
     return split_rows(
         add_request_columns(frame, 3, asked), timeframe, closed_before=closed, columns=columns
     )
@@ -77,7 +79,7 @@ def reasons(*args: Any, **kwargs: Any) -> list[str]:
 
 # --------------------------------------------------------------------------------- one row, one rul
 BROKEN: dict[str, list[Row]] = {
-    "null": [sent(**{column.name: None}) for column in COLUMNS if not column.optional],
+    "null": [sent(**{column.name: None}) for column in BAR_COLUMNS if not column.optional],
     "not_a_number": [
         *(sent(**{name: "NaN"}) for name in TEXTS),
         *(
@@ -179,7 +181,7 @@ def test_all_broken_rules_are_named_in_the_order_of_the_table():
 def test_null_is_broken_in_every_column_that_the_venue_always_gives():
     for name in ("quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume"):
         assert reasons([sent(**{name: None})]) == []
-        assert reasons([sent(**{name: None})], columns=NAMES) == ["null"]
+        assert reasons([sent(**{name: None})], columns=COLUMN_NAMES) == ["null"]
 
 
 @pytest.mark.parametrize("hour", [0, 7, 13, 23])
@@ -305,18 +307,18 @@ def test_every_row_ends_in_one_frame_with_the_reasons_that_python_finds(rows: li
     assert refused == [as_text(r) for r, v in zip(rows, verdicts, strict=True) if v]
     kept = judged.kept.drop("answer").with_columns(pl.col("open_time").dt.epoch("ms"))
     assert kept.rows() == [as_numbers(r) for r, v in zip(rows, verdicts, strict=True) if not v]
-    assert judged.kept.schema == pl.Schema({"answer": pl.Int64(), **SCHEMA})
+    assert judged.kept.schema == pl.Schema({"answer": pl.Int64(), **BAR_SCHEMA})
     assert judged.rejected.schema == pl.Schema(REJECTED_SCHEMA)
 
 
 def as_text(r: Row) -> Row:
     """A row with all values as text."""
-    return {name: None if r[name] is None else str(r[name]) for name in NAMES}
+    return {name: None if r[name] is None else str(r[name]) for name in COLUMN_NAMES}
 
 
 def as_numbers(r: Row) -> tuple[Any, ...]:
     """A clean row's values."""
-    return tuple(number(r[name]) if name in TEXTS else r[name] for name in NAMES)
+    return tuple(number(r[name]) if name in TEXTS else r[name] for name in COLUMN_NAMES)
 
 
 @needs_shared
@@ -332,7 +334,7 @@ def test_no_real_bar_breaks_a_rule(symbol: str, span: str):
     """Real data of Binance holds no broken bar, the zero-volume minutes before the halt of 2023-03-24
     included.
     """
-    rows = dump("binance_spot", symbol, "1m", span).rename({"count": "trades"}).select(NAMES)
+    rows = dump("binance_spot", symbol, "1m", span).rename({"count": "trades"}).select(COLUMN_NAMES)
     judged = split_rows(
         add_request_columns(rows, 0, Window(at("2023-01-01"), at("2025-01-01"))),
         M1,
@@ -348,7 +350,7 @@ def test_bars_refused_after_all_keep_their_fields():
     assert refused.schema == pl.Schema(REJECTED_SCHEMA)
     assert refused.drop("fields").rows() == [(5, NOON, "conflict")]
     fields = json.loads(refused["fields"][0])
-    assert list(fields) == list(NAMES)
+    assert list(fields) == list(COLUMN_NAMES)
     assert (Decimal(fields["quote_volume"]), fields["trades"]) == (1030, None)
 
 
@@ -424,8 +426,8 @@ def test_answers_by_hand(
     assert sorted(as_votes(found.outvoted)) == outvoted
     assert sorted(as_votes(found.unresolved)) == unresolved
     assert len(votes) == len(chosen) + repeated + len(outvoted) + len(unresolved)
-    assert found.bars.schema == pl.Schema(SCHEMA)
-    with_answer = pl.Schema({"answer": pl.Int64(), **SCHEMA})
+    assert found.bars.schema == pl.Schema(BAR_SCHEMA)
+    with_answer = pl.Schema({"answer": pl.Int64(), **BAR_SCHEMA})
     assert found.outvoted.schema == found.unresolved.schema == with_answer
 
 
@@ -522,7 +524,7 @@ def test_the_contract_lets_clean_bars_through():
 @pytest.mark.parametrize(
     ("change", "column"),
     [
-        (lambda bars: bars.select(*NAMES[:1], "high", "open", *NAMES[3:]), "high"),
+        (lambda bars: bars.select(*COLUMN_NAMES[:1], "high", "open", *COLUMN_NAMES[3:]), "high"),
         (lambda bars: bars.drop("trades"), "trades"),
         (lambda bars: bars.drop("close"), "close"),
         (lambda bars: bars.with_columns(pl.lit(1).alias("extra")), "extra"),
@@ -539,17 +541,17 @@ def test_the_contract_lets_clean_bars_through():
         (lambda bars: pl.concat([bars, bars[-1:]]), "ascending"),
         (lambda bars: bars.reverse(), "ascending"),
         *(
-            (lambda bars, n=c.name: bars.with_columns(pl.lit(None, SCHEMA[n]).alias(n)), c.name)
-            for c in COLUMNS
+            (lambda bars, n=c.name: bars.with_columns(pl.lit(None, BAR_SCHEMA[n]).alias(n)), c.name)
+            for c in BAR_COLUMNS
             if not c.optional
         ),
         *(
-            (lambda bars, n=n: bars.with_columns(pl.lit(0).cast(SCHEMA[n]).alias(n)), n)
+            (lambda bars, n=n: bars.with_columns(pl.lit(0).cast(BAR_SCHEMA[n]).alias(n)), n)
             for n in ("open", "high", "low", "close")
         ),
         *(
-            (lambda bars, n=n: bars.with_columns(pl.lit(-1).cast(SCHEMA[n]).alias(n)), n)
-            for n in NAMES[5:]
+            (lambda bars, n=n: bars.with_columns(pl.lit(-1).cast(BAR_SCHEMA[n]).alias(n)), n)
+            for n in COLUMN_NAMES[5:]
         ),
     ],
 )

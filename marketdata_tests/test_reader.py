@@ -20,9 +20,9 @@ from marketdata_assets import open_reader
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.read.bars import BarReader
-from marketdata_assets.model.bar import ROLLUP_SCHEMA, SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA, ROLLUP_SCHEMA
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage import objects
@@ -65,7 +65,7 @@ def test_a_lazy_frame_holds_every_bar_of_the_window(stored: Settings, timeframe:
         lazy = reader.bars(BTC, timeframe, start, end)
         assert isinstance(lazy, pl.LazyFrame)
         found = lazy.collect()
-        assert dict(found.schema) == dict(SCHEMA if timeframe == "1m" else ROLLUP_SCHEMA)
+        assert dict(found.schema) == dict(BAR_SCHEMA if timeframe == "1m" else ROLLUP_SCHEMA)
         assert_frame_equal(found, expected(stored, BTC, timeframe, start, end))
         assert found.height > 0
         everything = reader.bars(BTC, timeframe).collect()
@@ -187,16 +187,16 @@ def test_months_of_different_digits_are_one_frame(sandbox: Any, universe: Callab
     """One month's prices need two decimals, the next one's five."""
     settings = universe(sandbox[1], since="2023-12-31", until="2024-01-02", rollups="parquet")
     run_ingest(settings)
-    january, table = Partition.parse(f"{BTC}|2024-01-01"), raw(TIMEFRAMES["1m"])
+    january, table = Partition.parse(f"{BTC}|2024-01-01"), raw_table(TIMEFRAMES["1m"])
     with open_context(settings) as context:
         bars = context.storage.lake.read(table, january)
         assert bars is not None
         finer = bars.with_columns(pl.col("volume") + pl.lit(Decimal("0.000000000001")))
-        context.storage.lake.write(table, january, finer.cast(dict(SCHEMA)))  # type: ignore[arg-type]
+        context.storage.lake.write(table, january, finer.cast(dict(BAR_SCHEMA)))  # type: ignore[arg-type]
     with open_reader() as reader:
         found = reader.bars(BTC, "1m").collect()
         assert_frame_equal(
-            found.filter(pl.col("open_time") >= at("2024-01-01")), finer.cast(dict(SCHEMA))
+            found.filter(pl.col("open_time") >= at("2024-01-01")), finer.cast(dict(BAR_SCHEMA))
         )  # type: ignore[arg-type]
         by_sql = reader.sql("SELECT volume FROM raw.ohlcv_1m ORDER BY open_time")
         assert by_sql["volume"].to_list() == found["volume"].to_list()

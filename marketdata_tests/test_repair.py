@@ -13,11 +13,11 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
+from marketdata_assets.cli.processes import dagster_environment
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 from marketdata_assets.cli.main import app
-from marketdata_assets.cli.processes import dagster_environment
 from marketdata_assets.context import open_context
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import BadInput, MarketDataError
@@ -27,8 +27,8 @@ from marketdata_assets.flows.operate.repair import Repairer
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.ledger.ledger import Account, Entry, Gap
-from marketdata_assets.model.bar import NAMES
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.bar import COLUMN_NAMES
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.clean import clean_bars
@@ -81,9 +81,9 @@ def call(*arguments: str, code: int = 0) -> Any:
 def tamper_with(settings: Settings, change: Any) -> None:
     """Let somebody else write into January's raw object."""
     with open_context(settings) as context:
-        bars = context.storage.lake.read(raw(MINUTE), JANUARY, provenance=True)
+        bars = context.storage.lake.read(raw_table(MINUTE), JANUARY, with_provenance=True)
         assert bars is not None
-        context.storage.lake.write(raw(MINUTE), JANUARY, change(bars))
+        context.storage.lake.write(raw_table(MINUTE), JANUARY, change(bars))
 
 
 def test_a_whole_span_needs_nothing(stored: tuple[SandboxExchange, Settings]) -> None:
@@ -310,16 +310,16 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
     stored then.
     """
     with open_context(settings) as context:
-        stored = context.storage.lake.read(raw(MINUTE), JANUARY, provenance=True)
-        state = context.ledger.state(raw(MINUTE), JANUARY)
+        stored = context.storage.lake.read(raw_table(MINUTE), JANUARY, with_provenance=True)
+        state = context.ledger.state(raw_table(MINUTE), JANUARY)
         assert stored is not None
         assert state is not None
         lies = context.storage.lake.write(
-            raw(MINUTE), JANUARY, stored.join(bars, on="open_time", how="anti")
+            raw_table(MINUTE), JANUARY, stored.join(bars, on="open_time", how="anti")
         )
         fields = pl.struct(
             pl.col("open_time").dt.epoch("ms").cast(pl.String),
-            *(pl.col(n).cast(pl.String) for n in NAMES[1:]),
+            *(pl.col(n).cast(pl.String) for n in COLUMN_NAMES[1:]),
         ).struct.json_encode()
         refused = bars.select(
             pl.lit(-1, pl.Int64).alias("answer"),
@@ -339,7 +339,7 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
             }
         )
         entry = Entry(
-            raw(MINUTE),
+            raw_table(MINUTE),
             JANUARY,
             kept,
             Account(bars.height, 0, 0, bars.height),

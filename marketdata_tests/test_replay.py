@@ -17,7 +17,7 @@ from marketdata_assets.flows.derive.rollup import RollupBuilder
 from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.coverage import CoverageReporter
-from marketdata_assets.model.bar import SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
@@ -112,8 +112,8 @@ def _expected(exchange: Any, symbol: str, timeframe: Timeframe, span: Window) ->
         }
     )
     frame = frame.with_columns(
-        (pl.col("open_time") * 1000).cast(SCHEMA["open_time"]),
-        *(pl.col(name).cast(SCHEMA[name]) for name in NINE),
+        (pl.col("open_time") * 1000).cast(BAR_SCHEMA["open_time"]),
+        *(pl.col(name).cast(BAR_SCHEMA[name]) for name in NINE),
     )
     return frame.filter(pl.col("open_time") + timeframe.width <= span.end)
 

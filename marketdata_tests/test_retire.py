@@ -24,7 +24,7 @@ from marketdata_assets.flows.operate.backfill import BacklogFinder
 from marketdata_assets.flows.operate.retire import Retirer
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.coverage import CoverageReporter
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.load import load_settings
@@ -117,7 +117,7 @@ def test_what_is_gone_is_neither_missing_nor_asked_for(stored: Stored):
         assert [c.expected for c in context.bind(CoverageReporter).report(settings.markets)] == [0]
         assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
         assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).blocks == []
-        days, _ = context.bind(CoverageReporter).daily(raw(MINUTES))
+        days, _ = context.bind(CoverageReporter).daily(raw_table(MINUTES))
         assert set(days[MARKET]) == {None}
     assert bars(settings, "1h").height > 0
 
@@ -159,8 +159,8 @@ def test_old_months_move_to_a_colder_place_and_read_as_before(stored: Stored, tm
     moved = went(settings)
     assert {(month, what) for _, month, what in moved} == {("2023-10", "moved")}
     assert {table for table, *_ in moved} == {
-        raw(MINUTES).name,
-        *(rollup(tf).name for tf in settings.rollup_timeframes),
+        raw_table(MINUTES).name,
+        *(rollup_table(tf).name for tf in settings.rollup_timeframes),
     }
     assert len(list((tmp_path / "cold").rglob("data.parquet"))) == len(moved)
     assert not list((tmp_path / "lake").glob("*/*/*/month=2023-10/*"))
@@ -192,7 +192,7 @@ def test_in_s3_old_months_change_their_class_or_their_bucket(
     before = bars(settings, "1h")
     assert {(month, what) for _, month, what in went(settings)} == {("2023-10", "moved")}
     with open_context(settings) as context:
-        assert sorted(context.storage.lake.classes(raw(MINUTES)).values()) == [
+        assert sorted(context.storage.lake.list_storage_classes(raw_table(MINUTES)).values()) == [
             "STANDARD",
             "STANDARD_IA",
         ]
@@ -231,5 +231,5 @@ def test_the_command_and_the_job_say_the_same(stored: Stored, monkeypatch: pytes
                 instance=instance, run_config={"ops": {"let_go": {"config": {"dry_run": dry_run}}}}
             ).success
         with open_context(settings) as context:
-            assert len(context.storage.lake.sizes(raw(MINUTES))) == left
+            assert len(context.storage.lake.list_sizes(raw_table(MINUTES))) == left
     assert wiped == [("raw/ohlcv_1m", [f"{MARKET}|2023-10-01", f"{MARKET}|2023-11-01"])]

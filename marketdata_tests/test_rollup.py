@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA, SCHEMA, empty_bars
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, ROLLUP_SCHEMA, empty_bars
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.transforms.rollup import roll_up
@@ -189,7 +189,7 @@ def test_rollups_of_many_bars_are_the_same_for_any_number_of_threads(tmp_path: P
             f" FROM read_parquet('{tmp_path}/8/bars') GROUP BY epoch(open_time)::BIGINT // {hours * 3600}"
             f" ORDER BY epoch(open_time)::BIGINT // {hours * 3600}"
         ).fetchall()
-        assert made[0].select(*NAMES[1:], "bars_present").rows() == found
+        assert made[0].select(*COLUMN_NAMES[1:], "bars_present").rows() == found
 
 
 # --------------------------------------------------------------------------------- by hand
@@ -255,7 +255,7 @@ def test_one_missing_value_makes_the_sum_unknown_and_no_other(name: str):
     rows = [row(moment) for moment in minutes(120)]
     rows[30][name] = None
     first, second = roll_up(frame(rows), M1, [H1], FOREVER)[H1].rows(named=True)
-    assert [n for n in NAMES if first[n] is None] == [name]
+    assert [n for n in COLUMN_NAMES if first[n] is None] == [name]
     assert (first["vwap"] is None) == (name == "quote_volume")
     assert second[name] is not None
     assert second["vwap"] is not None
@@ -338,7 +338,7 @@ def test_rollups_equal_the_native_bars_in_all_nine_columns(
     for name in names:
         native = real_bars(symbol, name, span)
         assert native.height > 50
-        assert made[TIMEFRAMES[name]].select(NAMES).equals(native), name
+        assert made[TIMEFRAMES[name]].select(COLUMN_NAMES).equals(native), name
 
 
 @needs_shared
@@ -364,12 +364,12 @@ def test_the_only_known_difference_is_a_minute_that_the_dump_lacks():
     for name, opened, present in (("15m", "2023-02-14T16:30", 14), ("1h", "2023-02-14T16:00", 59)):
         native, ours = real_bars("SOLUSDT", name, span), made[TIMEFRAMES[name]]
         assert ours["open_time"].equals(native["open_time"])
-        other = ours.join(native, on=NAMES, how="anti")
+        other = ours.join(native, on=COLUMN_NAMES, how="anti")
         assert other["open_time"].to_list() == [at(opened)]
         assert other["bars_present"].to_list() == [present]
         assert ours.filter(pl.col("bars_present") < pl.col("bars_expected")).height == 1
         same = native.filter(pl.col("open_time") == at(opened))
-        assert [n for n in NAMES if other[n][0] != same[n][0]] == list(VOLUMES)
+        assert [n for n in COLUMN_NAMES if other[n][0] != same[n][0]] == list(VOLUMES)
         assert all(other[n][0] < same[n][0] for n in VOLUMES)
 
 
@@ -383,7 +383,7 @@ def test_hours_that_the_exchange_published_roll_up_to_its_four_hours():
     ]
     native = real_bars("BTCUSDT", "4h", "2020-02-01_2020-03-31")
     summed_as_floats = ("quote_volume", "taker_buy_quote_volume")
-    assert made.select(NAMES).drop(summed_as_floats).equals(native.drop(summed_as_floats))
+    assert made.select(COLUMN_NAMES).drop(summed_as_floats).equals(native.drop(summed_as_floats))
     for name in summed_as_floats:
         assert 0 < (made[name] - native[name]).abs().max() <= Decimal("0.00000005")
 
@@ -395,14 +395,14 @@ def test_rollups_equal_the_bars_of_the_api(symbol: str):
     bar of ours.
     """
     span = "2024-01-01_2024-02-29"
-    five, names = list(NAMES[:6]), ["5m", "15m", "1h", "4h", "1d", "1w"]
+    five, names = list(COLUMN_NAMES[:6]), ["5m", "15m", "1h", "4h", "1d", "1w"]
     made = rolled(symbol, "1m", span, *SPANS[span], names)
     for name in names:
         native = dump("binance_spot_native_ohlcv", symbol, name, span)
         opens = (
             pl.from_epoch("open_time", time_unit="ms")
             .dt.replace_time_zone("UTC")
-            .cast(SCHEMA["open_time"])
+            .cast(BAR_SCHEMA["open_time"])
         )
         native = native.select(opens, *five[1:])
         ours = made[TIMEFRAMES[name]].select(

@@ -1,5 +1,5 @@
-"""The lake in S3, against real servers on loopback and through a proxy that breaks things: what is
-acknowledged is stored, whole.
+"""The lake in S3, against real servers on loopback and through a proxy that damages requests: an
+acknowledged object is stored completely.
 
 The servers are moto, ministack (keeps its data through kill -9), and the one that
 MARKETDATA_TEST_S3_ENDPOINT names, with the keys of the usual AWS variables.
@@ -32,20 +32,31 @@ import pytest
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.flows.fetch.ingest import Ingested
-from marketdata_assets.flows.fetch.plan import BackfillPlanner
-from marketdata_assets.flows.operate.backfill import BacklogFinder
-from marketdata_assets.flows.read.coverage import Coverage, CoverageReporter
-from marketdata_assets.model.bar import SCHEMA
+from marketdata_assets.flows.fetch.plan import plan
+from marketdata_assets.flows.operate.backfill import missed
+from marketdata_assets.flows.read.coverage import Coverage, coverage
+from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
-from marketdata_assets.storage import objects
-from marketdata_assets.storage.objects import ATTEMPTS, open_objects
-from marketdata_assets.storage.parquet import Lake, encode
+from marketdata_assets.storage import s3, s3_client
+from marketdata_assets.storage.lake import Lake
+from marketdata_assets.storage.objects import open_object_store
+from marketdata_assets.storage.parquet import encode
+from marketdata_assets.storage.s3_client import MAX_ATTEMPTS
 from marketdata_tests.conftest import SANDBOX_NOW, universe
-from marketdata_tests.s3_proxy import PASSING, Fault, Proxy, Seen, answer, proxied, refusal
+from marketdata_tests.s3_proxy import (
+    PASSING,
+    Ending,
+    Fault,
+    Proxy,
+    ProxyRequest,
+    answer,
+    open_proxy,
+    refusal,
+)
 from marketdata_tests.samples import FEBRUARY, JANUARY, frame, kill, minutes, row, start_python
 from marketdata_tests.samples import random_bars as bars
 from marketdata_tests.steps import (
@@ -63,15 +74,15 @@ from marketdata_tests.test_ingest import everything_is_true, exchange_at
 
 NAMED = os.environ.get("MARKETDATA_TEST_S3_ENDPOINT")
 M1 = TIMEFRAMES["1m"]
-TABLE = raw(M1)
+TABLE = raw_table(M1)
 PATH = TABLE.path(JANUARY)
 GOOD = bars(1)
 
 
-# --------------------------------------------------------------------------------- servers
+# ---------------------------------------------------------------- servers
 @dataclass
 class Store:
-    """A bucket of a server, looked at behind the lake's back."""
+    """A bucket of a server, and its objects as the server has them."""
 
     kind: str
     url: str
@@ -83,11 +94,11 @@ class Store:
         return f"s3://{self.bucket}/lake"
 
     def lake(self) -> Lake:
-        """A lake of its own, as another process or another host has one."""
+        """Open a lake of its own, as another process or another host does."""
         return Lake(self.location)
 
     def contents(self) -> dict[str, bytes]:
-        """Every object below the lake, byte for byte."""
+        """Return every object below the lake, byte for byte."""
         pages = self.client.get_paginator("list_objects_v2").paginate(
             Bucket=self.bucket, Prefix="lake/"
         )
@@ -103,7 +114,7 @@ class Store:
         self.client.put_object(Bucket=self.bucket, Key=f"lake/{path}", Body=content)
 
     def uploads(self) -> list[str]:
-        """Uploads in parts that nobody has finished."""
+        """Return the ids of unfinished multipart uploads."""
         return [
             upload["UploadId"]
             for upload in self.client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", ())
@@ -111,8 +122,8 @@ class Store:
 
 
 def open_store(kind: str, url: str, patch: pytest.MonkeyPatch) -> Store:
-    """A fresh bucket there, with the AWS variables set for it; the named server's keys are the
-    user's.
+    """Create a fresh bucket, and set the AWS variables for it; the keys of the named server are
+    already set.
     """
     if kind != "named":
         for name, value in {
@@ -123,15 +134,15 @@ def open_store(kind: str, url: str, patch: pytest.MonkeyPatch) -> Store:
     patch.setenv("AWS_ENDPOINT_URL", url)
     patch.setenv("AWS_REGION", "us-east-1")
     patch.setenv("NO_PROXY", "127.0.0.1")
-    client, bucket = objects.open_client(), f"test-{secrets.token_hex(6)}"
+    client, bucket = s3_client.create_client(), f"test-{secrets.token_hex(6)}"
     client.create_bucket(Bucket=bucket)
     return Store(kind, url, bucket, client)
 
 
 @contextmanager
 def ministack(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server that keeps its objects in that folder; its address and its process, which is killed in
-    the end.
+    """Run a server that stores its objects in that folder. Yield its address and its process, which
+    is killed at the end.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
@@ -164,7 +175,7 @@ def ministack(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, str]]:
-    """Each server in turn: what it is and where."""
+    """Return kind and address of each server in turn."""
     if request.param == "ministack":
         with ministack(tmp_path_factory.mktemp("ministack")) as (url, _):
             yield request.param, url
@@ -177,53 +188,53 @@ def server(
 
 @pytest.fixture
 def store(server: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A fresh bucket on each server in turn."""
+    """Return a fresh bucket on each server in turn."""
     return open_store(*server, monkeypatch)
 
 
 @pytest.fixture
 def fast(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A fresh bucket on moto alone."""
+    """Return a fresh bucket on moto."""
     return open_store("moto", s3_server, monkeypatch)
 
 
 @pytest.fixture
 def proxy(fast: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy before `fast`, which lakes opened from now on go through."""
-    with proxied(fast.url) as proxy:
+    """Run a proxy before `fast`; lakes that are opened from now on use it."""
+    with open_proxy(fast.url) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         yield proxy
 
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """botocore's pauses cost nothing, and who is silent is not waited for."""
+    """Let botocore not pause, and give a silent server up soon."""
     monkeypatch.setattr(
         "botocore.endpoint.time", type("Clock", (), {"sleep": staticmethod(lambda seconds: None)})
     )
-    monkeypatch.setattr(objects, "ANSWER_SECONDS", 5)
+    monkeypatch.setattr(s3_client, "READ_TIMEOUT_SECONDS", 5)
 
 
 def acts(lake: Lake) -> dict[str, Callable[[], Any]]:
-    """Everything that asks the server for something."""
+    """Return every call that makes requests, by name."""
     return {
         "read": lambda: lake.read(TABLE, JANUARY),
         "write": lambda: lake.write(TABLE, JANUARY, bars(2)),
         "create": lambda: lake.write(TABLE, FEBRUARY, bars(2)),
         "size": lambda: lake.size(TABLE, JANUARY),
-        "sizes": lambda: lake.sizes(TABLE),
+        "sizes": lambda: lake.list_sizes(TABLE),
         "delete": lambda: lake.delete(TABLE, JANUARY),
-        "set aside": lambda: lake.set_aside(TABLE, JANUARY),
-        "classes": lambda: lake.classes(TABLE),
-        "set class": lambda: lake.set_class(TABLE, JANUARY, "STANDARD_IA"),
+        "quarantine": lambda: lake.quarantine_object(TABLE, JANUARY),
+        "classes": lambda: lake.list_storage_classes(TABLE),
+        "set class": lambda: lake.set_storage_class(TABLE, JANUARY, "STANDARD_IA"),
     }
 
 
-# --------------------------------------------------------------------------------- what every serve
+# ---------------------------------------------------------------- on every server
 def test_a_lake_on_each_server(store: Store):
-    """The contract of test_lake, once through, on servers of different makes."""
+    """The contract of test_lake, once, on servers of different makers."""
     lake = store.lake()
-    assert (lake.read(TABLE, JANUARY), lake.size(TABLE, JANUARY), lake.sizes(TABLE)) == (
+    assert (lake.read(TABLE, JANUARY), lake.size(TABLE, JANUARY), lake.list_sizes(TABLE)) == (
         None,
         None,
         {},
@@ -232,31 +243,31 @@ def test_a_lake_on_each_server(store: Store):
         written = lake.write(TABLE, JANUARY, bars(seed))
         assert lake.read(TABLE, JANUARY).equals(bars(seed))
         assert store.lake().size(TABLE, JANUARY) == written.bytes
-    place = open_objects(store.location)
+    place = open_object_store(store.location)
     place.write("empty", b"")
     assert (place.read("empty"), place.size("empty")) == (b"", 0)
     lake.write(TABLE, FEBRUARY, GOOD)
-    assert set(lake.sizes(TABLE)) == {
+    assert set(lake.list_sizes(TABLE)) == {
         ("binance:BTC-USDT", "2024-01-01"),
         ("binance:BTC-USDT", "2024-02-01"),
     }
-    assert lake.classes(TABLE) == {PATH: "STANDARD", TABLE.path(FEBRUARY): "STANDARD"}
+    assert lake.list_storage_classes(TABLE) == {PATH: "STANDARD", TABLE.path(FEBRUARY): "STANDARD"}
     assert [frame.collect().height for frame in lake.scan(TABLE, [JANUARY, FEBRUARY])] == [100, 100]
-    assert lake.set_aside(TABLE, JANUARY).endswith(PATH + ".damaged")
+    assert lake.quarantine_object(TABLE, JANUARY).endswith(PATH + ".damaged")
     lake.delete(TABLE, FEBRUARY)
     store.lake().delete(TABLE, FEBRUARY)
     assert set(store.contents()) == {"empty", PATH + ".damaged"}
-    assert (lake.read(TABLE, JANUARY), lake.sizes(TABLE), store.uploads()) == (None, {}, [])
+    assert (lake.read(TABLE, JANUARY), lake.list_sizes(TABLE), store.uploads()) == (None, {}, [])
 
 
-def test_one_of_two_writers_wins_and_the_other_is_told(store: Store):
-    """Two hosts have read the same object; and after that, neither finds one, and both create it."""
+def test_one_of_two_writers_wins_and_the_other_gets_an_error(store: Store):
+    """Two hosts have read one object; and after that, neither finds one, and both create it."""
     store.lake().write(TABLE, JANUARY, GOOD)
     for partition in (JANUARY, FEBRUARY):
         first, second = store.lake(), store.lake()
         first.read(TABLE, partition), second.read(TABLE, partition)
         first.write(TABLE, partition, bars(2))
-        for _ in range(2):  # it does not help to insist
+        for _ in range(2):  # a second attempt does not help
             with pytest.raises(
                 StoreFailed,
                 match=r"^s3://.*/data.parquet was changed by another writer meanwhile; [^\n]*$",
@@ -275,8 +286,8 @@ def test_two_writers_of_the_same_bars_are_no_conflict(store: Store):
     assert store.lake().read(TABLE, JANUARY).equals(GOOD)
 
 
-def test_what_another_writer_has_replaced_is_not_removed(store: Store):
-    """radosgw 16 cannot: it removes whatever is there."""
+def test_an_object_that_another_writer_has_replaced_is_not_removed(store: Store):
+    """radosgw 16 fails here: it ignores the condition of a removal."""
     first, second = store.lake(), store.lake()
     first.write(TABLE, JANUARY, GOOD)
     second.read(TABLE, JANUARY)
@@ -286,7 +297,7 @@ def test_what_another_writer_has_replaced_is_not_removed(store: Store):
     assert first.read(TABLE, JANUARY).equals(bars(2))
 
 
-def test_what_another_writer_has_removed_is_not_brought_back(store: Store):
+def test_an_object_that_another_writer_has_removed_is_not_created_again(store: Store):
     first, second = store.lake(), store.lake()
     first.write(TABLE, JANUARY, GOOD)
     second.read(TABLE, JANUARY)
@@ -299,19 +310,19 @@ def test_what_another_writer_has_removed_is_not_brought_back(store: Store):
 def add_rows(
     lake: Lake, mine: Iterator[int], acked: set[int], tried: set[int], rounds: int
 ) -> None:
-    """A host that adds its own minutes to an object that others write too, one by one, until so many
-    are acknowledged.
+    """Add a host's own minutes to an object that others write too, one by one, until `rounds` are
+    acknowledged.
     """
     while len(acked) < rounds:
         number = next(mine)
         tried.add(number)
         try:
-            there = lake.read(TABLE, JANUARY)
+            stored = lake.read(TABLE, JANUARY)
             more = frame([row(minutes(1)[0] + number * timedelta(minutes=1))])
             lake.write(
                 TABLE,
                 JANUARY,
-                more if there is None else pl.concat([there, more]).sort("open_time"),
+                more if stored is None else pl.concat([stored, more]).sort("open_time"),
             )
         except StoreFailed:
             continue
@@ -319,8 +330,8 @@ def add_rows(
 
 
 def many_writers(store: Store, writers: int, rounds: int) -> tuple[list[int], set[int], set[int]]:
-    """The minutes that are stored, those that were acknowledged, and all that anybody has tried to
-    store.
+    """Let many hosts write. Return the stored minutes, the acknowledged ones, and all that a host
+    has tried to store.
     """
     acked, tried = [set() for _ in range(writers)], [set() for _ in range(writers)]
     threads = [
@@ -339,7 +350,7 @@ def many_writers(store: Store, writers: int, rounds: int) -> tuple[list[int], se
 
 
 def test_eight_writers_lose_nothing(store: Store):
-    """Each adds three rows to one object: acknowledged is stored, and what was refused is not."""
+    """Each adds three rows to one object. Acknowledged rows are stored, refused ones are not."""
     stored, acked, _ = many_writers(store, 8, 3)
     assert len(acked) == 24
     assert sorted(stored) == sorted(acked)
@@ -347,8 +358,8 @@ def test_eight_writers_lose_nothing(store: Store):
 
 @dataclass
 class Writer:
-    """Rewrites one object for ever, until its server is gone; what was acknowledged last, and what it
-    tried last.
+    """Rewrites one object until its server is gone. `acked` and `tried` are the numbers of the last
+    acknowledged and the last attempted frame.
     """
 
     partition: Partition
@@ -369,8 +380,8 @@ class Writer:
             self.done.release(100)
 
     def check(self, lake: Lake) -> None:
-        """The server is no atomic writer itself: what it was being given when it died it may have
-        torn. That is told, and can be mended.
+        """Compare the object with the frames. The server itself does not write atomically: when it
+        dies, it may leave a part of the object, which the lake reports and can replace.
         """
         try:
             found = lake.read(TABLE, self.partition)
@@ -382,11 +393,11 @@ class Writer:
         assert any(found.equals(one) for one in allowed) if self.acked >= 0 else True
 
 
-def test_a_server_killed_while_it_writes_keeps_what_it_has_acknowledged(
+def test_a_server_that_is_killed_keeps_what_it_has_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """kill -9, three times, amid the work of two writers: every object is the last acknowledged or the
-    one under way, never a mixture.
+    """kill -9, three times, while two writers work: every object is the last acknowledged one or
+    the attempted one, never a mixture.
     """
     dice, frames, done = (
         random.Random(),
@@ -417,27 +428,25 @@ def test_a_server_killed_while_it_writes_keeps_what_it_has_acknowledged(
 
 @pytest.mark.skipif(NAMED is None, reason="moto and ministack take any secret")
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "text"),
     [
         ("AWS_SECRET_ACCESS_KEY", "SignatureDoesNotMatch; the AWS_SECRET"),
         ("AWS_ACCESS_KEY_ID", "InvalidAccessKeyId; the server"),
     ],
 )
-def test_wrong_keys_are_told(monkeypatch: pytest.MonkeyPatch, name: str, words: str):
+def test_wrong_keys_are_reported(monkeypatch: pytest.MonkeyPatch, name: str, text: str):
     store = open_store("named", str(NAMED), monkeypatch)
     monkeypatch.setenv(name, "CANARYWRONG")
     for act in acts(store.lake()).values():
-        told = said(act) or ""
-        assert words in told
-        assert "CANARY" not in told
+        message = message_of(act) or ""
+        assert text in message
+        assert "CANARY" not in message
 
 
-# --------------------------------------------------------------------------------- uploads that nob
-def test_sweep_ends_only_uploads_that_nobody_finishes(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-):
-    """Those of this lake that are older than a day. moto says of every upload that it began in
-    2010.
+# ---------------------------------------------------------------- abandoned uploads
+def test_only_abandoned_uploads_are_aborted(store: Store, monkeypatch: pytest.MonkeyPatch):
+    """Uploads below this lake that are older than a day are aborted. moto reports 2010 as the
+    beginning of every upload.
     """
     keys = ["lake/raw/x", "lake/raw/y", "others/raw/x"]
     uploads = [
@@ -448,68 +457,68 @@ def test_sweep_ends_only_uploads_that_nobody_finishes(
         Bucket=store.bucket, Key=keys[0], UploadId=uploads[0], PartNumber=1, Body=b"x" * 100
     )
     if store.kind != "moto":
-        assert store.lake().sweep() == 0
+        assert store.lake().remove_abandoned_uploads() == 0
         assert set(store.uploads()) == set(uploads)
-        monkeypatch.setattr(objects, "ABANDONED", timedelta(days=-1))
-    assert store.lake().sweep() == 2
+        monkeypatch.setattr(s3, "ABANDONED_AFTER", timedelta(days=-1))
+    assert store.lake().remove_abandoned_uploads() == 2
     assert store.uploads() == uploads[2:]
-    assert store.lake().sweep() == 0
+    assert store.lake().remove_abandoned_uploads() == 0
 
 
-def test_who_may_not_list_uploads_has_a_lake_all_the_same(fast: Store, proxy: Proxy):
-    proxy.fault = lambda seen: (
-        Fault(applied=False, answer=refusal(403, "AccessDenied"))
-        if "uploads" in seen.path
+def test_keys_that_may_not_list_uploads_can_use_the_lake(fast: Store, proxy: Proxy):
+    proxy.fault = lambda request: (
+        Fault(is_applied=False, answer=refusal(403, "AccessDenied"))
+        if "uploads" in request.path
         else None
     )
     lake = fast.lake()
-    assert lake.sweep() == 0
-    assert len(proxy.seen) == 1
+    assert lake.remove_abandoned_uploads() == 0
+    assert len(proxy.requests) == 1
     lake.write(TABLE, JANUARY, GOOD)
 
 
-# --------------------------------------------------------------------------------- faults that pass
+# ---------------------------------------------------------------- passing faults
 @pytest.mark.parametrize("name", PASSING)
-def test_what_passes_is_outlived(
+def test_passing_faults_are_survived(
     fast: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    """The first answer to everything goes wrong, and the second too: what was applied already is no
-    conflict with itself.
+    """The first two answers to every call are damaged. A write that was applied already does not
+    conflict with its own repetition.
     """
-    monkeypatch.setattr(objects, "ANSWER_SECONDS", 0.15)
+    monkeypatch.setattr(s3_client, "READ_TIMEOUT_SECONDS", 0.15)
     fault, lake = PASSING[name], fast.lake()
     times = 1 if name in ("silent", "stalled") else 2
 
-    def outlived(act: Callable[[], Any]) -> Any:
+    def repeated(act: Callable[[], Any]) -> Any:
         proxy.first(times, fault)
         return act()
 
-    assert outlived(lambda: lake.read(TABLE, JANUARY)) is None
-    for seed in (1, 2):  # it is created, then replaced
-        outlived(lambda seed=seed: lake.write(TABLE, JANUARY, bars(seed)))
+    assert repeated(lambda: lake.read(TABLE, JANUARY)) is None
+    for seed in (1, 2):  # the object is created, then replaced
+        repeated(lambda seed=seed: lake.write(TABLE, JANUARY, bars(seed)))
         assert fast.contents() == {PATH: encode(bars(seed))}
-        assert outlived(lambda: lake.read(TABLE, JANUARY)).equals(bars(seed))
-    assert outlived(lambda: lake.size(TABLE, JANUARY)) == len(encode(bars(2)))
-    assert list(outlived(lambda: lake.sizes(TABLE)).values()) == [len(encode(bars(2)))]
-    assert outlived(lambda: lake.classes(TABLE)) == {PATH: "STANDARD"}
-    assert outlived(lambda: lake.set_aside(TABLE, JANUARY))
+        assert repeated(lambda: lake.read(TABLE, JANUARY)).equals(bars(seed))
+    assert repeated(lambda: lake.size(TABLE, JANUARY)) == len(encode(bars(2)))
+    assert list(repeated(lambda: lake.list_sizes(TABLE)).values()) == [len(encode(bars(2)))]
+    assert repeated(lambda: lake.list_storage_classes(TABLE)) == {PATH: "STANDARD"}
+    assert repeated(lambda: lake.quarantine_object(TABLE, JANUARY))
     assert fast.contents() == {PATH + ".damaged": encode(bars(2))}
     lake.write(TABLE, JANUARY, GOOD)
-    outlived(lambda: lake.delete(TABLE, JANUARY))
+    repeated(lambda: lake.delete(TABLE, JANUARY))
     assert set(fast.contents()) == {PATH + ".damaged"}
     assert fast.uploads() == []
 
 
 def test_writers_in_a_storm_lose_nothing(fast: Store, proxy: Proxy):
-    """Four hosts, and every third request meets a fault: what is acknowledged is stored, once, and
-    nothing is made up.
+    """Four hosts, and every third request is damaged. Acknowledged rows are stored once, and no row
+    is invented.
     """
     seed = random.randrange(10**6)
     dice, faults = (
         random.Random(seed),
         [fault for name, fault in PASSING.items() if name not in ("silent", "stalled")],
     )
-    proxy.fault = lambda seen: dice.choice(faults) if dice.random() < 0.33 else None
+    proxy.fault = lambda request: dice.choice(faults) if dice.random() < 0.33 else None
     stored, acked, tried = many_writers(fast, 4, 6)
     assert len(acked) == 24
     assert acked <= set(stored) <= tried, f"seed {seed}"
@@ -518,12 +527,12 @@ def test_writers_in_a_storm_lose_nothing(fast: Store, proxy: Proxy):
     assert fast.uploads() == []
 
 
-# --------------------------------------------------------------------------------- faults that last
+# ---------------------------------------------------------------- lasting faults
 LASTING = {
     "503": (PASSING["503"], "ServiceUnavailable; check the bucket"),
     "slow down": (
         PASSING["slow down"],
-        "SlowDown; the server asks for patience; the next run goes on",
+        "SlowDown; the server refuses so many requests; the next run continues",
     ),
     "500 after apply": (PASSING["500 after apply"], "InternalError; check the bucket"),
     "lost response": (
@@ -541,24 +550,24 @@ LASTING = {
         "ReadTimeoutError; the server does not answer; check AWS_ENDPOINT_URL",
     ),
     "a web page": (
-        Fault(applied=False, answer=answer(200, b"<html>CANARY welcome")),
+        Fault(is_applied=False, answer=answer(200, b"<html>CANARY welcome")),
         "AWS_ENDPOINT_URL",
     ),
     "moved": (
-        Fault(applied=False, answer=answer(301, b"<html>CANARY")),
+        Fault(is_applied=False, answer=answer(301, b"<html>CANARY")),
         "the bucket lies elsewhere; set AWS_REGION, or mend",
     ),
     "no such page": (
-        Fault(applied=False, answer=answer(404, b"<html>CANARY nothing")),
+        Fault(is_applied=False, answer=answer(404, b"<html>CANARY nothing")),
         "check the bucket, AWS_ENDPOINT_URL",
     ),
 }
 REFUSALS = {
     (400, "ExpiredToken"): "the credentials have expired; get new ones",
     (403, "AccessDenied"): "these keys may not do that; give their owner s3:GetObject",
-    (403, "InvalidAccessKeyId"): "the server does not know this AWS_ACCESS_KEY_ID",
+    (403, "InvalidAccessKeyId"): "the server has no such AWS_ACCESS_KEY_ID",
     (403, "SignatureDoesNotMatch"): "the AWS_SECRET_ACCESS_KEY does not fit",
-    (400, "InvalidToken"): "AWS_SESSION_TOKEN is not one that the server knows",
+    (400, "InvalidToken"): "the server does not accept this AWS_SESSION_TOKEN",
     (403, "RequestTimeTooSkewed"): "this machine's clock is wrong",
     (301, "PermanentRedirect"): "the bucket lies elsewhere; set AWS_REGION",
     (400, "AuthorizationHeaderMalformed"): "the bucket lies elsewhere; set AWS_REGION",
@@ -567,36 +576,36 @@ REFUSALS = {
 }
 FAULTS = LASTING | {
     code: (
-        Fault(applied=False, answer=refusal(status, code, "x-amz-bucket-region: eu-west-1")),
+        Fault(is_applied=False, answer=refusal(status, code, "x-amz-bucket-region: eu-west-1")),
         f"{code}; {advice}",
     )
     for (status, code), advice in REFUSALS.items()
 }
 
 
-def said(act: Callable[[], Any]) -> str | None:
-    """The words of an error of ours, which no other error stands behind."""
+def message_of(act: Callable[[], Any]) -> str | None:
+    """Return the message of our error, after a check that it hides its cause; None without one."""
     try:
         act()
     except StoreFailed as error:
         return (
             str(error)
             if error.__cause__ is None and error.__suppress_context__
-            else f"with another behind it: {error}"
+            else f"it shows its cause: {error}"
         )
     return None
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_lasts_is_told_in_one_line_and_harms_nothing(
+def test_lasting_faults_are_one_line_and_change_nothing(
     fast: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    """After a few attempts, with what to do about it and without what the server said or what the keys
-    are.
+    """After a few attempts the error says what to do; it holds neither the server's text nor the
+    keys.
     """
-    monkeypatch.setattr(objects, "ANSWER_SECONDS", 0.1)
-    monkeypatch.setattr(objects, "ATTEMPTS", 2 if name == "silent" else ATTEMPTS)
-    (fault, words), lake = FAULTS[name], fast.lake()
+    monkeypatch.setattr(s3_client, "READ_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(s3_client, "MAX_ATTEMPTS", 2 if name == "silent" else MAX_ATTEMPTS)
+    (fault, text), lake = FAULTS[name], fast.lake()
     for act_name in acts(lake):
         proxy.always(None)
         fast.put(PATH, encode(GOOD))
@@ -604,56 +613,58 @@ def test_what_lasts_is_told_in_one_line_and_harms_nothing(
         assert lake.read(TABLE, JANUARY).equals(GOOD)
         assert lake.read(TABLE, FEBRUARY) is None
         proxy.always(fault)
-        told = said(acts(lake)[act_name])
-        if told is None:  # there was no body to cut or to bend
+        message = message_of(acts(lake)[act_name])
+        if message is None:  # the answer had no body to damage
             assert name in ("truncated", "bent")
         else:
-            assert re.match(rf"s3://{fast.bucket}/lake/[^ ]*: \w+; [^\n]*$", told)
-            assert words in told
-            assert "CANARY" not in told
-        assert len(proxy.seen) <= ATTEMPTS**2
+            assert re.match(rf"s3://{fast.bucket}/lake/[^ ]*: \w+; [^\n]*$", message)
+            assert text in message
+            assert "CANARY" not in message
+        assert len(proxy.requests) <= MAX_ATTEMPTS**2
         content = fast.contents().get(PATH)
         assert content in (
-            (encode(GOOD), encode(bars(2)), None) if fault.applied else (encode(GOOD),)
+            (encode(GOOD), encode(bars(2)), None) if fault.is_applied else (encode(GOOD),)
         )
 
 
-# --------------------------------------------------------------------------------- stores that know
-def conditional(seen: Seen) -> bool:
-    return bool({"if-match", "if-none-match"} & set(seen.headers))
+# ---------------------------------------------------------------- stores without conditions
+def has_condition(request: ProxyRequest) -> bool:
+    return bool({"if-match", "if-none-match"} & set(request.headers))
 
 
-LESSER = {
-    "no conditions": lambda seen: Fault(hide=("If-Match", "If-None-Match")),
-    "412 to every If-Match": lambda seen: (
-        Fault(applied=False, answer=refusal(412, "PreconditionFailed"))
-        if "if-match" in seen.headers
+LIMITED_STORES = {
+    "no conditions": lambda request: Fault(hidden=("If-Match", "If-None-Match")),
+    "412 to every If-Match": lambda request: (
+        Fault(is_applied=False, answer=refusal(412, "PreconditionFailed"))
+        if "if-match" in request.headers
         else None
     ),
-    "501 to conditions": lambda seen: (
-        Fault(applied=False, answer=refusal(501, "NotImplemented")) if conditional(seen) else None
+    "501 to conditions": lambda request: (
+        Fault(is_applied=False, answer=refusal(501, "NotImplemented"))
+        if has_condition(request)
+        else None
     ),
-    "412 to quotes": lambda seen: (
-        Fault(applied=False, answer=refusal(412, "PreconditionFailed"))
-        if '"' in seen.headers.get("if-match", "")
+    "412 to quotes": lambda request: (
+        Fault(is_applied=False, answer=refusal(412, "PreconditionFailed"))
+        if '"' in request.headers.get("if-match", "")
         else None
     ),
 }
 
 
-@pytest.mark.parametrize("kind", LESSER)
-def test_a_store_that_knows_less_serves_as_well_as_it_can(fast: Store, proxy: Proxy, kind: str):
-    """One writer is as well off as anywhere. Of two, the second sees the first one's work, unless the
-    store hides it.
+@pytest.mark.parametrize("kind", LIMITED_STORES)
+def test_a_store_without_conditions_works_as_far_as_possible(fast: Store, proxy: Proxy, kind: str):
+    """One writer notices nothing. Of two, the second sees the first one's object, unless the store
+    ignores conditions in silence.
     """
-    proxy.fault = LESSER[kind]
+    proxy.fault = LIMITED_STORES[kind]
     lake, other = fast.lake(), fast.lake()
     assert lake.read(TABLE, JANUARY) is None
     for seed in (1, 2, 3):
         lake.write(TABLE, JANUARY, bars(seed))
         assert other.read(TABLE, JANUARY).equals(bars(seed))
     lake.write(TABLE, JANUARY, bars(4))
-    conflict = said(lambda: other.write(TABLE, JANUARY, bars(5)))
+    conflict = message_of(lambda: other.write(TABLE, JANUARY, bars(5)))
     if kind == "no conditions":
         assert conflict is None
         assert lake.read(TABLE, JANUARY).equals(bars(5))
@@ -664,39 +675,41 @@ def test_a_store_that_knows_less_serves_as_well_as_it_can(fast: Store, proxy: Pr
     assert fast.contents() == {}
 
 
-def test_a_store_that_wants_the_etag_without_quotes_is_as_safe_as_any(
+def test_a_store_that_wants_the_etag_without_quotes_is_as_safe_as_others(
     fast: Store, monkeypatch: pytest.MonkeyPatch
 ):
-    """radosgw 16: another host writes after the quoted condition has been refused and looked into."""
+    """radosgw 16: another host writes after the quoted condition was refused."""
     other = fast.lake()
     other.write(TABLE, JANUARY, GOOD)
 
-    def quotes(seen: Seen) -> Fault | None:
-        if '"' in seen.headers.get("if-match", ""):
-            return Fault(applied=False, answer=refusal(412, "PreconditionFailed"))
-        return other.write(TABLE, JANUARY, bars(2)) and None if seen.method == "PUT" else None
+    def refuse_quotes(request: ProxyRequest) -> Fault | None:
+        if '"' in request.headers.get("if-match", ""):
+            return Fault(is_applied=False, answer=refusal(412, "PreconditionFailed"))
+        return other.write(TABLE, JANUARY, bars(2)) and None if request.method == "PUT" else None
 
-    with proxied(fast.url) as proxy, monkeypatch.context() as patch:
+    with open_proxy(fast.url) as proxy, monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
         lake = fast.lake()
         assert lake.read(TABLE, JANUARY).equals(GOOD)
-        proxy.fault = quotes
+        proxy.fault = refuse_quotes
         assert "was changed by another writer" in str(
-            said(lambda: lake.write(TABLE, JANUARY, bars(3)))
+            message_of(lambda: lake.write(TABLE, JANUARY, bars(3)))
         )
     assert fast.contents() == {PATH: encode(bars(2))}
 
 
-def test_a_write_that_meets_another_one_on_its_way_is_told(fast: Store, proxy: Proxy):
-    """409: the other one may still be about to win, so nothing is forced."""
+def test_a_write_during_another_one_is_refused(fast: Store, proxy: Proxy):
+    """409: the other write may still succeed, so none is forced."""
     lake = fast.lake()
     lake.write(TABLE, JANUARY, GOOD)
-    proxy.fault = lambda seen: (
-        Fault(applied=False, answer=refusal(409, "ConditionalRequestConflict"))
-        if conditional(seen)
+    proxy.fault = lambda request: (
+        Fault(is_applied=False, answer=refusal(409, "ConditionalRequestConflict"))
+        if has_condition(request)
         else None
     )
-    assert "was changed by another writer" in str(said(lambda: lake.write(TABLE, JANUARY, bars(2))))
+    assert "was changed by another writer" in str(
+        message_of(lambda: lake.write(TABLE, JANUARY, bars(2)))
+    )
     assert fast.contents() == {PATH: encode(GOOD)}
     proxy.always(None)
     lake.read(TABLE, JANUARY)
@@ -704,59 +717,61 @@ def test_a_write_that_meets_another_one_on_its_way_is_told(fast: Store, proxy: P
     assert fast.contents() == {PATH: encode(bars(2))}
 
 
-def test_what_comes_while_a_damaged_object_is_set_aside_stays(
+def test_an_object_that_arrives_during_a_quarantine_stays(
     fast: Store, monkeypatch: pytest.MonkeyPatch
 ):
-    """Another host mends the object between our reading and our removing it."""
+    """Another host replaces the object after we read it and before we remove it."""
     fast.put(PATH, b"rubbish")
     other = fast.lake()
-    with proxied(fast.url) as proxy, monkeypatch.context() as patch:
-        assert other.size(TABLE, JANUARY) == 7  # its client knows the server itself
+    with open_proxy(fast.url) as proxy, monkeypatch.context() as patch:
+        assert other.size(TABLE, JANUARY) == 7  # so that its client uses the server, not the proxy
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        proxy.fault = lambda seen: (
-            other.write(TABLE, JANUARY, GOOD) and None if seen.method == "DELETE" else None
+        proxy.fault = lambda request: (
+            other.write(TABLE, JANUARY, GOOD) and None if request.method == "DELETE" else None
         )
         assert "was changed by another writer" in str(
-            said(lambda: fast.lake().set_aside(TABLE, JANUARY))
+            message_of(lambda: fast.lake().quarantine_object(TABLE, JANUARY))
         )
     assert fast.contents() == {PATH: encode(GOOD), PATH + ".damaged": b"rubbish"}
 
 
-def test_what_comes_while_an_object_moves_to_the_cold_place_stays(
+def test_an_object_that_arrives_during_a_move_to_the_cold_location_stays(
     fast: Store, monkeypatch: pytest.MonkeyPatch
 ):
     other, cold = fast.lake(), f"s3://{fast.bucket}/cold"
     other.write(TABLE, JANUARY, GOOD)
-    with proxied(fast.url) as proxy, monkeypatch.context() as patch:
+    with open_proxy(fast.url) as proxy, monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        proxy.fault = lambda seen: (
-            other.write(TABLE, JANUARY, bars(2)) and None if seen.method == "DELETE" else None
+        proxy.fault = lambda request: (
+            other.write(TABLE, JANUARY, bars(2)) and None if request.method == "DELETE" else None
         )
         mover = Lake(fast.location, cold)
-        assert "was changed by another writer" in str(said(lambda: mover.chill(TABLE, JANUARY)))
+        assert "was changed by another writer" in str(
+            message_of(lambda: mover.move_to_cold(TABLE, JANUARY))
+        )
         assert mover.read(TABLE, JANUARY).equals(bars(2))
-        proxy.fault = lambda seen: None
-        assert mover.chill(TABLE, JANUARY) == len(encode(bars(2)))
+        proxy.fault = lambda request: None
+        assert mover.move_to_cold(TABLE, JANUARY) == len(encode(bars(2)))
         assert mover.read(TABLE, JANUARY).equals(bars(2))
     assert fast.contents() == {}
 
 
-# --------------------------------------------------------------------------------- the usual AWS va
+# ---------------------------------------------------------------- the usual AWS variables
 def test_tls_is_checked(fast: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A certificate that nobody signed is refused, unless AWS_CA_BUNDLE names it."""
     file, tls = self_signed(tmp_path), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(file)
-    with proxied(fast.url, tls) as proxy:
+    with open_proxy(fast.url, tls) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         assert "SSLError; the server's certificate is not trusted; set AWS_CA_BUNDLE" in str(
-            said(lambda: fast.lake().read(TABLE, JANUARY))
+            message_of(lambda: fast.lake().read(TABLE, JANUARY))
         )
-        assert proxy.seen == []
+        assert proxy.requests == []
         monkeypatch.setenv("AWS_CA_BUNDLE", str(file))
         lake = fast.lake()
         lake.write(TABLE, JANUARY, GOOD)
         assert lake.read(TABLE, JANUARY).equals(GOOD)
-        assert len(proxy.seen) == 2
+        assert len(proxy.requests) == 2
 
 
 @pytest.mark.parametrize(
@@ -776,12 +791,12 @@ def test_the_region_is_the_one_of_the_environment(
             name, raising=False
         )
     assert fast.lake().read(TABLE, JANUARY) is None
-    (seen,) = proxy.seen
-    assert f"/{region}/s3/aws4_request" in seen.headers["authorization"]
-    assert "CANARYSECRET" not in str(proxy.seen)
+    (request,) = proxy.requests
+    assert f"/{region}/s3/aws4_request" in request.headers["authorization"]
+    assert "CANARYSECRET" not in str(proxy.requests)
 
 
-# --------------------------------------------------------------------------------- the main job
+# ---------------------------------------------------------------- the main job
 SPAN = window("2023-12-30", "2024-01-04")
 NOW = "2024-01-10T00:00:00Z"
 
@@ -789,23 +804,23 @@ NOW = "2024-01-10T00:00:00Z"
 def make(
     folder: Path, patch: pytest.MonkeyPatch, url: str, lake: str | None = None, **changes: Any
 ) -> Settings:
-    """A host: a universe, a state folder and a ledger of its own. Two markets, five days over the end
-    of a year.
+    """Return the settings of one host, with a state folder and a ledger of its own: two markets,
+    five days around the end of a year.
     """
     folder.mkdir(exist_ok=True)
-    words = {
+    settings = {
         "symbols": "[BTC/USDT, ETH/USDT]",
         "since": "2023-12-30",
         "until": "2024-01-04",
         "now": NOW,
         "rollups": "parquet",
     }
-    return universe.__wrapped__(folder, patch)(url, lake=lake, **{**words, **changes})
+    return universe.__wrapped__(folder, patch)(url, lake=lake, **{**settings, **changes})
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, bytes]]:
-    """The objects of the main job on a local folder."""
+    """Return the objects of the main job in a local folder."""
     with pytest.MonkeyPatch.context() as patch, exchange_at(SANDBOX_NOW) as (_, url):
         settings = make(tmp_path_factory.mktemp("local"), patch, url)
         run_ingest(settings)
@@ -824,8 +839,8 @@ def test_the_main_job_stores_the_same_bytes_as_in_a_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Every digit of every timeframe is there and true, nothing else is, and a second run asks for
-    nothing.
+    """Every digit of every timeframe is stored and true, nothing else is stored, and a second run
+    makes no request.
     """
     exchange, url = sandbox
     settings = make(tmp_path, monkeypatch, url, fast.location)
@@ -857,24 +872,24 @@ def test_a_server_that_goes_down_in_the_middle(
     put: int,
     applied: bool,
 ):
-    """In the midst of fetching, or of the rollups: what was stored stays, the rest fails with words,
+    """During fetching, or during the rollups: stored objects stay, the rest fails with a message,
     and no stored bar is fetched again.
     """
     exchange, url = sandbox
     settings = make(tmp_path, monkeypatch, url, fast.location)
-    proxy.vanish_at(put, "PUT", Fault(applied=applied, ending="lost"))
-    told = [
+    proxy.vanish_at(put, "PUT", Fault(is_applied=applied, ending=Ending.LOST))
+    messages = [
         *failures(run_ingest(settings)),
-        said(lambda: run_derive(settings)),
-        said(lambda: coverage_of(settings)),
+        message_of(lambda: run_derive(settings)),
+        message_of(lambda: coverage_of(settings)),
     ]
-    assert len(told) == (5 if put == 2 else 2)
-    for words in told:
+    assert len(messages) == (5 if put == 2 else 2)
+    for message in messages:
         assert re.match(
-            rf"{fast.location}/r[^ ]*: EndpointConnectionError; the server does not answer; check AWS_EN",
-            str(words),
+            rf"{fast.location}/r[^ ]*: EndpointConnectionError; the server does not answer; ",
+            str(message),
         )
-    assert "CANARY" not in str(told)
+    assert "CANARY" not in str(messages)
     stored = fast.contents()
     assert {path: local[path] for path in stored} == stored
     assert len(stored) == put - 1 + applied
@@ -884,20 +899,25 @@ def test_a_server_that_goes_down_in_the_middle(
     assert failures(run_ingest(settings)) == []
     run_derive(settings)
     assert fast.contents() == local
-    asked = {
-        p.key for p in partitions(settings) for seen in bar_requests(exchange) if asks_for(seen, p)
+    requested = {
+        p.key
+        for p in partitions(settings)
+        for request in bar_requests(exchange)
+        if is_about(request, p)
     }
-    assert asked == {p.key for p in partitions(settings) if TABLE.path(p) not in stored}
+    assert requested == {p.key for p in partitions(settings) if TABLE.path(p) not in stored}
     assert [one.not_fetched for one in coverage_of(settings)] == [0, 0]
 
 
-def asks_for(seen: Any, partition: Partition) -> bool:
-    """Whether a request asks for bars of a month, not only for one beside it as a witness."""
-    start, end = (int(seen.query[name]) for name in ("startTime", "endTime"))
+def is_about(request: Any, partition: Partition) -> bool:
+    """Say whether a request is about bars of a month, and not only about its neighbor's bar."""
+    start, end = (int(request.query[name]) for name in ("startTime", "endTime"))
     inside = min(end, partition.month.end.timestamp() * 1000) - max(
         start, partition.month.start.timestamp() * 1000
     )
-    return seen.query["symbol"] == partition.market.symbol.replace("/", "") and inside > 5 * 60_000
+    return (
+        request.query["symbol"] == partition.market.symbol.replace("/", "") and inside > 5 * 60_000
+    )
 
 
 def coverage_of(settings: Settings) -> list[Coverage]:
@@ -931,8 +951,8 @@ def test_two_hosts_with_overlapping_backfills(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Two processes with state folders of their own fill one bucket at once; each is green after at
-    most one repeat.
+    """Two processes with state folders of their own fill one bucket at once; each succeeds after at
+    most one repetition.
     """
     hosts = []
     for name in ("a", "b"):
@@ -944,12 +964,12 @@ def test_two_hosts_with_overlapping_backfills(
             for host, span in zip(hosts, work, strict=True):
                 host.stdin.write(span + "\n")
                 host.stdin.flush()
-            told = [host.stdout.readline() for host in hosts]
-            assert all("was changed by another writer" in one or one == "[]\n" for one in told)
+            lines = [host.stdout.readline() for host in hosts]
+            assert all("was changed by another writer" in line or line == "[]\n" for line in lines)
     finally:
         for host in hosts:
             kill(host)
-    assert told == ["[]\n"] * 2
+    assert lines == ["[]\n"] * 2
     assert fast.contents() == local
     for name in ("a", "b"):
         settings = make(tmp_path / name, monkeypatch, sandbox[1], fast.location)
@@ -961,8 +981,8 @@ def test_two_hosts_with_overlapping_backfills(
 def test_two_hosts_that_want_different_days_of_one_month(
     fast: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """While one fetches, the other stores; the first is told, and its repeat adds its own days without
-    one bar lost or doubled.
+    """While one fetches, the other stores. The first gets an error, and its repetition adds its own
+    days, with no bar lost or doubled.
     """
     spans, others = {"a": ("2024-01-01", "2024-01-04"), "b": ("2024-01-03", "2024-01-07")}, []
 
@@ -984,21 +1004,22 @@ def test_two_hosts_that_want_different_days_of_one_month(
             for name, (since, until) in spans.items()
         )
         others.append(lambda: run_ingest(b))
-        (told,) = failures(run_ingest(a))
+        (message,) = failures(run_ingest(a))
         assert re.fullmatch(
-            rf"{fast.location}/{PATH} was changed by another writer meanwhile; the next run reads it anew",
-            told,
+            rf"{fast.location}/{PATH} was changed by another writer meanwhile; "
+            "the next run reads it again",
+            message,
         )
         (stored,) = fast.contents().values()
         assert_bars(
-            pl.read_parquet(stored).cast(SCHEMA), truth("BTCUSDT", "1m", window(*spans["b"]))
+            pl.read_parquet(stored).cast(BAR_SCHEMA), truth("BTCUSDT", "1m", window(*spans["b"]))
         )
         exchange.requests.clear()
         assert failures(run_ingest(a)) == []
         assert len(bar_requests(exchange)) <= 4
         (stored,) = fast.contents().values()
         assert_bars(
-            pl.read_parquet(stored).cast(SCHEMA),
+            pl.read_parquet(stored).cast(BAR_SCHEMA),
             truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-07")),
         )
         for settings in (b, a, b):
@@ -1008,7 +1029,7 @@ def test_two_hosts_that_want_different_days_of_one_month(
         assert fast.contents() == {PATH: stored}
 
 
-# --------------------------------------------------------------------------------- what others leav
+# ---------------------------------------------------------------- files of others
 MARKET = "raw/ohlcv_1m/market=binance%3ABTC-USDT"
 FOREIGN = {
     "README.txt": b"hello",
@@ -1035,8 +1056,8 @@ def test_foreign_files_disturb_nothing(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ):
-    """Files and folders of others, before and after: the job, coverage, `missed` and the listing see
-    only what is ours.
+    """Files and folders of others, before and after: the job, coverage, `missed` and the listing
+    ignore them.
     """
     exchange, url = sandbox
     store = request.getfixturevalue("fast") if kind == "s3" else None
@@ -1058,26 +1079,24 @@ def test_foreign_files_disturb_nothing(
         if not p.endswith("/")
     }
     assert found == local | FOREIGN
-    with open_context(settings) as context:
-        assert [
-            one.not_fetched for one in context.bind(CoverageReporter).report(settings.markets)
-        ] == [0, 0]
-        assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
-        for minute in range(8):  # the rollups are looked at in turn
-            clock = settings.clock.model_copy(update={"start": at(f"2024-01-10T00:{minute:02}")})
-            later = settings.model_copy(update={"clock": clock})
+    with open_toolbox(settings) as toolbox:
+        assert [one.not_fetched for one in coverage(toolbox, settings.markets)] == [0, 0]
+        assert plan(toolbox, partitions(settings)) == []
+        for minute in range(8):  # the tables of the rollups are checked in turn
+            later = dataclasses.replace(
+                settings,
+                clock=dataclasses.replace(settings.clock, start=at(f"2024-01-10T00:{minute:02}")),
+            )
             assert (
                 missed(dataclasses.replace(context, settings=later), 9, (), {}).says
                 == "nothing is missing"
             )
         ours = {
             key: size
-            for key, size in context.storage.lake.sizes(TABLE).items()
+            for key, size in toolbox.lake.list_sizes(TABLE).items()
             if key[0] in ("binance:BTC-USDT", "binance:ETH-USDT")
         }
-        assert ours == {
-            (p.market.key, p.month_key): len(local[TABLE.path(p)]) for p in partitions(settings)
-        }
-        assert context.storage.lake.sweep() == 0
+        assert ours == {p.stored_key: len(local[TABLE.path(p)]) for p in partitions(settings)}
+        assert toolbox.lake.remove_abandoned_uploads() == 0
     assert failures(run_ingest(settings)) == []
     assert bar_requests(exchange) == []

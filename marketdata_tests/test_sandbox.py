@@ -20,7 +20,7 @@ import pytest
 from aiohttp import web
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.bar import COLUMNS, SCHEMA
+from marketdata_assets.model.bar import BAR_COLUMNS, BAR_SCHEMA
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.sources.sandbox.bars import LISTINGS, klines, truth
@@ -280,7 +280,7 @@ def test_truth_is_what_the_wire_says(interval: str) -> None:
     )
     frame = truth("SOLUSDT", interval, window)
     rows = pages("SOLUSDT", ms("2024-03-03T13:07"), ms("2024-03-13T17:33"), interval)
-    assert dict(frame.schema) == SCHEMA
+    assert dict(frame.schema) == BAR_SCHEMA
     assert sum(frame.null_count().row(0)) == 0
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
     wire = [
@@ -293,7 +293,7 @@ def test_truth_is_what_the_wire_says(interval: str) -> None:
         )
         for r in rows
     ]
-    assert [c.name for c in COLUMNS][5:8] == ["volume", "quote_volume", "trades"]
+    assert [c.name for c in BAR_COLUMNS][5:8] == ["volume", "quote_volume", "trades"]
     assert frame.rows() == wire
     assert len(wire) > 0
 
@@ -301,7 +301,7 @@ def test_truth_is_what_the_wire_says(interval: str) -> None:
 def test_truth_needs_no_clock_and_refuses_strangers() -> None:
     """Empty windows are empty frames; unknown names are BadInput."""
     long_ago, soon = datetime(2010, 1, 1, tzinfo=UTC), datetime(2010, 1, 3, tzinfo=UTC)
-    assert dict(truth("BTCUSDT", "1h", Window(long_ago, soon)).schema) == SCHEMA
+    assert dict(truth("BTCUSDT", "1h", Window(long_ago, soon)).schema) == BAR_SCHEMA
     assert truth("BTCUSDT", "1h", Window(soon, long_ago)).is_empty()
     with pytest.raises(BadInput, match="XRPUSDT"):
         truth("XRPUSDT", "1h", Window(long_ago, soon))

@@ -12,7 +12,7 @@ import ccxt
 import pytest
 
 from marketdata_assets import venues
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.venues.facts import BarsEndpoint, MarketType, VenueFacts, market_type
 from marketdata_assets.venues.registry import ARCHIVE_FORMATS, VENUES, facts_of
@@ -104,8 +104,8 @@ def test_only_krakens_files_are_final():
 def test_formats_name_columns_of_bars():
     assert [archive_format.name for archive_format in ARCHIVE_FORMATS] == ["binance", "kraken"]
     for archive_format in ARCHIVE_FORMATS:
-        assert archive_format.columns[:6] == NAMES[:6]
-        assert set(archive_format.columns) <= {*NAMES, "close_time", "ignore"}
+        assert archive_format.columns[:6] == COLUMN_NAMES[:6]
+        assert set(archive_format.columns) <= {*COLUMN_NAMES, "close_time", "ignore"}
 
 
 def test_known_halts_lie_in_order_and_apart():
@@ -130,12 +130,14 @@ def test_halts_of_a_window(span: Window, found: int):
 
 
 def test_tolerances_name_columns_and_how_they_were_measured():
-    found = {(venue, column): t for venue, f in VENUES.items() for column, t in f.tolerances.items()}
+    found = {
+        (venue, column): t for venue, f in VENUES.items() for column, t in f.tolerances.items()
+    }
     assert {key: (t.absolute, t.relative) for key, t in found.items()} == {
         ("binance", "quote_volume"): (Decimal("1e-8"), Decimal("2.7e-16")),
         ("binance", "taker_buy_quote_volume"): (Decimal("1e-8"), Decimal("2.7e-16")),
         ("kraken", "trades"): (Decimal(1), Decimal(0)),
         ("kraken", "volume"): (Decimal(0), Decimal("0.015")),
     }
-    assert all(column in NAMES for _, column in found)
+    assert all(column in COLUMN_NAMES for _, column in found)
     assert all(t.reason and t.measured for t in found.values())

@@ -1,5 +1,5 @@
-"""The DuckDB warehouse: exactly these bars, only what changed, all or nothing, and a patient wait for
-the file.
+"""The DuckDB warehouse: exactly these bars, only changed rows, all or nothing, and a wait for a
+file in use.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.model.bar import NAMES, ROLLUP_SCHEMA
-from marketdata_assets.model.table import rollup
+from marketdata_assets.model.bar import COLUMN_NAMES, ROLLUP_SCHEMA
+from marketdata_assets.model.table import rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.storage.warehouse import Warehouse
@@ -43,7 +43,7 @@ ALWAYS = Window(START - timedelta(days=400), START + timedelta(days=400))
 
 
 def hours(seed: int, count: int = 24, start: int = 0, digits: int = 12) -> pl.DataFrame:
-    """Hourly rollups from January's hour `start` on, random in all numbers."""
+    """Return hourly rollups from January's hour `start` on, random in all numbers."""
     rows = random_rows(
         seed, [START + (start + i) * H1.width for i in range(count)], digits, nulls=0.2
     )
@@ -58,30 +58,30 @@ def hours(seed: int, count: int = 24, start: int = 0, digits: int = 12) -> pl.Da
 
 @pytest.fixture
 def warehouse(tmp_path: Path) -> Warehouse:
-    return Warehouse(tmp_path / "folder/market.duckdb", patience=20.0)
+    return Warehouse(tmp_path / "folder/market.duckdb", wait_seconds=20.0)
 
 
 def put(warehouse: Warehouse, bars: pl.DataFrame, market: Any = BTC, window: Window = MONTH) -> int:
-    """Make a window of the hourly table hold these bars; how many rows that changed."""
+    """Replace a window of the hourly table. Return how many rows changed."""
     return warehouse.replace(market, {H1: bars}, {H1: window})["1h"]
 
 
 def get(warehouse: Warehouse, market: Any = BTC, window: Window = ALWAYS) -> pl.DataFrame:
-    return warehouse.read(rollup(H1), market, window)
+    return warehouse.read(rollup_table(H1), market, window)
 
 
-# --------------------------------------------------------------------------------- exactly these ba
-def test_what_is_not_there_is_empty(warehouse: Warehouse):
+# ---------------------------------------------------------------- exactly these bars
+def test_a_missing_file_is_empty(warehouse: Warehouse):
     assert not warehouse.exists
     assert get(warehouse).equals(pl.DataFrame(schema=ROLLUP_SCHEMA))
     assert not warehouse.path.parent.exists()
     put(warehouse, hours(1))
     assert warehouse.exists
-    assert warehouse.read(rollup(D1), BTC, ALWAYS).equals(pl.DataFrame(schema=ROLLUP_SCHEMA))
+    assert warehouse.read(rollup_table(D1), BTC, ALWAYS).equals(pl.DataFrame(schema=ROLLUP_SCHEMA))
     assert get(warehouse, ETH).is_empty()
 
 
-def test_what_is_written_is_read_and_seen_by_sql(warehouse: Warehouse):
+def test_written_bars_are_read_here_and_by_sql(warehouse: Warehouse):
     bars = hours(1, digits=26)
     assert put(warehouse, bars) == 24
     assert get(warehouse).equals(bars)
@@ -100,23 +100,27 @@ def test_a_window_is_read_half_open(warehouse: Warehouse):
     assert found["open_time"].to_list() == [START + 3 * H1.width, START + 4 * H1.width]
 
 
-def test_moments_do_not_depend_on_where_the_machine_stands(warehouse: Warehouse):
+def test_moments_do_not_depend_on_the_machines_time_zone(warehouse: Warehouse):
     put(warehouse, hours(1))
     reader = (
         "import sys; from pathlib import Path; from marketdata_assets.storage.warehouse import *;"
-        "from marketdata_assets.model.timeframe import TIMEFRAMES;from marketdata_assets.model.window import Window, parse_time;"
-        "found = Warehouse(Path(sys.argv[1])).read(Table('rollup', TIMEFRAMES['1h']), Market('binance', 'BTC/USDT'),"
-        " Window(parse_time('2024-01-01T03:00Z'), parse_time('2024-01-01T05:00Z')));"
+        "from marketdata_assets.model.timeframe import TIMEFRAMES;"
+        "from marketdata_assets.model.window import Window, parse_time;"
+        "table, market = Table('rollup', TIMEFRAMES['1h']), Market('binance', 'BTC/USDT');"
+        "window = Window(parse_time('2024-01-01T03:00Z'), parse_time('2024-01-01T05:00Z'));"
+        "found = Warehouse(Path(sys.argv[1])).read(table, market, window);"
         "print(*found['open_time'].dt.epoch('s'), found.schema['open_time'])"
     )
     process = start_python(
         reader, str(warehouse.path), env={**os.environ, "TZ": "America/New_York"}
     )
-    said, errors = process.communicate()
-    assert said.strip() == "1704078000 1704081600 Datetime(time_unit='us', time_zone='UTC')", errors
+    output, errors = process.communicate()
+    assert output.strip() == "1704078000 1704081600 Datetime(time_unit='us', time_zone='UTC')", (
+        errors
+    )
 
 
-# --------------------------------------------------------------------------------- only what change
+# ---------------------------------------------------------------- only changed rows
 def test_only_rows_that_differ_are_touched(warehouse: Warehouse):
     bars = hours(1)
     assert [put(warehouse, bars), put(warehouse, bars)] == [24, 0]
@@ -137,15 +141,15 @@ def test_only_rows_that_differ_are_touched(warehouse: Warehouse):
 
 
 def test_untouched_rows_stay_where_they_are(warehouse: Warehouse):
-    """By DuckDB's own row ids (which hold while somebody keeps the file open): what did not change was
-    not written again.
+    """By DuckDB's own row ids, which do not change while a connection is open: rows that did not
+    change were not written again.
     """
     put(warehouse, hours(1))
-    with duckdb.connect(str(warehouse.path), config={"threads": "1"}) as keeper:
+    with duckdb.connect(str(warehouse.path), config={"threads": "1"}) as observer:
 
         def row_ids() -> dict[int, int]:
             return dict(
-                keeper.execute(
+                observer.execute(
                     "SELECT epoch(open_time)::BIGINT // 3600, rowid FROM rollup.ohlcv_1h"
                 ).fetchall()
             )
@@ -161,7 +165,7 @@ def test_untouched_rows_stay_where_they_are(warehouse: Warehouse):
 @settings(max_examples=8)
 @given(st.lists(st.tuples(st.integers(0, 3), st.sets(st.integers(0, 11))), min_size=1, max_size=4))
 def test_any_frame_follows_any_other(tmp_path: Path, states: list[tuple[int, set[int]]]):
-    """Whatever was there, afterwards exactly the new bars are, and the count is the number of bars
+    """Whatever was stored, afterwards exactly the new bars are, and the count is the number of bars
     that differ.
     """
     warehouse = Warehouse(tmp_path / f"{len(list(tmp_path.iterdir()))}.duckdb")
@@ -182,7 +186,7 @@ def test_any_frame_follows_any_other(tmp_path: Path, states: list[tuple[int, set
         before = after
 
 
-def test_other_markets_windows_and_timeframes_are_left_alone(warehouse: Warehouse):
+def test_other_markets_windows_and_timeframes_do_not_change(warehouse: Warehouse):
     put(warehouse, hours(1))
     put(warehouse, hours(2), market=ETH)
     later = hours(3, start=31 * 24)
@@ -192,7 +196,7 @@ def test_other_markets_windows_and_timeframes_are_left_alone(warehouse: Warehous
     assert get(warehouse, window=MONTH).equals(hours(5, 10))
     assert get(warehouse, ETH).equals(hours(2))
     assert get(warehouse, window=FEBRUARY.month).equals(later)
-    assert warehouse.read(rollup(D1), BTC, ALWAYS).equals(hours(4, 1))
+    assert warehouse.read(rollup_table(D1), BTC, ALWAYS).equals(hours(4, 1))
 
 
 def test_columns_are_bound_by_name(warehouse: Warehouse):
@@ -209,16 +213,16 @@ def test_columns_are_bound_by_name(warehouse: Warehouse):
     assert get(warehouse).equals(hours(1))
 
 
-def test_rows_outside_the_window_survive(warehouse: Warehouse):
+def test_rows_outside_the_window_stay(warehouse: Warehouse):
     put(warehouse, hours(1))
     middle = Window(START + 6 * H1.width, START + 12 * H1.width)
     assert put(warehouse, hours(2, 6, start=6), window=middle) == 6
     assert get(warehouse).equals(pl.concat([hours(1)[:6], hours(2, 6, start=6), hours(1)[12:]]))
 
 
-# --------------------------------------------------------------------------------- all or nothing
+# ---------------------------------------------------------------- all or nothing
 def test_an_exception_in_the_middle_leaves_the_old_rows(warehouse: Warehouse):
-    """The hours are good and written first; the days lack a column."""
+    """The hours are good and written first; a column of the days is missing."""
     warehouse.replace(BTC, {H1: hours(1), D1: hours(2, 2)}, {H1: MONTH, D1: MONTH})
     with pytest.raises(pl.exceptions.PolarsError):
         warehouse.replace(
@@ -227,25 +231,25 @@ def test_an_exception_in_the_middle_leaves_the_old_rows(warehouse: Warehouse):
     with pytest.raises(KeyError):
         warehouse.replace(BTC, {H1: hours(3), D1: hours(4, 2)}, {H1: MONTH})
     assert get(warehouse).equals(hours(1))
-    assert warehouse.read(rollup(D1), BTC, ALWAYS).equals(hours(2, 2))
+    assert warehouse.read(rollup_table(D1), BTC, ALWAYS).equals(hours(2, 2))
 
 
-def test_a_lent_connection_is_given_up_after_an_exception(tmp_path: Path):
+def test_a_borrowed_connection_is_closed_after_an_exception(tmp_path: Path):
     """Dagster's resource closes its connection only when all went well."""
-    path, lent = tmp_path / "market.duckdb", []
+    path, opened = tmp_path / "market.duckdb", []
 
     @contextmanager
     def lend() -> Iterator[duckdb.DuckDBPyConnection]:
-        lent.append(duckdb.connect(str(path)))
-        yield lent[-1]
-        lent[-1].close()
+        opened.append(duckdb.connect(str(path)))
+        yield opened[-1]
+        opened[-1].close()
 
-    warehouse = Warehouse(path, connect=lend, patience=0.0)
+    warehouse = Warehouse(path, connect=lend, wait_seconds=0.0)
     put(warehouse, hours(1))
     with pytest.raises(KeyError):
         warehouse.replace(BTC, {H1: hours(2)}, {})
     assert get(warehouse).equals(hours(1))
-    assert len(lent) == 2
+    assert len(opened) == 2
 
 
 WRITER = """
@@ -268,7 +272,7 @@ def write(frame):
 
 @pytest.fixture
 def frames(tmp_path: Path) -> list[str]:
-    """Two frames of a month, as plain files that a writer process can read."""
+    """Write two frames of a month as plain files, for a writer process."""
     for name, seed in (("a", 1), ("b", 2)):
         hours(seed, 31 * 24).write_parquet(tmp_path / name)
     return [str(tmp_path / "a"), str(tmp_path / "b")]
@@ -287,10 +291,10 @@ except StoreFailed as error:
     sys.exit(error.exit_code)
 """
     process = start_python(WRITER + code, str(warehouse.path), *frames)
-    said, errors = process.communicate()
+    output, errors = process.communicate()
     assert process.returncode == 3, errors
-    assert said.startswith(f"{warehouse.path}: ")
-    assert said.count("\n") == 1
+    assert output.startswith(f"{warehouse.path}: ")
+    assert output.count("\n") == 1
     assert get(warehouse).equals(hours(3))
 
 
@@ -304,11 +308,9 @@ for frame in itertools.cycle(frames):
 """
 
 
-def test_the_file_opens_and_is_whole_whenever_its_writer_is_killed(
-    tmp_path: Path, frames: list[str]
-):
-    """Five writers in turn rewrite a month in two tables, each killed at a random moment: always both
-    old or both new.
+def test_the_file_is_consistent_whenever_its_writer_is_killed(tmp_path: Path, frames: list[str]):
+    """Five writers in turn rewrite a month in two tables, each killed at a random moment: both
+    tables are old or both are new.
     """
     warehouse, good = (
         Warehouse(tmp_path / "market.duckdb"),
@@ -318,46 +320,51 @@ def test_the_file_opens_and_is_whole_whenever_its_writer_is_killed(
     for writer in writers:
         _, errors = writer.communicate("go\n")
         assert writer.returncode == -signal.SIGKILL, errors
-        found, days = get(warehouse), warehouse.read(rollup(D1), BTC, ALWAYS)
+        found, days = get(warehouse), warehouse.read(rollup_table(D1), BTC, ALWAYS)
         assert any(found.equals(frame) and days.equals(frame[::24]) for frame in good)
     put(warehouse, hours(3))
     assert get(warehouse).equals(hours(3))
 
 
-# --------------------------------------------------------------------------------- a file that some
+# ---------------------------------------------------------------- a file in use
 @pytest.fixture
-def held(warehouse: Warehouse) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the file until it is told to let go."""
+def holder(warehouse: Warehouse) -> Iterator[subprocess.Popen[str]]:
+    """Run another process that holds the file until it reads a line."""
     put(warehouse, hours(1))
-    holder = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.readline(); c.close()"
-    process = start_python(holder, str(warehouse.path))
-    assert process.stdout.readline() == "held\n"
+    program = (
+        "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('open', flush=True);"
+        "sys.stdin.readline(); c.close()"
+    )
+    process = start_python(program, str(warehouse.path))
+    assert process.stdout.readline() == "open\n"
     yield process
     kill(process)
 
 
-def test_patience_ends_with_one_clear_error(warehouse: Warehouse, held: subprocess.Popen[str]):
-    impatient = Warehouse(warehouse.path, patience=0.1)
-    for act in (lambda: put(impatient, hours(2)), lambda: get(impatient)):
+def test_a_wait_that_is_too_long_ends_with_one_clear_error(
+    warehouse: Warehouse, holder: subprocess.Popen[str]
+):
+    hasty = Warehouse(warehouse.path, wait_seconds=0.1)
+    for act in (lambda: put(hasty, hours(2)), lambda: get(hasty)):
         with pytest.raises(
             StoreFailed,
             match=r"another process holds it; close that process or set another `duckdb:`",
-        ) as told:
+        ) as caught:
             act()
-        assert str(told.value).startswith(str(warehouse.path))
-        assert told.value.exit_code == 3
+        assert str(caught.value).startswith(str(warehouse.path))
+        assert caught.value.exit_code == 3
 
 
-def test_whoever_waits_gets_its_turn(
-    warehouse: Warehouse, held: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+def test_a_writer_that_waits_gets_its_turn(
+    warehouse: Warehouse, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """The file is let go while the writer waits for the third time."""
+    """The file is closed while the writer waits for the third time."""
     pauses = []
 
     def pause() -> None:
-        pauses.append(held.poll())
+        pauses.append(holder.poll())
         if len(pauses) == 3:
-            held.communicate("let go\n")
+            holder.communicate("close\n")
 
     monkeypatch.setattr("marketdata_assets.storage.warehouse._pause", pause)
     assert put(warehouse, hours(2)) == 24
@@ -366,17 +373,17 @@ def test_whoever_waits_gets_its_turn(
 
 
 def test_readers_and_a_writer_of_one_process_take_turns(warehouse: Warehouse):
-    """DuckDB refuses a reader and a writer of one file in one process: they wait for each other."""
+    """DuckDB refuses a reader and a writer of a file in one process, so each waits its turn."""
     put(warehouse, hours(0))
     versions = [hours(seed) for seed in range(6)]
     seen: list[bool] = []
 
-    def look() -> None:
+    def read() -> None:
         for _ in range(10):
             found = get(warehouse)
             seen.append(any(found.equals(version) for version in versions))
 
-    readers = [threading.Thread(target=look) for _ in range(2)]
+    readers = [threading.Thread(target=read) for _ in range(2)]
     for reader in readers:
         reader.start()
     for version in versions:
@@ -386,45 +393,43 @@ def test_readers_and_a_writer_of_one_process_take_turns(warehouse: Warehouse):
     assert seen == [True] * 20
 
 
-# --------------------------------------------------------------------------------- files that are n
-def overwritten(path: Path, first: int) -> None:
-    """Flip every bit from a place on."""
+# ---------------------------------------------------------------- damaged files
+def flip_bits(path: Path, first: int) -> None:
+    """Flip every bit from a position on."""
     content = bytearray(path.read_bytes())
     content[first:] = bytes(byte ^ 0xFF for byte in content[first:])
     path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
-    "harm",
+    "damage",
     [
         lambda path: path.write_text("hello\n" * 1000),
         lambda path: path.write_bytes(b""),
         lambda path: os.truncate(path, 5000),
-        lambda path: overwritten(path, 4096),
-        lambda path: overwritten(path, 12288),
+        lambda path: flip_bits(path, 4096),
+        lambda path: flip_bits(path, 12288),
     ],
     ids=["text", "empty", "cut short", "headers overwritten", "blocks overwritten"],
 )
-def test_a_damaged_file_is_told_at_once(tmp_path: Path, harm: Any):
-    """In a folder whose name, like DuckDB's "block", holds the word lock: that is no reason to
-    wait.
-    """
-    warehouse = Warehouse(tmp_path / "locker/market.duckdb", patience=3600.0)
+def test_a_damaged_file_is_reported_at_once(tmp_path: Path, damage: Any):
+    """The folder's name, like DuckDB's "block", contains "lock", which is no reason to wait."""
+    warehouse = Warehouse(tmp_path / "locker/market.duckdb", wait_seconds=3600.0)
     put(warehouse, hours(1, 700))
-    harm(warehouse.path)
+    damage(warehouse.path)
     for act in (lambda: get(warehouse), lambda: put(warehouse, hours(2))):
-        with pytest.raises(StoreFailed, match=r"move the file away: it is made anew") as told:
+        with pytest.raises(StoreFailed, match=r"move the file away: it is built again") as caught:
             act()
-        assert str(told.value).startswith(f"{warehouse.path}: ")
-        assert "\n" not in str(told.value)
+        assert str(caught.value).startswith(f"{warehouse.path}: ")
+        assert "\n" not in str(caught.value)
 
 
-def test_a_place_that_cannot_be_is_told(tmp_path: Path):
-    """As root no permission bites: the file would lie below a regular file, or is a folder."""
+def test_an_impossible_path_is_reported(tmp_path: Path):
+    """The file would lie below a regular file, or is a folder; permissions do not stop root."""
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file/market.duckdb", tmp_path):
         with pytest.raises(StoreFailed, match="mend the folder, set another `duckdb:`"):
-            put(Warehouse(path, patience=3600.0), hours(1))
+            put(Warehouse(path, wait_seconds=3600.0), hours(1))
 
 
 def test_the_tables_have_the_columns_of_the_registry(warehouse: Warehouse):
@@ -435,7 +440,7 @@ def test_the_tables_have_the_columns_of_the_registry(warehouse: Warehouse):
                 "SELECT column_name, data_type FROM information_schema.columns"
             ).fetchall()
         )
-    assert list(types) == ["market", *NAMES, "vwap", "bars_expected", "bars_present"]
+    assert list(types) == ["market", *COLUMN_NAMES, "vwap", "bars_expected", "bars_present"]
     assert {types[name] for name in ("open", "volume", "vwap", "taker_buy_quote_volume")} == {
         "DECIMAL(38,12)"
     }

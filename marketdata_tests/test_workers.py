@@ -27,7 +27,7 @@ from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
@@ -279,11 +279,11 @@ def prune_keeps_what_pages_show(fleet: Fleet) -> None:
 
 def contents(context: Any) -> dict[tuple[str, ...], str]:
     """Every object of two tables, by what its rows say."""
-    tables = raw(TIMEFRAMES["1m"]), rollup(TIMEFRAMES["1h"])
+    tables = raw_table(TIMEFRAMES["1m"]), rollup_table(TIMEFRAMES["1h"])
     places = [
         (table, Partition.parse("|".join(key)))
         for table in tables
-        for key in context.storage.lake.sizes(table)
+        for key in context.storage.lake.list_sizes(table)
     ]
     return {
         (table.name, partition.key): fingerprint(context.storage.lake.read(table, partition))

@@ -13,13 +13,13 @@ from marketdata_assets.cli.output import format_values, print_line, show
 from marketdata_assets.cli.selection import load_context, select_window
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.anomaly import AnomalySeverity, AnomalyState
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 
 if TYPE_CHECKING:
     from marketdata_assets.ledger.anomalies import AnomalyRecord
-    from marketdata_assets.storage.parquet import Lake
+    from marketdata_assets.storage.lake import Lake
 
-SEVERITIES = tuple(severity.word for severity in AnomalySeverity)
+SEVERITIES = tuple(severity.label for severity in AnomalySeverity)
 _COLUMNS = [
     *("id", "market", "kind", "severity", "state"),
     *("start", "end", "bars", "what", "note"),
@@ -90,7 +90,7 @@ def anomalies(
             for record in context.ledger.anomalies.find(select_window(context.settings, start, end))
             if (not markets or record.market in markets)
             and state in (StateFilter.ALL, record.state)
-            and record.anomaly.severity.word in (severity or SEVERITIES)
+            and record.anomaly.severity.label in (severity or SEVERITIES)
         ]
         rows = _json_rows(context.lake, found) if format == ListFormat.JSON else _rows(found)
     show(rows, format, columns=_COLUMNS, closing=f"{len(rows)} anomalies")
@@ -122,8 +122,8 @@ def _json_rows(lake: Lake, records: Iterable[AnomalyRecord]) -> list[dict[str, A
             "table": record.table.name,
             **as_row(record),
             "evidence": record.anomaly.evidence,
-            "found_at": iso(record.found_at),
-            "changed_at": iso(record.changed_at),
+            "found_at": format_time(record.found_at),
+            "changed_at": format_time(record.changed_at),
             "note": record.note,
             "bars_found": record.anomaly.bars,
             "bars": format_values(bars).to_dicts(),

@@ -67,7 +67,7 @@ def backfill(market: Markets = None, start: Start = None, end: End = None) -> No
 
     with load_context() as context:
         settings, storage = context.settings, context.storage
-        storage.lake.sweep()
+        storage.lake.remove_abandoned_uploads()
         if storage.rollups_in_warehouse and not storage.warehouse.exists:
             context.ledger.partitions.clear_rollup_sources()
         partitions = select_partitions(settings, market, start=start, end=end)

@@ -21,7 +21,7 @@ from marketdata_assets.cli.options import (
 from marketdata_assets.cli.output import check_bar_format, show, write_bars
 from marketdata_assets.cli.selection import load_context, select_markets, select_window
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
-from marketdata_assets.model.timeframe import timeframe as parse_timeframe
+from marketdata_assets.model.timeframe import parse_timeframe as parse_timeframe
 from marketdata_assets.model.window import parse_time
 
 commands = typer.Typer()
@@ -91,7 +91,7 @@ def sql(
 ) -> None:
     """Query all tables with SQL. With markets and a span, fewer files are opened."""
     from marketdata_assets.flows.read.sql import open_sql_views
-    from marketdata_assets.storage.views import answer
+    from marketdata_assets.storage.views import run_query
 
     check_bar_format(format, file)
     with load_context() as context:
@@ -100,7 +100,7 @@ def sql(
             settings, context.ledger, context.storage, keys=market, window=window
         )
         with views as connection:
-            frame = answer(connection, query)
+            frame = run_query(connection, query)
     write_bars(frame, format, file)
 
 

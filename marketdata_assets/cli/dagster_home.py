@@ -18,7 +18,7 @@ from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.settings.fields import reveal_secret
 from marketdata_assets.settings.load import PREFIX
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.objects import endpoint
+from marketdata_assets.storage.s3_client import get_endpoint_url
 from marketdata_assets.system import start_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,7 +132,7 @@ def _s3_logs(lake: str) -> dict[str, Any]:
         "prefix": f"{parts.path.strip('/')}/run_logs".lstrip("/"),
         "skip_empty_files": True,
     }
-    if url := endpoint():
+    if url := get_endpoint_url():
         config |= {"endpoint_url": url, "use_ssl": url.startswith("https://")}
     return _part("dagster_aws.s3.compute_log_manager", "S3ComputeLogManager", config)
 

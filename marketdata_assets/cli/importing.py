@@ -14,7 +14,7 @@ from marketdata_assets.cli.output import err, progress_bar, show
 from marketdata_assets.cli.selection import load_context
 from marketdata_assets.model.events import Event, FileInspected, RangeRequest, RowsProcessed
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.timeframe import timeframe as parse_timeframe
+from marketdata_assets.model.timeframe import parse_timeframe as parse_timeframe
 
 if TYPE_CHECKING:
     from marketdata_assets.context import Context

@@ -13,7 +13,7 @@ from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Star
 from marketdata_assets.cli.output import print_line, progress_bar, show
 from marketdata_assets.cli.selection import load_context, select_markets, select_window
 from marketdata_assets.model.events import Event, PartitionsRead, ProgressCallback
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 
 if TYPE_CHECKING:
     from marketdata_assets.flows.read.verify import Verification
@@ -56,11 +56,11 @@ def lock(
         )
     target = file or Path(f"{name}.lock.json")
     write_lock(target, found)
-    count = sum(partition.open for partition in found.partitions)
+    count = sum(partition.is_open for partition in found.partitions)
     of_open_months = f", {count} of them of a month that is not over" if count else ""
     contents = f"{len(found.partitions)} partitions{of_open_months}, {found.bars} bars"
-    print_line(f"{target}: {contents} as of {iso(found.as_of)}")
-    print_line(found.dataset)
+    print_line(f"{target}: {contents} as of {format_time(found.as_of)}")
+    print_line(found.dataset_digest)
 
 
 @commands.command()
@@ -88,8 +88,10 @@ def _summarize(found: Verification) -> str:
     lock, count = found.lock, len(found.differences)
     past = f", {found.from_history} of them from history" if found.from_history else ""
     proved = f"{found.proved} of {len(lock.partitions)} partitions proved{past}"
-    summary = f"{lock.name} as of {iso(lock.as_of)}: {proved}, {found.bars} bars, {count} differ"
-    return summary if count else f"{summary}\n{lock.dataset}"
+    summary = (
+        f"{lock.name} as of {format_time(lock.as_of)}: {proved}, {found.bars} bars, {count} differ"
+    )
+    return summary if count else f"{summary}\n{lock.dataset_digest}"
 
 
 @contextmanager

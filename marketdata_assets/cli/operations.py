@@ -9,7 +9,7 @@ import typer
 from marketdata_assets.cli.options import DryRun, End, Format, ListFormat, Markets, Start
 from marketdata_assets.cli.output import print_json, print_problem, show
 from marketdata_assets.cli.selection import load_context, select_partitions
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 
 if TYPE_CHECKING:
     from marketdata_assets.ledger.attempts import BackfillAttempt
@@ -64,8 +64,8 @@ def _incident_row(incident: Incident) -> dict[str, Any]:
     problem = incident.problem
     return {
         "severity": problem.severity,
-        "opened": iso(incident.opened_at),
-        "recovered": iso(incident.recovered_at) if incident.recovered_at else None,
+        "opened": format_time(incident.opened_at),
+        "recovered": format_time(incident.recovered_at) if incident.recovered_at else None,
         "title": problem.title,
         "body": problem.body,
         "incident": problem.key,
@@ -98,7 +98,7 @@ def _attempt_row(attempt: BackfillAttempt) -> dict[str, Any]:
     return {
         "partition": attempt.partition.key,
         "attempts": attempt.attempts,
-        "parked": iso(attempt.parked_at) if attempt.parked_at else None,
+        "parked": format_time(attempt.parked_at) if attempt.parked_at else None,
         "reason": attempt.reason,
     }
 

@@ -153,10 +153,10 @@ def format_values(bars: pl.DataFrame) -> pl.DataFrame:
     """
     import polars as pl
 
-    from marketdata_assets.model.bar import decimal_text
+    from marketdata_assets.model.bar import format_decimals
 
     times = [name for name, dtype in bars.schema.items() if isinstance(dtype, pl.Datetime)]
     decimals = [name for name, dtype in bars.schema.items() if isinstance(dtype, pl.Decimal)]
     return bars.with_columns(
-        pl.col(times).dt.strftime("%Y-%m-%dT%H:%M:%SZ"), *map(decimal_text, decimals)
+        pl.col(times).dt.strftime("%Y-%m-%dT%H:%M:%SZ"), *map(format_decimals, decimals)
     )

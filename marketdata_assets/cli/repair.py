@@ -14,7 +14,7 @@ from marketdata_assets.cli.options import DryRun, End, Format, ListFormat, Marke
 from marketdata_assets.cli.output import print_json, print_problem, show
 from marketdata_assets.cli.selection import load_context, select_markets, select_window
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.window import iso, parse_time
+from marketdata_assets.model.window import format_time, parse_time
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -58,8 +58,8 @@ def repair(
             return
         request = {
             "markets": [market.key for market in markets],
-            "start": iso(window.start),
-            "end": iso(window.end),
+            "start": format_time(window.start),
+            "end": format_time(window.end),
             "again": again is not None,
         }
         run = run_for_json(["marketdata_assets.defs.repair", json.dumps(request)], settings)
@@ -101,7 +101,7 @@ def _show_receipt(receipt: Receipt, format: ListFormat) -> None:
         columns=["table", "partition", "rows_before", "rows_after", "hash_before", "hash_after"],
         document={
             "receipt": receipt.id,
-            "at": iso(receipt.at),
+            "at": format_time(receipt.at),
             "says": receipt.message,
             **body,
         },
@@ -134,7 +134,9 @@ def receipts(
             print_json(receipt.as_dict())
             return
         found = context.ledger.receipts.list(limit=limit)
-    rows = [{"receipt": r.id, "kind": r.kind, "at": iso(r.at), "says": r.message} for r in found]
+    rows = [
+        {"receipt": r.id, "kind": r.kind, "at": format_time(r.at), "says": r.message} for r in found
+    ]
     show(rows, format, closing=f"{len(rows)} receipts")
 
 
@@ -176,9 +178,9 @@ def _correction_row(correction: Correction) -> dict[str, Any]:
     return {
         "market": correction.market.key,
         "table": correction.table.name,
-        "open_time": iso(correction.open_time),
-        "known": iso(correction.known_at) if correction.known_at else None,
-        "corrected": iso(correction.corrected_at),
+        "open_time": format_time(correction.open_time),
+        "known": format_time(correction.known_at) if correction.known_at else None,
+        "corrected": format_time(correction.corrected_at),
         "source": correction.source,
         "changes": {name: _change(before, after) for name, (before, after) in changes},
     }
@@ -186,9 +188,9 @@ def _correction_row(correction: Correction) -> dict[str, Any]:
 
 def _change(before: Decimal | int | None, after: Decimal | int | None) -> dict[str, str | None]:
     """Return a value before and after, None where it was not given, and how much it changed."""
-    from marketdata_assets.model.bar import number_text
+    from marketdata_assets.model.bar import format_number
 
-    was, became = (None if value is None else number_text(value) for value in (before, after))
+    was, became = (None if value is None else format_number(value) for value in (before, after))
     return {"was": was, "is": became, "by": _relative_change(before, after)}
 
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 
 if TYPE_CHECKING:
     from marketdata_assets.context import Context
@@ -43,10 +43,12 @@ def select_window(settings: Settings, start: datetime | None, end: datetime | No
     now = settings.now()
     window = Window(start or settings.since, end or now)
     if start and start > now:
-        raise BadInput(f"--start {iso(start)} lies in the future; it is now {iso(now)}")
+        raise BadInput(
+            f"--start {format_time(start)} lies in the future; it is now {format_time(now)}"
+        )
     if not window:
         raise BadInput(
-            f"the window {iso(window.start)} .. {iso(window.end)} is empty; "
+            f"the window {format_time(window.start)} .. {format_time(window.end)} is empty; "
             "--start must come before --end"
         )
     return window

@@ -19,7 +19,7 @@ from marketdata_assets.flows.operate.pipeline import Pipeline
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.events import ProgressCallback, no_progress
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.settings.universe import Settings
 
@@ -42,7 +42,7 @@ def raw_asset(
         specs=[spec],
         partitions_def=grid,
         backfill_policy=dg.BackfillPolicy.single_run(),
-        check_specs=check_specs(settings, raw(timeframe), grid),
+        check_specs=check_specs(settings, raw_table(timeframe), grid),
     )
     def fetch(context: dg.AssetExecutionContext) -> Iterator[Any]:
         partitions = partitions_of_run(context)
@@ -86,7 +86,7 @@ def rollup_assets(
         check_specs=[
             spec
             for timeframe in timeframes
-            for spec in check_specs(settings, rollup(timeframe), grid)
+            for spec in check_specs(settings, rollup_table(timeframe), grid)
         ],
         pool=WAREHOUSE_POOL if is_in_duckdb else None,
     )
@@ -149,7 +149,7 @@ def _raw_spec(settings: Settings, timeframe: Timeframe) -> dg.AssetSpec:
         "rule are in quarantine: `marketdata quarantine list` shows them."
     )
     return asset_spec(
-        raw(timeframe),
+        raw_table(timeframe),
         [],
         description,
         kinds={"polars", storage_kind(settings.lake), "pandera"},
@@ -178,5 +178,5 @@ def _rollup_spec(settings: Settings, timeframe: Timeframe) -> dg.AssetSpec:
         "the bars and both values."
     )
     store = "duckdb" if settings.rollups == "duckdb" else "parquet"
-    deps = [dg.AssetDep(asset_key(raw(source))) for source in settings.raw_timeframes]
-    return asset_spec(rollup(timeframe), deps, description, kinds={"polars", store})
+    deps = [dg.AssetDep(asset_key(raw_table(source))) for source in settings.raw_timeframes]
+    return asset_spec(rollup_table(timeframe), deps, description, kinds={"polars", store})

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import dagster as dg
 
-from marketdata_assets.charts import heat_map
+from marketdata_assets.charts.heat_map import draw_heat_map
 from marketdata_assets.context import Context, open_context
 from marketdata_assets.defs.specs import asset_key
 from marketdata_assets.flows.operate.freshness import MarketFreshness, market_freshness
@@ -16,7 +16,7 @@ from marketdata_assets.flows.prove.raw_checks import BLOCKING_CHECKS, RAW_CHECKS
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.table import Table
 from marketdata_assets.model.timeframe import MINUTE
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 from marketdata_assets.settings.universe import Settings
 
 FRESHNESS, COVERAGE = "freshness", "coverage"
@@ -134,7 +134,7 @@ def _freshness_row(market: MarketFreshness) -> dg.TableRecord:
         {
             "market": market.market.key,
             "state": state,
-            "newest bar ends": iso(market.through) if market.through else "none",
+            "newest bar ends": format_time(market.through) if market.through else "none",
             "minutes behind": market.lag // MINUTE,
             "warning at": market.limits.warn // MINUTE,
             "error at": market.limits.error // MINUTE,
@@ -157,6 +157,8 @@ def check_coverage(app: Context, table: Table) -> dg.AssetCheckResult:
         metadata={
             "days_not_whole": days,
             "markets_not_whole": markets,
-            "market_by_day": dg.MetadataValue.md(heat_map(coverage.shares, coverage.first_day)),
+            "market_by_day": dg.MetadataValue.md(
+                draw_heat_map(coverage.shares, coverage.first_day)
+            ),
         },
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import dagster as dg
 
-from marketdata_assets.charts import differences
+from marketdata_assets.charts.lines import draw_differences
 from marketdata_assets.context import open_context
 from marketdata_assets.defs.instance import (
     as_tick_failure,
@@ -40,9 +40,9 @@ from marketdata_assets.flows.prove.reconcile import RECONCILED, check_reconciled
 from marketdata_assets.model.events import ProgressCallback, no_progress
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.partition_status import LOST_REASON
-from marketdata_assets.model.table import Table, consolidated, raw
+from marketdata_assets.model.table import Table, consolidated_table, raw_table
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import iso, month_of
+from marketdata_assets.model.window import format_time, month_of
 from marketdata_assets.quality.reconcile import FAIL_BASIS_POINTS, WARN_BASIS_POINTS
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.transforms.consolidate import find_venue_switches
@@ -79,7 +79,9 @@ def consolidate_job(settings: Settings) -> Any:
 
     The job `ingest` cannot make them: its raw partitions are another grid.
     """
-    keys = [asset_key(consolidated(timeframe)) for timeframe in settings.consolidated_timeframes]
+    keys = [
+        asset_key(consolidated_table(timeframe)) for timeframe in settings.consolidated_timeframes
+    ]
     return dg.define_asset_job(
         CONSOLIDATE,
         selection=dg.AssetSelection.assets(*keys),
@@ -106,7 +108,7 @@ def _consolidated_asset(
     *,
     on_progress: ProgressCallback,
 ) -> dg.AssetsDefinition:
-    key = asset_key(consolidated(timeframe))
+    key = asset_key(consolidated_table(timeframe))
     check = dg.AssetCheckSpec(
         RECONCILED, asset=key, description=_reconciled_description(timeframe), partitions_def=grid
     )
@@ -136,7 +138,9 @@ def _consolidated_asset(
 
 
 def _consolidated_spec(settings: Settings, timeframe: Timeframe) -> dg.AssetSpec:
-    dep = dg.AssetDep(asset_key(raw(timeframe)), partition_mapping=_partition_mapping(settings))
+    dep = dg.AssetDep(
+        asset_key(raw_table(timeframe)), partition_mapping=_partition_mapping(settings)
+    )
     description = (
         f"{timeframe.name} bars of several venues as one series: at each time the bar of the first "
         "venue that was up, in the order of the universe. The column `venue` names the venue of "
@@ -146,7 +150,7 @@ def _consolidated_spec(settings: Settings, timeframe: Timeframe) -> dg.AssetSpec
         "by the next one. The series of each venue stays as it is."
     )
     kinds = {"polars", storage_kind(settings.lake)}
-    return asset_spec(consolidated(timeframe), [dep], description, kinds=kinds)
+    return asset_spec(consolidated_table(timeframe), [dep], description, kinds=kinds)
 
 
 def _reconciled_description(timeframe: Timeframe) -> str:
@@ -178,7 +182,7 @@ def _metadata(result: ConsolidationResult) -> dict[str, Any]:
     bars = result.bars
     changes = find_venue_switches(bars)
     rows = [
-        dg.TableRecord({"from": iso(moment), "before": before, "venue": venue})
+        dg.TableRecord({"from": format_time(moment), "before": before, "venue": venue})
         for moment, before, venue in changes.head(SWITCHES_SHOWN).iter_rows()
     ]
     counts = bars["venue"].value_counts(sort=True).iter_rows()
@@ -196,7 +200,7 @@ def _metadata(result: ConsolidationResult) -> dict[str, Any]:
 def _draw_differences(result: ConsolidationResult) -> dg.MarkdownMetadataValue:
     month = result.partition.month
     return dg.MetadataValue.md(
-        differences(result.pairs, month, WARN_BASIS_POINTS, FAIL_BASIS_POINTS)
+        draw_differences(result.pairs, month, WARN_BASIS_POINTS, FAIL_BASIS_POINTS)
     )
 
 
@@ -209,7 +213,7 @@ def keep_consolidated(
     `grid` is that of the raw assets.
     """
     consolidated_grid = _consolidated_grid(settings, grid)
-    tables = [consolidated(timeframe) for timeframe in settings.consolidated_timeframes]
+    tables = [consolidated_table(timeframe) for timeframe in settings.consolidated_timeframes]
 
     @dg.sensor(
         name="keep_consolidated",
@@ -256,7 +260,7 @@ def _find_lost(settings: Settings, outdated: OutdatedPartitions) -> dict[Table, 
     lost: dict[Table, list[Partition]] = defaultdict(list)
     for partition, state in outdated.items():
         if state.reason == LOST_REASON:
-            lost[consolidated(settings.base(partition.market))].append(partition)
+            lost[consolidated_table(settings.base(partition.market))].append(partition)
     return lost
 
 

@@ -21,12 +21,13 @@ from marketdata_assets.defs.specs import OWNERS, asset_key, storage_kind
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.derive.publish import DeltaPublisher, PublishResult, maintain
 from marketdata_assets.model.events import ProgressCallback, no_progress
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.parts import DeltaSettings
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.delta import Maintained, columns_of
+from marketdata_assets.storage.delta import delta_column_types
+from marketdata_assets.storage.delta_maintenance import DeltaMaintenance
 
 MAINTAIN = "maintain_delta"
 """The name of the job."""
@@ -104,7 +105,7 @@ def _add_result(results: AssetResults, result: PublishResult) -> None:
 def _delta_spec(settings: Settings, delta: DeltaSettings, timeframe: Timeframe) -> dg.AssetSpec:
     sources = _source_tables(settings, timeframe)
     names = ", ".join(table.name for table in sources)
-    columns = [dg.TableColumn(name, kind) for name, kind in columns_of(sources[-1]).items()]
+    columns = [dg.TableColumn(name, kind) for name, kind in delta_column_types(sources[-1]).items()]
     return dg.AssetSpec(
         delta_key(timeframe),
         deps=[asset_key(table) for table in sources],
@@ -133,12 +134,12 @@ def _source_tables(settings: Settings, timeframe: Timeframe) -> list[Table]:
     is published from its raw bars.
     """
     is_base = any(timeframe == venue.base for venue in settings.venues.values())
-    tables = [raw(timeframe)] if is_base else []
-    tables += [rollup(timeframe)] if timeframe in settings.rollup_timeframes else []
+    tables = [raw_table(timeframe)] if is_base else []
+    tables += [rollup_table(timeframe)] if timeframe in settings.rollup_timeframes else []
     if tables:
         return tables
     if timeframe in settings.raw_timeframes:
-        return [raw(timeframe)]
+        return [raw_table(timeframe)]
     known = {*settings.raw_timeframes, *settings.rollup_timeframes}
     names = " ".join(tf.name for tf in sorted(known, key=lambda tf: tf.width))
     raise BadInput(
@@ -193,8 +194,8 @@ def delta_job(settings: Settings) -> ScheduledJob:
     return schedule_job("maintain_delta_every_night", job, "0 4 * * *")
 
 
-def _sum_counts(tables: list[Maintained]) -> dict[str, int]:
-    names = [name for name in Maintained._fields if name != "version"]
+def _sum_counts(tables: list[DeltaMaintenance]) -> dict[str, int]:
+    names = [name for name in DeltaMaintenance._fields if name != "version"]
     return {name: sum(getattr(counts, name) for counts in tables) for name in names}
 
 

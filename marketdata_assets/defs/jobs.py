@@ -23,7 +23,7 @@ from marketdata_assets.defs.repair import repair_job
 from marketdata_assets.defs.schedules import ScheduledJob, refetch_schedules, refresh_open
 from marketdata_assets.defs.sensors import backfill_missed, watch_incidents, watch_markets
 from marketdata_assets.model.events import ProgressCallback, no_progress
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.settings.universe import Settings
 
 INGEST = "ingest"
@@ -93,7 +93,10 @@ def _build_assets(
 
 
 def _market_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:
-    tables = [*map(raw, settings.raw_timeframes), *map(rollup, settings.rollup_timeframes)]
+    tables = [
+        *map(raw_table, settings.raw_timeframes),
+        *map(rollup_table, settings.rollup_timeframes),
+    ]
     return [check for table in tables for check in market_checks(settings, table)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from marketdata_assets.charts import candles
+from marketdata_assets.charts.candles import draw_candles
 from marketdata_assets.defs.results import AssetResults, RunContext, bars_metadata
 from marketdata_assets.defs.specs import asset_key
 from marketdata_assets.flows.derive.rollup import RollupResult
@@ -20,7 +20,7 @@ from marketdata_assets.flows.operate.pipeline import (
 )
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.events import ProgressCallback, no_progress
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 
 
@@ -39,8 +39,8 @@ class PipelineResults:
         def results_of(table: Table) -> AssetResults:
             return AssetResults(context, asset_key(table), on_progress, skippable=skippable)
 
-        self._raws = {timeframe: results_of(raw(timeframe)) for timeframe in raws}
-        self._rollups = {timeframe: results_of(rollup(timeframe)) for timeframe in rollups}
+        self._raws = {timeframe: results_of(raw_table(timeframe)) for timeframe in raws}
+        self._rollups = {timeframe: results_of(rollup_table(timeframe)) for timeframe in rollups}
 
     @property
     def assets(self) -> list[AssetResults]:
@@ -59,9 +59,9 @@ class PipelineResults:
     def add_coverage(self, reporter: CoverageReporter) -> None:
         """Show on every partition which bars of its asset are stored or explained, by day."""
         for timeframe, results in self._raws.items():
-            results.add_coverage(reporter.daily(raw(timeframe)))
+            results.add_coverage(reporter.daily(raw_table(timeframe)))
         if self._rollups:  # they are built together: all have the coverage of the first
-            coverage = reporter.daily(rollup(next(iter(self._rollups))))
+            coverage = reporter.daily(rollup_table(next(iter(self._rollups))))
             for results in self._rollups.values():
                 results.add_coverage(coverage)
 
@@ -95,7 +95,7 @@ def _raw_metadata(ingest: IngestResult) -> dict[str, Any]:
         "rows_received": ingest.account.received,
         "rows_quarantined": ingest.account.quarantined,
         "bars_corrected": ingest.replaced.height,
-        "candles": dg.MetadataValue.md(candles(ingest.bars)),
+        "candles": dg.MetadataValue.md(draw_candles(ingest.bars)),
     }
     if ingest.note:
         metadata["note"] = ingest.note

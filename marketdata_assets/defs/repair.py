@@ -33,7 +33,7 @@ from marketdata_assets.flows.operate.repair import (
 )
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.window import Window, iso, parse_time
+from marketdata_assets.model.window import Window, format_time, parse_time
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.system import process_id
@@ -124,8 +124,8 @@ def repair_config(markets: Sequence[str], window: Window, *, again: bool) -> dic
     """Return the run configuration of the job for a span; no markets means all of them."""
     config = {
         "market": " ".join(markets),
-        "start": iso(window.start),
-        "end": iso(window.end),
+        "start": format_time(window.start),
+        "end": format_time(window.end),
         "again": again,
     }
     return {"ops": {OP: {"config": config}}}

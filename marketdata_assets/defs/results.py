@@ -14,7 +14,8 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from marketdata_assets.charts import heat_map, sparkline
+from marketdata_assets.charts.heat_map import draw_heat_map
+from marketdata_assets.charts.lines import draw_sparkline
 from marketdata_assets.dagster_ext.materializations import CheckTarget, newest_materializations
 from marketdata_assets.defs.tags import KIND, RunKind
 from marketdata_assets.errors import MarketDataError
@@ -27,7 +28,7 @@ from marketdata_assets.model.events import (
 )
 from marketdata_assets.model.finding import Finding, FindingSeverity
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 
 INLINE_MARKETS = 8
 """Dagster draws the coverage of so many markets in place, and hides a longer picture."""
@@ -102,7 +103,7 @@ class AssetResults:
             shares, key = coverage.shares, partition.market.key
             if len(shares) > INLINE_MARKETS:
                 shares = {key: shares[key]} if key in shares else {}
-            picture = dg.MetadataValue.md(heat_map(shares, coverage.first_day))
+            picture = dg.MetadataValue.md(draw_heat_map(shares, coverage.first_day))
             self._metadata[partition] = {**metadata, "coverage": picture}
 
     def yield_results(self, context: dg.AssetExecutionContext) -> Iterator[StepResult]:
@@ -237,12 +238,12 @@ def bars_metadata(bars: pl.DataFrame) -> dict[str, Any]:
     """Return what a partition's page shows of any stored bars: count, first, last, and closes."""
     metadata: dict[str, Any] = {
         "rows": bars.height,
-        "closes": dg.MetadataValue.md(sparkline(bars["close"])),
+        "closes": dg.MetadataValue.md(draw_sparkline(bars["close"])),
         "dagster/partition_row_count": bars.height,
     }
     if bars.height:
         opens = bars["open_time"]
-        metadata |= {"first_bar": iso(opens[0]), "last_bar": iso(opens[-1])}
+        metadata |= {"first_bar": format_time(opens[0]), "last_bar": format_time(opens[-1])}
     return metadata
 
 

@@ -34,8 +34,8 @@ from marketdata_assets.flows.operate.backfill import BacklogFinder
 from marketdata_assets.flows.operate.blocks import Block, count_reasons
 from marketdata_assets.flows.operate.health import DAEMON
 from marketdata_assets.ledger.incidents import Problem
-from marketdata_assets.model.table import Table, raw, rollup
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.table import Table, raw_table, rollup_table
+from marketdata_assets.model.window import format_time
 from marketdata_assets.settings.universe import Settings
 
 TICK_SECONDS = 30
@@ -50,7 +50,7 @@ def backfill_missed(
     settings: Settings, job: str, grid: dg.MultiPartitionsDefinition
 ) -> dg.SensorDefinition:
     """Return the sensor that launches runs for closed months with missing bars."""
-    bases = {raw(venue.base) for venue in settings.venues.values()}
+    bases = {raw_table(venue.base) for venue in settings.venues.values()}
 
     @dg.sensor(
         name="backfill_missed",
@@ -68,7 +68,7 @@ def backfill_missed(
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         with as_tick_failure(), open_context(settings) as app:
             app.ledger.heartbeats.record(DAEMON, settings.now())
-            app.lake.sweep()
+            app.lake.remove_abandoned_uploads()
             runs = get_unfinished_runs(context.instance)
             launched = sum(run.tags.get(KIND) == RunKind.MISSED for run in runs)
             plan = app.bind(BacklogFinder).plan_backfill(
@@ -90,7 +90,7 @@ def _missed_run(block: Block, settings: Settings) -> dg.RunRequest:
         VENUE: block.first.market.venue,
         REASON: count_reasons(block.reasons)[:_TAG_LENGTH],
     }
-    run_key = f"{block.first.key}..{block.last.key}@{iso(settings.now())}"
+    run_key = f"{block.first.key}..{block.last.key}@{format_time(settings.now())}"
     return dg.RunRequest(run_key, tags=tags)
 
 
@@ -149,8 +149,8 @@ def watch_markets(settings: Settings) -> dg.SensorDefinition:
 
 
 def _plan_watches(settings: Settings) -> list[_Watch]:
-    raws = [raw(timeframe) for timeframe in settings.raw_timeframes]
-    rollups = [rollup(timeframe) for timeframe in settings.rollup_timeframes]
+    raws = [raw_table(timeframe) for timeframe in settings.raw_timeframes]
+    rollups = [rollup_table(timeframe) for timeframe in settings.rollup_timeframes]
     watches = [_Watch(FRESHNESS, [table], check_freshness) for table in raws]
     watches += [_Watch(COVERAGE, [table], check_coverage) for table in raws]
     if rollups:  # they are built together: one result is that of all

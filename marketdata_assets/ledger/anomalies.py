@@ -14,7 +14,7 @@ from marketdata_assets.ledger.tables import anomalies
 from marketdata_assets.model.anomaly import Anomaly, AnomalySeverity, AnomalyState
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.table import Table
-from marketdata_assets.model.timeframe import timeframe
+from marketdata_assets.model.timeframe import parse_timeframe
 from marketdata_assets.model.window import Window, month_of
 
 GONE = "no longer found: its bars, or those beside it, have changed"
@@ -136,7 +136,7 @@ def _record(id: int, tbl: str, market: str, state: str, *row: Any) -> AnomalyRec
     layer, _, name = tbl.partition("/ohlcv_")
     return AnomalyRecord(
         id,
-        Table(layer, timeframe(name)),
+        Table(layer, parse_timeframe(name)),
         Market.parse(market),
         Anomaly(kind, AnomalySeverity[severity.upper()], start, end, bars, evidence),
         AnomalyState(state),
@@ -151,7 +151,7 @@ def _values(anomaly: Anomaly) -> dict[str, Any]:
     return {
         "month": month_of(anomaly.start).start.date().isoformat(),
         "kind": anomaly.kind,
-        "severity": anomaly.severity.word,
+        "severity": anomaly.severity.label,
         "start": anomaly.start,
         "end": anomaly.end,
         "bars": anomaly.bars,

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from marketdata_assets.ledger.book import Book
 from marketdata_assets.ledger.tables import asks
-from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.partition import Partition, PartitionKey
 
 _c = asks.c
 
@@ -32,13 +32,15 @@ class BackfillAttempt:
 class AttemptBook(Book):
     """The table `asks`. Raises StoreFailed."""
 
-    def all(self) -> dict[tuple[str, str], BackfillAttempt]:
+    def all(self) -> dict[PartitionKey, BackfillAttempt]:
         """Every partition that was tried and is not complete, by market key and month key."""
         statement = sa.select(
             _c.market, _c.month, _c.attempts, _c.asked_at, _c.parked_at, _c.reason
         )
         return {
-            (market, month): BackfillAttempt(Partition.parse(f"{market}|{month}"), *attempt)
+            PartitionKey(market, month): BackfillAttempt(
+                Partition.parse(f"{market}|{month}"), *attempt
+            )
             for market, month, *attempt in (
                 self._database.rows(statement.order_by(_c.market, _c.month))
             )

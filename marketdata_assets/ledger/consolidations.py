@@ -11,13 +11,11 @@ import sqlalchemy as sa
 from marketdata_assets.ledger.book import Book, about, is_about, key_of
 from marketdata_assets.ledger.tables import gaps, partitions
 from marketdata_assets.model.gap import GapCause
-from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.table import Table
 from marketdata_assets.model.window import Window
 
 _c, _g = partitions.c, gaps.c
-_Key = tuple[str, str]
-"""Market key and month key."""
 
 
 class SourcePartition(NamedTuple):
@@ -62,17 +60,16 @@ class ConsolidationBook(Book):
     Raises StoreFailed.
     """
 
-    def sources(self, table: Table, month: str = "") -> dict[_Key, SourcePartition]:
+    def sources(self, table: Table, month: str = "") -> dict[PartitionKey, SourcePartition]:
         """Every raw partition of which something was ever stored, or those of one month."""
         checksums = self._no_trade_checksums(table, month)
         statement = sa.select(_c.market, _c.month, _c.digest, _c.bytes.is_not(None)).where(
             _c.tbl == table.name, _c.digest.is_not(None), *_in_month(_c.month, month)
         )
         return {
-            (market, key): SourcePartition(
-                digest, bool(is_stored), checksums.get((market, key), "")
-            )
-            for market, key, digest, is_stored in self._database.plain_rows(statement)
+            key: SourcePartition(digest, bool(is_stored), checksums.get(key, ""))
+            for market, month_key, digest, is_stored in self._database.plain_rows(statement)
+            for key in (PartitionKey(market, month_key),)
         }
 
     def no_trade_windows(self, table: Table, partition: Partition) -> list[Window]:
@@ -82,11 +79,14 @@ class ConsolidationBook(Book):
         found = self._database.rows(statement, about(table, partition))
         return [Window(start, end) for start, end in found]
 
-    def states(self, table: Table) -> dict[_Key, ConsolidationState]:
+    def states(self, table: Table) -> dict[PartitionKey, ConsolidationState]:
         """Every consolidated partition."""
         columns = (_c.market, _c.month, _c.bytes, _c.digest, _c.rolled)
         found = self._database.plain_rows(sa.select(*columns).where(_c.tbl == table.name))
-        return {(market, month): ConsolidationState(*state) for market, month, *state in found}
+        return {
+            PartitionKey(market, month): ConsolidationState(*state)
+            for market, month, *state in found
+        }
 
     def record(self, made: ConsolidationRecord) -> None:
         """Write down that a partition was made and is stored."""
@@ -107,7 +107,7 @@ class ConsolidationBook(Book):
         with self._database.transaction() as connection:
             connection.execute(upsert, key_of(made.table, made.partition) | values)
 
-    def _no_trade_checksums(self, table: Table, month: str) -> dict[_Key, str]:
+    def _no_trade_checksums(self, table: Table, month: str) -> dict[PartitionKey, str]:
         """The place of the bars in the month counts, so that no gap can replace another."""
         day, hour, minute = (
             sa.cast(sa.func.substr(_g.start, place, 2), sa.Integer) for place in (9, 12, 15)
@@ -120,7 +120,7 @@ class ConsolidationBook(Book):
         )
         found = self._database.plain_rows(statement.group_by(_g.market, _g.month))
         return {
-            (market, key): " ".join(str(int(number)) for number in numbers)
+            PartitionKey(market, key): " ".join(str(int(number)) for number in numbers)
             for market, key, *numbers in found
         }
 

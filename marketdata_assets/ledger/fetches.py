@@ -13,7 +13,7 @@ from marketdata_assets.ledger.records import LoggedFetch
 from marketdata_assets.ledger.tables import fetches, quarantine
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.table import Table
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 
 _c = fetches.c
 
@@ -103,4 +103,4 @@ def log_fetches(
 
 
 def _second(asked_at: float) -> str:
-    return iso(datetime.fromtimestamp(int(asked_at), UTC))
+    return format_time(datetime.fromtimestamp(int(asked_at), UTC))

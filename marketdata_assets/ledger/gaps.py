@@ -20,9 +20,9 @@ from marketdata_assets.model.gap import (
     GapStatus,
 )
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.table import Table
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 
 _c = gaps.c
 _GAP = (
@@ -72,21 +72,21 @@ class GapBook(Book):
         found = self._database.rows(sa.select(_c.market, _c.month).where(where).distinct())
         return [Partition.parse(f"{market}|{month}") for market, month in found]
 
-    def due(self, table: Table, now: datetime) -> set[tuple[str, str]]:
+    def due(self, table: Table, now: datetime) -> set[PartitionKey]:
         """Market key and month key of the partitions with a gap that is to be requested again."""
         is_due = _c.next_ask <= now.replace(microsecond=0)
         where = sa.and_(_c.tbl == table.name, _c.next_ask.is_not(None), is_due)
         statement = sa.select(_c.market, _c.month).where(where).distinct()
-        return {(market, month) for market, month in self._database.plain_rows(statement)}
+        return {PartitionKey(*key) for key in self._database.plain_rows(statement)}
 
-    def unsettled(self, table: Table) -> dict[tuple[str, str], list[Window]]:
+    def unsettled(self, table: Table) -> dict[PartitionKey, list[Window]]:
         """The windows of the gaps that are not settled, by market key and month key."""
         where = sa.and_(_c.tbl == table.name, _c.reason != GapReason.NO_BARS, _is_unsettled())
-        found: dict[tuple[str, str], list[Window]] = defaultdict(list)
+        found: dict[PartitionKey, list[Window]] = defaultdict(list)
         for market, month, start, end in self._database.rows(
             sa.select(_c.market, _c.month, _c.start, _c.end).where(where)
         ):
-            found[market, month].append(Window(start, end))
+            found[PartitionKey(market, month)].append(Window(start, end))
         return dict(found)
 
     def open_bars(self) -> dict[str, int]:
@@ -101,7 +101,7 @@ class GapBook(Book):
         update = sa.update(gaps).values(
             status=GapStatus.REOPENED,
             cause=_NO_CAUSE,
-            proof={"reopened": iso(now)},
+            proof={"reopened": format_time(now)},
             next_ask=now.replace(microsecond=0),
         )
         is_it = sa.and_(_c.tbl == table.name, _c.market == market.key, _c.start == gap.window.start)

@@ -25,7 +25,7 @@ from marketdata_assets.ledger.records import (
 )
 from marketdata_assets.ledger.tables import partitions
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.table import Table
 from marketdata_assets.model.window import Window, month_of, parse_time
 
@@ -64,13 +64,15 @@ class PartitionBook(Book):
         found = self._rows(_c.month, *_STATE, where=where)
         return {month: PartitionState(*state) for month, *state in found}
 
-    def summaries(self, table: Table) -> dict[tuple[str, str], PartitionSummary]:
+    def summaries(self, table: Table) -> dict[PartitionKey, PartitionSummary]:
         """Every partition of a table, by market key and month key."""
         is_rolled_up = sa.and_(_c.rolled.is_not(None), _c.rolled == _c.digest)
         columns = (_c.market, _c.month, _c.start, _c.through, _c.complete, _c.bytes)
         statement = sa.select(*columns, is_rolled_up, _c.error).where(_c.tbl == table.name)
         return {
-            (market, month): PartitionSummary(start, through, done == 1, size, rolled == 1, error)
+            PartitionKey(market, month): PartitionSummary(
+                start, through, done == 1, size, rolled == 1, error
+            )
             for market, month, start, through, done, size, rolled, error in (
                 self._database.plain_rows(statement)
             )

@@ -15,7 +15,7 @@ from marketdata_assets.ledger.database import Database
 from marketdata_assets.ledger.records import IngestRecord
 from marketdata_assets.ledger.tables import fetches, quarantine
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 
 _c = quarantine.c
 _ROW = (
@@ -44,7 +44,7 @@ class QuarantineBook(Book):
         """
         # text with and without a fraction of a second sorts by time without the Z at its end
         open_time = sa.func.rtrim(_c.open_time, "Z")
-        start, end = (iso(moment)[:-1] for moment in (window.start, window.end))
+        start, end = (format_time(moment)[:-1] for moment in (window.start, window.end))
         is_inside = sa.and_(open_time >= start, open_time < end)
         statement = sa.select(*_ROW).where(_c.open_time.is_(None) | is_inside)
         if market:
@@ -58,14 +58,14 @@ class QuarantineBook(Book):
     def mark_replayed(self, ids: Iterable[int], now: datetime) -> None:
         """Remember that rows have become bars."""
         update = sa.update(quarantine).where(_c.id == sa.bindparam("its_id"))
-        rows = [{"its_id": number, "replayed_at": iso(now)} for number in ids]
+        rows = [{"its_id": number, "replayed_at": format_time(now)} for number in ids]
         if rows:
             with self._database.transaction() as connection:
                 connection.execute(update, rows)
 
     def rejection_rates(self, since: datetime) -> dict[str, RejectionRate]:
         """Rows rejected, and rows received, since a moment, by market key."""
-        counted = sa.select(_c.market, sa.func.count()).where(_c.last_seen >= iso(since))
+        counted = sa.select(_c.market, sa.func.count()).where(_c.last_seen >= format_time(since))
         rejected = dict(self._database.plain_rows(counted.group_by(_c.market)))
         received = sa.func.sum(sa.func.coalesce(fetches.c.rows, 0))
         is_new = fetches.c.asked_at >= since.timestamp()
@@ -87,14 +87,14 @@ def quarantine_rows(
         has_answer = 0 <= answer < len(record.answers)
         row = {
             **key_of(record.table, record.partition),
-            "open_time": moment and iso(moment),
+            "open_time": moment and format_time(moment),
             "reasons": reasons,
             "fields": fields,
             "source": _source(record, answer),
             "fetch_id": fetch_ids[record.answers[answer]] if has_answer else None,
             "seen": 1,
-            "first_seen": iso(record.now),
-            "last_seen": iso(record.now),
+            "first_seen": format_time(record.now),
+            "last_seen": format_time(record.now),
         }
         content = hash_content(row["open_time"], reasons, fields)
         before = rows.get(content, {"seen": 0})

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from marketdata_assets.ledger.book import Book
 from marketdata_assets.ledger.tables import receipts
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 
 _c = receipts.c
 _RECEIPT = (_c.id, _c.kind, _c["at"], _c.says, _c.body)
@@ -32,7 +32,7 @@ class Receipt(NamedTuple):
         return {
             "id": self.id,
             "kind": self.kind,
-            "at": iso(self.at),
+            "at": format_time(self.at),
             "says": self.message,
             "body": self.body,
         }

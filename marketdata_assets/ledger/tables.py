@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Column, Dialect, Integer, Text
 
-from marketdata_assets.model.window import iso, parse_time
+from marketdata_assets.model.window import format_time, parse_time
 
 VERSION = 4
 
@@ -27,7 +27,7 @@ class Moment(sa.TypeDecorator[datetime]):
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> str | None:
         """The text of a moment."""
-        return None if value is None else iso(value)
+        return None if value is None else format_time(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:
         """The moment of a text."""

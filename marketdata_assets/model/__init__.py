@@ -1,1 +1,3 @@
-"""What the words mean: markets, windows of time, timeframes, bars. Imports nobody, does no I/O."""
+"""The values that every other room speaks about: markets, windows of time, timeframes, partitions,
+tables and bars. This room imports only `errors` and does no I/O.
+"""

@@ -1,4 +1,4 @@
-"""An anomaly: bars that keep every rule and are hard to believe, and what a person made of them."""
+"""An anomaly: bars that pass every rule and are still hard to believe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class AnomalySeverity(IntEnum):
-    """How much harm the bars would do if they are an error."""
+    """How much harm an anomaly does if its bars are wrong."""
 
     LOW = 1
     MEDIUM = 2
@@ -16,28 +16,28 @@ class AnomalySeverity(IntEnum):
     CRITICAL = 4
 
     @property
-    def word(self) -> str:
-        """`high`"""
+    def label(self) -> str:
+        """The severity in lower case, as it is stored and shown: `high`."""
         return self.name.lower()
 
 
 class AnomalyState(StrEnum):
-    """What became of an anomaly."""
+    """How far the review of an anomaly has come."""
 
     OPEN = "open"
-    """No person has judged it."""
+    """Nobody has reviewed it."""
     ACKNOWLEDGED = "acknowledged"
-    """A person says that the bars are right: the move was real."""
+    """A person confirmed that the bars are right, for example a real crash."""
     RESOLVED = "resolved"
-    """The bars were corrected, or it is no longer found."""
+    """The bars were repaired, or the anomaly is no longer found."""
 
 
 class Anomaly(NamedTuple):
-    """Bars of one market that look wrong in one way.
+    """Suspicious bars of one market, which open in `[start, end)`.
 
-    `kind` names a row of `quality.anomaly_rules.RULES`. `bars` bars that open in `[start, end)` were
-    found. `evidence` is what was measured, as text by name: `size`, the `limit` that it is above,
-    and `says`, a sentence for a person.
+    `kind` names a row of `quality.anomalies.RULES`, and `bars` counts the suspicious bars.
+    `evidence` holds the measurements as text by name: `size`, the `limit` that it exceeds, and
+    `says`, a sentence for a person.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""The bar: its columns, their types, and how a number is written as text."""
+"""The bar: its columns and their types in each kind of table, and how a number is written."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from decimal import Decimal
 import polars as pl
 
 SCALE = 12
+"""Decimals behind the point of every price and volume."""
 DECIMAL = pl.Decimal(38, SCALE)
 TIME = pl.Datetime("us", "UTC")
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of a bar. `optional` ones are null where the venue does not give them; nothing else
-    may be null.
+    """One column of a table. Only an `optional` column may hold nulls, where the venue does not
+    provide the value.
     """
 
     name: str
@@ -24,7 +25,7 @@ class Column:
     optional: bool = False
 
 
-COLUMNS: tuple[Column, ...] = (
+BAR_COLUMNS: tuple[Column, ...] = (
     Column("open_time", TIME, "first moment of the bar, UTC, inclusive; its label"),
     Column("open", DECIMAL, "first price, in quote currency"),
     Column("high", DECIMAL, "highest price"),
@@ -36,8 +37,11 @@ COLUMNS: tuple[Column, ...] = (
     Column("taker_buy_volume", DECIMAL, "base amount bought by takers", optional=True),
     Column("taker_buy_quote_volume", DECIMAL, "quote amount bought by takers", optional=True),
 )
+COLUMN_NAMES: tuple[str, ...] = tuple(column.name for column in BAR_COLUMNS)
+PRICES: tuple[str, ...] = ("open", "high", "low", "close")
+"""The names of the price columns."""
 ROLLUP_COLUMNS: tuple[Column, ...] = (
-    *COLUMNS,
+    *BAR_COLUMNS,
     Column(
         "vwap",
         DECIMAL,
@@ -47,34 +51,34 @@ ROLLUP_COLUMNS: tuple[Column, ...] = (
     Column("bars_expected", pl.Int64(), "base bars a full bar of this timeframe holds"),
     Column("bars_present", pl.Int64(), "base bars this one was made of"),
 )
-PROVENANCE: tuple[Column, ...] = (
+PROVENANCE_COLUMNS: tuple[Column, ...] = (
     Column(
         "known_at",
         TIME,
-        "since when this bar is known, by our clock; null: since before revisions were kept",
+        "moment of our clock at which this bar became known; null: before revisions were kept",
         optional=True,
     ),
     Column(
         "source",
         pl.String(),
-        "what told it: `rest`, or the name of an imported file",
+        "where the bar came from: `rest`, or the name of an imported file",
         optional=True,
     ),
 )
-"""What is stored beside every raw bar; a reader of bars does not see it."""
+"""Stored with every raw bar, and hidden from a reader of bars."""
 HISTORY_COLUMNS: tuple[Column, ...] = (
-    *COLUMNS,
-    *PROVENANCE,
-    Column("replaced_at", TIME, "since when another bar is known in its place, by our clock"),
+    *BAR_COLUMNS,
+    *PROVENANCE_COLUMNS,
+    Column("replaced_at", TIME, "moment of our clock at which another bar replaced this one"),
 )
 CONSOLIDATED_COLUMNS: tuple[Column, ...] = (
-    *COLUMNS,
-    Column("venue", pl.String(), "the venue that told this bar"),
+    *BAR_COLUMNS,
+    Column("venue", pl.String(), "the venue that this bar was taken from"),
 )
 RECONCILED_COLUMNS: tuple[Column, ...] = (
-    COLUMNS[0],
+    BAR_COLUMNS[0],
     Column("venue", pl.String(), "the preferred venue of the two"),
-    Column("other", pl.String(), "the venue beside it"),
+    Column("other", pl.String(), "the venue that it is compared with"),
     Column(
         "close_bp",
         DECIMAL,
@@ -87,59 +91,56 @@ RECONCILED_COLUMNS: tuple[Column, ...] = (
         optional=True,
     ),
 )
-NAMES: tuple[str, ...] = tuple(column.name for column in COLUMNS)
-APART = "_apart"
-"""After a column's name: by how much a value of ours is more than the venue's own."""
+DIFFERENCE_SUFFIX = "_apart"
+"""Follows a column's name in the parity tables: our value less the venue's own."""
 PARITY_COLUMNS: tuple[Column, ...] = (
-    COLUMNS[0],
+    BAR_COLUMNS[0],
     Column(
         "outcome",
         pl.String(),
         "`equal`, `within_tolerance`, `differs`, `only_ours` or `only_native`",
     ),
-    Column("columns", pl.String(), "the columns that make it so, with spaces between"),
+    Column("columns", pl.String(), "the columns that decide the outcome, with spaces between"),
     *(
         Column(
-            c.name + APART,
-            c.dtype,
-            f"our {c.name} less the venue's own; null where not compared",
+            column.name + DIFFERENCE_SUFFIX,
+            column.dtype,
+            f"our {column.name} less the venue's own; null where not compared",
             optional=True,
         )
-        for c in COLUMNS[1:]
+        for column in BAR_COLUMNS[1:]
     ),
-    Column(
-        "cause", pl.String(), "what the difference comes from, in words; empty where there is none"
-    ),
+    Column("cause", pl.String(), "the cause of the difference, in words; empty without one"),
     Column(
         "minutes",
         pl.String(),
         "the base bars behind it: open times, or `start/end` of a window, with spaces between",
     ),
 )
-"""What came of a rolled-up bar beside the venue's own."""
-PRICES: tuple[str, ...] = ("open", "high", "low", "close")
-SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in COLUMNS}
+"""The outcome of comparing one rolled-up bar with the venue's own bar."""
+
+BAR_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in BAR_COLUMNS}
+ROLLUP_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in ROLLUP_COLUMNS}
 RECONCILED_SCHEMA: dict[str, pl.DataType] = {
     column.name: column.dtype for column in RECONCILED_COLUMNS
 }
-ROLLUP_SCHEMA: dict[str, pl.DataType] = {column.name: column.dtype for column in ROLLUP_COLUMNS}
-TOLD_SCHEMA: dict[str, pl.DataType] = {
-    column.name: column.dtype for column in (*COLUMNS, *PROVENANCE)
+STORED_RAW_SCHEMA: dict[str, pl.DataType] = {
+    column.name: column.dtype for column in (*BAR_COLUMNS, *PROVENANCE_COLUMNS)
 }
 """A bar with its provenance, as raw objects hold it."""
 
 
 def empty_bars() -> pl.DataFrame:
-    """No bars, in the right columns."""
-    return pl.DataFrame(schema=SCHEMA)
+    """Return a frame of BAR_SCHEMA without rows."""
+    return pl.DataFrame(schema=BAR_SCHEMA)
 
 
-def decimal_text(column: str) -> pl.Expr:
-    """A decimal column as text without exponent or trailing zeros: `100`, `0.5`, `-1.25`."""
+def format_decimals(column: str) -> pl.Expr:
+    """Write a decimal column as text without exponent or trailing zeros: `100`, `0.5`, `-1.25`."""
     return pl.col(column).cast(pl.String).str.strip_chars_end("0").str.strip_chars_end(".")
 
 
-def number_text(value: Decimal | int) -> str:
-    """One number as text, all its digits, without exponent or trailing zeros."""
+def format_number(value: Decimal | int) -> str:
+    """Write one number with all its digits, without exponent or trailing zeros."""
     text = f"{value:f}" if isinstance(value, Decimal) else str(value)
     return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,5 +1,5 @@
-"""A market is a venue and a symbol; its key is the partition key, the folder, the row key and the REST
-path.
+"""A market: a venue and a symbol. Its key is the partition key, the folder, the row key and the
+REST path.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from marketdata_assets.errors import BadInput
 _ASSET = r"[A-Za-z0-9][A-Za-z0-9.$]*"
 _SYMBOL = re.compile(rf"{_ASSET}/{_ASSET}(:{_ASSET}(-[A-Za-z0-9-]+)?)?")
 _VENUE = re.compile(r"[a-z][a-z0-9]*")
-CONSOLIDATED = "consolidated"
-"""Stands for the venue where bars of several venues are one series."""
+CONSOLIDATED_VENUE = "consolidated"
+"""Takes the venue's place in a market whose bars come from several venues."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Market:
     """A venue (ccxt id) and a symbol (ccxt's unified symbol).
 
-    Raises BadInput for a symbol that cannot be a unified one: only such names become folders, keys
-    and SQL values.
+    Raises BadInput for a venue or a symbol of another form, so that only safe names become folders,
+    keys and SQL values.
     """
 
     venue: str
@@ -32,22 +32,23 @@ class Market:
             raise BadInput(f"venue {self.venue[:100]!r} is not a ccxt id such as binance or kraken")
         if len(self.symbol) > 64 or not _SYMBOL.fullmatch(self.symbol):
             raise BadInput(
-                f"symbol {self.symbol[:100]!r} is not a unified symbol such as BTC/USDT or BTC/USDT:USDT"
+                f"symbol {self.symbol[:100]!r} is not a unified symbol "
+                "such as BTC/USDT or BTC/USDT:USDT"
             )
 
     @property
     def key(self) -> str:
-        """`binance:BTC-USDT`; `/` becomes `-` and the `:` of a contract symbol becomes `_`."""
+        """`binance:BTC-USDT`; `/` becomes `-`, and the `:` of a contract symbol becomes `_`."""
         return f"{self.venue}:{self.symbol.replace('/', '-').replace(':', '_')}"
 
     @classmethod
     def parse(cls, key: str) -> Market:
-        """The market of a key. Exact inverse of `key`; raises BadInput for anything else."""
+        """Return the market of a key, the exact inverse of `key`. Raises BadInput."""
         venue, _, name = key.partition(":")
-        found = cls(venue, name.replace("-", "/", 1).replace("_", ":", 1)) if "-" in name else None
-        if found is None or found.key != key:
+        market = cls(venue, name.replace("-", "/", 1).replace("_", ":", 1)) if "-" in name else None
+        if market is None or market.key != key:
             raise BadInput(f"market {key[:100]!r} is not written like binance:BTC-USDT")
-        return found
+        return market
 
     def __str__(self) -> str:
         return self.key

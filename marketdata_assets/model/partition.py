@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import MINUTE, Timeframe
 from marketdata_assets.model.window import Window, month_of, parse_time
 
-_LAST_YEAR = 9998  # the end of a later month is no moment any more
+_LAST_YEAR = 9998  # the end of a later month exceeds what datetime can hold
+
+
+class PartitionKey(NamedTuple):
+    """The two texts that name a partition in the ledger and in the lake: `binance:BTC-USDT` and
+    `2024-03-01`. Equal to a plain tuple of both.
+    """
+
+    market: str
+    month: str
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -22,36 +32,50 @@ class Partition:
 
     @property
     def month_key(self) -> str:
-        """`2024-03-01`"""
+        """The first day of the month: `2024-03-01`."""
         return self.month.start.date().isoformat()
 
     @property
     def key(self) -> str:
-        """Dagster's partition key (it sorts dimensions by name: market, month)."""
+        """Dagster's partition key, with the dimensions in Dagster's order: market, month."""
         return f"{self.market.key}|{self.month_key}"
+
+    @property
+    def stored_key(self) -> PartitionKey:
+        """The market key and the month key, as the ledger stores them."""
+        return PartitionKey(self.market.key, self.month_key)
 
     @classmethod
     def parse(cls, key: str) -> Partition:
-        """The partition of a Dagster key; raises BadInput."""
+        """Return the partition of a Dagster key. Raises BadInput."""
         name, _, month = key.partition("|")
         market, start = Market.parse(name), parse_time(month)
         if start.date().replace(day=1).isoformat() != month or start.year > _LAST_YEAR:
             raise BadInput(
-                f"partition {key!r}: {month} is not the first day of a month, written like 2024-03-01"
+                f"partition {key!r}: {month} is not the first day of a month, "
+                "written like 2024-03-01"
             )
         return cls(market, month_of(start))
 
-    def opens(self, tf: Timeframe) -> Window:
-        """The open times of the bars that belong here: a bar belongs to the month of its last minute.
+    @classmethod
+    def from_stored_key(cls, key: tuple[str, str]) -> Partition:
+        """Return the partition of a market key and a month key. Raises BadInput."""
+        return cls.parse("|".join(key))
 
-        A 1w bar therefore lies in the month of its Sunday and looks back, never ahead.
+    def open_times(self, timeframe: Timeframe) -> Window:
+        """Return the open times of this partition's bars: a bar belongs to the month of its last
+        minute.
+
+        A 1w bar therefore belongs to the month of its Sunday, and may open in the month before.
         """
-        back = tf.width - MINUTE
-        return Window(tf.ceil(self.month.start - back), tf.ceil(self.month.end - back))
+        back = timeframe.width - MINUTE
+        return Window(
+            timeframe.ceil(self.month.start - back), timeframe.ceil(self.month.end - back)
+        )
 
 
 def partitions_of(market: Market, span: Window) -> list[Partition]:
-    """The partitions whose months touch the span, oldest first; none for an empty one."""
+    """Return the partitions whose months touch the span, oldest first; none for an empty span."""
     found = []
     month = month_of(span.start)
     while span and month.start < span.end:
@@ -60,7 +84,7 @@ def partitions_of(market: Market, span: Window) -> list[Partition]:
     return found
 
 
-def neighbour(partition: Partition, step: int) -> Partition:
-    """The same market one month later (+1) or earlier (-1)."""
+def adjacent_partition(partition: Partition, step: int) -> Partition:
+    """Return the partition of that market one month later (+1) or earlier (-1)."""
     moment = partition.month.end if step > 0 else partition.month.start - timedelta(days=1)
     return Partition(partition.market, month_of(moment))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 import polars as pl
 
 from marketdata_assets.model.bar import (
-    COLUMNS,
+    BAR_COLUMNS,
     CONSOLIDATED_COLUMNS,
     HISTORY_COLUMNS,
     PARITY_COLUMNS,
@@ -18,14 +19,14 @@ from marketdata_assets.model.bar import (
     Column,
 )
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.timeframe import Timeframe
 
-OBJECT = "data.parquet"
-"""The name of every object; its folders say which it is."""
+OBJECT_NAME = "data.parquet"
+"""The file name of every object of the lake; its folders name table, market and month."""
 
-LAYERS: dict[str, tuple[Column, ...]] = {
-    "raw": COLUMNS,
+LAYER_COLUMNS: dict[str, tuple[Column, ...]] = {
+    "raw": BAR_COLUMNS,
     "rollup": ROLLUP_COLUMNS,
     "history": HISTORY_COLUMNS,
     "parity": PARITY_COLUMNS,
@@ -35,13 +36,21 @@ LAYERS: dict[str, tuple[Column, ...]] = {
 """The columns of each layer's tables."""
 
 
+class StoredObject(NamedTuple):
+    """One stored object: its size in bytes, and the fingerprint of its rows without provenance."""
+
+    bytes: int
+    digest: str
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`raw` tables hold what a venue sent, `rollup` tables what was made of it, `history` tables raw
-    bars that were replaced, `parity` tables what came of rolled-up bars beside the venue's own.
+    """One layer at one timeframe.
 
-    `consolidated` tables hold one series of several venues' raw bars, `reconciled` tables how far
-    these lie apart.
+    `raw` holds the bars that a venue sent, `rollup` the bars that we made of them, `history` the
+    raw bars that a correction replaced, and `parity` the comparison of rolled-up bars with the
+    venue's own. `consolidated` holds one series made of several venues' raw bars, and `reconciled`
+    the differences between these venues.
     """
 
     layer: str
@@ -49,18 +58,18 @@ class Table:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Dagster's asset key: `raw`, `ohlcv_1m`; in DuckDB the schema and the table."""
+        """Dagster's asset key, `("raw", "ohlcv_1m")`; in DuckDB the schema and the table."""
         return self.layer, f"ohlcv_{self.timeframe.name}"
 
     @property
     def name(self) -> str:
-        """`raw/ohlcv_1m`"""
+        """The key as a path: `raw/ohlcv_1m`."""
         return "/".join(self.key)
 
     @property
     def columns(self) -> tuple[Column, ...]:
         """Its columns, in order."""
-        return LAYERS[self.layer]
+        return LAYER_COLUMNS[self.layer]
 
     @property
     def schema(self) -> dict[str, pl.DataType]:
@@ -68,59 +77,60 @@ class Table:
         return {column.name: column.dtype for column in self.columns}
 
     @property
-    def typed(self) -> list[pl.Expr]:
-        """Its columns out of any frame that has them: bound by name, in order, in the table's
-        types.
+    def typed_columns(self) -> list[pl.Expr]:
+        """Expressions that select its columns from any frame: by name, in order, cast to the
+        table's types.
         """
         return [pl.col(name).cast(dtype) for name, dtype in self.schema.items()]
 
     def path(self, partition: Partition) -> str:
-        """The object of one partition, in Hive folders that DuckDB, Polars and pandas read unaided."""
-        return f"{self.name}/{folder(partition.market)}/month={partition.month_key[:7]}/{OBJECT}"
+        """The object of a partition, in Hive folders that DuckDB, Polars and pandas understand."""
+        month = partition.month_key[:7]
+        return f"{self.name}/{market_folder(partition.market)}/month={month}/{OBJECT_NAME}"
 
 
-def raw(timeframe: Timeframe) -> Table:
-    """The table of a fetched timeframe."""
+def raw_table(timeframe: Timeframe) -> Table:
+    """Return the table of a fetched timeframe."""
     return Table("raw", timeframe)
 
 
-def rollup(timeframe: Timeframe) -> Table:
-    """The table of a rolled-up timeframe."""
+def rollup_table(timeframe: Timeframe) -> Table:
+    """Return the table of a rolled-up timeframe."""
     return Table("rollup", timeframe)
 
 
-def history(timeframe: Timeframe) -> Table:
-    """The table of the bars that corrections replaced."""
+def history_table(timeframe: Timeframe) -> Table:
+    """Return the table of the raw bars that corrections replaced."""
     return Table("history", timeframe)
 
 
-def parity(timeframe: Timeframe) -> Table:
-    """The table of what came of a rolled-up timeframe beside the venue's own bars."""
+def parity_table(timeframe: Timeframe) -> Table:
+    """Return the table that compares a rolled-up timeframe with the venue's own bars."""
     return Table("parity", timeframe)
 
 
-def consolidated(timeframe: Timeframe) -> Table:
-    """The table of the bars of several venues as one series."""
+def consolidated_table(timeframe: Timeframe) -> Table:
+    """Return the table that holds one series made of several venues' bars."""
     return Table("consolidated", timeframe)
 
 
-def reconciled(timeframe: Timeframe) -> Table:
-    """The table of the differences between these venues."""
+def reconciled_table(timeframe: Timeframe) -> Table:
+    """Return the table of the differences between these venues."""
     return Table("reconciled", timeframe)
 
 
-def folder(market: Market) -> str:
-    """A market as a Hive folder: percent-escaped, so that S3, Windows and every reader take it (`%3A`
-    for `:`).
+def market_folder(market: Market) -> str:
+    """Return the Hive folder of a market, percent-escaped (`%3A` for `:`), because S3, Windows and
+    every reader accept that.
     """
     return "market=" + quote(market.key, safe="")
 
 
-def keys_of(market_folder: str, month_folder: str) -> tuple[str, str]:
-    """The market key and the month key of two Hive folders: the inverse of `Table.path`."""
-    return _value(market_folder), month_folder.partition("=")[2] + "-01"
+def parse_folders(market_folder: str, month_folder: str) -> PartitionKey:
+    """Return the market key and the month key of two Hive folders: the inverse of `Table.path`."""
+    return PartitionKey(_unescape(market_folder), month_folder.partition("=")[2] + "-01")
 
 
 @lru_cache(maxsize=4096)
-def _value(folder: str) -> str:
+def _unescape(folder: str) -> str:
     return unquote(folder.partition("=")[2])

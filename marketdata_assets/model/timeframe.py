@@ -1,4 +1,4 @@
-"""The timeframes: one table row each."""
+"""The timeframes: one row of TIMEFRAMES each."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from datetime import UTC, datetime, timedelta
 from marketdata_assets.errors import BadInput
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
 MINUTE = timedelta(minutes=1)
+_MONDAY = datetime(1970, 1, 5, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class Timeframe:
-    """One row of the table below. `every` is polars' truncation, `origin` any moment at which a bar
-    opens.
+    """The width of a bar and the grid of its open times.
+
+    `parent` is the timeframe that its bars are rolled up from, `every` the argument of polars'
+    `dt.truncate`, and `origin` any moment at which a bar opens.
     """
 
     name: str
@@ -31,15 +32,12 @@ class Timeframe:
         return self.width // MINUTE
 
     def floor(self, moment: datetime) -> datetime:
-        """The open time of the bar that holds `moment`."""
+        """Return the open time of the bar that holds `moment`."""
         return self.origin + (moment - self.origin) // self.width * self.width
 
     def ceil(self, moment: datetime) -> datetime:
-        """The first open time at or after `moment`."""
+        """Return the first open time at or after `moment`."""
         return self.origin - (self.origin - moment) // self.width * self.width
-
-
-_MONDAY = datetime(1970, 1, 5, tzinfo=UTC)
 
 
 TIMEFRAMES: dict[str, Timeframe] = {
@@ -58,8 +56,8 @@ TIMEFRAMES: dict[str, Timeframe] = {
 }
 
 
-def timeframe(name: str) -> Timeframe:
-    """The row of that name; raises BadInput for a name that is not in the table."""
+def parse_timeframe(name: str) -> Timeframe:
+    """Return the timeframe of that name. Raises BadInput for any other text."""
     try:
         return TIMEFRAMES[name]
     except KeyError:

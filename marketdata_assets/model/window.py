@@ -11,7 +11,7 @@ from marketdata_assets.model.timeframe import EPOCH, Timeframe
 
 
 def parse_time(text: str) -> datetime:
-    """An ISO date or time, UTC where it names no zone; raises BadInput."""
+    """Read an ISO date or time; it is UTC where it names no zone. Raises BadInput."""
     try:
         moment = datetime.fromisoformat(text)
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
@@ -21,24 +21,24 @@ def parse_time(text: str) -> datetime:
         ) from None
 
 
-def iso(moment: datetime) -> str:
-    """`2024-03-01T00:00:00Z`, with the fraction of a second only where there is one."""
+def format_time(moment: datetime) -> str:
+    """Write `2024-03-01T00:00:00Z`, with microseconds only where they are not zero."""
     return moment.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
 
 
 def to_ms(moment: datetime) -> int:
-    """Milliseconds since 1970 UTC."""
+    """Return the milliseconds since 1970 UTC, rounded down."""
     return (moment - EPOCH) // timedelta(milliseconds=1)
 
 
 def from_ms(ms: int) -> datetime:
-    """The UTC moment of milliseconds since 1970."""
+    """Return the UTC moment of milliseconds since 1970."""
     return EPOCH + timedelta(milliseconds=ms)
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Window:
-    """`[start, end)` in UTC; empty when end <= start."""
+    """`[start, end)` in UTC; empty, and false, when end <= start."""
 
     start: datetime
     end: datetime
@@ -49,25 +49,25 @@ class Window:
     def __bool__(self) -> bool:
         return self.start < self.end
 
-    def count(self, tf: Timeframe) -> int:
-        """How many bars of the timeframe open inside."""
-        return max(0, (tf.ceil(self.end) - tf.ceil(self.start)) // tf.width)
+    def count(self, timeframe: Timeframe) -> int:
+        """Return how many bars of the timeframe open inside."""
+        bars = (timeframe.ceil(self.end) - timeframe.ceil(self.start)) // timeframe.width
+        return max(0, bars)
 
-    def pages(self, tf: Timeframe, size: int) -> Iterator[Window]:
-        """Consecutive windows of at most `size` bars that cover this one."""
+    def pages(self, timeframe: Timeframe, size: int) -> Iterator[Window]:
+        """Yield consecutive windows of at most `size` bars that cover this one."""
         start = self.start
         while start < self.end:
-            end = min(self.end, start + size * tf.width)
+            end = min(self.end, start + size * timeframe.width)
             yield Window(start, end)
             start = end
 
     def __str__(self) -> str:
-        return f"[{iso(self.start)}, {iso(self.end)})"
+        return f"[{format_time(self.start)}, {format_time(self.end)})"
 
 
 def month_of(moment: datetime) -> Window:
-    """The calendar month that holds `moment`."""
+    """Return the calendar month that holds `moment`."""
     start = datetime(moment.year, moment.month, 1, tzinfo=UTC)
-    return Window(
-        start, datetime(moment.year + moment.month // 12, moment.month % 12 + 1, 1, tzinfo=UTC)
-    )
+    end = datetime(moment.year + moment.month // 12, moment.month % 12 + 1, 1, tzinfo=UTC)
+    return Window(start, end)

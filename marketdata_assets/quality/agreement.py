@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import polars as pl
 
-from marketdata_assets.model.bar import COLUMNS, NAMES
+from marketdata_assets.model.bar import BAR_COLUMNS, COLUMN_NAMES
 
-_VALUES = NAMES[1:]
-_OPTIONAL = frozenset(column.name for column in COLUMNS if column.optional)
+_VALUES = COLUMN_NAMES[1:]
+_OPTIONAL = frozenset(column.name for column in BAR_COLUMNS if column.optional)
 
 
 class ResolvedAnswers(NamedTuple):
@@ -28,15 +28,17 @@ class ResolvedAnswers(NamedTuple):
 def resolve_answers(kept: pl.DataFrame) -> ResolvedAnswers:
     """Choose one bar per open_time among the rows of all answers.
 
-    `kept` has the columns `answer` and `model.bar.SCHEMA`. The only variant of an open_time is
+    `kept` has the columns `answer` and `model.bar.BAR_SCHEMA`. The only variant of an open_time is
     chosen. Of several, the one that most answers gave is chosen when at least two gave it and no
     other has as many votes; an answer has one vote for a variant.
     """
     repeated = kept["open_time"].is_duplicated()
     if not repeated.any():
-        return ResolvedAnswers(kept.select(NAMES).sort("open_time"), kept.clear(), kept.clear())
+        return ResolvedAnswers(
+            kept.select(COLUMN_NAMES).sort("open_time"), kept.clear(), kept.clear()
+        )
     single, several = kept.filter(~repeated), kept.filter(repeated)
-    variants = several.group_by(NAMES).agg(pl.col("answer").n_unique().alias("votes"))
+    variants = several.group_by(COLUMN_NAMES).agg(pl.col("answer").n_unique().alias("votes"))
     counted = variants.with_columns(
         pl.col("votes").max().over("open_time").alias("most"),
         pl.len().over("open_time").alias("rivals"),
@@ -45,12 +47,15 @@ def resolve_answers(kept: pl.DataFrame) -> ResolvedAnswers:
     leads_alone = leads.sum().over("open_time") == 1
     won = leads & ((pl.col("rivals") == 1) | ((pl.col("most") > 1) & leads_alone))
     judged = counted.with_columns(won.alias("won"), won.any().over("open_time").alias("resolved"))
-    winners = judged.filter("won").select(NAMES)
+    winners = judged.filter("won").select(COLUMN_NAMES)
     rows = several.join(
-        judged.select(*NAMES, "won", "resolved"), on=NAMES, how="left", nulls_equal=True
+        judged.select(*COLUMN_NAMES, "won", "resolved"),
+        on=COLUMN_NAMES,
+        how="left",
+        nulls_equal=True,
     )
     return ResolvedAnswers(
-        pl.concat([single.select(NAMES), winners]).sort("open_time"),
+        pl.concat([single.select(COLUMN_NAMES), winners]).sort("open_time"),
         outvoted=rows.filter(~pl.col("won") & pl.col("resolved")).select(kept.columns),
         unresolved=rows.filter(~pl.col("resolved")).select(kept.columns),
     )
@@ -62,7 +67,7 @@ def coalesce_optional(rows: pl.DataFrame, by: pl.DataFrame) -> pl.DataFrame:
     `by` holds an open_time at most once. A value that is not given contradicts nothing: a file may
     have more columns than the venue's API.
     """
-    with_nulls = [name for name in NAMES if name in _OPTIONAL and rows[name].null_count()]
+    with_nulls = [name for name in COLUMN_NAMES if name in _OPTIONAL and rows[name].null_count()]
     if not with_nulls or by.is_empty():
         return rows
     others = by.select("open_time", *(pl.col(name).alias(name + "_by") for name in with_nulls))
@@ -87,7 +92,7 @@ class ResolvedFiles(NamedTuple):
 def resolve_files(kept: pl.DataFrame) -> ResolvedFiles:
     """Choose one bar per open_time among the rows of several files.
 
-    `kept` has the columns `answer` and `model.bar.NAMES`. Files do not outvote each other: where
+    `kept` has the columns `answer` and `model.bar.COLUMN_NAMES`. Files do not outvote each other: where
     two differ, neither is used; a value that one of them does not give is no difference. Of rows
     that agree, the one with the lowest `answer` is chosen.
     """
@@ -128,7 +133,7 @@ def compare_with_stored(bars: pl.DataFrame, stored: pl.DataFrame) -> StoredCompa
 
     A value that one of the two does not give contradicts nothing.
     """
-    both = bars.join(stored.select(NAMES), on="open_time", suffix="_stored")
+    both = bars.join(stored.select(COLUMN_NAMES), on="open_time", suffix="_stored")
     equal = {name: pl.col(name) == pl.col(name + "_stored") for name in _VALUES}
     agrees = both.select(
         pl.all_horizontal(

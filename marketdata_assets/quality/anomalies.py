@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from marketdata_assets.model.anomaly import Anomaly
-from marketdata_assets.model.bar import NAMES, PRICES, number_text
+from marketdata_assets.model.bar import COLUMN_NAMES, PRICES, format_number
 from marketdata_assets.model.intervals import fold_neighbors
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
@@ -41,7 +41,7 @@ class _TradedBars(NamedTuple):
 
     def at(self, i: int, column: str) -> str:
         """Return a value as text; `nothing` beyond both ends."""
-        return number_text(self.frame[column][i]) if 0 <= i < self.frame.height else "nothing"
+        return format_number(self.frame[column][i]) if 0 <= i < self.frame.height else "nothing"
 
     def describe(self, first: int, last: int) -> str:
         """Return the prices before, in and after the bars from row `first` to row `last`."""
@@ -77,7 +77,7 @@ class _TradedBars(NamedTuple):
 def find_anomalies(bars: pl.DataFrame, timeframe: Timeframe, judged: Window) -> list[Anomaly]:
     """Return the anomalies that begin in `judged`, by start.
 
-    `bars` (model.bar.SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last bar of
+    `bars` (model.bar.BAR_SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last bar of
     all is only judged by rules that do not need the next one. A price belongs to one anomaly: the
     first of the rules about prices that finds a bar has it.
     """
@@ -216,7 +216,7 @@ def _find_gaps(traded: _TradedBars) -> Iterator[Anomaly]:
             continue
         excursion = _find_excursion(row, rows[k + 1 : k + 1 + REACH])
         if excursion is None:
-            closed, opened = traded.at(i - 1, "close"), number_text(row["open"])
+            closed, opened = traded.at(i - 1, "close"), format_number(row["open"])
             message = f"closed at {closed}, then opened at {opened}"
             yield traded.anomaly(
                 "jump", i - 1, i, size=abs(row["gap"]), limit=row["limit"], message=message
@@ -267,7 +267,7 @@ def _find_wicks(traded: _TradedBars) -> Iterator[Anomaly]:
         i = row["i"]
         before = f"{traded.at(i - 1, 'low')} to {traded.at(i - 1, 'high')} before"
         after = f"{traded.at(i + 1, 'low')} to {traded.at(i + 1, 'high')} after"
-        message = f"{number_text(row['low'])} to {number_text(row['high'])}; {before}, {after}"
+        message = f"{format_number(row['low'])} to {format_number(row['high'])}; {before}, {after}"
         yield traded.anomaly("wick", i, i, size=row["size"], limit=row["limit"], message=message)
 
 
@@ -278,7 +278,7 @@ def _find_moves(traded: _TradedBars) -> Iterator[Anomaly]:
     for row in traded.rows_beyond(moved, RULES["move"].floor * minutes.sqrt()):
         i = row["i"]
         message = (
-            f"low {number_text(row['low'])}, high {number_text(row['high'])}, "
+            f"low {format_number(row['low'])}, high {format_number(row['high'])}, "
             f"close before {traded.at(i - 1, 'close')}"
         )
         yield traded.anomaly("move", i, i, size=row["size"], limit=row["limit"], message=message)
@@ -291,7 +291,7 @@ def _find_frozen(traded: _TradedBars) -> Iterator[Anomaly]:
     lengths = prices["bars"].sort(descending=True)
     rank = (traded.frame.height - int((lengths - 1).sum())) // 100
     longest = max(rule.floor, rule.times * (lengths[rank] if rank < len(lengths) else 1))
-    identical = _find_repeats(traded.frame, NAMES[1:])
+    identical = _find_repeats(traded.frame, COLUMN_NAMES[1:])
     for stretches, limit in ((prices, longest), (identical, MIN_IDENTICAL)):
         for bars, end in stretches.filter(pl.col("bars") >= limit).iter_rows():
             message = f"{bars} bars, all with close {traded.at(end - 1, 'close')}"
@@ -339,7 +339,7 @@ def _find_untraded(bars: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly
     every = _TradedBars(bars.with_row_index("i"), timeframe)
     for row in every.frame.filter((moved | miscounted).fill_null(False)).to_dicts():
         message = (
-            f"volume {number_text(row['volume'])}, trades {row['trades']}, "
-            f"close {number_text(row['close'])}"
+            f"volume {format_number(row['volume'])}, trades {row['trades']}, "
+            f"close {format_number(row['close'])}"
         )
         yield every.anomaly("untraded", row["i"], row["i"], size=0, limit=0, message=message)

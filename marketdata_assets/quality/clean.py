@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
@@ -44,19 +44,19 @@ class CleanedBars(NamedTuple):
 def clean_bars(rows: pl.DataFrame, timeframe: Timeframe, owned: Window) -> CleanedBars:
     """Judge the stored rows of one partition, which owns the open times in `owned`.
 
-    `rows` has the columns of model.bar.SCHEMA and may have more, which are kept.
+    `rows` has the columns of model.bar.BAR_SCHEMA and may have more, which are kept.
     """
     numbered = rows.with_columns(pl.lit(-1, pl.Int64).alias("answer"))
     mine, outside = numbered.filter(opens_inside(owned)), numbered.filter(~opens_inside(owned))
-    single = mine.unique(NAMES, keep="first", maintain_order=True)
+    single = mine.unique(COLUMN_NAMES, keep="first", maintain_order=True)
     disputed = single["open_time"].is_duplicated()
     held = single.filter(~disputed)
     sent = held.with_columns(
         pl.col("open_time").dt.epoch("ms"),
-        *(pl.col(name).cast(pl.String) for name in NAMES if name not in _SENT_AS_NUMBERS),
+        *(pl.col(name).cast(pl.String) for name in COLUMN_NAMES if name not in _SENT_AS_NUMBERS),
     )
     broken = split_rows(
-        add_request_columns(sent.select(NAMES), -1, owned),
+        add_request_columns(sent.select(COLUMN_NAMES), -1, owned),
         timeframe,
         closed_before=owned.end + timeframe.width,
     ).rejected

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from marketdata_assets.model.bar import COLUMNS, PRICES, SCHEMA
+from marketdata_assets.model.bar import BAR_COLUMNS, BAR_SCHEMA, PRICES
 
 if TYPE_CHECKING:
     import pandera.polars as pa
@@ -24,11 +24,13 @@ def check_bars(bars: pl.DataFrame) -> pl.DataFrame:
 
 
 def _is_valid(bars: pl.DataFrame) -> bool:
-    if list(bars.schema.items()) != list(SCHEMA.items()):
+    if list(bars.schema.items()) != list(BAR_SCHEMA.items()):
         return False
-    given = [pl.col(column.name).null_count() == 0 for column in COLUMNS if not column.optional]
+    given = [pl.col(column.name).null_count() == 0 for column in BAR_COLUMNS if not column.optional]
     prices = [(pl.col(name) > 0).all() for name in PRICES]
-    amounts = [(pl.col(c.name) >= 0).all() for c in COLUMNS if c.name not in ("open_time", *PRICES)]
+    amounts = [
+        (pl.col(c.name) >= 0).all() for c in BAR_COLUMNS if c.name not in ("open_time", *PRICES)
+    ]
     ascends = (pl.col("open_time").diff() > pl.duration()).all()
     return bool(bars.select(pl.all_horizontal(*given, *prices, *amounts, ascends)).item())
 
@@ -50,7 +52,7 @@ def bar_schema() -> pa.DataFrameSchema:
             checks=checks(column.name),
             description=column.meaning,
         )
-        for column in COLUMNS
+        for column in BAR_COLUMNS
     }
     ascends = pa.Check(_ascends, name="ascending", error="open_time ascends without duplicates")
     return pa.DataFrameSchema(columns, checks=[ascends], strict=True, ordered=True, name="bars")

@@ -8,11 +8,11 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import NamedTuple
 
-from marketdata_assets.model.bar import number_text
+from marketdata_assets.model.bar import format_number
 from marketdata_assets.model.gap import GapCause
 from marketdata_assets.model.intervals import align_inside, fold_neighbors, subtract_window
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.venues.facts import Halt
 
 MAX_CHANCE = 1e-6
@@ -63,9 +63,11 @@ class NativeBar(NamedTuple):
         return Window(self.open_time, self.open_time + self.timeframe.width)
 
     def __str__(self) -> str:
-        volumes = f"volume {number_text(self.volume)}, ours in it {number_text(self.stored_volume)}"
+        volumes = (
+            f"volume {format_number(self.volume)}, ours in it {format_number(self.stored_volume)}"
+        )
         return (
-            f"the venue's {self.timeframe.name} bar of {iso(self.open_time)} has {volumes}, "
+            f"the venue's {self.timeframe.name} bar of {format_time(self.open_time)} has {volumes}, "
             f"{self.missing_bars} bars are missing"
         )
 

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import polars as pl
 
-from marketdata_assets.model.bar import APART, NAMES, PARITY_COLUMNS
+from marketdata_assets.model.bar import COLUMN_NAMES, DIFFERENCE_SUFFIX, PARITY_COLUMNS
 from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.window import Window
 from marketdata_assets.venues.facts import Tolerance
@@ -14,7 +14,7 @@ from marketdata_assets.venues.registry import facts_of
 
 NATIVE = "_native"
 """After a column's name: the venue's own value."""
-VALUE_COLUMNS = NAMES[1:]
+VALUE_COLUMNS = COLUMN_NAMES[1:]
 
 
 class ParityOutcome(StrEnum):
@@ -40,20 +40,25 @@ def compare_bars(
 ) -> pl.DataFrame:
     """Return every bar that opens inside the span, on either side, with its outcome.
 
-    Both frames have model.bar.SCHEMA, sorted. The result has `open_time`, `outcome`, `columns`
+    Both frames have model.bar.BAR_SCHEMA, sorted. The result has `open_time`, `outcome`, `columns`
     (those that decide the outcome, with spaces between), and for each value our own as `volume`, the
     venue's as `volume_native` and ours less the venue's as `volume_apart`. A value that is null on
     one side was not given, and is not compared.
     """
-    mine, theirs = (frame.select(NAMES).filter(opens_inside(span)) for frame in (ours, native))
+    mine, theirs = (
+        frame.select(COLUMN_NAMES).filter(opens_inside(span)) for frame in (ours, native)
+    )
     both = mine.join(theirs, on="open_time", how="full", coalesce=True, suffix=NATIVE).sort(
         "open_time"
     )
     both = both.with_columns(
-        (pl.col(name) - pl.col(name + NATIVE)).alias(name + APART) for name in VALUE_COLUMNS
+        (pl.col(name) - pl.col(name + NATIVE)).alias(name + DIFFERENCE_SUFFIX)
+        for name in VALUE_COLUMNS
     )
     tolerances = facts_of(venue).tolerances
-    unequal = {name: (pl.col(name + APART) != 0).fill_null(False) for name in VALUE_COLUMNS}
+    unequal = {
+        name: (pl.col(name + DIFFERENCE_SUFFIX) != 0).fill_null(False) for name in VALUE_COLUMNS
+    }
     beyond = {
         name: flag & ~_is_within(name, tolerances.get(name)) for name, flag in unequal.items()
     }
@@ -83,7 +88,7 @@ def select_stored(compared: pl.DataFrame) -> pl.DataFrame:
 def _is_within(name: str, tolerance: Tolerance | None) -> pl.Expr:
     if tolerance is None:
         return pl.lit(False)
-    distance = pl.col(name + APART).abs().cast(pl.Float64)
+    distance = pl.col(name + DIFFERENCE_SUFFIX).abs().cast(pl.Float64)
     share = pl.col(name + NATIVE).abs().cast(pl.Float64) * float(tolerance.relative)
     return (distance <= float(tolerance.absolute)) | (distance <= share)
 

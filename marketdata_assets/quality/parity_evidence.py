@@ -40,7 +40,7 @@ class ParityEvidence:
     base: Timeframe
     timeframe: Timeframe
     bars: pl.DataFrame
-    """The base bars (model.bar.SCHEMA, sorted)."""
+    """The base bars (model.bar.BAR_SCHEMA, sorted)."""
     absences: Sequence[Absence]
     """Why base bars are not there."""
     native_absences: Sequence[Absence]

@@ -20,7 +20,7 @@ BASIS_POINTS = 10_000
 def compare_venues(bars: Mapping[str, pl.DataFrame], timeframe: Timeframe) -> pl.DataFrame:
     """Compare every pair of venues at every open time where both traded.
 
-    `bars` (model.bar.SCHEMA, sorted) by venue, the preferred one first; each is compared with all
+    `bars` (model.bar.BAR_SCHEMA, sorted) by venue, the preferred one first; each is compared with all
     that come after it. Returns model.bar.RECONCILED_SCHEMA, sorted by open time.
     """
     pairs = [

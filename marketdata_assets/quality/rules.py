@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 
 import polars as pl
 
-from marketdata_assets.model.bar import COLUMNS, NAMES, PRICES, SCALE
+from marketdata_assets.model.bar import BAR_COLUMNS, COLUMN_NAMES, PRICES, SCALE
 from marketdata_assets.model.timeframe import Timeframe
 
 SENT = "sent_"
@@ -22,8 +22,8 @@ SENT = "sent_"
 REQUESTED_START, REQUESTED_END = "requested_start", "requested_end"
 """Columns with the window of open times that was requested, end exclusive."""
 VOLUMES = ("volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume")
-REQUIRED = tuple(column.name for column in COLUMNS if not column.optional)
-_TEXTS = tuple(name for name in NAMES if name not in ("open_time", "trades"))
+REQUIRED = tuple(column.name for column in BAR_COLUMNS if not column.optional)
+_TEXTS = tuple(name for name in COLUMN_NAMES if name not in ("open_time", "trades"))
 _VWAP_SLACK = 1e-6
 """`quote_volume` may leave its range by this share of it, and this much: the test is in floats."""
 
@@ -56,7 +56,7 @@ def build_rules(
         Rule(
             "not_a_number",
             "NaN, infinite, text that is no number, or no moment",
-            _any(_is_unreadable(name) for name in NAMES),
+            _any(_is_unreadable(name) for name in COLUMN_NAMES),
         ),
         Rule(
             "too_precise",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from marketdata_assets.model.bar import NAMES, SCHEMA, TIME
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, TIME
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, to_ms
 from marketdata_assets.quality.rules import (
@@ -32,7 +32,7 @@ that it wraps around."""
 
 
 class SplitRows(NamedTuple):
-    """`kept`: bars (model.bar.SCHEMA and `answer`). `rejected`: rows (REJECTED_SCHEMA)."""
+    """`kept`: bars (model.bar.BAR_SCHEMA and `answer`). `rejected`: rows (REJECTED_SCHEMA)."""
 
     kept: pl.DataFrame
     rejected: pl.DataFrame
@@ -51,8 +51,8 @@ def split_rows(
     `closed_before` is the venue's clock: a bar is closed when its end lies at or before it. Null
     breaks a rule in each of `columns`.
     """
-    typed = rows.rename({name: SENT + name for name in NAMES}).with_columns(
-        _typed(name, dtype) for name, dtype in SCHEMA.items()
+    typed = rows.rename({name: SENT + name for name in COLUMN_NAMES}).with_columns(
+        _typed(name, dtype) for name, dtype in BAR_SCHEMA.items()
     )
     rules = build_rules(timeframe, closed_before, columns)
     judged = typed.with_columns(
@@ -60,7 +60,7 @@ def split_rows(
     )
     is_broken = pl.any_horizontal("broken_" + rule.name for rule in rules)
     broken = judged.filter(is_broken)
-    kept = (judged.filter(~is_broken) if broken.height else judged).select("answer", *NAMES)
+    kept = (judged.filter(~is_broken) if broken.height else judged).select("answer", *COLUMN_NAMES)
     if broken.is_empty():
         return SplitRows(kept, pl.DataFrame(schema=REJECTED_SCHEMA))
     reasons = pl.concat_str(
@@ -69,7 +69,7 @@ def split_rows(
         ignore_nulls=True,
     )
     fields = pl.struct(
-        pl.col(SENT + name).cast(pl.String).alias(name) for name in NAMES
+        pl.col(SENT + name).cast(pl.String).alias(name) for name in COLUMN_NAMES
     ).struct.json_encode()
     return SplitRows(
         kept,
@@ -88,7 +88,7 @@ def add_request_columns(rows: pl.DataFrame, answer: int, requested: Window) -> p
 
 def reject_bars(bars: pl.DataFrame, reason: str) -> pl.DataFrame:
     """Return bars (with `answer`) that are rejected for another reason than a rule, as rejected rows."""
-    fields = pl.struct(pl.col(name).cast(pl.String) for name in NAMES).struct.json_encode()
+    fields = pl.struct(pl.col(name).cast(pl.String) for name in COLUMN_NAMES).struct.json_encode()
     return bars.select(
         "answer", "open_time", pl.lit(reason).alias("reasons"), fields.alias("fields")
     )

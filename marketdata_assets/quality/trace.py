@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.model.bar import APART, PRICES, number_text
+from marketdata_assets.model.bar import DIFFERENCE_SUFFIX, PRICES, format_number
 from marketdata_assets.model.intervals import (
     coalesce_windows,
     count_bars,
@@ -19,7 +19,7 @@ from marketdata_assets.model.intervals import (
     opens_inside,
 )
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.parity import DIFFERENCES, NATIVE, VALUE_COLUMNS, ParityOutcome
 from marketdata_assets.quality.parity_evidence import Absence, DifferenceCause, ParityEvidence
 from marketdata_assets.quality.trace_text import format_amounts, format_list, format_window
@@ -86,7 +86,7 @@ class _DifferingBar:
             return None
         causes = [_DifferingBar(row, self.evidence, finer.timeframe).find_cause() for row in rows]
         parts = [
-            f"{finer.timeframe.name} {iso(row['open_time'])}: {cause.message}"
+            f"{finer.timeframe.name} {format_time(row['open_time'])}: {cause.message}"
             for row, cause in zip(rows, causes, strict=True)
         ]
         message = "; ".join(
@@ -113,7 +113,7 @@ class _DifferingBar:
     def _unexplained_by_finer(self, finer: Timeframe, inside: pl.DataFrame) -> list[str]:
         """What the finer bars' differences do not add up to."""
         rest = {
-            name: amount - (inside[name + APART].sum() or 0)
+            name: amount - (inside[name + DIFFERENCE_SUFFIX].sum() or 0)
             for name, amount in self._differences(SUMS).items()
         }
         odd = {name: amount for name, amount in rest.items() if amount}
@@ -180,15 +180,15 @@ class _DifferingBar:
         for is_cause, words in tests:
             found = [bar for bar in whole if is_cause(bar)]
             if len(found) == 1:
-                message = f"{iso(found[0]['open_time'])} {words}: {format_amounts(amounts)}"
+                message = f"{format_time(found[0]['open_time'])} {words}: {format_amounts(amounts)}"
                 return DifferenceCause(message, self._windows(found))
         shares = [bar for bar in whole if _is_proportional(bar, amounts)]
         if len(shares) != 1 or len(amounts) == 1:
             return None
         (bar,), (name, amount) = shares, next(iter(amounts.items()))
         return DifferenceCause(
-            f"{iso(bar['open_time'])} differs by one share in every column: {name} "
-            f"{number_text(bar[name])}, by the venue's own bar {number_text(bar[name] - amount)}",
+            f"{format_time(bar['open_time'])} differs by one share in every column: {name} "
+            f"{format_number(bar[name])}, by the venue's own bar {format_number(bar[name] - amount)}",
             self._windows([bar]),
         )
 
@@ -197,19 +197,19 @@ class _DifferingBar:
         mine, theirs, sign = self.row[name], self.row[name + NATIVE], 1 if name == "high" else -1
         if sign * (mine - theirs) < 0:
             message = (
-                f"{name}: no {self.base.name} bar reaches the venue's own {number_text(theirs)}, "
-                f"ours ends at {number_text(mine)}"
+                f"{name}: no {self.base.name} bar reaches the venue's own {format_number(theirs)}, "
+                f"ours ends at {format_number(mine)}"
             )
             return DifferenceCause(message, tuple(self.missing))
         beyond = [bar for bar in self.bars if sign * (bar[name] - theirs) > 0]
         which = format_list(
             [
-                f"{iso(bar['open_time'])} reaches {number_text(bar[name])}{_idle_note(bar)}"
+                f"{format_time(bar['open_time'])} reaches {format_number(bar[name])}{_idle_note(bar)}"
                 for bar in beyond
             ],
             "bars",
         )
-        message = f"{name}: {which}, beyond the venue's own {number_text(theirs)}"
+        message = f"{name}: {which}, beyond the venue's own {format_number(theirs)}"
         return DifferenceCause(message, self._windows(beyond))
 
     def _cause_of_edge(self, name: str) -> DifferenceCause:
@@ -220,13 +220,13 @@ class _DifferingBar:
         else:
             bar, edge, verb = self.bars[-1], self.window.end - self.base.width, "closes"
         message = (
-            f"{name}: {iso(bar['open_time'])} {verb} at {number_text(bar[name])}{_idle_note(bar)}, "
-            f"the venue's own bar at {number_text(theirs)}"
+            f"{name}: {format_time(bar['open_time'])} {verb} at {format_number(bar[name])}{_idle_note(bar)}, "
+            f"the venue's own bar at {format_number(theirs)}"
         )
         traded = next((other for other in self.bars if other["volume"]), bar)
         if name == "open" and traded is not bar and traded["open"] == theirs:
             idle = [other for other in self.bars if other["open_time"] < traded["open_time"]]
-            message += f", with its first trade, of {iso(traded['open_time'])}"
+            message += f", with its first trade, of {format_time(traded['open_time'])}"
             return DifferenceCause(message, self._windows(idle))
         lost = tuple(window for window in self.missing if window.start <= edge < window.end)
         return DifferenceCause(message, lost or self._windows([bar]))
@@ -255,7 +255,7 @@ class _DifferingBar:
             )
         ]
         moments: list[datetime] = [was["open_time"] for was in exact[:1] or changed]
-        which = format_list([iso(moment) for moment in dict.fromkeys(moments)], "bars")
+        which = format_list([format_time(moment) for moment in dict.fromkeys(moments)], "bars")
         still = ": the venue's own bar still counts the earlier values" if exact else ""
         windows = tuple(group_consecutive(moments, self.base))
         return DifferenceCause(f"corrected since: {which}{still}", windows)
@@ -263,7 +263,7 @@ class _DifferingBar:
     # --------------------------------------------------------------------------------- parts
     def _differences(self, names: Iterable[str]) -> dict[str, Any]:
         """Ours less the venue's own, of the columns that both give."""
-        found = {name: self.row[name + APART] for name in names}
+        found = {name: self.row[name + DIFFERENCE_SUFFIX] for name in names}
         return {name: amount for name, amount in found.items() if amount is not None}
 
     def _windows(self, bars: Sequence[Bar]) -> tuple[Window, ...]:

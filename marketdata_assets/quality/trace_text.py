@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from marketdata_assets.model.bar import number_text
+from marketdata_assets.model.bar import format_number
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 
 MAX_LISTED = 5
 """How many bars or windows a message lists; `windows` of a cause holds all of them."""
@@ -20,13 +20,13 @@ def format_windows(windows: Iterable[Window], base: Timeframe) -> str:
 
 def format_window(window: Window, base: Timeframe) -> str:
     """Return the open time of a single base bar, `start/end` of more."""
-    start = iso(window.start)
-    return start if window.count(base) == 1 else f"{start}/{iso(window.end)}"
+    start = format_time(window.start)
+    return start if window.count(base) == 1 else f"{start}/{format_time(window.end)}"
 
 
 def format_amounts(amounts: Mapping[str, Any]) -> str:
     """Return `volume 1.5, trades 3`."""
-    return ", ".join(f"{name} {number_text(amount)}" for name, amount in amounts.items())
+    return ", ".join(f"{name} {format_number(amount)}" for name, amount in amounts.items())
 
 
 def format_list(parts: Sequence[str], what: str, *, separator: str = ", ") -> str:

@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.market import CONSOLIDATED, Market
+from marketdata_assets.model.market import CONSOLIDATED_VENUE, Market
 from marketdata_assets.model.timeframe import MINUTE, TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import parse_time
 
@@ -211,7 +211,7 @@ def _read_venue(text: str) -> str:
 
 
 def _read_symbol(text: str) -> str:
-    return Market(CONSOLIDATED, text).symbol
+    return Market(CONSOLIDATED_VENUE, text).symbol
 
 
 def _check_symbols(symbols: tuple[str, ...]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.window import iso, parse_time
+from marketdata_assets.model.window import format_time, parse_time
 from marketdata_assets.settings.fields import FAULT
 from marketdata_assets.settings.parts import Clock
 from marketdata_assets.settings.universe import Settings, Universe
@@ -126,7 +126,9 @@ def _check_dates(settings: Settings, entry: UniverseEntry) -> None:
     now = settings.now()
     for name, venue in settings.venues.items():
         if venue.since >= now:
-            message = f"since {iso(venue.since)} lies in the future (now {iso(now)})"
+            message = (
+                f"since {format_time(venue.since)} lies in the future (now {format_time(now)})"
+            )
             raise entry.fail(message, name, "since")
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 from marketdata_assets.settings.fields import (
     Minutes,
     Moment,
@@ -122,7 +122,7 @@ class Venue(StrictModel):
         """Refuse an end before the beginning, and the base as its own reference."""
         if self.until is not None and self.until <= self.since:
             raise fault(
-                f"until {iso(self.until)} is not after since {iso(self.since)}; swap them",
+                f"until {format_time(self.until)} is not after since {format_time(self.since)}; swap them",
                 at=("until",),
             )
         if self.base in self.reference:

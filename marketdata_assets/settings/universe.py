@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import core_schema
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.market import CONSOLIDATED, Market
+from marketdata_assets.model.market import CONSOLIDATED_VENUE, Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.timeframe import EPOCH, TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, month_of
@@ -73,7 +73,7 @@ def _read_consolidation(written: Mapping[str, tuple[str, ...]]) -> dict[Market, 
                 parts.append(Market(venue, symbol))
             except BadInput as error:
                 raise fault(str(error), at=(symbol, index)) from None
-        found[Market(CONSOLIDATED, symbol)] = tuple(parts)
+        found[Market(CONSOLIDATED_VENUE, symbol)] = tuple(parts)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from marketdata_assets.errors import Garbled
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import to_ms
 
@@ -74,10 +74,10 @@ def read_ohlcv(rows: list[list[Any]]) -> pl.DataFrame:
         series[name] = pl.Series(name, texts, dtype=pl.String)
     absent = {
         name: pl.lit(None, pl.Int64() if name == "trades" else pl.String())
-        for name in NAMES
+        for name in COLUMN_NAMES
         if name not in series
     }
-    return pl.DataFrame(series).with_columns(**absent).select(NAMES)
+    return pl.DataFrame(series).with_columns(**absent).select(COLUMN_NAMES)
 
 
 def _series(name: str, values: Sequence[Any], kind: type) -> pl.Series:

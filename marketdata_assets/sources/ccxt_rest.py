@@ -16,7 +16,7 @@ import aiohttp
 import polars as pl
 
 from marketdata_assets.errors import BadInput, MarketDataError
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, from_ms, to_ms
@@ -66,7 +66,7 @@ class CcxtSource:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of a bar that are never null."""
-        return NAMES if self._has_klines else OHLCV_COLUMNS
+        return COLUMN_NAMES if self._has_klines else OHLCV_COLUMNS
 
     @property
     def skips_gaps(self) -> bool:

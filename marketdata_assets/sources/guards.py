@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 from marketdata_assets.errors import MarketDataError, Retry, VenueDown, Wait
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, from_ms, iso
+from marketdata_assets.model.window import Window, format_time, from_ms
 from marketdata_assets.retry import Backoff
 from marketdata_assets.sources.base import BarsPage, Request, Source
 
@@ -243,4 +243,4 @@ class GuardedSource:
 
 
 def _moment(seconds: float) -> str:
-    return iso(from_ms(int(seconds) * 1000))
+    return format_time(from_ms(int(seconds) * 1000))

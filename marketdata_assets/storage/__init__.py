@@ -1,3 +1,3 @@
-"""Where it rests: Parquet objects, the DuckDB warehouse, the SQLite ledger. The only room that knows a
-storage engine.
+"""Where bars are stored: Parquet objects in a folder or in S3, the DuckDB warehouse, Delta tables
+and lock files. DuckDB, Delta and AWS libraries are imported in this room only.
 """

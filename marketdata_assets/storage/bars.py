@@ -8,7 +8,7 @@ import polars as pl
 
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 from marketdata_assets.storage.warehouse import Warehouse
 
 WAREHOUSE_LOCK = "warehouse"
@@ -33,6 +33,8 @@ class BarStorage:
         Raises Damaged, StoreFailed.
         """
         if self.in_warehouse(table):
-            return self.warehouse.read(table, partition.market, partition.opens(table.timeframe))
+            return self.warehouse.read(
+                table, partition.market, partition.open_times(table.timeframe)
+            )
         stored = self.lake.read(table, partition)
         return pl.DataFrame(schema=table.schema) if stored is None else stored

@@ -1,5 +1,5 @@
-"""The lock file: what every partition of a dataset held at one moment, as JSON with one partition a
-line.
+"""The lock file: the content of every partition of a dataset at one moment, as JSON with one
+partition a line.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.window import Window, iso, parse_time
+from marketdata_assets.model.window import Window, format_time, parse_time
 
 FORMAT, VERSION = "marketdata-lock", 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class Pinned(NamedTuple):
-    """One partition of one table that holds bars: how many, the open times of the first and the last,
-    their fingerprint.
+class LockedPartition(NamedTuple):
+    """One partition of one table that holds bars: their number, the open times of the first and the
+    last, and their fingerprint.
 
-    `open`: its month was not over, so that bars after the last one may come.
+    `is_open`: its month was not over, so that bars after the last one may follow.
     """
 
     table: str
@@ -37,24 +37,39 @@ class Pinned(NamedTuple):
     first: datetime
     last: datetime
     fingerprint: str
-    open: bool = False
+    is_open: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """As in the file."""
-        found = {
+        """Return its entry in the file."""
+        entry = {
             "table": self.table,
             "market": self.partition.market.key,
             "month": self.partition.month_key[:7],
             "rows": self.rows,
-            "first": iso(self.first),
-            "last": iso(self.last),
+            "first": format_time(self.first),
+            "last": format_time(self.last),
             "fingerprint": self.fingerprint,
         }
-        return {**found, "open": True} if self.open else found
+        return {**entry, "open": True} if self.is_open else entry
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> LockedPartition:
+        """Return the partition of an entry. Raises KeyError, TypeError or BadInput."""
+        return cls(
+            table=entry["table"],
+            partition=Partition.parse(f"{entry['market']}|{entry['month']}-01"),
+            rows=entry["rows"],
+            first=parse_time(entry["first"]),
+            last=parse_time(entry["last"]),
+            fingerprint=entry["fingerprint"],
+            is_open=entry.get("open", False),
+        )
 
 
-class Wants(NamedTuple):
-    """What the universe wanted of one venue. Times are `since`, inclusive, and `until`, exclusive."""
+class WantedVenue(NamedTuple):
+    """The part of the universe about one venue: `since` is inclusive, `until` exclusive; `base` and
+    `reference` are names of timeframes.
+    """
 
     symbols: tuple[str, ...]
     since: datetime
@@ -63,196 +78,188 @@ class Wants(NamedTuple):
     reference: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """As in the file."""
-        times = {"since": iso(self.since), "until": self.until and iso(self.until)}
+        """Return its entry in the file."""
         return {
             "symbols": list(self.symbols),
-            **times,
+            "since": format_time(self.since),
+            "until": self.until and format_time(self.until),
             "base": self.base,
             "reference": list(self.reference),
         }
 
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> WantedVenue:
+        """Return the venue of an entry. Raises KeyError, TypeError or BadInput."""
+        return cls(
+            symbols=tuple(entry["symbols"]),
+            since=parse_time(entry["since"]),
+            until=parse_time(entry["until"]) if entry["until"] is not None else None,
+            base=entry["base"],
+            reference=tuple(entry["reference"]),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class LockFile:
-    """A named dataset: what each partition held `as_of` a moment of our clock, of the months in `span`
-    and the tables named.
+    """A named dataset: the content of each partition at the moment `as_of` of our clock, for the
+    months in `span` and the named tables.
 
-    `venues` and `timeframes` say what the universe wanted of these markets; they hold no path, no
-    address and no secret.
+    `venues` and `timeframes` are the parts of the universe that decide about these bars; they hold
+    no path, no address and no secret.
     """
 
     name: str
     as_of: datetime
     span: Window
-    venues: Mapping[str, Wants]
+    venues: Mapping[str, WantedVenue]
     timeframes: tuple[str, ...]
     tables: tuple[str, ...]
-    partitions: tuple[Pinned, ...]
+    partitions: tuple[LockedPartition, ...]
 
     @property
     def markets(self) -> list[Market]:
         """Its markets, sorted."""
         return sorted(
-            Market(venue, symbol)
-            for venue, wants in self.venues.items()
-            for symbol in wants.symbols
+            Market(name, symbol) for name, venue in self.venues.items() for symbol in venue.symbols
         )
 
     @property
     def bars(self) -> int:
         """How many bars it holds."""
-        return sum(pinned.rows for pinned in self.partitions)
+        return sum(locked.rows for locked in self.partitions)
 
     @property
-    def dataset(self) -> str:
-        """The one number of it: SHA-256 over the partitions' lines. The same bars have the same
-        number, whatever name and moment.
+    def dataset_digest(self) -> str:
+        """The SHA-256 of the partitions' lines. Equal bars have one digest, whatever the name and
+        the moment of the lock.
         """
         return hashlib.sha256("".join(line + "\n" for line in self._lines()).encode()).hexdigest()
 
     def as_dict(self) -> dict[str, Any]:
-        """As in the file."""
+        """Return the content of the file."""
         return {
-            **self._head(),
-            "partitions": [pinned.as_dict() for pinned in self.partitions],
-            "dataset": self.dataset,
+            **self._header(),
+            "partitions": [locked.as_dict() for locked in self.partitions],
+            "dataset": self.dataset_digest,
         }
 
-    def text(self) -> str:
-        """The file: equal for equal bars and equal moments, one key or partition a line."""
-        head = [f'"{key}": {json.dumps(value)},\n' for key, value in self._head().items()]
-        body = ",\n".join(self._lines())
-        return f'{{\n{"".join(head)}"partitions": [\n{body}\n],\n"dataset": "{self.dataset}"\n}}\n'
+    def as_text(self) -> str:
+        """Return the file's text, with one key or one partition a line."""
+        header = "".join(
+            f'"{key}": {json.dumps(value)},\n' for key, value in self._header().items()
+        )
+        lines = ",\n".join(self._lines())
+        return f'{{\n{header}"partitions": [\n{lines}\n],\n"dataset": "{self.dataset_digest}"\n}}\n'
 
-    def _head(self) -> dict[str, Any]:
+    def _header(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "version": VERSION,
             "name": self.name,
-            "as_of": iso(self.as_of),
-            "start": iso(self.span.start),
-            "end": iso(self.span.end),
-            "venues": {venue: wants.as_dict() for venue, wants in sorted(self.venues.items())},
+            "as_of": format_time(self.as_of),
+            "start": format_time(self.span.start),
+            "end": format_time(self.span.end),
+            "venues": {name: venue.as_dict() for name, venue in sorted(self.venues.items())},
             "timeframes": list(self.timeframes),
             "tables": list(self.tables),
         }
 
     def _lines(self) -> list[str]:
-        return [json.dumps(pinned.as_dict(), separators=(",", ":")) for pinned in self.partitions]
+        return [json.dumps(locked.as_dict(), separators=(",", ":")) for locked in self.partitions]
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> LockFile:
+        """Return the lock of a file's content. Raises KeyError, TypeError, ValueError,
+        AttributeError or BadInput.
+        """
+        return cls(
+            name=check_name(content["name"]),
+            as_of=parse_time(content["as_of"]),
+            span=Window(parse_time(content["start"]), parse_time(content["end"])),
+            venues={name: WantedVenue.from_dict(e) for name, e in content["venues"].items()},
+            timeframes=tuple(content["timeframes"]),
+            tables=tuple(content["tables"]),
+            partitions=tuple(map(LockedPartition.from_dict, content["partitions"])),
+        )
 
 
 def check_name(name: str) -> str:
-    """A name that a dataset can have. Raises BadInput."""
+    """Return the name if a dataset can have it. Raises BadInput."""
     if not _NAME.fullmatch(name):
         raise BadInput(
-            f"{name[:100]!r} is no name for a dataset; give it one of letters, digits, dots, dashes and underscores"
+            f"{name[:100]!r} is no name for a dataset; "
+            "give it one of letters, digits, dots, dashes and underscores"
         )
     return name
 
 
 def write_lock(path: Path, lock: LockFile) -> None:
-    """Replace the file, whole or not at all. Raises StoreFailed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace the file completely or not at all. Raises StoreFailed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(lock.text())
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(lock.as_text())
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     except OSError as error:
         raise StoreFailed(
             f"{path} cannot be written: {error.strerror}; choose another --out"
         ) from None
     finally:
         with suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
 
 
 def read_lock(path: Path) -> LockFile:
-    """The lock of a file, exactly as it was written. Raises BadInput for anything else."""
+    """Return the lock of a file. Raises BadInput unless it is exactly as it was written."""
+    content = _read_content(path)
+    if content.get("version") != VERSION:
+        raise BadInput(
+            f"{path} is of version {content.get('version')!r}, and this release reads version "
+            f"{VERSION}; use the release that wrote it"
+        )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        lock = LockFile.from_dict(content)
+        is_intact = lock.as_dict() == content and _is_consistent(lock)
+    except (KeyError, TypeError, ValueError, AttributeError, BadInput):
+        is_intact = False
+    if not is_intact:
+        raise BadInput(
+            f"{path} is not as `marketdata lock` wrote it: a line or the hash was changed; "
+            "get it again"
+        )
+    return lock
+
+
+def _read_content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: there is no such file; `marketdata lock` writes one") from None
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise BadInput(
-            f"{path} is no lock file, or only a part of one; get it again, or write one with `marketdata lock`"
+            f"{path} is no lock file, or only a part of one; get it again, or write one with "
+            "`marketdata lock`"
         ) from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadInput(f"{path} is no lock file; `marketdata lock` writes one")
-    if found.get("version") != VERSION:
-        raise BadInput(
-            f"{path} is of version {found.get('version')!r}, and this release reads version {VERSION}; use the one that wrote it"
-        )
-    try:
-        lock = _lock(found)
-        whole = lock.as_dict() == found and _is_consistent(lock)
-    except (KeyError, TypeError, ValueError, AttributeError, BadInput):
-        whole = False
-    if not whole:
-        raise BadInput(
-            f"{path} is not as `marketdata lock` wrote it: a line or the hash was changed; get it again"
-        )
-    return lock
-
-
-def _lock(found: dict[str, Any]) -> LockFile:
-    return LockFile(
-        check_name(found["name"]),
-        parse_time(found["as_of"]),
-        Window(parse_time(found["start"]), parse_time(found["end"])),
-        {venue: _wants(wants) for venue, wants in found["venues"].items()},
-        tuple(found["timeframes"]),
-        tuple(found["tables"]),
-        tuple(_pinned(**row) for row in found["partitions"]),
-    )
+    return content
 
 
 def _is_consistent(lock: LockFile) -> bool:
-    """Whether every partition is of the tables, markets and months that the file names, and stands
-    there once.
+    """Say whether every partition belongs to the tables, markets and months of the header, and the
+    lines are sorted and unique.
     """
     places = [
-        (pinned.table, pinned.partition.market.key, pinned.partition.month)
-        for pinned in lock.partitions
+        (locked.table, locked.partition.market.key, locked.partition.month)
+        for locked in lock.partitions
     ]
     markets = {market.key for market in lock.markets}
-    known = all(
-        t in lock.tables and m in markets and month & lock.span == month for t, m, month in places
+    is_named = all(
+        table in lock.tables and market in markets and month & lock.span == month
+        for table, market, month in places
     )
-    return known and places == sorted(set(places))
-
-
-def _wants(found: dict[str, Any]) -> Wants:
-    until = parse_time(found["until"]) if found["until"] is not None else None
-    return Wants(
-        tuple(found["symbols"]),
-        parse_time(found["since"]),
-        until,
-        found["base"],
-        tuple(found["reference"]),
-    )
-
-
-def _pinned(
-    table: str,
-    market: str,
-    month: str,
-    rows: int,
-    first: str,
-    last: str,
-    fingerprint: str,
-    open: bool = False,
-) -> Pinned:
-    return Pinned(
-        table,
-        Partition.parse(f"{market}|{month}-01"),
-        rows,
-        parse_time(first),
-        parse_time(last),
-        fingerprint,
-        open,
-    )
+    return is_named and places == sorted(set(places))

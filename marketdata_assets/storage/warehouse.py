@@ -1,5 +1,6 @@
-"""The DuckDB warehouse of rollups. One writer at a time: short transactions, and a patient wait for
-the file.
+"""The DuckDB warehouse of rollups: one file that one process at a time may write.
+
+Transactions are short, and a process that finds the file in use waits for it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import polars as pl
 
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.table import Table
+from marketdata_assets.model.table import Table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 
@@ -23,20 +24,32 @@ if TYPE_CHECKING:
     import duckdb
 
 T = TypeVar("T")
-Connect = Callable[[], AbstractContextManager["duckdb.DuckDBPyConnection"]]
+ConnectionFactory = Callable[[], AbstractContextManager["duckdb.DuckDBPyConnection"]]
+_FILE_IN_USE = (
+    "Could not set lock",
+    "different configuration than existing connections",
+    "Unique file handle conflict",
+)
+"""Parts of DuckDB's messages when another process, or another thread of this one, uses the file."""
 
 
 class Warehouse:
-    """Rollup tables `rollup.ohlcv_<timeframe>`, keyed by `market` and `open_time`, in one file."""
+    """Rollup tables `rollup.ohlcv_<timeframe>`, keyed by `market` and `open_time`, in one file.
 
-    def __init__(self, path: Path, connect: Connect | None = None, patience: float = 60.0) -> None:
+    `connect` opens the connections that write (default: to `path`). `wait_seconds` is how long to
+    wait for a file that another process uses. Raises StoreFailed.
+    """
+
+    def __init__(
+        self, path: Path, connect: ConnectionFactory | None = None, wait_seconds: float = 60.0
+    ) -> None:
         self.path = path
         self._connect = connect or self._open
-        self._patience = patience
+        self._wait_seconds = wait_seconds
 
     @property
     def exists(self) -> bool:
-        """Whether the file is there; it can always be rebuilt from the lake."""
+        """Whether the file exists; the lake holds all that is needed to rebuild it."""
         return self.path.exists()
 
     def replace(
@@ -45,77 +58,76 @@ class Warehouse:
         frames: Mapping[Timeframe, pl.DataFrame],
         windows: Mapping[Timeframe, Window],
     ) -> dict[str, int]:
-        """Make each table hold exactly these bars of a market inside each timeframe's window, in one
-        transaction.
+        """Replace a market's bars inside each timeframe's window by the frame's bars, in one
+        transaction that touches only rows that differ.
 
-        Only rows that differ are touched. Returns how many rows each timeframe changed.
+        Returns how many rows changed, by the timeframe's name.
         """
         changed: dict[str, int] = {}
-        with self._translated(), self._connect() as connection:
+        with self._translate_errors(), self._connect() as connection:
             try:
                 connection.execute("BEGIN")
                 for timeframe, frame in frames.items():
-                    changed[timeframe.name] = _replace(
-                        connection, market, timeframe, frame, windows[timeframe]
-                    )
+                    rows = _MarketRows(connection, rollup_table(timeframe), market)
+                    changed[timeframe.name] = rows.replace(windows[timeframe], frame)
                 connection.execute("COMMIT")
             except BaseException:
-                connection.close()  # rolls back; who lent the connection may keep it open after an exception
+                # a rollback, even where the owner of the connection keeps it after an exception
+                connection.close()
                 raise
         return changed
 
     def read(self, table: Table, market: Market, window: Window) -> pl.DataFrame:
-        """The bars of a market that open inside the window, sorted; none where the table is not there
-        yet.
+        """Return the bars of a market that open inside the window, sorted; none where the table
+        does not exist yet.
         """
         if not self.exists:
             return pl.DataFrame(schema=table.schema)
-        with self._translated(), self._open(read_only=True) as connection:
-            return _select(connection, table, market, window)
+        with self._translate_errors(), self._open(read_only=True) as connection:
+            return _MarketRows(connection, table, market).read(window)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep the file open where it is there, so that many reads in a row cost a fourth each; nobody
-        writes meanwhile.
+    def keep_open(self) -> Iterator[None]:
+        """Keep an existing file open, so that each of many reads takes a fourth of the time; no
+        process can write meanwhile.
         """
         with ExitStack() as stack:
             if self.exists:
-                with self._translated():
+                with self._translate_errors():
                     stack.enter_context(self._open(read_only=True))
             yield
 
-    def forget(self, table: Table, before: datetime, dry_run: bool = False) -> int:
-        """Remove the bars of a table that open before a moment; how many there are."""
-        schema, name = table.key
+    def delete_before(self, table: Table, moment: datetime, *, dry_run: bool = False) -> int:
+        """Remove the bars of a table that open before a moment. Return how many there are."""
         if not self.exists:
             return 0
-        with self._translated(), self._open(read_only=dry_run) as connection:
-            if not _has(connection, table):
+        with self._translate_errors(), self._open(read_only=dry_run) as connection:
+            if not _has_table(connection, table):
                 return 0
-            found = connection.execute(
-                f'SELECT count(*) FROM "{schema}"."{name}" WHERE open_time < ?', [before]
-            ).fetchall()
+            where = f"FROM {quoted_name(table)} WHERE open_time < ?"
+            rows = connection.execute(f"SELECT count(*) {where}", [moment]).fetchall()
             if not dry_run:
-                connection.execute(f'DELETE FROM "{schema}"."{name}" WHERE open_time < ?', [before])
-            return int(found[0][0])
+                connection.execute(f"DELETE {where}", [moment])
+            return int(rows[0][0])
 
     @contextmanager
-    def attached(self, connection: duckdb.DuckDBPyConnection, name: str) -> Iterator[None]:
-        """The file beside a connection's own tables, to read from; nobody writes meanwhile."""
-        with self._translated():
-            self._patiently(
-                lambda: connection.execute(
-                    f"ATTACH '{str(self.path).replace(chr(39), chr(39) * 2)}' AS {name} (READ_ONLY)"
-                )
+    def attach(self, connection: duckdb.DuckDBPyConnection, name: str) -> Iterator[None]:
+        """Attach the file to another connection as the read-only database `name`; no process can
+        write meanwhile.
+        """
+        path = str(self.path).replace("'", "''")
+        with self._translate_errors():
+            self._wait_for_file(
+                lambda: connection.execute(f"ATTACH '{path}' AS {name} (READ_ONLY)")
             )
         yield
 
     @contextmanager
-    def _open(self, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+    def _open(self, *, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
         import duckdb
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        connection = self._patiently(
+        connection = self._wait_for_file(
             lambda: duckdb.connect(str(self.path), read_only=read_only, config={"threads": "1"})
         )
         try:
@@ -123,41 +135,95 @@ class Warehouse:
         finally:
             connection.close()
 
-    def _patiently(self, open_it: Callable[[], T]) -> T:
-        """Wait for whoever holds the file."""
+    def _wait_for_file(self, open_file: Callable[[], T]) -> T:
+        """Open the file, again and again while it is in use."""
         import duckdb
 
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + self._wait_seconds
         while True:
             try:
-                return open_it()
+                return open_file()
             except duckdb.Error as error:
-                if not any(sign in str(error) for sign in _HELD):
+                if not any(part in str(error) for part in _FILE_IN_USE):
                     raise
                 if time.monotonic() > deadline:
                     raise StoreFailed(
-                        f"{self.path}: another process holds it; close that process or set another `duckdb:`"
+                        f"{self.path}: another process holds it; close that process "
+                        "or set another `duckdb:`"
                     ) from None
                 _pause()
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         import duckdb
 
         try:
             yield
         except (duckdb.Error, OSError) as error:
-            why = str(error).splitlines()[0][:160]
-            fix = "mend the folder, set another `duckdb:`, or move the file away: it is made anew"
-            raise StoreFailed(f"{self.path}: {why}; {fix}") from None
+            reason = str(error).splitlines()[0][:160]
+            raise StoreFailed(
+                f"{self.path}: {reason}; mend the folder, set another `duckdb:`, "
+                "or move the file away: it is built again"
+            ) from None
 
 
-_HELD = (
-    "Could not set lock",
-    "different configuration than existing connections",
-    "Unique file handle conflict",
-)
-"""What DuckDB says when another process, or another thread of this one, has the file open."""
+class _MarketRows:
+    """One market's rows of one table, in an open connection."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, table: Table, market: Market) -> None:
+        self._connection, self._table, self._market = connection, table, market
+
+    def read(self, window: Window) -> pl.DataFrame:
+        if not _has_table(self._connection, self._table):
+            return pl.DataFrame(schema=self._table.schema)
+        columns = ", ".join(f'"{column.name}"' for column in self._table.columns)
+        rows = self._connection.sql(
+            f"SELECT {columns} FROM {quoted_name(self._table)} "
+            "WHERE market = ? AND open_time >= ? AND open_time < ? ORDER BY open_time",
+            params=[self._market.key, window.start, window.end],
+        )
+        return pl.DataFrame(rows.to_arrow_table()).select(self._table.typed_columns)
+
+    def replace(self, window: Window, frame: pl.DataFrame) -> int:
+        """Make the window hold exactly these bars. Return how many rows changed."""
+        frame = frame.select(self._table.typed_columns)
+        self._create_table()
+        stored = self.read(window)
+        if stored.equals(frame):
+            return 0
+        stale = stored.join(frame, on=frame.columns, how="anti", nulls_equal=True)
+        fresh = frame.join(stored, on=frame.columns, how="anti", nulls_equal=True)
+        self._delete(window, stale)
+        self._insert(fresh)
+        return pl.concat([stale["open_time"], fresh["open_time"]]).n_unique()
+
+    def _delete(self, window: Window, stale: pl.DataFrame) -> None:
+        self._connection.register("stale", stale.to_arrow())
+        self._connection.execute(
+            f"DELETE FROM {quoted_name(self._table)} "
+            "WHERE market = ? AND open_time >= ? AND open_time < ? "
+            "AND open_time IN (SELECT open_time FROM stale)",
+            [self._market.key, window.start, window.end],
+        )
+        self._connection.unregister("stale")
+
+    def _insert(self, fresh: pl.DataFrame) -> None:
+        rows = fresh.select(pl.lit(self._market.key).alias("market"), pl.all())
+        self._connection.register("fresh", rows.to_arrow())
+        self._connection.execute(
+            f"INSERT INTO {quoted_name(self._table)} BY NAME SELECT * FROM fresh"
+        )
+        self._connection.unregister("fresh")
+
+    def _create_table(self) -> None:
+        schema, _ = self._table.key
+        columns = ", ".join(
+            f'"{column.name}" {duckdb_type(column.dtype)}' for column in self._table.columns
+        )
+        self._connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{schema}"')
+        self._connection.execute(
+            f"CREATE TABLE IF NOT EXISTS {quoted_name(self._table)} (market VARCHAR, {columns})"
+        )
 
 
 def _pause() -> None:
@@ -166,70 +232,21 @@ def _pause() -> None:
     threading.Event().wait(0.05)
 
 
-def _replace(
-    connection: duckdb.DuckDBPyConnection,
-    market: Market,
-    timeframe: Timeframe,
-    frame: pl.DataFrame,
-    window: Window,
-) -> int:
-    table = Table("rollup", timeframe)
-    frame = frame.select(table.typed)
-    _create(connection, table)
-    stored = _select(connection, table, market, window)
-    if stored.equals(frame):
-        return 0
-    stale = stored.join(frame, on=frame.columns, how="anti", nulls_equal=True)
-    fresh = frame.join(stored, on=frame.columns, how="anti", nulls_equal=True)
+def _has_table(connection: duckdb.DuckDBPyConnection, table: Table) -> bool:
+    sql = "SELECT 1 FROM information_schema.tables WHERE table_schema = ? AND table_name = ?"
+    return bool(connection.execute(sql, list(table.key)).fetchall())
+
+
+def quoted_name(table: Table) -> str:
+    """Return a table's schema and name in SQL: `"rollup"."ohlcv_1h"`."""
     schema, name = table.key
-    connection.register("stale", stale.to_arrow())
-    connection.register(
-        "fresh", fresh.select(pl.lit(market.key).alias("market"), pl.all()).to_arrow()
-    )
-    inside = "market = ? AND open_time >= ? AND open_time < ?"
-    connection.execute(
-        f'DELETE FROM "{schema}"."{name}" WHERE {inside} AND open_time IN (SELECT open_time FROM stale)',
-        [market.key, window.start, window.end],
-    )
-    connection.execute(f'INSERT INTO "{schema}"."{name}" BY NAME SELECT * FROM fresh')
-    connection.unregister("stale")
-    connection.unregister("fresh")
-    return pl.concat([stale["open_time"], fresh["open_time"]]).n_unique()
+    return f'"{schema}"."{name}"'
 
 
-def _create(connection: duckdb.DuckDBPyConnection, table: Table) -> None:
-    schema, name = table.key
-    columns = ", ".join(f'"{column.name}" {sql_type(column.dtype)}' for column in table.columns)
-    connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{schema}"')
-    connection.execute(
-        f'CREATE TABLE IF NOT EXISTS "{schema}"."{name}" (market VARCHAR, {columns})'
-    )
-
-
-def sql_type(dtype: pl.DataType) -> str:
-    """DuckDB's name of a column's type."""
+def duckdb_type(dtype: pl.DataType) -> str:
+    """Return DuckDB's name of a column's type."""
     if isinstance(dtype, pl.Decimal):
         return f"DECIMAL({dtype.precision}, {dtype.scale})"
     if dtype == pl.String:
         return "VARCHAR"
     return "TIMESTAMPTZ" if dtype.is_temporal() else "BIGINT"
-
-
-def _has(connection: duckdb.DuckDBPyConnection, table: Table) -> bool:
-    sql = "SELECT 1 FROM information_schema.tables WHERE table_schema = ? AND table_name = ?"
-    return bool(connection.execute(sql, list(table.key)).fetchall())
-
-
-def _select(
-    connection: duckdb.DuckDBPyConnection, table: Table, market: Market, window: Window
-) -> pl.DataFrame:
-    schema, name = table.key
-    if not _has(connection, table):
-        return pl.DataFrame(schema=table.schema)
-    columns = ", ".join(f'"{column.name}"' for column in table.columns)
-    found = connection.sql(
-        f'SELECT {columns} FROM "{schema}"."{name}" WHERE market = ? AND open_time >= ? AND open_time < ? ORDER BY open_time',
-        params=[market.key, window.start, window.end],
-    )
-    frame = pl.DataFrame(found.to_arrow_table())
-    return frame.select(table.typed)

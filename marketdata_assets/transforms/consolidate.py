@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import polars as pl
 
-from marketdata_assets.model.bar import CONSOLIDATED_COLUMNS, NAMES, TIME
+from marketdata_assets.model.bar import COLUMN_NAMES, CONSOLIDATED_COLUMNS, TIME
 from marketdata_assets.model.window import Window
 
 
@@ -15,7 +15,7 @@ def consolidate(
 ) -> pl.DataFrame:
     """Return the bars of all venues as one series, with a column `venue`.
 
-    `bars` by venue, the preferred one first (model.bar.SCHEMA, sorted). `no_trade_windows` holds
+    `bars` by venue, the preferred one first (model.bar.BAR_SCHEMA, sorted). `no_trade_windows` holds
     the open times at which a venue was up and nobody traded there: where that venue would have been
     chosen, there is no bar. Any other missing bar means that the venue was down, and the next one is
     chosen.
@@ -23,7 +23,9 @@ def consolidate(
     found = pl.DataFrame(schema={column.name: column.dtype for column in CONSOLIDATED_COLUMNS})
     decided = list[Sequence[Window]]()
     for venue, frame in bars.items():
-        left = frame.select(NAMES).join(found.select("open_time"), on="open_time", how="anti")
+        left = frame.select(COLUMN_NAMES).join(
+            found.select("open_time"), on="open_time", how="anti"
+        )
         for windows in decided:
             left = _drop_inside(left, windows)
         found = pl.concat([found, left.with_columns(pl.lit(venue).alias("venue"))])
@@ -42,7 +44,7 @@ def _drop_inside(frame: pl.DataFrame, windows: Sequence[Window]) -> pl.DataFrame
     )
     joined = frame.sort("open_time").join_asof(spans, left_on="open_time", right_on="start")
     is_outside = pl.col("until").is_null() | (pl.col("open_time") >= pl.col("until"))
-    return joined.filter(is_outside).select(NAMES)
+    return joined.filter(is_outside).select(COLUMN_NAMES)
 
 
 def find_venue_switches(series: pl.DataFrame) -> pl.DataFrame:

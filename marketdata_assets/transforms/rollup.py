@@ -62,7 +62,7 @@ class _Wide(NamedTuple):
 def roll_up(
     bars: pl.DataFrame, base: Timeframe, timeframes: Sequence[Timeframe], whole: Window
 ) -> dict[Timeframe, pl.DataFrame]:
-    """Bars of `base` (model.bar.SCHEMA, sorted, one market) to every timeframe
+    """Bars of `base` (model.bar.BAR_SCHEMA, sorted, one market) to every timeframe
     (model.bar.ROLLUP_SCHEMA).
 
     Only buckets that lie wholly inside `whole`, the window that has been asked for, are returned:

@@ -20,18 +20,18 @@ from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.records import IngestFailure
 from marketdata_assets.model.bar import CONSOLIDATED_COLUMNS, RECONCILED_SCHEMA, empty_bars
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.partition_status import LOST_REASON, ensure_lake_mounted
-from marketdata_assets.model.table import Table, consolidated, raw, reconciled
+from marketdata_assets.model.table import Table, consolidated_table, raw_table, reconciled_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.reconcile import compare_venues
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 from marketdata_assets.transforms.consolidate import consolidate
 
 _CONSOLIDATED_SCHEMA = {column.name: column.dtype for column in CONSOLIDATED_COLUMNS}
-_Sources = Mapping[tuple[str, str], SourcePartition]
+_Sources = Mapping[PartitionKey, SourcePartition]
 """By market key and month key."""
 
 
@@ -81,7 +81,7 @@ class Consolidator:
             except MarketDataError as error:
                 start = partition.month.start
                 failure = IngestFailure(
-                    consolidated(timeframe),
+                    consolidated_table(timeframe),
                     partition,
                     Window(start, start),
                     error=str(error),
@@ -106,14 +106,14 @@ class Consolidator:
         """
         found, stored = {}, 0
         for timeframe in self.settings.consolidated_timeframes:
-            table, ledger = consolidated(timeframe), self.ledger.consolidations
-            sources, states = ledger.sources(raw(timeframe)), ledger.states(table)
-            sizes = self.lake.sizes(table) if look else None
+            table, ledger = consolidated_table(timeframe), self.ledger.consolidations
+            sources, states = ledger.sources(raw_table(timeframe)), ledger.states(table)
+            sizes = self.lake.list_sizes(table) if look else None
             stored += len(states)
             for partition in self._wanted(table):
                 if partition.key in busy:
                     continue
-                key = (partition.market.key, partition.month_key)
+                key = partition.stored_key
                 digest = self._source_digest(partition, sources)
                 size = sizes.get(key) if sizes is not None else None
                 reason = digest and _reason(states.get(key), digest, size, look=look)
@@ -144,7 +144,7 @@ class Consolidator:
         ]
 
     def _build(self, timeframe: Timeframe, partition: Partition) -> ConsolidationResult:
-        settings, table = self.settings, consolidated(timeframe)
+        settings, table = self.settings, consolidated_table(timeframe)
         markets = settings.consolidate.get(partition.market)
         if markets is None:
             symbol = partition.market.symbol
@@ -153,15 +153,15 @@ class Consolidator:
         if base != timeframe:
             return ConsolidationResult(partition, note=f"its bars are {base.name} bars")
         # read before the bars: what changes meanwhile is built once more
-        sources = self.ledger.consolidations.sources(raw(timeframe), partition.month_key)
+        sources = self.ledger.consolidations.sources(raw_table(timeframe), partition.month_key)
         if _is_retired(sources, markets, partition.month_key):
             return self._retired(timeframe, partition)
         bars, no_trade = {}, {}
         for market in markets:
             part = Partition(market, partition.month)
-            source = sources.get((market.key, partition.month_key))
-            bars[market.venue] = self._read(raw(timeframe), part) if source else empty_bars()
-            windows = self.ledger.consolidations.no_trade_windows(raw(timeframe), part)
+            source = sources.get(part.stored_key)
+            bars[market.venue] = self._read(raw_table(timeframe), part) if source else empty_bars()
+            windows = self.ledger.consolidations.no_trade_windows(raw_table(timeframe), part)
             no_trade[market.venue] = windows
         series, pairs = consolidate(bars, no_trade), compare_venues(bars, timeframe)
         return self._store(table, partition, series, pairs=pairs, sources=sources)
@@ -176,11 +176,10 @@ class Consolidator:
         sources: _Sources,
     ) -> ConsolidationResult:
         ledger, width = self.ledger.consolidations, table.timeframe.width
-        key = (partition.market.key, partition.month_key)
-        before = ledger.states(table).get(key)
-        self.lake.write_changed(reconciled(table.timeframe), partition, pairs)
+        before = ledger.states(table).get(partition.stored_key)
+        self.lake.write_if_changed(reconciled_table(table.timeframe), partition, pairs)
         stored = self.lake.write(table, partition, series)
-        opens, start = series["open_time"], partition.opens(table.timeframe).start
+        opens, start = series["open_time"], partition.open_times(table.timeframe).start
         span = Window(opens[0], opens[-1] + width) if series.height else Window(start, start)
         record = ConsolidationRecord(
             table,
@@ -208,8 +207,8 @@ class Consolidator:
         return bars
 
     def _retired(self, timeframe: Timeframe, partition: Partition) -> ConsolidationResult:
-        table = consolidated(timeframe)
-        tables = (table, reconciled(timeframe))
+        table = consolidated_table(timeframe)
+        tables = (table, reconciled_table(timeframe))
         bars, pairs = (self.lake.read(each, partition) for each in tables)
         note = "retention has removed raw bars of this month: it stays as it is"
         if bars is None or pairs is None:
@@ -233,13 +232,15 @@ class Consolidator:
         has_source = any((market.key, month) in sources for market in markets)
         if not has_source or _is_retired(sources, markets, month):
             return None
-        parts = [(market.key, *sources.get((market.key, month), ())) for market in markets]
+        parts = [
+            (market.key, *sources.get(PartitionKey(market.key, month), ())) for market in markets
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _is_retired(sources: _Sources, markets: Sequence[Market], month: str) -> bool:
     """Return whether retention has removed raw bars of a month."""
-    of_month = (sources.get((market.key, month)) for market in markets)
+    of_month = (sources.get(PartitionKey(market.key, month)) for market in markets)
     return any(source is not None and not source.is_stored for source in of_month)
 
 

@@ -9,11 +9,12 @@ from marketdata_assets.errors import BadInput, MarketDataError
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
-from marketdata_assets.storage.delta import DeltaTables, Maintained, delta_tables
+from marketdata_assets.storage.delta import DeltaTables, open_delta_tables
+from marketdata_assets.storage.delta_maintenance import DeltaMaintenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +78,14 @@ class DeltaPublisher:
         )
 
 
-def maintain(settings: Settings, dry_run: bool = False) -> dict[str, Maintained]:
+def maintain(settings: Settings, dry_run: bool = False) -> dict[str, DeltaMaintenance]:
     """Compact and clean every existing Delta table; return what was (or would be) done by name."""
     tables, delta = _delta_tables(settings), settings.delta
     assert delta is not None, "there are tables"
     found = {}
     for timeframe in delta.timeframes:
-        for table in (raw(timeframe), rollup(timeframe)):
-            done = tables.maintain(table, delta.history_days, dry_run)
+        for table in (raw_table(timeframe), rollup_table(timeframe)):
+            done = tables.maintain(table, delta.history_days, dry_run=dry_run)
             if done is not None:
                 found[table.name] = done
     return found
@@ -96,4 +97,4 @@ def _delta_tables(settings: Settings) -> DeltaTables:
             f"{settings.source}: there is no `delta:`; write "
             "`delta: {location: data/delta, timeframes: [1h]}`"
         )
-    return delta_tables(settings.delta.location)
+    return open_delta_tables(settings.delta.location)

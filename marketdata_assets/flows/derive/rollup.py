@@ -13,8 +13,8 @@ from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.records import PartitionState
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.intervals import opens_inside
-from marketdata_assets.model.partition import Partition, neighbour
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.partition import Partition, adjacent_partition
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
@@ -55,7 +55,7 @@ class RollupBuilder:
         """
         for partition in partitions:
             yield self._build(partition, self._timeframes(partition))
-            following = neighbour(partition, +1)
+            following = adjacent_partition(partition, +1)
             state = self._state(following)
             if state is not None and state.rollup_source_digest is not None:
                 self._build(following, self._straddling_timeframes(following))
@@ -64,12 +64,12 @@ class RollupBuilder:
         """Return the timeframes of the market whose retention keeps this month."""
         settings, start = self.settings, partition.month.start
         wanted = settings.rollup_timeframes_of(partition.market)
-        return [tf for tf in wanted if start >= settings.kept_since(rollup(tf).name)]
+        return [tf for tf in wanted if start >= settings.kept_since(rollup_table(tf).name)]
 
     def _straddling_timeframes(self, partition: Partition) -> list[Timeframe]:
         """Return the timeframes whose first bar here begins in the month before."""
         start = partition.month.start
-        return [tf for tf in self._timeframes(partition) if partition.opens(tf).start < start]
+        return [tf for tf in self._timeframes(partition) if partition.open_times(tf).start < start]
 
     def _build(self, partition: Partition, timeframes: Sequence[Timeframe]) -> RollupResult:
         base = self.settings.venues[partition.market.venue].base
@@ -77,37 +77,37 @@ class RollupBuilder:
         if state is None or state.bytes is None or not timeframes:
             start = partition.month.start
             return RollupResult(partition, {}, changed={}, requested=Window(start, start))
-        bars = self.storage.lake.read(raw(base), partition)
+        bars = self.storage.lake.read(raw_table(base), partition)
         earlier, start_earlier = self._end_of_month_before(partition, base)
         joined = pl.concat([earlier, empty_bars() if bars is None else bars])
         window = Window(start_earlier or state.start, state.through)
         requested = requested_window(joined["open_time"], base, window)
         frames = roll_up(joined, base, timeframes, requested)
-        owned = {tf: partition.opens(tf) for tf in timeframes}
+        owned = {tf: partition.open_times(tf) for tf in timeframes}
         frames = {tf: frame.filter(opens_inside(owned[tf])) for tf, frame in frames.items()}
         changed = self._write(partition, frames, owned)
         if len(timeframes) == len(self._timeframes(partition)) and state.digest:
-            self.ledger.partitions.set_rollup_source(raw(base), partition, state.digest)
+            self.ledger.partitions.set_rollup_source(raw_table(base), partition, state.digest)
         return RollupResult(partition, frames, changed=changed, requested=requested)
 
     def _end_of_month_before(
         self, partition: Partition, base: Timeframe
     ) -> tuple[pl.DataFrame, datetime | None]:
         """Return the last bars of the month before, and since when they were requested."""
-        month, earlier = partition.month.start, neighbour(partition, -1)
+        month, earlier = partition.month.start, adjacent_partition(partition, -1)
         timeframes = self.settings.rollup_timeframes_of(partition.market)
-        first = min((partition.opens(tf).start for tf in timeframes), default=month)
+        first = min((partition.open_times(tf).start for tf in timeframes), default=month)
         state = self._state(earlier)
         if first >= month or state is None or state.through < month:
             return empty_bars(), None
-        bars = self.storage.lake.read(raw(base), earlier, since=first)
+        bars = self.storage.lake.read(raw_table(base), earlier, since=first)
         if bars is None:
             return empty_bars(), None
         return bars.filter(pl.col("open_time") >= first), max(first, state.start)
 
     def _state(self, partition: Partition) -> PartitionState | None:
         base = self.settings.venues[partition.market.venue].base
-        return self.ledger.partitions.get(raw(base), partition)
+        return self.ledger.partitions.get(raw_table(base), partition)
 
     def _write(
         self,
@@ -123,9 +123,9 @@ class RollupBuilder:
         lake = self.storage.lake
 
         def write(timeframe: Timeframe) -> bool:
-            return lake.write_changed(rollup(timeframe), partition, frames[timeframe])
+            return lake.write_if_changed(rollup_table(timeframe), partition, frames[timeframe])
 
-        with ThreadPoolExecutor(1 if lake.local else CONCURRENT_WRITES) as pool:
+        with ThreadPoolExecutor(1 if lake.is_local else CONCURRENT_WRITES) as pool:
             has_changed = pool.map(write, frames)
             return {
                 tf: frames[tf].height * changed

@@ -16,7 +16,7 @@ import polars as pl
 from marketdata_assets.errors import VenueRefused
 from marketdata_assets.ledger.fetches import to_log
 from marketdata_assets.ledger.records import LoggedFetch, RowAccount
-from marketdata_assets.model.bar import NAMES, empty_bars
+from marketdata_assets.model.bar import COLUMN_NAMES, empty_bars
 from marketdata_assets.model.gap import PROMPT_ATTEMPTS, Gap, GapReason, GapStatus
 from marketdata_assets.model.intervals import (
     find_gaps,
@@ -26,7 +26,7 @@ from marketdata_assets.model.intervals import (
 )
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.agreement import (
     ResolvedAnswers,
     coalesce_optional,
@@ -153,7 +153,7 @@ class Answers:
         new, stored = self._delivered(), self.span.stored
         old = stored.join(new.select("open_time").unique(), on="open_time", how="semi")
         old = coalesce_optional(
-            old.select(pl.lit(STORED, pl.Int64).alias("answer"), *NAMES),
+            old.select(pl.lit(STORED, pl.Int64).alias("answer"), *COLUMN_NAMES),
             new.unique("open_time", keep="first"),
         )
         return resolve_answers(pl.concat([new, old]))
@@ -179,9 +179,11 @@ class Answers:
         rejected = pl.concat([*self._rejected, reject_bars(lost, "conflict")])
         corrected = resolved.outvoted.filter(is_stored)["open_time"]
         self._raise_if_contradicted(corrected)
-        bars = resolved.bars.join(self.span.stored, on=NAMES, how="anti", nulls_equal=True)
+        bars = resolved.bars.join(self.span.stored, on=COLUMN_NAMES, how="anti", nulls_equal=True)
         delivered = self._delivered()
-        repeated = delivered.join(resolved.bars, on=NAMES, how="semi", nulls_equal=True).height
+        repeated = delivered.join(
+            resolved.bars, on=COLUMN_NAMES, how="semi", nulls_equal=True
+        ).height
         fetches, answers = self._fetch_log()
         return FetchResult(
             bars=bars.sort("open_time"),
@@ -303,4 +305,4 @@ class Answers:
 def _sent_at(fetched: BarsPage) -> str:
     if not fetched.requests:
         return "?"
-    return iso(datetime.fromtimestamp(int(fetched.requests[-1].sent_at), UTC))
+    return format_time(datetime.fromtimestamp(int(fetched.requests[-1].sent_at), UTC))

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from marketdata_assets.model.bar import NAMES, decimal_text
+from marketdata_assets.model.bar import COLUMN_NAMES, format_decimals
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 
 
 class ValueDifference(NamedTuple):
@@ -36,7 +36,7 @@ def with_stored(
     `different` holds both (quality.agreement.StoredComparison.different).
     """
     for row in _as_text(different).iter_rows(named=True):
-        stored = {name: row[name + "_stored"] for name in NAMES[1:]}
+        stored = {name: row[name + "_stored"] for name in COLUMN_NAMES[1:]}
         values = _differing_values(stored, row)
         for column, value, other in values:
             yield ValueDifference(
@@ -76,7 +76,7 @@ def _differing_values(
     one: Mapping[str, Any], other: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
     """Yield column and both values; a value that one does not give is no difference."""
-    for column in NAMES[1:]:
+    for column in COLUMN_NAMES[1:]:
         values = one[column], other[column]
         if None not in values and values[0] != values[1]:
             yield column, *values
@@ -84,12 +84,12 @@ def _differing_values(
 
 def _open_time(row: Mapping[str, Any]) -> str:
     moment: datetime = row["open_time"]
-    return iso(moment)
+    return format_time(moment)
 
 
 def _as_text(bars: pl.DataFrame) -> pl.DataFrame:
     """Return the bars with numbers as their exact digits."""
     decimals = [name for name, dtype in bars.schema.items() if isinstance(dtype, pl.Decimal)]
     counts = [name for name in bars.columns if name.startswith("trades")]
-    texts = (decimal_text(name) for name in decimals)
+    texts = (format_decimals(name) for name in decimals)
     return bars.with_columns(*texts, pl.col(counts).cast(pl.String))

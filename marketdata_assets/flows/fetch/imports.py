@@ -20,7 +20,7 @@ from marketdata_assets.flows.fetch.import_differences import (
 from marketdata_assets.flows.fetch.import_result import FileTally, ImportResult
 from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.bar import NAMES, empty_bars
+from marketdata_assets.model.bar import COLUMN_NAMES, empty_bars
 from marketdata_assets.model.events import (
     FileInspected,
     ProgressCallback,
@@ -29,9 +29,9 @@ from marketdata_assets.model.events import (
 )
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso, month_of, to_ms
+from marketdata_assets.model.window import Window, format_time, month_of, to_ms
 from marketdata_assets.quality.agreement import (
     StoredComparison,
     compare_with_stored,
@@ -41,7 +41,7 @@ from marketdata_assets.quality.split import add_request_columns, reject_bars, sp
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.archive.options import ImportOptions
 from marketdata_assets.sources.archive.reading import ArchiveFile, find_files, read_file
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 MAX_DIFFERENCES = 1000
 """How many differing values are recorded one by one; quarantine has all rows."""
@@ -131,9 +131,11 @@ class FileImporter:
         """
         found: dict[tuple[str, ...], list[Partition]] = {}
         for partition in sorted({p for group in result.partitions.values() for p in group}):
-            base = raw(self.settings.venues[partition.market.venue].base)
+            base = raw_table(self.settings.venues[partition.market.venue].base)
             state = self.ledger.partitions.get(base, partition)
-            tables = [raw(tf).name for tf, group in result.partitions.items() if partition in group]
+            tables = [
+                raw_table(tf).name for tf, group in result.partitions.items() if partition in group
+            ]
             if state and state.bytes is not None:
                 tables.append("rollup")
             found.setdefault(tuple(tables), []).append(partition)
@@ -159,7 +161,7 @@ class FileImporter:
         if whole:
             whole = Window(whole.start, whole.end + timeframe.width)
         for partition in partitions_of(market, whole):
-            opens = partition.opens(timeframe) & wanted
+            opens = partition.open_times(timeframe) & wanted
             while waiting and waiting[0].file.rows_window.start < opens.end:
                 tally = waiting.pop(0)
                 rows = self._read_again(tally.file, options)
@@ -203,8 +205,8 @@ class FileImporter:
         resolved = resolve_files(pl.concat(each.kept for each in judged))
         broken = pl.concat(each.rejected for each in judged)
         if dry_run:
-            stored = self.lake.read(raw(timeframe), partition)
-            bars = resolved.bars.select("answer", *NAMES)
+            stored = self.lake.read(raw_table(timeframe), partition)
+            bars = resolved.bars.select("answer", *COLUMN_NAMES)
             comparison = compare_with_stored(bars, empty_bars() if stored is None else stored)
         else:
             store = PartitionStore(self.settings, self.ledger, self.lake)
@@ -239,7 +241,7 @@ def _count_rows(
     """Add what became of the rows to the tally of their file, the column `answer`."""
     # a repeated row shares the fate of the row that it repeats
     of_repeated = compare_with_stored(
-        repeated.select("answer", *NAMES), comparison.different.select(NAMES)
+        repeated.select("answer", *COLUMN_NAMES), comparison.different.select(COLUMN_NAMES)
     )
     counts = {
         "stored": (comparison.new,),
@@ -267,7 +269,7 @@ def _raise_if_unwanted(settings: Settings, file: ArchiveFile) -> None:
     last, now = file.rows_window.end - timeframe.width, settings.now()
     if last > now:
         raise BadInput(
-            f"{file.path}: its bars go until {iso(last)}, and it is now {iso(now)}; is open_time "
+            f"{file.path}: its bars go until {format_time(last)}, and it is now {format_time(now)}; is open_time "
             "in another unit?"
         )
 
@@ -278,7 +280,7 @@ def _wanted_window(settings: Settings, market: Market, timeframe: Timeframe) -> 
     A bar that is not closed yet is rejected by a rule.
     """
     until = settings.venues[market.venue].until
-    end = Partition(market, month_of(settings.now())).opens(timeframe).end
+    end = Partition(market, month_of(settings.now())).open_times(timeframe).end
     if until:
         end = min(end, timeframe.floor(until))
     return Window(timeframe.ceil(settings.span(market).start), end)

@@ -15,12 +15,12 @@ from marketdata_assets.flows.fetch.open_partition import IngestResult, OpenParti
 from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw
+from marketdata_assets.model.table import Table, raw_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.clients import VenueClients
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 
 class _Started(NamedTuple):
@@ -55,7 +55,7 @@ class Ingester:
         that fails is yielded with its error, and the others continue. Partitions are locked against
         other processes one at a time, so that whoever comes second finds the work done.
         """
-        table = raw(timeframe)
+        table = raw_table(timeframe)
         following: _Started | None = None
         for i, partition in enumerate(partitions):
             current = following or self._start(table, partition, again)

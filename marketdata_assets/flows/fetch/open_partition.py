@@ -9,7 +9,7 @@ import polars as pl
 
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.ledger.records import PartitionState, RowAccount
-from marketdata_assets.model.bar import NAMES, STORED_RAW_SCHEMA, TIME
+from marketdata_assets.model.bar import COLUMN_NAMES, STORED_RAW_SCHEMA, TIME
 from marketdata_assets.model.gap import Gap
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
@@ -29,7 +29,7 @@ class IngestResult:
     """One partition after an ingest.
 
     `wanted` is the window of open times that the universe asks for, up to the venue's clock. `bars`
-    are all stored bars of it (model.bar.NAMES), `replaced` the revisions that moved to the history
+    are all stored bars of it (model.bar.COLUMN_NAMES), `replaced` the revisions that moved to the history
     now. After a failure `error` is set and everything stored is as it was before. `comparison` says
     what became of bars that did not come from the venue's API.
     """
@@ -69,7 +69,7 @@ class OpenPartition:
             partition=self.partition,
             timeframe=self.table.timeframe,
             wanted=self.wanted,
-            bars=bars.select(NAMES),
+            bars=bars.select(COLUMN_NAMES),
             gaps=tuple(gaps),
             account=RowAccount(),
             bytes=bytes,
@@ -88,6 +88,6 @@ def wanted_window(settings: Settings, timeframe: Timeframe, partition: Partition
     if timeframe not in venue.fetched_timeframes:
         return Window(partition.month.start, partition.month.start)
     span = settings.span(partition.market)
-    return partition.opens(timeframe) & Window(
+    return partition.open_times(timeframe) & Window(
         timeframe.ceil(span.start), timeframe.floor(span.end)
     )

@@ -21,7 +21,7 @@ from marketdata_assets.flows.fetch.open_partition import (
 from marketdata_assets.ledger.fetches import to_log
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.records import IngestFailure, IngestRecord, PartitionState, RowAccount
-from marketdata_assets.model.bar import HISTORY_COLUMNS, NAMES, TIME, empty_bars
+from marketdata_assets.model.bar import COLUMN_NAMES, HISTORY_COLUMNS, TIME, empty_bars
 from marketdata_assets.model.gap import Gap, GapReason
 from marketdata_assets.model.intervals import (
     find_gaps,
@@ -30,7 +30,7 @@ from marketdata_assets.model.intervals import (
     subtract_windows,
 )
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, history, raw
+from marketdata_assets.model.table import Table, history_table, raw_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.agreement import StoredComparison, compare_with_stored
@@ -38,7 +38,7 @@ from marketdata_assets.quality.clean import clean_bars
 from marketdata_assets.quality.contract import check_bars
 from marketdata_assets.quality.split import reject_bars
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 REST = "rest"
 """The stored source of bars that came from the venue's API."""
@@ -59,7 +59,7 @@ class PartitionStore:
         wanted = wanted_window(self.settings, table.timeframe, partition)
         note = None
         try:
-            stored = self.lake.read(table, partition, provenance=True)
+            stored = self.lake.read(table, partition, with_provenance=True)
         except Damaged as damage:
             note = f"{damage}; set aside as {self.lake.quarantine_object(table, partition)}"
             stored = None
@@ -82,7 +82,7 @@ class PartitionStore:
         """
         table, partition, now = before.table, before.partition, self.settings.now()
         source = pl.col("source") if sources else pl.lit(REST).alias("source")
-        new = fetched.bars.select(*NAMES, pl.lit(now, TIME).alias("known_at"), source)
+        new = fetched.bars.select(*COLUMN_NAMES, pl.lit(now, TIME).alias("known_at"), source)
         replaced = before.stored.join(new, on="open_time", how="semi").with_columns(
             pl.lit(now, TIME).alias("replaced_at")
         )
@@ -168,13 +168,13 @@ class PartitionStore:
     ) -> IngestResult:
         """Store bars that did not come from the venue's API, such as those of files.
 
-        `kept` (model.bar.NAMES, one bar per open_time) has passed the rules, `rejected`
+        `kept` (model.bar.COLUMN_NAMES, one bar per open_time) has passed the rules, `rejected`
         (quality.split.REJECTED_SCHEMA) has not. With several `sources`, the column `answer` of both
         frames is the index of the source of a row. Stored bars stay: an equal bar is identical,
         another one is rejected as `disagrees`. A gap between two bars of `kept` is settled when
         `settles_gaps`, else it is still requested from the venue. Sends no request.
         """
-        table = raw(timeframe)
+        table = raw_table(timeframe)
         with self.ledger.lock(partition.key):
             before = self.open(table, partition)
             fetched, comparison = _compare_frame(
@@ -189,8 +189,8 @@ class PartitionStore:
         fetches what is missing then. A damaged object is moved out of the way.
         """
         with self.ledger.lock(partition.key):
-            before = self.open(raw(timeframe), partition)
-            cleaned = clean_bars(before.stored, timeframe, partition.opens(timeframe))
+            before = self.open(raw_table(timeframe), partition)
+            cleaned = clean_bars(before.stored, timeframe, partition.open_times(timeframe))
             problem = cleaned.message
             if problem:
                 before = replace(before, stored=cleaned.bars, note=before.note or problem)
@@ -209,7 +209,7 @@ class PartitionStore:
             assert state is not None
             if state.bytes == self.lake.size(before.table, before.partition):
                 return state.bytes, state.digest
-        check_bars(bars.select(NAMES))
+        check_bars(bars.select(COLUMN_NAMES))
         return self.lake.write(before.table, before.partition, bars)
 
     def _next_state(
@@ -245,16 +245,16 @@ class PartitionStore:
             return before.state.completed_at
         timeframe = before.table.timeframe
         until = self.settings.venues[before.partition.market.venue].until
-        end = before.partition.opens(timeframe).end
+        end = before.partition.open_times(timeframe).end
         last = min(end, timeframe.floor(until)) if until else end
         return self.settings.now() if through >= last else None
 
     def _append_history(self, table: Table, partition: Partition, replaced: pl.DataFrame) -> None:
         """Add revisions; one that a crashed run has added already is the same revision."""
-        place = history(table.timeframe)
+        place = history_table(table.timeframe)
         stored = self.lake.read(place, partition)
         every = replaced if stored is None else pl.concat([stored, replaced])
-        last = every.unique([*NAMES, "known_at"], keep="last", maintain_order=True)
+        last = every.unique([*COLUMN_NAMES, "known_at"], keep="last", maintain_order=True)
         ordered = last.sort("open_time", "replaced_at").select(c.name for c in HISTORY_COLUMNS)
         self.lake.write(place, partition, ordered)
 
@@ -271,7 +271,9 @@ def _compare_frame(
     timeframe = before.table.timeframe
     if len(sources) == 1:
         kept = kept.with_columns(pl.lit(0, pl.Int64).alias("answer"))
-    found = compare_with_stored(kept.select("answer", *NAMES).sort("open_time"), before.stored)
+    found = compare_with_stored(
+        kept.select("answer", *COLUMN_NAMES).sort("open_time"), before.stored
+    )
     name = pl.col("answer").replace_strict(range(len(sources)), sources, return_dtype=pl.String)
     bars = found.new.with_columns(name.alias("source"))
     opens = pl.concat([before.stored["open_time"], bars["open_time"]]).sort()

@@ -13,9 +13,9 @@ from marketdata_assets.ledger.records import PartitionState
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.intervals import count_bars
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.partition_status import PartitionStatus, partition_status
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.parts import Venue
@@ -52,7 +52,7 @@ class PlannedPartition:
     offers: tuple[ArchiveOffer, ...] = ()
 
 
-_DuePartitions = Mapping[Table, Container[tuple[str, str]]]
+_DuePartitions = Mapping[Table, Container[PartitionKey]]
 """By table: market key and month key of the partitions with a due gap."""
 
 
@@ -66,7 +66,7 @@ class BackfillPlanner:
 
     def plan(self, partitions: Sequence[Partition]) -> list[PlannedPartition]:
         """Return the partitions that are missing, open or not rolled up, in the order given."""
-        tables = [raw(timeframe) for timeframe in self.settings.raw_timeframes]
+        tables = [raw_table(timeframe) for timeframe in self.settings.raw_timeframes]
         due = {table: self.ledger.gaps.due(table, self.settings.now()) for table in tables}
         planned = (self._plan_partition(partition, due) for partition in partitions)
         return [partition for partition in planned if partition is not None]
@@ -76,7 +76,7 @@ class BackfillPlanner:
         page = new_bars_per_request(partition.market)
         missing = {tf: self._count_missing(tf, partition, due) for tf in venue.fetched_timeframes}
         requests = {tf: math.ceil(bars / page) for tf, bars in missing.items()}
-        state = self.ledger.partitions.get(raw(venue.base), partition)
+        state = self.ledger.partitions.get(raw_table(venue.base), partition)
         if any(missing.values()):
             offers = (
                 self._find_archive(tf, partition, bars, requests=requests[tf])
@@ -98,7 +98,7 @@ class BackfillPlanner:
         self, timeframe: Timeframe, partition: Partition, due: _DuePartitions
     ) -> int:
         """Count the bars that a backfill would request; reads the object only when it has to."""
-        table, wanted = raw(timeframe), wanted_window(self.settings, timeframe, partition)
+        table, wanted = raw_table(timeframe), wanted_window(self.settings, timeframe, partition)
         if not wanted:
             return 0
         state = self.ledger.partitions.get(table, partition)
@@ -143,7 +143,7 @@ class BackfillPlanner:
             return False
         if self.storage.rollups_in_warehouse:
             return self.storage.warehouse.exists
-        sizes = (self.storage.lake.size(rollup(tf), partition) for tf in timeframes)
+        sizes = (self.storage.lake.size(rollup_table(tf), partition) for tf in timeframes)
         return all(size is not None for size in sizes)
 
 

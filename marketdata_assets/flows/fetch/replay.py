@@ -12,10 +12,10 @@ import polars as pl
 from marketdata_assets.flows.fetch.open_partition import wanted_window
 from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, parse_time, to_ms
 from marketdata_assets.quality.split import (
@@ -25,7 +25,7 @@ from marketdata_assets.quality.split import (
     split_rows,
 )
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 REPLAY = "replay"
 """The stored source of replayed bars, and the kind of the receipt."""
@@ -35,7 +35,7 @@ NOT_REPLAYABLE = {"outside_window", "unclosed", "conflict", "disagrees", "overla
 contradicted.
 """
 _SENT_SCHEMA: dict[str, pl.DataType] = {
-    **{name: pl.String() for name in NAMES},
+    **{name: pl.String() for name in COLUMN_NAMES},
     "open_time": pl.Int64(),
     "trades": pl.Int64(),
 }
@@ -112,19 +112,19 @@ class QuarantineReplayer:
         if not wanted:
             return
         judged = self._judge(timeframe, rows, wanted)
-        candidates = judged.kept.unique(NAMES).filter(~pl.col("open_time").is_duplicated())
-        stored = self.lake.read(raw(timeframe), partition)
+        candidates = judged.kept.unique(COLUMN_NAMES).filter(~pl.col("open_time").is_duplicated())
+        stored = self.lake.read(raw_table(timeframe), partition)
         before = candidates.clear() if stored is None else stored
         if not dry_run and candidates.height:
             PartitionStore(self.settings, self.ledger, self.lake).ingest_frame(
                 timeframe,
                 partition,
-                candidates.select(NAMES),
+                candidates.select(COLUMN_NAMES),
                 rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
                 sources=[REPLAY],
                 settles_gaps=False,
             )
-        outcomes = _outcomes(judged, candidates, before.select(NAMES))
+        outcomes = _outcomes(judged, candidates, before.select(COLUMN_NAMES))
         for i, row in enumerate(rows):
             yield ReplayedRow(
                 row["id"],
@@ -148,8 +148,8 @@ class QuarantineReplayer:
 def _outcomes(judged: SplitRows, candidates: pl.DataFrame, stored: pl.DataFrame) -> dict[int, str]:
     """Return the outcome of each row by its index; `stored` are the bars before the replay."""
     kept = judged.kept
-    unique = kept.join(candidates, on=NAMES, how="semi", nulls_equal=True)
-    identical = kept.join(stored, on=NAMES, how="semi", nulls_equal=True)
+    unique = kept.join(candidates, on=COLUMN_NAMES, how="semi", nulls_equal=True)
+    identical = kept.join(stored, on=COLUMN_NAMES, how="semi", nulls_equal=True)
     new = unique.join(stored, on="open_time", how="anti")
     return {
         **dict(judged.rejected.select("answer", "reasons").iter_rows()),
@@ -176,7 +176,7 @@ def _as_sent(row: dict[str, Any]) -> dict[str, Any]:
     fields["trades"] = int(trades) if trades and trades.isdecimal() else None
     is_number = open_time.isdecimal()
     fields["open_time"] = int(open_time) if is_number else to_ms(parse_time(row["open_time"]))
-    return {name: fields.get(name) for name in NAMES}
+    return {name: fields.get(name) for name in COLUMN_NAMES}
 
 
 def _receipt_row(row: ReplayedRow) -> dict[str, Any]:

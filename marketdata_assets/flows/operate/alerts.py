@@ -13,12 +13,19 @@ from marketdata_assets.flows.operate.health import FAILURES_IN_A_ROW
 from marketdata_assets.ledger.incidents import IncidentEvent, Notification, Problem
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import MINUTE
-from marketdata_assets.model.window import iso, month_of
-from marketdata_assets.notify import AlertSeverity, Channel, Message, NotSent, open_channels
+from marketdata_assets.model.window import format_time, month_of
+from marketdata_assets.notify import (
+    AlertEvent,
+    AlertSeverity,
+    Channel,
+    Message,
+    NotSent,
+    open_channels,
+)
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 ALERTS_FILE = "alerts.jsonl"
 EVALUATIONS = 3
@@ -101,7 +108,7 @@ class AlertCenter:
         """Yield one problem per stale market, once its open month has been requested."""
         stale: dict[str, list[str]] = defaultdict(list)
         for timeframe in self.settings.raw_timeframes:
-            table = raw(timeframe)
+            table = raw_table(timeframe)
             for found in market_freshness(
                 self.settings,
                 self.ledger,
@@ -115,7 +122,7 @@ class AlertCenter:
                     continue
                 if self.ledger.partitions.get(table, partition):
                     minutes = found.lag // MINUTE
-                    behind = f"newest bar ended at {iso(found.through)}, {minutes} minutes behind"
+                    behind = f"newest bar ended at {format_time(found.through)}, {minutes} minutes behind"
                     stale[found.market.key].append(f"{table.name}: {behind}")
         for key, tables in stale.items():
             body = f"{'; '.join(tables)}. See `marketdata health` and the venue's status page."
@@ -166,7 +173,10 @@ def _message(notification: Notification) -> Message:
     problem, is_opening = incident.problem, notification.event == IncidentEvent.OPENED
     at = incident.opened_at if is_opening else incident.recovered_at or incident.opened_at
     title = problem.title if is_opening else f"Recovered: {problem.title}"
-    over = f"It began at {iso(incident.opened_at)} and is over."
+    over = f"It began at {format_time(incident.opened_at)} and is over."
     body = problem.body if is_opening else over
     severity = AlertSeverity(problem.severity)
-    return Message(problem.key, notification.event, severity, title=title, body=body, at=at)
+    event = AlertEvent(notification.event)
+    return Message(
+        incident=problem.key, event=event, severity=severity, title=title, body=body, at=at
+    )

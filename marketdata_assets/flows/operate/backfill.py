@@ -24,9 +24,9 @@ from marketdata_assets.model.partition_status import (
     partition_status,
     status_reason,
 )
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import MINUTE, Timeframe
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 from marketdata_assets.settings.parts import Venue
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
@@ -119,7 +119,9 @@ class BacklogFinder:
         lost_rollups = self._find_lost_rollups(plan, due)
         for venue in self.settings.venues.values():
             tables = [
-                _RawTable(self.ledger, self.storage, raw(tf), shown.get(raw(tf)), due, now)
+                _RawTable(
+                    self.ledger, self.storage, raw_table(tf), shown.get(raw_table(tf)), due, now
+                )
                 for tf in venue.fetched_timeframes
             ]
             months = list(self._closed_months(venue, now))
@@ -153,7 +155,7 @@ class BacklogFinder:
             windows = [
                 wanted_window(self.settings, tf, partition) for tf in venue.fetched_timeframes
             ]
-            texts = [(iso(w.start), iso(w.end)) if w else None for w in windows]
+            texts = [(format_time(w.start), format_time(w.end)) if w else None for w in windows]
             yield partition.month_key, texts
 
     def _drop_what_is_stored(self, plan: BackfillPlan, wanted: dict[PartitionKey, str]) -> None:
@@ -183,25 +185,25 @@ class BacklogFinder:
             if not self.storage.warehouse.exists:
                 self.ledger.partitions.clear_rollup_sources()
                 for timeframe in timeframes:
-                    plan.lost[rollup(timeframe)] = []
+                    plan.lost[rollup_table(timeframe)] = []
             return set()
         if not timeframes or not search:
             return set()
         lake, now = self.storage.lake, self.settings.now().timestamp()
-        pace = MINUTE if lake.local else SEARCH_INTERVAL
+        pace = MINUTE if lake.is_local else SEARCH_INTERVAL
         timeframe = timeframes[int(now // pace.total_seconds()) % len(timeframes)]
-        table = rollup(timeframe)
-        stored, kept = lake.sizes(table), f"{self.settings.kept_since(table.name):%Y-%m-%d}"
+        table = rollup_table(timeframe)
+        stored, kept = lake.list_sizes(table), f"{self.settings.kept_since(table.name):%Y-%m-%d}"
         bases = {venue.base for venue in self.settings.venues.values()}
         rolled_up = (
             key
             for base in bases
-            for key, summary in self.ledger.partitions.summaries(raw(base)).items()
+            for key, summary in self.ledger.partitions.summaries(raw_table(base)).items()
             if summary.is_rolled_up and key[1] >= kept and key not in stored
         )
         lost = {PartitionKey(*key) for key in rolled_up if self._is_rolled_up(key[0], timeframe)}
         if lost:
-            plan.lost[table] = [Partition.parse("|".join(key)) for key in lost]
+            plan.lost[table] = [Partition.from_stored_key(key) for key in lost]
         return lost
 
     def _is_rolled_up(self, market_key: str, timeframe: Timeframe) -> bool:
@@ -237,7 +239,7 @@ class BacklogFinder:
                 continue
             plan.waiting[wait] += 1
             if wait == PARKED:
-                plan.parked.append(Partition.parse("|".join(key)))
+                plan.parked.append(Partition.from_stored_key(key))
         if parking:
             self.ledger.attempts.park(parking, now)
         return ready
@@ -279,7 +281,7 @@ class _RawTable:
     ) -> None:
         self.summaries = ledger.partitions.summaries(table)
         self._table, self._shown = table, shown
-        self._sizes = storage.lake.sizes(table) if search else None
+        self._sizes = storage.lake.list_sizes(table) if search else None
         self._due = ledger.gaps.due(table, now)
 
     def reason(self, key: PartitionKey, wanted: tuple[str, str], plan: BackfillPlan) -> str | None:
@@ -290,7 +292,7 @@ class _RawTable:
             size = self._sizes.get(key)
         status = partition_status(summary, size, wanted, has_due_gap=key in self._due)
         if status == PartitionStatus.LOST:
-            plan.lost[self._table].append(Partition.parse("|".join(key)))
+            plan.lost[self._table].append(Partition.from_stored_key(key))
             return LOST_REASON
         reason = status_reason(status, summary.error if summary else None)
         if reason is None and self._shown is not None and "|".join(key) not in self._shown:
@@ -311,7 +313,7 @@ def is_search_due(
 
     `what` names the search; the ledger records when it was done last.
     """
-    if storage.lake.local:
+    if storage.lake.is_local:
         return True
     last = ledger.heartbeats.last(what)
     if last is not None and timedelta(0) <= now - last < SEARCH_INTERVAL:

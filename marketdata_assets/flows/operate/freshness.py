@@ -9,11 +9,11 @@ from datetime import datetime, timedelta
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.settings.parts import FreshnessLimits
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def market_freshness(
     It is judged by the newest bar in the lake and not by the newest run: a run may succeed over a
     feed that is dead.
     """
-    newest, found = ledger.partitions.newest(raw(timeframe)), []
+    newest, found = ledger.partitions.newest(raw_table(timeframe)), []
     for market in markets:
         if timeframe not in settings.venues[market.venue].fetched_timeframes:
             continue
@@ -60,7 +60,7 @@ def market_freshness(
         if market.key in newest:
             bar, month, size = newest[market.key]
             partition = Partition.parse(f"{market.key}|{month}")
-            if lake.size(raw(timeframe), partition) == size:
+            if lake.size(raw_table(timeframe), partition) == size:
                 through = bar + timeframe.width
         lag = max(timedelta(0), timeframe.floor(span.end) - (through or span.start))
         found.append(MarketFreshness(market, through, lag, settings.limits(timeframe)))

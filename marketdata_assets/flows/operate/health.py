@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from marketdata_assets.flows.operate.freshness import market_freshness
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import MINUTE
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 DAEMON = "daemon"
 SILENT_AFTER = timedelta(minutes=3)
@@ -88,7 +88,7 @@ class HealthInspector:
         if last is None:
             health.add(HealthStatus.UNHEALTHY, "it never ran here: start `marketdata dev`")
         elif abs(self.settings.now() - last) > SILENT_AFTER:
-            message = f"its last sensor tick was at {iso(last)}: start `marketdata dev`"
+            message = f"its last sensor tick was at {format_time(last)}: start `marketdata dev`"
             health.add(HealthStatus.UNHEALTHY, message)
         return health
 
@@ -149,4 +149,6 @@ class HealthInspector:
                     behind = minutes if found.through else "nothing is stored"
                     stale = found.is_stale
                     status = HealthStatus.UNHEALTHY if stale else HealthStatus.DEGRADED
-                    yield _Reason(found.market.key, status, f"{raw(timeframe).name}: {behind}")
+                    yield _Reason(
+                        found.market.key, status, f"{raw_table(timeframe).name}: {behind}"
+                    )

@@ -19,7 +19,7 @@ from marketdata_assets.flows.prove.rollup_checks import RollupAuditor
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.finding import Finding
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
@@ -79,7 +79,9 @@ class Pipeline:
         self, timeframe: Timeframe, partitions: Sequence[Partition]
     ) -> Iterator[AuditedIngest | RevisedFinding]:
         """Audit what is stored, such as after an import; no venue is asked. Raises Damaged."""
-        results = (self._store.read_result(raw(timeframe), partition) for partition in partitions)
+        results = (
+            self._store.read_result(raw_table(timeframe), partition) for partition in partitions
+        )
         yield from self._audit(timeframe, partitions, results, ask=False)
 
     def roll_up(self, partitions: Sequence[Partition]) -> Iterator[AuditedRollup]:
@@ -122,6 +124,6 @@ class Pipeline:
         explainer = GapExplainer(self.settings, self.ledger, self.storage.lake, venues=self.venues)
         explained = explainer.explain(partitions, ask=ask)
         for result in unexplained:
-            if (raw(timeframe), result.partition) in explained:
+            if (raw_table(timeframe), result.partition) in explained:
                 finding = auditor.audit_gaps(result)
                 yield RevisedFinding(timeframe, result.partition, finding)

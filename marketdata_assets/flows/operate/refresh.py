@@ -10,11 +10,11 @@ from marketdata_assets.flows.operate.backfill import GRACE
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.partition_status import PartitionStatus, partition_status
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.window import month_of
 from marketdata_assets.settings.parts import Venue
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class RefreshPlanner:
     def _needs_refresh(self, venue: Venue, partition: Partition) -> bool:
         """Return whether closed bars of a fetched timeframe were not requested, or are lost."""
         for timeframe in venue.fetched_timeframes:
-            table, window = raw(timeframe), wanted_window(self.settings, timeframe, partition)
+            table, window = raw_table(timeframe), wanted_window(self.settings, timeframe, partition)
             if not window:
                 continue
             state = self.ledger.partitions.get(table, partition)

@@ -18,8 +18,8 @@ from marketdata_assets.flows.operate.pipeline import AuditedIngest, Pipeline, Pi
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.receipts import Receipt
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw, rollup
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.table import Table, raw_table, rollup_table
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.clean import clean_bars
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
@@ -109,7 +109,7 @@ class Repairer:
         venue, key = self.settings.venues[partition.market.venue], partition.key
         page = new_bars_per_request(partition.market)
         for timeframe in venue.fetched_timeframes:
-            table = raw(timeframe)
+            table = raw_table(timeframe)
             stored, problem = self._read_and_check(table, partition)
             if problem:
                 yield RepairStep(table.name, key, RepairAction.CLEAN, problem)
@@ -125,7 +125,7 @@ class Repairer:
         planner = BackfillPlanner(self.settings, self.ledger, self.storage)
         for planned in planner.plan([partition]):
             what = RepairAction.FETCH if planned.bars else RepairAction.ROLL_UP
-            table = raw(venue.base)
+            table = raw_table(venue.base)
             yield RepairStep(table.name, key, what, planned.reason, planned.bars, planned.requests)
 
     def _read_and_check(
@@ -133,12 +133,14 @@ class Repairer:
     ) -> tuple[pl.DataFrame | None, str]:
         """Return the rows of an object and what is wrong with them."""
         try:
-            rows = self.storage.lake.read(table, partition, provenance=True)
+            rows = self.storage.lake.read(table, partition, with_provenance=True)
         except Damaged as damage:
             return None, str(damage).partition(";")[0]
         if rows is None:
             return None, ""
-        return rows, clean_bars(rows, table.timeframe, partition.opens(table.timeframe)).message
+        return rows, clean_bars(
+            rows, table.timeframe, partition.open_times(table.timeframe)
+        ).message
 
     def remove_invalid_rows(self, partitions: Sequence[Partition]) -> list[dict[str, str]]:
         """Remove stored rows that must not be there; return what was removed, by object.
@@ -149,7 +151,7 @@ class Repairer:
         for partition in partitions:
             for timeframe in self.settings.venues[partition.market.venue].fetched_timeframes:
                 if message := store.remove_invalid_rows(timeframe, partition):
-                    table = raw(timeframe).name
+                    table = raw_table(timeframe).name
                     found.append({"table": table, "partition": partition.key, "says": message})
         return found
 
@@ -158,12 +160,12 @@ class Repairer:
         places: list[tuple[Table, Partition]] = []
         for partition in partitions:
             venue = self.settings.venues[partition.market.venue]
-            places += [(raw(tf), partition) for tf in venue.fetched_timeframes]
+            places += [(raw_table(tf), partition) for tf in venue.fetched_timeframes]
             places += [
-                (rollup(tf), partition)
+                (rollup_table(tf), partition)
                 for tf in self.settings.rollup_timeframes_of(partition.market)
             ]
-        with self.storage.warehouse.held():
+        with self.storage.warehouse.keep_open():
             return {(table.name, p.key): self._read_content(table, p) for table, p in places}
 
     def _read_content(self, table: Table, partition: Partition) -> PartitionContent:
@@ -247,7 +249,7 @@ def repair_partitions(
 def summarize_fetch(result: IngestResult) -> FetchSummary:
     """Return what an ingest brought, for the receipt."""
     return FetchSummary(
-        table=raw(result.timeframe).name,
+        table=raw_table(result.timeframe).name,
         partition=result.partition.key,
         requests=result.requests,
         stored=result.account.stored,
@@ -260,7 +262,7 @@ def summarize_fetch(result: IngestResult) -> FetchSummary:
 def describe_request(partitions: Sequence[Partition], window: Window) -> dict[str, Any]:
     """Return what a repair was asked for, for its receipt."""
     markets = sorted({partition.market.key for partition in partitions})
-    return {"markets": markets, "start": iso(window.start), "end": iso(window.end)}
+    return {"markets": markets, "start": format_time(window.start), "end": format_time(window.end)}
 
 
 def _content_row(

@@ -10,9 +10,15 @@ from typing import NamedTuple
 
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.records import PartitionSummary
-from marketdata_assets.model.partition import Partition, neighbour
-from marketdata_assets.model.table import Table, consolidated, raw, reconciled, rollup
-from marketdata_assets.model.window import iso, month_of
+from marketdata_assets.model.partition import Partition, PartitionKey, adjacent_partition
+from marketdata_assets.model.table import (
+    Table,
+    consolidated_table,
+    raw_table,
+    reconciled_table,
+    rollup_table,
+)
+from marketdata_assets.model.window import format_time, month_of
 from marketdata_assets.settings.parts import ColdStorage
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import WAREHOUSE_LOCK, BarStorage
@@ -67,14 +73,14 @@ class Retirer:
         works on is left for the next time. Raises StoreFailed.
         """
         settings = self.settings
-        in_lake = [raw(tf) for tf in settings.raw_timeframes]
-        rollups = [rollup(tf) for tf in settings.rollup_timeframes]
+        in_lake = [raw_table(tf) for tf in settings.raw_timeframes]
+        rollups = [rollup_table(tf) for tf in settings.rollup_timeframes]
         if self.storage.rollups_in_warehouse:
             yield from self._remove_from_warehouse(rollups, dry_run)
         else:
             in_lake += rollups
         for timeframe in settings.consolidated_timeframes:
-            in_lake += [consolidated(timeframe), reconciled(timeframe)]
+            in_lake += [consolidated_table(timeframe), reconciled_table(timeframe)]
         for table in in_lake:
             if table.name in settings.retention:
                 yield from self._remove_from_lake(table, dry_run)
@@ -87,16 +93,16 @@ class Retirer:
                 continue
             before = self.settings.kept_since(table.name)
             with self.ledger.lock(WAREHOUSE_LOCK):
-                bars = self.storage.warehouse.forget(table, before, dry_run)
+                bars = self.storage.warehouse.delete_before(table, before, dry_run=dry_run)
             if bars:
-                message = f"{bars} bars before {iso(before)}"
+                message = f"{bars} bars before {format_time(before)}"
                 yield Retirement(table, None, RetirementAction.REMOVED, message)
 
     def _remove_from_lake(self, table: Table, dry_run: bool) -> Iterator[Retirement]:
         summaries = self.ledger.partitions.summaries(table)
         kept_since = self.settings.kept_since(table.name)
-        for key, size in sorted(self.storage.lake.sizes(table).items()):
-            partition = Partition.parse("|".join(key))
+        for key, size in sorted(self.storage.lake.list_sizes(table).items()):
+            partition = Partition.from_stored_key(key)
             if partition.month.start >= kept_since:
                 continue
             reason = self._reason_to_keep(table, partition, summaries)
@@ -110,14 +116,14 @@ class Retirer:
         self,
         table: Table,
         partition: Partition,
-        summaries: Mapping[tuple[str, str], PartitionSummary],
+        summaries: Mapping[PartitionKey, PartitionSummary],
     ) -> str | None:
         """Return what still needs a month that is old enough to go; None when nothing does."""
         venue = self.settings.venues.get(partition.market.venue)
         is_base = venue is not None and table.layer == "raw" and table.timeframe == venue.base
         if not is_base or not self.settings.rollup_timeframes_of(partition.market):
             return None
-        following = neighbour(partition, +1)
+        following = adjacent_partition(partition, +1)
         if following.month.start >= self.settings.kept_since(table.name):
             return "a week of the first month that is kept begins in it"
         for month in (partition, following):
@@ -138,9 +144,9 @@ class Retirer:
     def _move_to_cold(self, table: Table, cold: ColdStorage, dry_run: bool) -> Iterator[Retirement]:
         lake, place = self.storage.lake, f"to {cold.lake or cold.storage_class}"
         before = month_of(self.settings.now() - timedelta(days=cold.after_days)).start
-        classes = lake.classes(table) if cold.storage_class else {}
-        for key, size in sorted(lake.hot(table).items()):
-            partition = Partition.parse("|".join(key))
+        classes = lake.list_storage_classes(table) if cold.storage_class else {}
+        for key, size in sorted(lake.list_hot_sizes(table).items()):
+            partition = Partition.from_stored_key(key)
             is_moved = (
                 cold.storage_class and classes.get(table.path(partition)) == cold.storage_class
             )
@@ -155,7 +161,7 @@ class Retirer:
         """Move a month; return False when a run works on it."""
         with self.ledger.lock(partition.key, wait=False) as is_free:
             if is_free and cold.storage_class:
-                self.storage.lake.set_class(table, partition, cold.storage_class)
+                self.storage.lake.set_storage_class(table, partition, cold.storage_class)
             elif is_free:
                 self.storage.lake.move_to_cold(table, partition)
             return is_free

@@ -15,12 +15,12 @@ from marketdata_assets.model.anomaly import AnomalySeverity, AnomalyState
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.finding import Row
 from marketdata_assets.model.intervals import opens_inside
-from marketdata_assets.model.partition import Partition, neighbour, partitions_of
-from marketdata_assets.model.table import Table, raw
-from marketdata_assets.model.window import Window, iso, month_of
+from marketdata_assets.model.partition import Partition, adjacent_partition, partitions_of
+from marketdata_assets.model.table import Table, raw_table
+from marketdata_assets.model.window import Window, format_time, month_of
 from marketdata_assets.quality.anomalies import CONTEXT, REACH, find_anomalies
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 ANOMALIES = "anomalies"
 """The name of the check."""
@@ -34,9 +34,9 @@ def find_partition_anomalies(
     Those of the last bars of the month before are found once more: the first bars after them say
     more about them.
     """
-    table, partition = raw(result.timeframe), result.partition
+    table, partition = raw_table(result.timeframe), result.partition
     month, width = partition.month, result.timeframe.width
-    earlier, later = neighbour(partition, -1), neighbour(partition, +1)
+    earlier, later = adjacent_partition(partition, -1), adjacent_partition(partition, +1)
     window_before = Window(month.start - CONTEXT * width, month.start)
     window_after = Window(month.end, month.end + CONTEXT * width)
     before = _read_inside(ledger, lake, table, partition=earlier, window=window_before)
@@ -103,10 +103,10 @@ def as_row(record: AnomalyRecord) -> Row:
     return {
         "id": record.id,
         "kind": anomaly.kind,
-        "severity": anomaly.severity.word,
+        "severity": anomaly.severity.label,
         "state": record.state.value,
-        "start": iso(anomaly.start),
-        "end": iso(anomaly.end),
+        "start": format_time(anomaly.start),
+        "end": format_time(anomaly.end),
         "bars": anomaly.bars,
         "what": anomaly.evidence["says"],
     }

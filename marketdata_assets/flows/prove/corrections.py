@@ -10,14 +10,14 @@ from typing import Any
 
 import polars as pl
 
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.table import Table, history, raw
+from marketdata_assets.model.table import Table, history_table, raw_table
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ def list_corrections(
 
     `since` (our clock, inclusive) leaves out earlier corrections. Raises Damaged.
     """
-    tables = [raw(timeframe) for timeframe in settings.raw_timeframes]
-    stored = {table: lake.sizes(history(table.timeframe)) for table in tables}
+    tables = [raw_table(timeframe) for timeframe in settings.raw_timeframes]
+    stored = {table: lake.list_sizes(history_table(table.timeframe)) for table in tables}
     for market in markets:
         for table in tables:
             for partition in partitions_of(market, window):
@@ -63,7 +63,7 @@ def _corrections(
     for before, after in _revision_pairs(lake, table, partition, window=window):
         if since is not None and before["replaced_at"] < since:
             continue
-        changes = {n: (before[n], after[n]) for n in NAMES if before[n] != after[n]}
+        changes = {n: (before[n], after[n]) for n in COLUMN_NAMES if before[n] != after[n]}
         if changes:  # a run that died before it replaced the bar has recorded an equal revision
             yield Correction(
                 table,
@@ -80,8 +80,8 @@ def _revision_pairs(
     lake: Lake, table: Table, partition: Partition, *, window: Window
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield each replaced revision with the one after it."""
-    stored = lake.read(table, partition, provenance=True)
-    replaced = lake.read(history(table.timeframe), partition)
+    stored = lake.read(table, partition, with_provenance=True)
+    replaced = lake.read(history_table(table.timeframe), partition)
     if stored is None or replaced is None:
         return
     revisions = pl.concat([replaced, stored], how="diagonal").filter(opens_inside(window))

@@ -15,12 +15,12 @@ from marketdata_assets.flows.prove.venue_month import (
     is_confirmed_absent,
 )
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.bar import TIME, empty_bars, number_text
+from marketdata_assets.model.bar import TIME, empty_bars, format_number
 from marketdata_assets.model.gap import Gap, GapReason
 from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.table import Table, raw_table
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.gap_causes import (
     FinerGap,
     GapEvidence,
@@ -31,7 +31,7 @@ from marketdata_assets.quality.gap_causes import (
 )
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.clients import VenueClients
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 from marketdata_assets.venues.registry import facts_of
 
 NATIVE_AGREEMENT = 0.99
@@ -152,15 +152,15 @@ class GapInvestigation:
         for timeframe in self._settings.venues[self.month.venue].fetched_timeframes:
             if timeframe.width <= self._table.timeframe.width:
                 continue
-            state = self._ledger.partitions.get(raw(timeframe), self._partition)
-            end = min(timeframe.floor(window.end), self._partition.opens(timeframe).end)
+            state = self._ledger.partitions.get(raw_table(timeframe), self._partition)
+            end = min(timeframe.floor(window.end), self._partition.open_times(timeframe).end)
             if state is None or (state.through < end and not state.error):
                 return True
         return False
 
     def _finer_gaps(self, window: Window) -> tuple[FinerGap, ...]:
         """Return the causes of base bars that are missing in a gap of a coarser table."""
-        base = raw(self._settings.venues[self.month.venue].base)
+        base = raw_table(self._settings.venues[self.month.venue].base)
         if base == self._table:
             return ()
         gaps = self._ledger.gaps.between(base, self._partition.market, window)
@@ -208,7 +208,7 @@ def _native_bars(
     venue = settings.venues.get(partition.market.venue)
     for timeframe in venue.fetched_timeframes if venue else ():
         is_coarser = timeframe.width > table.timeframe.width
-        native = lake.read(raw(timeframe), partition) if is_coarser else None
+        native = lake.read(raw_table(timeframe), partition) if is_coarser else None
         if native is None:
             continue
         full = timeframe.width // table.timeframe.width
@@ -231,7 +231,7 @@ class _RequestLog:
     """The logged requests about a partition, for the proofs of its gaps."""
 
     def __init__(self, ledger: Ledger, table: Table, partition: Partition) -> None:
-        window = partition.opens(table.timeframe)
+        window = partition.open_times(table.timeframe)
         self._requests = ledger.fetches.about(table, partition.market, window)
         windows = [request.window for request in self._requests]
         self._starts = pl.Series([window.start for window in windows], dtype=TIME)
@@ -245,8 +245,8 @@ class _RequestLog:
             found[request.id] = {
                 "id": request.id,
                 "at": request.at,
-                "from": iso(request.window.start),
-                "until": iso(request.window.end),
+                "from": format_time(request.window.start),
+                "until": format_time(request.window.end),
                 "outcome": request.outcome,
                 "rows": request.rows,
             }
@@ -260,7 +260,7 @@ def _describe_bar(neighbor: Neighbor | None) -> dict[str, str] | None:
     if neighbor is None:
         return None
     return {
-        "open_time": iso(neighbor.open_time),
-        "close": number_text(neighbor.close),
-        "volume": number_text(neighbor.volume),
+        "open_time": format_time(neighbor.open_time),
+        "close": format_number(neighbor.close),
+        "volume": format_number(neighbor.volume),
     }

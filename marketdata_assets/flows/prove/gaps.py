@@ -17,12 +17,12 @@ from marketdata_assets.model.gap import Gap, GapCause, GapStatus
 from marketdata_assets.model.intervals import fold_neighbors
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.table import Table, raw_table
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.gap_causes import classify_gap, next_request_at
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.clients import VenueClients
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class ListedGap:
         """Return it as a row of a table; the proof comes last."""
         gap = self.gap
         times = (gap.first_requested, gap.last_requested, gap.next_request)
-        first, last, following = (moment and iso(moment) for moment in times)
+        first, last, following = (moment and format_time(moment) for moment in times)
         return {
             "market": self.market.key,
             "table": self.table.name,
-            "from": iso(gap.window.start),
-            "until": iso(gap.window.end),
+            "from": format_time(gap.window.start),
+            "until": format_time(gap.window.end),
             "bars": gap.bars,
             "cause": gap.kind,
             "reason": gap.reason.value,
@@ -86,15 +86,15 @@ class GapExplainer:
                 for venue, month in months
                 for market in self.settings.venues[venue].markets
             ]
-            table = raw(timeframe)
+            table = raw_table(timeframe)
             changed |= {(table, partition) for partition in self._explain(table, every, ask)}
         return changed
 
     def explain_new(self, markets: Collection[Market]) -> None:
         """Look for the causes of gaps that were never looked at; sends no request."""
         for timeframe in self.settings.raw_timeframes:
-            new = self.ledger.gaps.unexamined(raw(timeframe))
-            self._explain(raw(timeframe), [p for p in new if p.market in markets], ask=False)
+            new = self.ledger.gaps.unexamined(raw_table(timeframe))
+            self._explain(raw_table(timeframe), [p for p in new if p.market in markets], ask=False)
 
     def list_gaps(
         self, markets: Collection[Market], window: Window, kind: str | None = None
@@ -119,15 +119,15 @@ class GapExplainer:
             nearest = min(gaps, key=lambda one: abs(one.gap.window.start - start), default=None)
             hint = "; it has none at all"
             if nearest:
-                hint = f"; the nearest is --start {iso(nearest.gap.window.start)}"
-            raise BadInput(f"no gap of {market.key} begins at {iso(start)}{hint}")
+                hint = f"; the nearest is --start {format_time(nearest.gap.window.start)}"
+            raise BadInput(f"no gap of {market.key} begins at {format_time(start)}{hint}")
         for listed in found:
             self.ledger.gaps.reopen(listed.table, market, listed.gap, now=self.settings.now())
         return found
 
     def _between(self, market: Market, window: Window) -> Iterator[ListedGap]:
         for timeframe in self.settings.raw_timeframes:
-            table = raw(timeframe)
+            table = raw_table(timeframe)
             for gap in self.ledger.gaps.between(table, market, window):
                 yield ListedGap(table, market, gap)
 

@@ -9,11 +9,11 @@ import polars as pl
 
 from marketdata_assets.flows.derive.rollup import RollupResult, requested_window
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.bar import NAMES, empty_bars
+from marketdata_assets.model.bar import COLUMN_NAMES, empty_bars
 from marketdata_assets.model.gap import Gap, GapCause, GapReason
 from marketdata_assets.model.intervals import align_inside
-from marketdata_assets.model.partition import Partition, neighbour
-from marketdata_assets.model.table import Table, history, parity, raw
+from marketdata_assets.model.partition import Partition, adjacent_partition
+from marketdata_assets.model.table import Table, history_table, parity_table, raw_table
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.parity import (
@@ -31,7 +31,7 @@ from marketdata_assets.quality.parity_evidence import (
 from marketdata_assets.quality.trace import trace_difference
 from marketdata_assets.quality.trace_text import format_windows
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 from marketdata_assets.transforms.rollup import roll_up
 
 MAX_TRACED = 1000
@@ -70,7 +70,7 @@ class ParityChecker:
         compared = compared.with_columns(pl.col("cause", "minutes").fill_null(""))
         if compared.height:
             stored = select_stored(compared)
-            self.lake.write_changed(parity(timeframe), result.partition, stored)
+            self.lake.write_if_changed(parity_table(timeframe), result.partition, stored)
         return compared
 
     def _compare(
@@ -78,9 +78,9 @@ class ParityChecker:
     ) -> pl.DataFrame:
         native, native_window = self._read_native(partition, timeframe)
         built = align_inside(requested, timeframe)
-        span = partition.opens(timeframe) & built & native_window
+        span = partition.open_times(timeframe) & built & native_window
         venue = partition.market.venue
-        compared = compare_bars(venue, ours.select(NAMES), native, span=span)
+        compared = compare_bars(venue, ours.select(COLUMN_NAMES), native, span=span)
         return self._drop_unanswered(partition, timeframe, compared)
 
     def _drop_unanswered(
@@ -94,7 +94,7 @@ class ParityChecker:
             is_alone = pl.col("outcome") == outcome
             if compared.filter(is_alone).is_empty():
                 continue
-            for gap in self.ledger.gaps.of(raw(other), partition):
+            for gap in self.ledger.gaps.of(raw_table(other), partition):
                 if gap.reason == GapReason.UNANSWERED:
                     is_inside = (opens >= gap.window.start) & (ends <= gap.window.end)
                     compared = compared.filter(~(is_alone & is_inside))
@@ -104,7 +104,7 @@ class ParityChecker:
         self, partition: Partition, timeframe: Timeframe
     ) -> tuple[pl.DataFrame, Window]:
         """Return the venue's own bars and the window in which they were requested."""
-        table = raw(timeframe)
+        table = raw_table(timeframe)
         state = self.ledger.partitions.get(table, partition)
         is_stored = state is not None and state.bytes is not None
         stored = self.lake.read(table, partition) if is_stored else None
@@ -136,20 +136,20 @@ class ParityChecker:
     def _evidence(self, result: RollupResult, timeframe: Timeframe) -> ParityEvidence:
         partition = result.partition
         base = self.settings.venues[partition.market.venue].base
-        first, months = partition.opens(timeframe).start, [partition]
+        first, months = partition.open_times(timeframe).start, [partition]
         if first < partition.month.start:
-            months.insert(0, neighbour(partition, -1))
-        read = (self.lake.read(raw(base), month, since=first) for month in months)
+            months.insert(0, adjacent_partition(partition, -1))
+        read = (self.lake.read(raw_table(base), month, since=first) for month in months)
         bars = pl.concat([empty_bars(), *(frame for frame in read if frame is not None)])
-        read = (self.lake.read(history(base), month) for month in months)
-        no_history = pl.DataFrame(schema=history(base).schema)
+        read = (self.lake.read(history_table(base), month) for month in months)
+        no_history = pl.DataFrame(schema=history_table(base).schema)
         replaced = pl.concat([no_history, *(frame for frame in read if frame is not None)])
         return ParityEvidence(
             base=base,
             timeframe=timeframe,
             bars=bars,
-            absences=list(self._absences(raw(base), months)),
-            native_absences=list(self._absences(raw(timeframe), [partition])),
+            absences=list(self._absences(raw_table(base), months)),
+            native_absences=list(self._absences(raw_table(timeframe), [partition])),
             replaced=replaced,
             finer=self._compare_finer(result, timeframe, months, bars=bars),
         )

@@ -19,16 +19,16 @@ from marketdata_assets.ledger.checks import CheckFailure
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.records import RowAccount
 from marketdata_assets.model.anomaly import AnomalyState
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.finding import ROWS_SHOWN, Finding, Row
 from marketdata_assets.model.gap import UNEXPLAINED, GapReason
 from marketdata_assets.model.intervals import count_bars, find_gaps, subtract_windows
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.table import Table, raw_table
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.split import add_request_columns, split_rows
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 RAW_CHECKS: dict[str, str] = {
     "ohlc": (
@@ -77,12 +77,12 @@ class RawAuditor:
         if result.timeframe == self.settings.venues[result.partition.market.venue].base:
             findings.append(self._check_anomalies(result))
         return record_findings(
-            self.settings, self.ledger, raw(result.timeframe), result.partition, findings
+            self.settings, self.ledger, raw_table(result.timeframe), result.partition, findings
         )
 
     def audit_gaps(self, result: IngestResult) -> Finding:
         """Return the finding `gaps` once more, by what the ledger says of the gaps now."""
-        table = raw(result.timeframe)
+        table = raw_table(result.timeframe)
         gaps = tuple(self.ledger.gaps.of(table, result.partition))
         finding = _check_gaps(replace(result, gaps=gaps))
         record_findings(self.settings, self.ledger, table, result.partition, [finding])
@@ -120,7 +120,7 @@ def record_findings(
 
 
 def _check_ohlc(result: IngestResult) -> Finding:
-    texts = [name for name in NAMES if name not in ("open_time", "trades")]
+    texts = [name for name in COLUMN_NAMES if name not in ("open_time", "trades")]
     sent = result.bars.with_columns(
         pl.col("open_time").dt.epoch("ms"), *(pl.col(name).cast(pl.String) for name in texts)
     )
@@ -128,7 +128,7 @@ def _check_ohlc(result: IngestResult) -> Finding:
     requested = add_request_columns(sent, 0, result.wanted)
     rejected = split_rows(requested, result.timeframe, closed_before=end).rejected
     rows: list[Row] = [
-        {"open_time": iso(open_time), "reasons": reasons, "fields": fields}
+        {"open_time": format_time(open_time), "reasons": reasons, "fields": fields}
         for _, open_time, reasons, fields in rejected.iter_rows()
     ]
     return Finding(
@@ -198,8 +198,8 @@ def _unexplained_windows(result: IngestResult) -> list[Window]:
 def _gap_rows(result: IngestResult, unexplained: Sequence[Window]) -> list[Row]:
     rows: list[Row] = [
         {
-            "from": iso(gap.window.start),
-            "until": iso(gap.window.end),
+            "from": format_time(gap.window.start),
+            "until": format_time(gap.window.end),
             "bars": gap.bars,
             "cause": gap.cause or UNEXPLAINED,
             "reason": gap.reason,
@@ -212,8 +212,8 @@ def _gap_rows(result: IngestResult, unexplained: Sequence[Window]) -> list[Row]:
         if window.start not in starts:
             rows.append(
                 {
-                    "from": iso(window.start),
-                    "until": iso(window.end),
+                    "from": format_time(window.start),
+                    "until": format_time(window.end),
                     "bars": window.count(result.timeframe),
                     "cause": UNEXPLAINED,
                     "reason": "not fetched yet",

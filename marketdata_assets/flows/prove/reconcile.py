@@ -5,11 +5,11 @@ from __future__ import annotations
 from marketdata_assets.flows.derive.consolidate import ConsolidationResult
 from marketdata_assets.ledger.checks import CheckFailure
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.bar import decimal_text
+from marketdata_assets.model.bar import format_decimals
 from marketdata_assets.model.finding import ROWS_SHOWN, Finding, FindingSeverity, Row
-from marketdata_assets.model.table import consolidated
+from marketdata_assets.model.table import consolidated_table
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import iso
+from marketdata_assets.model.window import format_time
 from marketdata_assets.quality.reconcile import (
     FAIL_BASIS_POINTS,
     WARN_BASIS_POINTS,
@@ -50,7 +50,7 @@ def check_reconciled(
         details={name: value for o in found for name, value in _numbers(o).items()},
     )
     ledger.checks.set(
-        consolidated(timeframe),
+        consolidated_table(timeframe),
         result.partition,
         RECONCILED,
         failure=CheckFailure(False, message) if failed else None,
@@ -71,10 +71,10 @@ def _numbers(pair: VenueComparison) -> dict[str, float]:
 
 def _worst_rows(result: ConsolidationResult) -> list[Row]:
     rows = largest_differences(result.pairs, ROWS_SHOWN)
-    rows = rows.with_columns(decimal_text("close_bp"), decimal_text("return_bp"))
+    rows = rows.with_columns(format_decimals("close_bp"), format_decimals("return_bp"))
     return [
         {
-            "open_time": iso(open_time),
+            "open_time": format_time(open_time),
             "venue": venue,
             "other": other,
             "close_bp": close,

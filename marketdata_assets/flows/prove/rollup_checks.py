@@ -13,16 +13,16 @@ from marketdata_assets.flows.derive.rollup import RollupResult
 from marketdata_assets.flows.prove.parity import ParityChecker
 from marketdata_assets.flows.prove.raw_checks import record_findings
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.bar import ROLLUP_SCHEMA, TIME, number_text
+from marketdata_assets.model.bar import ROLLUP_SCHEMA, TIME, format_number
 from marketdata_assets.model.finding import ROWS_SHOWN, Finding, Row
 from marketdata_assets.model.gap import GapReason
-from marketdata_assets.model.partition import Partition, neighbour
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.partition import Partition, adjacent_partition
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.parity import DIFFERENCES, ParityOutcome
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 _ABSENT: dict[str, pl.DataType] = {"open_time": TIME, "absent": pl.Int64()}
 
@@ -42,7 +42,9 @@ class RollupAuditor:
         findings = [self._check_complete(partition, timeframe, frame)]
         if timeframe in self.settings.venues[partition.market.venue].reference:
             findings.append(self._check_matches_native(result, timeframe))
-        return record_findings(self.settings, self.ledger, rollup(timeframe), partition, findings)
+        return record_findings(
+            self.settings, self.ledger, rollup_table(timeframe), partition, findings
+        )
 
     def _check_complete(
         self, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame
@@ -57,7 +59,7 @@ class RollupAuditor:
             present + pl.col("absent").fill_null(0) < expected
         )
         rows: list[Row] = [
-            {"open_time": iso(open_time), "expected": expected, "present": present}
+            {"open_time": format_time(open_time), "expected": expected, "present": present}
             for open_time, expected, present in unexplained.select(
                 "open_time", "bars_expected", "bars_present"
             ).iter_rows()
@@ -76,8 +78,8 @@ class RollupAuditor:
     def _count_absent_bars(self, partition: Partition, timeframe: Timeframe) -> pl.DataFrame:
         """Return, by open_time, how many base bars the venue never had, by the ledger."""
         base = self.settings.venues[partition.market.venue].base
-        months = (neighbour(partition, -1), partition)
-        gaps = [gap for month in months for gap in self.ledger.gaps.of(raw(base), month)]
+        months = (adjacent_partition(partition, -1), partition)
+        gaps = [gap for month in months for gap in self.ledger.gaps.of(raw_table(base), month)]
         windows = [g.window for g in gaps if g.cause or g.reason == GapReason.NO_BARS]
         first_bar = self.ledger.markets.first_bar(partition.market)
         if first_bar:
@@ -119,7 +121,7 @@ class RollupAuditor:
 
 def _difference_row(row: dict[str, Any]) -> Row:
     values = [
-        f"{name} {number_text(row[name])} / {number_text(row[name + '_native'])}"
+        f"{name} {format_number(row[name])} / {format_number(row[name + '_native'])}"
         for name in row["columns"].split()
     ]
     minutes = row["minutes"].split()
@@ -127,7 +129,7 @@ def _difference_row(row: dict[str, Any]) -> Row:
     if len(minutes) > ROWS_SHOWN:
         shown.append(f"and {len(minutes) - ROWS_SHOWN} more")
     return {
-        "open_time": iso(row["open_time"]),
+        "open_time": format_time(row["open_time"]),
         "outcome": row["outcome"],
         "ours / the venue's": ", ".join(values),
         "cause": row["cause"],

@@ -13,9 +13,9 @@ from marketdata_assets.errors import BadInput
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import TIME
 from marketdata_assets.model.intervals import enclosing_window, opens_inside
-from marketdata_assets.model.market import CONSOLIDATED, Market
+from marketdata_assets.model.market import CONSOLIDATED_VENUE, Market
 from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.table import Table, consolidated, raw, rollup
+from marketdata_assets.model.table import Table, consolidated_table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
@@ -56,15 +56,15 @@ class BarReader:
 
         The base is read as it was fetched, coarser timeframes from the rollups, else a reference.
         """
-        if market.venue == CONSOLIDATED:
+        if market.venue == CONSOLIDATED_VENUE:
             return self._consolidated_table(market, timeframe)
         base, rollups, references = self._timeframes(market)
         if timeframe == base:
-            return raw(timeframe)
+            return raw_table(timeframe)
         if timeframe in rollups:
-            return rollup(timeframe)
+            return rollup_table(timeframe)
         if timeframe in references:
-            return raw(timeframe)
+            return raw_table(timeframe)
         stored = dict.fromkeys(tf.name for tf in (base, *rollups, *references))
         raise BadInput(f"{market.key} has no {timeframe.name} bars; it has {' '.join(stored)}")
 
@@ -95,11 +95,11 @@ class BarReader:
             return self.storage.warehouse.read(table, market, window).lazy()
         partitions = partitions_of(market, Window(window.start, window.end + timeframe.width))
         is_known = False
-        if not self.storage.lake.local:  # asking the store what is there would take a listing
+        if not self.storage.lake.is_local:  # asking the store what is there would take a listing
             stored = self._stored_months(table, market)
             is_known = bool(stored)
             partitions = [p for p in partitions if p.month_key in stored or not is_known]
-        frames = self.storage.lake.scan(table, partitions, is_known)
+        frames = self.storage.lake.scan(table, partitions, all_exist=is_known)
         empty = [pl.LazyFrame(schema=table.schema)]
         return pl.concat([frame.filter(opens_inside(window)) for frame in frames or empty])
 
@@ -108,7 +108,7 @@ class BarReader:
 
         Raw tables are answered from the ledger alone, rollups from their last objects.
         """
-        known = self.ledger.partitions.newest(raw(timeframe))
+        known = self.ledger.partitions.newest(raw_table(timeframe))
         rows = []
         for market in markets:
             table = self.table_of(market, timeframe)
@@ -121,9 +121,9 @@ class BarReader:
 
     def _newest_rollup(self, table: Table, market: Market) -> datetime | None:
         base = self.settings.venues[market.venue].base
-        months = sorted(self.ledger.partitions.of_market(raw(base), market), reverse=True)
+        months = sorted(self.ledger.partitions.of_market(raw_table(base), market), reverse=True)
         for month in months[:2]:  # a week ends in the month after it began
-            window = Partition.parse(f"{market.key}|{month}").opens(table.timeframe)
+            window = Partition.parse(f"{market.key}|{month}").open_times(table.timeframe)
             bars = self.scan(market, table.timeframe, window)
             newest: datetime | None = bars.select(pl.col("open_time").max()).collect().item()
             if newest is not None:
@@ -133,7 +133,7 @@ class BarReader:
     def _stored_months(self, table: Table, market: Market) -> set[str]:
         """Return the months of a table with an object, by the ledger."""
         venue = self.settings.venues.get(market.venue)
-        source = raw(venue.base) if table.layer == "rollup" and venue else table
+        source = raw_table(venue.base) if table.layer == "rollup" and venue else table
         kept = f"{self.settings.kept_since(table.name):%Y-%m-%d}"
         found = set()
         for month, state in self.ledger.partitions.of_market(source, market).items():
@@ -147,11 +147,11 @@ class BarReader:
             timeframes = [self.settings.base(market)]
         else:
             stored = self.ledger.partitions.stored_span(market)
-            timeframes = [tf for tf in TIMEFRAMES.values() if consolidated(tf).name in stored]
+            timeframes = [tf for tf in TIMEFRAMES.values() if consolidated_table(tf).name in stored]
         if timeframe not in timeframes:
             names = " ".join(tf.name for tf in timeframes)
             raise BadInput(f"{market.key} has no {timeframe.name} bars; it has {names}")
-        return consolidated(timeframe)
+        return consolidated_table(timeframe)
 
     def _timeframes(self, market: Market) -> StoredTimeframes:
         settings = self.settings
@@ -161,7 +161,7 @@ class BarReader:
                 venue.base, settings.rollup_timeframes_of(market), venue.reference
             )
         stored = self.ledger.partitions.stored_span(market)
-        base, *references = [tf for tf in TIMEFRAMES.values() if raw(tf).name in stored]
+        base, *references = [tf for tf in TIMEFRAMES.values() if raw_table(tf).name in stored]
         coarser = [tf for tf in settings.timeframes if tf.width > base.width]
         return StoredTimeframes(base, coarser, references)
 

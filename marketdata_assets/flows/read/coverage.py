@@ -12,11 +12,11 @@ from marketdata_assets.model.intervals import count_bars
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.partition_status import PartitionStatus, partition_status
-from marketdata_assets.model.table import Table, raw
+from marketdata_assets.model.table import Table, raw_table
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso, parse_time
+from marketdata_assets.model.window import Window, format_time, parse_time
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 
 DAY, MIDNIGHT = timedelta(days=1), time(0)
 
@@ -79,7 +79,7 @@ class CoverageReporter:
         settings, shares = self.settings, dict[str, list[float | None]]()
         is_rollup = table.layer == "rollup"
         for venue in settings.venues.values():
-            source = raw(venue.base if is_rollup else table.timeframe)
+            source = raw_table(venue.base if is_rollup else table.timeframe)
             if source.timeframe not in venue.fetched_timeframes:
                 continue
             days = _DailyShares(settings, self.ledger, self.lake, source, needs_rollup=is_rollup)
@@ -96,17 +96,19 @@ class CoverageReporter:
         first_bar = self.ledger.markets.first_bar(market)
         span = self.settings.span(market)
         span = span if window is None else span & window
-        states = self.ledger.partitions.of_market(raw(base), market)
+        states = self.ledger.partitions.of_market(raw_table(base), market)
         coverage = Coverage(market.key)
         for partition in partitions_of(market, span):
-            wanted = partition.opens(base) & Window(base.ceil(span.start), base.floor(span.end))
+            wanted = partition.open_times(base) & Window(
+                base.ceil(span.start), base.floor(span.end)
+            )
             coverage.expected += wanted.count(base)
             if first_bar:
                 listed = Window(max(wanted.start, base.floor(first_bar)), wanted.end)
                 coverage.not_listed += wanted.count(base) - listed.count(base)
                 wanted = listed
             state = states.get(partition.month_key)
-            self._add_partition(coverage, raw(base), partition, wanted=wanted, state=state)
+            self._add_partition(coverage, raw_table(base), partition, wanted=wanted, state=state)
         for name, value in asdict(coverage).items():
             if isinstance(value, int):
                 setattr(coverage, name, value * base.minutes)
@@ -141,7 +143,7 @@ class CoverageReporter:
         self, table: Table, partition: Partition, wanted: Window, *, state: PartitionState
     ) -> int:
         """Return the ledger's count of a whole month, else count the bars inside the window."""
-        if wanted == partition.opens(table.timeframe):
+        if wanted == partition.open_times(table.timeframe):
             return state.rows
         bars = self.lake.read(table, partition)
         if bars is None:
@@ -159,7 +161,7 @@ class _DailyShares:
         self._needs_rollup = needs_rollup
         self._summaries = ledger.partitions.summaries(source)
         # in S3, `backfill_missed` searches for lost objects from time to time
-        self._sizes = lake.sizes(source) if lake.local else None
+        self._sizes = lake.list_sizes(source) if lake.is_local else None
         self._unsettled = ledger.gaps.unsettled(source)
 
     def of(self, partition: Partition) -> Iterator[float | None]:
@@ -172,7 +174,10 @@ class _DailyShares:
         size = summary.bytes if summary else None
         if self._sizes is not None:
             size = self._sizes.get(key)
-        bounds, has_gap = (iso(wanted.start), iso(wanted.end)), key in self._unsettled
+        bounds, has_gap = (
+            (format_time(wanted.start), format_time(wanted.end)),
+            key in self._unsettled,
+        )
         status = partition_status(summary, size, bounds, has_due_gap=has_gap)
         is_usable = summary and (summary.is_rolled_up or not self._needs_rollup)
         if status == PartitionStatus.WHOLE and is_usable:

@@ -19,7 +19,7 @@ from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.events import PartitionsRead, ProgressCallback, no_progress
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
@@ -85,7 +85,7 @@ class DatasetReader:
             if not self.storage.in_warehouse(table):
                 summaries = self.ledger.partitions.summaries(table).items()
                 stored = {key for key, summary in summaries if summary.bytes is not None}
-                stored |= self.storage.lake.sizes(table).keys()
+                stored |= self.storage.lake.list_sizes(table).keys()
                 partitions = [p for p in partitions if p.stored_key in stored]
             places += [StoredPlace(table, partition) for partition in partitions]
         return places
@@ -100,12 +100,12 @@ class DatasetReader:
 
         The warehouse is held open for BATCH places at a time: whoever writes rollups waits so long.
         """
-        threads = (os.cpu_count() or 1) if self.storage.lake.local else S3_READS
+        threads = (os.cpu_count() or 1) if self.storage.lake.is_local else S3_READS
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(places), BATCH):
                 batch = places[start : start + BATCH]
                 uses_warehouse = any(self.storage.in_warehouse(place.table) for place in batch)
-                with self.storage.warehouse.held() if uses_warehouse else nullcontext():
+                with self.storage.warehouse.keep_open() if uses_warehouse else nullcontext():
                     results = list(pool.map(work, batch))
                 for done, result in enumerate(results, start + 1):
                     on_progress(PartitionsRead(done, len(places)))
@@ -184,7 +184,7 @@ class DatasetLocker:
             first=opens[0],
             last=opens[-1],
             fingerprint=fingerprint(bars),
-            open=is_open,
+            is_open=is_open,
         )
 
 
@@ -196,7 +196,7 @@ def locked_moment(path: Path) -> datetime:
 def tables_of(settings: Settings, market: Market) -> list[Table]:
     """Return all tables that hold a market's bars."""
     fetched = settings.venues[market.venue].fetched_timeframes
-    return [*map(raw, fetched), *map(rollup, settings.rollup_timeframes_of(market))]
+    return [*map(raw_table, fetched), *map(rollup_table, settings.rollup_timeframes_of(market))]
 
 
 def _table_names(

@@ -10,11 +10,18 @@ from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import partitions_of
-from marketdata_assets.model.table import Table, consolidated, parity, raw, reconciled, rollup
+from marketdata_assets.model.table import (
+    Table,
+    consolidated_table,
+    parity_table,
+    raw_table,
+    reconciled_table,
+    rollup_table,
+)
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
-from marketdata_assets.storage.parquet import Lake
+from marketdata_assets.storage.lake import Lake
 from marketdata_assets.storage.views import open_views
 
 if TYPE_CHECKING:
@@ -48,21 +55,21 @@ def open_sql_views(
 
 
 def _tables_in_lake(settings: Settings, storage: BarStorage) -> list[Table]:
-    tables = [raw(tf) for tf in settings.raw_timeframes]
+    tables = [raw_table(tf) for tf in settings.raw_timeframes]
     for timeframe in settings.consolidated_timeframes:
-        tables += [consolidated(timeframe), reconciled(timeframe)]
+        tables += [consolidated_table(timeframe), reconciled_table(timeframe)]
     references = {tf for venue in settings.venues.values() for tf in venue.reference}
     for timeframe in settings.rollup_timeframes:
         if not storage.rollups_in_warehouse:
-            tables.append(rollup(timeframe))
+            tables.append(rollup_table(timeframe))
         if timeframe in references:
-            tables.append(parity(timeframe))
+            tables.append(parity_table(timeframe))
     return tables
 
 
 def _files(lake: Lake, table: Table, markets: Sequence[Market], *, window: Window) -> list[str]:
     """Return the wanted objects of a table, from one listing."""
-    stored = lake.sizes(table)
+    stored = lake.list_sizes(table)
     wanted = Window(window.start, window.end + table.timeframe.width)
     months = [p for market in markets for p in partitions_of(market, wanted)]
-    return lake.uris(table, [p for p in months if p.stored_key in stored], known=True)
+    return lake.find_uris(table, [p for p in months if p.stored_key in stored], all_exist=True)

@@ -17,8 +17,8 @@ from marketdata_assets.model.events import ProgressCallback, no_progress
 from marketdata_assets.model.intervals import find_gaps, opens_inside
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.table import Table, raw
-from marketdata_assets.model.window import Window, iso
+from marketdata_assets.model.table import Table, raw_table
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.storage.fingerprint import fingerprint
@@ -77,8 +77,8 @@ class Verification:
         """Return it for JSON."""
         return {
             "name": self.lock.name,
-            "as_of": iso(self.lock.as_of),
-            "dataset": self.lock.dataset,
+            "as_of": format_time(self.lock.as_of),
+            "dataset": self.lock.dataset_digest,
             "partitions": len(self.lock.partitions),
             "proved": self.proved,
             "bars": self.bars,
@@ -167,11 +167,11 @@ class DatasetVerifier:
         """
         venue = self.settings.venues[partition.market.venue]
         base = table.timeframe if table.layer == "raw" else venue.base
-        owned = partition.opens(table.timeframe)
-        end = locked.last + table.timeframe.width if locked and locked.open else owned.end
+        owned = partition.open_times(table.timeframe)
+        end = locked.last + table.timeframe.width if locked and locked.is_open else owned.end
         span, found = Window(owned.start, end), list[tuple[datetime, datetime]]()
         for month in partitions_of(partition.market, span):
-            frame = self.storage.lake.read(raw(base), month, provenance=True)
+            frame = self.storage.lake.read(raw_table(base), month, with_provenance=True)
             if frame is not None:
                 later = frame.filter((pl.col("known_at") > as_of) & opens_inside(span))
                 found += later.select("open_time", "known_at").iter_rows()
@@ -179,13 +179,13 @@ class DatasetVerifier:
             return []
         last = max(known_at for _, known_at in found)
         return [
-            f"{len(found)} bars, {iso(found[0][0])} .. {iso(found[-1][0])}, came or were corrected "
-            f"since, the last ones at {iso(last)}"
+            f"{len(found)} bars, {format_time(found[0][0])} .. {format_time(found[-1][0])}, came or were corrected "
+            f"since, the last ones at {format_time(last)}"
         ]
 
 
 def _until_last_locked(bars: pl.DataFrame, locked: LockedPartition | None) -> pl.DataFrame:
-    if locked is None or not locked.open:
+    if locked is None or not locked.is_open:
         return bars
     return bars.filter(pl.col("open_time") <= locked.last)
 
@@ -209,19 +209,19 @@ def _describe(table: Table, bars: pl.DataFrame, locked: LockedPartition | None) 
         yield "nothing is stored; `marketdata backfill` fetches it again"
         return
     opens = bars["open_time"]
-    yield f"stored {iso(opens[0])} .. {iso(opens[-1])}"
+    yield f"stored {format_time(opens[0])} .. {format_time(opens[-1])}"
     if locked is None:
         yield "no bar was locked"
         return
     if (opens[0], opens[-1]) != (locked.first, locked.last):
-        yield f"locked {iso(locked.first)} .. {iso(locked.last)}"
+        yield f"locked {format_time(locked.first)} .. {format_time(locked.last)}"
     inside = bars.filter(pl.col("open_time").is_between(locked.first, locked.last))
     if inside.height < bars.height and _is_equal(inside, locked):
         yield "the locked bars are unchanged, the others lie before or after them"
     span = Window(locked.first, locked.last + table.timeframe.width)
     if locked.rows == span.count(table.timeframe) and inside.height < locked.rows:
         missing = find_gaps(inside["open_time"], table.timeframe, span)[0].start
-        yield f"the first missing bar opened {iso(missing)}"
+        yield f"the first missing bar opened {format_time(missing)}"
 
 
 def _raise_if_not_wanted(settings: Settings, lock: LockFile) -> None:
@@ -260,6 +260,6 @@ def _venue_differences(
     start = max(wanted.since, lock.span.start)
     end = min(wanted.until or lock.as_of, lock.as_of, lock.span.end)
     if venue.since > start:
-        yield f"it wants {name} since {iso(venue.since)}, and the lock holds it since {iso(start)}"
+        yield f"it wants {name} since {format_time(venue.since)}, and the lock holds it since {format_time(start)}"
     if venue.until and venue.until < end:
-        yield f"it wants {name} until {iso(venue.until)}, and the lock holds it until {iso(end)}"
+        yield f"it wants {name} until {format_time(venue.until)}, and the lock holds it until {format_time(end)}"

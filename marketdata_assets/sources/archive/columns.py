@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.sources.archive.csv_table import CsvTable
 from marketdata_assets.sources.archive.names import FileName
@@ -64,7 +64,7 @@ def _layout_of_format(table: CsvTable, first: list[str], known: ArchiveFormat) -
 def _layout_of_header(table: CsvTable, first: list[str]) -> Layout:
     """Return the layout of a header that names the columns as bars do."""
     has_header = len(first) > 1 and not _is_number(first[1])
-    names = {name: name for name in NAMES if name in first}
+    names = {name: name for name in COLUMN_NAMES if name in first}
     if not has_header or not set(REQUIRED) <= set(names):
         raise BadInput(
             f"{table.path}: say which columns it has with --columns open_time=...,open=...,high=..."

@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, from_ms, to_ms
@@ -111,7 +111,7 @@ def read_file(
         rows_window=rows_window,
         missing_bars=span.count(timeframe) - _count_inside(rows["open_time"], span),
         is_final=_is_final(market, layout),
-        columns=tuple(column for column in NAMES if column in layout.places),
+        columns=tuple(column for column in COLUMN_NAMES if column in layout.places),
     ), rows
 
 
@@ -133,15 +133,15 @@ def _read_rows(
         closes, _ = read_times(table, taken["close_time"], skipped=skipped, unit=None)
         check_lengths(table, opens, closes, timeframe=timeframe, skipped=skipped)
     check_spacing(table, opens, timeframe)
-    given = {n: opens if n == "open_time" else taken[n] for n in NAMES if n in taken}
-    absent = [pl.lit(None, pl.String).alias(n) for n in NAMES if n not in taken]
-    return pl.DataFrame(given).with_columns(absent).select(NAMES), found
+    given = {n: opens if n == "open_time" else taken[n] for n in COLUMN_NAMES if n in taken}
+    absent = [pl.lit(None, pl.String).alias(n) for n in COLUMN_NAMES if n not in taken]
+    return pl.DataFrame(given).with_columns(absent).select(COLUMN_NAMES), found
 
 
 def _refuse_cut_number(table: CsvTable, layout: Layout) -> None:
     """Raise BadInput where the file may end in the middle of a number that is read."""
     last = table.cells.width - 1
-    is_read = any(place == last and c in NAMES for c, place in layout.places.items())
+    is_read = any(place == last and c in COLUMN_NAMES for c, place in layout.places.items())
     if is_read and not table.ends_with_line_break:
         raise table.error_at(
             table.cells.height - 1,

@@ -26,8 +26,8 @@ from typing import Any
 import polars as pl
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.bar import PRICES, SCHEMA, empty_bars
-from marketdata_assets.model.timeframe import EPOCH, MINUTE, TIMEFRAMES, Timeframe, timeframe
+from marketdata_assets.model.bar import BAR_SCHEMA, PRICES, empty_bars
+from marketdata_assets.model.timeframe import EPOCH, MINUTE, TIMEFRAMES, Timeframe, parse_timeframe
 from marketdata_assets.model.window import Window, to_ms
 
 Rows = list[list[Any]]
@@ -314,7 +314,7 @@ def truth(symbol: str, interval: str, window: Window) -> pl.DataFrame:
     """
     if symbol not in LISTINGS:
         raise BadInput(f"symbol {symbol!r} is not one of {' '.join(LISTINGS)}")
-    listing, tf = LISTINGS[symbol], timeframe(interval)
+    listing, tf = LISTINGS[symbol], parse_timeframe(interval)
     first, end = (
         max(_ceil(tf, to_ms(window.start)), _floor(tf, listing.first)),
         _ceil(tf, to_ms(window.end)),
@@ -324,8 +324,8 @@ def truth(symbol: str, interval: str, window: Window) -> pl.DataFrame:
     if not bars:
         return empty_bars()
     return _wire(pl.concat(bars), listing, tf).select(
-        (pl.col("open_time") * 1000).cast(SCHEMA["open_time"]),
-        *(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items() if name != "open_time"),
+        (pl.col("open_time") * 1000).cast(BAR_SCHEMA["open_time"]),
+        *(pl.col(name).cast(dtype) for name, dtype in BAR_SCHEMA.items() if name != "open_time"),
     )
 
 
