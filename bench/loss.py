@@ -25,7 +25,7 @@ import polars as pl
 
 from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.cli.demo import run_sandbox
-from marketdata_assets.defs.assets import asset_key
+from marketdata_assets.defs.specs import asset_key
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.settings.load import load_settings

@@ -67,7 +67,7 @@ def repair(
     if receipt:
         _show_receipt(receipt, format)
     if not run["success"]:
-        lines = run["says"].strip().splitlines() or ["see the run in the UI"]
+        lines = run["message"].strip().splitlines() or ["see the run in the UI"]
         print_problem("failed", lines[-1])
         raise typer.Exit(1)
 
