@@ -175,7 +175,7 @@ def measure(
 
     def bare() -> None:
         with open_context(settings) as context:
-            context.ledger.outlines(table)
+            context.ledger.partitions.summaries(table)
             context.storage.lake.list_sizes(table)
         instance.get_materialized_partitions(asset_key(table))
 

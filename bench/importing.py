@@ -95,7 +95,7 @@ def imported(place: Path, files: list[Path], fresh: bool) -> int:
     told = Told(settings.markets[0], TIMEFRAMES["1m"])
     with open_context(settings) as context:
         done = context.bind(FileImporter).import_files(look(context.settings, files, told), told)
-    assert all(tally.balanced for tally in done.files)
+    assert all(tally.is_balanced for tally in done.files)
     assert not done.disputed
     return sum(tally.stored for tally in done.files)
 

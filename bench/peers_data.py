@@ -213,7 +213,7 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
                 )  # fmt: skip
                 absent = holes(frame["open_time"], table.timeframe, month)
                 gaps = [Gap(w, w.count(table.timeframe), "no_bars", 2, "synthetic") for w in absent]
-                context.ledger.commit(
+                context.ledger.partitions.commit(
                     Entry(
                         table,
                         partition,

@@ -513,7 +513,7 @@ def pipeline_derive(folder: Path, quick: bool) -> Operations:
     def run() -> None:
         shutil.rmtree(place / "lake" / "rollup", ignore_errors=True)
         with open_context(universe) as context:
-            context.ledger.forget_rollups()
+            context.ledger.partitions.clear_rollup_sources()
             for _ in context.bind(RollupBuilder).build(
                 universe.partitions(universe.markets, Window(START, END))
             ):

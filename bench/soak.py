@@ -174,7 +174,7 @@ def whole(settings: Settings, end: datetime) -> bool:
     """Whether all months are there and rolled up, and the newest bar of every market reaches `end`."""
     with open_context(settings) as context:
         for market in settings.markets:
-            states = context.ledger.states(
+            states = context.ledger.partitions.of_market(
                 raw_table(settings.venues[market.venue].base), market
             ).values()
             months = len(settings.partitions([market], Window(SINCE, end)))
@@ -267,9 +267,9 @@ def report(settings: Settings, watch: Watch, hours: float, before: int) -> None:
             "still open:",
             [*context.ledger.incidents.open()],
             "parked:",
-            [a.partition.key for a in context.ledger.asks().values() if a.parked_at],
+            [a.partition.key for a in context.ledger.attempts.all().values() if a.parked_at],
         )
-        print("requests:", context.ledger.requests()[:12])
+        print("requests:", outcomes(context.ledger)[:12])
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ import dagster as dg
 import pytest
 
 from marketdata_assets.cli.dagster_home import dagster_environment
-from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.guards import RetryPolicy
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 

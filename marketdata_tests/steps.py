@@ -19,8 +19,9 @@ from aiohttp import web
 from polars.testing import assert_frame_equal
 
 from marketdata_assets.context import open_context
-from marketdata_assets.flows.derive.rollup import Derived, RollupBuilder
-from marketdata_assets.flows.fetch.ingest import Ingested, Ingester
+from marketdata_assets.flows.derive.rollup import RollupBuilder, RollupResult
+from marketdata_assets.flows.fetch.ingest import Ingester
+from marketdata_assets.flows.fetch.open_partition import IngestResult
 from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -28,6 +29,7 @@ from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.guards import RetryPolicy
 from marketdata_assets.sources.sandbox.server import SandboxExchange, Seen
+from marketdata_tests.samples import outcomes, run_sql
 
 
 class SkippingClock:
@@ -72,7 +74,7 @@ def run_ingest(
     policy: RetryPolicy | None = None,
     wanted: Sequence[Partition] | None = None,
     timeframe: str = "1m",
-) -> list[Ingested]:
+) -> list[IngestResult]:
     """One ingest in a context of its own, as a process of its own would do it."""
     with open_context(settings, policy=policy or SkippingClock().policy()) as context:
         return list(
@@ -84,11 +86,12 @@ def run_ingest(
 
 def tell_apart(settings: Settings) -> None:
     """The causes of all gaps are known, so that none of them is ever asked for again."""
-    with open_context(settings) as context, context.ledger.transaction() as db:
-        db.execute("UPDATE gaps SET cause = 'no_trade', next_ask = NULL")
+    with open_context(settings) as context:
+        known = "cause = 'no_trade', status = 'final', next_ask = NULL"
+        run_sql(context.ledger, f"UPDATE gaps SET {known}")
 
 
-def run_derive(settings: Settings) -> list[Derived]:
+def run_derive(settings: Settings) -> list[RollupResult]:
     with open_context(settings) as context:
         return list(context.bind(RollupBuilder).build(partitions(settings)))
 
@@ -140,13 +143,15 @@ def bar_requests(exchange: SandboxExchange) -> list[Seen]:
 
 def quarantined(settings: Settings) -> list[dict[str, Any]]:
     with open_context(settings) as context:
-        return context.ledger.quarantined(None, window("1970-01-01", "2100-01-01"), limit=100_000)
+        return context.ledger.quarantine.rows(
+            None, window("1970-01-01", "2100-01-01"), limit=100_000
+        )
 
 
 def logged_requests(settings: Settings) -> dict[str, int]:
     """Outcomes in the fetch log."""
     with open_context(settings) as context:
-        found = sorted((row[0], row[2]) for row in context.ledger.requests())
+        found = sorted((row[0], row[2]) for row in outcomes(context.ledger))
     return {
         outcome: sum(n for _, n in group)
         for outcome, group in itertools.groupby(found, key=lambda pair: pair[0])

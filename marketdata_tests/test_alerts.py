@@ -109,14 +109,14 @@ def test_a_channel_that_is_down_is_told_later_and_holds_up_nobody(settings: Sett
         assert settled(hooked, []) == (0, 1)
         assert [line["event"] for line in lines(settings)] == ["opened", "recovered"]
         with open_context(hooked) as context:
-            ((channel, (waiting, why)),) = context.ledger.incidents.undelivered().items()
+            ((channel, (waiting, why)),) = context.ledger.incidents.backlogs().items()
         assert (channel, waiting) == ("json-1", 1)  # the second waits behind the first
         assert "secret-token" not in why
         down = False
         assert settled(hooked, []) == (0, 0)
     assert [message["title"] for message in told] == ["x is stale", "Recovered: x is stale"]
     with open_context(hooked) as context:
-        assert context.ledger.incidents.undelivered() == {}
+        assert context.ledger.incidents.backlogs() == {}
     assert len(lines(settings)) == 2
 
 
@@ -170,21 +170,21 @@ def test_a_market_that_fails_three_times_and_a_breaker(filled: Settings) -> None
         for _ in range(3):
             context.ledger.fail(RAW, BTC, BTC.month, "it says no", [], filled.now())
         for _ in range(30):
-            context.ledger.record("binance", False, context.policy.clock())
+            context.ledger.venues.record("binance", False, context.policy.clock())
     wrong = found(filled)
     assert set(wrong) == {"breaker|binance", "failing|binance:BTC-USDT"}
     assert wrong["breaker|binance"].severity == "critical"
     assert wrong["failing|binance:BTC-USDT"].body == "it says no"
     with open_context(filled) as context:
-        context.ledger.record("binance", True, context.policy.clock())
+        context.ledger.venues.record("binance", True, context.policy.clock())
     assert set(found(filled)) == {"failing|binance:BTC-USDT"}
 
 
 def test_parked_partitions_and_red_checks(filled: Settings) -> None:
     past = Partition.parse("binance:BTC-USDT|2023-12-01")
     with open_context(filled) as context:
-        context.ledger.ask([(past, "never fetched")], filled.now())
-        context.ledger.park([(past, "failed: it says no")], filled.now())
+        context.ledger.attempts.add([(past, "never fetched")], filled.now())
+        context.ledger.attempts.park([(past, "failed: it says no")], filled.now())
         context.ledger.set_check(RAW, past, "gaps", (False, "7 bars are missing"), filled.now())
         context.ledger.set_check(RAW, BTC, "gaps", (False, "2 bars are missing"), filled.now())
         context.ledger.set_check(RAW, BTC, "ohlc", (True, "1 bars break a rule"), filled.now())
@@ -215,7 +215,7 @@ def statuses(settings: Settings) -> dict[str, tuple[str, list[str]]]:
 
 def test_health_of_what_is_whole(filled: Settings) -> None:
     with open_context(filled) as context:
-        context.ledger.beat("daemon", at("2024-01-09T23:59"))
+        context.ledger.heartbeats.record("daemon", at("2024-01-09T23:59"))
     whole = ("healthy", [])
     assert statuses(filled) == {
         "daemon": whole,
@@ -227,8 +227,8 @@ def test_health_of_what_is_whole(filled: Settings) -> None:
 
 def test_health_says_why(filled: Settings) -> None:
     with open_context(filled) as context:
-        context.ledger.beat("daemon", at("2024-01-09T23:00"))
-        context.ledger.record("binance", False, context.policy.clock())
+        context.ledger.heartbeats.record("daemon", at("2024-01-09T23:00"))
+        context.ledger.venues.record("binance", False, context.policy.clock())
         context.ledger.fail(RAW, BTC, BTC.month, "it says no", [], filled.now())
         context.ledger.set_check(RAW, BTC, "ohlc", (True, "1 bars break a rule"), filled.now())
     found = statuses(at_time(filled, "2024-01-10T00:20:00Z"))

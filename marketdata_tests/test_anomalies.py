@@ -415,7 +415,7 @@ def listed(*arguments: str) -> Any:
 
 def red(settings: Settings) -> list[str]:
     with open_context(settings) as context:
-        return [check.says for check in context.ledger.red_checks() if check.name == "anomalies"]
+        return [check.says for check in context.ledger.checks.failed() if check.name == "anomalies"]
 
 
 def spike(symbol: str, moments: Sequence[str], factor: str = "1.05") -> Callable[..., Any]:

@@ -293,8 +293,8 @@ def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInsta
     fill(settings, instance)
     file_of(settings, DEC).unlink()
     with open_context(settings) as context:
-        context.ledger.ask([(Partition.parse(DEC), "x")], settings.now())
-        context.ledger.park([(Partition.parse(DEC), "x")], settings.now())
+        context.ledger.attempts.add([(Partition.parse(DEC), "x")], settings.now())
+        context.ledger.attempts.park([(Partition.parse(DEC), "x")], settings.now())
     job = build_definitions(settings).resolve_job_def("repair")
     config = {
         "ops": {
@@ -309,10 +309,10 @@ def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInsta
     assert events(instance, RAW) == before + 1
     assert check_results(instance, RAW, "gaps")[DEC]
     with open_context(settings) as context:
-        state = context.ledger.state(raw_table(TIMEFRAMES["1m"]), Partition.parse(DEC))
+        state = context.ledger.partitions.get(raw_table(TIMEFRAMES["1m"]), Partition.parse(DEC))
         assert state
         assert state.rolled == state.digest
-        assert context.ledger.asks() == {}
+        assert context.ledger.attempts.all() == {}
 
 
 @pytest.mark.parametrize(

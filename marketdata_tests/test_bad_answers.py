@@ -534,7 +534,7 @@ def test_once(stage: Stage, fault: Fault) -> None:
     done = stage.ingest()
     assert done.error is None
     assert done.complete
-    assert done.account.balanced
+    assert done.account.is_balanced
     is_truth(stage)
     assert stage.requests <= 10
 
@@ -547,7 +547,7 @@ def test_once_on_one_page(stage: Stage, fault: Fault, page: int) -> None:
     done = stage.ingest()
     assert done.error is None
     assert done.complete
-    assert done.account.balanced
+    assert done.account.is_balanced
     is_truth(stage)
     assert stage.requests <= 8
 
@@ -687,7 +687,7 @@ def test_always_broken(stage: Stage, fault: Fault) -> None:
     done, before, _ = always(stage, fault)
     assert lake_files(stage.settings) == before
     assert done.error is None
-    assert done.account.balanced
+    assert done.account.is_balanced
     assert done.account.stored == 0
     assert done.account.quarantined == done.account.received > 1000
     assert named(stage.reasons, fault), stage.reasons[:200]
@@ -717,7 +717,7 @@ def test_always_one_broken_row(stage: Stage, fault: Fault) -> None:
 
     done, _, old = always(stage, Fault(fault.name, one, fault.says))
     assert done.error is None
-    assert done.account.balanced
+    assert done.account.is_balanced
     good = truth("BTCUSDT", "1m", WANTED)
     assert_bars(stored_bars(stage.settings), good.filter(pl.col("open_time").dt.epoch("ms") != at))
     assert old_bars(stage.settings).equals(old)
@@ -748,7 +748,7 @@ def test_always_too_few(stage: Stage, fault: Fault) -> None:
     done, before, old = always(stage, fault)
     bars, good = stored_bars(stage.settings), truth("BTCUSDT", "1m", WANTED)
     assert done.error is None
-    assert done.account.balanced
+    assert done.account.is_balanced
     assert old_bars(stage.settings).equals(old)
     assert bars.join(good, on=good.columns, how="anti").is_empty()
     assert bars["open_time"].n_unique() == bars.height
@@ -770,7 +770,7 @@ def test_always_a_row_too_many(stage: Stage, fault: Fault) -> None:
     """The good bars are stored, the strange row is not."""
     done, _, _ = always(stage, fault)
     assert done.error is None
-    assert done.account.balanced
+    assert done.account.is_balanced
     assert done.complete
     is_truth(stage)
     assert named(stage.reasons, fault)
@@ -781,7 +781,7 @@ def test_always_a_row_too_many(stage: Stage, fault: Fault) -> None:
 def test_always_harmless(stage: Stage, fault: Fault) -> None:
     done, _, _ = always(stage, fault)
     assert done.error is None
-    assert done.account.balanced
+    assert done.account.is_balanced
     assert done.complete
     assert done.account.quarantined == 0
     is_truth(stage)
@@ -795,7 +795,7 @@ def test_always_contradicting_rows(stage: Stage) -> None:
     done, _, old = always(stage, BELIEVABLE[0])
     bars, good = stored_bars(stage.settings), truth("BTCUSDT", "1m", WANTED)
     assert done.error is None
-    assert done.account.balanced
+    assert done.account.is_balanced
     assert old_bars(stage.settings).equals(old)
     assert bars.join(good, on=good.columns, how="anti").is_empty()
     disputed = good.join(bars, on="open_time", how="anti")
@@ -993,7 +993,7 @@ def test_fetch_ohlcv(generic: tuple[Settings, list[Bad | None]], fault: Fault) -
     how[0] = fault.bad
     (done,) = run_ingest(settings)
     assert lake_files(settings) == before
-    assert done.account.balanced
+    assert done.account.is_balanced
     if fault in WHOLE_GENERIC:
         assert type(done.error) is VenueDown
         assert named(str(done.error), fault), str(done.error)
@@ -1010,7 +1010,7 @@ def test_fetch_ohlcv(generic: tuple[Settings, list[Bad | None]], fault: Fault) -
     how[0] = twice_only
     (done,) = run_ingest(settings)
     assert done.error is None
-    assert done.account.balanced
+    assert done.account.is_balanced
     assert stored_candles(settings) == true_candles("2024-01-05", "2024-01-05T10:00")
 
 

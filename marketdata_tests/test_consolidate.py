@@ -350,7 +350,7 @@ def say_of_gaps(settings: Settings, cause: str, which: str) -> int:
 
 def quiet_at_coinbase(settings: Settings) -> list[Window]:
     with open_context(settings) as context:
-        return context.ledger.consolidations.quiet(
+        return context.ledger.consolidations.no_trade_windows(
             raw_table(M1), Partition.parse("coinbaseexchange:BTC-USDT|2023-03-01")
         )
 
@@ -470,7 +470,7 @@ def test_a_planted_spike_is_found(
     (done,) = make_all(settings)
     with open_context(settings) as context:
         finding = context.bind(Consolidator).audit_consolidated(M1, done)
-        assert len(context.ledger.red_checks()) == red
+        assert len(context.ledger.checks.failed()) == red
     assert (finding.passed, finding.blocking, finding.severity) == (False, False, severity)
     assert finding.numbers["compared"] > 100
     assert (finding.numbers["warned"], finding.numbers["failed"]) == (1, red)
@@ -626,9 +626,11 @@ def test_a_difference_in_the_check_and_a_failure_that_stays_alone(
     assert metadata["differences"].startswith("![differences]")
     with open_context(settings) as context:
         assert {
-            key: count for key, (count, _) in context.ledger.failing().items()
+            key: count for key, (count, _) in context.ledger.partitions.failure_streaks().items()
         } == {}  # lost is not to blame on anybody
-        state = context.ledger.state(TABLE, Partition.parse(f"consolidated:ETH-USDT|{NOV}"))
+        state = context.ledger.partitions.get(
+            TABLE, Partition.parse(f"consolidated:ETH-USDT|{NOV}")
+        )
     assert state is not None
     assert "raw/ohlcv_1m binance:ETH-USDT|2023-11-01 is not in the lake any more" in str(
         state.error
@@ -814,7 +816,7 @@ def test_the_ledger_in_both_databases(settings: Settings):
     partition = Partition.parse(f"binance:BTC-USDT|{NOV}")
     with open_context(settings) as context:
         assert context.bind(Consolidator).find_outdated(look=True) == {}
-        assert context.ledger.consolidations.quiet(raw_table(M1), partition) == []
+        assert context.ledger.consolidations.no_trade_windows(raw_table(M1), partition) == []
         columns = 'tbl, market, month, start, "end", bars, reason, answers, evidence, cause'
         insert = f"INSERT INTO gaps ({columns}) VALUES ('raw/ohlcv_1m', ?, ?, ?, ?, 2, 'no_bars', 2, '', ?)"
         where = partition.market.key, partition.month_key
@@ -840,7 +842,7 @@ def test_the_ledger_in_both_databases(settings: Settings):
         assert [
             late.reason for late in context.bind(Consolidator).find_outdated(look=True).values()
         ] == ["its venues' bars have changed"]
-        assert context.ledger.consolidations.quiet(raw_table(M1), partition) == [
+        assert context.ledger.consolidations.no_trade_windows(raw_table(M1), partition) == [
             window("2023-11-28T07:00", "2023-11-28T07:02")
         ]
 

@@ -158,7 +158,7 @@ def test_every_revision_can_be_read_as_of_its_time(
     second = stage.told
     done = stage.ingest("2024-01-06", stage.span)
     assert sum(d.replaced.height for d in done) == 200
-    assert all(d.account.balanced for d in done)
+    assert all(d.account.is_balanced for d in done)
     stage.correct([*dice.sample(once, 50), *dice.sample(opens, 50)], "0.8")
     third = stage.told
     stage.ingest("2024-01-07", stage.span)
@@ -297,7 +297,7 @@ def test_a_correction_that_breaks_a_rule_is_refused_and_the_old_bar_stays(stage:
     )
     done = stage.ingest("2024-01-06", stage.span)
     assert all(
-        d.account.balanced and d.error is None and d.replaced.is_empty() and d.complete
+        d.account.is_balanced and d.error is None and d.replaced.is_empty() and d.complete
         for d in done
     )
     assert {
@@ -561,7 +561,7 @@ def test_the_venue_and_a_file_that_gives_more_or_less_do_not_contradict_each_oth
             )
             (done,) = context.bind(Ingester).ingest(MINUTE, [january], span)
     assert (done.error, done.complete, done.replaced.height) == (None, True, 0)
-    assert done.account.balanced
+    assert done.account.is_balanced
     assert_frame_equal(done.bars.head(600), more.head(600), check_exact=True)
     assert done.bars["trades"].null_count() == 120
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
@@ -574,5 +574,5 @@ def test_the_venue_and_a_file_that_gives_more_or_less_do_not_contradict_each_oth
             )
             (done,) = context.bind(Ingester).ingest(MINUTE, [january], span)
     assert (done.error, done.complete, done.replaced.height) == (None, True, 600)
-    assert done.account.balanced
+    assert done.account.is_balanced
     assert_frame_equal(done.bars, every, check_exact=True)

@@ -251,7 +251,7 @@ def test_a_red_blocking_check_keeps_the_rollups_away(
     with open_context(settings) as context:
         assert [
             (check.name, check.partition.key, check.blocking)
-            for check in context.ledger.red_checks()
+            for check in context.ledger.checks.failed()
         ] == [("ohlc", BTC_NOV, True)]
 
 
@@ -349,7 +349,7 @@ def test_materialized_from_the_ui_through_the_real_daemon(
         assert backfill["status"] == "COMPLETED_SUCCESS", backfill
         with open_context(settings) as context:
             for market in settings.markets:
-                states = context.ledger.states(raw_table(TIMEFRAMES["1m"]), market)
+                states = context.ledger.partitions.of_market(raw_table(TIMEFRAMES["1m"]), market)
                 assert [state.complete for state in states.values()] == [True, True]
                 assert all(state.rolled == state.digest for state in states.values())
     finally:

@@ -205,7 +205,7 @@ def test_kraken(replay: Callable[..., Any], universe: Universe) -> None:
     )
     bars = stored_bars(settings, "kraken%3ABTC-USD")
     assert done.error is None
-    assert done.account.balanced
+    assert done.account.is_balanced
     assert bars["open_time"].to_list() == [
         at("2023-03-10T02:00") + i * MINUTE.width for i in range(600)
     ]
@@ -237,7 +237,7 @@ def test_coinbase(replay: Callable[..., Any], universe: Universe) -> None:
     )
     bars = stored_bars(settings, "coinbaseexchange%3ABTC-USD")
     assert done.error is None
-    assert done.account.balanced
+    assert done.account.is_balanced
     assert_bars(bars, real)
     assert 1100 < real.height < 1440
     assert bars.select(pl.col(NOT_GIVEN).null_count()).row(0) == (real.height,) * 4

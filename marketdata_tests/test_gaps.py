@@ -68,7 +68,7 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
     ]
     truth: dict[datetime, str] = {}
     with open_context(settings) as context:
-        context.ledger.set_listed(
+        context.ledger.markets.set_first_bar(
             BTC,
             listed := at("2024-01-30T22:00") + data.draw(st.integers(0, 200)) * M1.width,
             "test",
@@ -95,7 +95,7 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
             state = State(
                 wanted.start, moment, None, False, len(bars), size, digest, None, 1, 0, None
             )
-            context.ledger.commit(
+            context.ledger.partitions.commit(
                 Entry(
                     raw_table(M1),
                     partition,
@@ -204,7 +204,9 @@ def test_the_halt_of_a_venue(
     assert all(
         request["outcome"] == "answered" and request["rows"] for request in proof["requests"]
     )
-    assert all(one.gap.next_ask is None and one.gap.first_asked == settings.now() for one in found)
+    assert all(
+        one.gap.next_request is None and one.gap.first_requested == settings.now() for one in found
+    )
     assert days_sum(settings) == 6
     with open_context(settings) as context:
         (halted,) = context.bind(CoverageReporter).report(
@@ -339,7 +341,7 @@ def test_a_minute_that_the_venue_lost(
         run_ingest(settings, timeframe=timeframe)
     (lost,) = explained(settings)
     assert told([lost]) == [("SOL/USDT", "1m", "16:39", 1, GapCause.MISSING_AT_SOURCE)]
-    assert lost.gap.next_ask is None
+    assert lost.gap.next_request is None
     quarter, hour = lost.as_dict()["proof"]["native"]
     assert (
         quarter
@@ -387,16 +389,16 @@ def test_a_gap_is_asked_for_again_at_growing_distance(
                     )
                     is wanted
                 )
-                context.ledger.forget_asks(partitions(now))
+                context.ledger.attempts.clear(partitions(now))
             run_ingest(now)
             assert bool([entry for entry in exchange.log() if "klines" in entry["path"]]) is wanted
     (one,) = explained(now)
-    assert (one.kind, one.gap.answers >= 10, one.gap.first_asked) == (
+    assert (one.kind, one.gap.answers >= 10, one.gap.first_requested) == (
         "unexplained",
         True,
         at("2023-02-15T02:00"),
     )
-    assert one.gap.next_ask == at("2023-02-15T02:00") + timedelta(hours=256)
+    assert one.gap.next_request == at("2023-02-15T02:00") + timedelta(hours=256)
     assert len(one.as_dict()["proof"]["requests"]) == 6
 
 
@@ -451,7 +453,9 @@ def test_a_market_that_left_its_venue(replay: Callable[..., Any], universe: Univ
         later = at_time(settings, f"2024-02-0{day}T00:00:00Z")
         assert all(done.error is None for done in run_ingest(later))
         found = explained(later, ask=True)
-        assert [("final" if one.gap.next_ask is None else "not final") for one in found] == kinds
+        assert [
+            ("final" if one.gap.next_request is None else "not final") for one in found
+        ] == kinds
         assert [(one.market.symbol, one.kind, one.gap.window) for one in found] == [
             ("ETH/USDT", GapCause.DELISTED, window("2024-02-02", f"2024-02-0{day}"))
         ]

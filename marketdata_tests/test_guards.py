@@ -304,15 +304,15 @@ def test_a_pause_holds_for_all_who_share_the_ledger(world: World, tmp_path: Path
 
 
 def test_a_pause_belongs_to_its_venue(world: World, ledger: Ledger) -> None:
-    ledger.pause("binance", NOON + 600)
+    ledger.venues.pause("binance", NOON + 600)
     venue = FakeVenue(world)
     world.run(fetch(GuardedSource(venue, "kraken", ledger, policy=world.policy())))
     assert venue.asked == [NOON]
 
 
 def test_a_shorter_pause_does_not_end_a_longer_one(world: World, ledger: Ledger) -> None:
-    ledger.pause("binance", NOON + 600)
-    ledger.pause("binance", NOON + 5)
+    ledger.venues.pause("binance", NOON + 600)
+    ledger.venues.pause("binance", NOON + 5)
     venue = FakeVenue(world)
     world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert venue.asked == [NOON + 600]
@@ -631,7 +631,7 @@ def test_places_are_unique_among_threads(tmp_path: Path) -> None:
 
     def take() -> None:
         ledger = Ledger(tmp_path)
-        mine = [ledger.reserve("binance", NOON, 60) for _ in range(100)]
+        mine = [ledger.venues.reserve("binance", NOON, 60) for _ in range(100)]
         places.extend(mine)
 
     threads = [threading.Thread(target=take) for _ in range(4)]

@@ -35,7 +35,7 @@ from marketdata_assets.sources.archive import csv_table
 from marketdata_assets.sources.archive.options import ImportOptions, parse_columns
 from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_tests.conftest import SHARED, Universe, needs_shared
-from marketdata_tests.samples import BTC, real_bars
+from marketdata_tests.samples import BTC, outcomes, real_bars
 from marketdata_tests.steps import (
     assert_bars,
     at,
@@ -113,8 +113,8 @@ def imported(settings: Settings, *files: Path, dry_run: bool = False, **told: An
     said = ImportOptions(settings.market(told.pop("market")) if "market" in told else None, **told)
     with open_toolbox(settings) as toolbox:
         done = import_files(toolbox, look(toolbox, files, said), said, dry_run)
-        assert toolbox.ledger.requests() == []
-    assert all(tally.balanced for tally in done.files)
+        assert outcomes(toolbox.ledger) == []
+    assert all(tally.is_balanced for tally in done.files)
     return done
 
 
@@ -178,7 +178,7 @@ def test_a_month_and_its_reference(settings: Settings, tmp_path: Path) -> None:
     assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", month))
     assert_bars(stored_bars(settings, timeframe="1h"), truth("BTCUSDT", "1h", month))
     with open_context(settings) as context:
-        gaps = context.ledger.gaps(raw_table(TIMEFRAMES["1m"]), partitions_of(BTC, month)[0])
+        gaps = context.ledger.gaps.of(raw_table(TIMEFRAMES["1m"]), partitions_of(BTC, month)[0])
     assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(halt, "unanswered", False)]
     assert "BTCUSDT-1m-2024-01.zip holds both neighbours" in gaps[0].evidence
 
@@ -276,7 +276,7 @@ def test_a_kraken_file_has_the_last_word_about_its_holes(kraken: Settings, tmp_p
     assert found["trades"].to_list() == [hour + 1 for hour in range(24) if hour != 5]
     assert (found["volume"][0], found["quote_volume"].null_count()) == (Decimal("1.23456789"), 23)
     with open_context(kraken) as context:
-        gaps = context.ledger.gaps(
+        gaps = context.ledger.gaps.of(
             raw_table(TIMEFRAMES["1h"]), partitions_of(Market("kraken", "BTC/USD"), DAY)[0]
         )
     assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(1, "no_bars", True)]
@@ -522,7 +522,7 @@ def test_what_a_rule_refuses_lies_in_quarantine_under_the_files_name(
     ]
     with open_context(settings) as context:
         (partition, *_) = partitions_of(BTC, DAY)
-        gaps = context.ledger.gaps(raw_table(TIMEFRAMES["1m"]), partition)
+        gaps = context.ledger.gaps.of(raw_table(TIMEFRAMES["1m"]), partition)
     assert [(gap.bars, gap.reason) for gap in gaps] == [
         (1, "quarantined"),
         (1, "quarantined"),
@@ -658,8 +658,8 @@ def test_days_in_one_go_and_what_lies_between_files_is_not_told(
         stored = context.storage.lake.read(
             raw_table(TIMEFRAMES["1m"]), partition, with_provenance=True
         )
-        gaps = context.ledger.gaps(raw_table(TIMEFRAMES["1m"]), partition)
-        state = context.ledger.state(raw_table(TIMEFRAMES["1m"]), partition)
+        gaps = context.ledger.gaps.of(raw_table(TIMEFRAMES["1m"]), partition)
+        state = context.ledger.partitions.get(raw_table(TIMEFRAMES["1m"]), partition)
     assert [counts(tally) for tally in done.files] == [{"stored": t.facts.rows} for t in done.files]
     assert stored is not None
     assert dict(stored.group_by("source").len().rows()) == {
@@ -703,7 +703,7 @@ def test_every_row_is_accounted_for_whatever_is_wrong_with_it(
         assert (
             context.bind(FileImporter)
             .read_stored(TIMEFRAMES["1m"], partitions_of(BTC, DAY)[0])
-            .account.balanced
+            .account.is_balanced
         )
 
 

@@ -159,7 +159,7 @@ def test_every_row_is_accounted_for(two: Two) -> None:
         account = done.account
         assert done.error is None
         assert done.complete
-        assert account.balanced
+        assert account.is_balanced
         assert account.stored == done.bars.height
         assert account.received == account.stored + account.identical
         assert account.quarantined == 0
@@ -264,7 +264,7 @@ def test_the_open_month_is_refreshed_in_place(universe: Universe) -> None:
             assert_bars(
                 stored_bars(settings), truth("BTCUSDT", "1m", Window(at("2024-01-07"), end))
             )
-            assert done.account.balanced
+            assert done.account.is_balanced
             assert not done.complete
             assert len(bar_requests(exchange)) == (0 if text == "06:31:59" else 1)
             assert done.account.received <= done.account.stored + 63  # the last hour is asked again
@@ -302,7 +302,7 @@ def test_the_clock_passes(universe: Universe, since: str, until: str, moments: l
             )
             found = run_ingest(settings)
             run_derive(settings)
-            assert all(done.error is None and done.account.balanced for done in found)
+            assert all(done.error is None and done.account.is_balanced for done in found)
             assert covered(settings)[0].missing_at_source <= 80
         assert all(done.complete for done in found)
         everything_is_true(settings, window(since, until))
@@ -350,7 +350,7 @@ def test_a_bar_that_was_stored_wrong_is_replaced(universe: Universe) -> None:
         exchange.requests.clear()
         (done,) = run_ingest(settings)
         run_derive(settings)
-        assert done.account.balanced
+        assert done.account.is_balanced
         assert len(bar_requests(exchange)) == 2
         everything_is_true(settings, window("2024-01-09", "2024-01-09T06:45"))
         assert quarantined(settings) == []
@@ -369,7 +369,7 @@ def test_one_strange_answer_replaces_nothing(universe: Universe) -> None:
         clock[0] += 10 * 60_000
         exchange.tamper = unfinished(ms("2024-01-09T06:34"), 1)
         (done,) = run_ingest(settings)
-        assert done.account.balanced
+        assert done.account.is_balanced
         assert done.account.quarantined == 1
         assert_bars(
             stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T06:45"))
@@ -778,7 +778,7 @@ def test_one_market_that_fails_does_not_stop_the_others(universe: Universe, kind
         assert task.reason.startswith("failed: binance")
         assert [found.not_fetched for found in covered(settings)] == [0, 720, 0]
         with open_context(settings) as context:
-            state = context.ledger.state(raw_table(MINUTE), failed.partition)
+            state = context.ledger.partitions.get(raw_table(MINUTE), failed.partition)
         assert state is not None
         blamed = int(error is not VenueDown)  # a venue that is down is not the partition's fault
         assert (state.attempts, state.failures, state.error) == (1, blamed, str(failed.error))
@@ -883,7 +883,7 @@ def test_hourly_base_and_references(universe: Universe, rollups: str) -> None:
         for timeframe in ("1h", "1d"):
             (done,) = run_ingest(settings, timeframe=timeframe)
             assert done.complete
-            assert done.account.balanced
+            assert done.account.is_balanced
             assert_bars(
                 stored_bars(settings, timeframe=timeframe),
                 truth("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),

@@ -192,13 +192,13 @@ def test_three_attempts_with_growing_pauses_then_parked_then_unparked(filled: Se
     later = at_time(filled, "2024-01-12T00:00:00Z")
     assert look(later).parked == [Partition.parse(key)]
     with open_context(later) as context:
-        (ask,) = context.ledger.asks().values()
+        (ask,) = context.ledger.attempts.all().values()
         assert (ask.attempts, ask.parked_at, ask.reason) == (
             3,
             at("2024-01-10T01:02"),
             missed_flow.LOST,
         )
-        assert context.ledger.forget_asks([Partition.parse(key)]) == 1
+        assert context.ledger.attempts.clear([Partition.parse(key)]) == 1
     assert len(look(later).blocks) == 1
 
 
@@ -210,7 +210,7 @@ def test_what_was_got_is_forgotten(filled: Settings) -> None:
     run_derive(filled)
     assert look(filled).says == "nothing is missing"
     with open_context(filled) as context:
-        assert context.ledger.asks() == {}
+        assert context.ledger.attempts.all() == {}
 
 
 def test_a_clock_that_jumped_back_does_not_hold_a_partition_for_ever(filled: Settings) -> None:
@@ -224,11 +224,11 @@ def test_an_open_breaker_stops_its_venue_and_costs_no_attempt(filled: Settings) 
     with open_context(filled) as context:
         now = context.policy.clock()
         for _ in range(30):
-            context.ledger.record("binance", False, now)
+            context.ledger.venues.record("binance", False, now)
         found = context.bind(BacklogFinder).plan_backfill(9, (), {})
         assert found.blocks == []
         assert found.waiting == {"wait for binance, whose circuit breaker is open": 1}
-        assert context.ledger.asks() == {}
+        assert context.ledger.attempts.all() == {}
         assert [
             r.first
             for r in refreshes(
@@ -250,7 +250,7 @@ def test_a_venue_that_is_down_costs_no_attempt(filled: Settings, universe: Unive
     (failed,) = run_ingest(gone, wanted=[Partition.parse(key)])
     assert isinstance(failed.error, VenueDown)
     with open_context(filled) as context:
-        assert [ask.attempts for ask in context.ledger.asks().values()] == [0]
+        assert [ask.attempts for ask in context.ledger.attempts.all().values()] == [0]
 
 
 def test_months_beyond_the_lookback_are_left_alone(settings: Settings) -> None:

@@ -311,7 +311,7 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
     """
     with open_context(settings) as context:
         stored = context.storage.lake.read(raw_table(MINUTE), JANUARY, with_provenance=True)
-        state = context.ledger.state(raw_table(MINUTE), JANUARY)
+        state = context.ledger.partitions.get(raw_table(MINUTE), JANUARY)
         assert stored is not None
         assert state is not None
         lies = context.storage.lake.write(
@@ -349,7 +349,7 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
             [],
             settings.now(),
         )
-        context.ledger.commit(entry)
+        context.ledger.partitions.commit(entry)
 
 
 def test_rows_that_a_mended_rule_takes_are_replayed(

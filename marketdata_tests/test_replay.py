@@ -172,7 +172,7 @@ def test_a_month_of_two_markets(replay: Callable[..., Any], universe: Universe) 
                 0,
             )
     assert all(
-        one.complete and one.account.balanced and one.account.quarantined == 0
+        one.complete and one.account.is_balanced and one.account.quarantined == 0
         for one in (*hours, *done)
     )
     assert everything_is_true(settings, exchange, JANUARY) > 2 * 55_000
@@ -201,7 +201,7 @@ def test_the_real_halt(replay: Callable[..., Any], universe: Universe) -> None:
     assert everything_is_true(settings, exchange, HALT) > 2 * 11_000
     for one in done:
         assert one.complete
-        assert one.account.balanced
+        assert one.account.is_balanced
         assert [(gap.window, gap.bars, gap.reason) for gap in one.gaps] == [
             (window("2023-03-24T12:40", "2023-03-24T14:00"), 80, "no_bars")
         ]
@@ -249,7 +249,7 @@ def test_bad_answers_among_good_ones(
     )
     for _ in range(3):
         found = run_ingest(settings)
-        assert all(one.error is None and one.account.balanced for one in found)
+        assert all(one.error is None and one.account.is_balanced for one in found)
         if all(one.complete for one in found):
             break
     assert all(one.complete for one in found)
@@ -275,7 +275,7 @@ def test_a_third_of_bad_answers(
     for _ in range(8):
         (done,) = run_ingest(settings)
         assert done.error is None or done.account.received == 0
-        assert done.account.balanced
+        assert done.account.is_balanced
         assert done.bars.join(truth, on=truth.columns, how="anti").height == 0
         if done.complete:
             break

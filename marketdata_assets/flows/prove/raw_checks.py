@@ -168,7 +168,7 @@ def _check_gaps(result: IngestResult) -> Finding:
     explained = sum(gap.bars for gap in result.gaps if gap.is_settled)
     numbers = {"expected": result.wanted.count(result.timeframe), "present": result.bars.height}
     for gap in result.gaps:
-        numbers[gap.reason] = numbers.get(gap.reason, 0) + gap.bars
+        numbers[gap.reason.value] = numbers.get(gap.reason.value, 0) + gap.bars
     return Finding(
         "gaps",
         passed=not unexplained,
@@ -201,8 +201,8 @@ def _gap_rows(result: IngestResult, unexplained: Sequence[Window]) -> list[Row]:
             "from": format_time(gap.window.start),
             "until": format_time(gap.window.end),
             "bars": gap.bars,
-            "cause": gap.cause or UNEXPLAINED,
-            "reason": gap.reason,
+            "cause": str(gap.cause or UNEXPLAINED),
+            "reason": gap.reason.value,
             "evidence": gap.explanation,
         }
         for gap in result.gaps
