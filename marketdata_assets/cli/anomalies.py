@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Start, one_of
+from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Start, choice_parser
 from marketdata_assets.cli.output import format_values, print_line, show
 from marketdata_assets.cli.selection import load_context, select_window
 from marketdata_assets.errors import BadInput
@@ -54,7 +54,7 @@ def anomalies(
         list[str] | None,
         typer.Option(
             "--severity",
-            parser=one_of("--severity", SEVERITIES),
+            parser=choice_parser("--severity", SEVERITIES),
             metavar="SEVERITY",
             help=f"List only this severity: {', '.join(SEVERITIES)}; repeat the option for more.",
         ),

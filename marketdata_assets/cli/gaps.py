@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Start, one_of
+from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Start, choice_parser
 from marketdata_assets.cli.output import show
 from marketdata_assets.cli.selection import load_context, select_markets, select_window
 from marketdata_assets.errors import BadInput
@@ -29,7 +29,7 @@ def gaps(
         str | None,
         typer.Option(
             "--cause",
-            parser=one_of("--cause", GAP_KINDS),
+            parser=choice_parser("--cause", GAP_KINDS),
             metavar="CAUSE",
             help=f"List only gaps of this cause: {', '.join(GAP_KINDS)}.",
         ),

@@ -34,10 +34,10 @@ commands = typer.Typer()
 
 
 def _parse_unit(text: str) -> str:
-    from marketdata_assets.cli.options import one_of
+    from marketdata_assets.cli.options import choice_parser
     from marketdata_assets.sources.archive.times import ISO, UNITS
 
-    return one_of("--unit", (*UNITS, ISO))(text)
+    return choice_parser("--unit", (*UNITS, ISO))(text)
 
 
 def _parse_columns(text: str) -> dict[str, str]:
