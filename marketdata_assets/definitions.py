@@ -1,4 +1,4 @@
-"""The code location: everything Dagster shows, built from the universe."""
+"""The code location: everything that Dagster shows, built from the universe."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from marketdata_assets.settings.load import load_settings
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """What `workspace.yaml` loads."""
+    """Return what `workspace.yaml` loads."""
     return build_definitions(load_settings())

@@ -1,20 +1,20 @@
 """Everything that can go wrong, as one tree.
 
     MarketDataError                     exit code
-    +-- BadInput                        2   the person's words: universe, dates, symbols, flags
+    +-- BadInput                        2   what a person wrote: universe, dates, symbols, flags
     +-- Unreachable                     3   a venue or a store that does not answer
     |   +-- VenueDown                       after all retries, or while its circuit breaker is open
-    |   +-- StoreFailed                     a folder not writable, a full disk, a file somebody holds
-    |       +-- Damaged                     what lies there cannot be read as what it should be
+    |   +-- StoreFailed                     a folder not writable, a full disk, a file that is locked
+    |       +-- Damaged                     a stored object cannot be read as what it should be
     +-- VenueRefused                    1   the venue answered, and the answer is a final no
-    +-- CheckFailed                     1   a blocking check of a partition is red: nothing is made from it
+    +-- CheckFailed                     1   a blocking check of a partition is red: nothing follows
     +-- RequestFailed                   -   one request went wrong; guards decide what follows
         +-- Retry                           passing: network, 5xx, timeout, a garbled or short answer
         |   +-- Garbled                     the answer is not what the venue documents
-        +-- Wait                            the venue asks for patience until a moment it names
+        +-- Wait                            the venue asks to wait until a moment that it names
 
-`exit_code` is what the command line returns. Messages say what, where and how to mend it, on one
-line, and never hold a secret.
+`exit_code` is what the command line returns. A message says what happened, where and what to do, on
+one line, and never holds a secret.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 
 
 class MarketDataError(Exception):
-    """The root: catching it catches all that this package raises on purpose."""
+    """The root: whoever catches it catches all that this package raises on purpose."""
 
     exit_code = 1
     requests: tuple[Any, ...] = ()
-    """The requests (`sources.base.Request`) that led here, for the fetch log."""
+    """The requests (`sources.base.Request`) that led to the error, for the fetch log."""
 
 
 class BadInput(MarketDataError):
@@ -51,7 +51,7 @@ class StoreFailed(Unreachable):
 
 
 class Damaged(StoreFailed):
-    """A stored object is truncated, overwritten or of another shape."""
+    """A stored object is truncated, overwritten or does not have its table's columns."""
 
 
 class VenueRefused(MarketDataError):
@@ -59,23 +59,23 @@ class VenueRefused(MarketDataError):
 
 
 class CheckFailed(MarketDataError):
-    """A blocking check of a partition is red; what follows from it is not made."""
+    """A blocking check of a partition is red; nothing is derived from the partition."""
 
 
 class RequestFailed(MarketDataError):
-    """One request to a venue failed; never seen outside `sources`."""
+    """One request to a venue failed. It never leaves `sources`."""
 
 
 class Retry(RequestFailed):
-    """The same request may succeed in a moment."""
+    """An identical request may succeed in a moment."""
 
 
 class Garbled(Retry):
-    """An answer came, but it cannot be believed (text, wrong columns, too large, cut short)."""
+    """An answer came that cannot be used: text, wrong columns, too large, or cut short."""
 
 
 class Wait(RequestFailed):
-    """The venue asks for patience; `seconds` is how long, at the least."""
+    """The venue asks to wait; `seconds` is how long, at the least."""
 
     def __init__(self, message: str, seconds: float) -> None:
         super().__init__(message)

@@ -19,9 +19,8 @@ import dagster as dg
 import pytest
 
 from marketdata_assets.cli.processes import dagster_environment
-from marketdata_assets.settings.load import load_settings
-from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.guards import Policy
+from marketdata_assets.settings.universe import Settings, load_settings
+from marketdata_assets.sources.guards import RetryPolicy
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -38,7 +37,7 @@ async def no_sleep(seconds: float) -> None:
     """Tests never wait."""
 
 
-IMPATIENT = Policy(backoff=0.0, sleep=no_sleep)
+IMPATIENT = RetryPolicy(backoff=0.0, sleep=no_sleep)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.guards import Policy
+from marketdata_assets.sources.guards import RetryPolicy
 from marketdata_assets.sources.sandbox.server import SandboxExchange, Seen
 
 
@@ -42,8 +42,8 @@ class SkippingClock:
     async def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def policy(self, **limits: Any) -> Policy:
-        return Policy(sleep=self.sleep, clock=self.clock, **limits)
+    def policy(self, **limits: Any) -> RetryPolicy:
+        return RetryPolicy(sleep=self.sleep, clock=self.clock, **limits)
 
 
 def at(text: str) -> datetime:
@@ -69,7 +69,7 @@ def partitions(settings: Settings) -> list[Partition]:
 
 def run_ingest(
     settings: Settings,
-    policy: Policy | None = None,
+    policy: RetryPolicy | None = None,
     wanted: Sequence[Partition] | None = None,
     timeframe: str = "1m",
 ) -> list[Ingested]:

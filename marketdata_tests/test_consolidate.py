@@ -34,19 +34,24 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import consolidated, raw, reconciled
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, from_ms, iso, month_of
-from marketdata_assets.quality.reconcile import differences, opinions, reconcile, worst
+from marketdata_assets.quality.reconcile import (
+    compare_pair,
+    compare_venues,
+    largest_differences,
+    summarize_pairs,
+)
 from marketdata_assets.reader import Reader
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.transforms.consolidate import consolidate as as_one_series
-from marketdata_assets.transforms.consolidate import switches
+from marketdata_assets.transforms.consolidate import find_venue_switches
 from marketdata_tests.conftest import needs_shared
 from marketdata_tests.samples import MINUTE, START, frame, minutes, random_rows, row
 from marketdata_tests.steps import SkippingClock, at, lake_files, run_ingest, window
 from marketdata_tests.test_automation import tick
-from marketdata_tests.test_cli import marketdata, text_of
+from marketdata_tests.test_cli import marketdata, says
 from marketdata_tests.test_dagster import check_results, checked_partitions, latest
 
 M1 = TIMEFRAMES["1m"]
@@ -79,7 +84,7 @@ def test_the_first_venue_that_was_up_tells_the_minute():
     ]
     assert found["trades"].to_list() == [7, 7, 2, 7]
     assert found.columns == [*NAMES, "venue"]
-    assert switches(found).rows() == [(whole[4], "a", "b"), (whole[6], "b", "c")]
+    assert find_venue_switches(found).rows() == [(whole[4], "a", "b"), (whole[6], "b", "c")]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -109,8 +114,8 @@ def test_any_pattern_of_lacks_against_a_loop_over_minutes(seed: int):
 
 def test_no_bars_anywhere():
     assert as_one_series({"a": frame([]), "b": frame([])}, {"a": [span(0, 5)]}).is_empty()
-    assert reconcile({"a": frame([]), "b": frame([])}, M1).is_empty()
-    assert list(opinions(reconcile({"a": frame([]), "b": frame([])}, M1))) == []
+    assert compare_venues({"a": frame([]), "b": frame([])}, M1).is_empty()
+    assert list(summarize_pairs(compare_venues({"a": frame([]), "b": frame([])}, M1))) == []
 
 
 def closes(*values: str | None, volume: int = 1) -> pl.DataFrame:
@@ -119,7 +124,7 @@ def closes(*values: str | None, volume: int = 1) -> pl.DataFrame:
 
 
 def test_basis_points_by_hand():
-    found = differences(
+    found = compare_pair(
         closes("100.25", "101", None, "99", "100"), closes("100", "101", "100", "100", "102"), M1
     )
     assert found["open_time"].to_list() == [START + i * MINUTE for i in (0, 1, 3, 4)]
@@ -145,14 +150,14 @@ def test_basis_points_against_fractions():
     ours, theirs = (
         frame(row(m, close=p[i]) for m, p in zip(minutes(300), pairs, strict=True)) for i in (0, 1)
     )
-    for found, (a, b) in zip(differences(ours, theirs, M1)["close_bp"], pairs, strict=True):
+    for found, (a, b) in zip(compare_pair(ours, theirs, M1)["close_bp"], pairs, strict=True):
         exact = (Fraction(a) / Fraction(b) - 1) * 10_000
         assert abs(Fraction(found) - exact) <= Fraction(1, 10_000) + abs(exact) / 10**12
 
 
 def test_a_bar_without_trades_is_no_opinion():
-    assert differences(closes("100", volume=0), closes("150"), M1).is_empty()
-    assert differences(closes("150"), closes("100", volume=0), M1).is_empty()
+    assert compare_pair(closes("100", volume=0), closes("150"), M1).is_empty()
+    assert compare_pair(closes("150"), closes("100", volume=0), M1).is_empty()
 
 
 def test_every_pair_in_order_and_its_spread():
@@ -161,8 +166,8 @@ def test_every_pair_in_order_and_its_spread():
         venue: frame(row(m, close=Decimal(20_000) + dice.randrange(-60, 60)) for m in minutes(1000))
         for venue in ("kraken", "binance", "b")
     }
-    pairs = reconcile(bars, M1)
-    found = list(opinions(pairs))
+    pairs = compare_venues(bars, M1)
+    found = list(summarize_pairs(pairs))
     assert [(o.venue, o.other, o.bars) for o in found] == [
         ("kraken", "binance", 1000),
         ("kraken", "b", 1000),
@@ -172,14 +177,16 @@ def test_every_pair_in_order_and_its_spread():
         abs((float(x) / float(y) - 1) * 1e4)
         for x, y in zip(bars["kraken"]["close"], bars["b"]["close"], strict=True)
     )
-    assert found[1].close.most == pytest.approx(apart[-1], abs=1e-4)
+    assert found[1].close.largest == pytest.approx(apart[-1], abs=1e-4)
     assert found[1].close.p50 == pytest.approx(statistics.median(apart), abs=1e-4)
     assert found[1].close.p99 == pytest.approx(
         statistics.quantiles(apart, n=100, method="inclusive")[98], abs=1e-4
     )
     assert (found[1].warned, found[1].failed) == (sum(value >= 25 for value in apart), 0)
     assert pairs["open_time"].is_sorted()
-    assert abs(worst(pairs, 1)["close_bp"][0]) == max(abs(value) for value in pairs["close_bp"])
+    assert abs(largest_differences(pairs, 1)["close_bp"][0]) == max(
+        abs(value) for value in pairs["close_bp"]
+    )
 
 
 def test_the_picture_is_small_and_names_its_limits():
@@ -189,11 +196,11 @@ def test_the_picture_is_small_and_names_its_limits():
         )
         for venue, shift in (("a", 1), ("b", 2))
     }
-    picture = drawn(reconcile(bars, TIMEFRAMES["1h"]), month_of(START), 25, 100)
+    picture = drawn(compare_venues(bars, TIMEFRAMES["1h"]), month_of(START), 25, 100)
     assert picture.startswith("![differences](data:image/svg+xml")
     assert len(picture) < 1000
     assert (
-        drawn(reconcile({"a": frame([]), "b": frame([])}, M1), month_of(START), 25, 100)
+        drawn(compare_venues({"a": frame([]), "b": frame([])}, M1), month_of(START), 25, 100)
         == "no two venues"
     )
 
@@ -704,9 +711,9 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
     )
     assert (series(settings).columns, series(settings).height) == ([*NAMES, "venue"], 0)
     first = marketdata("backfill")
-    assert first.returncode == 0, text_of(first)
+    assert first.returncode == 0, says(first)
     second = marketdata("backfill")
-    assert (second.returncode, "nothing to do" in text_of(second)) == (0, True)
+    assert (second.returncode, "nothing to do" in says(second)) == (0, True)
     told = marketdata(
         "bars",
         "consolidated:BTC-USDT",

@@ -18,8 +18,9 @@ import pytest
 from marketdata_assets.errors import BadInput, MarketDataError, StoreFailed
 from marketdata_assets.ledger import database as database_module
 from marketdata_assets.ledger import schema
-from marketdata_assets.ledger.incidents import Incidents
-from marketdata_assets.ledger.ledger import Account, Entry, Ledger, State
+from marketdata_assets.ledger.incidents import IncidentBook
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.records import IngestRecord, PartitionState, RowAccount
 from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -81,11 +82,11 @@ def test_the_version_before_comes_forward_in_place_with_every_row(old: Path):
     assert kept == before
     assert before["partitions"]
     assert before["fetches"]
-    state = ledger.state(TABLE, JANUARY)
+    state = ledger.partitions.get(TABLE, JANUARY)
     assert state is not None
     assert (state.rows, state.complete, state.rolled) == (2800, True, state.digest)
-    assert list(Incidents(ledger).open()) == ["k"]
-    assert ledger.paused_until("binance") == 123.5
+    assert list(IncidentBook(ledger).open()) == ["k"]
+    assert ledger.venues.paused_until("binance") == 123.5
 
 
 def test_a_refused_row_of_the_version_before_is_known_when_it_comes_again(old: Path):
@@ -104,12 +105,14 @@ def test_a_refused_row_of_the_version_before_is_known_when_it_comes_again(old: P
             "fields": pl.String,
         },
     )
-    state = ledger.state(TABLE, JANUARY)
+    state = ledger.partitions.get(TABLE, JANUARY)
     assert state is not None
-    ledger.commit(
-        Entry(TABLE, JANUARY, state, Account(2, 0, 0, 2), [], [], again, [], at("2024-01-11"))
+    ledger.partitions.commit(
+        IngestRecord(
+            TABLE, JANUARY, state, RowAccount(2, 0, 0, 2), [], [], again, [], at("2024-01-11")
+        )
     )
-    found = ledger.quarantined(BTC, Window(at("2024-01-01"), at("2024-02-01")))
+    found = ledger.quarantine.rows(BTC, Window(at("2024-01-01"), at("2024-02-01")))
     assert [(row["open_time"], row["seen"]) for row in found] == [
         (None, 4),
         ("2024-01-08T00:00:00Z", 4),
@@ -210,9 +213,9 @@ def test_a_restarted_server_is_found_again_and_a_lost_lock_is_noticed(
     server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     ledger = Ledger(tmp_path, server.get_uri())
-    ledger.beat("before", at("2024-01-01"))
+    ledger.heartbeats.record("before", at("2024-01-01"))
     restart(server)
-    assert ledger.last_beat("before") == at("2024-01-01")
+    assert ledger.heartbeats.last("before") == at("2024-01-01")
     with ledger.lock(JANUARY.key) as got:
         assert got
         restart(server)
@@ -222,14 +225,14 @@ def test_a_restarted_server_is_found_again_and_a_lost_lock_is_noticed(
             with pytest.raises(
                 StoreFailed, match=r"postgresql://.* cannot be written .*; see to the server"
             ):
-                ledger.beat("without a lock", at("2024-01-01"))
+                ledger.heartbeats.record("without a lock", at("2024-01-01"))
     with ledger.lock(JANUARY.key, wait=False) as got:
         assert got
-    assert ledger.last_beat("without a lock") is None
+    assert ledger.heartbeats.last("without a lock") is None
     monkeypatch.setattr(database_module, "PATIENCE", 0.0)
     server.stop()
     with pytest.raises(StoreFailed) as told:
-        ledger.beat("while it is away", at("2024-01-01"))
+        ledger.heartbeats.record("while it is away", at("2024-01-01"))
     assert told.value.exit_code == 3
 
 
@@ -262,20 +265,20 @@ def test_workers_whose_clocks_differ_share_one_limit(database: str, tmp_path: Pa
     now = 1_700_000_000.0
     sent = []
     for _ in range(90):
-        sent.append(here.reserve("binance", now, 60))
-        sent.append(ahead.reserve("binance", now + 40, 60) - 40)
+        sent.append(here.venues.reserve("binance", now, 60))
+        sent.append(ahead.venues.reserve("binance", now + 40, 60) - 40)
     assert (
         max(bisect_left(sorted(sent), moment + 60) - i for i, moment in enumerate(sorted(sent)))
         <= 60
     )
     assert sorted(sent) == pytest.approx(sent, abs=0.01)
-    ahead.pause("binance", now + 40 + 100)
-    assert here.paused_until("binance") == pytest.approx(now + 100, abs=0.01)
-    assert ahead.paused_until("binance") == pytest.approx(now + 140, abs=0.01)
+    ahead.venues.pause("binance", now + 40 + 100)
+    assert here.venues.paused_until("binance") == pytest.approx(now + 100, abs=0.01)
+    assert ahead.venues.paused_until("binance") == pytest.approx(now + 140, abs=0.01)
 
 
 def test_a_state_is_the_same_in_both(database: str, tmp_path: Path):
-    state = State(
+    state = PartitionState(
         JANUARY.month.start,
         JANUARY.month.end,
         at("2024-01-31T23:59"),
@@ -298,15 +301,17 @@ def test_a_state_is_the_same_in_both(database: str, tmp_path: Path):
     )
     found = []
     for ledger in (Ledger(tmp_path / "state"), Ledger(tmp_path, database)):
-        ledger.commit(Entry(TABLE, JANUARY, state, Account(), [], [], none, [], at("2024-02-01")))
-        ledger.set_rolled(TABLE, JANUARY, "d")
+        ledger.partitions.commit(
+            IngestRecord(TABLE, JANUARY, state, RowAccount(), [], [], none, [], at("2024-02-01"))
+        )
+        ledger.partitions.set_rollup_source(TABLE, JANUARY, "d")
         found.append(
             (
-                ledger.state(TABLE, JANUARY),
-                ledger.outlines(TABLE),
-                ledger.newest(TABLE),
-                ledger.stored_span(BTC),
-                ledger.accounts(),
+                ledger.partitions.get(TABLE, JANUARY),
+                ledger.partitions.summaries(TABLE),
+                ledger.partitions.newest(TABLE),
+                ledger.partitions.stored_span(BTC),
+                ledger.partitions.accounts(),
             )
         )
     assert found[0] == found[1]

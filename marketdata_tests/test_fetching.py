@@ -29,7 +29,7 @@ from marketdata_assets.model.window import Window
 from marketdata_assets.settings.parts import Venue
 from marketdata_assets.settings.universe import Universe as UniverseModel
 from marketdata_assets.sources import ccxt_rest
-from marketdata_assets.sources.base import Fetched
+from marketdata_assets.sources.base import BarsPage
 from marketdata_assets.sources.ccxt_rest import CcxtSource
 from marketdata_assets.sources.sandbox.bars import klines, truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running
@@ -64,10 +64,10 @@ def fetch(
     timeframe: Timeframe = MINUTE,
     deadline: float = 15.0,
     times: int = 1,
-) -> Fetched:
+) -> BarsPage:
     """One page by a source of its own."""
 
-    async def visit() -> Fetched:
+    async def visit() -> BarsPage:
         source = CcxtSource(wanted, deadline)
         try:
             for _ in range(times):

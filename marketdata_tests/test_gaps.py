@@ -7,8 +7,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from decimal import Decimal
-from itertools import pairwise
 from typing import Any
 
 import polars as pl
@@ -26,25 +24,10 @@ from marketdata_assets.flows.operate.backfill import BacklogFinder
 from marketdata_assets.flows.prove.gaps import Explained, GapExplainer, words_of
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
-from marketdata_assets.model.intervals import without
+from marketdata_assets.model.gap import GapCause
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
-from marketdata_assets.quality.gap_causes import (
-    CAUSES,
-    DELISTED,
-    HALTED,
-    MISSING,
-    NO_TRADE,
-    Facts,
-    Habit,
-    Native,
-    Neighbour,
-    Silence,
-    ask_again_at,
-    classify,
-)
-from marketdata_assets.quality.halts import Halt, known_halts, registry
 from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
@@ -54,203 +37,6 @@ from marketdata_tests.steps import at, lake_files, partitions, run_ingest, windo
 
 M1, M15, H1 = TIMEFRAMES["1m"], TIMEFRAMES["15m"], TIMEFRAMES["1h"]
 HOLE = window("2023-03-24T12:40", "2023-03-24T14:00")
-NEVER, OFTEN = (Habit(44640, 0, 0),), (Habit(44640, 8000, 6000),)
-KNOWN = (Halt("binance", HOLE, "suspended", "somebody"),)
-
-
-def facts(hole: Window = HOLE, **known: Any) -> Facts:
-    """A hole told twice, of a market that is never silent, about which nothing else is known."""
-    return Facts(
-        **{"hole": hole, "timeframe": M1, "told": True, "answers": 2, "habits": NEVER, **known}
-    )
-
-
-def silent(*others: tuple[Habit, ...], hole: Window = HOLE) -> tuple[Silence, ...]:
-    return (Silence(hole, others),)
-
-
-def native(volume: str, ours: str, start: str = "2023-03-24T12:30", timeframe: Any = M15) -> Native:
-    return Native(timeframe, at(start), Decimal(volume), Decimal(ours), 5)
-
-
-def minutes(start: str, count: int) -> Window:
-    return Window(at(start), at(start) + count * timedelta(minutes=1))
-
-
-def quiet(volume: str) -> dict[str, Neighbour]:
-    sides = {"before": HOLE.start - M1.width, "after": HOLE.end}
-    return {side: Neighbour(moment, Decimal(1), Decimal(volume)) for side, moment in sides.items()}
-
-
-SHORT = minutes("2023-03-24T12:40", 1)
-CASES: dict[str, tuple[Facts, list[tuple[str, bool]]]] = {
-    "nothing is known": (facts(), [("", False)]),
-    "all markets are silent": (facts(silences=silent(NEVER)), [(HALTED, True)]),
-    "all are silent, but nobody has answered": (
-        facts(silences=silent(NEVER), told=False),
-        [("", False)],
-    ),
-    "all are silent for a minute, as they often are": (
-        facts(SHORT, habits=OFTEN, silences=silent(OFTEN, hole=SHORT)),
-        [(NO_TRADE, True)],
-    ),
-    "another market is not fetched yet": (
-        facts(silences=silent(NEVER), pending=True),
-        [("", False)],
-    ),
-    "the registry alone": (facts(halts=KNOWN, others={"binance:ETH-USDT": 80}), [("", False)]),
-    "one market for 80 minutes": (facts(silences=silent()), [(HALTED, True)]),
-    "one market for a minute": (facts(SHORT, silences=silent(hole=SHORT)), [("", False)]),
-    "one market for ten minutes": (
-        facts(w := minutes("2023-03-24T12:40", 10), silences=silent(hole=w)),
-        [("", False)],
-    ),
-    "one market for ten minutes, known": (
-        facts(w, silences=silent(hole=w), halts=KNOWN),
-        [(HALTED, True)],
-    ),
-    "one market for ten minutes, and another venue traded": (
-        facts(w, silences=silent(hole=w), elsewhere="kraken:BTC-USD"),
-        [(HALTED, True)],
-    ),
-    "one market for a minute, known": (
-        facts(SHORT, silences=silent(hole=SHORT), halts=KNOWN),
-        [("", False)],
-    ),
-    "the native bar has more": (facts(SHORT, natives=(native("7", "6"),)), [(MISSING, True)]),
-    "the native bar has more, all are silent": (
-        facts(SHORT, natives=(native("7", "6"),), silences=silent(NEVER, hole=SHORT)),
-        [(MISSING, True)],
-    ),
-    "the native bar has more, others are not fetched yet": (
-        facts(SHORT, natives=(native("7", "6"),), pending=True),
-        [(MISSING, True)],
-    ),
-    "the native bar has more, and nobody has answered": (
-        facts(SHORT, natives=(native("7", "6"),), told=False),
-        [(MISSING, False)],
-    ),
-    "the native bar is what ours add up to": (
-        facts(SHORT, natives=(native("6", "6.000"),)),
-        [(NO_TRADE, True)],
-    ),
-    "ours hold more than the native bar": (
-        facts(SHORT, natives=(native("6", "7"),)),
-        [("", False)],
-    ),
-    "all are silent, and the native bar agrees": (
-        facts(silences=silent(NEVER), natives=(native("6", "6"),)),
-        [(HALTED, True)],
-    ),
-    "the native bar tells of the first five minutes only": (
-        facts(natives=(native("7", "6"),)),
-        [(MISSING, True), ("", False)],
-    ),
-    "the venue omits empty minutes": (facts(SHORT, habits=OFTEN), [(NO_TRADE, True)]),
-    "it does, and was never silent so long": (facts(habits=OFTEN), [("", False)]),
-    "it sends empty minutes as bars": (facts(SHORT, habits=OFTEN, zeros=9000), [("", False)]),
-    "three others lack": (facts(SHORT, habits=(Habit(44640, 3, 3),)), [(NO_TRADE, True)]),
-    "two others lack": (facts(SHORT, habits=(Habit(44640, 2, 2),)), [("", False)]),
-    "both neighbours hold no trade": (facts(**quiet("0")), [(NO_TRADE, True)]),
-    "both neighbours hold trades": (facts(**quiet("1")), [("", False)]),
-    "silent to the end and not listed": (
-        facts(trailing=True, listed=False, told=False, others={"binance:ETH-USDT": 1}),
-        [(DELISTED, True)],
-    ),
-    "told so only once": (
-        facts(trailing=True, listed=False, told=False, answers=1, others={"binance:ETH-USDT": 1}),
-        [(DELISTED, False)],
-    ),
-    "no other market goes on": (
-        facts(trailing=True, listed=False, told=False),
-        [(DELISTED, False)],
-    ),
-    "silent to the end and listed": (facts(trailing=True, listed=True, told=False), [("", False)]),
-    "silent to the end, nobody asked": (facts(trailing=True, told=False), [("", False)]),
-    "a coarser table where base bars lack": (
-        facts(minutes("2023-03-24T13:00", 60), timeframe=H1, finer=((HOLE, HALTED),)),
-        [(HALTED, True)],
-    ),
-    "a coarser table where some base bars are there": (
-        facts(minutes("2023-03-24T12:00", 60), timeframe=H1, finer=((HOLE, HALTED),)),
-        [("", False)],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_cause_is_what_the_facts_prove(name: str) -> None:
-    found, expected = CASES[name]
-    parts = classify(found)
-    assert [(part.cause, part.final) for part in parts] == expected
-    assert all(part.words for part in parts)
-
-
-def test_a_hole_is_cut_where_the_others_come_back() -> None:
-    """The market that trades less stays silent five minutes longer: that is no halt any more."""
-    longer = Window(HOLE.start, HOLE.end + 5 * M1.width)
-    parts = classify(facts(longer, habits=OFTEN, silences=silent(NEVER)))
-    assert [(part.window, part.cause) for part in parts] == [
-        (HOLE, HALTED),
-        (Window(HOLE.end, longer.end), NO_TRADE),
-    ]
-
-
-def test_silence_in_a_row_is_less_rare_than_by_lot() -> None:
-    """20 minutes on Kraken's BTC/USDT, where a third of all minutes is empty: no halt, though 0.32^20
-    is one in 10^10.
-    """
-    kraken = Habit(30240, 9796, 5255)
-    assert (9796 / 30240) ** 20 < 1e-9 < kraken.chance(20) < 1e-6
-    assert Habit(44640, 0, 0).chance(1) == pytest.approx(1 / 44642)
-
-
-@given(st.data())
-def test_parts_are_the_hole_and_nothing_else(data: st.DataObject) -> None:
-    def some(most: int = 90) -> Window:
-        first = data.draw(st.integers(0, most))
-        return Window(
-            HOLE.start + first * M1.width,
-            HOLE.start + (first + data.draw(st.integers(1, 60))) * M1.width,
-        )
-
-    hole = some(30)
-    found = facts(
-        hole,
-        told=data.draw(st.booleans()),
-        habits=data.draw(st.sampled_from([NEVER, OFTEN])),
-        pending=data.draw(st.sampled_from([False, False, True])),
-        silences=tuple(
-            Silence(w, (NEVER,) * data.draw(st.integers(0, 2)))
-            for w in without(hole, [some(), some()])
-        ),
-        natives=tuple(
-            Native(tf, tf.floor(some().start), Decimal(data.draw(st.integers(0, 1))), Decimal(1), 1)
-            for tf in data.draw(st.lists(st.sampled_from([M15, H1]), max_size=4))
-        ),
-        trailing=data.draw(st.booleans()),
-        listed=False,
-    )
-    parts = classify(found)
-    assert parts[0].window.start == hole.start
-    assert parts[-1].window.end == hole.end
-    assert all(a.window.end == b.window.start for a, b in pairwise(parts))
-    assert all(part.window and part.cause in ("", *CAUSES) for part in parts)
-
-
-def test_the_registry_is_about_halts_that_end_after_they_begin() -> None:
-    assert all(halt.window and halt.what and halt.told_by for halt in registry())
-    assert [halt.window for halt in known_halts("binance", HOLE)] == [HOLE]
-    assert known_halts("kraken", HOLE) == []
-
-
-def test_the_distance_grows_to_a_month() -> None:
-    first = asked = at("2024-01-01")
-    hours = []
-    for _ in range(8):
-        asked = ask_again_at(first, asked)
-        hours.append((asked - first) // timedelta(hours=1))
-    assert hours == [1, 4, 16, 64, 256, 976, 1696, 2416]
 
 
 # --------------------------------------------------------------------------------- the sum
@@ -271,13 +57,13 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
     )
     kinds = [
         ("present", "", ""),
-        ("no_bars", NO_TRADE, NO_TRADE),
-        ("no_bars", HALTED, HALTED),
-        ("unanswered", DELISTED, DELISTED),
+        ("no_bars", GapCause.NO_TRADE, GapCause.NO_TRADE),
+        ("no_bars", GapCause.HALTED, GapCause.HALTED),
+        ("unanswered", GapCause.DELISTED, GapCause.DELISTED),
     ]
     kinds += [
-        ("no_bars", "", MISSING),
-        ("unanswered", MISSING, MISSING),
+        ("no_bars", "", GapCause.MISSING_AT_SOURCE),
+        ("unanswered", GapCause.MISSING_AT_SOURCE, GapCause.MISSING_AT_SOURCE),
         ("quarantined", "", "quarantined"),
     ]
     truth: dict[datetime, str] = {}
@@ -405,7 +191,7 @@ def test_the_halt_of_a_venue(
     assert [row["cause"] for row in before[0].table] == ["unexplained"]
     found = explained(settings)
     assert told(found) == [
-        (s, tf, t, n, HALTED)
+        (s, tf, t, n, GapCause.HALTED)
         for s in ("BTC/USDT", "ETH/USDT")
         for tf, t, n in (("1m", "12:40", 80), ("15m", "12:45", 5))
     ]
@@ -425,8 +211,8 @@ def test_the_halt_of_a_venue(
             settings.markets[:1], window("2023-03-24T12:30", "2023-03-24T12:50")
         )
         assert (halted.expected, halted.present, halted.halted) == (20, 10, 10)
-        after = context.bind(Auditor).audit_gaps(done[0])
-        assert [row["cause"] for row in after.table] == [HALTED]
+        after = audit_gaps(toolbox, done[0])
+        assert [row["cause"] for row in after.table] == [GapCause.HALTED]
         assert "by chance once in" in str(after.table[0]["evidence"])
         assert (
             context.bind(BackfillPlanner).plan(partitions(settings))[0].reason
@@ -458,8 +244,8 @@ def test_maintenance_and_minutes_without_trades(
     assert all(done.error is None for done in run_ingest(settings))
     found = explained(settings)
     usd = [one for one in found if one.market.symbol == "BTC/USD"]
-    assert [(one.gap.bars, one.kind) for one in usd if one.gap.bars > 1] == [(277, HALTED)]
-    assert {one.kind for one in usd} == {HALTED, NO_TRADE}
+    assert [(one.gap.bars, one.kind) for one in usd if one.gap.bars > 1] == [(277, GapCause.HALTED)]
+    assert {one.kind for one in usd} == {GapCause.HALTED, GapCause.NO_TRADE}
     usdt = [
         one
         for one in found
@@ -470,9 +256,9 @@ def test_maintenance_and_minutes_without_trades(
         for one in usdt
         if HALT_DAY & one.gap.window
     ]
-    assert maintenance == [("17:00", 277, HALTED), ("21:37", 5, NO_TRADE)]
-    assert {one.kind for one in usdt[:-1]} == {HALTED, NO_TRADE}
-    halted = next(one for one in usdt if one.kind == HALTED).as_dict()["proof"]
+    assert maintenance == [("17:00", 277, GapCause.HALTED), ("21:37", 5, GapCause.NO_TRADE)]
+    assert {one.kind for one in usdt[:-1]} == {GapCause.HALTED, GapCause.NO_TRADE}
+    halted = next(one for one in usdt if one.kind == GapCause.HALTED).as_dict()["proof"]
     assert halted["elsewhere"] == {"binance:BTC-USDT": 277}
     assert halted["venue"] == {"coinbaseexchange:BTC-USD": 0}
     assert days_sum(settings) == 6
@@ -504,10 +290,10 @@ def test_what_the_archive_leaves_out(universe: Universe) -> None:
                 source="archive",
             )
     found = explained(settings)
-    assert ("BTC/USD", "1m", "22:01", 12, HALTED) in told(found)
+    assert ("BTC/USD", "1m", "22:01", 12, GapCause.HALTED) in told(found)
     usdt = [one for one in found if one.market.symbol == "BTC/USDT"]
-    assert [one.gap.bars for one in usdt if one.kind == HALTED] == [12]
-    assert {one.kind for one in found} <= {HALTED, NO_TRADE}
+    assert [one.gap.bars for one in usdt if one.kind == GapCause.HALTED] == [12]
+    assert {one.kind for one in found} <= {GapCause.HALTED, GapCause.NO_TRADE}
     assert len(usdt) > 500
     assert days_sum(settings) == 6
 
@@ -552,7 +338,7 @@ def test_a_minute_that_the_venue_lost(
     for timeframe in ("15m", "1h"):
         run_ingest(settings, timeframe=timeframe)
     (lost,) = explained(settings)
-    assert told([lost]) == [("SOL/USDT", "1m", "16:39", 1, MISSING)]
+    assert told([lost]) == [("SOL/USDT", "1m", "16:39", 1, GapCause.MISSING_AT_SOURCE)]
     assert lost.gap.next_ask is None
     quarter, hour = lost.as_dict()["proof"]["native"]
     assert (
@@ -627,27 +413,24 @@ def test_reopened(replay: Callable[..., Any], universe: Universe, either_databas
         now="2023-03-26",
     )
     run_ingest(settings)
-    assert [one.kind for one in explained(settings)] == [HALTED, HALTED]
-    with open_context(settings) as context:
+    assert [one.kind for one in explained(settings)] == [GapCause.HALTED, GapCause.HALTED]
+    with open_toolbox(settings) as toolbox:
         with pytest.raises(
             BadInput,
             match=r"begins at 2023-03-24T12:41:00Z; the nearest is --start 2023-03-24T12:40:00Z",
         ):
-            context.bind(GapExplainer).reopen(BTC, at("2023-03-24T12:41"))
-        assert [one.gap.bars for one in context.bind(GapExplainer).reopen(BTC, HOLE.start)] == [80]
-    assert [one.kind for one in explained(settings)] == ["unexplained", HALTED]
-    with open_context(settings) as context:
-        assert [task.bars for task in context.bind(BackfillPlanner).plan(partitions(settings))] == [
-            80,
-            0,
-        ]
+            reopen(toolbox, BTC, at("2023-03-24T12:41"))
+        assert [one.gap.bars for one in reopen(toolbox, BTC, HOLE.start)] == [80]
+    assert [one.kind for one in explained(settings)] == ["unexplained", GapCause.HALTED]
+    with open_toolbox(settings) as toolbox:
+        assert [task.bars for task in plan(toolbox, partitions(settings))] == [80, 0]
     exchange.log()
     run_ingest(settings)
     assert {entry["query"]["symbol"] for entry in exchange.log() if "klines" in entry["path"]} == {
         "BTCUSDT"
     }
     (again, _) = explained(settings)
-    assert (again.kind, again.gap.answers) == (HALTED, 4)
+    assert (again.kind, again.gap.answers) == (GapCause.HALTED, 4)
 
 
 def test_a_market_that_left_its_venue(replay: Callable[..., Any], universe: Universe) -> None:
@@ -670,7 +453,7 @@ def test_a_market_that_left_its_venue(replay: Callable[..., Any], universe: Univ
         found = explained(later, ask=True)
         assert [("final" if one.gap.next_ask is None else "not final") for one in found] == kinds
         assert [(one.market.symbol, one.kind, one.gap.window) for one in found] == [
-            ("ETH/USDT", DELISTED, window("2024-02-02", f"2024-02-0{day}"))
+            ("ETH/USDT", GapCause.DELISTED, window("2024-02-02", f"2024-02-0{day}"))
         ]
     with open_context(later) as context:
         btc, eth = context.bind(CoverageReporter).report(later.markets)

@@ -33,8 +33,8 @@ from marketdata_assets.ledger.ledger import BREAKER_FIRST, BREAKER_LIMIT, BREAKE
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.sources.base import Fetched, Request
-from marketdata_assets.sources.guards import Guarded, Policy
+from marketdata_assets.sources.base import BarsPage, Request
+from marketdata_assets.sources.guards import GuardedSource, RetryPolicy
 
 MARKET = Market("binance", "BTC/USDT")
 MINUTE = TIMEFRAMES["1m"]
@@ -83,8 +83,8 @@ class World:
 
         return asyncio.run(drive())
 
-    def policy(self, jitter: float = 1.0, **limits: Any) -> Policy:
-        return Policy(sleep=self.sleep, clock=self.clock, jitter=lambda: jitter, **limits)
+    def policy(self, jitter: float = 1.0, **limits: Any) -> RetryPolicy:
+        return RetryPolicy(sleep=self.sleep, clock=self.clock, jitter=lambda: jitter, **limits)
 
 
 Script = Iterable[Exception | None]
@@ -106,9 +106,9 @@ class FakeVenue:
         self.asked: list[float] = []
         self.closed = False
 
-    async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> Fetched:
+    async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> BarsPage:
         request = await self._answer()
-        return Fetched(pl.DataFrame({"open_time": [1]}), window, requests=(request,))
+        return BarsPage(pl.DataFrame({"open_time": [1]}), window, requests=(request,))
 
     async def now(self) -> datetime:
         await self._answer()
@@ -162,7 +162,7 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path)
 
 
-def fetch(guarded: Guarded) -> Coroutine[Any, Any, Fetched]:
+def fetch(guarded: GuardedSource) -> Coroutine[Any, Any, BarsPage]:
     return guarded.fetch(MARKET, MINUTE, WINDOW)
 
 
@@ -175,9 +175,9 @@ def outcomes(requests: Iterable[Request]) -> list[str]:
 
 def test_a_good_answer_costs_one_request_and_no_wait(world: World, ledger: Ledger) -> None:
     venue = FakeVenue(world)
-    guarded = Guarded(venue, "binance", ledger, None, world.policy())
+    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
     (fetched,) = world.run(fetch(guarded))
-    assert fetched.asked == WINDOW
+    assert fetched.requested == WINDOW
     assert fetched.rows.height == 1
     assert (outcomes(fetched.requests), fetched.waited, world.slept) == (["answered"], 0.0, [])
     assert (guarded.page_size, guarded.skips_gaps) == (123, True)
@@ -190,7 +190,7 @@ def test_retries_back_off_exponentially(world: World, ledger: Ledger) -> None:
     told.
     """
     venue = FakeVenue(world, [retry(), Garbled("binance: text"), retry(), retry(), retry()])
-    (fetched,) = world.run(fetch(Guarded(venue, "binance", ledger, None, world.policy())))
+    (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert world.slept == [0.5, 1.0, 2.0, 4.0, 8.0]
     assert [moment - NOON for moment in venue.asked] == [0, 0.5, 1.5, 3.5, 7.5, 15.5]
     assert outcomes(fetched.requests) == ["retry", "garbled", "retry", "retry", "retry", "answered"]
@@ -206,7 +206,7 @@ def test_backoff_is_capped_and_jittered(world: World, ledger: Ledger) -> None:
         world.slept.clear()
         venue = FakeVenue(world, [retry() for _ in range(5)])
         policy = world.policy(jitter, backoff_cap=3.0)
-        world.run(fetch(Guarded(venue, "binance", ledger, None, policy)))
+        world.run(fetch(GuardedSource(venue, "binance", ledger, policy=policy)))
         assert world.slept == expected
 
 
@@ -214,12 +214,12 @@ def test_jitter_is_full_by_default() -> None:
     """Uniform below the exponential delay: two clients that failed together do not come back
     together.
     """
-    policy = Policy()
-    delays = [policy.delay(4) for _ in range(400)]
+    policy = RetryPolicy()
+    delays = [policy.pauses.pause(4) for _ in range(400)]
     assert 0 <= min(delays) < 0.5
     assert 3.5 < max(delays) <= 4.0
     assert len(set(delays)) > 390
-    assert max(policy.delay(40) for _ in range(400)) <= policy.backoff_cap == 20.0
+    assert max(policy.pauses.pause(40) for _ in range(400)) <= policy.backoff_cap == 20.0
 
 
 def test_gives_up_after_six_tries_and_says_why(world: World, ledger: Ledger) -> None:
@@ -227,7 +227,7 @@ def test_gives_up_after_six_tries_and_says_why(world: World, ledger: Ledger) -> 
     try.
     """
     venue = FakeVenue(world, for_ever(retry))
-    (error,) = world.run(fetch(Guarded(venue, "binance", ledger, None, world.policy())))
+    (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert type(error) is VenueDown
     assert error.exit_code == 3
     assert "502" in str(error)
@@ -245,7 +245,7 @@ def test_a_final_no_is_not_asked_again(
 ) -> None:
     """Neither at once, nor after retries that came before it; the requests so far are told."""
     venue = FakeVenue(world, [retry(), final])
-    (error,) = world.run(fetch(Guarded(venue, "binance", ledger, None, world.policy())))
+    (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert error is final
     assert len(venue.asked) == 2
     assert outcomes(error.requests) == ["retry", type(final).__name__.lower()]
@@ -254,14 +254,14 @@ def test_a_final_no_is_not_asked_again(
 def test_a_bug_is_not_retried(world: World, ledger: Ledger) -> None:
     """Only errors of our tree are the venue's; all others come up as they are."""
     venue = FakeVenue(world, [ZeroDivisionError()])
-    (error,) = world.run(fetch(Guarded(venue, "binance", ledger, None, world.policy())))
+    (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert type(error) is ZeroDivisionError
     assert len(venue.asked) == 1
 
 
 def test_clock_and_listing_are_guarded_too(world: World, ledger: Ledger) -> None:
     venue = FakeVenue(world, [retry(), None, Wait("binance: slow down", 7)])
-    guarded = Guarded(venue, "binance", ledger, None, world.policy())
+    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
     assert world.run(guarded.now()) == [START]
     assert world.run(guarded.first_open(MARKET, MINUTE)) == [START]
     assert [moment - NOON for moment in venue.asked] == [0, 0.5, 0.5, 7.5]
@@ -274,7 +274,7 @@ def test_retry_after_is_honoured(world: World, ledger: Ledger) -> None:
     """No request before the time is up; waiting is no failure, however often it is asked for."""
     pauses = [2.0, 30.0, 1.0, 5.0, 60.0, 3.0, 2.5, 1.0, 1.0, 4.0]
     venue = FakeVenue(world, [Wait("binance: HTTP 429", seconds) for seconds in pauses])
-    (fetched,) = world.run(fetch(Guarded(venue, "binance", ledger, None, world.policy())))
+    (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     gaps = [later - sooner for sooner, later in itertools.pairwise(venue.asked)]
     assert all(gap >= pause for gap, pause in zip(gaps, pauses, strict=True))
     assert fetched.waited == sum(pauses) == world.now - NOON
@@ -288,17 +288,17 @@ def test_a_pause_holds_for_all_who_share_the_ledger(world: World, tmp_path: Path
     first, second = (FakeVenue(world, takes=0.2) for _ in range(2))
     first._script = iter([Wait("binance: HTTP 429", 45.0)])
     guards = [
-        Guarded(venue, "binance", Ledger(tmp_path), None, world.policy())
+        GuardedSource(venue, "binance", Ledger(tmp_path), policy=world.policy())
         for venue in (first, second)
     ]
 
-    async def visitor(guarded: Guarded, begin: float) -> Fetched:
+    async def visitor(guarded: GuardedSource, begin: float) -> BarsPage:
         await world.until(begin)
         return await fetch(guarded)
 
     found = world.run(*(visitor(guarded, NOON + 0.15 * i) for i in range(4) for guarded in guards))
     told = NOON + 0.2
-    assert all(isinstance(answer, Fetched) for answer in found)
+    assert all(isinstance(answer, BarsPage) for answer in found)
     assert not [moment for moment in first.asked + second.asked if told < moment < told + 45.0]
     assert sum(moment >= told + 45.0 for moment in first.asked + second.asked) == 5
 
@@ -306,7 +306,7 @@ def test_a_pause_holds_for_all_who_share_the_ledger(world: World, tmp_path: Path
 def test_a_pause_belongs_to_its_venue(world: World, ledger: Ledger) -> None:
     ledger.pause("binance", NOON + 600)
     venue = FakeVenue(world)
-    world.run(fetch(Guarded(venue, "kraken", ledger, None, world.policy())))
+    world.run(fetch(GuardedSource(venue, "kraken", ledger, policy=world.policy())))
     assert venue.asked == [NOON]
 
 
@@ -314,7 +314,7 @@ def test_a_shorter_pause_does_not_end_a_longer_one(world: World, ledger: Ledger)
     ledger.pause("binance", NOON + 600)
     ledger.pause("binance", NOON + 5)
     venue = FakeVenue(world)
-    world.run(fetch(Guarded(venue, "binance", ledger, None, world.policy())))
+    world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert venue.asked == [NOON + 600]
 
 
@@ -323,7 +323,7 @@ def test_a_ban_beyond_our_patience_is_venue_down(world: World, ledger: Ledger) -
     a request.
     """
     venue = FakeVenue(world, [Wait("binance: HTTP 418", 7200)])
-    guarded = Guarded(venue, "binance", ledger, None, world.policy())
+    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
     for _ in range(3):
         (error,) = world.run(fetch(guarded))
         assert type(error) is VenueDown
@@ -335,7 +335,7 @@ def test_a_ban_beyond_our_patience_is_venue_down(world: World, ledger: Ledger) -
 def test_a_ban_beyond_our_patience_tells_its_requests(world: World, ledger: Ledger) -> None:
     """The 503 and the 418 belong in the fetch log."""
     venue = FakeVenue(world, [retry(), Wait("binance: HTTP 418", 7200)])
-    (error,) = world.run(fetch(Guarded(venue, "binance", ledger, None, world.policy())))
+    (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert type(error) is VenueDown
     assert outcomes(error.requests) == ["retry", "wait"]
 
@@ -349,7 +349,7 @@ def test_a_venue_that_asks_for_patience_for_ever_is_given_up(
     """
     venue = FakeVenue(world, for_ever(lambda: Wait("binance: HTTP 429", seconds)))
     (error,) = world.run(
-        fetch(Guarded(venue, "binance", ledger, None, world.policy(longest_wait=900)))
+        fetch(GuardedSource(venue, "binance", ledger, policy=world.policy(longest_wait=900)))
     )
     assert type(error) is VenueDown
     assert "429" in str(error)
@@ -363,11 +363,11 @@ def test_an_absurd_retry_after_is_an_error_of_ours(
 ) -> None:
     """One mad header must not stop a venue for good."""
     venue = FakeVenue(world, [Wait("binance: HTTP 429", seconds)])
-    guarded = Guarded(venue, "binance", ledger, None, world.policy())
+    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
     (error,) = world.run(fetch(guarded))
     assert type(error) is VenueDown
     world.now += 7 * 86400
-    assert isinstance(world.run(fetch(guarded))[0], Fetched)
+    assert isinstance(world.run(fetch(guarded))[0], BarsPage)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -400,9 +400,11 @@ def test_the_weight_limit_is_never_reached(world: World, tmp_path: Path) -> None
     """
     meter: dict[int, int] = {}
     venues = [WeighedVenue(world, 1200, 2, meter) for _ in range(2)]
-    guards = [Guarded(venue, "binance", Ledger(tmp_path), None, world.policy()) for venue in venues]
+    guards = [
+        GuardedSource(venue, "binance", Ledger(tmp_path), policy=world.policy()) for venue in venues
+    ]
 
-    async def worker(guarded: Guarded) -> None:
+    async def worker(guarded: GuardedSource) -> None:
         for _ in range(100):
             await fetch(guarded)
 
@@ -421,7 +423,7 @@ def test_a_nearly_used_up_minute_is_left_alone(
     world.now = NOON + 20
     venue = FakeVenue(world)
     venue.weight_limit, venue.used_weight = 6000, used
-    guarded = Guarded(venue, "binance", ledger, None, world.policy())
+    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
     world.run(fetch(guarded))
     world.run(fetch(guarded))
     assert (venue.asked[1] >= NOON + 60) is paused
@@ -431,10 +433,10 @@ def test_a_nearly_used_up_minute_is_left_alone(
 # --------------------------------------------------------------------------------------------------
 
 
-def broken(world: World, ledger: Ledger, script: Script = ()) -> tuple[FakeVenue, Guarded]:
+def broken(world: World, ledger: Ledger, script: Script = ()) -> tuple[FakeVenue, GuardedSource]:
     """A guard whose venue has just failed often enough; what it answers from now on is the script."""
     venue = FakeVenue(world, itertools.chain((retry() for _ in range(BREAKER_LIMIT)), script))
-    guarded = Guarded(venue, "binance", ledger, None, world.policy(0.0))
+    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0))
     for _ in range(BREAKER_LIMIT // 6):
         world.run(fetch(guarded))
     assert len(venue.asked) == BREAKER_LIMIT == 30
@@ -448,7 +450,7 @@ def test_the_breaker_fails_fast(world: World, tmp_path: Path) -> None:
     """
     venue, guarded = broken(world, Ledger(tmp_path))
     other = FakeVenue(world)
-    second = Guarded(other, "binance", Ledger(tmp_path), None, world.policy())
+    second = GuardedSource(other, "binance", Ledger(tmp_path), policy=world.policy())
     for error in world.run(
         fetch(guarded), fetch(second), guarded.now(), second.first_open(MARKET, MINUTE)
     ):
@@ -456,7 +458,7 @@ def test_the_breaker_fails_fast(world: World, tmp_path: Path) -> None:
         assert "2024-03-01T12:00:30Z" in str(error)
     assert venue.asked == other.asked == []
     third = FakeVenue(world)
-    world.run(fetch(Guarded(third, "kraken", Ledger(tmp_path), None, world.policy())))
+    world.run(fetch(GuardedSource(third, "kraken", Ledger(tmp_path), policy=world.policy())))
     assert third.asked == [NOON]
 
 
@@ -464,9 +466,9 @@ def test_a_success_starts_the_count_anew(world: World, ledger: Ledger) -> None:
     """29 failures, one success, 29 failures: still closed."""
     run = [retry() for _ in range(29)]
     venue = FakeVenue(world, [*run, None, *run, None])
-    guarded = Guarded(venue, "binance", ledger, None, world.policy(0.0, attempts=100))
+    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0, attempts=100))
     assert all(
-        isinstance(fetched, Fetched)
+        isinstance(fetched, BarsPage)
         for fetched in world.run(fetch(guarded)) + world.run(fetch(guarded))
     )
     assert len(venue.asked) == 60
@@ -475,7 +477,7 @@ def test_a_success_starts_the_count_anew(world: World, ledger: Ledger) -> None:
 def test_the_breaker_stops_retries_that_are_under_way(world: World, ledger: Ledger) -> None:
     """Eight at once against a dead venue: about 30 requests in all and not 48."""
     venue = FakeVenue(world, for_ever(retry), takes=0.1)
-    guarded = Guarded(venue, "binance", ledger, None, world.policy(0.0))
+    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0))
     found = world.run(*(fetch(guarded) for _ in range(8)))
     assert all(type(error) is VenueDown for error in found)
     assert 30 <= len(venue.asked) < 30 + 8
@@ -484,7 +486,7 @@ def test_the_breaker_stops_retries_that_are_under_way(world: World, ledger: Ledg
 def test_whom_the_breaker_stops_tells_what_happened(world: World, ledger: Ledger) -> None:
     """The failed requests belong in the fetch log, and the reason in the error a person reads."""
     venue = FakeVenue(world, for_ever(retry), takes=0.1)
-    guarded = Guarded(venue, "binance", ledger, None, world.policy(0.0))
+    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0))
     found = world.run(*(fetch(guarded) for _ in range(8)))
     assert sum(len(error.requests) for error in found) == len(venue.asked)
     assert all("502" in str(error) for error in found)
@@ -499,10 +501,10 @@ def test_half_open_lets_one_through_and_its_success_closes(world: World, ledger:
     assert venue.asked == []
     world.now = NOON + BREAKER_FIRST + 0.1
     found = world.run(*(fetch(guarded) for _ in range(4)))
-    assert sorted(type(answer).__name__ for answer in found) == ["Fetched"] + ["VenueDown"] * 3
+    assert sorted(type(answer).__name__ for answer in found) == ["BarsPage"] + ["VenueDown"] * 3
     assert len(venue.asked) == 1
     assert all(
-        isinstance(fetched, Fetched) for fetched in world.run(*(fetch(guarded) for _ in range(4)))
+        isinstance(fetched, BarsPage) for fetched in world.run(*(fetch(guarded) for _ in range(4)))
     )
 
 
@@ -535,7 +537,7 @@ def test_the_breaker_stays_open_longer_each_time(world: World, ledger: Ledger) -
 def test_a_refusal_is_an_answer(world: World, ledger: Ledger) -> None:
     """A venue that says no is not down: refusals open no breaker."""
     venue = FakeVenue(world, for_ever(lambda: VenueRefused("binance: Invalid symbol.")))
-    guarded = Guarded(venue, "binance", ledger, None, world.policy())
+    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
     for _ in range(BREAKER_LIMIT + 5):
         assert type(world.run(fetch(guarded))[0]) is VenueRefused
     assert len(venue.asked) == BREAKER_LIMIT + 5
@@ -562,10 +564,17 @@ def crowd(
     """
     venues = [FakeVenue(world, takes=0.02) for _ in range(instances)]
     guards = [
-        Guarded(venue, "binance", Ledger(folder), per_minute, world.policy()) for venue in venues
+        GuardedSource(
+            venue,
+            "binance",
+            Ledger(folder),
+            requests_per_minute=per_minute,
+            policy=world.policy(),
+        )
+        for venue in venues
     ]
 
-    async def worker(guarded: Guarded) -> None:
+    async def worker(guarded: GuardedSource) -> None:
         for _ in range(each):
             await fetch(guarded)
 
@@ -608,7 +617,7 @@ def test_without_a_limit_nobody_waits(world: World, tmp_path: Path) -> None:
 def test_waiting_for_the_limiter_is_told(world: World, ledger: Ledger) -> None:
     """Ten at once at 60 a minute: the last one waited about nine seconds."""
     venue = FakeVenue(world)
-    guarded = Guarded(venue, "binance", ledger, 60, world.policy())
+    guarded = GuardedSource(venue, "binance", ledger, requests_per_minute=60, policy=world.policy())
     found = world.run(*(fetch(guarded) for _ in range(10)))
     assert [fetched.waited for fetched in found] == pytest.approx([i * 60 / 59 for i in range(10)])
     assert [fetched.waited for fetched in found] == pytest.approx(
@@ -639,7 +648,7 @@ def test_places_are_unique_among_threads(tmp_path: Path) -> None:
 def test_facts_are_frozen(world: World, ledger: Ledger) -> None:
     """The guard adds to the facts of the source and changes none of them."""
     venue = FakeVenue(world)
-    (fetched,) = world.run(fetch(Guarded(venue, "binance", ledger, None, world.policy())))
+    (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert replace(fetched, requests=(), waited=0.0).rows.equals(pl.DataFrame({"open_time": [1]}))
     with pytest.raises(AttributeError):
         fetched.waited = 1.0

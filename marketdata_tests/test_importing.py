@@ -31,8 +31,8 @@ from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources import archive
-from marketdata_assets.sources.archive import Told, parse_columns
+from marketdata_assets.sources.archive import csv_table
+from marketdata_assets.sources.archive.options import ImportOptions, parse_columns
 from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_tests.conftest import SHARED, Universe, needs_shared
 from marketdata_tests.samples import BTC, real_bars
@@ -110,12 +110,10 @@ def settings(universe: Universe) -> Settings:
 
 def imported(settings: Settings, *files: Path, dry_run: bool = False, **told: Any) -> Imported:
     """Import as the command does, up to what Dagster is asked to show."""
-    said = Told(settings.market(told.pop("market")) if "market" in told else None, **told)
-    with open_context(settings) as context:
-        done = context.bind(FileImporter).import_files(
-            look(context.settings, files, said), said, dry_run
-        )
-        assert context.ledger.requests() == []
+    said = ImportOptions(settings.market(told.pop("market")) if "market" in told else None, **told)
+    with open_toolbox(settings) as toolbox:
+        done = import_files(toolbox, look(toolbox, files, said), said, dry_run)
+        assert toolbox.ledger.requests() == []
     assert all(tally.balanced for tally in done.files)
     return done
 
@@ -134,7 +132,7 @@ def test_a_daily_archive_gives_its_bars(
     done = imported(settings, written(tmp_path / "BTCUSDT-1m-2024-01-02.zip", klines(unit=unit)))
     assert counts(done.files[0]) == {"stored": 1440}
     facts = done.files[0].facts
-    assert (facts.unit, facts.span, facts.market, facts.lacking) == (name, DAY, BTC, 0)
+    assert (facts.unit, facts.span, facts.market, facts.missing_bars) == (name, DAY, BTC, 0)
     assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", DAY))
 
 
@@ -142,7 +140,7 @@ def test_a_header_is_no_row_and_makes_no_spot_market_of_a_futures_file(
     settings: Settings, tmp_path: Path
 ) -> None:
     file = written(tmp_path / NAME, [FUTURES_HEADER, *klines()])
-    with pytest.raises(BadInput, match=r"as Binance's futures files have .* say so with --market"):
+    with pytest.raises(BadInput, match=r"as binance's futures files have .* say so with --market"):
         imported(settings, file)
     assert counts(imported(settings, file, market="binance:BTC-USDT").files[0]) == {"stored": 1440}
     assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", DAY))
@@ -173,7 +171,7 @@ def test_a_month_and_its_reference(settings: Settings, tmp_path: Path) -> None:
     written(tmp_path / "BTCUSDT-1h-2024-01.zip", klines(month, timeframe="1h"))
     done = imported(settings, *tmp_path.glob("*.zip"))
     halt = 80  # the sandbox has no bars on the 8th from 02:00 to 03:20
-    assert {t.facts.timeframe.name: t.facts.lacking for t in done.files} == {
+    assert {t.facts.timeframe.name: t.facts.missing_bars for t in done.files} == {
         "1h": 1,
         "1m": month.count(TIMEFRAMES["1m"]) - 44640 + 80,
     }
@@ -455,7 +453,7 @@ def test_a_zip_that_is_damaged(
             "one .csv is expected in it, and it holds BTCUSDT-1m-2024-01-02.csv, another.csv",
         )
     else:
-        monkeypatch.setattr(archive, "MAX_BYTES", 1000)
+        monkeypatch.setattr(csv_table, "MAX_BYTES", 1000)
         says = "unpacks to more than"
     file.write_bytes(content)
     with pytest.raises(BadInput, match=says):
@@ -582,10 +580,8 @@ def test_archive_and_venue_that_disagree(sandbox: Any, universe: Universe, tmp_p
     run_ingest(settings)
     before, asked = lake_files(settings), len(sandbox[0].requests)
     file = written(tmp_path / NAME, klines(change=cell(8, 5, "123456")))
-    with open_context(settings) as context:
-        done = context.bind(FileImporter).import_files(
-            look(context.settings, [file], Told()), Told()
-        )
+    with open_toolbox(settings) as toolbox:
+        done = import_files(toolbox, look(toolbox, [file], ImportOptions()), ImportOptions())
     assert counts(done.files[0]) == {"identical": 1439, "disagree": 1}
     theirs = str(truth("BTCUSDT", "1m", DAY)["trades"][5])
     (difference,) = done.differences
@@ -616,10 +612,8 @@ def test_files_that_disagree_are_believed_neither(
     settings = universe(sandbox[1], since="2024-01-02", until="2024-01-03", now="2024-01-09")
     day = written(tmp_path / NAME, klines(change=cell(8, 60, "123456")))
     month = written(tmp_path / "BTCUSDT-1m-2024-01.zip", klines(window("2024-01-01", "2024-01-07")))
-    with open_context(settings) as context:
-        done = context.bind(FileImporter).import_files(
-            look(context.settings, [day, month], Told()), Told()
-        )
+    with open_toolbox(settings) as toolbox:
+        done = import_files(toolbox, look(toolbox, [day, month], ImportOptions()), ImportOptions())
     outside = truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-07")).height - 1440
     assert {tally.facts.path.name: counts(tally) for tally in done.files} == {
         NAME: {"identical": 1439, "conflict": 1},
@@ -658,10 +652,8 @@ def test_days_in_one_go_and_what_lies_between_files_is_not_told(
             if not line.startswith(str(hole))
         ]
         days[first] = written(tmp_path / f"BTCUSDT-1m-2024-01-{first}.zip", lines)
-    with open_context(settings) as context:
-        done = context.bind(FileImporter).import_files(
-            look(context.settings, [tmp_path], Told()), Told()
-        )
+    with open_toolbox(settings) as toolbox:
+        done = import_files(toolbox, look(toolbox, [tmp_path], ImportOptions()), ImportOptions())
         (partition,) = partitions_of(BTC, DAY)
         stored = context.storage.lake.read(raw(TIMEFRAMES["1m"]), partition, provenance=True)
         gaps = context.ledger.gaps(raw(TIMEFRAMES["1m"]), partition)

@@ -22,19 +22,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.ledger.ledger import (
-    BREAKER_FIRST,
-    BREAKER_LIMIT,
-    BREAKER_LONGEST,
-    PROMPT_ASKS,
-    Account,
-    Entry,
-    Gap,
-    Ledger,
+from marketdata_assets.ledger.fetches import to_log
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.records import (
+    IngestFailure,
+    IngestRecord,
     LoggedFetch,
-    State,
-    logged,
+    PartitionState,
+    RowAccount,
 )
+from marketdata_assets.ledger.venues import BREAKER_FIRST, BREAKER_LIMIT, BREAKER_LONGEST
+from marketdata_assets.model.gap import PROMPT_ATTEMPTS, Gap, GapCause, GapReason
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
@@ -51,6 +49,7 @@ from marketdata_tests.samples import (
     START,
     at,
     kill,
+    outcomes,
     start_python,
 )
 
@@ -94,7 +93,7 @@ def queue(ledger: Ledger, venue: str, limit: int, arrivals: Sequence[float]) -> 
     """When each of these callers sends its request: at its turn, or at once when its turn has
     passed.
     """
-    return [max(now, ledger.reserve(venue, now, limit)) for now in arrivals]
+    return [max(now, ledger.venues.reserve(venue, now, limit)) for now in arrivals]
 
 
 CROWDS = st.lists(
@@ -143,12 +142,12 @@ def test_a_rest_is_not_saved_up(ledger: Ledger):
 
 
 def test_without_a_limit_nobody_waits(ledger: Ledger):
-    assert [ledger.reserve("binance", T0, None) for _ in range(100)] == [T0] * 100
+    assert [ledger.venues.reserve("binance", T0, None) for _ in range(100)] == [T0] * 100
 
 
 def test_venues_do_not_wait_for_each_other(ledger: Ledger):
     queue(ledger, "binance", 60, [T0] * 50)
-    assert ledger.reserve("kraken", T0, 60) <= T0
+    assert ledger.venues.reserve("kraken", T0, 60) <= T0
 
 
 RESERVE = """
@@ -158,7 +157,7 @@ from marketdata_assets.ledger.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]), sys.argv[2] or None)
 print("open", flush=True)
 sys.stdin.readline()
-print(*(repr(ledger.reserve("binance", float(sys.argv[3]), 120)) for _ in range(100)))
+print(*(repr(ledger.venues.reserve("binance", float(sys.argv[3]), 120)) for _ in range(100)))
 """
 
 
@@ -175,7 +174,7 @@ def test_all_processes_of_an_instance_stand_in_one_queue(
         other.stdin.write("go\n")
         other.stdin.flush()
     other = another()
-    sent = [max(T0, second.reserve("binance", T0, 120)) for second in [ledger, other] * 100]
+    sent = [max(T0, second.venues.reserve("binance", T0, 120)) for second in [ledger, other] * 100]
     for other in others:
         said, errors = other.communicate()
         assert not other.returncode, errors
@@ -187,70 +186,72 @@ def test_all_processes_of_an_instance_stand_in_one_queue(
 
 # --------------------------------------------------------------------------------- pauses and the b
 def test_a_pause_holds_for_everybody_and_never_shrinks(ledger: Ledger, another: Open):
-    assert ledger.paused_until("binance") == 0
-    ledger.pause("binance", T0 + 60)
-    ledger.pause("binance", T0 + 10)
-    assert another().paused_until("binance") == pytest.approx(T0 + 60, abs=0.5)
-    assert ledger.paused_until("kraken") == 0
+    assert ledger.venues.paused_until("binance") == 0
+    ledger.venues.pause("binance", T0 + 60)
+    ledger.venues.pause("binance", T0 + 10)
+    assert another().venues.paused_until("binance") == pytest.approx(T0 + 60, abs=0.5)
+    assert ledger.venues.paused_until("kraken") == 0
 
 
 def fail(ledger: Ledger, times: int, now: float = T0) -> None:
     """So many failures in a row."""
     for _ in range(times):
-        ledger.record("binance", False, now)
+        ledger.venues.record("binance", False, now)
 
 
 def test_the_breaker_opens_after_so_many_failures_in_a_row(ledger: Ledger, another: Open):
     fail(ledger, BREAKER_LIMIT - 1)
-    assert ledger.broken_until("binance", T0) == 0
+    assert ledger.venues.broken_until("binance", T0) == 0
     fail(ledger, 1)
-    assert ledger.broken_until("binance", T0) == T0 + BREAKER_FIRST
-    assert another().broken_until("binance", T0 + 1) == pytest.approx(T0 + BREAKER_FIRST, abs=0.5)
-    assert ledger.broken_until("kraken", T0) == 0
+    assert ledger.venues.broken_until("binance", T0) == T0 + BREAKER_FIRST
+    assert another().venues.broken_until("binance", T0 + 1) == pytest.approx(
+        T0 + BREAKER_FIRST, abs=0.5
+    )
+    assert ledger.venues.broken_until("kraken", T0) == 0
 
 
 def test_one_success_between_failures_keeps_it_closed(ledger: Ledger):
     for _ in range(5):
         fail(ledger, BREAKER_LIMIT - 1)
-        ledger.record("binance", True, T0)
-    assert ledger.broken_until("binance", T0) == 0
+        ledger.venues.record("binance", True, T0)
+    assert ledger.venues.broken_until("binance", T0) == 0
 
 
 def test_failures_of_requests_still_under_way_do_not_open_it_for_longer(ledger: Ledger):
     fail(ledger, BREAKER_LIMIT + 7)
-    assert ledger.broken_until("binance", T0) == T0 + BREAKER_FIRST
+    assert ledger.venues.broken_until("binance", T0) == T0 + BREAKER_FIRST
 
 
 def test_half_open_lets_one_caller_try(ledger: Ledger, another: Open):
     fail(ledger, BREAKER_LIMIT)
     later = T0 + BREAKER_FIRST
-    assert ledger.broken_until("binance", later - 0.001) == later
-    assert ledger.broken_until("binance", later) == 0
-    assert another().broken_until("binance", later) > later
+    assert ledger.venues.broken_until("binance", later - 0.001) == later
+    assert ledger.venues.broken_until("binance", later) == 0
+    assert another().venues.broken_until("binance", later) > later
     # the one who tried never came back: after a while another may
-    assert ledger.broken_until("binance", later + BREAKER_FIRST) == 0
+    assert ledger.venues.broken_until("binance", later + BREAKER_FIRST) == 0
 
 
 def test_a_try_that_succeeds_closes_it(ledger: Ledger):
     fail(ledger, BREAKER_LIMIT)
-    assert ledger.broken_until("binance", T0 + BREAKER_FIRST) == 0
-    ledger.record("binance", True, T0 + BREAKER_FIRST + 1)
-    assert ledger.broken_until("binance", T0 + BREAKER_FIRST + 1) == 0
+    assert ledger.venues.broken_until("binance", T0 + BREAKER_FIRST) == 0
+    ledger.venues.record("binance", True, T0 + BREAKER_FIRST + 1)
+    assert ledger.venues.broken_until("binance", T0 + BREAKER_FIRST + 1) == 0
     fail(ledger, BREAKER_LIMIT - 1, T0 + 100)
-    assert ledger.broken_until("binance", T0 + 100) == 0
+    assert ledger.venues.broken_until("binance", T0 + 100) == 0
     fail(ledger, 1, T0 + 100)
-    assert ledger.broken_until("binance", T0 + 100) == T0 + 100 + BREAKER_FIRST
+    assert ledger.venues.broken_until("binance", T0 + 100) == T0 + 100 + BREAKER_FIRST
 
 
 def test_each_try_that_fails_opens_it_for_longer(ledger: Ledger):
     now, stays = T0, []
     fail(ledger, BREAKER_LIMIT)
     for _ in range(7):
-        until = ledger.broken_until("binance", now)
+        until = ledger.venues.broken_until("binance", now)
         stays.append(until - now)
         now = until
-        assert ledger.broken_until("binance", now) == 0
-        ledger.record("binance", False, now)
+        assert ledger.venues.broken_until("binance", now) == 0
+        ledger.venues.record("binance", False, now)
     assert stays == [30.0, 60.0, 120.0, 240.0, 480.0, BREAKER_LONGEST, BREAKER_LONGEST]
 
 
@@ -320,9 +321,9 @@ def test_a_partition_is_held_against_other_threads_and_given_up_after_an_excepti
 
 
 # --------------------------------------------------------------------------------- one ingest, writ
-GAP = Gap(Window(START, START + 5 * MINUTE), 5, "no_bars", 2, "asked twice")
+GAP = Gap(Window(START, START + 5 * MINUTE), 5, GapReason.NO_BARS, 2, "asked twice")
 FETCH = LoggedFetch(JANUARY.month, T0, 0.25, "answered", 200, 1000, None)
-STATE = State(
+STATE = PartitionState(
     start=START,
     through=START + timedelta(days=3),
     newest=START + timedelta(days=3) - MINUTE,
@@ -330,7 +331,7 @@ STATE = State(
     rows=4315,
     bytes=9000,
     digest="d1",
-    rolled=None,
+    rollup_source_digest=None,
     attempts=1,
     failures=0,
     error=None,
@@ -347,16 +348,16 @@ def rejected(*rows: Any) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=REJECTED_SCHEMA, orient="row")
 
 
-def entry(**changes: Any) -> Entry:
+def entry(**changes: Any) -> IngestRecord:
     """One ingest of January with one gap, one request and one rejected row."""
     parts = {
         "state": STATE,
-        "account": Account(4320, 4315, 4, 1),
+        "account": RowAccount(4320, 4315, 4, 1),
         "gaps": [GAP],
         "fetches": [FETCH],
         "rejected": rejected(REJECTED),
     }
-    return Entry(
+    return IngestRecord(
         **{"table": TABLE, "partition": JANUARY, **parts, "answers": [0], "now": NOW, **changes}
     )
 
@@ -365,23 +366,23 @@ def everything(ledger: Ledger, partition: Partition = JANUARY) -> list[Any]:
     """All that can be read of a partition."""
     asked = Window(START - timedelta(days=1), at("2025-01-01"))
     return [
-        ledger.state(TABLE, partition),
-        ledger.gaps(TABLE, partition),
-        ledger.quarantined(partition.market, asked),
-        ledger.accounts(),
-        ledger.requests(),
+        ledger.partitions.get(TABLE, partition),
+        ledger.gaps.of(TABLE, partition),
+        ledger.quarantine.rows(partition.market, asked),
+        ledger.partitions.accounts(),
+        outcomes(ledger),
     ]
 
 
 def test_what_is_committed_is_read(ledger: Ledger, another: Open):
-    ledger.commit(entry())
+    ledger.partitions.commit(entry())
     other = another()
-    assert other.state(TABLE, JANUARY) == STATE
-    assert other.states(TABLE, BTC) == {"2024-01-01": STATE}
-    assert other.gaps(TABLE, JANUARY) == [GAP]
-    assert other.requests() == [("answered", "", 1)]
+    assert other.partitions.get(TABLE, JANUARY) == STATE
+    assert other.partitions.of_market(TABLE, BTC) == {"2024-01-01": STATE}
+    assert other.gaps.of(TABLE, JANUARY) == [GAP]
+    assert outcomes(other) == [("answered", "", 1)]
     counts = {"received": 4320, "stored": 4315, "identical": 4, "quarantined": 1}
-    assert other.accounts() == [
+    assert other.partitions.accounts() == [
         {
             "table": "raw/ohlcv_1m",
             "market": "binance:BTC-USDT",
@@ -391,17 +392,23 @@ def test_what_is_committed_is_read(ledger: Ledger, another: Open):
         }
     ]
     assert [
-        other.state(TABLE, FEBRUARY),
-        other.gaps(TABLE, FEBRUARY),
-        other.states(TABLE, ETH),
+        other.partitions.get(TABLE, FEBRUARY),
+        other.gaps.of(TABLE, FEBRUARY),
+        other.partitions.of_market(TABLE, ETH),
     ] == [None, [], {}]
 
 
 def test_the_next_ingest_replaces_state_and_gaps_of_its_partition_alone(ledger: Ledger):
     other = Partition(ETH, JANUARY.month)
-    ledger.commit(entry())
-    ledger.commit(entry(partition=other))
-    later = Gap(Window(START + 9 * MINUTE, START + 10 * MINUTE), 1, "unanswered", 1, "nobody knows")
+    ledger.partitions.commit(entry())
+    ledger.partitions.commit(entry(partition=other))
+    later = Gap(
+        Window(START + 9 * MINUTE, START + 10 * MINUTE),
+        1,
+        GapReason.UNANSWERED,
+        1,
+        "nobody knows",
+    )
     done = replace(
         STATE,
         through=JANUARY.month.end,
@@ -410,16 +417,19 @@ def test_the_next_ingest_replaces_state_and_gaps_of_its_partition_alone(ledger: 
         rows=0,
         bytes=99,
         digest="d2",
-        rolled="d1",
+        rollup_source_digest="d1",
         attempts=2,
     )
-    ledger.commit(
-        entry(state=done, gaps=[later], rejected=rejected(), account=Account(10, 10, 0, 0))
+    ledger.partitions.commit(
+        entry(state=done, gaps=[later], rejected=rejected(), account=RowAccount(10, 10, 0, 0))
     )
-    assert (ledger.state(TABLE, JANUARY), ledger.gaps(TABLE, JANUARY)) == (done, [later])
-    assert (ledger.state(TABLE, other), ledger.gaps(TABLE, other)) == (STATE, [GAP])
-    assert ledger.requests() == [("answered", "", 3)]
-    assert len(ledger.quarantined(None, JANUARY.month)) == 2
+    assert (ledger.partitions.get(TABLE, JANUARY), ledger.gaps.of(TABLE, JANUARY)) == (
+        done,
+        [later],
+    )
+    assert (ledger.partitions.get(TABLE, other), ledger.gaps.of(TABLE, other)) == (STATE, [GAP])
+    assert outcomes(ledger) == [("answered", "", 3)]
+    assert len(ledger.quarantine.rows(None, JANUARY.month)) == 2
 
 
 @pytest.mark.parametrize(
@@ -429,7 +439,7 @@ def test_the_next_ingest_replaces_state_and_gaps_of_its_partition_alone(ledger: 
         {
             "gaps": [
                 GAP,
-                GAP._replace(window=Window(START + MINUTE, START + 2 * MINUTE), reason=None),
+                replace(GAP, window=Window(START + MINUTE, START + 2 * MINUTE), reason=None),
             ]
         },
         {"state": replace(STATE, rows=None)},
@@ -445,74 +455,88 @@ def test_the_next_ingest_replaces_state_and_gaps_of_its_partition_alone(ledger: 
     ],
 )
 def test_an_ingest_is_written_down_whole_or_not_at_all(ledger: Ledger, broken: dict[str, Any]):
-    ledger.commit(entry())
+    ledger.partitions.commit(entry())
     before = everything(ledger)
     with pytest.raises((StoreFailed, IndexError, TypeError)):
-        ledger.commit(entry(**{"fetches": [FETCH, FETCH], "gaps": [], "state": STATE, **broken}))
+        ledger.partitions.commit(
+            entry(**{"fetches": [FETCH, FETCH], "gaps": [], "state": STATE, **broken})
+        )
     assert everything(ledger) == before
-    ledger.commit(entry(gaps=[]))
-    assert ledger.gaps(TABLE, JANUARY) == []
+    ledger.partitions.commit(entry(gaps=[]))
+    assert ledger.gaps.of(TABLE, JANUARY) == []
 
 
 def test_a_failure_keeps_what_is_stored(ledger: Ledger):
     """Attempts and failures count up, the error is named; state, gaps and quarantine stay as they
     were.
     """
-    ledger.commit(entry())
+    ledger.partitions.commit(entry())
     before = everything(ledger)
     refused = FETCH._replace(outcome="retry", status=502, rows=None, error="HTTP 502")
     for _ in range(2):
-        ledger.fail(TABLE, JANUARY, JANUARY.month, "the venue is down", [refused], NOW)
+        ledger.partitions.record_failure(
+            IngestFailure(TABLE, JANUARY, JANUARY.month, "the venue is down", [refused], NOW)
+        )
     after = everything(ledger)
     assert after[0] == replace(STATE, attempts=3, failures=2, error="the venue is down")
     assert after[1:4] == before[1:4]
     assert after[4] == [("retry", "HTTP 502", 2), ("answered", "", 1)]
-    ledger.commit(entry())
-    assert ledger.state(TABLE, JANUARY) == STATE
+    ledger.partitions.commit(entry())
+    assert ledger.partitions.get(TABLE, JANUARY) == STATE
 
 
 def test_a_first_ingest_that_fails_has_asked_for_nothing(ledger: Ledger):
-    ledger.fail(TABLE, JANUARY, Window(START, JANUARY.month.end), "the venue is down", [], NOW)
+    ledger.partitions.record_failure(
+        IngestFailure(
+            TABLE, JANUARY, Window(START, JANUARY.month.end), "the venue is down", [], NOW
+        )
+    )
     nothing = replace(STATE, through=START, newest=None, rows=0, bytes=None, digest=None)
-    assert ledger.state(TABLE, JANUARY) == replace(nothing, failures=1, error="the venue is down")
-    assert ledger.accounts() == []
+    assert ledger.partitions.get(TABLE, JANUARY) == replace(
+        nothing, failures=1, error="the venue is down"
+    )
+    assert ledger.partitions.accounts() == []
 
 
 def test_rollups_are_remembered_by_the_digest_they_were_made_of(ledger: Ledger):
-    ledger.commit(entry())
-    ledger.commit(entry(partition=FEBRUARY))
-    ledger.set_rolled(TABLE, JANUARY, "d1")
-    assert [ledger.state(TABLE, p).rolled for p in (JANUARY, FEBRUARY)] == ["d1", None]
-    ledger.forget_rollups()
-    assert ledger.state(TABLE, JANUARY) == STATE
+    ledger.partitions.commit(entry())
+    ledger.partitions.commit(entry(partition=FEBRUARY))
+    ledger.partitions.set_rollup_source(TABLE, JANUARY, "d1")
+    assert [ledger.partitions.get(TABLE, p).rollup_source_digest for p in (JANUARY, FEBRUARY)] == [
+        "d1",
+        None,
+    ]
+    ledger.partitions.clear_rollup_sources()
+    assert ledger.partitions.get(TABLE, JANUARY) == STATE
 
 
 def test_a_market_is_listed_where_it_was_told(ledger: Ledger, another: Open):
-    assert ledger.listed(BTC) is None
-    ledger.set_listed(BTC, at("2017-08-17T04:00"), "told twice")
-    assert another().listed(BTC) == at("2017-08-17T04:00")
-    assert ledger.listed(Market("kraken", "BTC/USDT")) is None
+    assert ledger.markets.first_bar(BTC) is None
+    ledger.markets.set_first_bar(BTC, at("2017-08-17T04:00"), "told twice")
+    assert another().markets.first_bar(BTC) == at("2017-08-17T04:00")
+    assert ledger.markets.first_bar(Market("kraken", "BTC/USDT")) is None
 
 
 @pytest.mark.parametrize(
     ("reason", "answers", "cause", "settled"),
     [
         ("no_bars", 1, "", True),
-        ("quarantined", PROMPT_ASKS - 1, "", False),
-        ("quarantined", PROMPT_ASKS, "", True),
-        ("unanswered", PROMPT_ASKS - 1, "", False),
-        ("unanswered", PROMPT_ASKS, "", True),
+        ("quarantined", PROMPT_ATTEMPTS - 1, "", False),
+        ("quarantined", PROMPT_ATTEMPTS, "", True),
+        ("unanswered", PROMPT_ATTEMPTS - 1, "", False),
+        ("unanswered", PROMPT_ATTEMPTS, "", True),
         ("unanswered", 1, "delisted", True),
     ],
 )
 def test_a_gap_is_settled_by_evidence_or_by_asking_often_enough(
     reason: str, answers: int, cause: str, settled: bool
 ):
-    gap = GAP._replace(reason=reason, answers=answers, cause=cause)
-    assert gap.settled is settled
-    assert gap.due(NOW) is not settled  # as long as nobody has said when it is asked again
-    assert gap._replace(next_ask=NOW).due(NOW)
-    assert not gap._replace(next_ask=NOW + timedelta(seconds=1)).due(NOW)
+    known = GapCause(cause) if cause else None
+    gap = replace(GAP, reason=GapReason(reason), answers=answers, cause=known)
+    assert gap.is_settled is settled
+    assert gap.is_due(NOW) is not settled  # as long as no time is set
+    assert replace(gap, next_request=NOW).is_due(NOW)
+    assert not replace(gap, next_request=NOW + timedelta(seconds=1)).is_due(NOW)
 
 
 def test_requests_become_rows_of_the_fetch_log():
@@ -520,7 +544,7 @@ def test_requests_become_rows_of_the_fetch_log():
         Request("bars", T0, 0.5, "wait", 429, None, "slow down"),
         Request("bars", T0 + 1, 0.1, "answered", 200, 7),
     ]
-    assert logged(requests, JANUARY.month) == [
+    assert to_log(requests, JANUARY.month) == [
         LoggedFetch(JANUARY.month, T0, 0.5, "wait", 429, None, "slow down"),
         LoggedFetch(JANUARY.month, T0 + 1, 0.1, "answered", 200, 7, None),
     ]
@@ -531,13 +555,13 @@ def test_requests_become_rows_of_the_fetch_log():
     [((4320, 4315, 4, 1), True), ((4320, 4315, 4, 0), False), ((0, 0, 0, 0), True)],
 )
 def test_an_account_sums(parts: tuple[int, int, int, int], balanced: bool):
-    assert Account(*parts).balanced is balanced
+    assert RowAccount(*parts).is_balanced is balanced
 
 
 # --------------------------------------------------------------------------------- quarantine
 def test_a_rejected_row_keeps_its_fields_and_where_it_came_from(ledger: Ledger):
-    ledger.commit(entry(fetches=[FETCH, FETCH], answers=[1]))
-    (found,) = ledger.quarantined(BTC, JANUARY.month)
+    ledger.partitions.commit(entry(fetches=[FETCH, FETCH], answers=[1]))
+    (found,) = ledger.quarantine.rows(BTC, JANUARY.month)
     assert found == {
         "id": found["id"],
         "table": "raw/ohlcv_1m",
@@ -560,9 +584,9 @@ def test_a_rejected_row_keeps_its_fields_and_where_it_came_from(ledger: Ledger):
 )
 def test_the_same_row_is_kept_once_and_counted(ledger: Ledger, open_time: Any):
     same = (0, open_time, "null", '{"close":null}')
-    ledger.commit(entry(rejected=rejected(same, same)))
-    ledger.commit(entry(rejected=rejected(same), now=NOW + timedelta(days=1)))
-    (found,) = ledger.quarantined(BTC, JANUARY.month)
+    ledger.partitions.commit(entry(rejected=rejected(same, same)))
+    ledger.partitions.commit(entry(rejected=rejected(same), now=NOW + timedelta(days=1)))
+    (found,) = ledger.quarantine.rows(BTC, JANUARY.month)
     assert (found["seen"], found["fetch_id"]) == (3, 2)
     assert (found["first_seen"], found["last_seen"]) == (
         "2024-02-01T12:00:00Z",
@@ -576,37 +600,41 @@ def test_rows_that_differ_in_anything_are_kept_each(ledger: Ledger):
         (0, START, "null", '{"a":"2"}'),
         (0, START, "unclosed", '{"a":"1"}'),
     ]
-    ledger.commit(
+    ledger.partitions.commit(
         entry(
             rejected=rejected(
                 *rows, (0, START + MINUTE, "null", '{"a":"1"}'), (0, None, "null", '{"a":"1"}')
             )
         )
     )
-    ledger.commit(entry(partition=Partition(ETH, JANUARY.month), rejected=rejected(rows[0])))
-    assert [r["seen"] for r in ledger.quarantined(None, JANUARY.month)] == [1] * 6
+    ledger.partitions.commit(
+        entry(partition=Partition(ETH, JANUARY.month), rejected=rejected(rows[0]))
+    )
+    assert [r["seen"] for r in ledger.quarantine.rows(None, JANUARY.month)] == [1] * 6
 
 
 def test_quarantine_is_read_by_market_and_window(ledger: Ledger):
     """Half-open, by moments and not by text: the fraction of a second counts."""
     half = timedelta(milliseconds=500)
     times = [START, START + half, START + MINUTE - half, START + MINUTE, START + MINUTE + half]
-    ledger.commit(
+    ledger.partitions.commit(
         entry(
             rejected=rejected(
                 *((0, moment, "off_grid", json.dumps({"n": i})) for i, moment in enumerate(times))
             )
         )
     )
-    ledger.commit(entry(partition=Partition(ETH, JANUARY.month)))
+    ledger.partitions.commit(entry(partition=Partition(ETH, JANUARY.month)))
 
     def found(start: Any, end: Any, **options: Any) -> list[int]:
-        return [r["fields"]["n"] for r in ledger.quarantined(BTC, Window(start, end), **options)]
+        return [
+            r["fields"]["n"] for r in ledger.quarantine.rows(BTC, Window(start, end), **options)
+        ]
 
     assert found(START, START + MINUTE) == [0, 1, 2]
     assert found(START + half, START + MINUTE + half) == [1, 2, 3]
     assert found(START, START + 2 * MINUTE, limit=2) == [0, 1]
-    everybodys = ledger.quarantined(None, Window(START, START + 8 * MINUTE))
+    everybodys = ledger.quarantine.rows(None, Window(START, START + 8 * MINUTE))
     assert [r["market"] for r in everybodys] == [BTC.key] * 5 + [ETH.key]
 
 
@@ -614,12 +642,9 @@ def test_quarantine_is_read_by_market_and_window(ledger: Ledger):
 @pytest.fixture
 def blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
     """A ledger whose file another program holds, and whose patience is over at once."""
-    connect = sqlite3.connect
-    Ledger(tmp_path / "state")  # makes the tables
-    at_once = lambda file, **options: connect(file, **{**options, "timeout": 0})  # noqa: E731
-    monkeypatch.setattr("marketdata_assets.ledger.database.sqlite3.connect", at_once)
+    monkeypatch.setattr("marketdata_assets.ledger.sqlite.TIMEOUT", 0.0)
     impatient = Ledger(tmp_path / "state")
-    with connect(tmp_path / "state/ledger.db", isolation_level=None) as other:
+    with sqlite3.connect(tmp_path / "state/ledger.db", isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         yield impatient
         other.execute("ROLLBACK")
@@ -629,10 +654,12 @@ def blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]
 @pytest.mark.parametrize(
     "act",
     [
-        lambda ledger: ledger.commit(entry()),
-        lambda ledger: ledger.reserve("binance", T0, 60),
-        lambda ledger: ledger.pause("binance", T0),
-        lambda ledger: ledger.fail(TABLE, JANUARY, JANUARY.month, "x", [], NOW),
+        lambda ledger: ledger.partitions.commit(entry()),
+        lambda ledger: ledger.venues.reserve("binance", T0, 60),
+        lambda ledger: ledger.venues.pause("binance", T0),
+        lambda ledger: ledger.partitions.record_failure(
+            IngestFailure(TABLE, JANUARY, JANUARY.month, "x", [], NOW)
+        ),
     ],
 )
 def test_a_file_that_somebody_holds_is_told(blocked: Ledger, act: Callable[[Ledger], Any]):

@@ -21,15 +21,17 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import history, parity, raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
-from marketdata_assets.quality.parity import TOLERANCE, judge
+from marketdata_assets.quality.parity import compare_bars
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.views import answer
 from marketdata_assets.transforms.rollup import roll_up
+from marketdata_assets.venues.registry import facts_of
 from marketdata_tests.conftest import Universe, needs_shared
 from marketdata_tests.samples import BTC, JANUARY, MINUTE, START, dump, frame, real_bars, row
 from marketdata_tests.steps import SkippingClock, at, partitions, run_ingest, window
 
 HOUR = TIMEFRAMES["1h"]
+KRAKEN = facts_of("kraken").tolerances
 ONE = TIMEFRAMES["1m"]
 Replay = Callable[..., Any]
 
@@ -294,8 +296,8 @@ def test_the_minute_that_binance_lacks_itself(
             in str(shown["cause"])
         )
         assert (
-            "lacking volume 4767.5, quote_volume 103695.3454, trades 162, taker_buy_volume 1938.45"
-            in str(shown["cause"])
+            "ours is less by volume 4767.5, quote_volume 103695.3454, trades 162, "
+            "taker_buy_volume 1938.45" in str(shown["cause"])
         )
     (kept,) = unequal(stored(settings))
     assert kept["volume_apart"] == Decimal("-4767.5")
@@ -361,7 +363,9 @@ def test_what_krakens_tolerance_covers() -> None:
         )
         for timeframe, bars in ours.items():
             native = kraken(symbol, timeframe.name, "2023-01-01_2023-03-31")
-            found.setdefault(timeframe.name, []).append(judge("kraken", bars, native, whole))
+            found.setdefault(timeframe.name, []).append(
+                compare_bars("kraken", bars, native, span=whole)
+            )
     judged = {name: pl.concat(frames) for name, frames in found.items()}
     assert {
         name: dict(frame["outcome"].value_counts().iter_rows()) for name, frame in judged.items()
@@ -376,14 +380,14 @@ def test_what_krakens_tolerance_covers() -> None:
     assert together.filter(pl.col("outcome") == "differs")["columns"].unique().to_list() == [
         "volume"
     ]
-    assert together["trades_apart"].abs().max() == TOLERANCE["kraken", "trades"].absolute == 1
+    assert together["trades_apart"].abs().max() == KRAKEN["trades"].absolute == 1
     days = (
         judged["1d"]
         .select(pl.col("volume_apart").abs().cast(float) / pl.col("volume_native").cast(float))
         .to_series()
         .max()
     )
-    assert 0.0146 < days < TOLERANCE["kraken", "volume"].relative  # type: ignore[operator]
+    assert 0.0146 < days < KRAKEN["volume"].relative  # type: ignore[operator]
 
 
 @needs_shared
@@ -394,8 +398,11 @@ def test_what_binances_tolerance_covers() -> None:
     span = "2020-02-01_2020-03-31"
     hours, native = (real_bars("BTCUSDT", name, span) for name in ("1h", "4h"))
     whole = window("2020-02-01", "2020-04-01")
-    judged = judge(
-        "binance", roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole)[TIMEFRAMES["4h"]], native, whole
+    judged = compare_bars(
+        "binance",
+        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole)[TIMEFRAMES["4h"]],
+        native,
+        span=whole,
     )
     assert dict(judged["outcome"].value_counts().iter_rows()) == {
         "equal": 196,
@@ -405,8 +412,11 @@ def test_what_binances_tolerance_covers() -> None:
         "quote_volume",
         "taker_buy_quote_volume",
     }
-    stricter = judge(
-        "kraken", roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole)[TIMEFRAMES["4h"]], native, whole
+    stricter = compare_bars(
+        "kraken",
+        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole)[TIMEFRAMES["4h"]],
+        native,
+        span=whole,
     )
     assert dict(stricter["outcome"].value_counts().iter_rows()) == {
         "equal": 196,
@@ -474,7 +484,7 @@ def hours(*changes: dict[str, Any]) -> pl.DataFrame:
 def judged(
     ours: pl.DataFrame, native: pl.DataFrame, venue: str = "binance"
 ) -> list[tuple[str, str]]:
-    return judge(venue, ours, native, JANUARY.month).select("outcome", "columns").rows()
+    return compare_bars(venue, ours, native, span=JANUARY.month).select("outcome", "columns").rows()
 
 
 def test_what_is_not_given_is_not_compared() -> None:
@@ -511,8 +521,8 @@ def test_the_edge_of_a_tolerance() -> None:
 
 def test_columns_name_what_makes_the_outcome() -> None:
     """Where a bar differs, what lies within the tolerance is not named, but kept."""
-    (one,) = judge(
-        "kraken", hours({"volume": 11, "trades": 8}), hours({}), JANUARY.month
+    (one,) = compare_bars(
+        "kraken", hours({"volume": 11, "trades": 8}), hours({}), span=JANUARY.month
     ).to_dicts()
     assert (one["outcome"], one["columns"], one["volume_apart"], one["trades_apart"]) == (
         "differs",
@@ -528,16 +538,16 @@ def test_bars_on_one_side_and_outside_the_span() -> None:
         hours({}, {}, {}, {}).filter(pl.col("open_time") != START + HOUR.width),
     )
     span = Window(START, START + 4 * HOUR.width)
-    assert judge("binance", ours, native, span)["outcome"].to_list() == [
+    assert compare_bars("binance", ours, native, span=span)["outcome"].to_list() == [
         "equal",
         "only_ours",
         "equal",
         "only_native",
     ]
-    assert judge("binance", ours, native, Window(START, START + HOUR.width))[
+    assert compare_bars("binance", ours, native, span=Window(START, START + HOUR.width))[
         "outcome"
     ].to_list() == ["equal"]
-    assert judge("binance", ours, native, Window(START, START)).is_empty()
+    assert compare_bars("binance", ours, native, span=Window(START, START)).is_empty()
 
 
 @pytest.fixture
@@ -635,7 +645,7 @@ def test_a_correction_that_the_native_bar_does_not_know(whole_day: Settings) -> 
     (shown,) = finding.table
     assert shown["minutes"] == "2024-01-02T05:07:00Z"
     assert (
-        "corrected since: 2024-01-02T05:07:00Z: the venue's own bar still counts what it said before"
+        "corrected since: 2024-01-02T05:07:00Z: the venue's own bar still counts the earlier values"
         in str(shown["cause"])
     )
 

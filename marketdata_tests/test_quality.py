@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
-from itertools import pairwise
 from typing import Any
 
 import pandera.errors
@@ -17,13 +16,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marketdata_assets.model.bar import COLUMNS, NAMES, SCHEMA, empty_bars
-from marketdata_assets.model.intervals import holes, merged, runs, without
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, to_ms
-from marketdata_assets.quality.agreement import agree
+from marketdata_assets.quality.agreement import (
+    coalesce_optional,
+    compare_with_stored,
+    resolve_answers,
+    resolve_files,
+)
 from marketdata_assets.quality.contract import check_bars
-from marketdata_assets.quality.rules import REQUIRED, rules
-from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, reject, split
+from marketdata_assets.quality.rules import REQUIRED, build_rules
+from marketdata_assets.quality.split import (
+    REJECTED_SCHEMA,
+    SplitRows,
+    add_request_columns,
+    reject_bars,
+    split_rows,
+)
 from marketdata_tests.conftest import needs_shared
 from marketdata_tests.samples import MINUTE, START, Row, at, dump, frame, minutes, random_rows, row
 
@@ -51,10 +60,12 @@ def judge(
     asked: Window = ASKED,
     closed: datetime = LATER,
     columns: Sequence[str] = REQUIRED,
-) -> Split:
+) -> SplitRows:
     """Split rows of one answer."""
     frame = pl.DataFrame([{name: r[name] for name in NAMES} for r in rows], schema=SENT_SCHEMA)
-    return split(asked_columns(frame, 3, asked), timeframe, closed, columns)
+    return split_rows(
+        add_request_columns(frame, 3, asked), timeframe, closed_before=closed, columns=columns
+    )
 
 
 def reasons(*args: Any, **kwargs: Any) -> list[str]:
@@ -118,8 +129,8 @@ def test_a_row_breaks_exactly_one_rule(rule: str, broken: Row):
 
 
 def test_every_rule_is_tried():
-    assert [rule.name for rule in rules(M1, LATER)] == list(BROKEN)
-    assert len({rule.refuses for rule in rules(M1, LATER)}) == len(BROKEN)
+    assert [rule.name for rule in build_rules(M1, LATER)] == list(BROKEN)
+    assert len({rule.description for rule in build_rules(M1, LATER)}) == len(BROKEN)
 
 
 def test_a_bar_is_closed_when_its_end_is_at_the_venues_clock():
@@ -209,7 +220,7 @@ def test_a_number_is_kept_exactly_or_refused(texts: list[str]):
             pytest.fail(f"{text!r} became {value}")
 
 
-def kept_texts(texts: list[str], judged: Split) -> list[str]:
+def kept_texts(texts: list[str], judged: SplitRows) -> list[str]:
     """The texts that are not among the rejected ones, in order."""
     refused = Counter(
         json.loads(fields)["taker_buy_volume"] for fields in judged.rejected["fields"]
@@ -322,8 +333,10 @@ def test_no_real_bar_breaks_a_rule(symbol: str, span: str):
     included.
     """
     rows = dump("binance_spot", symbol, "1m", span).rename({"count": "trades"}).select(NAMES)
-    judged = split(
-        asked_columns(rows, 0, Window(at("2023-01-01"), at("2025-01-01"))), M1, at("2025-01-01")
+    judged = split_rows(
+        add_request_columns(rows, 0, Window(at("2023-01-01"), at("2025-01-01"))),
+        M1,
+        closed_before=at("2025-01-01"),
     )
     assert (judged.kept.height, judged.rejected.height) == (rows.height, 0)
     assert judged.kept["volume"].sum() == sum(map(Decimal, rows["volume"]))
@@ -331,7 +344,7 @@ def test_no_real_bar_breaks_a_rule(symbol: str, span: str):
 
 def test_bars_refused_after_all_keep_their_fields():
     bars = frame([row(NOON, trades=None)]).select(pl.lit(5, pl.Int64).alias("answer"), pl.all())
-    refused = reject(bars, "conflict")
+    refused = reject_bars(bars, "conflict")
     assert refused.schema == pl.Schema(REJECTED_SCHEMA)
     assert refused.drop("fields").rows() == [(5, NOON, "conflict")]
     fields = json.loads(refused["fields"][0])
@@ -362,7 +375,7 @@ def as_votes(rows: pl.DataFrame) -> list[Vote]:
 
 
 @pytest.mark.parametrize(
-    ("votes", "believed", "identical", "outvoted", "still_open"),
+    ("votes", "chosen", "repeated", "outvoted", "unresolved"),
     [
         ([], [], 0, [], []),
         ([(0, 1, 1), (0, 0, 1)], [(0, 1), (1, 1)], 0, [], []),
@@ -399,128 +412,92 @@ def as_votes(rows: pl.DataFrame) -> list[Vote]:
         ),
     ],
 )
-def test_agreement_by_hand(
+def test_answers_by_hand(
     votes: list[Vote],
-    believed: list[tuple[int, int]],
-    identical: int,
+    chosen: list[tuple[int, int]],
+    repeated: int,
     outvoted: list[Vote],
-    still_open: list[Vote],
+    unresolved: list[Vote],
 ):
-    agreement = agree(ballots(votes))
-    assert [vote[1:] for vote in as_votes(agreement.bars)] == believed
-    assert agreement.identical == identical
-    assert sorted(as_votes(agreement.outvoted)) == outvoted
-    assert sorted(as_votes(agreement.open)) == still_open
-    assert agreement.bars.schema == pl.Schema(SCHEMA)
-    assert (
-        agreement.outvoted.schema
-        == agreement.open.schema
-        == pl.Schema({"answer": pl.Int64(), **SCHEMA})
-    )
+    found = resolve_answers(ballots(votes))
+    assert [vote[1:] for vote in as_votes(found.bars)] == chosen
+    assert sorted(as_votes(found.outvoted)) == outvoted
+    assert sorted(as_votes(found.unresolved)) == unresolved
+    assert len(votes) == len(chosen) + repeated + len(outvoted) + len(unresolved)
+    assert found.bars.schema == pl.Schema(SCHEMA)
+    with_answer = pl.Schema({"answer": pl.Int64(), **SCHEMA})
+    assert found.outvoted.schema == found.unresolved.schema == with_answer
 
 
 @given(st.lists(st.tuples(st.integers(-1, 4), st.integers(0, 3), st.integers(1, 3)), max_size=20))
-def test_agreement_accounts_for_every_row(votes: list[Vote]):
-    agreement = agree(ballots(votes))
-    believed = {}
+def test_every_row_is_chosen_repeated_outvoted_or_unresolved(votes: list[Vote]):
+    found = resolve_answers(ballots(votes))
+    chosen = {}
     for minute in {minute for _, minute, _ in votes}:
         voices = Counter(variant for _, variant in {(a, v) for a, m, v in votes if m == minute})
         (first, most), *others = voices.most_common()
         if not others or (most > 1 and others[0][1] < most):
-            believed[minute] = first
-    assert [vote[1:] for vote in as_votes(agreement.bars)] == sorted(believed.items())
-    assert sorted(as_votes(agreement.outvoted)) == sorted(
-        v for v in votes if believed.get(v[1], v[2]) != v[2]
+            chosen[minute] = first
+    assert [vote[1:] for vote in as_votes(found.bars)] == sorted(chosen.items())
+    assert sorted(as_votes(found.outvoted)) == sorted(
+        v for v in votes if chosen.get(v[1], v[2]) != v[2]
     )
-    assert sorted(as_votes(agreement.open)) == sorted(v for v in votes if v[1] not in believed)
-    assert (
-        len(votes)
-        == agreement.bars.height
-        + agreement.identical
-        + agreement.outvoted.height
-        + agreement.open.height
-    )
+    assert sorted(as_votes(found.unresolved)) == sorted(v for v in votes if v[1] not in chosen)
 
 
-def test_two_bars_that_lack_the_same_values_are_one_bar():
+def test_two_bars_without_the_same_values_are_one_bar():
     bars = frame([row(START, quote_volume=None, trades=None)] * 2)
-    agreement = agree(bars.select(pl.Series("answer", [0, 1], pl.Int64), pl.all()))
-    assert (agreement.bars.height, agreement.identical, agreement.open.height) == (1, 1, 0)
+    found = resolve_answers(bars.select(pl.Series("answer", [0, 1], pl.Int64), pl.all()))
+    assert (found.bars.height, found.outvoted.height, found.unresolved.height) == (1, 0, 0)
 
 
-# --------------------------------------------------------------------------------- gaps, as sets of
-GRIDS = st.sampled_from([TIMEFRAMES[name] for name in ("1m", "1h", "1w")])
-PLACES = st.sets(st.integers(-12, 40), max_size=30)
+# --------------------------------------------------------------------------------- files and stored
+def numbered(*rows: Row) -> pl.DataFrame:
+    """Each row as the only row of its file."""
+    return frame(rows).select(pl.Series("answer", range(len(rows)), pl.Int64), pl.all())
 
 
-def window_of(tf: Timeframe, first: int, last: int) -> Window:
-    """The window of the places `first` to `last`, exclusive."""
-    return Window(tf.origin + first * tf.width, tf.origin + last * tf.width)
+def opened(bars: pl.DataFrame) -> list[tuple[int, int]]:
+    """Answer and minute of each row."""
+    return [(a, (t - START) // MINUTE) for a, t in bars.select("answer", "open_time").iter_rows()]
 
 
-def places(windows: Iterable[Window], tf: Timeframe) -> list[int]:
-    """Every place of the windows, in order, as often as it is there."""
-    return [
-        i
-        for w in windows
-        for i in range((w.start - tf.origin) // tf.width, (w.end - tf.origin) // tf.width)
-    ]
+def test_files_that_contradict_each_other_are_not_used():
+    kept = numbered(
+        row(START, trades=None),
+        row(START),
+        row(START + MINUTE),
+        row(START + MINUTE, close=Decimal(106)),
+        row(START + 2 * MINUTE),
+    )
+    found = resolve_files(kept)
+    assert opened(found.bars) == [(0, 0), (4, 2)]
+    assert opened(found.repeated) == [(1, 0)]
+    assert sorted(opened(found.disputed)) == [(2, 1), (3, 1)]
 
 
-def blocks(found: set[int]) -> list[tuple[int, int]]:
-    """A set of places as the fewest half-open ranges."""
-    first = sorted(i for i in found if i - 1 not in found)
-    last = sorted(i + 1 for i in found if i + 1 not in found)
-    return list(zip(first, last, strict=True))
+def test_bars_beside_the_stored_ones():
+    stored = frame([row(START, trades=None), row(START + MINUTE)])
+    found = compare_with_stored(
+        numbered(row(START), row(START + MINUTE, close=Decimal(106)), row(START + 2 * MINUTE)),
+        stored,
+    )
+    assert opened(found.new) == [(2, 2)]
+    assert opened(found.identical) == [(0, 0)]
+    assert opened(found.different) == [(1, 1)]
+    (different,) = found.different.to_dicts()
+    assert (different["close"], different["close_stored"]) == (106, 105)
 
 
-SPANS = st.tuples(st.integers(-15, 45), st.integers(-2, 30)).map(
-    lambda span: (span[0], span[0] + span[1])
-)
-
-
-@given(GRIDS, PLACES, SPANS, st.floats(0, 0.99), st.floats(0, 0.99))
-def test_holes_are_what_no_bar_fills(
-    tf: Timeframe, there: set[int], span: tuple[int, int], before: float, after: float
-):
-    """The window's ends need not lie on the grid: a bar counts when it opens inside."""
-    whole = window_of(tf, *span)
-    window = Window(whole.start - before * tf.width, whole.end - after * tf.width)
-    opens = pl.Series([tf.origin + i * tf.width for i in sorted(there)], dtype=SCHEMA["open_time"])
-    found = holes(opens, tf, window)
-    assert found == [window_of(tf, *block) for block in blocks(set(range(*span)) - there)]
-
-
-@given(GRIDS, SPANS, st.lists(SPANS, max_size=8))
-def test_what_is_cut_out_is_gone_and_the_rest_is_there_once(
-    tf: Timeframe, span: tuple[int, int], cuts: list[tuple[int, int]]
-):
-    rest = without(window_of(tf, *span), [window_of(tf, *cut) for cut in cuts])
-    assert places(rest, tf) == sorted(set(range(*span)) - {i for cut in cuts for i in range(*cut)})
-    assert all(rest)
-
-
-@given(
-    GRIDS, st.lists(SPANS.filter(lambda span: span[0] < span[1]), max_size=10), st.integers(1, 40)
-)
-def test_merged_windows_cover_the_same_and_stay_within_reach(
-    tf: Timeframe, spans: list[tuple[int, int]], reach: int
-):
-    windows = [window_of(tf, *span) for span in spans]
-    joined = merged(windows, reach, tf)
-    assert all(any(j.start <= w.start and w.end <= j.end for j in joined) for w in windows)
-    assert all(j in windows or len(places([j], tf)) <= reach for j in joined)
-    assert {j.start for j in joined} <= {w.start for w in windows}
-    assert {j.end for j in joined} <= {w.end for w in windows}
-    assert joined == sorted(joined)
-    assert all(len(places([Window(a.start, b.end)], tf)) > reach for a, b in pairwise(joined))
-
-
-@given(GRIDS, st.lists(st.integers(-12, 40), max_size=30))
-def test_runs_hold_just_those_open_times(tf: Timeframe, there: list[int]):
-    assert runs([tf.origin + i * tf.width for i in there], tf) == [
-        window_of(tf, *block) for block in blocks(set(there))
-    ]
+def test_values_that_are_not_given_come_from_the_other_frame():
+    rows = frame(
+        [row(START, trades=None), row(START + MINUTE), row(START + 2 * MINUTE, trades=None)]
+    )
+    by = frame([row(START, trades=5, close=Decimal(106)), row(START + MINUTE, trades=9)])
+    found = coalesce_optional(rows, by)
+    assert found["trades"].to_list() == [5, 7, None]
+    assert found["close"].to_list() == [105, 105, 105]
+    assert found.columns == rows.columns
 
 
 # --------------------------------------------------------------------------------- the contract of

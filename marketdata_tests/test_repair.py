@@ -31,7 +31,7 @@ from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
-from marketdata_assets.quality.clean import clean
+from marketdata_assets.quality.clean import clean_bars
 from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
@@ -286,8 +286,8 @@ def test_rows_that_must_not_be_stored_are_taken_out_with_an_audit(
 
 def test_clean_rows_stay_as_they_are() -> None:
     bars = frame(row(t) for t in minutes(50))
-    cleaned = clean(bars, MINUTE, JANUARY.month)
-    assert cleaned.says == ""
+    cleaned = clean_bars(bars, MINUTE, JANUARY.month)
+    assert cleaned.message == ""
     assert_frame_equal(cleaned.bars, bars, check_exact=True)
 
 

@@ -1,291 +1,182 @@
-"""The assets: one raw asset per fetched timeframe, and all rollups in one step from one read."""
+"""The assets of raw bars, one per fetched timeframe, and of rollups, all made in one step."""
 
 # no postponed annotations here: Dagster reads them at definition time
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
 from dagster_duckdb import DuckDBResource
 
-from marketdata_assets.charts import candles, sparkline
-from marketdata_assets.context import Context, Tell, open_context
-from marketdata_assets.defs.checks import IMPORT, KIND, Results, check_specs, failure_told, finished
+from marketdata_assets.context import Context, open_context
+from marketdata_assets.defs.checks import check_specs
 from marketdata_assets.defs.partitions import partitions_of_run
-from marketdata_assets.errors import CheckFailed
-from marketdata_assets.flows.derive.rollup import Derived, RollupBuilder
-from marketdata_assets.flows.fetch.imports import FileImporter
-from marketdata_assets.flows.fetch.ingest import Ingested, Ingester
-from marketdata_assets.flows.operate.repair import Told, told
-from marketdata_assets.flows.prove.audit import Auditor
-from marketdata_assets.flows.prove.gaps import GapExplainer
+from marketdata_assets.defs.pipeline_results import PipelineResults
+from marketdata_assets.defs.results import as_dagster_failure, publish
+from marketdata_assets.defs.specs import asset_key, asset_spec, storage_kind
+from marketdata_assets.defs.tags import KIND, RunKind
+from marketdata_assets.flows.operate.pipeline import Pipeline
 from marketdata_assets.flows.read.coverage import CoverageReporter
-from marketdata_assets.model.bar import Column
+from marketdata_assets.model.events import ProgressCallback, no_progress
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import Table, raw, rollup
+from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, iso
 from marketdata_assets.settings.universe import Settings
 
 WAREHOUSE_POOL = "warehouse"
-"""How many runs write rollups at once (dagster.yaml). Within them a lock lets one write; venues have a
-limiter.
-"""
-
-
-def asset_key(table: Table) -> dg.AssetKey:
-    """`raw/ohlcv_1m`"""
-    return dg.AssetKey(list(table.key))
-
-
-def _spec(
-    table: Table,
-    deps: Sequence[Table],
-    description: str,
-    kinds: set[str],
-    skippable: bool = True,
-    freshness_policy: dg.FreshnessPolicy | None = None,
-) -> dg.AssetSpec:
-    columns = [
-        dg.TableColumn(
-            c.name,
-            _type_name(c),
-            c.meaning,
-            constraints=dg.TableColumnConstraints(nullable=c.optional),
-        )
-        for c in table.columns
-    ]
-    return dg.AssetSpec(
-        asset_key(table),
-        deps=[asset_key(t) for t in deps],
-        description=description,
-        group_name=table.layer,
-        kinds=kinds,
-        owners=["team:marketdata"],
-        skippable=skippable,
-        freshness_policy=freshness_policy,
-        metadata={
-            "dagster/column_schema": dg.TableSchema(columns=columns),
-            "dagster/table_name": table.name,
-        },
-    )
-
-
-def _type_name(column: Column) -> str:
-    if column.name == "open_time":
-        return "timestamp UTC"
-    return "bigint" if column.dtype.is_integer() else "decimal(38, 12)"
+"""The pool of runs that write rollups to DuckDB; dagster.yaml sets its size."""
 
 
 def raw_asset(
-    settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitionsDefinition, tell: Tell
+    settings: Settings,
+    timeframe: Timeframe,
+    grid: dg.MultiPartitionsDefinition,
+    *,
+    on_progress: ProgressCallback = no_progress,
 ) -> dg.AssetsDefinition:
-    """The asset of one fetched timeframe."""
-    table = raw(timeframe)
-    what = (
-        f"{timeframe.name} bars exactly as the venues sent them, one Parquet object per market and month.\n\n"
-        "Materialize a partition to fetch what it lacks; a complete one costs no request. When a check is red, its own "
-        "text says what to do; rows refused by a rule are in `marketdata quarantine list`."
-    )
-    quiet, limits = _keeps_quiet(settings, timeframe), settings.limits(timeframe)
-    policy = (
-        dg.FreshnessPolicy.time_window(fail_window=limits.error, warn_window=limits.warn)
-        if quiet
-        else None
-    )
-    store = "s3" if settings.lake.startswith("s3://") else "parquet"
+    """Return the asset of one fetched timeframe."""
+    spec = _raw_spec(settings, timeframe)
 
     @dg.multi_asset(
         name=f"raw_ohlcv_{timeframe.name}",
-        specs=[_spec(table, [], what, {"polars", store, "pandera"}, quiet, policy)],
+        specs=[spec],
         partitions_def=grid,
         backfill_policy=dg.BackfillPolicy.single_run(),
-        check_specs=check_specs(table, settings, grid),
+        check_specs=check_specs(settings, raw(timeframe), grid),
     )
     def fetch(context: dg.AssetExecutionContext) -> Iterator[Any]:
         partitions = partitions_of_run(context)
-        results = Results(context, asset_key(table), tell, skippable=quiet)
-        with failure_told(tell, partitions), open_context(settings, tell=tell) as app:
-            fetch_into(
-                results, app, timeframe, partitions, asks=context.run.tags.get(KIND) != IMPORT
-            )
-            if results.failed and (
-                good := [
-                    p for p in results.good if settings.venues[p.market.venue].base == timeframe
-                ]
-            ):
-                # this step fails and the next is skipped: those that are well must not wait for the
-                # others
-                rollups = {
-                    tf: Results(context, asset_key(rollup(tf)), tell)
-                    for tf in settings.rollup_timeframes
-                }
-                roll_up_into(rollups, app, good)
-                for rolled in rollups.values():
-                    rolled.log_done()
-        yield from finished([results])
+        results = PipelineResults(
+            context, on_progress, raws=[timeframe], skippable=bool(spec.skippable)
+        )
+        with (
+            as_dagster_failure(partitions, on_progress),
+            open_context(settings, on_progress=on_progress) as app,
+        ):
+            pipeline = app.bind(Pipeline)
+            is_import = context.run.tags.get(KIND) == RunKind.IMPORT
+            process = pipeline.audit_stored if is_import else pipeline.fetch
+            for result in process(timeframe, partitions):
+                results.add(result)
+            results.add_coverage(app.bind(CoverageReporter))
+            (raw_results,) = results.assets
+            if raw_results.has_failures:
+                stored = _with_base(settings, timeframe, raw_results.stored_partitions)
+                _roll_up_now(context, app, stored, on_progress=on_progress)
+        yield from publish(context, results.assets)
 
     return fetch
 
 
-def _keeps_quiet(settings: Settings, timeframe: Timeframe) -> bool:
-    """Whether a refresh without new bars leaves no event here, so that Dagster's freshness badge tells
-    the truth.
-
-    What it leaves out, Dagster leaves out downstream too: only the one base may do so, never a
-    reference beside it.
-    """
-    wanted_now = any(
-        venue.until is None or venue.until > settings.now() for venue in settings.venues.values()
-    )
-    return wanted_now and {venue.base for venue in settings.venues.values()} == {timeframe}
-
-
 def rollup_assets(
-    settings: Settings, grid: dg.MultiPartitionsDefinition, tell: Tell
+    settings: Settings,
+    grid: dg.MultiPartitionsDefinition,
+    *,
+    on_progress: ProgressCallback = no_progress,
 ) -> dg.AssetsDefinition:
-    """All rollups: one step, one read of the raw bars, an asset per timeframe."""
-    tables = {tf: rollup(tf) for tf in settings.rollup_timeframes}
-    deps = [raw(tf) for tf in settings.raw_timeframes]
-    kinds = {"polars", "duckdb" if settings.rollups == "duckdb" else "parquet"}
-    specs = [_spec(t, deps, _rollup_words(tf), kinds) for tf, t in tables.items()]
+    """Return the assets of all rollups: one step, which reads the raw bars once."""
+    timeframes = settings.rollup_timeframes
+    is_in_duckdb = settings.rollups == "duckdb"
 
     @dg.multi_asset(
         name="rollups",
-        specs=specs,
+        specs=[_rollup_spec(settings, timeframe) for timeframe in timeframes],
         partitions_def=grid,
         backfill_policy=dg.BackfillPolicy.single_run(),
-        check_specs=[spec for t in tables.values() for spec in check_specs(t, settings, grid)],
-        pool=WAREHOUSE_POOL if settings.rollups == "duckdb" else None,
+        check_specs=[
+            spec
+            for timeframe in timeframes
+            for spec in check_specs(settings, rollup(timeframe), grid)
+        ],
+        pool=WAREHOUSE_POOL if is_in_duckdb else None,
     )
     def roll_up(context: dg.AssetExecutionContext, warehouse: DuckDBResource) -> Iterator[Any]:
         partitions = partitions_of_run(context)
-        results = {
-            tf: Results(context, asset_key(t), tell, skippable=True) for tf, t in tables.items()
-        }
+        results = PipelineResults(context, on_progress, rollups=timeframes, skippable=True)
         with (
-            failure_told(tell, partitions),
+            as_dagster_failure(partitions, on_progress),
             open_context(settings, warehouse.get_connection) as app,
         ):
-            roll_up_into(results, app, partitions)
-        yield from finished(list(results.values()))
+            _roll_up(app, partitions, results)
+        yield from publish(context, results.assets)
 
     return roll_up
 
 
-def fetch_into(
-    results: Results,
+def _roll_up(app: Context, partitions: list[Partition], results: PipelineResults) -> None:
+    for result in app.bind(Pipeline).roll_up(partitions):
+        results.add(result)
+    results.add_coverage(app.bind(CoverageReporter))
+
+
+def _roll_up_now(
+    context: dg.AssetExecutionContext,
     app: Context,
-    timeframe: Timeframe,
-    partitions: Sequence[Partition],
-    again: Window | None = None,
-    asks: bool = True,
-) -> list[Told]:
-    """Ingest and audit the partitions of a raw asset, and what each brought; bars of `again` are asked
-    for once more.
-
-    `asks`: off after an import, when what files have told is audited and no venue is asked.
-    """
-    fetched, unexplained = [], []
-    for done in (
-        app.bind(Ingester).ingest(timeframe, partitions, again)
-        if asks
-        else (app.bind(FileImporter).read_stored(timeframe, p) for p in partitions)
-    ):
-        fetched.append(told(done))
-        findings = app.bind(Auditor).audit_raw(done) if done.error is None else []
-        results.add(
-            done.partition,
-            _raw_metadata(done),
-            findings,
-            done.error,
-            changed=done.account.stored > 0,
-        )
-        if any(not gap.cause for gap in done.gaps):
-            unexplained.append(replace(done, bars=done.bars.select("open_time")))
-    explained = app.bind(GapExplainer).explain(
-        partitions, ask=asks
-    )  # what one market lacks, the others tell apart
-    for done in unexplained:
-        if done.error is None and (raw(timeframe), done.partition) in explained:
-            results.renew(done.partition, app.bind(Auditor).audit_gaps(done))
-    results.cover(*app.bind(CoverageReporter).daily(raw(timeframe)))
-    return fetched
-
-
-def roll_up_into(
-    results: Mapping[Timeframe, Results], app: Context, partitions: Sequence[Partition]
+    partitions: list[Partition],
+    *,
+    on_progress: ProgressCallback,
 ) -> None:
-    """Derive and audit the partitions of all rollups; one with a red blocking check fails alone."""
-    if not results:
-        return
-    blocked = {check.partition: check for check in app.ledger.red_checks() if check.blocking}
-    for partition in partitions:
-        if partition in blocked:
-            check = blocked[partition]
-            error = CheckFailed(
-                f"{check.table} {check.name} is red: {check.says}; nothing is rolled up from it"
-            )
-            for result in results.values():
-                result.add(partition, {}, [], error)
-    for derived in app.bind(RollupBuilder).build(
-        [partition for partition in partitions if partition not in blocked]
-    ):
-        for tf, result in results.items():
-            findings = app.bind(Auditor).audit_rollup(derived, tf)
-            result.add(
-                derived.partition,
-                _rollup_metadata(derived, tf),
-                findings,
-                changed=derived.changed.get(tf, 0) > 0,
-            )
-    covered = app.bind(CoverageReporter).daily(
-        rollup(next(iter(results)))
-    )  # they are made together
-    for result in results.values():
-        result.cover(*covered)
+    """Roll up in a step that is going to fail.
+
+    Dagster then skips the step of the rollups, and the partitions that are stored do not wait for
+    those that failed.
+    """
+    timeframes = app.settings.rollup_timeframes
+    if partitions and timeframes:
+        results = PipelineResults(context, on_progress, rollups=timeframes)
+        _roll_up(app, partitions, results)
+        for asset in results.assets:
+            asset.log_events()
 
 
-def _rollup_words(timeframe: Timeframe) -> str:
-    return (
-        f"{timeframe.name} bars made from the raw base bars, with VWAP and how many base bars each holds.\n\n"
-        "Sums are exact decimals; no bar is made up where there is none. When `complete` is red, materialize the raw "
-        "partition; when `matches_native` is red, the table names the bars and both values."
+def _with_base(
+    settings: Settings, timeframe: Timeframe, partitions: list[Partition]
+) -> list[Partition]:
+    """Return the partitions whose venue has this base: those that rollups are made from."""
+    return [p for p in partitions if settings.venues[p.market.venue].base == timeframe]
+
+
+def _raw_spec(settings: Settings, timeframe: Timeframe) -> dg.AssetSpec:
+    skippable, policy = _is_skippable(settings, timeframe), None
+    if skippable:
+        limits = settings.limits(timeframe)
+        policy = dg.FreshnessPolicy.time_window(fail_window=limits.error, warn_window=limits.warn)
+    description = (
+        f"{timeframe.name} bars exactly as the venues sent them: one Parquet object per market and "
+        "month.\n\n"
+        "Materialize a partition to fetch the bars that it is missing; a complete partition costs "
+        "no request. When a check is red, its description names the remedy. Rows that break a "
+        "rule are in quarantine: `marketdata quarantine list` shows them."
+    )
+    return asset_spec(
+        raw(timeframe),
+        [],
+        description,
+        kinds={"polars", storage_kind(settings.lake), "pandera"},
+        skippable=skippable,
+        freshness_policy=policy,
     )
 
 
-def _raw_metadata(done: Ingested) -> dict[str, Any]:
-    opens = done.bars["open_time"]
-    metadata: dict[str, Any] = {
-        "rows": done.bars.height,
-        "bytes": done.bytes,
-        "requests": done.requests,
-        "retries": done.retries,
-        "seconds_waited_for_limits": round(done.waited, 3),
-        "rows_received": done.account.received,
-        "rows_quarantined": done.account.quarantined,
-        "bars_corrected": done.replaced.height,
-        "closes": dg.MetadataValue.md(sparkline(done.bars["close"])),
-        "candles": dg.MetadataValue.md(candles(done.bars)),
-        "dagster/partition_row_count": done.bars.height,
-    }
-    if done.bars.height:
-        metadata |= {"first_bar": iso(opens[0]), "last_bar": iso(opens[-1])}
-    if done.note:
-        metadata["note"] = done.note
-    return metadata
+def _is_skippable(settings: Settings, timeframe: Timeframe) -> bool:
+    """Whether a refresh without new bars writes no event, so that Dagster's badge shows the feed.
+
+    A raw asset that is skipped makes Dagster skip what is made from it. So only the one base of
+    all venues is skippable, and only while bars of today are wanted.
+    """
+    venues = settings.venues.values()
+    is_open = any(venue.until is None or venue.until > settings.now() for venue in venues)
+    return is_open and {venue.base for venue in venues} == {timeframe}
 
 
-def _rollup_metadata(derived: Derived, timeframe: Timeframe) -> dict[str, Any]:
-    frame = derived.frames.get(timeframe)
-    if frame is None or frame.is_empty():
-        return {"rows": 0, "dagster/partition_row_count": 0}
-    return {
-        "rows": frame.height,
-        "rows_changed": derived.changed.get(timeframe, 0),
-        "first_bar": iso(frame["open_time"][0]),
-        "last_bar": iso(frame["open_time"][-1]),
-        "closes": dg.MetadataValue.md(sparkline(frame["close"])),
-        "dagster/partition_row_count": frame.height,
-    }
+def _rollup_spec(settings: Settings, timeframe: Timeframe) -> dg.AssetSpec:
+    description = (
+        f"{timeframe.name} bars made from the raw base bars, with their VWAP and the number of "
+        "base bars in each.\n\n"
+        "Sums are exact decimals, and there is no bar where the base has none. When `complete` is "
+        "red, materialize the raw partition again; when `matches_native` is red, its table names "
+        "the bars and both values."
+    )
+    store = "duckdb" if settings.rollups == "duckdb" else "parquet"
+    deps = [dg.AssetDep(asset_key(raw(source))) for source in settings.raw_timeframes]
+    return asset_spec(rollup(timeframe), deps, description, kinds={"polars", store})

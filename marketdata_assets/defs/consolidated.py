@@ -1,216 +1,213 @@
-"""Consolidated bars: an asset per base timeframe behind the raw ones, its own grid, and the sensor
-that keeps it up to date.
-"""
+"""Consolidated bars: an asset per base timeframe on a grid of its own, its job, and its sensor."""
 
 # no postponed annotations here: Dagster reads them at definition time
 
 import hashlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import dagster as dg
 
-from marketdata_assets.charts import differences, sparkline
-from marketdata_assets.context import Tell, open_context
-from marketdata_assets.defs.assets import asset_key
-from marketdata_assets.defs.automation import (
-    HISTORY,
-    LIVE,
-    TICK_SECONDS,
-    UNFINISHED,
-    one_line,
-    under_way,
-    wipe,
+from marketdata_assets.charts import differences
+from marketdata_assets.context import open_context
+from marketdata_assets.defs.instance import (
+    as_tick_failure,
+    find_busy_partitions,
+    find_materialized_partitions,
+    get_unfinished_runs,
+    wipe_lost_partitions,
 )
-from marketdata_assets.defs.checks import KIND, Results, failure_told, finished
-from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, partitions_of_run
+from marketdata_assets.defs.partitions import partitions_of_run
+from marketdata_assets.defs.results import (
+    AssetResults,
+    as_dagster_failure,
+    bars_metadata,
+    publish,
+)
+from marketdata_assets.defs.sensors import TICK_SECONDS
+from marketdata_assets.defs.specs import asset_key, asset_spec, storage_kind
+from marketdata_assets.defs.tags import RunKind, RunPriority, range_tags
 from marketdata_assets.flows.derive.consolidate import (
-    RECONCILED,
-    Behind,
-    Consolidated,
+    ConsolidationResult,
     Consolidator,
+    OutdatedConsolidation,
 )
-from marketdata_assets.flows.operate.backfill import LOST, BacklogFinder, Block, blocks
-from marketdata_assets.flows.prove.audit import Finding
+from marketdata_assets.flows.operate.backfill import PARTITIONS_A_RUN, is_search_due
+from marketdata_assets.flows.operate.blocks import Block, plan_blocks
+from marketdata_assets.flows.prove.reconcile import RECONCILED, check_reconciled
+from marketdata_assets.model.events import ProgressCallback, no_progress
 from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.partition_status import LOST_REASON
 from marketdata_assets.model.table import Table, consolidated, raw
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import iso, month_of
 from marketdata_assets.quality.reconcile import FAIL, WARN
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.warehouse import sql_type
 from marketdata_assets.transforms.consolidate import switches
 
 CONSOLIDATE = "consolidate"
-SHOWN = 50
-AGAIN_SECONDS = 600
-"""What failed is asked for again after this time, and sooner when its venues' bars change."""
+"""The name of the job."""
+SWITCHES_SHOWN = 50
+_RETRY_SECONDS = 600
+"""A run that failed is launched again after this time, and sooner when the venues' bars change."""
 
-
-def _grid(settings: Settings, grid: dg.MultiPartitionsDefinition) -> dg.MultiPartitionsDefinition:
-    """Every consolidated market x every month of the raw assets' grid."""
-    markets = dg.StaticPartitionsDefinition([market.key for market in settings.consolidate])
-    return dg.MultiPartitionsDefinition(
-        {"market": markets, "month": grid.get_partitions_def_for_dimension("month")}
-    )
+OutdatedPartitions = Mapping[Partition, OutdatedConsolidation]
 
 
 def consolidated_assets(
-    settings: Settings, grid: dg.MultiPartitionsDefinition, tell: Tell
+    settings: Settings,
+    grid: dg.MultiPartitionsDefinition,
+    *,
+    on_progress: ProgressCallback = no_progress,
 ) -> list[dg.AssetsDefinition]:
-    """`consolidated/ohlcv_<timeframe>` for every base timeframe of a consolidated market; `grid` is
-    that of the raw assets.
+    """Return `consolidated/ohlcv_<timeframe>` of every base timeframe of a consolidated market.
+
+    `grid` is that of the raw assets.
     """
     return [
-        _consolidated_asset(settings, tf, _grid(settings, grid), tell)
-        for tf in settings.consolidated_timeframes
-    ]
-
-
-def _consolidated_asset(
-    settings: Settings, timeframe: Timeframe, grid: dg.MultiPartitionsDefinition, tell: Tell
-) -> dg.AssetsDefinition:
-    table = consolidated(timeframe)
-    key = asset_key(table)
-    columns = [
-        dg.TableColumn(
-            c.name,
-            sql_type(c.dtype),
-            c.meaning,
-            constraints=dg.TableColumnConstraints(nullable=c.optional),
+        _consolidated_asset(
+            settings, timeframe, _consolidated_grid(settings, grid), on_progress=on_progress
         )
-        for c in table.columns
+        for timeframe in settings.consolidated_timeframes
     ]
-    spec = dg.AssetSpec(
-        key,
-        deps=[dg.AssetDep(asset_key(raw(timeframe)), partition_mapping=_mapping(settings))],
+
+
+def consolidate_job(settings: Settings) -> Any:
+    """Return the job of the consolidated partitions.
+
+    The job `ingest` cannot make them: its raw partitions are another grid.
+    """
+    keys = [asset_key(consolidated(timeframe)) for timeframe in settings.consolidated_timeframes]
+    return dg.define_asset_job(
+        CONSOLIDATE,
+        selection=dg.AssetSelection.assets(*keys),
         description=(
-            f"{timeframe.name} bars of several venues as one series: at each time the bar of the first venue that was up, in the "
-            "universe's order. The column `venue` says whose bar it is.\n\n"
-            "It is made again by itself when the raw bars of a venue change. A venue that was up and had no trade gives no bar; "
-            "one that was down, halted or not fetched yet is stood in for by the next. No venue's own series is touched."
+            "Makes consolidated partitions from the raw bars that are stored. No request is sent."
         ),
-        group_name=table.layer,
-        kinds={"polars", "s3" if settings.lake.startswith("s3://") else "parquet"},
-        owners=["team:marketdata"],
-        skippable=True,
-        metadata={
-            "dagster/column_schema": dg.TableSchema(columns=columns),
-            "dagster/table_name": table.name,
-        },
     )
+
+
+def _consolidated_grid(
+    settings: Settings, grid: dg.MultiPartitionsDefinition
+) -> dg.MultiPartitionsDefinition:
+    """Return every consolidated market by every month of the raw assets' grid."""
+    markets = dg.StaticPartitionsDefinition([market.key for market in settings.consolidate])
+    months = grid.get_partitions_def_for_dimension("month")
+    return dg.MultiPartitionsDefinition({"market": markets, "month": months})
+
+
+# ------------------------------------------------------------------------------------- the asset
+def _consolidated_asset(
+    settings: Settings,
+    timeframe: Timeframe,
+    grid: dg.MultiPartitionsDefinition,
+    *,
+    on_progress: ProgressCallback,
+) -> dg.AssetsDefinition:
+    key = asset_key(consolidated(timeframe))
     check = dg.AssetCheckSpec(
-        RECONCILED,
-        asset=key,
-        description=(
-            f"Where two venues have a bar of the same time, their closes lie less than {WARN} basis points apart (warning; {FAIL}: error). "
-            "If red: the table names the minutes; `SELECT * FROM reconciled.ohlcv_"
-            + timeframe.name
-            + "` has all of them."
-        ),
-        partitions_def=grid,
+        RECONCILED, asset=key, description=_reconciled_description(timeframe), partitions_def=grid
     )
 
     @dg.multi_asset(
         name=f"consolidated_ohlcv_{timeframe.name}",
-        specs=[spec],
+        specs=[_consolidated_spec(settings, timeframe)],
         partitions_def=grid,
         backfill_policy=dg.BackfillPolicy.single_run(),
         check_specs=[check],
     )
-    def make_one_series(context: dg.AssetExecutionContext) -> Iterator[Any]:
+    def consolidate(context: dg.AssetExecutionContext) -> Iterator[Any]:
         partitions = partitions_of_run(context)
-        results = Results(context, key, tell, skippable=True)
-        with failure_told(tell, partitions), open_context(settings) as app:
-            for done in app.bind(Consolidator).build(timeframe, partitions):
-                findings = (
-                    [
-                        _drawn(
-                            app.bind(Consolidator).audit_consolidated(timeframe, done),
-                            done,
-                        )
-                    ]
-                    if done.error is None
-                    else []
-                )
-                results.add(done.partition, _metadata(done), findings, done.error, done.changed)
-        yield from finished([results])
+        results = AssetResults(context, key, on_progress, skippable=True)
+        with as_dagster_failure(partitions, on_progress), open_context(settings) as app:
+            for result in app.bind(Consolidator).build(timeframe, partitions):
+                if result.error is not None:
+                    results.add_failure(result.partition, result.error)
+                    continue
+                finding = check_reconciled(settings, app.ledger, timeframe, result=result)
+                details = {**finding.details, "differences": _draw_differences(result)}
+                findings = [replace(finding, details=details)]
+                results.add(result.partition, _metadata(result), findings, changed=result.changed)
+        yield from publish(context, [results])
 
-    return make_one_series
+    return consolidate
 
 
-def _mapping(settings: Settings) -> dg.MultiPartitionMapping:
-    """From a consolidated market's month to the same month of each of its venues."""
-    above = {
+def _consolidated_spec(settings: Settings, timeframe: Timeframe) -> dg.AssetSpec:
+    dep = dg.AssetDep(asset_key(raw(timeframe)), partition_mapping=_partition_mapping(settings))
+    description = (
+        f"{timeframe.name} bars of several venues as one series: at each time the bar of the first "
+        "venue that was up, in the order of the universe. The column `venue` names the venue of "
+        "each bar.\n\n"
+        "A partition is made again when the raw bars of a venue change. A venue that was up and "
+        "had no trade gives no bar; a venue that was down, halted or not fetched yet is replaced "
+        "by the next one. The series of each venue stays as it is."
+    )
+    kinds = {"polars", storage_kind(settings.lake)}
+    return asset_spec(consolidated(timeframe), [dep], description, kinds=kinds)
+
+
+def _reconciled_description(timeframe: Timeframe) -> str:
+    return (
+        "Where two venues have a bar of the same time, their closes lie less than "
+        f"{WARN} basis points apart (warning), or {FAIL} (error). If red: the table names the "
+        f"minutes; `SELECT * FROM reconciled.ohlcv_{timeframe.name}` returns all of them."
+    )
+
+
+def _partition_mapping(settings: Settings) -> dg.MultiPartitionMapping:
+    """Return the mapping of a consolidated market's month to that month of each of its venues."""
+    consolidated_by_market = {
         market.key: whole.key
         for whole, markets in settings.consolidate.items()
         for market in markets
     }
+    markets = dg.StaticPartitionMapping(consolidated_by_market)
     return dg.MultiPartitionMapping(
         {
-            "market": dg.DimensionPartitionMapping("market", dg.StaticPartitionMapping(above)),
+            "market": dg.DimensionPartitionMapping("market", markets),
             "month": dg.DimensionPartitionMapping("month", dg.IdentityPartitionMapping()),
         }
     )
 
 
-def _drawn(finding: Finding, done: Consolidated) -> Finding:
-    picture = dg.MetadataValue.md(differences(done.pairs, done.partition.month, WARN, FAIL))
-    return replace(finding, shown={**finding.shown, "differences": picture})
-
-
-def _metadata(done: Consolidated) -> dict[str, Any]:
-    """Bars of each venue, where the series goes over to another, and how far apart the venues lie."""
-    changes = switches(done.bars)
-    counts = {
-        f"bars_{venue}": count
-        for venue, count in done.bars["venue"].value_counts(sort=True).iter_rows()
-    }
+def _metadata(result: ConsolidationResult) -> dict[str, Any]:
+    """Return the bars of each venue, where the series switches venues, and how far these differ."""
+    bars = result.bars
+    changes = switches(bars)
     rows = [
-        dg.TableRecord({"from": iso(at), "before": before, "venue": venue})
-        for at, before, venue in changes.head(SHOWN).iter_rows()
+        dg.TableRecord({"from": iso(moment), "before": before, "venue": venue})
+        for moment, before, venue in changes.head(SWITCHES_SHOWN).iter_rows()
     ]
+    counts = bars["venue"].value_counts(sort=True).iter_rows()
     metadata: dict[str, Any] = {
-        "rows": done.bars.height,
-        "bytes": done.bytes,
-        **counts,
+        **bars_metadata(bars),
+        "bytes": result.bytes,
+        **{f"bars_{venue}": count for venue, count in counts},
         "switches": changes.height,
         "switched": dg.MetadataValue.table(rows) if rows else "never",
-        "closes": dg.MetadataValue.md(sparkline(done.bars["close"])),
-        "differences": dg.MetadataValue.md(
-            differences(done.pairs, done.partition.month, WARN, FAIL)
-        ),
-        "dagster/partition_row_count": done.bars.height,
+        "differences": _draw_differences(result),
     }
-    if done.bars.height:
-        metadata |= {
-            "first_bar": iso(done.bars["open_time"][0]),
-            "last_bar": iso(done.bars["open_time"][-1]),
-        }
-    return {**metadata, "note": done.note} if done.note else metadata
+    return {**metadata, "note": result.note} if result.note else metadata
 
 
-# --------------------------------------------------------------------------------- what keeps it up
-def consolidate_job(settings: Settings) -> Any:
-    """The job that makes consolidated partitions; the raw ones below them are another grid, so
-    `ingest` cannot.
-    """
-    keys = [asset_key(consolidated(tf)) for tf in settings.consolidated_timeframes]
-    return dg.define_asset_job(
-        CONSOLIDATE,
-        selection=dg.AssetSelection.assets(*keys),
-        description="Make consolidated partitions from the raw bars that are stored; no request is sent.",
-    )
+def _draw_differences(result: ConsolidationResult) -> dg.MarkdownMetadataValue:
+    month = result.partition.month
+    return dg.MetadataValue.md(differences(result.pairs, month, WARN, FAIL))
 
 
+# ------------------------------------------------------------------------------------ the sensor
 def keep_consolidated(
     settings: Settings, grid: dg.MultiPartitionsDefinition
 ) -> dg.SensorDefinition:
-    """Asks for consolidated partitions whose venues' bars have changed, the newest first; `grid` is
-    that of the raw assets.
+    """Return the sensor that launches runs for outdated consolidated partitions, the newest first.
+
+    `grid` is that of the raw assets.
     """
-    mine = _grid(settings, grid)
+    consolidated_grid = _consolidated_grid(settings, grid)
+    tables = [consolidated(timeframe) for timeframe in settings.consolidated_timeframes]
 
     @dg.sensor(
         name="keep_consolidated",
@@ -218,67 +215,61 @@ def keep_consolidated(
         minimum_interval_seconds=TICK_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description=(
-            "Finds consolidated partitions that were never made, lost their object, or whose venues' raw bars have changed since, and "
-            "asks for them, the newest months first. So the next venue stands in while one is down, and what it lent is taken back."
+            "Finds consolidated partitions that were never made, have lost their object, or whose "
+            "venues' raw bars have changed since, and launches runs for them, the newest months "
+            "first. So the next venue replaces one that is down, and gives way again when its bars "
+            "arrive."
         ),
     )
     def evaluate(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        tables = [consolidated(tf) for tf in settings.consolidated_timeframes]
-        with one_line(), open_context(settings) as app:
-            busy, _ = under_way(context.instance, mine)
-            shown = {
-                table: context.instance.get_materialized_partitions(asset_key(table))
-                for table in tables
-            }
-            late = app.bind(Consolidator).find_outdated(
-                app.bind(BacklogFinder).look_is_due(settings.now(), "lost consolidated objects"),
-                busy,
-                shown,
+        runs = get_unfinished_runs(context.instance)
+        with as_tick_failure(), open_context(settings) as app:
+            outdated = app.bind(Consolidator).find_outdated(
+                is_search_due(
+                    app.ledger, app.storage, settings.now(), what="lost consolidated objects"
+                ),
+                find_busy_partitions(runs, consolidated_grid),
+                find_materialized_partitions(context.instance, tables),
             )
-        wipe(context.instance, _lost(settings, late))
-        running = context.instance.get_runs_count(
-            dg.RunsFilter(job_name=CONSOLIDATE, statuses=UNFINISHED)
-        )
-        wanted = {
-            (partition.market.key, partition.month_key): why.reason
-            for partition, why in late.items()
-        }
-        asked = blocks(
-            [list(settings.consolidate)], wanted, wanted, max(0, settings.automation.runs - running)
-        )
-        says = (
-            f"{len(late)} partitions have to be made"
-            if late
-            else "every consolidated partition is up to date"
-        )
-        context.log.info("; ".join([says, *map(str, asked)]))
-        return dg.SensorResult(
-            [_run(block, late, settings) for block in asked], skip_reason=None if asked else says
-        )
+        wipe_lost_partitions(context.instance, _find_lost(settings, outdated))
+        launched = sum(run.job_name == CONSOLIDATE for run in runs)
+        blocks = _plan_blocks(settings, outdated, room=settings.automation.runs - launched)
+        message = "every consolidated partition is up to date"
+        if outdated:
+            message = f"{len(outdated)} partitions have to be made"
+        context.log.info("; ".join([message, *map(str, blocks)]))
+        requests = [_run_request(settings, block, outdated) for block in blocks]
+        return dg.SensorResult(requests, skip_reason=None if requests else message)
 
     return evaluate
 
 
-def _lost(settings: Settings, late: dict[Partition, Behind]) -> dict[Table, list[Partition]]:
-    lost: dict[Table, list[Partition]] = {}
-    for partition, why in late.items():
-        if why.reason == LOST:
-            lost.setdefault(consolidated(settings.base(partition.market)), []).append(partition)
+def _plan_blocks(settings: Settings, outdated: OutdatedPartitions, *, room: int) -> list[Block]:
+    reasons = {partition.stored_key: state.reason for partition, state in outdated.items()}
+    markets = list(settings.consolidate)
+    return plan_blocks([markets], reasons, max(0, room), most=PARTITIONS_A_RUN)
+
+
+def _find_lost(settings: Settings, outdated: OutdatedPartitions) -> dict[Table, list[Partition]]:
+    lost: dict[Table, list[Partition]] = defaultdict(list)
+    for partition, state in outdated.items():
+        if state.reason == LOST_REASON:
+            lost[consolidated(settings.base(partition.market))].append(partition)
     return lost
 
 
-def _run(block: Block, late: dict[Partition, Behind], settings: Settings) -> dg.RunRequest:
-    """One run; the same once more only when what it would be made of has changed, or after a while."""
-    content = hashlib.sha256(
-        "".join(late[partition].of for partition in block.partitions).encode()
-    ).hexdigest()[:16]
-    tags = {
-        RANGE_START: block.first.key,
-        RANGE_END: block.last.key,
-        KIND: CONSOLIDATE,
-        "dagster/priority": LIVE if month_of(settings.now()) in block.months else HISTORY,
-    }
-    moment = int(settings.now().timestamp()) // AGAIN_SECONDS
+def _run_request(settings: Settings, block: Block, outdated: OutdatedPartitions) -> dg.RunRequest:
+    """Return the request of one run.
+
+    Its key stays until what it would be made of changes, or a while has passed: Dagster launches
+    one run per key.
+    """
+    digests = "".join(outdated[partition].source_digest for partition in block.partitions)
+    digest = hashlib.sha256(digests.encode()).hexdigest()[:16]
+    period = int(settings.now().timestamp()) // _RETRY_SECONDS
+    is_live = month_of(settings.now()) in block.months
+    priority = RunPriority.LIVE if is_live else RunPriority.HISTORY
     return dg.RunRequest(
-        run_key=f"{block.first.key}..{block.last.key}@{content}@{moment}", tags=tags
+        run_key=f"{block.first.key}..{block.last.key}@{digest}@{period}",
+        tags=range_tags(block.first, block.last, RunKind.CONSOLIDATE, priority=priority),
     )

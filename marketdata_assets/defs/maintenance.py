@@ -1,143 +1,154 @@
-"""Jobs that look after everything: report health, prune what nobody needs, let old months go."""
+"""Jobs that run by schedule: report health, delete old records, and retire old months."""
 
 # no postponed annotations here: Dagster reads them at definition time
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict
 
 import dagster as dg
-from dagster._time import get_current_datetime
 from pydantic import Field
 
-from marketdata_assets.context import open_context, tell_nobody
-from marketdata_assets.dagster_ext.prune import prune
-from marketdata_assets.defs.assets import asset_key
-from marketdata_assets.defs.checks import failure_told
-from marketdata_assets.flows.operate.health import Health, HealthInspector, Status
-from marketdata_assets.flows.operate.prune import forget
-from marketdata_assets.flows.operate.retire import KEPT, MOVED, REMOVED, Retirer
+from marketdata_assets.context import open_context
+from marketdata_assets.dagster_ext.prune import prune_runs
+from marketdata_assets.defs.results import as_dagster_failure
+from marketdata_assets.defs.schedules import ScheduledJob, schedule_job
+from marketdata_assets.defs.specs import asset_key
+from marketdata_assets.flows.operate.health import Health, HealthInspector, HealthStatus
+from marketdata_assets.flows.operate.prune import delete_old_records
+from marketdata_assets.flows.operate.retire import Retirement, RetirementAction, Retirer
 from marketdata_assets.model.table import Table
 from marketdata_assets.settings.universe import Settings
 
+MONTHS_SHOWN = 1000
+"""How many months the table of the job `retire` has."""
 
-def health_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefinition]:
-    """`marketdata health`, every six hours in the UI; what is not healthy stands in its metadata and
-    its log.
-    """
 
-    @dg.op(description="Looks at every market, every venue and the daemon.")
-    def look(context: dg.OpExecutionContext) -> None:
-        with failure_told(tell_nobody, ()), open_context(settings) as app:
-            found = app.bind(HealthInspector).inspect()
-        counts = {status.value: sum(h.status == status for h in found) for status in Status}
-        bad = [_row(h) for h in found if h.status != Status.HEALTHY]
+def health_job(settings: Settings) -> ScheduledJob:
+    """Return the job that reports what `marketdata health` does, every six hours."""
+
+    @dg.op(
+        name="look",
+        description="Judges every market, every venue and the daemon, with reasons.",
+    )
+    def inspect_health(context: dg.OpExecutionContext) -> None:
+        with as_dagster_failure(), open_context(settings) as app:
+            subjects = app.bind(HealthInspector).inspect()
+        counts = Counter(health.status for health in subjects)
+        bad = [health for health in subjects if health.status != HealthStatus.HEALTHY]
+        rows = [_health_row(health) for health in bad]
         context.add_output_metadata(
-            {**counts, "not_healthy": dg.MetadataValue.table(bad) if bad else "none"}
+            {
+                **{status.value: counts[status] for status in HealthStatus},
+                "not_healthy": dg.MetadataValue.table(rows) if rows else "none",
+            }
         )
-        for h in found:
-            if h.status != Status.HEALTHY:
-                context.log.warning(f"{h.subject} is {h.status}: {'; '.join(h.reasons)}")
+        for health in bad:
+            context.log.warning(f"{health.subject} is {health.status}: {'; '.join(health.reasons)}")
 
     @dg.job(
         name="health",
-        description="Healthy, degraded or unhealthy, with reasons: see the metadata of its one step.",
+        description=(
+            "Reports every market, every venue and the daemon as healthy, degraded or unhealthy. "
+            "The metadata of its one step has the reasons."
+        ),
     )
     def job() -> None:
-        look()
+        inspect_health()
 
-    return job, schedule("health_every_six_hours", job, "0 */6 * * *")
+    return schedule_job("health_every_six_hours", job, "0 */6 * * *")
 
 
-def _row(found: Health) -> dg.TableRecord:
+def _health_row(health: Health) -> dg.TableRecord:
+    reasons = "; ".join(health.reasons)
     return dg.TableRecord(
-        {
-            "subject": found.subject,
-            "status": found.status.value,
-            "reasons": "; ".join(found.reasons),
-        }
+        {"subject": health.subject, "status": health.status.value, "reasons": reasons}
     )
 
 
-def prune_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefinition]:
-    """`marketdata prune`, every night."""
+def prune_job(settings: Settings) -> ScheduledJob:
+    """Return the job that does what `marketdata prune` does, every night."""
+    days = settings.retention_days
 
     @dg.op(
-        description=f"Removes logs of runs that ended more than {settings.retention_days} days ago, and old alerts and fetch logs."
+        name="remove",
+        description=(
+            f"Deletes the logs of runs that ended more than {days} days ago, and alerts and rows "
+            "of the fetch log as old as that."
+        ),
     )
-    def remove(context: dg.OpExecutionContext) -> None:
-        with failure_told(tell_nobody, ()), open_context(settings) as app:
-            gone = prune(context.instance, settings.retention_days, get_current_datetime())
-            context.add_output_metadata(
-                {
-                    **asdict(gone),
-                    **forget(app.settings, app.ledger, app.clock, days=settings.retention_days),
-                }
-            )
+    def delete_old(context: dg.OpExecutionContext) -> None:
+        with as_dagster_failure(), open_context(settings) as app:
+            runs = prune_runs(context.instance, days)
+            records = delete_old_records(settings, app.ledger, app.clock, days=days)
+        context.add_output_metadata({**asdict(runs), **records})
 
     @dg.job(
         name="prune",
-        description="Removes what nobody needs any more; materializations and check results stay for ever.",
+        description=(
+            "Deletes logs that nobody needs any more. Materializations and results of checks stay "
+            "for ever."
+        ),
     )
     def job() -> None:
-        remove()
+        delete_old()
 
-    return job, schedule("prune_every_night", job, "30 3 * * *")
+    return schedule_job("prune_every_night", job, "30 3 * * *")
 
 
 class RetireConfig(dg.Config):
-    """What to do."""
+    """What the job `retire` does."""
 
     dry_run: bool = Field(
-        False, description="Only say what would go, and where to; nothing is changed."
+        False, description="Only list the months that are due, and where they would go."
     )
 
 
-def retire_job(settings: Settings) -> tuple[dg.JobDefinition, dg.ScheduleDefinition]:
-    """`marketdata retire`, every night; what is removed is shown as missing afterwards, because it
-    is.
+def retire_job(settings: Settings) -> ScheduledJob:
+    """Return the job that does what `marketdata retire` does, every night.
+
+    Removed months are shown as missing afterwards, because they are.
     """
 
     @dg.op(
-        description="Removes months that are older than `retention:` keeps, and moves those that are older than `cold:` says."
+        name="let_go",
+        description=(
+            "Removes months that are older than `retention:` keeps, and moves months that are "
+            "older than `cold:` allows."
+        ),
     )
-    def let_go(context: dg.OpExecutionContext, config: RetireConfig) -> None:
-        with failure_told(tell_nobody, ()), open_context(settings) as app:
-            found = list(app.bind(Retirer).retire(config.dry_run))
-        removed: dict[Table, list[str]] = defaultdict(list)
-        for one in found:
-            if one.what == REMOVED and one.partition:
-                removed[one.table].append(one.partition.key)
-        for table, keys in removed.items() if not config.dry_run else ():
-            context.instance.wipe_asset_partitions(asset_key(table), keys)
-        counts = {
-            f"months_{what}": sum(one.what == what for one in found)
-            for what in (REMOVED, MOVED, KEPT)
-        }
-        rows = [dg.TableRecord(one.as_dict()) for one in found[:1000]]
+    def retire_months(context: dg.OpExecutionContext, config: RetireConfig) -> None:
+        with as_dagster_failure(), open_context(settings) as app:
+            months = list(app.bind(Retirer).retire(config.dry_run))
+        if not config.dry_run:
+            _wipe_removed(context.instance, months)
+        counts = Counter(month.action for month in months)
+        rows = [dg.TableRecord(month.as_dict()) for month in months[:MONTHS_SHOWN]]
         context.add_output_metadata(
             {
                 "dry_run": config.dry_run,
-                **counts,
+                **{f"months_{action.value}": counts[action] for action in RetirementAction},
                 "months": dg.MetadataValue.table(rows) if rows else "none",
             }
         )
 
     @dg.job(
         name="retire",
-        description="Lets old months go, by `retention:` and `cold:` of the universe; with dry_run it only says which.",
+        description=(
+            "Removes and moves old months by `retention:` and `cold:` of the universe; with "
+            "`dry_run` it only lists them."
+        ),
     )
     def job() -> None:
-        let_go()
+        retire_months()
 
-    return job, schedule("retire_every_night", job, "0 3 * * *")
+    return schedule_job("retire_every_night", job, "0 3 * * *")
 
 
-def schedule(name: str, job: dg.JobDefinition, cron: str) -> dg.ScheduleDefinition:
-    """A schedule in UTC that is on from the start."""
-    return dg.ScheduleDefinition(
-        name=name,
-        job=job,
-        cron_schedule=cron,
-        execution_timezone="UTC",
-        default_status=dg.DefaultScheduleStatus.RUNNING,
-    )
+def _wipe_removed(instance: dg.DagsterInstance, months: Iterable[Retirement]) -> None:
+    removed: dict[Table, list[str]] = defaultdict(list)
+    for month in months:
+        if month.action == RetirementAction.REMOVED and month.partition:
+            removed[month.table].append(month.partition.key)
+    for table, keys in removed.items():
+        instance.wipe_asset_partitions(asset_key(table), keys)

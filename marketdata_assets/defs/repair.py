@@ -1,9 +1,10 @@
-"""Repair and second looks, through Dagster: a span is cleaned, fetched, asked again, checked and
-rolled up, with a receipt.
+"""The job `repair`: markets and a span are cleaned, fetched, checked and rolled up, with a receipt.
 
-    python -m marketdata_assets.defs.repair '{"markets": [...], "start": ..., "end": ..., "again": true}'
+    python -m marketdata_assets.defs.repair REQUEST
 
-does it in this process for `marketdata repair` and prints one JSON object.
+executes it in this process for `marketdata repair`. REQUEST is a JSON object with `markets` (keys;
+none means all), `start` and `end` (UTC, exclusive), and `again`. The answer is one JSON object with
+`success`, `receipt` (its number, or null), and `message` (why the run failed, or empty).
 """
 
 # no postponed annotations here: Dagster reads them at definition time
@@ -13,116 +14,104 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from datetime import timedelta
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import dagster as dg
 from pydantic import Field
 
-from marketdata_assets.context import open_context, tell_nobody
-from marketdata_assets.dagster_ext.launcher import (
-    PROCESS_TAG,
-    open_instance,
-    process_id,
-    why_failed,
+from marketdata_assets.context import open_context
+from marketdata_assets.dagster_ext.runs import PROCESS_TAG, failure_message, open_instance
+from marketdata_assets.defs.pipeline_results import PipelineResults
+from marketdata_assets.defs.results import as_dagster_failure, log_and_raise
+from marketdata_assets.defs.tags import RECEIPT, REPAIR_END, REPAIR_START
+from marketdata_assets.flows.operate.pipeline import Pipeline
+from marketdata_assets.flows.operate.repair import (
+    Repairer,
+    RepairRequest,
+    RepairResult,
+    repair_partitions,
 )
-from marketdata_assets.defs.assets import asset_key, fetch_into, roll_up_into
-from marketdata_assets.defs.checks import Results, failure_told, log_all
-from marketdata_assets.flows.operate.repair import Repairer, span_of
+from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.window import Window, iso, parse_time
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
+from marketdata_assets.system import process_id
 
 REPAIR, OP = "repair", "repair_span"
-REPAIR_START, REPAIR_END = "marketdata/repair_start", "marketdata/repair_end"
-"""Tags of a repair: the corners of the grid that it works on, for whoever must not work on them
-too.
-"""
-RECEIPT_TAG = "marketdata/receipt"
 
 
 class RepairConfig(dg.Config):
-    """What to repair. Everything of that span that is missing, failed, parked, broken or not rolled up
-    is done again.
-    """
+    """What to repair: everything in the span that is missing, invalid, parked or not rolled up."""
 
     market: str = Field(
         "",
-        description="Markets such as `binance:BTC-USDT`, separated by spaces. Empty: every market of the universe.",
+        description=(
+            "Markets such as `binance:BTC-USDT`, separated by spaces. Empty: every market of the "
+            "universe."
+        ),
     )
     start: str = Field(
         "",
-        description="First day, UTC, inclusive, such as `2024-03-01`. Empty: the universe's first day.",
+        description=(
+            "The first day, UTC, inclusive, such as `2024-03-01`. Empty: the first day of the "
+            "universe."
+        ),
     )
     end: str = Field(
-        "", description="Last day, UTC, exclusive, such as `2024-04-01`. Empty: until now."
+        "",
+        description="The last day, UTC, exclusive, such as `2024-04-01`. Empty: until now.",
     )
     again: bool = Field(
-        False, description="Ask the venue also for what is stored of the span, to find corrections."
+        False,
+        description=(
+            "Also fetch the bars of the span that are stored, to find what the venue has corrected."
+        ),
     )
+
+
+class _Target(NamedTuple):
+    """The partitions that a configuration means, and its window."""
+
+    partitions: list[Partition]
+    window: Window
 
 
 def repair_job(settings: Settings) -> dg.JobDefinition:
-    """A market or a span: cleaned, fetched where bars lack, asked again if wanted, checked, rolled up
-    again, unparked.
-    """
+    """Return the job that repairs markets, a span of time, or everything."""
 
     @dg.op(
         name=OP,
-        description="Fetches what the months of the span lack, checks them, rolls them up again, and unparks them.",
+        description=(
+            "Removes invalid rows from the months of the span, fetches what is missing, checks the "
+            "months, rolls them up again, and lets the automation try parked ones again."
+        ),
     )
     def repair_span(context: dg.OpExecutionContext, config: RepairConfig) -> None:
-        with failure_told(tell_nobody, ()), open_context(settings) as app:
-            window, partitions = _wanted(settings, config)
+        results = PipelineResults(
+            context, raws=settings.raw_timeframes, rollups=settings.rollup_timeframes
+        )
+        with as_dagster_failure(), open_context(settings) as app:
+            partitions, window = _find_target(settings, config)
             tags = {REPAIR_START: partitions[0].key, REPAIR_END: partitions[-1].key}
             context.instance.add_run_tags(context.run_id, tags)
-            unparked = app.ledger.forget_asks(partitions)
-            before = app.bind(Repairer).read_contents(partitions)
-            cleaned = app.bind(Repairer).remove_invalid_rows(partitions)
-            log = cast(dg.AssetExecutionContext, context)  # an op's context takes the same events
-            raws = {
-                tf: Results(log, asset_key(raw(tf)), tell_nobody) for tf in settings.raw_timeframes
-            }
-            again = window if config.again else None
-            fetched = [
-                told
-                for tf, results in raws.items()
-                for told in fetch_into(results, app, tf, partitions, again)
-            ]
-            rollups = {
-                tf: Results(log, asset_key(rollup(tf)), tell_nobody)
-                for tf in settings.rollup_timeframes
-            }
-            roll_up_into(rollups, app, partitions)
-            asked = {**span_of(partitions, window), "again": config.again, "run": context.run_id}
-            receipt = app.bind(Repairer).write_receipt(
-                asked,
-                before,
-                app.bind(Repairer).read_contents(partitions),
-                fetched=fetched,
-                cleaned=cleaned,
+            request = RepairRequest(partitions, window, config.again, context.run_id)
+            result = repair_partitions(
+                app.bind(Repairer), app.bind(Pipeline), request, on_result=results.add
             )
-        context.instance.add_run_tags(context.run_id, {RECEIPT_TAG: str(receipt.id)})
-        numbers = {
-            name: receipt.body[name] for name in ("requests", "stored", "corrected", "refused")
-        }
-        told = {
-            "partitions": len(partitions),
-            "unparked": unparked,
-            "receipt": receipt.id,
-            "says": receipt.says,
-        }
-        context.add_output_metadata({**told, **numbers})
-        log_all([*raws.values(), *rollups.values()])
+            results.add_coverage(app.bind(CoverageReporter))
+        context.instance.add_run_tags(context.run_id, {RECEIPT: str(result.receipt.id)})
+        context.add_output_metadata({"partitions": len(partitions), **_metadata(result)})
+        log_and_raise(results.assets)
 
     @dg.job(
         name=REPAIR,
         description=(
-            "Repairs a market, a span, or all: takes out what must not be there, fetches what is missing, checks and rolls up again, "
-            "and unparks; with `again` it finds corrections. Open the launchpad, fill in `market`, `start` and `end` (each may stay "
-            "empty), and launch. What it did stands in its receipt (`marketdata receipts`)."
+            "Repairs some markets, a span of time, or everything: removes rows that must not be "
+            "stored, fetches what is missing, checks and rolls up again, and lets the automation "
+            "try parked partitions again. With `again` it also finds corrections. Open the "
+            "launchpad, fill in `market`, `start` and `end` (each may stay empty), and launch. "
+            "The receipt records what was done (`marketdata receipts`)."
         ),
     )
     def repair() -> None:
@@ -131,23 +120,8 @@ def repair_job(settings: Settings) -> dg.JobDefinition:
     return repair
 
 
-def _wanted(settings: Settings, config: RepairConfig) -> tuple[Window, list[Partition]]:
-    markets = [settings.market(key) for key in config.market.split()] or list(settings.markets)
-    window = Window(
-        parse_time(config.start) if config.start else settings.since,
-        parse_time(config.end) if config.end else settings.now(),
-    )
-    partitions = settings.partitions(markets, window)
-    if not partitions:
-        raise dg.Failure(
-            f"nothing of {window} is wanted by the universe; start must come before end",
-            allow_retries=False,
-        )
-    return window, partitions
-
-
-def run_config(markets: Sequence[str], window: Window, again: bool) -> dict[str, Any]:
-    """The job's configuration for a span; no markets are all."""
+def repair_config(markets: Sequence[str], window: Window, *, again: bool) -> dict[str, Any]:
+    """Return the run configuration of the job for a span; no markets means all of them."""
     config = {
         "market": " ".join(markets),
         "start": iso(window.start),
@@ -157,63 +131,50 @@ def run_config(markets: Sequence[str], window: Window, again: bool) -> dict[str,
     return {"ops": {OP: {"config": config}}}
 
 
-def second_looks(settings: Settings) -> list[dg.ScheduleDefinition]:
-    """The last days every night, and the last month every month: closed bars are asked again, as
-    `corrections:` says.
-    """
-    looks = (
-        ("ask_again_every_night", "40 1 * * *", settings.corrections.night_days),
-        ("ask_again_every_month", "10 2 2 * *", settings.corrections.month_days),
-    )
-    return [_second_look(settings, name, cron, days) for name, cron, days in looks if days]
+def _find_target(settings: Settings, config: RepairConfig) -> _Target:
+    markets = [settings.market(key) for key in config.market.split()] or list(settings.markets)
+    start = parse_time(config.start) if config.start else settings.since
+    end = parse_time(config.end) if config.end else settings.now()
+    window = Window(start, end)
+    partitions = settings.partitions(markets, window)
+    if not partitions:
+        raise dg.Failure(
+            f"the universe wants nothing of {window}; start must come before end",
+            allow_retries=False,
+        )
+    return _Target(partitions, window)
 
 
-def _second_look(settings: Settings, name: str, cron: str, days: int) -> dg.ScheduleDefinition:
-    @dg.schedule(
-        name=name,
-        job_name=REPAIR,
-        cron_schedule=cron,
-        execution_timezone="UTC",
-        default_status=dg.DefaultScheduleStatus.RUNNING,
-        description=f"Asks the venues again for the bars of the last {days} days; what they corrected becomes a new revision.",
-    )
-    def look(context: dg.ScheduleEvaluationContext) -> Any:
-        now = settings.now()
-        window = Window(max(settings.since, now - timedelta(days=days)), now)
-        if not window or not settings.partitions(settings.markets, window):
-            return dg.SkipReason("nothing of these days is wanted by the universe")
-        return dg.RunRequest(run_key=None, run_config=run_config([], window, again=True))
-
-    return look
+def _metadata(result: RepairResult) -> dict[str, Any]:
+    receipt = result.receipt
+    counts = {name: receipt.body[name] for name in ("requests", "stored", "corrected", "refused")}
+    return {
+        "unparked": result.unparked,
+        "receipt": receipt.id,
+        "message": receipt.message,
+        **counts,
+    }
 
 
 def main() -> None:
-    """Repair in this process what the first argument asks for."""
-    from marketdata_assets.defs.jobs import build_definitions
-
-    asked = json.loads(sys.argv[1])
-    settings = load_settings()
-    window = Window(parse_time(asked["start"]), parse_time(asked["end"]))
+    """Execute the job in this process, for the span that the first argument names."""
+    request = json.loads(sys.argv[1])
+    window = Window(parse_time(request["start"]), parse_time(request["end"]))
     with warnings.catch_warnings(action="ignore"), open_instance() as instance:
-        job = build_definitions(settings).resolve_job_def(REPAIR)
-        result = job.execute_in_process(
-            run_config(asked["markets"], window, asked["again"]),
+        result = repair_job(load_settings()).execute_in_process(
+            repair_config(request["markets"], window, again=request["again"]),
             instance=instance,
             tags={PROCESS_TAG: process_id(os.getpid())},
             raise_on_error=False,
         )
         run = instance.get_run_by_id(result.run_id)
-    receipt = run.tags.get(RECEIPT_TAG) if run else None
-    sys.stdout.write(
-        json.dumps(
-            {
-                "success": result.success,
-                "receipt": receipt and int(receipt),
-                "says": why_failed(result),
-            }
-        )
-        + "\n"
-    )
+    number = run.tags.get(RECEIPT) if run else None
+    answer = {
+        "success": result.success,
+        "receipt": int(number) if number else None,
+        "message": failure_message(result),
+    }
+    sys.stdout.write(json.dumps(answer) + "\n")
 
 
 if __name__ == "__main__":

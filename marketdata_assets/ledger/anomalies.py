@@ -1,189 +1,159 @@
-"""The anomalies: what was found in which bars, whether a person knows it, and whether it is over."""
+"""The anomalies that were found, and what became of each."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, NamedTuple
 
+import sqlalchemy as sa
+
+from marketdata_assets.ledger.book import Book
 from marketdata_assets.ledger.database import Database
-from marketdata_assets.model.anomaly import Anomaly, Severity, State
+from marketdata_assets.ledger.tables import anomalies
+from marketdata_assets.model.anomaly import Anomaly, AnomalySeverity, AnomalyState
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.table import Table
 from marketdata_assets.model.timeframe import timeframe
-from marketdata_assets.model.window import Window, iso, month_of, parse_time
+from marketdata_assets.model.window import Window, month_of
 
 GONE = "no longer found: its bars, or those beside it, have changed"
 
+_c = anomalies.c
+_RECORD = (
+    *(_c.id, _c.tbl, _c.market, _c.state, _c.found_at, _c.changed_at, _c.note),
+    *(_c.kind, _c.severity, _c.start, _c.end, _c.bars, _c.evidence),
+)
 
-class Entry(NamedTuple):
-    """An anomaly as it is written down. `changed_at` is when its state was set, `note` what was said
-    then.
+
+class AnomalyRecord(NamedTuple):
+    """An anomaly as it is stored. `changed_at` is when its state was set, by our clock, and `note`
+    why.
     """
 
     id: int
     table: Table
     market: Market
     anomaly: Anomaly
-    state: State
+    state: AnomalyState
     found_at: datetime
     changed_at: datetime
     note: str | None
 
 
-class Anomalies:
-    """The entries, in the ledger's database: one for each table, market, kind and start. Raises
+class AnomalyBook(Book):
+    """The table `anomalies`, with one row for each table, market, kind and start. Raises
     StoreFailed.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
     def find(
         self, window: Window, market: Market | None = None, table: Table | None = None
-    ) -> list[Entry]:
-        """Those that share a moment with the window, by start."""
-        sql, values = (
-            f'SELECT {_ENTRY} FROM anomalies WHERE start < ? AND "end" > ?',
-            [iso(window.end), iso(window.start)],
-        )
-        for name, value in (
-            ("market", market.key if market else ""),
-            ("tbl", table.name if table else ""),
-        ):
-            if value:
-                sql, values = f"{sql} AND {name} = ?", [*values, value]
-        return [
-            _entry(row)
-            for row in self._database.rows(f"{sql} ORDER BY start, market, kind, id", *values)
-        ]
+    ) -> list[AnomalyRecord]:
+        """Those that touch a window, by start."""
+        statement = sa.select(*_RECORD).where(_c.start < window.end, _c.end > window.start)
+        if market:
+            statement = statement.where(_c.market == market.key)
+        if table:
+            statement = statement.where(_c.tbl == table.name)
+        in_order = statement.order_by(_c.start, _c.market, _c.kind, _c.id)
+        return [_record(*row) for row in self._database.rows(in_order)]
 
-    def get(self, id: int) -> Entry | None:
-        """The entry of a number."""
-        found = self._database.rows(f"SELECT {_ENTRY} FROM anomalies WHERE id = ?", id)
-        return _entry(found[0]) if found else None
+    def get(self, id: int) -> AnomalyRecord | None:
+        """The one with this number."""
+        found = self._database.rows(sa.select(*_RECORD).where(_c.id == id))
+        return _record(*found[0]) if found else None
 
     def settle(
-        self, table: Table, market: Market, judged: Window, found: Iterable[Anomaly], now: datetime
-    ) -> list[Entry]:
-        """Make the entries that begin in a window equal what was found in it, whole or not at all; the
-        entries then.
+        self,
+        table: Table,
+        market: Market,
+        judged: Window,
+        *,
+        found: Iterable[Anomaly],
+        now: datetime,
+    ) -> list[AnomalyRecord]:
+        """Make what is stored of a window equal what was found in it, whole or not at all; the
+        records then.
 
-        One that is found again keeps its state, unless it was resolved only because it had not been
-        found. An open one that is not found any more is resolved, with a note; what a person
-        acknowledged stays as it is.
+        An anomaly that is found again keeps its state, unless it was resolved only because it had
+        not been found. An open one that is not found any more is resolved, with a note. What a
+        person acknowledged stays.
         """
         known = self._begun(table, market, judged)
-        by_key = {(entry.anomaly.kind, entry.anomaly.start): entry for entry in known}
-        new, same = [], []
-        for one in found:
-            entry = by_key.pop((one.kind, one.start), None)
-            if entry is None:
-                new.append(one)
-            elif entry.anomaly != one or entry.note == GONE:
-                same.append((entry, one))
-        gone = [entry for entry in by_key.values() if entry.state == State.OPEN]
-        if not (new or same or gone):
+        by_key = {(record.anomaly.kind, record.anomaly.start): record for record in known}
+        new, again = [], []
+        for anomaly in found:
+            record = by_key.pop((anomaly.kind, anomaly.start), None)
+            if record is None:
+                new.append(anomaly)
+            elif record.anomaly != anomaly or record.note == GONE:
+                again.append((record, anomaly))
+        gone = [record for record in by_key.values() if record.state == AnomalyState.OPEN]
+        if not (new or again or gone):
             return known
-        with self._database.transaction() as db:
-            names = 'tbl, market, month, state, found_at, changed_at, kind, severity, start, "end", bars, evidence'
-            sql = f"INSERT INTO anomalies ({names}) VALUES ({', '.join('?' * 12)}) ON CONFLICT DO NOTHING"
-            db.executemany(
-                sql,
-                [
-                    (
-                        table.name,
-                        market.key,
-                        _month(a),
-                        State.OPEN.value,
-                        iso(now),
-                        iso(now),
-                        *_columns(a),
-                    )
-                    for a in new
-                ],
-            )
-            sql = 'UPDATE anomalies SET kind = ?, severity = ?, start = ?, "end" = ?, bars = ?, evidence = ? WHERE id = ?'
-            db.executemany(sql, [(*_columns(one), entry.id) for entry, one in same])
-            db.executemany(
-                _MARK,
-                [
-                    (State.OPEN.value, None, iso(now), entry.id)
-                    for entry, _ in same
-                    if entry.note == GONE
-                ],
-            )
-            db.executemany(
-                _MARK, [(State.RESOLVED.value, GONE, iso(now), entry.id) for entry in gone]
-            )
+        with self._database.transaction() as connection:
+            key = {"tbl": table.name, "market": market.key}
+            _insert(self._database, connection, [key | _values(a) for a in new], now)
+            for record, anomaly in again:
+                _update(connection, record.id, **_values(anomaly))
+                if record.note == GONE:
+                    _mark(connection, record.id, AnomalyState.OPEN, None, now)
+            for record in gone:
+                _mark(connection, record.id, AnomalyState.RESOLVED, GONE, now)
         return self._begun(table, market, judged)
 
-    def mark(self, id: int, state: State, note: str | None, now: datetime) -> None:
-        """A person's word on one of them."""
-        with self._database.transaction() as db:
-            db.execute(_MARK, (state.value, note, iso(now), id))
+    def mark(self, id: int, state: AnomalyState, *, note: str | None, now: datetime) -> None:
+        """Set the state of one that a person judged."""
+        with self._database.transaction() as connection:
+            _mark(connection, id, state, note, now)
 
-    def _begun(self, table: Table, market: Market, window: Window) -> list[Entry]:
-        return [
-            entry
-            for entry in self.find(window, market, table)
-            if window.start <= entry.anomaly.start
-        ]
+    def _begun(self, table: Table, market: Market, window: Window) -> list[AnomalyRecord]:
+        found = self.find(window, market, table)
+        return [record for record in found if window.start <= record.anomaly.start]
 
 
-_ENTRY = 'id, tbl, market, state, found_at, changed_at, note, kind, severity, start, "end", bars, evidence'
-_MARK = "UPDATE anomalies SET state = ?, note = ?, changed_at = ? WHERE id = ?"
+def _insert(
+    database: Database, connection: sa.Connection, rows: list[dict[str, Any]], now: datetime
+) -> None:
+    new = {"state": AnomalyState.OPEN, "found_at": now, "changed_at": now}
+    insert = database.insert(anomalies).on_conflict_do_nothing()
+    if rows:
+        connection.execute(insert, [row | new for row in rows])
 
 
-def _entry(row: Sequence[Any]) -> Entry:
-    (
+def _update(connection: sa.Connection, id: int, **values: Any) -> None:
+    connection.execute(sa.update(anomalies).where(_c.id == id).values(**values))
+
+
+def _mark(
+    connection: sa.Connection, id: int, state: AnomalyState, note: str | None, now: datetime
+) -> None:
+    _update(connection, id, state=state, note=note, changed_at=now)
+
+
+def _record(id: int, tbl: str, market: str, state: str, *row: Any) -> AnomalyRecord:
+    found_at, changed_at, note, kind, severity, start, end, bars, evidence = row
+    layer, _, name = tbl.partition("/ohlcv_")
+    return AnomalyRecord(
         id,
-        tbl,
-        market,
-        state,
+        Table(layer, timeframe(name)),
+        Market.parse(market),
+        Anomaly(kind, AnomalySeverity[severity.upper()], start, end, bars, evidence),
+        AnomalyState(state),
         found_at,
         changed_at,
         note,
-        kind,
-        severity,
-        start,
-        end,
-        bars,
-        evidence,
-    ) = row
-    layer, _, name = tbl.partition("/ohlcv_")
-    anomaly = Anomaly(
-        kind,
-        Severity[severity.upper()],
-        parse_time(start),
-        parse_time(end),
-        bars,
-        json.loads(evidence),
-    )
-    table = Table(layer, timeframe(name))
-    return Entry(
-        id,
-        table,
-        Market.parse(market),
-        anomaly,
-        State(state),
-        parse_time(found_at),
-        parse_time(changed_at),
-        note,
     )
 
 
-def _columns(one: Anomaly) -> tuple[str | int, ...]:
-    return (
-        one.kind,
-        one.severity.word,
-        iso(one.start),
-        iso(one.end),
-        one.bars,
-        json.dumps(one.evidence),
-    )
-
-
-def _month(one: Anomaly) -> str:
-    return month_of(one.start).start.date().isoformat()
+def _values(anomaly: Anomaly) -> dict[str, Any]:
+    """An anomaly by the names of its columns."""
+    return {
+        "month": month_of(anomaly.start).start.date().isoformat(),
+        "kind": anomaly.kind,
+        "severity": anomaly.severity.word,
+        "start": anomaly.start,
+        "end": anomaly.end,
+        "bars": anomaly.bars,
+        "evidence": anomaly.evidence,
+    }

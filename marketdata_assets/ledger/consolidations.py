@@ -1,119 +1,129 @@
-"""The consolidations: what every consolidated partition was made of, and what it would be made of
-now.
-"""
+"""What every consolidated partition was made of, and what it would be made of now."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
-from marketdata_assets.ledger.database import Database
+import sqlalchemy as sa
+
+from marketdata_assets.ledger.book import Book, about, is_about, key_of
+from marketdata_assets.ledger.tables import gaps, partitions
+from marketdata_assets.model.gap import GapCause
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
-from marketdata_assets.model.window import Window, iso, parse_time
-from marketdata_assets.storage.parquet import Stored
+from marketdata_assets.model.window import Window
 
-NO_TRADE = "no_trade"
-"""The cause of a gap that shows its venue up."""
-
+_c, _g = partitions.c, gaps.c
 _Key = tuple[str, str]
 """Market key and month key."""
 
 
-class Source(NamedTuple):
-    """One raw partition as the ledger has it: its rows' digest, whether they are stored, and a
-    checksum of its quiet windows.
+class SourcePartition(NamedTuple):
+    """One raw partition: the digest of its rows, whether they are stored, and a checksum of its
+    windows without trades.
     """
 
     digest: str
-    stored: bool
-    quiet: str
+    is_stored: bool
+    no_trade_checksum: str
 
 
-class Made(NamedTuple):
-    """One consolidated partition: its object's size (None: retention has removed it), its rows'
-    digest, and what it was made of.
+class ConsolidationState(NamedTuple):
+    """One consolidated partition: the size of its object (None: retention has removed it), the
+    digest of its rows, and the hash of what it was made of.
     """
 
     bytes: int | None
     digest: str | None
-    of: str | None
+    source_digest: str | None
 
 
-class Consolidations:
-    """What the ledger's tables `partitions` and `gaps` say of consolidated bars and those below them.
+@dataclass(frozen=True, slots=True)
+class ConsolidationRecord:
+    """A consolidated partition as it is stored now: its bars open in `span`, the last at `newest`,
+    and were made of what `source_digest` is the hash of.
+    """
+
+    table: Table
+    partition: Partition
+    span: Window
+    newest: datetime | None
+    rows: int
+    bytes: int
+    digest: str
+    source_digest: str
+    now: datetime
+
+
+class ConsolidationBook(Book):
+    """Consolidated partitions, and the raw ones below them, in the tables `partitions` and `gaps`.
     Raises StoreFailed.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    def sources(self, table: Table, month: str = "") -> dict[_Key, Source]:
+    def sources(self, table: Table, month: str = "") -> dict[_Key, SourcePartition]:
         """Every raw partition of which something was ever stored, or those of one month."""
-        inside, values = (" AND month = ?", (month,)) if month else ("", ())
-        # where the bars lie in the month weighs in, so that one gap cannot stand for another
-        day, hour, minute = (f"CAST(substr(start, {place}, 2) AS INTEGER)" for place in (9, 12, 15))
-        sums = f"count(*), sum(bars), sum(bars * ({day} * 1440 + {hour} * 60 + {minute}))"
-        sql = f"SELECT market, month, {sums} FROM gaps WHERE tbl = ? AND cause = ?{inside} GROUP BY market, month"
-        quiet = {
-            (m, k): " ".join(str(int(n)) for n in found)
-            for m, k, *found in self._database.rows(sql, table.name, NO_TRADE, *values)
-        }
-        sql = f"SELECT market, month, digest, bytes IS NOT NULL FROM partitions WHERE tbl = ? AND digest IS NOT NULL{inside}"
-        rows = self._database.rows(sql, table.name, *values)
+        checksums = self._no_trade_checksums(table, month)
+        statement = sa.select(_c.market, _c.month, _c.digest, _c.bytes.is_not(None)).where(
+            _c.tbl == table.name, _c.digest.is_not(None), *_in_month(_c.month, month)
+        )
         return {
-            (m, k): Source(digest, bool(stored), quiet.get((m, k), ""))
-            for m, k, digest, stored in rows
+            (market, key): SourcePartition(
+                digest, bool(is_stored), checksums.get((market, key), "")
+            )
+            for market, key, digest, is_stored in self._database.plain_rows(statement)
         }
 
-    def quiet(self, table: Table, partition: Partition) -> list[Window]:
+    def no_trade_windows(self, table: Table, partition: Partition) -> list[Window]:
         """The windows of a raw partition in which its venue was up and nobody traded, in order."""
-        sql = 'SELECT start, "end" FROM gaps WHERE tbl = ? AND market = ? AND month = ? AND cause = ? ORDER BY start'
-        rows = self._database.rows(
-            sql, table.name, partition.market.key, partition.month_key, NO_TRADE
-        )
-        return [Window(parse_time(start), parse_time(end)) for start, end in rows]
+        is_it = sa.and_(is_about(gaps), _g.cause == GapCause.NO_TRADE)
+        statement = sa.select(_g.start, _g.end).where(is_it).order_by(_g.start)
+        found = self._database.rows(statement, about(table, partition))
+        return [Window(start, end) for start, end in found]
 
-    def made(self, table: Table) -> dict[_Key, Made]:
+    def states(self, table: Table) -> dict[_Key, ConsolidationState]:
         """Every consolidated partition."""
-        sql = "SELECT market, month, bytes, digest, rolled FROM partitions WHERE tbl = ?"
-        return {(m, k): Made(*rest) for m, k, *rest in self._database.rows(sql, table.name)}
+        columns = (_c.market, _c.month, _c.bytes, _c.digest, _c.rolled)
+        found = self._database.plain_rows(sa.select(*columns).where(_c.tbl == table.name))
+        return {(market, month): ConsolidationState(*state) for market, month, *state in found}
 
-    def record(
-        self,
-        table: Table,
-        partition: Partition,
-        span: Window,
-        newest: datetime | None,
-        rows: int,
-        stored: Stored,
-        of: str,
-        now: datetime,
-    ) -> None:
-        """This partition was made of `of` and is stored; its bars open in `span`."""
-        keys, values = (
-            "tbl, market, month",
-            "start, through, newest, complete, rows, bytes, digest, rolled, error, failures, updated_at",
+    def record(self, made: ConsolidationRecord) -> None:
+        """Write down that a partition was made and is stored."""
+        values = {
+            "start": made.span.start,
+            "through": made.span.end,
+            "newest": made.newest,
+            "complete": True,
+            "rows": made.rows,
+            "bytes": made.bytes,
+            "digest": made.digest,
+            "rolled": made.source_digest,
+            "error": None,
+            "failures": 0,
+            "updated_at": made.now,
+        }
+        upsert = self._database.upsert(partitions, values)
+        with self._database.transaction() as connection:
+            connection.execute(upsert, key_of(made.table, made.partition) | values)
+
+    def _no_trade_checksums(self, table: Table, month: str) -> dict[_Key, str]:
+        """The place of the bars in the month counts, so that no gap can replace another."""
+        day, hour, minute = (
+            sa.cast(sa.func.substr(_g.start, place, 2), sa.Integer) for place in (9, 12, 15)
         )
-        replaced = ", ".join(f"{name} = excluded.{name}" for name in values.split(", "))
-        names = f"{keys}, {values}"
-        marks = ", ".join("?" for _ in names.split(", "))
-        moments = iso(span.start), iso(span.end), newest and iso(newest)
-        row = (
-            table.name,
-            partition.market.key,
-            partition.month_key,
-            *moments,
-            1,
-            rows,
-            *stored,
-            of,
-            None,
-            0,
-            iso(now),
+        place = day * 1440 + hour * 60 + minute
+        sums = (sa.func.count(), sa.func.sum(_g.bars), sa.func.sum(_g.bars * place))
+        is_quiet = sa.and_(_g.tbl == table.name, _g.cause == GapCause.NO_TRADE)
+        statement = sa.select(_g.market, _g.month, *sums).where(
+            is_quiet, *_in_month(_g.month, month)
         )
-        with self._database.transaction() as db:
-            db.execute(
-                f"INSERT INTO partitions ({names}) VALUES ({marks}) ON CONFLICT ({keys}) DO UPDATE SET {replaced}",
-                row,
-            )
+        found = self._database.plain_rows(statement.group_by(_g.market, _g.month))
+        return {
+            (market, key): " ".join(str(int(number)) for number in numbers)
+            for market, key, *numbers in found
+        }
+
+
+def _in_month(column: sa.ColumnElement[str], month: str) -> list[sa.ColumnElement[bool]]:
+    return [column == month] if month else []

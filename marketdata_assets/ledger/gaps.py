@@ -1,130 +1,164 @@
-"""The book of gaps: what is asked about the gaps of many partitions at once, and what is written down
-about their causes.
-"""
+"""The gaps of all partitions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
 
+import sqlalchemy as sa
+
+from marketdata_assets.ledger.book import Book, about, is_about, key_of
 from marketdata_assets.ledger.database import Database
-from marketdata_assets.ledger.ledger import GAP, Gap, gap_of, write_gaps
+from marketdata_assets.ledger.tables import gaps
+from marketdata_assets.model.gap import (
+    PROMPT_ATTEMPTS,
+    Gap,
+    GapCause,
+    GapReason,
+    GapStatus,
+)
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
-from marketdata_assets.model.window import Window, iso, parse_time
+from marketdata_assets.model.window import Window, iso
 
-REOPENED = '"reopened"'
-"""In the proof of a gap that somebody wants to have asked for again: no cause is looked for until it
-is.
-"""
-
-
-class Asked(NamedTuple):
-    """One request of the fetch log: its number, what it asked for, when (ISO, our clock), how it
-    ended, and how many rows came.
-    """
-
-    id: int
-    window: Window
-    at: str
-    outcome: str
-    rows: int | None
+_c = gaps.c
+_GAP = (
+    *(_c.start, _c.end, _c.bars, _c.reason, _c.answers, _c.evidence),
+    *(_c.cause, _c.status, _c.proof, _c.first_asked, _c.last_asked, _c.next_ask),
+)
+_NO_CAUSE = ""
+"""Stored where no cause is known."""
+_IS_ABOUT = is_about(gaps)
+_OF = sa.select(*_GAP).where(_IS_ABOUT).order_by(_c.start)
+_DELETE = sa.delete(gaps).where(_IS_ABOUT)
 
 
-class Gaps:
-    """The gaps in the ledger's database, across partitions. Raises StoreFailed."""
+class GapBook(Book):
+    """The table `gaps`. Raises StoreFailed."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def of(self, table: Table, partition: Partition) -> list[Gap]:
+        """The gaps of one partition, in order."""
+        return [_gap(*row) for row in self._database.rows(_OF, about(table, partition))]
 
     def of_month(self, table: Table, venue: str, month: str) -> dict[str, list[Gap]]:
-        """By market key, in order: all gaps of a venue's markets in one month."""
-        found: dict[str, list[Gap]] = {}
-        sql = f"SELECT market, {GAP} FROM gaps WHERE tbl = ? AND market >= ? AND market < ? AND month = ? ORDER BY market, start"
-        for market, *row in self._database.rows(sql, table.name, f"{venue}:", f"{venue};", month):
-            found.setdefault(market, []).append(gap_of(row))
-        return found
+        """The gaps of a venue's markets in one month, by market key, each in order."""
+        is_of_venue = sa.and_(_c.market >= f"{venue}:", _c.market < f"{venue};")
+        statement = sa.select(_c.market, *_GAP).order_by(_c.market, _c.start)
+        found: dict[str, list[Gap]] = defaultdict(list)
+        for market, *row in self._database.rows(
+            statement.where(_c.tbl == table.name, is_of_venue, _c.month == month)
+        ):
+            found[market].append(_gap(*row))
+        return dict(found)
 
     def between(self, table: Table, market: Market, window: Window) -> list[Gap]:
         """The gaps of a market that touch a window, in order."""
-        sql = f'SELECT {GAP} FROM gaps WHERE tbl = ? AND market = ? AND start < ? AND "end" > ? ORDER BY start'
-        return [
-            gap_of(row)
-            for row in self._database.rows(
-                sql, table.name, market.key, iso(window.end), iso(window.start)
-            )
-        ]
+        touches = sa.and_(_c.start < window.end, _c.end > window.start)
+        where = sa.and_(_c.tbl == table.name, _c.market == market.key, touches)
+        statement = sa.select(*_GAP).where(where).order_by(_c.start)
+        return [_gap(*row) for row in self._database.rows(statement)]
 
     def unexamined(self, table: Table) -> list[Partition]:
-        """The partitions with a gap whose cause nobody has looked for."""
-        sql = "SELECT DISTINCT market, month FROM gaps WHERE tbl = ? AND cause = '' AND proof = '{}' AND reason != 'quarantined'"
-        return [
-            Partition.parse(f"{market}|{month}")
-            for market, month in self._database.rows(sql, table.name)
-        ]
+        """The partitions with a gap whose cause was never looked for."""
+        where = sa.and_(
+            _c.tbl == table.name,
+            _c.status == GapStatus.OPEN,
+            _c.proof == {},
+            _c.reason != GapReason.QUARANTINED,
+        )
+        found = self._database.rows(sa.select(_c.market, _c.month).where(where).distinct())
+        return [Partition.parse(f"{market}|{month}") for market, month in found]
 
     def due(self, table: Table, now: datetime) -> set[tuple[str, str]]:
-        """Market key and month key of every partition with a gap whose time to be asked for again has
-        come.
-        """
-        sql = "SELECT DISTINCT market, month FROM gaps WHERE tbl = ? AND next_ask IS NOT NULL AND next_ask <= ?"
-        return {
-            (market, month)
-            for market, month in self._database.rows(
-                sql, table.name, iso(now.replace(microsecond=0))
-            )
-        }
+        """Market key and month key of the partitions with a gap that is to be requested again."""
+        is_due = _c.next_ask <= now.replace(microsecond=0)
+        where = sa.and_(_c.tbl == table.name, _c.next_ask.is_not(None), is_due)
+        statement = sa.select(_c.market, _c.month).where(where).distinct()
+        return {(market, month) for market, month in self._database.plain_rows(statement)}
 
-    def last_bar(self, table: Table, market: Market) -> datetime | None:
-        """The open time of a market's newest stored bar."""
-        found = self._database.rows(
-            "SELECT max(newest) FROM partitions WHERE tbl = ? AND market = ?",
-            table.name,
-            market.key,
+    def unsettled(self, table: Table) -> dict[tuple[str, str], list[Window]]:
+        """The windows of the gaps that are not settled, by market key and month key."""
+        where = sa.and_(_c.tbl == table.name, _c.reason != GapReason.NO_BARS, _is_unsettled())
+        found: dict[tuple[str, str], list[Window]] = defaultdict(list)
+        for market, month, start, end in self._database.rows(
+            sa.select(_c.market, _c.month, _c.start, _c.end).where(where)
+        ):
+            found[market, month].append(Window(start, end))
+        return dict(found)
+
+    def open_bars(self) -> dict[str, int]:
+        """How many bars no answer has settled yet, by market key."""
+        where = sa.and_(_c.reason == GapReason.UNANSWERED, _is_unsettled())
+        bars = sa.func.sum(_c.bars)
+        statement = sa.select(_c.market, bars).where(where).group_by(_c.market)
+        return {market: int(count) for market, count in self._database.rows(statement)}
+
+    def reopen(self, table: Table, market: Market, gap: Gap, *, now: datetime) -> None:
+        """Discard a gap's cause and have the next run request it. `now` is our clock."""
+        update = sa.update(gaps).values(
+            status=GapStatus.REOPENED,
+            cause=_NO_CAUSE,
+            proof={"reopened": iso(now)},
+            next_ask=now.replace(microsecond=0),
         )
-        return parse_time(found[0][0]) if found and found[0][0] else None
-
-    def requests(self, table: Table, market: Market, window: Window) -> list[Asked]:
-        """The requests of the fetch log about a window, in order."""
-        sql = (
-            'SELECT id, start, "end", asked_at, outcome, rows FROM fetches'
-            ' WHERE tbl = ? AND market = ? AND start < ? AND "end" > ? ORDER BY id'
-        )
-        found = self._database.rows(sql, table.name, market.key, iso(window.end), iso(window.start))
-        return [
-            Asked(id, Window(parse_time(a), parse_time(b)), _moment(at), outcome, rows)
-            for id, a, b, at, outcome, rows in found
-        ]
-
-    def reopen(self, table: Table, market: Market, gap: Gap, now: datetime) -> None:
-        """Forget a gap's cause and ask for it in the next run."""
-        proof = f'{{{REOPENED}: "{iso(now)}"}}'
-        with self._database.transaction() as db:
-            sql = "UPDATE gaps SET cause = '', proof = ?, next_ask = ? WHERE tbl = ? AND market = ? AND start = ?"
-            db.execute(
-                sql,
-                (
-                    proof,
-                    iso(now.replace(microsecond=0)),
-                    table.name,
-                    market.key,
-                    iso(gap.window.start),
-                ),
-            )
+        is_it = sa.and_(_c.tbl == table.name, _c.market == market.key, _c.start == gap.window.start)
+        with self._database.transaction() as connection:
+            connection.execute(update.where(is_it))
 
     def rewrite(
-        self, table: Table, partition: Partition, old: Iterable[Gap], new: Sequence[Gap]
+        self, table: Table, partition: Partition, *, old: Iterable[Gap], new: Sequence[Gap]
     ) -> None:
-        """Put gaps in the place of others of the same partition, which hold the same bars together;
-        all or nothing.
-        """
-        with self._database.transaction() as db:
-            where = [(table.name, partition.market.key, iso(gap.window.start)) for gap in old]
-            db.executemany("DELETE FROM gaps WHERE tbl = ? AND market = ? AND start = ?", where)
-            write_gaps(db, table, partition, new)
+        """Replace gaps of a partition by others that hold the same bars, all or nothing."""
+        is_old = _c.start == sa.bindparam("old_start")
+        rows = [about(table, partition) | {"old_start": gap.window.start} for gap in old]
+        with self._database.transaction() as connection:
+            if rows:
+                connection.execute(_DELETE.where(is_old), rows)
+            write_gaps(self._database, connection, key_of(table, partition), new)
 
 
-def _moment(seconds: float) -> str:
-    return iso(datetime.fromtimestamp(int(seconds), UTC))
+def delete_gaps(connection: sa.Connection, values: Mapping[str, str]) -> None:
+    """Delete the gaps of the partition that these values of `is_about` name."""
+    connection.execute(_DELETE, values)
+
+
+def write_gaps(
+    database: Database, connection: sa.Connection, key: Mapping[str, str], new: Iterable[Gap]
+) -> None:
+    """Insert gaps of the partition with this key, or replace those that begin at the same time."""
+    rows = {gap.window.start: {**key, **_values(gap)} for gap in new}
+    replaced = [column.name for column in _c if not column.primary_key]
+    if rows:
+        connection.execute(database.upsert(gaps, replaced), list(rows.values()))
+
+
+def _is_unsettled() -> sa.ColumnElement[bool]:
+    """No cause is known, and it was requested in too few runs to wait between requests."""
+    return sa.and_(_c.cause == _NO_CAUSE, _c.answers < PROMPT_ATTEMPTS)
+
+
+def _gap(start: datetime, end: datetime, *row: Any) -> Gap:
+    bars, reason, answers, evidence, cause, status, proof, *moments = row
+    meaning = (GapCause(cause) if cause else None, GapStatus(status), proof)
+    return Gap(Window(start, end), bars, GapReason(reason), answers, evidence, *meaning, *moments)
+
+
+def _values(gap: Gap) -> dict[str, Any]:
+    """A gap by the names of its columns."""
+    return {
+        "start": gap.window.start,
+        "end": gap.window.end,
+        "bars": gap.bars,
+        "reason": gap.reason,
+        "answers": gap.answers,
+        "evidence": gap.evidence,
+        "cause": gap.cause or _NO_CAUSE,
+        "status": gap.status,
+        "proof": gap.proof,
+        "first_asked": gap.first_requested,
+        "last_asked": gap.last_requested,
+        "next_ask": gap.next_request,
+    }

@@ -1,20 +1,32 @@
-"""The incidents: what went wrong, since when and until when, and who still has to be told."""
+"""What went wrong, from when to when, and which notifications about it are still to be sent."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from enum import StrEnum
+from typing import Any, NamedTuple
 
+import sqlalchemy as sa
+
+from marketdata_assets.ledger.book import Book
 from marketdata_assets.ledger.database import Database
-from marketdata_assets.model.window import iso, parse_time
+from marketdata_assets.ledger.tables import incidents, letters
 
-OPENED, RECOVERED = "opened", "recovered"
+_c, _l = incidents.c, letters.c
+_INCIDENT = (_c.id, _c.key, _c.severity, _c.title, _c.body, _c.opened_at, _c.recovered_at)
+
+
+class IncidentEvent(StrEnum):
+    """What a notification is about."""
+
+    OPENED = "opened"
+    RECOVERED = "recovered"
 
 
 class Problem(NamedTuple):
-    """Something that is wrong now. `key` is the same as long as it is the same thing; `severity` is a
-    word of `notify`.
+    """Something that is wrong now. `key` stays as long as the problem does; `severity` is a word of
+    `notify`.
     """
 
     key: str
@@ -24,7 +36,7 @@ class Problem(NamedTuple):
 
 
 class Incident(NamedTuple):
-    """A problem with its beginning, and its end where it has one."""
+    """A problem from its beginning to its end, by our clock; `recovered_at` is None until then."""
 
     id: int
     problem: Problem
@@ -32,119 +44,142 @@ class Incident(NamedTuple):
     recovered_at: datetime | None
 
 
-class Letter(NamedTuple):
-    """What one channel has to be told: an incident's opening or its recovery. `tries`: how often it
-    could not be sent.
-    """
+class Notification(NamedTuple):
+    """A message that one channel has to send. `tries` counts how often it failed to."""
 
     id: int
-    event: str
+    event: IncidentEvent
     incident: Incident
     tries: int
 
 
-class Incidents:
-    """Incidents and the letters about them, in the ledger's database. One open incident per key.
-    Raises StoreFailed.
+class Backlog(NamedTuple):
+    """How many notifications a channel failed to send, and why it failed with the oldest."""
+
+    waiting: int
+    error: str
+
+
+class IncidentBook(Book):
+    """The tables `incidents` and `letters`. One incident of a key is open at most. Raises
+    StoreFailed.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
     def open(self) -> dict[str, Incident]:
-        """What has not recovered, by key."""
-        found = self._database.rows(
-            f"SELECT {_INCIDENT} FROM incidents WHERE recovered_at IS NULL ORDER BY id"
-        )
-        return {incident.problem.key: incident for incident in map(_incident, found)}
+        """The incidents that have not recovered, by key, the oldest first."""
+        statement = sa.select(*_INCIDENT).where(_c.recovered_at.is_(None)).order_by(_c.id)
+        found = (_incident(*row) for row in self._database.rows(statement))
+        return {incident.problem.key: incident for incident in found}
 
     def history(self, limit: int) -> list[Incident]:
         """The newest incidents, the newest first."""
-        return [
-            _incident(row)
-            for row in self._database.rows(
-                f"SELECT {_INCIDENT} FROM incidents ORDER BY id DESC LIMIT ?", limit
-            )
-        ]
+        statement = sa.select(*_INCIDENT).order_by(_c.id.desc()).limit(limit)
+        return [_incident(*row) for row in self._database.rows(statement)]
 
     def settle(
         self,
         opened: Iterable[Problem],
         recovered: Iterable[Incident],
+        *,
         channels: Sequence[str],
         now: datetime,
     ) -> None:
-        """Write down what began and what ended, with a letter to every channel, whole or not at
-        all.
+        """Write down what began and what ended, with a notification for every channel, whole or not
+        at all.
         """
-        with self._database.transaction() as db:
-            events = []
-            for problem in opened:
-                names = "key, severity, title, body, opened_at"
-                sql = f"INSERT INTO incidents ({names}) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING id"
-                events += [
-                    (id, OPENED) for (id,) in db.execute(sql, (*problem, iso(now))).fetchall()
-                ]
-            for incident in recovered:
-                sql = "UPDATE incidents SET recovered_at = ? WHERE id = ? AND recovered_at IS NULL RETURNING id"
-                events += [
-                    (id, RECOVERED) for (id,) in db.execute(sql, (iso(now), incident.id)).fetchall()
-                ]
-            rows = [(*event, channel) for event in events for channel in channels]
-            db.executemany("INSERT INTO letters (incident, event, channel) VALUES (?, ?, ?)", rows)
+        with self._database.transaction() as connection:
+            began = _open(self._database, connection, opened, now)
+            ended = _close(connection, recovered, now)
+            events = [
+                *((number, IncidentEvent.OPENED) for number in began),
+                *((number, IncidentEvent.RECOVERED) for number in ended),
+            ]
+            rows = [
+                {"incident": number, "event": event, "channel": channel}
+                for number, event in events
+                for channel in channels
+            ]
+            if rows:
+                connection.execute(sa.insert(letters), rows)
 
-    def unsent(self, channel: str) -> list[Letter]:
-        """What a channel has not been told, in order."""
-        columns = ", ".join("incidents." + name.strip() for name in _INCIDENT.split(","))
-        sql = f"SELECT letters.id, event, tries, {columns} FROM letters JOIN incidents ON incidents.id = incident"
-        found = self._database.rows(
-            sql + " WHERE channel = ? AND sent_at IS NULL ORDER BY letters.id", channel
+    def pending(self, channel: str) -> list[Notification]:
+        """What a channel has not sent yet, in order."""
+        statement = sa.select(_l.id, _l.event, _l.tries, *_INCIDENT).join_from(
+            letters, incidents, _c.id == _l.incident
         )
-        return [Letter(id, event, _incident(rest), tries) for id, event, tries, *rest in found]
+        unsent = statement.where(_l.channel == channel, _l.sent_at.is_(None)).order_by(_l.id)
+        return [
+            Notification(number, IncidentEvent(event), _incident(*incident), tries)
+            for number, event, tries, *incident in self._database.rows(unsent)
+        ]
 
-    def sent(self, letter: Letter, now: datetime) -> None:
-        """It was told."""
-        with self._database.transaction() as db:
-            db.execute(
-                "UPDATE letters SET sent_at = ?, error = NULL WHERE id = ?", (iso(now), letter.id)
+    def mark_sent(self, notification: Notification, now: datetime) -> None:
+        """Remember that a notification was sent."""
+        self._update(notification, sent_at=now, error=None)
+
+    def mark_failed(self, notification: Notification, error: str) -> None:
+        """Remember that a notification could not be sent; it stays pending."""
+        self._update(notification, tries=_l.tries + 1, error=error)
+
+    def backlogs(self) -> dict[str, Backlog]:
+        """The channels that failed to send, by name."""
+        is_waiting = sa.and_(_l.sent_at.is_(None), _l.tries > 0)
+        counted = (
+            sa.select(
+                _l.channel, sa.func.count().label("waiting"), sa.func.min(_l.id).label("first")
             )
+            .where(is_waiting)
+            .group_by(_l.channel)
+            .subquery()
+        )
+        error = sa.func.coalesce(_l.error, "")
+        statement = sa.select(_l.channel, counted.c.waiting, error).join_from(
+            letters, counted, _l.id == counted.c.first
+        )
+        return {channel: Backlog(*backlog) for channel, *backlog in self._database.rows(statement)}
 
-    def not_sent(self, letter: Letter, error: str) -> None:
-        """It could not be told; it stays where it is."""
-        with self._database.transaction() as db:
-            db.execute(
-                "UPDATE letters SET tries = tries + 1, error = ? WHERE id = ?", (error, letter.id)
-            )
+    def delete_before(self, moment: datetime, dry_run: bool = False) -> int:
+        """Delete incidents that recovered before a moment, with their notifications; how many.
 
-    def undelivered(self) -> dict[str, tuple[int, str]]:
-        """Channels that failed: how many letters wait, and why the oldest was not sent."""
-        waiting = "sent_at IS NULL AND tries > 0"
-        oldest = f"(SELECT min(id) FROM letters WHERE {waiting} GROUP BY channel)"
-        counts = f"(SELECT channel, count(*) AS waiting FROM letters WHERE {waiting} GROUP BY channel) AS counted"
-        sql = f"SELECT channel, waiting, coalesce(error, '') FROM letters JOIN {counts} USING (channel) WHERE id IN {oldest}"
-        return {channel: (count, error) for channel, count, error in self._database.rows(sql)}
-
-    def forget(self, before: datetime, dry_run: bool = False) -> int:
-        """Delete incidents that recovered before a moment, with their letters; how many."""
-        old = "SELECT id FROM incidents WHERE recovered_at < ?"
+        With `dry_run` nothing is deleted.
+        """
+        old = sa.select(_c.id).where(_c.recovered_at < moment)
         if dry_run:
-            return len(self._database.rows(old, iso(before)))
-        with self._database.transaction() as db:
-            db.execute(f"DELETE FROM letters WHERE incident IN ({old})", (iso(before),))
-            return int(
-                db.execute("DELETE FROM incidents WHERE recovered_at < ?", (iso(before),)).rowcount
-            )
+            return len(self._database.rows(old))
+        with self._database.transaction() as connection:
+            connection.execute(sa.delete(letters).where(_l.incident.in_(old)))
+            return connection.execute(sa.delete(incidents).where(_c.recovered_at < moment)).rowcount
+
+    def _update(self, notification: Notification, **values: Any) -> None:
+        update = sa.update(letters).where(_l.id == notification.id)
+        with self._database.transaction() as connection:
+            connection.execute(update.values(**values))
 
 
-_INCIDENT = "id, key, severity, title, body, opened_at, recovered_at"
-
-
-def _incident(row: Sequence[str | int | None]) -> Incident:
-    id, key, severity, title, body, opened_at, recovered_at = row
-    ended = parse_time(str(recovered_at)) if recovered_at else None
-    return Incident(
-        int(id or 0),
-        Problem(str(key), str(severity), str(title), str(body)),
-        parse_time(str(opened_at)),
-        ended,
+def _open(
+    database: Database, connection: sa.Connection, problems: Iterable[Problem], now: datetime
+) -> list[int]:
+    """Insert an incident for each problem that has no open one; their numbers."""
+    insert = database.insert(incidents).on_conflict_do_nothing().returning(_c.id)
+    numbers = (
+        connection.scalar(insert, {**problem._asdict(), "opened_at": now}) for problem in problems
     )
+    return [int(number) for number in numbers if number is not None]
+
+
+def _close(connection: sa.Connection, recovered: Iterable[Incident], now: datetime) -> list[int]:
+    """Close each incident that is still open; their numbers."""
+    update = sa.update(incidents).values(recovered_at=now).returning(_c.id)
+    return [
+        int(number)
+        for incident in recovered
+        for number in connection.scalars(
+            update.where(_c.id == incident.id, _c.recovered_at.is_(None))
+        )
+    ]
+
+
+def _incident(
+    number: int, key: str, severity: str, title: str, body: str, *moments: Any
+) -> Incident:
+    return Incident(number, Problem(key, severity, title, body), *moments)

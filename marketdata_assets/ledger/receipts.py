@@ -1,54 +1,62 @@
-"""The receipts: what a repair, an import or a replay found, did and refused. Written once, never
-changed.
-"""
+"""What repairs, imports and replays found, did and refused. A receipt is never changed."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from marketdata_assets.ledger.database import Database
-from marketdata_assets.model.window import iso, parse_time
+import sqlalchemy as sa
+
+from marketdata_assets.ledger.book import Book
+from marketdata_assets.ledger.tables import receipts
+from marketdata_assets.model.window import iso
+
+_c = receipts.c
+_RECEIPT = (_c.id, _c.kind, _c["at"], _c.says, _c.body)
 
 
 class Receipt(NamedTuple):
-    """One receipt. `kind` is `repair`, `import` or `replay`; `body` is what JSON holds."""
+    """One receipt. `kind` is `repair`, `import` or `replay`; `at` is our clock; `body` holds what
+    JSON does.
+    """
 
     id: int
     kind: str
     at: datetime
-    says: str
+    message: str
     body: dict[str, Any]
 
+    def as_dict(self) -> dict[str, Any]:
+        """The receipt as the command line prints it."""
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "at": iso(self.at),
+            "says": self.message,
+            "body": self.body,
+        }
 
-class Receipts:
-    """The receipts in the ledger's database. Raises StoreFailed."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+class ReceiptBook(Book):
+    """The table `receipts`. Raises StoreFailed."""
 
-    def add(self, kind: str, at: datetime, says: str, body: Mapping[str, Any]) -> Receipt:
-        """Write one down."""
-        sql = "INSERT INTO receipts (kind, at, says, body) VALUES (?, ?, ?, ?) RETURNING id"
-        with self._database.transaction() as db:
-            (id,) = db.execute(sql, (kind, iso(at), says, json.dumps(body))).fetchone()
-        return Receipt(int(id), kind, at, says, dict(body))
+    def add(self, kind: str, at: datetime, *, message: str, body: Mapping[str, Any]) -> Receipt:
+        """Write a receipt."""
+        insert = sa.insert(receipts).returning(_c.id)
+        row = {"kind": kind, "at": at, "says": message, "body": dict(body)}
+        with self._database.transaction() as connection:
+            number: int = connection.execute(insert, row).scalar_one()
+        return Receipt(number, kind, at, message, dict(body))
 
     def find(self, number: int) -> Receipt | None:
-        """The one with this number."""
-        found = self._database.rows(f"SELECT {_COLUMNS} FROM receipts WHERE id = ?", number)
-        return _receipt(*found[0]) if found else None
+        """The receipt with this number."""
+        found = self._database.rows(sa.select(*_RECEIPT).where(_c.id == number))
+        return Receipt(*found[0]) if found else None
 
     def list(self, kind: str | None = None, limit: int = 100) -> list[Receipt]:
-        """The newest ones, the newest first; of one kind only, where it is given."""
-        sql = f"SELECT {_COLUMNS} FROM receipts WHERE (? IS NULL OR kind = ?) ORDER BY id DESC LIMIT ?"
-        return [_receipt(*row) for row in self._database.rows(sql, kind, kind, limit)]
-
-
-_COLUMNS = "id, kind, at, says, body"
-
-
-def _receipt(id: int, kind: str, at: str, says: str, body: str) -> Receipt:
-    return Receipt(id, kind, parse_time(at), says, json.loads(body))
+        """The newest receipts of a kind (None: of all), the newest first."""
+        statement = sa.select(*_RECEIPT).order_by(_c.id.desc()).limit(limit)
+        if kind:
+            statement = statement.where(_c.kind == kind)
+        return [Receipt(*row) for row in self._database.rows(statement)]

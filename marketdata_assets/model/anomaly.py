@@ -1,6 +1,4 @@
-"""An anomaly: bars that keep every rule and are hard to believe, how bad that is, and what a person
-made of it.
-"""
+"""An anomaly: bars that keep every rule and are hard to believe, and what a person made of them."""
 
 from __future__ import annotations
 
@@ -9,8 +7,8 @@ from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
 
-class Severity(IntEnum):
-    """How much harm it would do if it is an error."""
+class AnomalySeverity(IntEnum):
+    """How much harm the bars would do if they are an error."""
 
     LOW = 1
     MEDIUM = 2
@@ -23,26 +21,27 @@ class Severity(IntEnum):
         return self.name.lower()
 
 
-class State(StrEnum):
-    """What became of it: nobody looked, somebody knows it (a real move), or it is over (mended, or no
-    longer found).
-    """
+class AnomalyState(StrEnum):
+    """What became of an anomaly."""
 
     OPEN = "open"
+    """No person has judged it."""
     ACKNOWLEDGED = "acknowledged"
+    """A person says that the bars are right: the move was real."""
     RESOLVED = "resolved"
+    """The bars were corrected, or it is no longer found."""
 
 
 class Anomaly(NamedTuple):
-    """`kind` names a row of `quality.anomalies.RULES`. It lies in the bars that open in `[start,
-    end)`; `bars` of them were found.
+    """Bars of one market that look wrong in one way.
 
-    `evidence` is what was measured, as text by name: `size` and the `limit` it is above, and what
-    it `says` to a person.
+    `kind` names a row of `quality.anomaly_rules.RULES`. `bars` bars that open in `[start, end)` were
+    found. `evidence` is what was measured, as text by name: `size`, the `limit` that it is above,
+    and `says`, a sentence for a person.
     """
 
     kind: str
-    severity: Severity
+    severity: AnomalySeverity
     start: datetime
     end: datetime
     bars: int

@@ -1,19 +1,115 @@
-"""Where bars are not: holes between what is there, as half-open windows of open times."""
+"""Arithmetic on half-open windows of open times. No other module has its own."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
+from typing import TypeVar
 
 import polars as pl
 
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 
+T = TypeVar("T")
 
-def holes(opens: pl.Series, timeframe: Timeframe, window: Window) -> list[Window]:
-    """The windows inside `window` that hold no bar. `opens` is sorted, unique and on the grid."""
+
+# --------------------------------------------------------------------------------- windows
+def subtract_window(window: Window, cuts: Iterable[Window]) -> list[Window]:
+    """Return what remains of a window without the `cuts`, which may overlap; in order."""
+    rest, start = [], window.start
+    for cut in sorted(filter(None, cuts)):
+        if cut.end <= start or cut.start >= window.end:
+            continue
+        if cut.start > start:
+            rest.append(Window(start, cut.start))
+        start = max(start, cut.end)
+    if start < window.end:
+        rest.append(Window(start, window.end))
+    return rest
+
+
+def subtract_windows(windows: Iterable[Window], cuts: Iterable[Window]) -> list[Window]:
+    """Return what remains of each window without the `cuts`, which must not overlap each other.
+
+    The parts are in the order of the windows. Cost: one binary search a window, not one pass over
+    all cuts.
+    """
+    ordered = sorted(filter(None, cuts))
+    starts, ends = [cut.start for cut in ordered], [cut.end for cut in ordered]
+    return [
+        rest
+        for w in windows
+        for rest in subtract_window(
+            w, ordered[bisect_right(ends, w.start) : bisect_left(starts, w.end)]
+        )
+    ]
+
+
+def coalesce_windows(windows: Iterable[Window]) -> list[Window]:
+    """Return the fewest windows that hold the same moments: sorted, disjoint, not adjacent."""
+    return fold_neighbors(
+        sorted(filter(None, windows)),
+        lambda a, b: Window(a.start, max(a.end, b.end)) if b.start <= a.end else None,
+    )
+
+
+def pack_windows(windows: Iterable[Window], timeframe: Timeframe, *, max_bars: int) -> list[Window]:
+    """Join neighbors, gaps between them included, into windows of at most `max_bars` bars.
+
+    A window that holds more bars than that stays as it is.
+    """
+
+    def join(a: Window, b: Window) -> Window | None:
+        fits = Window(a.start, b.end).count(timeframe) <= max_bars
+        return Window(a.start, max(a.end, b.end)) if fits else None
+
+    return fold_neighbors(sorted(windows), join)
+
+
+def enclosing_window(windows: Iterable[Window]) -> Window:
+    """Return the smallest window that holds all of these. Raises ValueError for none."""
+    found = list(windows)
+    return Window(min(w.start for w in found), max(w.end for w in found))
+
+
+def align_inside(window: Window, timeframe: Timeframe) -> Window:
+    """Return the open times of the bars that lie wholly inside the window; empty for none."""
+    return Window(timeframe.ceil(window.start), timeframe.floor(window.end))
+
+
+def count_bars(windows: Iterable[Window], timeframe: Timeframe) -> int:
+    """Count the open times inside all of these windows, once for each window that holds them."""
+    return sum(window.count(timeframe) for window in windows)
+
+
+def fold_neighbors(items: Iterable[T], join: Callable[[T, T], T | None]) -> list[T]:
+    """Join each item with the one before it wherever `join` returns the joined item.
+
+    `join` is called with what the previous items became and the next item; None keeps both apart.
+    """
+    folded: list[T] = []
+    for item in items:
+        joined = join(folded[-1], item) if folded else None
+        if joined is None:
+            folded.append(item)
+        else:
+            folded[-1] = joined
+    return folded
+
+
+# --------------------------------------------------------------------------------- open times
+def opens_inside(window: Window) -> pl.Expr:
+    """Return an expression that is true where the column `open_time` lies in the window."""
+    return pl.col("open_time").is_between(window.start, window.end, closed="left")
+
+
+def find_gaps(opens: pl.Series, timeframe: Timeframe, window: Window) -> list[Window]:
+    """Return the windows inside `window` that hold no bar; their ends lie on the timeframe's grid.
+
+    `opens` holds the bars' open times: sorted, unique and on the grid.
+    """
     if not window:
         return []
     first, last = timeframe.ceil(window.start), timeframe.ceil(window.end)
@@ -32,50 +128,22 @@ def holes(opens: pl.Series, timeframe: Timeframe, window: Window) -> list[Window
     ]
 
 
-def without(window: Window, cuts: Iterable[Window]) -> list[Window]:
-    """What remains of a window when others are cut out of it, in order."""
-    rest, start = [], window.start
-    for cut in sorted(filter(None, cuts)):
-        if cut.end <= start or cut.start >= window.end:
-            continue
-        if cut.start > start:
-            rest.append(Window(start, cut.start))
-        start = max(start, cut.end)
-    if start < window.end:
-        rest.append(Window(start, window.end))
-    return rest
+def subtract_bars(
+    windows: Iterable[Window], opens: pl.Series, timeframe: Timeframe
+) -> list[list[Window]]:
+    """Return, for each window, the parts that still hold no bar.
 
-
-def left_of(windows: Iterable[Window], cuts: Iterable[Window]) -> list[Window]:
-    """What remains of many windows when many others, which do not overlap, are cut out of them; in the
-    order of the windows.
+    `opens` holds the bars' open times, sorted. Windows that hold none of them cost little.
     """
-    ordered = sorted(filter(None, cuts))
-    starts, ends = [cut.start for cut in ordered], [cut.end for cut in ordered]
+    moments = opens.to_list()
     return [
-        rest
-        for w in windows
-        for rest in without(w, ordered[bisect_right(ends, w.start) : bisect_left(starts, w.end)])
+        [window]
+        if bisect_left(moments, window.start) == bisect_left(moments, window.end)
+        else find_gaps(opens, timeframe, window)
+        for window in windows
     ]
 
 
-def merged(windows: Iterable[Window], reach: int, timeframe: Timeframe) -> list[Window]:
-    """Neighbouring windows joined as long as the joined one holds at most `reach` bars."""
-    joined: list[Window] = []
-    for window in sorted(windows):
-        if joined and Window(joined[-1].start, window.end).count(timeframe) <= reach:
-            joined[-1] = Window(joined[-1].start, max(joined[-1].end, window.end))
-        else:
-            joined.append(window)
-    return joined
-
-
-def runs(opens: Iterable[datetime], timeframe: Timeframe) -> list[Window]:
-    """Single open times as the fewest windows that hold just them."""
-    found: list[Window] = []
-    for moment in sorted(set(opens)):
-        if found and found[-1].end == moment:
-            found[-1] = Window(found[-1].start, moment + timeframe.width)
-        else:
-            found.append(Window(moment, moment + timeframe.width))
-    return found
+def group_consecutive(opens: Iterable[datetime], timeframe: Timeframe) -> list[Window]:
+    """Return the fewest windows that hold just these open times."""
+    return coalesce_windows(Window(moment, moment + timeframe.width) for moment in opens)

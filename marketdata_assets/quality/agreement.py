@@ -1,6 +1,4 @@
-"""Several answers about the same minutes: what they agree on, what they repeat, what they
-contradict.
-"""
+"""Several answers about identical open times: which bar is used, and which rows contradict it."""
 
 from __future__ import annotations
 
@@ -10,75 +8,75 @@ import polars as pl
 
 from marketdata_assets.model.bar import COLUMNS, NAMES
 
+_VALUES = NAMES[1:]
+_OPTIONAL = frozenset(column.name for column in COLUMNS if column.optional)
 
-class Agreement(NamedTuple):
-    """`bars`: one bar per open_time that is believed, sorted. `identical`: how many rows only repeated
-    one of them.
 
-    `outvoted`: rows (with `answer`) that lost against two or more equal answers. `open`: rows of
-    open_times for which no variant has won; none of those open_times is in `bars`.
+class ResolvedAnswers(NamedTuple):
+    """What `resolve_answers` made of the rows of all answers.
+
+    `bars`: one bar per open_time, sorted. `outvoted`: rows (with `answer`) that lost against two or
+    more equal answers. `unresolved`: rows (with `answer`) of open_times for which no variant has
+    won; none of those open_times is in `bars`. All other rows repeat one of `bars`.
     """
 
     bars: pl.DataFrame
-    identical: int
     outvoted: pl.DataFrame
-    open: pl.DataFrame
+    unresolved: pl.DataFrame
 
 
-def agree(kept: pl.DataFrame) -> Agreement:
-    """Settle the kept rows of all answers about one span (columns `answer` and model.bar.SCHEMA).
+def resolve_answers(kept: pl.DataFrame) -> ResolvedAnswers:
+    """Choose one bar per open_time among the rows of all answers.
 
-    One variant of an open_time is believed. Of several, the one that most answers gave is believed
-    when at least two gave it and no other has as many. `len(kept) == len(bars) + identical +
-    len(outvoted) + len(open)` always.
+    `kept` has the columns `answer` and `model.bar.SCHEMA`. The only variant of an open_time is
+    chosen. Of several, the one that most answers gave is chosen when at least two gave it and no
+    other has as many votes; an answer has one vote for a variant.
     """
     repeated = kept["open_time"].is_duplicated()
     if not repeated.any():
-        return Agreement(kept.select(NAMES).sort("open_time"), 0, kept.clear(), kept.clear())
+        return ResolvedAnswers(kept.select(NAMES).sort("open_time"), kept.clear(), kept.clear())
     single, several = kept.filter(~repeated), kept.filter(repeated)
     variants = several.group_by(NAMES).agg(pl.col("answer").n_unique().alias("votes"))
-    ranked = variants.with_columns(
+    counted = variants.with_columns(
         pl.col("votes").max().over("open_time").alias("most"),
         pl.len().over("open_time").alias("rivals"),
     )
-    leading = pl.col("votes") == pl.col("most")
-    alone = leading.sum().over("open_time") == 1
-    won = leading & ((pl.col("rivals") == 1) | ((pl.col("most") > 1) & alone))
-    judged = ranked.with_columns(won.alias("won"), won.any().over("open_time").alias("settled"))
+    leads = pl.col("votes") == pl.col("most")
+    leads_alone = leads.sum().over("open_time") == 1
+    won = leads & ((pl.col("rivals") == 1) | ((pl.col("most") > 1) & leads_alone))
+    judged = counted.with_columns(won.alias("won"), won.any().over("open_time").alias("resolved"))
     winners = judged.filter("won").select(NAMES)
     rows = several.join(
-        judged.select(*NAMES, "won", "settled"), on=NAMES, how="left", nulls_equal=True
+        judged.select(*NAMES, "won", "resolved"), on=NAMES, how="left", nulls_equal=True
     )
-    return Agreement(
+    return ResolvedAnswers(
         pl.concat([single.select(NAMES), winners]).sort("open_time"),
-        int(rows["won"].sum()) - winners.height,
-        rows.filter(~pl.col("won") & pl.col("settled")).select(kept.columns),
-        rows.filter(~pl.col("settled")).select(kept.columns),
+        outvoted=rows.filter(~pl.col("won") & pl.col("resolved")).select(kept.columns),
+        unresolved=rows.filter(~pl.col("resolved")).select(kept.columns),
     )
 
 
-def filled(rows: pl.DataFrame, by: pl.DataFrame) -> pl.DataFrame:
-    """The same rows; a value that one of them does not give is that of the row of the same open_time
-    in `by`, if it has one.
+def coalesce_optional(rows: pl.DataFrame, by: pl.DataFrame) -> pl.DataFrame:
+    """Fill nulls in the optional columns of `rows` from the row of `by` with that open_time.
 
-    `by` has an open_time once. What a row does not give contradicts nothing: a file may tell more
-    than the venue's API.
+    `by` holds an open_time at most once. A value that is not given contradicts nothing: a file may
+    have more columns than the venue's API.
     """
-    lacking = [
-        column.name for column in COLUMNS if column.optional and rows[column.name].null_count()
-    ]
-    if not lacking or by.is_empty():
+    with_nulls = [name for name in NAMES if name in _OPTIONAL and rows[name].null_count()]
+    if not with_nulls or by.is_empty():
         return rows
-    beside = by.select("open_time", *(pl.col(name).alias(name + "_by") for name in lacking))
-    joined = rows.join(beside, on="open_time", how="left", maintain_order="left")
+    others = by.select("open_time", *(pl.col(name).alias(name + "_by") for name in with_nulls))
+    joined = rows.join(others, on="open_time", how="left", maintain_order="left")
     return joined.with_columns(
-        pl.coalesce(name, name + "_by").alias(name) for name in lacking
+        pl.coalesce(name, name + "_by").alias(name) for name in with_nulls
     ).select(rows.columns)
 
 
-class Unanimous(NamedTuple):
-    """What several files say: `bars` once each, `repeated` rows that say the same again, `disputed`
-    rows that contradict others.
+class ResolvedFiles(NamedTuple):
+    """What `resolve_files` made of the rows of several files; each row is in exactly one frame.
+
+    `bars`: one bar per open_time. `repeated`: rows that do not contradict the bar of their
+    open_time. `disputed`: all rows of open_times about which files contradict each other.
     """
 
     bars: pl.DataFrame
@@ -86,55 +84,59 @@ class Unanimous(NamedTuple):
     disputed: pl.DataFrame
 
 
-def unanimous(kept: pl.DataFrame) -> Unanimous:
-    """Rows of several files (columns `answer` and model.bar.NAMES): an open_time that is told twice
-    must be told alike.
+def resolve_files(kept: pl.DataFrame) -> ResolvedFiles:
+    """Choose one bar per open_time among the rows of several files.
 
-    Files are no witnesses that outvote each other: where two differ, neither is believed; a value
-    that one does not give is no difference. Of bars that are told alike the one with the lowest
-    `answer` is taken. `len(kept) == len(bars) + len(repeated) + len(disputed)` always.
+    `kept` has the columns `answer` and `model.bar.NAMES`. Files do not outvote each other: where
+    two differ, neither is used; a value that one of them does not give is no difference. Of rows
+    that agree, the one with the lowest `answer` is chosen.
     """
-    again = kept["open_time"].is_duplicated()
-    if not again.any():
-        return Unanimous(kept, kept.clear(), kept.clear())
-    differs = pl.any_horizontal(
-        pl.col(name).min() != pl.col(name).max() for name in NAMES if name != "open_time"
-    )
-    opens = (
-        kept.filter(again)
+    repeated = kept["open_time"].is_duplicated()
+    if not repeated.any():
+        return ResolvedFiles(kept, kept.clear(), kept.clear())
+    differs = pl.any_horizontal(pl.col(name).min() != pl.col(name).max() for name in _VALUES)
+    differing = (
+        kept.filter(repeated)
         .group_by("open_time")
         .agg(differs.fill_null(False).alias("differs"))
         .filter("differs")
     )
-    disputed = kept.join(opens, on="open_time", how="semi")
-    told = kept.join(opens, on="open_time", how="anti").sort(
+    disputed = kept.join(differing, on="open_time", how="semi")
+    agreed = kept.join(differing, on="open_time", how="anti").sort(
         "open_time", "answer", maintain_order=True
     )
-    first = told["open_time"].is_first_distinct()
-    return Unanimous(told.filter(first), told.filter(~first), disputed)
+    is_first = agreed["open_time"].is_first_distinct()
+    return ResolvedFiles(
+        agreed.filter(is_first), repeated=agreed.filter(~is_first), disputed=disputed
+    )
 
 
-class Beside(NamedTuple):
-    """Bars beside stored ones: `new` open_times, `identical` and `denied` bars; these with the stored
-    values as `<column>_stored`.
+class StoredComparison(NamedTuple):
+    """Bars compared with the stored ones of their open_times; each bar is in exactly one frame.
+
+    `new`: no bar is stored. `identical`: the stored bar has equal values. `different`: it has
+    others, which are in the columns `<column>_stored`.
     """
 
     new: pl.DataFrame
     identical: pl.DataFrame
-    denied: pl.DataFrame
+    different: pl.DataFrame
 
 
-def beside(bars: pl.DataFrame, stored: pl.DataFrame) -> Beside:
-    """Bars of one partition beside those that are stored. A value that one of the two does not give
-    contradicts nothing.
+def compare_with_stored(bars: pl.DataFrame, stored: pl.DataFrame) -> StoredComparison:
+    """Compare bars (one per open_time) with those that are stored of the partition.
+
+    A value that one of the two does not give contradicts nothing.
     """
     both = bars.join(stored.select(NAMES), on="open_time", suffix="_stored")
-    optional = {column.name for column in COLUMNS if column.optional}
-    same = {name: pl.col(name) == pl.col(name + "_stored") for name in NAMES if name != "open_time"}
+    equal = {name: pl.col(name) == pl.col(name + "_stored") for name in _VALUES}
     agrees = both.select(
-        pl.all_horizontal(e.fill_null(True) if n in optional else e for n, e in same.items()).alias(
-            "agrees"
-        )
+        pl.all_horizontal(
+            expr.fill_null(True) if name in _OPTIONAL else expr for name, expr in equal.items()
+        ).alias("agrees")
     )["agrees"]
-    new = bars.join(stored.select("open_time"), on="open_time", how="anti")
-    return Beside(new, both.filter(agrees).select(bars.columns), both.filter(~agrees))
+    return StoredComparison(
+        bars.join(stored.select("open_time"), on="open_time", how="anti"),
+        identical=both.filter(agrees).select(bars.columns),
+        different=both.filter(~agrees),
+    )

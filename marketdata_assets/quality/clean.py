@@ -1,6 +1,4 @@
-"""Stored rows that must not be there: twice, in the wrong place, or against a rule. Pure functions on
-frames.
-"""
+"""Stored rows that must not be there: stored twice, in the wrong place, or against a rule."""
 
 from __future__ import annotations
 
@@ -9,60 +7,66 @@ from typing import NamedTuple
 import polars as pl
 
 from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.quality.split import REJECTED_SCHEMA, asked_columns, reject, split
+from marketdata_assets.quality.split import (
+    REJECTED_SCHEMA,
+    add_request_columns,
+    reject_bars,
+    split_rows,
+)
+
+_SENT_AS_NUMBERS = ("open_time", "trades")
 
 
-class Cleaned(NamedTuple):
-    """`bars`: what may stay, one an open_time, sorted. `repeated`: how many rows only repeated one of
-    them.
+class CleanedBars(NamedTuple):
+    """What `clean_bars` made of stored rows.
 
-    `rejected` (quality.split.REJECTED_SCHEMA): rows with an open_time outside of `owned`
+    `bars`: what may stay, one bar per open_time, sorted. `duplicates`: how many rows only repeated
+    one of them. `rejected` (quality.split.REJECTED_SCHEMA): rows outside of the partition
     (`overlap`), different rows of one open_time (`conflict`, all of them), and rows that break a
     rule.
     """
 
     bars: pl.DataFrame
-    repeated: int
+    duplicates: int
     rejected: pl.DataFrame
 
     @property
-    def says(self) -> str:
-        """What is wrong, in words; empty when nothing is."""
-        reasons = self.rejected.group_by("reasons").len().sort("reasons").rows()
-        parts = [f"{count} rows: {reason}" for reason, count in reasons]
-        return ", ".join(
-            [*([f"{self.repeated} rows stored twice"] if self.repeated else []), *parts]
-        )
+    def message(self) -> str:
+        """What is wrong with the rows; empty when nothing is."""
+        counts = self.rejected.group_by("reasons").len().sort("reasons").rows()
+        parts = [f"{self.duplicates} rows stored twice"] if self.duplicates else []
+        return ", ".join([*parts, *(f"{count} rows: {reason}" for reason, count in counts)])
 
 
-def clean(rows: pl.DataFrame, timeframe: Timeframe, owned: Window) -> Cleaned:
-    """Judge stored rows (model.bar.SCHEMA and more) of one partition, which owns these open times."""
+def clean_bars(rows: pl.DataFrame, timeframe: Timeframe, owned: Window) -> CleanedBars:
+    """Judge the stored rows of one partition, which owns the open times in `owned`.
+
+    `rows` has the columns of model.bar.SCHEMA and may have more, which are kept.
+    """
     numbered = rows.with_columns(pl.lit(-1, pl.Int64).alias("answer"))
-    mine = pl.col("open_time").is_between(owned.start, owned.end, closed="left")
-    single = numbered.filter(mine).unique(NAMES, keep="first", maintain_order=True)
+    mine, outside = numbered.filter(opens_inside(owned)), numbered.filter(~opens_inside(owned))
+    single = mine.unique(NAMES, keep="first", maintain_order=True)
     disputed = single["open_time"].is_duplicated()
     held = single.filter(~disputed)
     sent = held.with_columns(
         pl.col("open_time").dt.epoch("ms"),
-        *(pl.col(n).cast(pl.String) for n in NAMES if n not in _AS_THEY_ARE),
+        *(pl.col(name).cast(pl.String) for name in NAMES if name not in _SENT_AS_NUMBERS),
     )
-    broken = split(
-        asked_columns(sent.select(NAMES), -1, owned), timeframe, owned.end + timeframe.width
+    broken = split_rows(
+        add_request_columns(sent.select(NAMES), -1, owned),
+        timeframe,
+        closed_before=owned.end + timeframe.width,
     ).rejected
     rejected = [
-        reject(numbered.filter(~mine), "overlap"),
-        reject(single.filter(disputed), "conflict"),
+        reject_bars(outside, "overlap"),
+        reject_bars(single.filter(disputed), "conflict"),
         broken,
     ]
-    bars = held.join(broken, on="open_time", how="anti").drop("answer").sort("open_time")
-    outside = numbered.filter(~mine).height
-    return Cleaned(
-        bars,
-        rows.height - outside - single.height,
-        pl.concat([frame.select(*REJECTED_SCHEMA) for frame in rejected]),
+    return CleanedBars(
+        held.join(broken, on="open_time", how="anti").drop("answer").sort("open_time"),
+        duplicates=rows.height - outside.height - single.height,
+        rejected=pl.concat([frame.select(*REJECTED_SCHEMA) for frame in rejected]),
     )
-
-
-_AS_THEY_ARE = ("open_time", "trades")

@@ -1,6 +1,4 @@
-"""Causes: what the facts about a hole say it is, part by part, and whether two kinds of evidence agree
-on it.
-"""
+"""The causes of a gap that the evidence shows, part by part, and whether each of them is final."""
 
 from __future__ import annotations
 
@@ -11,306 +9,334 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from marketdata_assets.model.bar import number_text
-from marketdata_assets.model.intervals import without
+from marketdata_assets.model.gap import GapCause
+from marketdata_assets.model.intervals import align_inside, fold_neighbors, subtract_window
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.halts import Halt
+from marketdata_assets.venues.facts import Halt
 
-NO_TRADE, HALTED, DELISTED, MISSING = "no_trade", "halted", "delisted", "missing_at_source"
-CAUSES = (NO_TRADE, HALTED, DELISTED, MISSING)
-
-CHANCE = 1e-6
-"""Markets that are all silent by chance more rarely than this are halted."""
-CHANCE_ALONE = 1e-9
-"""The same where there is only one market and nothing else to witness it; and how rare a pause of a
-market may be.
-"""
-HABIT = 3
-"""So many other minutes without a bar make it a habit of the venue to send none for a minute without
-trades.
-"""
-ENOUGH = 200
-"""Characters after which no more words of the same kind are added."""
+MAX_CHANCE = 1e-6
+"""Silence of all markets that is less likely than this by chance is a halt."""
+MAX_CHANCE_ALONE = 1e-9
+"""For a venue with one market and no other evidence; and a pause that is less likely than this is not
+explained by a market's habit of having no trades."""
+MIN_EMPTY_BARS = 3
+"""So many other open times without a bar show that the venue sends none for a bar without trades."""
+MAX_MESSAGE = 200
+"""Characters after which no message of a further part is added."""
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(hours=1), timedelta(days=30)
 
 
-def ask_again_at(first: datetime, now: datetime) -> datetime:
-    """When a gap that was asked for first at `first` and just now is asked for again: 1, 4, 16, 64 h
-    after `first`, ...
+def next_request_at(first_requested: datetime, now: datetime) -> datetime:
+    """Return when a gap that has just been requested is requested again.
+
+    The requests follow 1, 4, 16, 64 h after the first one, and so on, at most 30 days apart.
     """
-    pause = min(max(FIRST_PAUSE, 3 * (now - first)), LONGEST_PAUSE)
+    pause = min(max(FIRST_PAUSE, 3 * (now - first_requested)), LONGEST_PAUSE)
     return (now + pause).replace(microsecond=0)
 
 
-class Neighbour(NamedTuple):
-    """The bar beside a hole."""
+# --------------------------------------------------------------------------------- the evidence
+class Neighbor(NamedTuple):
+    """The bar next to a gap."""
 
     open_time: datetime
     close: Decimal
     volume: Decimal
 
 
-class Native(NamedTuple):
-    """A coarser bar of the venue that covers part of a hole, beside the sum of our bars in it;
-    `lacking`: how many are not there.
+class NativeBar(NamedTuple):
+    """A coarser bar of the venue over part of a gap, and the stored base bars inside it.
+
+    `stored_volume` is the sum of their volumes, `missing_bars` how many are not stored.
     """
 
     timeframe: Timeframe
     open_time: datetime
     volume: Decimal
-    ours: Decimal
-    lacking: int
+    stored_volume: Decimal
+    missing_bars: int
 
     @property
     def window(self) -> Window:
-        """What it covers."""
+        """The open times that it covers."""
         return Window(self.open_time, self.open_time + self.timeframe.width)
 
     def __str__(self) -> str:
-        amounts = f"volume {number_text(self.volume)}, ours in it {number_text(self.ours)}"
-        return f"the venue's {self.timeframe.name} bar of {iso(self.open_time)} has {amounts}, {self.lacking} bars lack"
+        volumes = f"volume {number_text(self.volume)}, ours in it {number_text(self.stored_volume)}"
+        return (
+            f"the venue's {self.timeframe.name} bar of {iso(self.open_time)} has {volumes}, "
+            f"{self.missing_bars} bars are missing"
+        )
 
 
-class Habit(NamedTuple):
-    """How often a market has no bar, apart from the hole in question: `empty` of `minutes` bars, in
-    `runs` stretches.
+class EmptyBarRate(NamedTuple):
+    """How often a market has no bar in a span, the gap in question apart.
+
+    `empty` of `bars` open times have none, in `stretches` of consecutive ones.
     """
 
-    minutes: int
+    bars: int
     empty: int
-    runs: int
+    stretches: int
 
-    def chance(self, bars: int) -> float:
-        """How likely a stretch of so many empty bars begins at any one bar: empty ones come in a row
-        more often than by lot.
+    def chance(self, length: int) -> float:
+        """Return how likely a stretch of `length` empty bars begins at any one open time.
+
+        Empty bars follow each other more often than independent ones would.
         """
-        begins = (self.empty + 1) / (self.minutes + 2)
-        goes_on = min(1.0, (self.empty - self.runs + 0.5) / (self.empty + 1))
-        return float(begins * goes_on ** (bars - 1))
+        begins = (self.empty + 1) / (self.bars + 2)
+        continues = min(1.0, (self.empty - self.stretches + 0.5) / (self.empty + 1))
+        return float(begins * continues ** (length - 1))
 
 
-Habits = tuple[Habit, ...]
-"""A market's habit around a hole, as seen over more than one span."""
+EmptyBarRates = tuple[EmptyBarRate, ...]
+"""One market's rates in spans of different length around a gap, the widest first."""
 
 
-def chance_of(habits: Habits, bars: int) -> float:
-    """The likelihood by the span in which the market was the most silent."""
-    return max(habit.chance(bars) for habit in habits)
+def highest_chance(rates: EmptyBarRates, length: int) -> float:
+    """Return the chance in the span in which the market has the most empty bars."""
+    return max(rate.chance(length) for rate in rates)
 
 
-class Silence(NamedTuple):
-    """A stretch of a hole in which every other market of the venue that we know lacks its bars too,
-    with their habits.
-    """
+class SilentWindow(NamedTuple):
+    """Part of a gap in which no other known market of the venue has a bar; one rate for each."""
 
     window: Window
-    others: tuple[Habits, ...]
+    others: tuple[EmptyBarRates, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """All that is known about one hole of a market.
+class FinerGap(NamedTuple):
+    """A gap of the base timeframe, with its cause."""
 
-    `told`: answers delivered bars on both sides of it and none between, twice. `silences` are
-    disjoint, `natives` the coarser bars whose timeframe adds up where nothing lacks. `others` says
-    of each other market of the venue how many of the hole's bars it has; `pending`: some are not
-    fetched yet. `elsewhere` names another venue's market of the same asset that traded meanwhile.
-    `zeros` counts stored bars without volume. `finer` says, of a coarser table's hole, why base
-    bars lack in it. `trailing`: no bar of the market is stored after it; `listed`: whether the
-    venue's list still has the market (None: not asked).
-    """
+    window: Window
+    cause: GapCause
 
-    hole: Window
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GapEvidence:
+    """All that is known about one gap of a market."""
+
+    window: Window
     timeframe: Timeframe
-    told: bool
+    is_confirmed_absent: bool
+    """Two answers delivered the bars on both sides of it and none between."""
     answers: int
-    habits: Habits
-    silences: tuple[Silence, ...] = ()
-    finer: tuple[tuple[Window, str], ...] = ()
-    natives: tuple[Native, ...] = ()
-    others: Mapping[str, int] = field(default_factory=dict)
-    pending: bool = False
-    elsewhere: str | None = None
+    """Answers, or runs, that ended in the gap's reason."""
+    empty_bar_rates: EmptyBarRates
+    silent_windows: tuple[SilentWindow, ...] = ()
+    """Disjoint."""
+    finer_gaps: tuple[FinerGap, ...] = ()
+    """For a gap of a coarser table: why base bars are missing in it."""
+    native_bars: tuple[NativeBar, ...] = ()
+    """Of timeframes whose bars equal the sums of ours wherever ours are complete."""
+    other_markets: Mapping[str, int] = field(default_factory=dict)
+    """By key of each other market of the venue: how many of the gap's bars it has."""
+    is_fetch_pending: bool = False
+    """Some of the other markets are not fetched yet."""
+    traded_elsewhere: str | None = None
+    """The key of another venue's market of that asset which traded meanwhile."""
     halts: tuple[Halt, ...] = ()
-    before: Neighbour | None = None
-    after: Neighbour | None = None
-    zeros: int = 0
-    trailing: bool = False
-    listed: bool | None = None
+    """The reported halts that share a moment with it."""
+    before: Neighbor | None = None
+    after: Neighbor | None = None
+    bars_without_volume: int = 0
+    """Stored bars of the partition whose volume is zero."""
+    is_trailing: bool = False
+    """No bar of the market is stored after it."""
+    is_listed: bool | None = None
+    """Whether the venue still lists the market; None: the list was not requested."""
 
 
-class Part(NamedTuple):
-    """Part of a hole: its cause (empty: not told apart), whether that is final, and why, in words."""
+# --------------------------------------------------------------------------------- the causes
+class GapPart(NamedTuple):
+    """Part of a gap: its cause (None: not known), whether that is final, and why."""
 
     window: Window
-    cause: str
-    final: bool
-    words: str
+    cause: GapCause | None
+    is_final: bool
+    message: str
 
 
-def classify(facts: Facts) -> list[Part]:
-    """Cut a hole into parts by their causes, in order; together they are the hole. The first judge
-    that knows a part has it.
+def classify_gap(evidence: GapEvidence) -> list[GapPart]:
+    """Cut a gap into parts by their causes, in order; together they are the gap.
+
+    The first kind of evidence that shows the cause of a part decides it.
     """
-    found: list[Part] = []
-    rest = [facts.hole]
-    for judge in (
-        (_missing,)
-        if facts.pending
-        else (_missing, _as_finer, _halted, _native_is_empty, _omitted, _quiet, _delisted)
-    ):
-        judged = [part for window in rest for part in judge(facts, window)]
-        rest = [
-            left for window in rest for left in without(window, [part.window for part in judged])
-        ]
-        found += judged
-    return _joined(sorted([*found, *(Part(window, "", False, _unknown(facts)) for window in rest)]))
+    found: list[GapPart] = []
+    rest = [evidence.window]
+    for find in (_find_missing_at_source,) if evidence.is_fetch_pending else _FINDERS:
+        parts = [part for window in rest for part in find(evidence, window)]
+        cuts = [part.window for part in parts]
+        rest = [left for window in rest for left in subtract_window(window, cuts)]
+        found += parts
+    unknown = _unknown_message(evidence)
+    found += [GapPart(window, None, is_final=False, message=unknown) for window in rest]
+    return fold_neighbors(sorted(found, key=lambda part: part.window), _join_parts)
 
 
-Judge = Callable[[Facts, Window], list[Part]]
-
-
-def _missing(facts: Facts, window: Window) -> list[Part]:
-    """The venue's own coarser bar holds trades that our bars lack."""
-    more = [native for native in facts.natives if native.volume > native.ours]
-    return _by_native(window, more, MISSING, facts.told)
-
-
-def _native_is_empty(facts: Facts, window: Window) -> list[Part]:
-    """The venue's own coarser bar is what our bars add up to: nothing was traded where there are
-    none.
-    """
-    return _by_native(
-        window, [native for native in facts.natives if native.volume == native.ours], NO_TRADE, True
-    )
-
-
-def _by_native(window: Window, natives: Iterable[Native], cause: str, final: bool) -> list[Part]:
-    found: list[Part] = []
-    for native in sorted(
-        natives, key=lambda n: n.timeframe.width
-    ):  # the finest tells most closely where
-        for rest in without(window & native.window, [part.window for part in found]):
-            found.append(Part(rest, cause, final, str(native)))
-    return found
-
-
-def _as_finer(facts: Facts, window: Window) -> list[Part]:
-    """No base bar is there either, and it is known why."""
-    width, found = facts.timeframe.width, []
-    for span, cause in facts.finer:
-        first, last = facts.timeframe.ceil(span.start), facts.timeframe.floor(span.end)
-        if facts.told and (part := Window(first, last) & window) and part.end - part.start >= width:
-            found.append(Part(part, cause, True, f"no base bar of {span} is there either: {cause}"))
-    return found
-
-
-def _halted(facts: Facts, window: Window) -> list[Part]:
-    """All markets of the venue are silent at once, and that is no coincidence."""
-    if not facts.told:
-        return []
-    parts = [(silence.window & window, silence.others) for silence in facts.silences]
+def _find_missing_at_source(evidence: GapEvidence, window: Window) -> list[GapPart]:
+    """The venue's own coarser bar holds trades that our bars do not."""
+    larger = [native for native in evidence.native_bars if native.volume > native.stored_volume]
     return [
-        Part(part, HALTED, True, words)
-        for part, others in parts
-        if part and (words := _halt(facts, part, others))
+        GapPart(
+            part,
+            GapCause.MISSING_AT_SOURCE,
+            is_final=evidence.is_confirmed_absent,
+            message=str(native),
+        )
+        for part, native in _parts_by_native(window, larger)
     ]
 
 
-def _halt(facts: Facts, window: Window, others: tuple[Habits, ...]) -> str | None:
-    bars = window.count(facts.timeframe)
-    chance = chance_of(facts.habits, bars)
-    for habits in others:
-        chance *= chance_of(habits, bars)
-    known = [halt for halt in facts.halts if halt.window & window]
+def _find_no_trade_by_native(evidence: GapEvidence, window: Window) -> list[GapPart]:
+    """The venue's own coarser bar is the sum of our bars: nothing was traded where there are none."""
+    equal = [native for native in evidence.native_bars if native.volume == native.stored_volume]
+    return [
+        GapPart(part, GapCause.NO_TRADE, is_final=True, message=str(native))
+        for part, native in _parts_by_native(window, equal)
+    ]
+
+
+def _parts_by_native(
+    window: Window, natives: Iterable[NativeBar]
+) -> list[tuple[Window, NativeBar]]:
+    """Cut a window by the bars that cover it; the finest bar, which locates best, comes first."""
+    found: list[tuple[Window, NativeBar]] = []
+    for native in sorted(natives, key=lambda bar: bar.timeframe.width):
+        covered = [part for part, _ in found]
+        found += [(rest, native) for rest in subtract_window(window & native.window, covered)]
+    return found
+
+
+def _find_by_finer_gaps(evidence: GapEvidence, window: Window) -> list[GapPart]:
+    """No base bar is there either, and the cause of that is known."""
+    if not evidence.is_confirmed_absent:
+        return []
+    parts = [
+        (align_inside(gap.window, evidence.timeframe) & window, gap) for gap in evidence.finer_gaps
+    ]
+    return [
+        GapPart(
+            part,
+            gap.cause,
+            is_final=True,
+            message=f"no base bar of {gap.window} is there either: {gap.cause}",
+        )
+        for part, gap in parts
+        if part.end - part.start >= evidence.timeframe.width
+    ]
+
+
+def _find_halts(evidence: GapEvidence, window: Window) -> list[GapPart]:
+    """All markets of the venue are silent at once, and that is no coincidence."""
+    if not evidence.is_confirmed_absent:
+        return []
+    parts = [(silent.window & window, silent.others) for silent in evidence.silent_windows]
+    return [
+        GapPart(part, GapCause.HALTED, is_final=True, message=message)
+        for part, others in parts
+        if part and (message := _halt_message(evidence, part, others))
+    ]
+
+
+def _halt_message(
+    evidence: GapEvidence, window: Window, others: tuple[EmptyBarRates, ...]
+) -> str | None:
+    """Return why a silent window is a halt; None where the evidence is too weak."""
+    bars = window.count(evidence.timeframe)
+    chance = highest_chance(evidence.empty_bar_rates, bars)
+    for rates in others:
+        chance *= highest_chance(rates, bars)
+    reported = [halt for halt in evidence.halts if halt.window & window]
+    has_witness = bool(others or reported or evidence.traded_elsewhere)
+    if chance >= (MAX_CHANCE if has_witness else MAX_CHANCE_ALONE):
+        return None
     who = (
         f"none of the venue's {len(others) + 1} markets has a bar"
         if others
         else "the venue's one market here has no bar"
     )
-    words = [
-        f"{who}, by chance once in {1 / chance:.0e} times"
-        if chance > 1e-300
-        else f"{who}, never by chance"
-    ]
-    words += [f"known as: {halt.what} ({halt.told_by})" for halt in known]
-    if not others and facts.elsewhere:
-        words.append(f"{facts.elsewhere} traded")
-    enough = chance < CHANCE and (others or known or facts.elsewhere or chance < CHANCE_ALONE)
-    return "; ".join(words) if enough else None
+    odds = f"by chance once in {1 / chance:.0e} times" if chance > 1e-300 else "never by chance"
+    parts = [f"{who}, {odds}"]
+    parts += [f"known as: {halt.description} ({halt.reported_by})" for halt in reported]
+    if not others and evidence.traded_elsewhere:
+        parts.append(f"{evidence.traded_elsewhere} traded")
+    return "; ".join(parts)
 
 
-def _omitted(facts: Facts, window: Window) -> list[Part]:
-    """The venue sends no bar for a minute without trades, and this market has such minutes as often as
-    that.
-    """
-    bars, widest = window.count(facts.timeframe), facts.habits[0]
-    if not facts.told or widest.empty < HABIT or 10 * facts.zeros > widest.empty:
+def _find_omitted_bars(evidence: GapEvidence, window: Window) -> list[GapPart]:
+    """The venue sends no bar without trades, and this market has such pauses often enough."""
+    bars, widest = window.count(evidence.timeframe), evidence.empty_bar_rates[0]
+    sends_empty_bars = 10 * evidence.bars_without_volume > widest.empty
+    if not evidence.is_confirmed_absent or widest.empty < MIN_EMPTY_BARS or sends_empty_bars:
         return []
-    chance = chance_of(facts.habits, bars)
-    if chance < CHANCE_ALONE:
+    chance = highest_chance(evidence.empty_bar_rates, bars)
+    if chance < MAX_CHANCE_ALONE:
         return []
-    usual = f"{widest.empty} of the month's {widest.minutes} other bars are not there either, and {facts.zeros} are there without volume"
-    return [
-        Part(
-            window,
-            NO_TRADE,
-            True,
-            f"the venue sends no bar without trades: {usual}; {bars} in a row: {chance:.0e} at any bar",
-        )
-    ]
+    message = (
+        f"the venue sends no bar without trades: {widest.empty} of the month's {widest.bars} other "
+        f"bars are not there either, and {evidence.bars_without_volume} are there without volume; "
+        f"{bars} in a row: {chance:.0e} at any bar"
+    )
+    return [GapPart(window, GapCause.NO_TRADE, is_final=True, message=message)]
 
 
-def _quiet(facts: Facts, window: Window) -> list[Part]:
+def _find_quiet_neighbors(evidence: GapEvidence, window: Window) -> list[GapPart]:
     """The bars on both sides hold no trade."""
-    sides = facts.before, facts.after
-    if facts.told and all(side is not None and side.volume == 0 for side in sides):
-        return [Part(window, NO_TRADE, True, "the bars on both sides hold no trade")]
-    return []
-
-
-def _delisted(facts: Facts, window: Window) -> list[Part]:
-    """The market ended: no bar since, the venue's list has it no more, and other markets go on."""
-    if not facts.trailing or facts.listed is not False:
+    sides = evidence.before, evidence.after
+    if not evidence.is_confirmed_absent or any(bar is None or bar.volume for bar in sides):
         return []
-    going_on = [name for name, bars in facts.others.items() if bars]
-    final = facts.answers >= (2 if going_on else 3)
-    words = "no bar has come since, and the venue lists the market no more"
-    return [Part(window, DELISTED, final, words + (f"; {going_on[0]} goes on" if going_on else ""))]
+    message = "the bars on both sides hold no trade"
+    return [GapPart(window, GapCause.NO_TRADE, is_final=True, message=message)]
 
 
-def _unknown(facts: Facts) -> str:
-    if facts.pending:
+def _find_delisting(evidence: GapEvidence, window: Window) -> list[GapPart]:
+    """The market ended: no bar since, it is listed no more, and other markets continue."""
+    if not evidence.is_trailing or evidence.is_listed is not False:
+        return []
+    continuing = [name for name, bars in evidence.other_markets.items() if bars]
+    is_final = evidence.answers >= (2 if continuing else 3)
+    message = "no bar has come since, and the venue no longer lists the market"
+    if continuing:
+        message += f"; {continuing[0]} continues"
+    return [GapPart(window, GapCause.DELISTED, is_final=is_final, message=message)]
+
+
+_FINDERS: tuple[Callable[[GapEvidence, Window], list[GapPart]], ...] = (
+    _find_missing_at_source,
+    _find_by_finer_gaps,
+    _find_halts,
+    _find_no_trade_by_native,
+    _find_omitted_bars,
+    _find_quiet_neighbors,
+    _find_delisting,
+)
+
+
+def _unknown_message(evidence: GapEvidence) -> str:
+    if evidence.is_fetch_pending:
         return "other markets of the venue have to be fetched first"
-    if not facts.told:
+    if not evidence.is_confirmed_absent:
         return "the venue has not answered for it"
-    there = sum(bars > 0 for bars in facts.others.values())
+    with_bars = sum(bars > 0 for bars in evidence.other_markets.values())
     others = (
-        f"{there} of {len(facts.others)} other markets of the venue have bars"
-        if facts.others
+        f"{with_bars} of {len(evidence.other_markets)} other markets of the venue have bars"
+        if evidence.other_markets
         else "it is the venue's only market here"
     )
-    return f"the venue has no bar; {others}, and nothing else tells why"
+    return f"the venue has no bar; {others}, and nothing else shows why"
 
 
-def _joined(parts: list[Part]) -> list[Part]:
-    """Neighbouring parts of the same cause as one."""
-    joined: list[Part] = []
-    for part in parts:
-        last = joined[-1] if joined else None
-        if last and (last.window.end, last.cause, last.final) == (
-            part.window.start,
-            part.cause,
-            part.final,
-        ):
-            words = (
-                last.words
-                if part.words in last.words or len(last.words) > ENOUGH
-                else f"{last.words}; {part.words}"
-            )
-            joined[-1] = Part(
-                Window(last.window.start, part.window.end), part.cause, part.final, words
-            )
-        else:
-            joined.append(part)
-    return joined
+def _join_parts(last: GapPart, part: GapPart) -> GapPart | None:
+    """Return adjacent parts of one cause as one; None for any others."""
+    if (last.window.end, last.cause, last.is_final) != (
+        part.window.start,
+        part.cause,
+        part.is_final,
+    ):
+        return None
+    is_long = part.message in last.message or len(last.message) > MAX_MESSAGE
+    message = last.message if is_long else f"{last.message}; {part.message}"
+    window = Window(last.window.start, part.window.end)
+    return part._replace(window=window, message=message)

@@ -1,125 +1,97 @@
-"""Parity: our rolled-up bars beside the venue's own, column by column, with the tolerance that a venue
-needs.
-"""
+"""Parity: rolled-up bars compared with the venue's own, column by column."""
 
 from __future__ import annotations
 
-from decimal import Decimal
-from typing import NamedTuple
+from enum import StrEnum
 
 import polars as pl
 
 from marketdata_assets.model.bar import APART, NAMES, PARITY_COLUMNS
+from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.window import Window
+from marketdata_assets.venues.facts import Tolerance
+from marketdata_assets.venues.registry import facts_of
 
-EQUAL, WITHIN, DIFFERS, ONLY_OURS, ONLY_NATIVE = (
-    "equal",
-    "within_tolerance",
-    "differs",
-    "only_ours",
-    "only_native",
-)
-"""The outcomes of a bar. The last three are differences; the last two where only one side has a bar
-that both should have.
-"""
-UNEQUAL = (DIFFERS, ONLY_OURS, ONLY_NATIVE)
-VALUES = NAMES[1:]
+NATIVE = "_native"
+"""After a column's name: the venue's own value."""
+VALUE_COLUMNS = NAMES[1:]
 
 
-class Tolerance(NamedTuple):
-    """How far a venue's own bar may lie from its finer bars: by `absolute`, or by the share `relative`
-    of its own value.
+class ParityOutcome(StrEnum):
+    """How a rolled-up bar and the venue's own bar of one open time compare."""
+
+    EQUAL = "equal"
+    """Every value that both give is equal."""
+    WITHIN_TOLERANCE = "within_tolerance"
+    """Values differ, each by no more than the venue's tolerance of that column."""
+    DIFFERS = "differs"
+    ONLY_OURS = "only_ours"
+    """The venue has no bar of its own where it should have one."""
+    ONLY_NATIVE = "only_native"
+    """We have no bar where we should have one."""
+
+
+DIFFERENCES = (ParityOutcome.DIFFERS, ParityOutcome.ONLY_OURS, ParityOutcome.ONLY_NATIVE)
+"""The outcomes that fail the check."""
+
+
+def compare_bars(
+    venue: str, ours: pl.DataFrame, native: pl.DataFrame, *, span: Window
+) -> pl.DataFrame:
+    """Return every bar that opens inside the span, on either side, with its outcome.
+
+    Both frames have model.bar.SCHEMA, sorted. The result has `open_time`, `outcome`, `columns`
+    (those that decide the outcome, with spaces between), and for each value our own as `volume`, the
+    venue's as `volume_native` and ours less the venue's as `volume_apart`. A value that is null on
+    one side was not given, and is not compared.
     """
-
-    absolute: Decimal
-    relative: Decimal
-    why: str
-    measured: str
-
-
-_DOUBLES = Tolerance(
-    Decimal("1e-8"),
-    Decimal("2.7e-16"),
-    "the venue added quote volumes up in binary floating point: the last digit of 53 bits, printed with 8 decimals",
-    "4h beside 1h of BTC/USDT, 2020-02 and 03: 197 values of 359 bars, at most 5e-8 and, above 1e-8, 2.61e-16; none in 2023 and 2024",
-)
-TOLERANCE: dict[tuple[str, str], Tolerance] = {
-    ("binance", "quote_volume"): _DOUBLES,
-    ("binance", "taker_buy_quote_volume"): _DOUBLES,
-    ("kraken", "trades"): Tolerance(
-        Decimal(1),
-        Decimal(0),
-        "a trade at the edge of a bar is counted on either side of it",
-        "archives, 5m to 1d beside 1m of BTC/USD and BTC/USDT, 2023-03-01 to 20: never more than 1, in 826 of 16,281 bars",
-    ),
-    ("kraken", "volume"): Tolerance(
-        Decimal(0),
-        Decimal("0.015"),
-        "its archives give other volumes for the same trades and prices; more would hide a minute, which is 1.7 % of an hour",
-        "the same: all 40 of 1d (at most 1.47 %), 79 of 80 of 12h, 945 of 960 of 1h, 98 % of 5m lie within; the worst hour is 15 % off",
-    ),
-}
-"""By venue and column. What is not here is compared digit for digit; nothing here is wider than what
-was measured.
-"""
-
-
-def judge(venue: str, ours: pl.DataFrame, native: pl.DataFrame, span: Window) -> pl.DataFrame:
-    """Every bar that opens inside the span, on either side (model.bar.SCHEMA, sorted), with its
-    outcome.
-
-    `open_time`, `outcome`, `columns` (those that make it so, with spaces between), and for each
-    value our own as `volume`, the venue's as `volume_native` and ours less the venue's as
-    `volume_apart`. A value that is null on one side was not given, and is not compared.
-    """
-    inside = pl.col("open_time").is_between(span.start, span.end, closed="left")
-    mine, theirs = ours.select(NAMES).filter(inside), native.select(NAMES).filter(inside)
-    both = mine.join(theirs, on="open_time", how="full", coalesce=True, suffix="_native").sort(
+    mine, theirs = (frame.select(NAMES).filter(opens_inside(span)) for frame in (ours, native))
+    both = mine.join(theirs, on="open_time", how="full", coalesce=True, suffix=NATIVE).sort(
         "open_time"
     )
     both = both.with_columns(
-        (pl.col(name) - pl.col(name + "_native")).alias(name + APART) for name in VALUES
+        (pl.col(name) - pl.col(name + NATIVE)).alias(name + APART) for name in VALUE_COLUMNS
     )
-    unequal = {name: (pl.col(name + APART) != 0).fill_null(False) for name in VALUES}
-    beyond = {name: unequal[name] & ~_within(venue, name) for name in VALUES}
+    tolerances = facts_of(venue).tolerances
+    unequal = {name: (pl.col(name + APART) != 0).fill_null(False) for name in VALUE_COLUMNS}
+    beyond = {
+        name: flag & ~_is_within(name, tolerances.get(name)) for name, flag in unequal.items()
+    }
+    differs = pl.any_horizontal(beyond.values())
     outcome = (
         pl.when(pl.col("close").is_null())
-        .then(pl.lit(ONLY_NATIVE))
-        .when(pl.col("close_native").is_null())
-        .then(pl.lit(ONLY_OURS))
-        .when(pl.any_horizontal(beyond.values()))
-        .then(pl.lit(DIFFERS))
+        .then(pl.lit(ParityOutcome.ONLY_NATIVE.value))
+        .when(pl.col("close" + NATIVE).is_null())
+        .then(pl.lit(ParityOutcome.ONLY_OURS.value))
+        .when(differs)
+        .then(pl.lit(ParityOutcome.DIFFERS.value))
         .when(pl.any_horizontal(unequal.values()))
-        .then(pl.lit(WITHIN))
-        .otherwise(pl.lit(EQUAL))
+        .then(pl.lit(ParityOutcome.WITHIN_TOLERANCE.value))
+        .otherwise(pl.lit(ParityOutcome.EQUAL.value))
     )
-    columns = (
-        pl.when(pl.any_horizontal(beyond.values()))
-        .then(_listed(beyond))
-        .otherwise(_listed(unequal))
-    )
+    columns = pl.when(differs).then(_names_of(beyond)).otherwise(_names_of(unequal))
     return both.select(
         "open_time", outcome.alias("outcome"), columns.alias("columns"), pl.exclude("open_time")
     )
 
 
-def _within(venue: str, name: str) -> pl.Expr:
-    allowed = TOLERANCE.get((venue, name))
-    if allowed is None:
+def select_stored(compared: pl.DataFrame) -> pl.DataFrame:
+    """Return the stored columns (model.bar.PARITY_COLUMNS) of compared bars with their causes."""
+    return compared.select(pl.col(column.name).cast(column.dtype) for column in PARITY_COLUMNS)
+
+
+def _is_within(name: str, tolerance: Tolerance | None) -> pl.Expr:
+    if tolerance is None:
         return pl.lit(False)
     distance = pl.col(name + APART).abs().cast(pl.Float64)
-    share = pl.col(name + "_native").abs().cast(pl.Float64) * float(allowed.relative)
-    return (distance <= float(allowed.absolute)) | (distance <= share)
+    share = pl.col(name + NATIVE).abs().cast(pl.Float64) * float(tolerance.relative)
+    return (distance <= float(tolerance.absolute)) | (distance <= share)
 
 
-def _listed(flags: dict[str, pl.Expr]) -> pl.Expr:
+def _names_of(flags: dict[str, pl.Expr]) -> pl.Expr:
+    """The names of the flags that are true, with spaces between."""
     return pl.concat_str(
         [pl.when(flag).then(pl.lit(name)) for name, flag in flags.items()],
         separator=" ",
         ignore_nulls=True,
     )
-
-
-def outcomes(judged: pl.DataFrame) -> pl.DataFrame:
-    """What is kept of judged bars that were traced (`cause`, `minutes`): model.bar.PARITY_COLUMNS."""
-    return judged.select(pl.col(column.name).cast(column.dtype) for column in PARITY_COLUMNS)

@@ -1,4 +1,4 @@
-"""Rows as sent become bars that are kept and rows that are refused, each with its reasons."""
+"""Rows as sent become bars that are kept and rows that are rejected, each with its reasons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import polars as pl
 from marketdata_assets.model.bar import NAMES, SCHEMA, TIME
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, to_ms
-from marketdata_assets.quality.rules import REQUIRED, SENT, rules
+from marketdata_assets.quality.rules import (
+    REQUESTED_END,
+    REQUESTED_START,
+    REQUIRED,
+    SENT,
+    build_rules,
+)
 
 REJECTED_SCHEMA: dict[str, pl.DataType] = {
     "answer": pl.Int64(),
@@ -19,70 +25,69 @@ REJECTED_SCHEMA: dict[str, pl.DataType] = {
     "reasons": pl.String(),
     "fields": pl.String(),
 }
+"""`reasons`: names of rules, with spaces between. `fields`: JSON, all values as text."""
 _MOMENTS = (to_ms(datetime.min.replace(tzinfo=UTC)), to_ms(datetime.max.replace(tzinfo=UTC)))
-"""Beyond these milliseconds nothing is a moment: microseconds sent for milliseconds, or a number that
-wraps around.
-"""
+"""Milliseconds beyond these are no moment: microseconds sent for milliseconds, or a number so large
+that it wraps around."""
 
 
-class Split(NamedTuple):
-    """`kept`: bars (model.bar.SCHEMA and `answer`). `rejected`: REJECTED_SCHEMA; `fields` is JSON, all
-    values as text.
-    """
+class SplitRows(NamedTuple):
+    """`kept`: bars (model.bar.SCHEMA and `answer`). `rejected`: rows (REJECTED_SCHEMA)."""
 
     kept: pl.DataFrame
     rejected: pl.DataFrame
 
 
-def split(
+def split_rows(
     rows: pl.DataFrame,
     timeframe: Timeframe,
+    *,
     closed_before: datetime,
     columns: Sequence[str] = REQUIRED,
-) -> Split:
-    """Judge rows by every rule. Every row ends in exactly one of the two frames.
+) -> SplitRows:
+    """Apply every rule to every row; each row ends in exactly one of the two frames.
 
-    `rows` is as `sources.base.Fetched.rows` with the columns of `asked_columns` added;
-    `closed_before` is the venue's clock: a bar is closed when its end is at or before it. Null is
-    broken in each of `columns`.
+    `rows` is as `sources.base.BarsPage.rows`, with the columns of `add_request_columns`.
+    `closed_before` is the venue's clock: a bar is closed when its end lies at or before it. Null
+    breaks a rule in each of `columns`.
     """
     typed = rows.rename({name: SENT + name for name in NAMES}).with_columns(
         _typed(name, dtype) for name, dtype in SCHEMA.items()
     )
-    table = rules(timeframe, closed_before, columns)
+    rules = build_rules(timeframe, closed_before, columns)
     judged = typed.with_columns(
-        rule.broken.fill_null(False).alias("broken_" + rule.name) for rule in table
+        rule.broken.fill_null(False).alias("broken_" + rule.name) for rule in rules
     )
-    broken = pl.any_horizontal("broken_" + rule.name for rule in table)
-    refused = judged.filter(broken)
-    kept = (judged.filter(~broken) if refused.height else judged).select("answer", *NAMES)
-    if refused.is_empty():
-        return Split(kept, pl.DataFrame(schema=REJECTED_SCHEMA))
+    is_broken = pl.any_horizontal("broken_" + rule.name for rule in rules)
+    broken = judged.filter(is_broken)
+    kept = (judged.filter(~is_broken) if broken.height else judged).select("answer", *NAMES)
+    if broken.is_empty():
+        return SplitRows(kept, pl.DataFrame(schema=REJECTED_SCHEMA))
     reasons = pl.concat_str(
-        [pl.when("broken_" + rule.name).then(pl.lit(rule.name)) for rule in table],
+        [pl.when("broken_" + rule.name).then(pl.lit(rule.name)) for rule in rules],
         separator=" ",
         ignore_nulls=True,
     )
     fields = pl.struct(
         pl.col(SENT + name).cast(pl.String).alias(name) for name in NAMES
     ).struct.json_encode()
-    return Split(
+    return SplitRows(
         kept,
-        refused.select("answer", "open_time", reasons.alias("reasons"), fields.alias("fields")),
+        broken.select("answer", "open_time", reasons.alias("reasons"), fields.alias("fields")),
     )
 
 
-def asked_columns(rows: pl.DataFrame, answer: int, asked: Window) -> pl.DataFrame:
-    """Rows with the number of their answer and the window it was asked for."""
+def add_request_columns(rows: pl.DataFrame, answer: int, requested: Window) -> pl.DataFrame:
+    """Return rows with the number of their answer and the window that it was requested for."""
     return rows.with_columns(
         pl.lit(answer, pl.Int64).alias("answer"),
-        pl.lit(asked.start, TIME).alias("asked_start"),
-        pl.lit(asked.end, TIME).alias("asked_end"),
+        pl.lit(requested.start, TIME).alias(REQUESTED_START),
+        pl.lit(requested.end, TIME).alias(REQUESTED_END),
     )
 
 
-def reject(bars: pl.DataFrame, reason: str) -> pl.DataFrame:
-    """Bars (with `answer`) that are refused after all, in REJECTED_SCHEMA."""
+def reject_bars(bars: pl.DataFrame, reason: str) -> pl.DataFrame:
+    """Return bars (with `answer`) that are rejected for another reason than a rule, as rejected rows."""
     fields = pl.struct(pl.col(name).cast(pl.String) for name in NAMES).struct.json_encode()
     return bars.select(
         "answer", "open_time", pl.lit(reason).alias("reasons"), fields.alias("fields")
@@ -92,10 +97,6 @@ def reject(bars: pl.DataFrame, reason: str) -> pl.DataFrame:
 def _typed(name: str, dtype: pl.DataType) -> pl.Expr:
     sent = pl.col(SENT + name)
     if name == "open_time":
-        return (
-            pl.when(sent.is_between(*_MOMENTS))
-            .then(sent * 1000)
-            .cast(TIME, strict=False)
-            .alias(name)
-        )
+        moment = pl.when(sent.is_between(*_MOMENTS)).then(sent * 1000)
+        return moment.cast(TIME, strict=False).alias(name)
     return sent.cast(dtype, strict=False).alias(name)

@@ -2,342 +2,294 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from decimal import Decimal
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import polars as pl
 
 from marketdata_assets.model.bar import APART, PRICES, number_text
-from marketdata_assets.model.intervals import holes, runs
+from marketdata_assets.model.intervals import (
+    coalesce_windows,
+    count_bars,
+    find_gaps,
+    group_consecutive,
+    opens_inside,
+)
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.parity import DIFFERS, ONLY_NATIVE, ONLY_OURS, UNEQUAL, VALUES
+from marketdata_assets.quality.parity import DIFFERENCES, NATIVE, VALUE_COLUMNS, ParityOutcome
+from marketdata_assets.quality.parity_evidence import Absence, DifferenceCause, ParityEvidence
+from marketdata_assets.quality.trace_text import format_amounts, format_list, format_window
 
 SUMS = ("volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume")
-NAMED = 5
-"""How many minutes or windows a cause names in words; `minutes` holds all of them."""
 _LAST_DIGITS = Decimal("1e-6")
-"""So large a share of a number may be rounding, when one bar's columns are compared in proportion.
-"""
+"""This share of a number may be rounding, when one bar's columns are compared in proportion."""
 
 Bar = Mapping[str, Any]
 
 
-class Absence(NamedTuple):
-    """A window without bars, and why."""
-
-    window: Window
-    why: str
+def trace_difference(row: Bar, evidence: ParityEvidence) -> DifferenceCause:
+    """Return the cause of one row of `compare_bars` whose outcome is one of DIFFERENCES."""
+    return _DifferingBar(row, evidence, evidence.timeframe).find_cause()
 
 
-class Cause(NamedTuple):
-    """What a difference comes from, in words, and the windows of base bars behind it."""
+class _DifferingBar:
+    """One bar that differs, and the base bars that it is made of."""
 
-    says: str
-    minutes: tuple[Window, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What is known of the base bars (`bars`: model.bar.SCHEMA, sorted) that bars of `timeframe` are
-    made of.
-
-    `absent` says why base bars are not there, `native_absent` why the venue's own bars are not.
-    `replaced` are earlier revisions of base bars (model.bar.HISTORY_COLUMNS). `finer` is what
-    `judge` found of the finest timeframe between.
-    """
-
-    base: Timeframe
-    timeframe: Timeframe
-    bars: pl.DataFrame
-    absent: Sequence[Absence]
-    native_absent: Sequence[Absence]
-    replaced: pl.DataFrame
-    finer: tuple[Timeframe, pl.DataFrame] | None
-
-
-def trace(row: Bar, evidence: Evidence) -> Cause:
-    """The cause of one row of `judge` that is a difference."""
-    return _Bucket(row, evidence, evidence.timeframe).cause()
-
-
-class _Bucket:
-    """One bar that differs, and what it is made of."""
-
-    def __init__(self, row: Bar, evidence: Evidence, timeframe: Timeframe) -> None:
+    def __init__(self, row: Bar, evidence: ParityEvidence, timeframe: Timeframe) -> None:
         self.row, self.evidence, self.timeframe, self.base = row, evidence, timeframe, evidence.base
         self.window = Window(row["open_time"], row["open_time"] + timeframe.width)
         opens = evidence.bars["open_time"]
         first, last = opens.search_sorted(self.window.start), opens.search_sorted(self.window.end)
         self.frame = evidence.bars.slice(first, last - first)
-        self.missing = holes(self.frame["open_time"], self.base, self.window)
+        self.missing = find_gaps(self.frame["open_time"], self.base, self.window)
 
-    def cause(self) -> Cause:
-        if self.row["outcome"] == ONLY_NATIVE:
-            return Cause(
-                f"no {self.base.name} bar of it is stored: {self._why(self.missing)}",
+    @cached_property
+    def bars(self) -> Sequence[Bar]:
+        """The base bars, in order."""
+        return self.frame.to_dicts()
+
+    def find_cause(self) -> DifferenceCause:
+        if self.row["outcome"] == ParityOutcome.ONLY_NATIVE:
+            return DifferenceCause(
+                f"no {self.base.name} bar of it is stored: {self._describe_missing(self.missing)}",
                 tuple(self.missing),
             )
-        if self.row["outcome"] == ONLY_OURS:
-            why = _reasons([self.window], self.evidence.native_absent) or "nothing says why"
-            there = runs(self.frame["open_time"].to_list(), self.base)
-            return Cause(
-                f"the venue has no {self.timeframe.name} bar of its own here: {why}", tuple(there)
+        if self.row["outcome"] == ParityOutcome.ONLY_OURS:
+            reason = _reasons([self.window], self.evidence.native_absences)
+            return DifferenceCause(
+                f"the venue has no {self.timeframe.name} bar of its own here: "
+                f"{reason or 'nothing shows why'}",
+                self._windows(self.bars),
             )
-        return self._by_finer() or self._by_base()
+        return self._cause_by_finer() or self._cause_by_base()
 
     # --------------------------------------------------------------------------------- by the venue
-    def _by_finer(self) -> Cause | None:
-        """The causes of the venue's own finer bars that differ inside; None where they say nothing."""
-        if self.evidence.finer is None or self.evidence.finer[0].width >= self.timeframe.width:
+    def _cause_by_finer(self) -> DifferenceCause | None:
+        """The causes of the venue's own finer bars that differ inside; None where none can be one."""
+        finer = self.evidence.finer
+        if finer is None or finer.timeframe.width >= self.timeframe.width:
             return None
-        finer, judged = self.evidence.finer
-        inside = judged.filter(
-            pl.col("open_time").is_between(self.window.start, self.window.end, closed="left")
-        )
-        unequal = inside.filter(pl.col("outcome").is_in(UNEQUAL)).to_dicts()
-        if not unequal and inside.height * finer.width == self.timeframe.width:
-            by_base = self._by_base()
-            odd = f"the venue's own {finer.name} bars equal ours, so its {self.timeframe.name} bar is at odds with them"
-            return Cause(f"{odd}; {by_base.says}", by_base.minutes)
-        rows = [row for row in unequal if self._shows(row, finer)]
+        inside = finer.compared.filter(opens_inside(self.window))
+        unequal = inside.filter(pl.col("outcome").is_in(DIFFERENCES)).to_dicts()
+        if not unequal and inside.height * finer.timeframe.width == self.timeframe.width:
+            cause = self._cause_by_base()
+            return cause._replace(
+                message=f"the venue's own {finer.timeframe.name} bars equal ours, so its "
+                f"{self.timeframe.name} bar is at odds with them; {cause.message}"
+            )
+        rows = [row for row in unequal if self._can_be_behind(row, finer.timeframe)]
         if not rows:
             return None
-        causes = [_Bucket(row, self.evidence, finer).cause() for row in rows]
+        causes = [_DifferingBar(row, self.evidence, finer.timeframe).find_cause() for row in rows]
         parts = [
-            f"{finer.name} {iso(row['open_time'])}: {cause.says}"
+            f"{finer.timeframe.name} {iso(row['open_time'])}: {cause.message}"
             for row, cause in zip(rows, causes, strict=True)
         ]
-        minutes = _joined(window for cause in causes for window in cause.minutes)
-        return Cause(
-            "; ".join(
-                [*parts[:NAMED], *_more(len(parts) - NAMED, "bars"), *self._left(finer, inside)]
-            ),
-            minutes,
+        message = "; ".join(
+            [
+                format_list(parts, "bars", separator="; "),
+                *self._unexplained_by_finer(finer.timeframe, inside),
+            ]
         )
+        return DifferenceCause(message, _windows_of(causes))
 
-    def _shows(self, row: Bar, finer: Timeframe) -> bool:
-        """Whether a finer bar can be behind this one: it is alone, or differs in one of its columns
-        (open and close: at its edge).
+    def _can_be_behind(self, row: Bar, finer: Timeframe) -> bool:
+        """Whether a finer bar can cause this one's difference.
+
+        It can where it is on one side only, or where both differ in one column. An open only counts
+        at the beginning of this bar, a close at its end.
         """
-        if row["outcome"] != DIFFERS:
+        if row["outcome"] != ParityOutcome.DIFFERS:
             return True
         common = {*row["columns"].split()} & {*self.row["columns"].split()}
         common -= {"open"} if row["open_time"] > self.window.start else set()
         common -= {"close"} if row["open_time"] + finer.width < self.window.end else set()
         return bool(common)
 
-    def _left(self, finer: Timeframe, inside: pl.DataFrame) -> list[str]:
+    def _unexplained_by_finer(self, finer: Timeframe, inside: pl.DataFrame) -> list[str]:
         """What the finer bars' differences do not add up to."""
         rest = {
             name: amount - (inside[name + APART].sum() or 0)
-            for name, amount in self._apart(SUMS).items()
+            for name, amount in self._differences(SUMS).items()
         }
         odd = {name: amount for name, amount in rest.items() if amount}
-        return (
-            [
-                f"and its own {self.timeframe.name} bar is at odds with its {finer.name} bars by {_amounts(odd)}"
-            ]
-            if odd
-            else []
-        )
+        if not odd:
+            return []
+        return [
+            f"and its own {self.timeframe.name} bar is at odds with its {finer.name} bars by "
+            f"{format_amounts(odd)}"
+        ]
 
     # --------------------------------------------------------------------------------- by the base
-    def _by_base(self) -> Cause:
-        bars, names = self.frame.to_dicts(), self.row["columns"].split()
-        parts = [self._sums(bars, names)]
-        parts += [
-            self._edge(name, bars) if name in ("open", "close") else self._extreme(name, bars)
+    def _cause_by_base(self) -> DifferenceCause:
+        names = self.row["columns"].split()
+        sums = self._cause_of_sums(names)
+        prices = [
+            self._cause_of_edge(name) if name in ("open", "close") else self._cause_of_extreme(name)
             for name in names
             if name in PRICES
         ]
-        found = [part for part in (*parts, self._corrected()) if part is not None]
-        minutes = _joined(window for cause in found for window in cause.minutes)
-        lost = [window for window in self.missing if any(window & behind for behind in minutes)]
-        seen = (
-            f"though its {self.timeframe.name} bar counts it"
-            if parts[0] is not None and parts[0].minutes and lost
-            else ""
-        )
-        return Cause(
-            "; ".join(
-                [*([self._why(lost, seen)] if lost else []), *(cause.says for cause in found)]
-            ),
-            minutes,
-        )
+        found = [cause for cause in (sums, *prices, self._cause_by_correction()) if cause]
+        windows = _windows_of(found)
+        lost = [window for window in self.missing if any(window & behind for behind in windows)]
+        is_counted = sums is not None and sums.windows
+        note = f"though its {self.timeframe.name} bar counts it" if is_counted else ""
+        messages = [self._describe_missing(lost, note)] if lost else []
+        return DifferenceCause("; ".join([*messages, *(cause.message for cause in found)]), windows)
 
-    def _sums(self, bars: Sequence[Bar], names: Sequence[str]) -> Cause | None:
-        """Volumes and trades: the one bar that makes the difference, else the bars that are
-        missing.
-        """
-        given = self._apart(SUMS)
+    def _cause_of_sums(self, names: Sequence[str]) -> DifferenceCause | None:
+        """Volumes and trades: the one bar that makes the difference, else the missing bars."""
+        given = self._differences(SUMS)
         amounts = {name: amount for name, amount in given.items() if name in names}
-        one = self._one(bars, amounts, given) if amounts else None
-        if one is not None or not amounts:
+        if not amounts:
+            return None
+        if one := self._cause_of_single_bar(amounts, given):
             return one
-        lacking, more = (
-            {name: abs(d) for name, d in amounts.items() if (d < 0) == less}
-            for less in (True, False)
-        )
-        if lacking and self.missing:
-            also = f", and too much: {_amounts(more)}" if more else ""
-            return Cause(f"lacking {_amounts(lacking)}{also}", tuple(self.missing))
-        words = [
-            f"{word} by {_amounts(part)}"
-            for word, part in (("less", lacking), ("more", more))
+        less = {name: -amount for name, amount in amounts.items() if amount < 0}
+        more = {name: amount for name, amount in amounts.items() if amount >= 0}
+        parts = [
+            f"{word} by {format_amounts(part)}"
+            for word, part in (("less", less), ("more", more))
             if part
         ]
+        difference = f"ours is {' and '.join(parts)}"
+        if less and self.missing:
+            return DifferenceCause(difference, tuple(self.missing))
         none = "" if self.missing else f"no {self.base.name} bar is missing, and "
-        return Cause(f"{none}no single one explains that ours is {' and '.join(words)}")
+        return DifferenceCause(f"{none}no single one explains that {difference}")
 
-    def _one(
-        self, bars: Sequence[Bar], amounts: Mapping[str, Any], given: Mapping[str, Any]
-    ) -> Cause | None:
-        """The only bar whose values are the difference, are twice the difference, or are off by one
-        share in every column.
-        """
-        told = [bar for bar in bars if all(bar[name] is not None for name in given)]
-        single = [bar for bar in told if all(bar[name] == amount for name, amount in given.items())]
-        double = [
-            bar for bar in told if all(bar[name] == 2 * amount for name, amount in amounts.items())
-        ]
-        share = [bar for bar in told if _in_proportion(bar, amounts)]
-        for found, words in (
-            (single, "is the difference, to the digit: the venue's own bar is without it"),
-            (double, "is counted twice as high as in the venue's own bar"),
-        ):
+    def _cause_of_single_bar(
+        self, amounts: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> DifferenceCause | None:
+        """The only base bar that is the difference, twice it, or off by one share in all columns."""
+        whole = [bar for bar in self.bars if all(bar[name] is not None for name in given)]
+        tests: tuple[tuple[Callable[[Bar], bool], str], ...] = (
+            (
+                lambda bar: all(bar[name] == amount for name, amount in given.items()),
+                "is the difference, to the digit: the venue's own bar is without it",
+            ),
+            (
+                lambda bar: all(bar[name] == 2 * amount for name, amount in amounts.items()),
+                "is counted twice as high as in the venue's own bar",
+            ),
+        )
+        for is_cause, words in tests:
+            found = [bar for bar in whole if is_cause(bar)]
             if len(found) == 1:
-                return Cause(
-                    f"{iso(found[0]['open_time'])} {words}: {_amounts(amounts)}",
-                    self._windows(found),
-                )
-        if len(share) == 1 and len(amounts) > 1:
-            bar, (name, amount) = share[0], next(iter(amounts.items()))
-            says = f"{iso(bar['open_time'])} differs by one share in every column: {name} {number_text(bar[name])}, by the venue's own bar"
-            return Cause(f"{says} {number_text(bar[name] - amount)}", self._windows([bar]))
-        return None
+                message = f"{iso(found[0]['open_time'])} {words}: {format_amounts(amounts)}"
+                return DifferenceCause(message, self._windows(found))
+        shares = [bar for bar in whole if _is_proportional(bar, amounts)]
+        if len(shares) != 1 or len(amounts) == 1:
+            return None
+        (bar,), (name, amount) = shares, next(iter(amounts.items()))
+        return DifferenceCause(
+            f"{iso(bar['open_time'])} differs by one share in every column: {name} "
+            f"{number_text(bar[name])}, by the venue's own bar {number_text(bar[name] - amount)}",
+            self._windows([bar]),
+        )
 
-    def _extreme(self, name: str, bars: Sequence[Bar]) -> Cause:
-        """A high or low: the bars that reach beyond the venue's own, or that none does."""
-        mine, theirs, sign = self.row[name], self.row[name + "_native"], 1 if name == "high" else -1
+    def _cause_of_extreme(self, name: str) -> DifferenceCause:
+        """A high or low: the base bars beyond the venue's own, or that none reaches it."""
+        mine, theirs, sign = self.row[name], self.row[name + NATIVE], 1 if name == "high" else -1
         if sign * (mine - theirs) < 0:
-            says = f"{name}: no {self.base.name} bar reaches the venue's own {number_text(theirs)}, ours ends at {number_text(mine)}"
-            return Cause(says, tuple(self.missing))
-        beyond = [bar for bar in bars if sign * (bar[name] - theirs) > 0]
-        which = _some(
+            message = (
+                f"{name}: no {self.base.name} bar reaches the venue's own {number_text(theirs)}, "
+                f"ours ends at {number_text(mine)}"
+            )
+            return DifferenceCause(message, tuple(self.missing))
+        beyond = [bar for bar in self.bars if sign * (bar[name] - theirs) > 0]
+        which = format_list(
             [
-                f"{iso(bar['open_time'])} reaches {number_text(bar[name])}{_idle(bar)}"
+                f"{iso(bar['open_time'])} reaches {number_text(bar[name])}{_idle_note(bar)}"
                 for bar in beyond
             ],
             "bars",
         )
-        return Cause(
-            f"{name}: {which}, beyond the venue's own {number_text(theirs)}", self._windows(beyond)
-        )
+        message = f"{name}: {which}, beyond the venue's own {number_text(theirs)}"
+        return DifferenceCause(message, self._windows(beyond))
 
-    def _edge(self, name: str, bars: Sequence[Bar]) -> Cause:
+    def _cause_of_edge(self, name: str) -> DifferenceCause:
         """Open and close: the first or last base bar, and whether it is missing."""
-        theirs = self.row[name + "_native"]
-        bar, end = (
-            (bars[0], self.window.start)
-            if name == "open"
-            else (bars[-1], self.window.end - self.base.width)
+        theirs = self.row[name + NATIVE]
+        if name == "open":
+            bar, edge, verb = self.bars[0], self.window.start, "opens"
+        else:
+            bar, edge, verb = self.bars[-1], self.window.end - self.base.width, "closes"
+        message = (
+            f"{name}: {iso(bar['open_time'])} {verb} at {number_text(bar[name])}{_idle_note(bar)}, "
+            f"the venue's own bar at {number_text(theirs)}"
         )
-        verb = "opens" if name == "open" else "closes"
-        says = f"{name}: {iso(bar['open_time'])} {verb} at {number_text(bar[name])}{_idle(bar)}, the venue's own bar at {number_text(theirs)}"
-        lost = tuple(window for window in self.missing if window.start <= end < window.end)
-        traded = next((other for other in bars if other["volume"]), bar)
+        traded = next((other for other in self.bars if other["volume"]), bar)
         if name == "open" and traded is not bar and traded["open"] == theirs:
-            idle = [other for other in bars if other["open_time"] < traded["open_time"]]
-            return Cause(
-                f"{says}, with its first trade, of {iso(traded['open_time'])}", self._windows(idle)
-            )
-        return Cause(says, lost or self._windows([bar]))
+            idle = [other for other in self.bars if other["open_time"] < traded["open_time"]]
+            message += f", with its first trade, of {iso(traded['open_time'])}"
+            return DifferenceCause(message, self._windows(idle))
+        lost = tuple(window for window in self.missing if window.start <= edge < window.end)
+        return DifferenceCause(message, lost or self._windows([bar]))
 
-    def _corrected(self) -> Cause | None:
-        """Base bars that were corrected, and whether the venue's own bar still has what they said
-        before.
-        """
-        old = self.evidence.replaced.filter(
-            pl.col("open_time").is_between(self.window.start, self.window.end, closed="left")
-        )
-        now, given = (
-            {bar["open_time"]: bar for bar in self.frame.to_dicts()} if old.height else {},
-            self._apart(SUMS),
-        )
-        pairs = [(was, now[was["open_time"]]) for was in old.to_dicts() if was["open_time"] in now]
+    def _cause_by_correction(self) -> DifferenceCause | None:
+        """Base bars that were corrected, and whether the venue's own bar still counts the old ones."""
+        old = self.evidence.replaced.filter(opens_inside(self.window)).to_dicts()
+        if not old:
+            return None
+        now, given = {bar["open_time"]: bar for bar in self.bars}, self._differences(SUMS)
         changed = [
-            (was, bar) for was, bar in pairs if any(was[name] != bar[name] for name in VALUES)
-        ]
-        exact = [
             was
-            for was, bar in changed
-            if given and all(_change(was, bar, name) == amount for name, amount in given.items())
+            for was in old
+            if was["open_time"] in now
+            and any(was[name] != now[was["open_time"]][name] for name in VALUE_COLUMNS)
         ]
         if not changed:
             return None
-        moments = [was["open_time"] for was in exact[:1] or (was for was, _ in changed)]
-        which = _some([iso(moment) for moment in dict.fromkeys(moments)], "bars")
-        still = ": the venue's own bar still counts what it said before" if exact else ""
-        return Cause(f"corrected since: {which}{still}", tuple(runs(moments, self.base)))
+        exact = [
+            was
+            for was in changed
+            if given
+            and all(
+                _change(was, now[was["open_time"]], name) == amount
+                for name, amount in given.items()
+            )
+        ]
+        moments: list[datetime] = [was["open_time"] for was in exact[:1] or changed]
+        which = format_list([iso(moment) for moment in dict.fromkeys(moments)], "bars")
+        still = ": the venue's own bar still counts the earlier values" if exact else ""
+        windows = tuple(group_consecutive(moments, self.base))
+        return DifferenceCause(f"corrected since: {which}{still}", windows)
 
-    # --------------------------------------------------------------------------------- what all of
-    def _apart(self, names: Iterable[str]) -> dict[str, Any]:
+    # --------------------------------------------------------------------------------- parts
+    def _differences(self, names: Iterable[str]) -> dict[str, Any]:
         """Ours less the venue's own, of the columns that both give."""
-        return {
-            name: self.row[name + APART] for name in names if self.row[name + APART] is not None
-        }
+        found = {name: self.row[name + APART] for name in names}
+        return {name: amount for name, amount in found.items() if amount is not None}
 
     def _windows(self, bars: Sequence[Bar]) -> tuple[Window, ...]:
-        return tuple(runs([bar["open_time"] for bar in bars], self.base))
+        return tuple(group_consecutive([bar["open_time"] for bar in bars], self.base))
 
-    def _why(self, missing: Sequence[Window], seen: str = "") -> str:
-        """Which base bars are missing, and what the ledger says of them."""
-        which = _some([_named(window, self.base) for window in missing], "windows")
-        why = _reasons(missing, self.evidence.absent) or "not fetched yet"
-        count = sum(window.count(self.base) for window in missing)
-        return f"{which} {'is' if count == 1 else 'are'} missing ({', '.join(filter(None, [why, seen]))})"
-
-
-def minutes_text(cause: Cause, base: Timeframe) -> str:
-    """The windows of a cause as text: the open time of a single base bar, `start/end` of more, with
-    spaces between.
-    """
-    return " ".join(_named(window, base) for window in cause.minutes)
+    def _describe_missing(self, missing: Sequence[Window], note: str = "") -> str:
+        """Which base bars are missing, and why."""
+        which = format_list([format_window(window, self.base) for window in missing], "windows")
+        reason = _reasons(missing, self.evidence.absences) or "not fetched yet"
+        verb = "is" if count_bars(missing, self.base) == 1 else "are"
+        return f"{which} {verb} missing ({', '.join(filter(None, [reason, note]))})"
 
 
-def _named(window: Window, base: Timeframe) -> str:
-    return (
-        iso(window.start) if window.count(base) == 1 else f"{iso(window.start)}/{iso(window.end)}"
-    )
-
-
-def _joined(windows: Iterable[Window]) -> tuple[Window, ...]:
-    """In order, each moment once."""
-    found: list[Window] = []
-    for window in sorted(set(windows)):
-        if found and window.start <= found[-1].end:
-            found[-1] = Window(found[-1].start, max(found[-1].end, window.end))
-        else:
-            found.append(window)
-    return tuple(found)
+def _windows_of(causes: Iterable[DifferenceCause]) -> tuple[Window, ...]:
+    return tuple(coalesce_windows(window for cause in causes for window in cause.windows))
 
 
 def _reasons(windows: Sequence[Window], absences: Sequence[Absence]) -> str:
-    return ", ".join(
-        dict.fromkeys(
-            absence.why
-            for absence in absences
-            if any(absence.window & window for window in windows)
-        )
-    )
+    touching = (a.reason for a in absences if any(a.window & window for window in windows))
+    return ", ".join(dict.fromkeys(touching))
 
 
-def _in_proportion(bar: Bar, amounts: Mapping[str, Any]) -> bool:
-    """Whether one factor on this bar explains the difference of every column; trades are whole, so
-    they may be one off.
+def _is_proportional(bar: Bar, amounts: Mapping[str, Any]) -> bool:
+    """Whether one factor on this bar explains the difference of every column.
+
+    Trades are whole numbers, so they may be one off.
     """
     name, amount = next(iter(amounts.items()))
     if not bar[name] or amount > bar[name]:
@@ -349,22 +301,10 @@ def _in_proportion(bar: Bar, amounts: Mapping[str, Any]) -> bool:
     )
 
 
-def _idle(bar: Bar) -> str:
+def _idle_note(bar: Bar) -> str:
     """Some venues fill minutes without trades with the close before."""
     return "" if bar["volume"] else " without a trade"
 
 
 def _change(was: Bar, bar: Bar, name: str) -> Any:
     return None if was[name] is None or bar[name] is None else bar[name] - was[name]
-
-
-def _amounts(amounts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {number_text(amount)}" for name, amount in amounts.items())
-
-
-def _some(parts: Sequence[str], what: str) -> str:
-    return ", ".join([*parts[:NAMED], *_more(len(parts) - NAMED, what)])
-
-
-def _more(count: int, what: str) -> list[str]:
-    return [f"and {count} more {what}"] if count > 0 else []

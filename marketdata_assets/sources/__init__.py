@@ -1,3 +1,4 @@
-"""Where bars come from: one `fetch` per request, and the guards that wrap it. Knows no storage and no
-rule.
+"""Where bars come from: one `fetch` per request, the guards around it, and archive files.
+
+Nothing here stores a bar or judges one.
 """

@@ -1,4 +1,4 @@
-"""What a source is, and the facts that travel up from it."""
+"""What a source of bars is, and what it returns."""
 
 from __future__ import annotations
 
@@ -15,76 +15,87 @@ from marketdata_assets.model.window import Window
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request as it went: what the fetch log keeps. `asked_at` is our clock, in seconds since
-    1970.
-    """
+    """One HTTP request as the fetch log keeps it. `sent_at` is our clock, in seconds since 1970."""
 
     kind: str
-    asked_at: float
+    """`bars`, `time` or `markets`."""
+    sent_at: float
     seconds: float
+    """How long it took."""
     outcome: str
+    """`answered`, or the name of the error's class in lower case."""
     status: int | None = None
+    """The HTTP status; None where no answer came."""
     rows: int | None = None
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
-    """One believed answer.
+class BarsPage:
+    """The bars of one request, after the answer's form was checked.
 
     `rows` has the columns of `model.bar.NAMES`, as sent: `open_time` in integer milliseconds,
-    numbers as text, null for what the venue does not give. `asked` is the half-open window of open
-    times that was asked for.
+    numbers as text, null for what the venue does not give. `requested` is the window of open times
+    that was requested, end exclusive.
     """
 
     rows: pl.DataFrame
-    asked: Window
-    later: datetime | None = None
-    """The first bar the venue offered instead, where it has none so early."""
+    requested: Window
+    first_available: datetime | None = None
+    """The first bar that the venue sent instead, where it has none so early."""
     requests: tuple[Request, ...] = field(default=())
+    """All requests that it took, failed ones included, in order."""
     waited: float = 0.0
+    """Seconds spent waiting for the venue's limits."""
 
 
 class Source(Protocol):
-    """A venue as one object. All methods send real requests; all errors are from `errors`."""
+    """A venue as one object. Every method sends real requests; all errors are from `errors`."""
 
     @property
     def page_size(self) -> int:
-        """How many bars one request may ask for."""
+        """The number of bars that one request may ask for."""
         ...
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of a bar that it always gives: null in one of them is broken."""
+        """The columns of a bar that the venue always gives: null in one of them breaks a rule."""
         ...
 
     @property
     def skips_gaps(self) -> bool:
-        """True when one request may span more than a page, because the venue counts rows and not
-        time.
-        """
+        """Whether the venue counts rows and not time, so that a request may span more than a page."""
         ...
 
-    async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> Fetched:
-        """One request for the bars that open inside `window` (end exclusive, every bar in it
-        closed).
+    @property
+    def weight_limit(self) -> int | None:
+        """The request weight that the venue allows in a minute; None: it counts no weights."""
+        ...
+
+    @property
+    def used_weight(self) -> int:
+        """The weight of this minute, by the venue's own count in its last answer."""
+        ...
+
+    async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> BarsPage:
+        """Send one request for the bars that open inside `window`.
+
+        The window's end is exclusive, and every bar in it must be closed.
         """
         ...
 
     async def now(self) -> datetime:
-        """The venue's own clock, UTC."""
+        """Return the venue's own clock, UTC."""
         ...
 
     async def first_open(self, market: Market, timeframe: Timeframe) -> datetime | None:
-        """The open time of the first bar the venue ever had; None where it cannot tell."""
+        """Return the open time of the market's first bar; None where the venue does not say."""
         ...
 
-    async def lists(self, market: Market) -> bool:
-        """Whether the venue's list of markets has this one, as one that trades; asked anew each
-        time.
-        """
+    async def is_listed(self, market: Market) -> bool:
+        """Return whether the venue lists the market as active; requests the list each time."""
         ...
 
     async def close(self) -> None:
-        """Give up all connections."""
+        """Close all connections."""
         ...

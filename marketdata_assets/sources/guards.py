@@ -1,9 +1,7 @@
-"""The guard around a source: paced, retried, circuit-broken, the same for every process of an
-instance.
+"""The guard around a source: a queue, retries and a circuit breaker that all processes share.
 
-The state of a venue (when the next request may go, until when it asked for peace, how often it
-failed) lives behind `VenueState`, so that processes share it. Clock, sleep and randomness come in
-by hand.
+The state of a venue (when the next request may go, until when requests are held back, how often it
+failed) lies behind `VenueState`. Clock, sleep and randomness come in by hand.
 """
 
 from __future__ import annotations
@@ -20,67 +18,84 @@ from marketdata_assets.errors import MarketDataError, Retry, VenueDown, Wait
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, from_ms, iso
-from marketdata_assets.sources.base import Fetched, Request, Source
+from marketdata_assets.retry import Backoff
+from marketdata_assets.sources.base import BarsPage, Request, Source
 
 T = TypeVar("T")
 
 LONGEST_PAUSE = 3 * 86400.0
-"""Seconds: the longest ban that Binance gives; a header that says more is not believed."""
+"""Seconds: the longest ban that Binance gives. A header that names more time is cut to this."""
 
 
 class VenueState(Protocol):
-    """What all processes know of one venue. Moments are our clock, in seconds since 1970."""
+    """What all processes share about one venue. Moments are our clock, in seconds since 1970."""
 
     def reserve(self, venue: str, now: float, requests_per_minute: int | None) -> float:
-        """Take one request's place in the queue; the moment at which it may be sent."""
+        """Take one request's place in the queue; return the moment at which it may be sent."""
         ...
 
     def pause(self, venue: str, until: float) -> None:
-        """No request before `until`."""
+        """Hold back all requests until this moment; a later one that is set already stays."""
         ...
 
     def paused_until(self, venue: str) -> float:
-        """The moment the venue asked for (0 when it did not)."""
+        """Return until when requests are held back; 0 where they are not."""
         ...
 
     def record(self, venue: str, ok: bool, now: float) -> None:
-        """One request succeeded or failed: closes the breaker, or counts towards opening it."""
+        """Record a success, which closes the breaker, or a failure, which counts towards it."""
         ...
 
     def broken_until(self, venue: str, now: float) -> float:
-        """0 when requests may go; else until when the breaker stays open. After that, one caller may
-        try.
+        """Return until when the breaker stays open; 0 where requests may go.
+
+        After that moment one caller may try.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    """How patient a guard is with one request. Backoff is exponential, capped, fully jittered;
-    seconds.
-    """
+class RetryPolicy:
+    """How often one request is tried, and how long it may wait. All times are in seconds."""
 
     attempts: int = 6
+    """Failures of one request after which the venue counts as down."""
     waits: int = 30
+    """Times that a venue may ask one request to wait."""
     backoff: float = 0.5
+    """The longest pause after the first failure; it doubles with each further one."""
     backoff_cap: float = 20.0
     longest_wait: float = 900.0
+    """Seconds that one request waits in all, as far as the venue asks for it."""
     sleep: Callable[[float], Awaitable[None]] = field(default=asyncio.sleep)
     clock: Callable[[], float] = field(default=time.time)
     jitter: Callable[[], float] = field(default=random.random)
 
-    def delay(self, failures: int) -> float:
-        """How long to wait after so many failures of one request."""
-        return self.longest_delay(failures) * self.jitter()
-
-    def longest_delay(self, failures: int) -> float:
-        """The same without jitter."""
-        return min(self.backoff_cap, self.backoff * 2.0 ** (failures - 1))
+    @property
+    def pauses(self) -> Backoff:
+        """The pauses between the attempts."""
+        return Backoff(self.backoff, self.backoff_cap, self.jitter)
 
 
-class Guarded:
-    """A source that waits its turn, honours every wait the venue asks for, tries again, and stops when
-    it is down.
+@dataclass(slots=True)
+class _CallLog:
+    """What happened to one guarded call: its failed requests, and the seconds it waited."""
+
+    failed: list[Request] = field(default_factory=list)
+    waited: float = 0.0
+
+    def venue_down(self, message: str) -> VenueDown:
+        """Return the error that ends the call, with the requests that led to it."""
+        error = VenueDown(message)
+        error.requests = tuple(self.failed)
+        return error
+
+
+class GuardedSource:
+    """A source whose requests wait for their turn, obey the venue's waits, and are retried.
+
+    Every method raises VenueDown where the venue fails too often, where its circuit breaker is open,
+    or where it asks for a longer wait than the policy allows.
     """
 
     def __init__(
@@ -88,112 +103,112 @@ class Guarded:
         source: Source,
         venue: str,
         state: VenueState,
-        requests_per_minute: int | None,
-        policy: Policy | None = None,
+        *,
+        requests_per_minute: int | None = None,
+        policy: RetryPolicy | None = None,
     ) -> None:
         self._source, self._venue, self._state = source, venue, state
-        self._limit, self._policy = requests_per_minute, policy or Policy()
+        self._limit, self._policy = requests_per_minute, policy or RetryPolicy()
 
     @property
     def page_size(self) -> int:
-        """The wrapped source's."""
+        """The number of bars that one request may ask for."""
         return self._source.page_size
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The wrapped source's."""
+        """The columns of a bar that the venue always gives."""
         return self._source.columns
 
     @property
     def skips_gaps(self) -> bool:
-        """The wrapped source's."""
+        """Whether the venue counts rows and not time."""
         return self._source.skips_gaps
 
-    async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> Fetched:
-        """As the wrapped source, with the failed requests and the time spent waiting for limits
-        added.
+    @property
+    def weight_limit(self) -> int | None:
+        """The request weight that the venue allows in a minute; None: it counts no weights."""
+        return self._source.weight_limit
+
+    @property
+    def used_weight(self) -> int:
+        """The weight of this minute, by the venue's own count in its last answer."""
+        return self._source.used_weight
+
+    async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> BarsPage:
+        """Return the bars that open inside `window` (end exclusive, every bar in it closed).
+
+        The page also has the failed requests and the seconds that were waited.
         """
-        failed: list[Request] = []
-        waited: list[float] = []
-        fetched = await self._call(
-            lambda: self._source.fetch(market, timeframe, window), failed, waited
-        )
-        return replace(fetched, requests=(*failed, *fetched.requests), waited=sum(waited))
+        log = _CallLog()
+        page = await self._call(lambda: self._source.fetch(market, timeframe, window), log)
+        return replace(page, requests=(*log.failed, *page.requests), waited=log.waited)
 
     async def now(self) -> datetime:
-        """As the wrapped source."""
-        return await self._call(self._source.now, [], [])
+        """Return the venue's own clock, UTC."""
+        return await self._call(self._source.now, _CallLog())
 
     async def first_open(self, market: Market, timeframe: Timeframe) -> datetime | None:
-        """As the wrapped source."""
-        return await self._call(lambda: self._source.first_open(market, timeframe), [], [])
+        """Return the open time of the market's first bar; None where the venue does not say."""
+        return await self._call(lambda: self._source.first_open(market, timeframe), _CallLog())
 
-    async def lists(self, market: Market) -> bool:
-        """As the wrapped source."""
-        return await self._call(lambda: self._source.lists(market), [], [])
+    async def is_listed(self, market: Market) -> bool:
+        """Return whether the venue lists the market as active; requests the list each time."""
+        return await self._call(lambda: self._source.is_listed(market), _CallLog())
 
     async def close(self) -> None:
-        """As the wrapped source."""
+        """Close all connections."""
         await self._source.close()
 
-    async def _call(
-        self, operation: Callable[[], Awaitable[T]], failed: list[Request], waited: list[float]
-    ) -> T:
-        failures, waits, patience, last = 0, 0, self._policy.longest_wait, ""
+    async def _call(self, operation: Callable[[], Awaitable[T]], log: _CallLog) -> T:
+        policy, failures, waits, patience, last = self._policy, 0, 0, self._policy.longest_wait, ""
         while True:
             try:
-                waited.append(await self._wait_turn(last))
+                log.waited += await self._wait_for_turn(last)
                 value = await operation()
             except Wait as error:
-                failed.extend(error.requests)
-                last = str(error)
-                waits += 1
-                patience -= self._respect(error, waits)
-                if patience < 0 or waits > self._policy.waits:
+                log.failed.extend(error.requests)
+                last, waits = str(error), waits + 1
+                patience -= self._pause_venue(error, waits)
+                if patience < 0 or waits > policy.waits:
                     until = _moment(self._state.paused_until(self._venue))
-                    raise self._down(
-                        f"{error}; no request before {until}: too long to wait for", failed
+                    raise log.venue_down(
+                        f"{error}; requests are held back until {until}, which is too long to wait"
                     ) from None
             except Retry as error:
-                failed.extend(error.requests)
-                last = str(error)
-                failures += 1
-                self._state.record(self._venue, False, self._policy.clock())
-                if failures >= self._policy.attempts:
-                    raise self._down(f"{error}; given up after {failures} tries", failed) from None
-                await self._policy.sleep(self._policy.delay(failures))
+                log.failed.extend(error.requests)
+                last, failures = str(error), failures + 1
+                self._state.record(self._venue, False, policy.clock())
+                if failures >= policy.attempts:
+                    raise log.venue_down(f"{error}; given up after {failures} attempts") from None
+                await policy.sleep(policy.pauses.pause(failures))
             except MarketDataError as error:
-                error.requests = (*failed, *error.requests)
+                error.requests = (*log.failed, *error.requests)
                 raise
             else:
-                self._state.record(self._venue, True, self._policy.clock())
-                self._mind_weight()
+                self._state.record(self._venue, True, policy.clock())
+                self._pause_before_weight_limit()
                 return value
 
-    def _down(self, message: str, failed: list[Request]) -> VenueDown:
-        down = VenueDown(message)
-        down.requests = tuple(failed)
-        return down
+    async def _wait_for_turn(self, last: str) -> float:
+        """Wait for every pause of the venue, then for the limiter; return the seconds waited.
 
-    async def _wait_turn(self, last: str) -> float:
-        """Wait for every pause the venue asked for, then for the limiter; seconds waited. Raises
-        VenueDown.
-
-        The place in the queue is taken when no pause is left: places kept through one would all be
-        used at its end.
+        `last` is the last error, for the message of VenueDown. The place in the queue is taken only
+        when no pause is left: places that were kept through one would all be used at its end.
         """
         clock, begun = self._policy.clock, self._policy.clock()
-        because = f" (last: {last})" if last else ""
+        because = f" (last error: {last})" if last else ""
         broken = self._state.broken_until(self._venue, begun)
         if broken:
             raise VenueDown(
-                f"{self._venue} failed too often; its circuit breaker stays open until {_moment(broken)}{because}"
+                f"{self._venue} failed too often; its circuit breaker stays open until "
+                f"{_moment(broken)}{because}"
             )
         while True:
             if (until := self._state.paused_until(self._venue)) > clock():
                 if until - clock() > self._policy.longest_wait:
                     raise VenueDown(
-                        f"{self._venue} wants no request before {_moment(until)}{because}"
+                        f"{self._venue} accepts no request before {_moment(until)}{because}"
                     )
                 await self._policy.sleep(until - clock())
                 continue
@@ -203,28 +218,28 @@ class Guarded:
             if self._state.paused_until(self._venue) <= clock():
                 return clock() - begun
 
-    def _respect(self, error: Wait, waits: int) -> float:
-        """Pause the venue for all processes as long as it asks, and each time longer where it asks for
-        next to nothing.
+    def _pause_venue(self, error: Wait, waits: int) -> float:
+        """Hold back all processes for as long as the venue asks; return the seconds.
+
+        Where it asks for less than a second, the pause grows with each wait of this call.
         """
-        least = self._policy.longest_delay(waits) if error.seconds < 1 else 0.0
+        least = self._policy.pauses.longest_pause(waits) if error.seconds < 1 else 0.0
         seconds = min(max(error.seconds, least), LONGEST_PAUSE)
         self._state.pause(self._venue, self._policy.clock() + seconds)
         return seconds
 
-    def _mind_weight(self) -> None:
-        """Stop before the venue's own count of this minute reaches its limit: no 429 is ever
-        provoked.
+    def _pause_before_weight_limit(self) -> None:
+        """Hold back all processes until the next minute when the venue's count nears its limit.
+
+        So no request provokes HTTP 429.
         """
-        used, limit = (
-            getattr(self._source, "used_weight", 0),
-            getattr(self._source, "weight_limit", None),
-        )
-        if used and limit:
-            margin = min(max(40, limit // 50), limit // 2)
-            if used >= limit - margin:
-                now = self._policy.clock()
-                self._state.pause(self._venue, now - now % 60 + 60.5)
+        used, limit = self._source.used_weight, self._source.weight_limit
+        if not used or not limit:
+            return
+        margin = min(max(40, limit // 50), limit // 2)
+        if used >= limit - margin:
+            now = self._policy.clock()
+            self._state.pause(self._venue, now - now % 60 + 60.5)
 
 
 def _moment(seconds: float) -> str:

@@ -1,1 +1,1 @@
-"""What follows from bars: pure functions from frame to frame."""
+"""What is derived from bars: pure functions from frame to frame."""

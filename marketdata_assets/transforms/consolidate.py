@@ -1,6 +1,4 @@
-"""One series of several venues' bars: of each minute the bar of the first venue, in order of
-preference, that was up.
-"""
+"""One series of several venues' bars: at each open time the bar of the first venue that was up."""
 
 from __future__ import annotations
 
@@ -13,28 +11,28 @@ from marketdata_assets.model.window import Window
 
 
 def consolidate(
-    bars: Mapping[str, pl.DataFrame], quiet: Mapping[str, Sequence[Window]]
+    bars: Mapping[str, pl.DataFrame], no_trade_windows: Mapping[str, Sequence[Window]]
 ) -> pl.DataFrame:
-    """The bars of all venues (by name, the preferred one first; model.bar.SCHEMA, sorted) as one
-    series with a column `venue`.
+    """Return the bars of all venues as one series, with a column `venue`.
 
-    `quiet` holds windows of open times in which a venue was up and nobody traded there: where it
-    would have been chosen, there is no bar. Any other lack of a bar means that the venue was down,
-    and the next one is asked.
+    `bars` by venue, the preferred one first (model.bar.SCHEMA, sorted). `no_trade_windows` holds
+    the open times at which a venue was up and nobody traded there: where that venue would have been
+    chosen, there is no bar. Any other missing bar means that the venue was down, and the next one is
+    chosen.
     """
-    empty = pl.DataFrame(schema={column.name: column.dtype for column in CONSOLIDATED_COLUMNS})
-    found, settled = empty, list[Sequence[Window]]()
+    found = pl.DataFrame(schema={column.name: column.dtype for column in CONSOLIDATED_COLUMNS})
+    decided = list[Sequence[Window]]()
     for venue, frame in bars.items():
         left = frame.select(NAMES).join(found.select("open_time"), on="open_time", how="anti")
-        for windows in settled:
-            left = _outside(left, windows)
+        for windows in decided:
+            left = _drop_inside(left, windows)
         found = pl.concat([found, left.with_columns(pl.lit(venue).alias("venue"))])
-        settled.append(quiet.get(venue, ()))
+        decided.append(no_trade_windows.get(venue, ()))
     return found.sort("open_time")
 
 
-def _outside(frame: pl.DataFrame, windows: Sequence[Window]) -> pl.DataFrame:
-    """The bars that open in none of these windows, which do not overlap."""
+def _drop_inside(frame: pl.DataFrame, windows: Sequence[Window]) -> pl.DataFrame:
+    """Return the bars that open in none of these windows, which do not overlap."""
     if not windows:
         return frame
     spans = pl.DataFrame(
@@ -42,17 +40,16 @@ def _outside(frame: pl.DataFrame, windows: Sequence[Window]) -> pl.DataFrame:
         schema={"start": TIME, "until": TIME},
         orient="row",
     )
-    beside = frame.sort("open_time").join_asof(spans, left_on="open_time", right_on="start")
-    return beside.filter(
-        pl.col("until").is_null() | (pl.col("open_time") >= pl.col("until"))
-    ).select(NAMES)
+    joined = frame.sort("open_time").join_asof(spans, left_on="open_time", right_on="start")
+    is_outside = pl.col("until").is_null() | (pl.col("open_time") >= pl.col("until"))
+    return joined.filter(is_outside).select(NAMES)
 
 
-def switches(series: pl.DataFrame) -> pl.DataFrame:
-    """Where a consolidated series goes over to another venue: `open_time` of its first bar, `before`,
-    `venue`.
+def find_venue_switches(series: pl.DataFrame) -> pl.DataFrame:
+    """Return where a consolidated series continues with another venue.
+
+    `open_time` of the first bar of that venue, the venue `before`, and `venue`.
     """
-    changed = pl.col("venue") != pl.col("before")
-    return series.select("open_time", pl.col("venue").shift(1).alias("before"), "venue").filter(
-        changed
-    )
+    is_switch = pl.col("venue") != pl.col("before")
+    before = pl.col("venue").shift(1).alias("before")
+    return series.select("open_time", before, "venue").filter(is_switch)

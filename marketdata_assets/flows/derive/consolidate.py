@@ -20,7 +20,7 @@ from marketdata_assets.model.partition_status import LOST_REASON, ensure_lake_mo
 from marketdata_assets.model.table import Table, consolidated, raw, reconciled
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.quality.reconcile import reconcile
+from marketdata_assets.quality.reconcile import compare_venues
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 from marketdata_assets.transforms.consolidate import consolidate
@@ -157,7 +157,7 @@ class Consolidator:
             bars[market.venue] = self._read(raw(timeframe), part) if source else empty_bars()
             windows = self.ledger.consolidations.no_trade_windows(raw(timeframe), part)
             no_trade[market.venue] = windows
-        series, pairs = consolidate(bars, no_trade), reconcile(bars, timeframe)
+        series, pairs = consolidate(bars, no_trade), compare_venues(bars, timeframe)
         return self._store(table, partition, series, pairs=pairs, sources=sources)
 
     def _store(

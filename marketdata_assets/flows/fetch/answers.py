@@ -33,7 +33,12 @@ from marketdata_assets.quality.agreement import (
     resolve_answers,
 )
 from marketdata_assets.quality.gap_causes import next_request_at
-from marketdata_assets.quality.split import REJECTED_SCHEMA, asked_columns, reject, split
+from marketdata_assets.quality.split import (
+    REJECTED_SCHEMA,
+    add_request_columns,
+    reject_bars,
+    split_rows,
+)
 from marketdata_assets.sources.base import BarsPage, Request
 
 STORED = -1
@@ -122,9 +127,16 @@ class Answers:
         """Apply the rules to new answers; neighbors beyond the window are used, but not counted."""
         first = len(self.fetched)
         self.fetched.extend(fetched)
-        frames = [asked_columns(f.rows, first + i, f.requested) for i, f in enumerate(fetched)]
+        frames = [
+            add_request_columns(f.rows, first + i, f.requested) for i, f in enumerate(fetched)
+        ]
         timeframe = self.span.timeframe
-        kept, rejected = split(pl.concat(frames), timeframe, self.closed_before, self.columns)
+        kept, rejected = split_rows(
+            pl.concat(frames),
+            timeframe,
+            closed_before=self.closed_before,
+            columns=self.columns,
+        )
         opens = pl.col("open_time")
         extents = kept.group_by("answer").agg(opens.min().alias("a"), opens.max().alias("b"))
         self._extents.extend((a, b) for _, a, b in extents.sort("answer").iter_rows())
@@ -164,7 +176,7 @@ class Answers:
         """Return what to store. Raises VenueRefused when most stored bars are contradicted."""
         is_stored = pl.col("answer") == STORED
         lost = pl.concat([resolved.outvoted, resolved.unresolved]).filter(~is_stored)
-        rejected = pl.concat([*self._rejected, reject(lost, "conflict")])
+        rejected = pl.concat([*self._rejected, reject_bars(lost, "conflict")])
         corrected = resolved.outvoted.filter(is_stored)["open_time"]
         self._raise_if_contradicted(corrected)
         bars = resolved.bars.join(self.span.stored, on=NAMES, how="anti", nulls_equal=True)

@@ -29,13 +29,13 @@ class ValueDifference(NamedTuple):
 
 
 def with_stored(
-    market: Market, timeframe: Timeframe, denied: pl.DataFrame, *, sources: Sequence[str]
+    market: Market, timeframe: Timeframe, different: pl.DataFrame, *, sources: Sequence[str]
 ) -> Iterator[ValueDifference]:
     """Yield how the bars of files differ from stored ones.
 
-    `denied` holds both (quality.agreement.StoredComparison.denied).
+    `different` holds both (quality.agreement.StoredComparison.different).
     """
-    for row in _as_text(denied).iter_rows(named=True):
+    for row in _as_text(different).iter_rows(named=True):
         stored = {name: row[name + "_stored"] for name in NAMES[1:]}
         values = _differing_values(stored, row)
         for column, value, other in values:

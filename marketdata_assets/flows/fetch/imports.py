@@ -37,7 +37,7 @@ from marketdata_assets.quality.agreement import (
     compare_with_stored,
     resolve_files,
 )
-from marketdata_assets.quality.split import asked_columns, reject, split
+from marketdata_assets.quality.split import add_request_columns, reject_bars, split_rows
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.archive.options import ImportOptions
 from marketdata_assets.sources.archive.reading import ArchiveFile, find_files, read_file
@@ -190,11 +190,11 @@ class FileImporter:
         timeframe = files[0].tally.file.timeframe
         sources = [tally.file.path.name for tally, _ in files]
         judged = [
-            split(
-                asked_columns(rows, answer, tally.file.span),
+            split_rows(
+                add_request_columns(rows, answer, tally.file.span),
                 timeframe,
-                self.settings.now(),
-                tally.file.columns,
+                closed_before=self.settings.now(),
+                columns=tally.file.columns,
             )
             for answer, (tally, rows) in enumerate(files)
         ]
@@ -210,7 +210,7 @@ class FileImporter:
                 timeframe,
                 partition,
                 resolved.bars,
-                rejected=pl.concat([broken, reject(resolved.disputed, "conflict")]),
+                rejected=pl.concat([broken, reject_bars(resolved.disputed, "conflict")]),
                 sources=sources,
                 settles_gaps=all(tally.file.is_final for tally, _ in files),
             )
@@ -221,7 +221,7 @@ class FileImporter:
         if room > 0:
             market = partition.market
             found = [
-                *with_stored(market, timeframe, comparison.denied, sources=sources),
+                *with_stored(market, timeframe, comparison.different, sources=sources),
                 *between_files(market, timeframe, resolved.disputed, sources=sources),
             ]
             result.differences += found[:room]
@@ -237,13 +237,13 @@ def _count_rows(
     """Add what became of the rows to the tally of their file, the column `answer`."""
     # a repeated row shares the fate of the row that it repeats
     of_repeated = compare_with_stored(
-        repeated.select("answer", *NAMES), comparison.denied.select(NAMES)
+        repeated.select("answer", *NAMES), comparison.different.select(NAMES)
     )
     counts = {
         "stored": (comparison.new,),
         "identical": (comparison.identical, of_repeated.new),
         "refused": (broken,),
-        "disagree": (comparison.denied, of_repeated.identical, of_repeated.denied),
+        "disagree": (comparison.different, of_repeated.identical, of_repeated.different),
         "conflict": (disputed,),
     }
     for name, frames in counts.items():

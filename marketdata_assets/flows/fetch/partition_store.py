@@ -34,9 +34,9 @@ from marketdata_assets.model.table import Table, history, raw
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.agreement import StoredComparison, compare_with_stored
-from marketdata_assets.quality.clean import clean
+from marketdata_assets.quality.clean import clean_bars
 from marketdata_assets.quality.contract import check_bars
-from marketdata_assets.quality.split import reject
+from marketdata_assets.quality.split import reject_bars
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 
@@ -189,7 +189,7 @@ class PartitionStore:
         """
         with self.ledger.lock(partition.key):
             before = self.open(raw(timeframe), partition)
-            cleaned = clean(before.stored, timeframe, partition.opens(timeframe))
+            cleaned = clean_bars(before.stored, timeframe, partition.opens(timeframe))
             problem = cleaned.message
             if problem:
                 before = replace(before, stored=cleaned.bars, note=before.note or problem)
@@ -288,13 +288,13 @@ def _compare_frame(
     missing = subtract_windows(find_gaps(opens, timeframe, before.wanted), settled)
     fetched = FetchResult(
         bars=bars,
-        rejected=pl.concat([rejected, reject(found.denied, "disagrees")]),
+        rejected=pl.concat([rejected, reject_bars(found.different, "disagrees")]),
         gaps=tuple(sorted(gaps, key=lambda gap: gap.window)),
         account=RowAccount(
             received=kept.height + rejected.height,
             stored=bars.height,
             identical=found.identical.height,
-            quarantined=rejected.height + found.denied.height,
+            quarantined=rejected.height + found.different.height,
         ),
         through=missing[0].start if missing else before.wanted.end,
     )

@@ -18,7 +18,12 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, parse_time, to_ms
-from marketdata_assets.quality.split import REJECTED_SCHEMA, Split, asked_columns, split
+from marketdata_assets.quality.split import (
+    REJECTED_SCHEMA,
+    SplitRows,
+    add_request_columns,
+    split_rows,
+)
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 
@@ -130,15 +135,17 @@ class QuarantineReplayer:
                 outcome=outcomes[i],
             )
 
-    def _judge(self, timeframe: Timeframe, rows: Sequence[dict[str, Any]], wanted: Window) -> Split:
+    def _judge(
+        self, timeframe: Timeframe, rows: Sequence[dict[str, Any]], wanted: Window
+    ) -> SplitRows:
         """Apply the rules to rows of quarantine; the column `answer` is the index of a row."""
         sent = pl.DataFrame([_as_sent(row) for row in rows], schema=_SENT_SCHEMA)
         index = pl.int_range(pl.len(), dtype=pl.Int64).alias("answer")
-        asked = asked_columns(sent, 0, wanted).with_columns(index)
-        return split(asked, timeframe, self.settings.now())
+        asked = add_request_columns(sent, 0, wanted).with_columns(index)
+        return split_rows(asked, timeframe, closed_before=self.settings.now())
 
 
-def _outcomes(judged: Split, candidates: pl.DataFrame, stored: pl.DataFrame) -> dict[int, str]:
+def _outcomes(judged: SplitRows, candidates: pl.DataFrame, stored: pl.DataFrame) -> dict[int, str]:
     """Return the outcome of each row by its index; `stored` are the bars before the replay."""
     kept = judged.kept
     unique = kept.join(candidates, on=NAMES, how="semi", nulls_equal=True)

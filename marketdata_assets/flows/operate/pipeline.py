@@ -35,8 +35,9 @@ class AuditedIngest(NamedTuple):
 
 
 class RevisedFinding(NamedTuple):
-    """A finding of a partition that replaces an earlier one of the same check."""
+    """A finding of a raw partition that replaces an earlier one of its check."""
 
+    timeframe: Timeframe
     partition: Partition
     finding: Finding
 
@@ -48,6 +49,9 @@ class AuditedRollup(NamedTuple):
     result: RollupResult | None
     findings: Mapping[Timeframe, Sequence[Finding]]
     error: MarketDataError | None = None
+
+
+PipelineResult = AuditedIngest | RevisedFinding | AuditedRollup
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,4 +123,5 @@ class Pipeline:
         explained = explainer.explain(partitions, ask=ask)
         for result in unexplained:
             if (raw(timeframe), result.partition) in explained:
-                yield RevisedFinding(result.partition, auditor.audit_gaps(result))
+                finding = auditor.audit_gaps(result)
+                yield RevisedFinding(timeframe, result.partition, finding)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -14,12 +14,13 @@ from marketdata_assets.errors import Damaged
 from marketdata_assets.flows.fetch.open_partition import IngestResult, wanted_window
 from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.flows.fetch.plan import BackfillPlanner, new_bars_per_request
+from marketdata_assets.flows.operate.pipeline import AuditedIngest, Pipeline, PipelineResult
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.receipts import Receipt
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.clean import clean
+from marketdata_assets.quality.clean import clean_bars
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.storage.fingerprint import fingerprint
@@ -68,6 +69,24 @@ class FetchSummary:
     corrected: int
     refused: int
     error: str | None
+
+
+class RepairRequest(NamedTuple):
+    """What a repair works on. With `again`, stored bars that open inside `window` are requested
+    once more. `run_id` names the Dagster run in the receipt.
+    """
+
+    partitions: Sequence[Partition]
+    window: Window
+    again: bool
+    run_id: str
+
+
+class RepairResult(NamedTuple):
+    """The receipt of a repair, and how many partitions had failed or parked attempts."""
+
+    receipt: Receipt
+    unparked: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +138,7 @@ class Repairer:
             return None, str(damage).partition(";")[0]
         if rows is None:
             return None, ""
-        return rows, clean(rows, table.timeframe, partition.opens(table.timeframe)).message
+        return rows, clean_bars(rows, table.timeframe, partition.opens(table.timeframe)).message
 
     def remove_invalid_rows(self, partitions: Sequence[Partition]) -> list[dict[str, str]]:
         """Remove stored rows that must not be there; return what was removed, by object.
@@ -187,6 +206,42 @@ class Repairer:
             "failed": failed,
         }
         return self.ledger.receipts.add("repair", self.settings.now(), message, body=body)
+
+
+def repair_partitions(
+    repairer: Repairer,
+    pipeline: Pipeline,
+    request: RepairRequest,
+    *,
+    on_result: Callable[[PipelineResult], None],
+) -> RepairResult:
+    """Repair what a request names and write the receipt; the work of the job `repair`.
+
+    Parked partitions are tried again, invalid rows are removed, missing bars are fetched, gaps are
+    explained and rollups are built. `on_result` receives every result of the pipeline; a partition
+    that fails does not stop the others.
+    """
+    settings, partitions = repairer.settings, request.partitions
+    unparked = repairer.ledger.attempts.clear(partitions)
+    before = repairer.read_contents(partitions)
+    cleaned = repairer.remove_invalid_rows(partitions)
+    fetched = []
+    for timeframe in settings.raw_timeframes:
+        again = request.window if request.again else None
+        for result in pipeline.fetch(timeframe, partitions, again):
+            on_result(result)
+            if isinstance(result, AuditedIngest):
+                fetched.append(summarize_fetch(result.result))
+    for rolled_up in pipeline.roll_up(partitions):
+        on_result(rolled_up)
+    after = repairer.read_contents(partitions)
+    asked = {
+        **describe_request(partitions, request.window),
+        "again": request.again,
+        "run": request.run_id,
+    }
+    receipt = repairer.write_receipt(asked, before, after, fetched=fetched, cleaned=cleaned)
+    return RepairResult(receipt, unparked)
 
 
 def summarize_fetch(result: IngestResult) -> FetchSummary:

@@ -16,12 +16,13 @@ from marketdata_assets.flows.prove.venue_month import (
 )
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import TIME, empty_bars, number_text
-from marketdata_assets.model.gap import Gap, GapCause, GapReason
+from marketdata_assets.model.gap import Gap, GapReason
 from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.window import Window, iso
 from marketdata_assets.quality.gap_causes import (
+    FinerGap,
     GapEvidence,
     GapPart,
     NativeBar,
@@ -54,7 +55,7 @@ class GapInvestigation:
         self._settings, self._ledger, self._table = month.settings, month.ledger, month.table
         stored = lake.read(self._table, partition)
         self._bars = empty_bars() if stored is None else stored
-        self._zero_volume_bars = int((self._bars["volume"] == 0).sum())
+        self._bars_without_volume = int((self._bars["volume"] == 0).sum())
         self._own = month.market(partition.market)
         others = (market for market in month.markets if market != partition.market)
         self._others = {market.key: month.market(market) for market in others}
@@ -79,15 +80,15 @@ class GapInvestigation:
             answers=gap.answers,
             empty_bar_rates=self._own.empty_bar_rates(window),
             silent_windows=tuple(_silent_windows(window, list(covering.values()))),
-            natives=tuple(native for native in self._natives if native.window & window),
-            others=others or (self._active_markets(window) if is_trailing else {}),
-            is_pending=(is_pending or self._is_native_pending(window)) and not is_trailing,
-            base_causes=self._base_causes(window),
+            native_bars=tuple(native for native in self._natives if native.window & window),
+            other_markets=others or (self._active_markets(window) if is_trailing else {}),
+            is_fetch_pending=(is_pending or self._is_native_pending(window)) and not is_trailing,
+            finer_gaps=self._finer_gaps(window),
             traded_elsewhere=None if covering else self._traded_elsewhere(window),
-            known_halts=tuple(facts_of(self.month.venue).halts_in(window)),
+            halts=tuple(facts_of(self.month.venue).halts_in(window)),
             before=before,
             after=after,
-            zero_volume_bars=self._zero_volume_bars,
+            bars_without_volume=self._bars_without_volume,
             is_trailing=is_trailing,
             is_listed=self._is_listed() if is_trailing else None,
         )
@@ -108,14 +109,14 @@ class GapInvestigation:
             "after": _describe_bar(evidence.after),
             "venue": venue,
             "elsewhere": elsewhere,
-            "native": [str(native) for native in evidence.natives if native.window & window],
+            "native": [str(native) for native in evidence.native_bars if native.window & window],
             "known_halts": [
                 {
                     "window": str(halt.window),
                     "what": halt.description,
                     "told_by": halt.reported_by,
                 }
-                for halt in evidence.known_halts
+                for halt in evidence.halts
             ],
             "listed": evidence.is_listed,
         }
@@ -157,13 +158,13 @@ class GapInvestigation:
                 return True
         return False
 
-    def _base_causes(self, window: Window) -> tuple[tuple[Window, GapCause], ...]:
+    def _finer_gaps(self, window: Window) -> tuple[FinerGap, ...]:
         """Return the causes of base bars that are missing in a gap of a coarser table."""
         base = raw(self._settings.venues[self.month.venue].base)
         if base == self._table:
             return ()
         gaps = self._ledger.gaps.between(base, self._partition.market, window)
-        return tuple((gap.window, gap.cause) for gap in gaps if gap.cause)
+        return tuple(FinerGap(gap.window, gap.cause) for gap in gaps if gap.cause)
 
     def _is_listed(self) -> bool | None:
         """Return whether the venue lists the market; None when it is not asked or is down."""

@@ -19,7 +19,7 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.gap_causes import classify, next_request_at
+from marketdata_assets.quality.gap_causes import classify_gap, next_request_at
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.clients import VenueClients
 from marketdata_assets.storage.parquet import Lake
@@ -168,7 +168,7 @@ class GapExplainer:
 def _explain_gap(investigation: GapInvestigation, gap: Gap, now: datetime) -> Iterator[Gap]:
     """Yield the gap cut by causes. A final cause ends its requests; the rest keeps its next one."""
     evidence = investigation.gather(gap)
-    for part in classify(evidence):
+    for part in classify_gap(evidence):
         if part.cause == GapCause.HALTED:
             investigation.month.exclude_halt(part.window)
         following = gap.next_request or next_request_at(gap.first_requested or now, now)

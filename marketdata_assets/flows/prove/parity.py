@@ -1,167 +1,169 @@
-"""Parity: the rollup of a partition beside the venue's own bars; the outcome of each bar is stored,
-each difference traced.
-"""
+"""Parity: compare rollups with the venue's own bars, store each outcome, trace each difference."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
-from marketdata_assets.flows.derive.rollup import Derived, known
-from marketdata_assets.ledger.ledger import Gap, Ledger
+from marketdata_assets.flows.derive.rollup import RollupResult, requested_window
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import NAMES, empty_bars
+from marketdata_assets.model.gap import Gap, GapCause, GapReason
+from marketdata_assets.model.intervals import align_inside
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import Table, history, parity, raw
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.quality.parity import ONLY_NATIVE, ONLY_OURS, UNEQUAL, judge, outcomes
-from marketdata_assets.quality.trace import Absence, Cause, Evidence, minutes_text, trace
+from marketdata_assets.quality.parity import (
+    DIFFERENCES,
+    ParityOutcome,
+    compare_bars,
+    select_stored,
+)
+from marketdata_assets.quality.parity_evidence import (
+    Absence,
+    DifferenceCause,
+    FinerComparison,
+    ParityEvidence,
+)
+from marketdata_assets.quality.trace import trace_difference
+from marketdata_assets.quality.trace_text import format_windows
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 from marketdata_assets.transforms.rollup import roll_up
 
-TRACED = 1000
-"""Where more bars of a partition differ, the rest is judged and not traced: something larger is wrong
-than single bars.
-"""
-_WHY = {
-    "missing_at_source": "missing at source: the venue has no {} there",
-    "no_trade": "no trade",
-    "halted": "the venue was halted",
-    "delisted": "the market had ended",
-    "no_bars": "missing at source: the venue has no {} there",
-    "unanswered": "not answered yet",
+MAX_TRACED = 1000
+"""Of more differences in a partition the rest is not traced: something larger is wrong."""
+_MISSING = "missing at source: the venue has no {} there"
+_ABSENCE_REASONS = {
+    GapCause.MISSING_AT_SOURCE: _MISSING,
+    GapCause.NO_TRADE: "no trade",
+    GapCause.HALTED: "the venue was halted",
+    GapCause.DELISTED: "the market had ended",
+    GapReason.NO_BARS: _MISSING,
+    GapReason.UNANSWERED: "not answered yet",
 }
-"""By a gap's cause, or by what the answers said where its cause is not known yet."""
+"""By a gap's cause; by the reason where no cause is known yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParityChecker:
-    """."""
+    """Compares rolled-up partitions with the venue's own bars."""
 
     settings: Settings
     ledger: Ledger
     lake: Lake
 
-    def compare(self, derived: Derived, timeframe: Timeframe) -> pl.DataFrame:
-        """Judge every bar that both sides should have: asked for, closed, made from base bars that
-        were asked for.
+    def compare(self, result: RollupResult, timeframe: Timeframe) -> pl.DataFrame:
+        """Compare every bar that both sides should have: requested and closed.
 
-        Gives the rows of `quality.parity.judge` with `cause` and `minutes`, and stores them as
-        `parity/ohlcv_<timeframe>`. Where the venue's own bars are not stored there are none, and
-        nothing is written. Raises Damaged, StoreFailed.
+        Returns the rows of `quality.parity.compare_bars` with `cause` and `minutes`, and stores
+        them as `parity/ohlcv_<timeframe>`; no rows and nothing stored where the venue's own bars
+        are not stored. Raises Damaged, StoreFailed.
         """
-        partition = derived.partition
-        ours = derived.frames.get(timeframe, empty_bars())
-        judged = self._judged(partition, timeframe, ours, whole=derived.whole)
-        causes = self._causes(derived, timeframe, judged)
-        judged = judged.join(causes, on="open_time", how="left").with_columns(
-            pl.col("cause", "minutes").fill_null("")
-        )
-        if judged.height:
-            self.lake.write_changed(parity(timeframe), partition, outcomes(judged))
-        return judged
+        ours = result.frames.get(timeframe, empty_bars())
+        compared = self._compare(result.partition, timeframe, ours, requested=result.requested)
+        causes = self._trace(result, timeframe, compared)
+        compared = compared.join(causes, on="open_time", how="left")
+        compared = compared.with_columns(pl.col("cause", "minutes").fill_null(""))
+        if compared.height:
+            stored = select_stored(compared)
+            self.lake.write_changed(parity(timeframe), result.partition, stored)
+        return compared
 
-    def _judged(
-        self, partition: Partition, timeframe: Timeframe, ours: pl.DataFrame, *, whole: Window
+    def _compare(
+        self, partition: Partition, timeframe: Timeframe, ours: pl.DataFrame, *, requested: Window
     ) -> pl.DataFrame:
-        native, asked = self._native(partition, timeframe)
-        made = Window(timeframe.ceil(whole.start), timeframe.floor(whole.end))
-        judged = judge(
-            partition.market.venue,
-            ours.select(NAMES),
-            native,
-            partition.opens(timeframe) & made & asked,
-        )
-        return self._answered(partition, timeframe, judged)
+        native, native_window = self._read_native(partition, timeframe)
+        built = align_inside(requested, timeframe)
+        span = partition.opens(timeframe) & built & native_window
+        venue = partition.market.venue
+        compared = compare_bars(venue, ours.select(NAMES), native, span=span)
+        return self._drop_unanswered(partition, timeframe, compared)
 
-    def _answered(
-        self, partition: Partition, timeframe: Timeframe, judged: pl.DataFrame
+    def _drop_unanswered(
+        self, partition: Partition, timeframe: Timeframe, compared: pl.DataFrame
     ) -> pl.DataFrame:
-        """Without bars of one side whose whole span the venue has not answered for on the other: the
-        check `gaps` tells of them.
-        """
+        """Leave out bars of one side in an unanswered gap of the other: the check `gaps` shows them."""
         base = self.settings.venues[partition.market.venue].base
-        for outcome, table in ((ONLY_NATIVE, raw(base)), (ONLY_OURS, raw(timeframe))):
-            alone = pl.col("outcome") == outcome
-            if judged.filter(alone).is_empty():
+        sides = ((ParityOutcome.ONLY_NATIVE, base), (ParityOutcome.ONLY_OURS, timeframe))
+        opens, ends = pl.col("open_time"), pl.col("open_time") + timeframe.width
+        for outcome, other in sides:
+            is_alone = pl.col("outcome") == outcome
+            if compared.filter(is_alone).is_empty():
                 continue
-            for gap in self.ledger.gaps(table, partition):
-                if gap.reason == "unanswered":
-                    inside = (pl.col("open_time") >= gap.window.start) & (
-                        pl.col("open_time") + timeframe.width <= gap.window.end
-                    )
-                    judged = judged.filter(~(alone & inside))
-        return judged
+            for gap in self.ledger.gaps.of(raw(other), partition):
+                if gap.reason == GapReason.UNANSWERED:
+                    is_inside = (opens >= gap.window.start) & (ends <= gap.window.end)
+                    compared = compared.filter(~(is_alone & is_inside))
+        return compared
 
-    def _native(self, partition: Partition, timeframe: Timeframe) -> tuple[pl.DataFrame, Window]:
-        """The venue's own bars, and the window of open times that they were asked for in; an empty one
-        where none are stored.
-        """
-        state = self.ledger.state(raw(timeframe), partition)
-        stored = (
-            None
-            if state is None or state.bytes is None
-            else self.lake.read(raw(timeframe), partition)
-        )
+    def _read_native(
+        self, partition: Partition, timeframe: Timeframe
+    ) -> tuple[pl.DataFrame, Window]:
+        """Return the venue's own bars and the window in which they were requested."""
+        table = raw(timeframe)
+        state = self.ledger.partitions.get(table, partition)
+        is_stored = state is not None and state.bytes is not None
+        stored = self.lake.read(table, partition) if is_stored else None
         if state is None or stored is None:
             return empty_bars(), Window(partition.month.start, partition.month.start)
-        return stored, known(stored["open_time"], timeframe, Window(state.start, state.through))
+        window = Window(state.start, state.through)
+        return stored, requested_window(stored["open_time"], timeframe, window)
 
-    def _causes(self, derived: Derived, timeframe: Timeframe, judged: pl.DataFrame) -> pl.DataFrame:
-        """`open_time`, `cause` and `minutes` of each bar that differs. Only these are looked into."""
-        differing = judged.filter(pl.col("outcome").is_in(UNEQUAL))
+    def _trace(
+        self, result: RollupResult, timeframe: Timeframe, compared: pl.DataFrame
+    ) -> pl.DataFrame:
+        """Return `open_time`, `cause` and `minutes` of each bar that differs."""
+        differing = compared.filter(pl.col("outcome").is_in(DIFFERENCES))
         found = []
         if differing.height:
-            evidence = self._evidence(derived, timeframe)
-            untraced = Cause(f"not traced: more than {TRACED} bars differ")
+            evidence = self._evidence(result, timeframe)
+            untraced = DifferenceCause(f"not traced: more than {MAX_TRACED} bars differ")
             for i, row in enumerate(differing.iter_rows(named=True)):
-                cause = trace(row, evidence) if i < TRACED else untraced
-                found.append((row["open_time"], cause.says, minutes_text(cause, evidence.base)))
+                cause = trace_difference(row, evidence) if i < MAX_TRACED else untraced
+                minutes = format_windows(cause.windows, evidence.base)
+                found.append((row["open_time"], cause.message, minutes))
         schema = {
-            "open_time": judged.schema["open_time"],
+            "open_time": compared.schema["open_time"],
             "cause": pl.String(),
             "minutes": pl.String(),
         }
         return pl.DataFrame(found, schema=schema, orient="row")
 
-    def _evidence(self, derived: Derived, timeframe: Timeframe) -> Evidence:
-        partition = derived.partition
+    def _evidence(self, result: RollupResult, timeframe: Timeframe) -> ParityEvidence:
+        partition = result.partition
         base = self.settings.venues[partition.market.venue].base
-        first = partition.opens(timeframe).start
-        months = (
-            [neighbour(partition, -1), partition] if first < partition.month.start else [partition]
-        )
-        read = [self.lake.read(raw(base), p, since=first) for p in months]
+        first, months = partition.opens(timeframe).start, [partition]
+        if first < partition.month.start:
+            months.insert(0, neighbour(partition, -1))
+        read = (self.lake.read(raw(base), month, since=first) for month in months)
         bars = pl.concat([empty_bars(), *(frame for frame in read if frame is not None)])
-        replaced = [self.lake.read(history(base), p) for p in months]
-        return Evidence(
-            base,
-            timeframe,
-            bars,
-            list(self._absences(raw(base), months)),
-            list(self._absences(raw(timeframe), [partition])),
-            pl.concat(
-                [
-                    pl.DataFrame(schema=history(base).schema),
-                    *(frame for frame in replaced if frame is not None),
-                ]
-            ),
-            self._finer(derived, timeframe, months, bars=bars),
+        read = (self.lake.read(history(base), month) for month in months)
+        no_history = pl.DataFrame(schema=history(base).schema)
+        replaced = pl.concat([no_history, *(frame for frame in read if frame is not None)])
+        return ParityEvidence(
+            base=base,
+            timeframe=timeframe,
+            bars=bars,
+            absences=list(self._absences(raw(base), months)),
+            native_absences=list(self._absences(raw(timeframe), [partition])),
+            replaced=replaced,
+            finer=self._compare_finer(result, timeframe, months, bars=bars),
         )
 
-    def _finer(
+    def _compare_finer(
         self,
-        derived: Derived,
+        result: RollupResult,
         timeframe: Timeframe,
-        months: list[Partition],
+        months: Sequence[Partition],
         *,
         bars: pl.DataFrame,
-    ) -> tuple[Timeframe, pl.DataFrame] | None:
-        """The finest of the venue's own timeframes between the base and this one, judged."""
-        venue = self.settings.venues[derived.partition.market.venue]
+    ) -> FinerComparison | None:
+        """Compare the finest of the venue's own timeframes between the base and this one."""
+        venue = self.settings.venues[result.partition.market.venue]
         between = [
             tf
             for tf in venue.reference
@@ -170,26 +172,24 @@ class ParityChecker:
         if not between:
             return None
         finer = min(between, key=lambda tf: tf.width)
-        ours = roll_up(bars, venue.base, [finer], derived.whole)[finer]
-        return finer, pl.concat(
-            [self._judged(month, finer, ours, whole=derived.whole) for month in months]
+        ours = roll_up(bars, venue.base, [finer], result.requested)[finer]
+        compared = (
+            self._compare(month, finer, ours, requested=result.requested) for month in months
         )
+        return FinerComparison(finer, pl.concat(compared))
 
-    def _absences(self, table: Table, months: list[Partition]) -> Iterator[Absence]:
-        """What the ledger knows of bars that are not there."""
-        listed = self.ledger.listed(months[0].market)
-        if listed:
-            yield Absence(Window(EPOCH, table.timeframe.floor(listed)), "not listed yet")
+    def _absences(self, table: Table, months: Sequence[Partition]) -> Iterator[Absence]:
+        """Yield the windows without bars, with what the ledger says of them."""
+        first_bar = self.ledger.markets.first_bar(months[0].market)
+        if first_bar:
+            yield Absence(Window(EPOCH, table.timeframe.floor(first_bar)), "not listed yet")
         for partition in months:
-            for gap in self.ledger.gaps(table, partition):
-                yield Absence(gap.window, self._why(table, partition, gap))
+            for gap in self.ledger.gaps.of(table, partition):
+                yield Absence(gap.window, self._absence_reason(table, partition, gap))
 
-    def _why(self, table: Table, partition: Partition, gap: Gap) -> str:
-        if gap.reason == "quarantined":
-            refused = self.ledger.quarantined(partition.market, gap.window)
-            reasons = sorted({str(row["reasons"]) for row in refused if row["table"] == table.name})
-            return f"refused by a rule: {', '.join(reasons)}" if reasons else "refused by a rule"
-        return _WHY[gap.cause or gap.reason].format(table.timeframe.name)
-
-
-# --------------------------------------------------------------------------------- tracing
+    def _absence_reason(self, table: Table, partition: Partition, gap: Gap) -> str:
+        if gap.reason != GapReason.QUARANTINED:
+            return _ABSENCE_REASONS[gap.cause or gap.reason].format(table.timeframe.name)
+        rows = self.ledger.quarantine.rows(partition.market, gap.window)
+        reasons = sorted({str(row["reasons"]) for row in rows if row["table"] == table.name})
+        return f"refused by a rule: {', '.join(reasons)}" if reasons else "refused by a rule"

@@ -24,7 +24,7 @@ from marketdata_assets.model.intervals import count_bars, find_gaps, subtract_wi
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.split import asked_columns, split
+from marketdata_assets.quality.split import add_request_columns, split_rows
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 
@@ -121,7 +121,8 @@ def _check_ohlc(result: IngestResult) -> Finding:
         pl.col("open_time").dt.epoch("ms"), *(pl.col(name).cast(pl.String) for name in texts)
     )
     end = result.wanted.end
-    rejected = split(asked_columns(sent, 0, result.wanted), result.timeframe, end).rejected
+    requested = add_request_columns(sent, 0, result.wanted)
+    rejected = split_rows(requested, result.timeframe, closed_before=end).rejected
     rows: list[Row] = [
         {"open_time": iso(open_time), "reasons": reasons, "fields": fields}
         for _, open_time, reasons, fields in rejected.iter_rows()

@@ -9,7 +9,13 @@ from marketdata_assets.model.finding import ROWS_SHOWN, Finding, FindingSeverity
 from marketdata_assets.model.table import consolidated
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import iso
-from marketdata_assets.quality.reconcile import FAIL, WARN, Opinion, opinions, worst
+from marketdata_assets.quality.reconcile import (
+    FAIL,
+    WARN,
+    VenueComparison,
+    largest_differences,
+    summarize_pairs,
+)
 from marketdata_assets.settings.universe import Settings
 
 RECONCILED = "reconciled"
@@ -24,10 +30,10 @@ def check_reconciled(
     Neither stops anything. Only an error is recorded in the ledger as failed: real markets reach
     warnings on volatile days.
     """
-    found = list(opinions(result.pairs))
+    found = list(summarize_pairs(result.pairs))
     warned, failed = sum(o.warned for o in found), sum(o.failed for o in found)
     message = "no two venues have bars of the same time"
-    widest = max((o.close.most for o in found if o.close.most is not None), default=None)
+    widest = max((o.close.largest for o in found if o.close.largest is not None), default=None)
     if widest is not None:
         message = (
             f"{failed} closes lie {FAIL} basis points or more apart, "
@@ -52,18 +58,18 @@ def check_reconciled(
     return finding
 
 
-def _numbers(opinion: Opinion) -> dict[str, float]:
+def _numbers(pair: VenueComparison) -> dict[str, float]:
     """Return one pair's differences for plots, in basis points."""
-    spreads = {"close": opinion.close, "return": opinion.returns}
+    spreads = {"close": pair.close, "return": pair.returns}
     found = {}
     for what, spread in spreads.items():
-        found[f"{what}_bp_p99"], found[f"{what}_bp_max"] = spread.p99, spread.most
-    pair = f"{opinion.venue}_{opinion.other}"
-    return {f"{pair}_{name}": round(v, 4) for name, v in found.items() if v is not None}
+        found[f"{what}_bp_p99"], found[f"{what}_bp_max"] = spread.p99, spread.largest
+    prefix = f"{pair.venue}_{pair.other}"
+    return {f"{prefix}_{name}": round(v, 4) for name, v in found.items() if v is not None}
 
 
 def _worst_rows(result: ConsolidationResult) -> list[Row]:
-    rows = worst(result.pairs, ROWS_SHOWN)
+    rows = largest_differences(result.pairs, ROWS_SHOWN)
     rows = rows.with_columns(decimal_text("close_bp"), decimal_text("return_bp"))
     return [
         {

@@ -20,7 +20,7 @@ from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, iso
-from marketdata_assets.quality.parity import UNEQUAL, ParityOutcome
+from marketdata_assets.quality.parity import DIFFERENCES, ParityOutcome
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.parquet import Lake
 
@@ -95,7 +95,7 @@ class RollupAuditor:
         """Compare our rollup with the venue's own bars; name the bars that cause a difference."""
         checker = ParityChecker(self.settings, self.ledger, self.lake)
         compared = checker.compare(result, timeframe)
-        differing = compared.filter(pl.col("outcome").is_in(UNEQUAL))
+        differing = compared.filter(pl.col("outcome").is_in(DIFFERENCES))
         within = compared.filter(pl.col("outcome") == ParityOutcome.WITHIN_TOLERANCE).height
         message = (
             f"{differing.height} of {compared.height} bars differ from the venue's own, "

@@ -1,0 +1,189 @@
+"""What is stored and requested of each partition."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from marketdata_assets.ledger.attempts import take_back
+from marketdata_assets.ledger.book import Book, about, is_about, key_of
+from marketdata_assets.ledger.database import Rows
+from marketdata_assets.ledger.fetches import log_fetches
+from marketdata_assets.ledger.gaps import delete_gaps, write_gaps
+from marketdata_assets.ledger.quarantine import quarantine_rows
+from marketdata_assets.ledger.records import (
+    FailureStreak,
+    IngestFailure,
+    IngestRecord,
+    NewestBar,
+    PartitionState,
+    PartitionSummary,
+    RowAccount,
+)
+from marketdata_assets.ledger.tables import partitions
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import Table
+from marketdata_assets.model.window import Window, month_of, parse_time
+
+_c = partitions.c
+_STATE = (
+    _c.start,
+    _c.through,
+    _c.newest,
+    _c.complete,
+    _c.rows,
+    _c.bytes,
+    _c.digest,
+    _c.rolled,
+    _c.attempts,
+    _c.failures,
+    _c.error,
+    _c.whole_at,
+)
+"""The columns of a PartitionState, in its order."""
+_IS_IT = is_about(partitions)
+_GET = sa.select(*_STATE).where(_IS_IT)
+_GET_ACCOUNT = sa.select(_c.account).where(_IS_IT)
+
+
+class PartitionBook(Book):
+    """The table `partitions`, and with it what an ingest writes into others. Raises StoreFailed."""
+
+    def get(self, table: Table, partition: Partition) -> PartitionState | None:
+        """What the ledger holds of one partition."""
+        found = self._database.rows(_GET, about(table, partition))
+        return PartitionState(*found[0]) if found else None
+
+    def of_market(self, table: Table, market: Market) -> dict[str, PartitionState]:
+        """The partitions of a market, by month key."""
+        where = sa.and_(_c.tbl == table.name, _c.market == market.key)
+        found = self._rows(_c.month, *_STATE, where=where)
+        return {month: PartitionState(*state) for month, *state in found}
+
+    def summaries(self, table: Table) -> dict[tuple[str, str], PartitionSummary]:
+        """Every partition of a table, by market key and month key."""
+        is_rolled_up = sa.and_(_c.rolled.is_not(None), _c.rolled == _c.digest)
+        columns = (_c.market, _c.month, _c.start, _c.through, _c.complete, _c.bytes)
+        statement = sa.select(*columns, is_rolled_up, _c.error).where(_c.tbl == table.name)
+        return {
+            (market, month): PartitionSummary(start, through, done == 1, size, rolled == 1, error)
+            for market, month, start, through, done, size, rolled, error in (
+                self._database.plain_rows(statement)
+            )
+        }
+
+    def stored_span(self, market: Market) -> dict[str, Window]:
+        """By table name, from the first to the last month of which something is stored."""
+        columns = (_c.tbl, sa.func.min(_c.month), sa.func.max(_c.month))
+        where = sa.and_(_c.market == market.key, _c.bytes.is_not(None))
+        found = self._database.rows(sa.select(*columns).where(where).group_by(_c.tbl))
+        return {
+            name: Window(parse_time(first), month_of(parse_time(last)).end)
+            for name, first, last in found
+        }
+
+    def newest(self, table: Table) -> dict[str, NewestBar]:
+        """The newest stored bar of each market, by market key."""
+        place = sa.func.row_number().over(partition_by=_c.market, order_by=_c.newest.desc())
+        where = sa.and_(_c.tbl == table.name, _c.newest.is_not(None))
+        columns = (_c.market, _c.newest, _c.month, _c.bytes)
+        ranked = sa.select(*columns, place.label("place")).where(where).subquery("ranked")
+        first = sa.select(*list(ranked.c)[:4]).where(ranked.c.place == 1)
+        return {market: NewestBar(*bar) for market, *bar in self._database.rows(first)}
+
+    def last_bar(self, table: Table, market: Market) -> datetime | None:
+        """The open time of a market's newest stored bar."""
+        where = sa.and_(_c.tbl == table.name, _c.market == market.key)
+        ((found,),) = self._rows(sa.func.max(_c.newest), where=where)
+        newest: datetime | None = found
+        return newest
+
+    def accounts(self) -> list[dict[str, Any]]:
+        """The account of the last ingest of every partition, for audits."""
+        statement = sa.select(_c.tbl, _c.market, _c.month, _c.rows, _c.account)
+        in_order = statement.where(_c.account.is_not(None)).order_by(_c.tbl, _c.market, _c.month)
+        return [
+            {"table": name, "market": market, "month": month, "rows": rows, **account}
+            for name, market, month, rows, account in self._database.rows(in_order)
+        ]
+
+    def account(self, table: Table, partition: Partition) -> RowAccount:
+        """The account of the last ingest of one partition."""
+        found = self._database.rows(_GET_ACCOUNT, about(table, partition))
+        return RowAccount(**found[0].account) if found and found[0].account else RowAccount()
+
+    def failure_streaks(self) -> dict[str, FailureStreak]:
+        """The longest streak of failures of a partition of each market, by market key."""
+        error = sa.func.coalesce(_c.error, "")
+        statement = sa.select(_c.market, _c.failures, error).where(_c.failures > 0)
+        # the longest streak comes last, and replaces the others
+        found = self._database.rows(statement.order_by(_c.market, _c.failures, error))
+        return {market: FailureStreak(*streak) for market, *streak in found}
+
+    # ----------------------------------------------------------------------------- writing
+    def commit(self, record: IngestRecord) -> None:
+        """Write down one ingest, whole or not at all."""
+        table, partition = record.table, record.partition
+        values = _columns(record.state) | {
+            "account": asdict(record.account),
+            "updated_at": record.now,
+        }
+        with self._database.transaction() as connection:
+            numbers = log_fetches(connection, table, partition.market, record.fetches)
+            delete_gaps(connection, about(table, partition))
+            write_gaps(self._database, connection, key_of(table, partition), record.gaps)
+            quarantine_rows(self._database, connection, record, numbers)
+            upsert = self._database.upsert(partitions, values)
+            connection.execute(upsert, key_of(table, partition) | values)
+
+    def record_failure(self, failure: IngestFailure) -> None:
+        """Write down an ingest that failed; what is stored stays as it was."""
+        table, partition, now = failure.table, failure.partition, failure.now
+        start, count = failure.wanted.start, int(not failure.is_excused)
+        values = {
+            **key_of(table, partition),
+            "start": start,
+            "through": start,
+            "complete": False,
+            "rows": 0,
+            "attempts": 1,
+            "failures": count,
+            "error": failure.error,
+            "updated_at": now,
+        }
+        counts = {"attempts": _c.attempts + 1, "failures": _c.failures + count}
+        with self._database.transaction() as connection:
+            log_fetches(connection, table, partition.market, failure.fetches)
+            if failure.is_excused:
+                take_back(connection, partition)
+            upsert = self._database.upsert(partitions, ("error", "updated_at"), counts)
+            connection.execute(upsert, values)
+
+    def set_rollup_source(self, table: Table, partition: Partition, digest: str) -> None:
+        """Remember the digest of the raw rows that the rollups of a partition were made of."""
+        self._update(_IS_IT, about(table, partition) | {"rolled": digest})
+
+    def clear_rollup_sources(self) -> None:
+        """Have all rollups made again, because the warehouse file is gone."""
+        self._update(_c.rolled.is_not(None) & _c.tbl.like("raw/%"), {"rolled": None})
+
+    def mark_retired(self, table: Table, partition: Partition) -> None:
+        """Remember that retention has removed the object; all else about the partition stays."""
+        self._update(_IS_IT, about(table, partition) | {"bytes": None})
+
+    def _update(self, where: sa.ColumnElement[bool], values: dict[str, Any]) -> None:
+        with self._database.transaction() as connection:
+            connection.execute(sa.update(partitions).where(where), values)
+
+    def _rows(self, *columns: sa.ColumnElement[Any], where: sa.ColumnElement[bool]) -> Rows:
+        return self._database.rows(sa.select(*columns).where(where))
+
+
+def _columns(state: PartitionState) -> dict[str, Any]:
+    """A state by the names of its columns."""
+    names = zip(_STATE, fields(state), strict=True)
+    return {column.name: getattr(state, field.name) for column, field in names}

@@ -1,0 +1,219 @@
+"""The ledger in a PostgreSQL database that several machines share, in the schema `marketdata`.
+
+A thread's locks are advisory locks of one server session, and the thread sends all its statements
+over that session as long as it holds one: when the connection breaks, the locks have ended, and
+nothing more is written under them.
+
+A pooler in transaction mode gives every transaction another session, and so breaks these locks. It
+is found when the ledger is opened, and refused. Rows with leases would hold behind such a pooler,
+but a lease outlives its process, and a process that stops for longer than its lease goes on to
+write without a lock. PostgreSQL ends a lock with its session, at once and never before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import psycopg2
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from marketdata_assets.errors import BadInput
+from marketdata_assets.ledger.database import Database
+
+if TYPE_CHECKING:
+    from psycopg2.extensions import connection as Session
+
+PATIENCE = 30.0
+"""Seconds for which a server that starts again is waited for."""
+PROBES = 20
+"""How often two sessions behind a pooler are compared before each counts as its client's own."""
+FINAL = ("authentication failed", "does not exist", "no pg_hba.conf", "permission denied")
+"""Signs of errors that waiting does not mend."""
+
+
+class PostgresDatabase(Database):
+    """One database of a PostgreSQL server. Raises StoreFailed, and BadInput for a pooler that
+    shares sessions.
+    """
+
+    begin = "BEGIN"
+    remedy = "see to the server, or set another `database:`"
+
+    def __init__(self, url: str) -> None:
+        self._url, self._held, self._is_checked = url, _Held(), False
+        engine = sa.create_engine(
+            "postgresql+psycopg2://",
+            creator=self._connect,
+            isolation_level="AUTOCOMMIT",
+            pool_pre_ping=True,
+            max_overflow=-1,
+            executemany_mode="values_plus_batch",
+            use_native_hstore=False,
+        )
+        parts = urlsplit(url)
+        super().__init__(f"postgresql://{parts.hostname or ''}{parts.path}", engine)
+        # two processes may make it at once, and an administrator may have made it
+        is_there = suppress(sa.exc.IntegrityError, sa.exc.ProgrammingError)
+        with self.translate_errors("read"), self._open() as connection, is_there:
+            connection.exec_driver_sql("CREATE SCHEMA IF NOT EXISTS marketdata")
+
+    @cached_property
+    def clock_skew(self) -> float:
+        """Seconds that the server's clock is ahead of ours, measured once."""
+        before = time.time()
+        ((server,),) = self.rows(sa.text("SELECT extract(epoch FROM clock_timestamp())"))
+        return float(server) - (before + time.time()) / 2
+
+    def insert(self, table: sa.Table) -> postgresql.Insert:
+        """PostgreSQL's INSERT."""
+        return postgresql.insert(table)
+
+    # ----------------------------------------------------------------------------- sessions
+    @contextmanager
+    def connect(self) -> Iterator[sa.Connection]:
+        """The session that holds this thread's locks, or a pooled one."""
+        if self._held.connection is None:
+            with self._open() as connection:
+                yield connection
+        else:
+            yield self._held.unbroken()
+
+    def _open(self) -> sa.Connection:
+        """A pooled session that answers; a server that is starting again is waited for."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self.engine.connect()
+            except sa.exc.OperationalError as error:
+                is_final = any(sign in str(error.orig) for sign in FINAL)
+                if is_final or time.monotonic() > deadline:
+                    raise
+                _pause(0.5)
+
+    def _connect(self) -> Session:
+        """A new session whose end both sides notice within half a minute, so that its locks do not
+        outlive its process.
+        """
+        session = _open_session(self._url)
+        if not self._is_checked:
+            if is_shared(session, lambda: _open_session(self._url)):
+                raise BadInput(
+                    f"{self.name} is a pooler that gives every transaction another session, so"
+                    " that locks do not hold; let `database:` name the server itself, or a pooler"
+                    " in session mode (pool_mode = session)"
+                )
+            self._is_checked = True
+        with session.cursor() as cursor:
+            cursor.execute(
+                "SET search_path TO marketdata; SET tcp_keepalives_idle TO 10;"
+                " SET tcp_keepalives_interval TO 5; SET tcp_keepalives_count TO 3"
+            )
+        return session
+
+    # ----------------------------------------------------------------------------- locks
+    @contextmanager
+    def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold the advisory lock of a name in this thread's session."""
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+        while not (is_held := self._try_lock(key)) and wait:
+            _pause(0.1)
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                self._held.release(key)
+
+    def _try_lock(self, key: int) -> bool:
+        with self.translate_errors("locked"):
+            is_first = self._held.connection is None
+            connection = self._open() if is_first else self._held.unbroken()
+            is_held = False
+            try:
+                is_held = bool(connection.scalar(sa.select(sa.func.pg_try_advisory_lock(key))))
+            finally:
+                if is_first and not is_held:
+                    connection.close()
+        if is_held:
+            self._held.connection = connection
+            self._held.count += 1
+        return is_held
+
+
+class _Held(threading.local):
+    """The session that holds a thread's locks, and how many these are."""
+
+    connection: sa.Connection | None = None
+    count = 0
+
+    def unbroken(self) -> sa.Connection:
+        """The session, as long as it has its locks. SQLAlchemy would replace a broken one."""
+        connection = self.connection
+        if connection is None or connection.invalidated:
+            lost = psycopg2.OperationalError("the connection broke, and its locks have ended")
+            raise sa.exc.OperationalError("", None, lost)
+        return connection
+
+    def release(self, key: int) -> None:
+        """End a lock; with a broken session it has ended already."""
+        connection, self.count = self.connection, self.count - 1
+        if connection is None:
+            return
+        if not connection.invalidated:
+            try:
+                connection.scalar(sa.select(sa.func.pg_advisory_unlock(key)))
+            except sa.exc.SQLAlchemyError:
+                connection.invalidate()
+        if not self.count:
+            self.connection = None
+            connection.close()
+
+
+def is_shared(session: Session, connect: Callable[[], Session]) -> bool:
+    """Whether other clients may get the server process of a session between its transactions.
+
+    A server sends its process's number when a session begins. Where that is the number that a query
+    gives, no pooler stands between: a pooler sends a number of its own, by which it knows the
+    client. Behind a pooler, a second session is opened. Poolers hand out the process that became
+    free last, or the one that is free for longest: in transaction mode, either both sessions meet
+    in one process, or the first one changes its process from query to query.
+    """
+    own = _process(session)
+    if session.info.backend_pid == own:
+        return False
+    other = connect()
+    try:
+        return any(_process(other) == own or _process(session) != own for _ in range(PROBES))
+    finally:
+        other.close()
+
+
+def _process(session: Session) -> int:
+    with session.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        ((number,),) = cursor.fetchall()
+    return int(number)
+
+
+def _open_session(url: str) -> Session:
+    session = psycopg2.connect(
+        url,
+        connect_timeout=10,
+        application_name="marketdata",
+        keepalives_idle=10,
+        keepalives_interval=5,
+        keepalives_count=3,
+    )
+    session.autocommit = True
+    return session
+
+
+def _pause(seconds: float) -> None:
+    threading.Event().wait(seconds)

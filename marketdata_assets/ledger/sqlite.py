@@ -1,0 +1,78 @@
+"""The ledger in a SQLite file, `<state>/ledger.db`, with locks as files in `<state>/locks`.
+
+In WAL mode with `synchronous=NORMAL`, a crash of the process loses no commit; a power failure may
+lose the newest ones, and never leaves half of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
+
+from marketdata_assets.ledger.database import Database
+from marketdata_assets.ledger.locks import acquire
+
+if TYPE_CHECKING:
+    from sqlite3 import Connection
+
+FILE = "ledger.db"
+TIMEOUT = 60.0
+"""Seconds for which a statement waits while another process writes."""
+
+
+class SqliteDatabase(Database):
+    """One file of one machine. Raises StoreFailed.
+
+    A transaction takes the file's only write lock at its beginning (BEGIN IMMEDIATE), so that it
+    never fails half way because another process was faster. `name`: what messages call the file,
+    where it is a copy.
+    """
+
+    begin = "BEGIN IMMEDIATE"
+    remedy = "mend the folder or set another `state:`"
+
+    def __init__(self, state: Path, name: str | None = None) -> None:
+        self._locks = state / "locks"
+        engine = sa.create_engine(
+            sa.URL.create("sqlite", database=str(state / FILE)),
+            isolation_level="AUTOCOMMIT",
+            connect_args={"timeout": TIMEOUT},
+            max_overflow=-1,
+        )
+        sa.event.listen(engine, "connect", _set_pragmas)
+        super().__init__(name or str(state / FILE), engine)
+        try:
+            self._locks.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self.failure("opened", error) from None
+
+    def connect(self) -> AbstractContextManager[sa.Connection]:
+        """A pooled connection."""
+        return self.engine.connect()
+
+    def insert(self, table: sa.Table) -> sqlite.Insert:
+        """SQLite's INSERT."""
+        return sqlite.insert(table)
+
+    @contextmanager
+    def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold the file of this name."""
+        try:
+            handle = acquire(self._locks / name, wait=wait)
+        except OSError as error:
+            raise self.failure("locked", error) from None
+        if handle is None:
+            yield False
+            return
+        with handle:
+            yield True
+
+
+def _set_pragmas(connection: Connection, record: Any) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")

@@ -1,0 +1,287 @@
+"""The tables of the ledger, for SQLite and PostgreSQL alike.
+
+A column or a table is added here, together with a new VERSION and a script in `migrations/versions`
+that brings a ledger of the version before to it. Stored names and values are a contract: older
+columns keep theirs, whatever the code calls them.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Column, Dialect, Integer, Text
+
+from marketdata_assets.model.window import iso, parse_time
+
+VERSION = 4
+
+
+class Moment(sa.TypeDecorator[datetime]):
+    """A moment as ISO text in UTC, `2024-03-01T00:00:00Z`."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> str | None:
+        """The text of a moment."""
+        return None if value is None else iso(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:
+        """The moment of a text."""
+        return None if value is None else parse_time(value)
+
+
+class Flag(sa.TypeDecorator[bool]):
+    """A boolean as 0 or 1."""
+
+    impl = Integer
+    cache_ok = True
+
+    def process_bind_param(self, value: bool | None, dialect: Dialect) -> int | None:
+        """The number of a boolean."""
+        return None if value is None else int(value)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> bool | None:
+        """The boolean of a number."""
+        return None if value is None else bool(value)
+
+
+class JsonText(sa.TypeDecorator[Any]):
+    """A JSON value as text, with its keys in the order given."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        """The text of a value."""
+        return None if value is None else json.dumps(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        """The value of a text."""
+        return None if value is None else json.loads(value)
+
+
+metadata = sa.MetaData()
+
+
+def _text(name: str, **options: Any) -> Column[str]:
+    return Column(name, Text, nullable=False, **options)
+
+
+def _count(name: str, **options: Any) -> Column[int]:
+    return Column(name, Integer, nullable=False, **options)
+
+
+def _seconds(name: str, **options: Any) -> Column[float]:
+    """Seconds since 1970, or seconds."""
+    return Column(name, sa.DOUBLE_PRECISION, nullable=False, **options)
+
+
+def _moment(name: str, **options: Any) -> Column[datetime]:
+    return Column(name, Moment, nullable=False, **options)
+
+
+def _id() -> Column[int]:
+    """A number that the database gives."""
+    number = sa.BigInteger().with_variant(Integer(), "sqlite")
+    return Column("id", number, sa.Identity(always=False), primary_key=True)
+
+
+_ZERO = {"server_default": sa.text("0")}
+_KEY = {"primary_key": True}
+
+schema_version = sa.Table("schema_version", metadata, _count("version"))
+
+venues = sa.Table(
+    "venues",
+    metadata,
+    _text("venue", **_KEY),
+    _seconds("next_at", **_ZERO),
+    _seconds("paused_until", **_ZERO),
+    _count("failures", **_ZERO),
+    _count("opened", **_ZERO),
+    _seconds("broken_until", **_ZERO),
+)
+
+markets = sa.Table(
+    "markets", metadata, _text("market", **_KEY), _moment("listed"), _text("evidence")
+)
+
+partitions = sa.Table(
+    "partitions",
+    metadata,
+    _text("tbl", **_KEY),
+    _text("market", **_KEY),
+    _text("month", **_KEY),
+    _moment("start"),
+    _moment("through"),
+    Column("newest", Moment),
+    Column("complete", Flag, nullable=False),
+    _count("rows"),
+    Column("bytes", sa.BigInteger),
+    Column("digest", Text),
+    Column("rolled", Text),
+    _count("attempts", **_ZERO),
+    _count("failures", **_ZERO),
+    Column("error", Text),
+    Column("account", JsonText),
+    _moment("updated_at"),
+    Column("whole_at", Moment),
+)
+
+gaps = sa.Table(
+    "gaps",
+    metadata,
+    _text("tbl", **_KEY),
+    _text("market", **_KEY),
+    _text("month"),
+    _moment("start", **_KEY),
+    _moment("end"),
+    _count("bars"),
+    _text("reason"),
+    _count("answers"),
+    _text("evidence"),
+    _text("cause", server_default=""),
+    Column("proof", JsonText, nullable=False, server_default="{}"),
+    Column("first_asked", Moment),
+    Column("last_asked", Moment),
+    Column("next_ask", Moment),
+    _text("status", server_default="open"),
+)
+_is_waiting = gaps.c.next_ask.is_not(None)
+sa.Index(
+    "gaps_to_ask",
+    gaps.c.tbl,
+    gaps.c.next_ask,
+    sqlite_where=_is_waiting,
+    postgresql_where=_is_waiting,
+)
+
+quarantine = sa.Table(
+    "quarantine",
+    metadata,
+    _id(),
+    _text("tbl"),
+    _text("market"),
+    _text("month"),
+    Column("open_time", Text),
+    _text("reasons"),
+    _text("fields"),
+    _text("source"),
+    Column("fetch_id", sa.BigInteger),
+    _count("seen", server_default=sa.text("1")),
+    _text("first_seen"),
+    _text("last_seen"),
+    _text("content"),
+    Column("replayed_at", Text),
+    sa.UniqueConstraint("tbl", "market", "month", "content"),
+)
+
+fetches = sa.Table(
+    "fetches",
+    metadata,
+    _id(),
+    _text("tbl"),
+    _text("market"),
+    _moment("start"),
+    _moment("end"),
+    _seconds("asked_at"),
+    _seconds("seconds"),
+    _text("outcome"),
+    Column("status", Integer),
+    Column("rows", Integer),
+    Column("error", Text),
+)
+sa.Index("fetches_by_market", fetches.c.market, fetches.c.asked_at)
+
+asks = sa.Table(
+    "asks",
+    metadata,
+    _text("market", **_KEY),
+    _text("month", **_KEY),
+    _count("attempts"),
+    _moment("asked_at"),
+    Column("parked_at", Moment),
+    _text("reason"),
+)
+
+red_checks = sa.Table(
+    "red_checks",
+    metadata,
+    _text("tbl", **_KEY),
+    _text("market", **_KEY),
+    _text("month", **_KEY),
+    _text("name", **_KEY),
+    Column("blocking", Flag, nullable=False),
+    _text("says"),
+    _count("times", server_default=sa.text("1")),
+    _moment("since"),
+)
+
+beats = sa.Table("beats", metadata, _text("name", **_KEY), _moment("at"))
+
+incidents = sa.Table(
+    "incidents",
+    metadata,
+    _id(),
+    _text("key"),
+    _text("severity"),
+    _text("title"),
+    _text("body"),
+    _moment("opened_at"),
+    Column("recovered_at", Moment),
+)
+_is_open = incidents.c.recovered_at.is_(None)
+sa.Index(
+    "incidents_open",
+    incidents.c.key,
+    unique=True,
+    sqlite_where=_is_open,
+    postgresql_where=_is_open,
+)
+
+letters = sa.Table(
+    "letters",
+    metadata,
+    _id(),
+    Column("incident", sa.BigInteger, nullable=False),
+    _text("event"),
+    _text("channel"),
+    Column("sent_at", Moment),
+    _count("tries", **_ZERO),
+    Column("error", Text),
+    sa.UniqueConstraint("incident", "event", "channel"),
+)
+
+anomalies = sa.Table(
+    "anomalies",
+    metadata,
+    _id(),
+    _text("tbl"),
+    _text("market"),
+    _text("month"),
+    _text("kind"),
+    _text("severity"),
+    _text("state"),
+    _moment("start"),
+    _moment("end"),
+    _count("bars"),
+    Column("evidence", JsonText, nullable=False),
+    _moment("found_at"),
+    _moment("changed_at"),
+    Column("note", Text),
+    sa.UniqueConstraint("tbl", "market", "kind", "start"),
+)
+
+receipts = sa.Table(
+    "receipts",
+    metadata,
+    _id(),
+    _text("kind"),
+    _moment("at"),
+    _text("says"),
+    Column("body", JsonText, nullable=False),
+)

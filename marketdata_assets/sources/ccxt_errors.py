@@ -1,0 +1,95 @@
+"""What an error of ccxt, aiohttp or a malformed answer means: retry, wait, or give up."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+
+import aiohttp
+
+from marketdata_assets.errors import (
+    BadInput,
+    Garbled,
+    MarketDataError,
+    RequestFailed,
+    Retry,
+    VenueRefused,
+    Wait,
+)
+from marketdata_assets.sources.ccxt_transport import HttpAnswer
+
+DEFAULT_PAUSE = 10.0
+"""Seconds to wait where a venue asks for patience and names no time."""
+
+
+@contextmanager
+def translate_errors(venue: str, answer: HttpAnswer) -> Iterator[None]:
+    """Raise whatever goes wrong inside as RequestFailed, VenueRefused or BadInput.
+
+    Every message begins with the venue. `answer` is filled by the request that runs inside.
+    """
+    from ccxt.base.errors import BaseError
+
+    try:
+        yield
+    except (RequestFailed, BadInput) as error:
+        if not str(error).startswith(venue):
+            error.args = (f"{venue}: {error}",)
+        raise
+    except TimeoutError:
+        raise Retry(f"{venue}: no complete answer came within the deadline") from None
+    except BaseError as error:
+        raise _translate_ccxt(venue, error, answer) from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise Retry(f"{venue}: {_describe(error, answer)}") from None
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise Garbled(
+            f"{venue}: the answer does not have the documented form ({type(error).__name__})"
+        ) from None
+
+
+def _translate_ccxt(venue: str, error: Exception, answer: HttpAnswer) -> MarketDataError:
+    """Return the error of our tree that a ccxt error means; Retry for all that may pass."""
+    from ccxt.base import errors as ccxt
+
+    if isinstance(error, ccxt.DDoSProtection | ccxt.RateLimitExceeded):
+        seconds = _retry_after(answer)
+        return Wait(f"{venue}: HTTP {answer.status}, it asks to wait {seconds:g} s", seconds)
+    if isinstance(error, ccxt.RequestTimeout):
+        return Retry(f"{venue}: no complete answer came within the deadline")
+    if isinstance(error, ccxt.OperationFailed) and answer.status in (403, 404, 405):
+        return VenueRefused(
+            f"{venue}: HTTP {answer.status}, the address does not serve this API; check base_url"
+        )
+    if isinstance(
+        error,
+        ccxt.BadRequest | ccxt.AuthenticationError | ccxt.NotSupported | ccxt.ArgumentsRequired,
+    ):
+        return VenueRefused(f"{venue}: {_describe(error, answer)}")
+    return Retry(f"{venue}: {_describe(error, answer)}")
+
+
+def _describe(error: Exception, answer: HttpAnswer) -> str:
+    """Return what happened, in a few words and without the URL: a URL may hold a key."""
+    if answer.status is None:
+        return "it cannot be reached, or the connection broke"
+    text = re.sub(r"https?://\S+", "", str(error))
+    message = re.search(r'"(?:msg|message|error)"\s*:\s*\[?"([^"]{1,120})', text)
+    return f"HTTP {answer.status}, {message.group(1) if message else type(error).__name__}"
+
+
+def _retry_after(answer: HttpAnswer) -> float:
+    """Return the header's seconds, or those until its date; DEFAULT_PAUSE for any other text."""
+    header = answer.headers.get("retry-after", "")
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return DEFAULT_PAUSE
+    return max(0.0, seconds) if math.isfinite(seconds) else DEFAULT_PAUSE

@@ -1,0 +1,152 @@
+"""What can be known of a venue. The defaults hold for every venue without a file of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from enum import StrEnum
+from typing import NamedTuple
+
+from marketdata_assets.model.window import Window, parse_time
+
+
+class MarketType(StrEnum):
+    """What a symbol trades, in ccxt's words."""
+
+    SPOT = "spot"
+    LINEAR = "linear"
+    """A contract that is settled in its quote currency: `BTC/USDT:USDT`."""
+    INVERSE = "inverse"
+    """A contract that is settled in another currency: `BTC/USD:BTC`."""
+
+
+def market_type(symbol: str) -> MarketType:
+    """Return the type of a unified symbol."""
+    quote, _, contract = symbol.partition("/")[2].partition(":")
+    if not contract:
+        return MarketType.SPOT
+    settled = contract.partition("-")[0]
+    return MarketType.LINEAR if settled == quote else MarketType.INVERSE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BarsEndpoint:
+    """How a venue's API serves the bars of one market type."""
+
+    page_size: int = 300
+    """Bars that one request returns at most, where ccxt does not state the venue's number."""
+    requests_per_minute: int = 60
+    """Requests for bars that the venue lets through in a minute, for estimates."""
+    klines_method: str | None = None
+    """ccxt's method for raw klines in Binance's format; None: bars come through `fetch_ohlcv`."""
+    weight_per_minute: int | None = None
+    """Request weight that the venue allows in a minute; None: it counts no weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveFormat:
+    """One kind of file in which venues publish bars."""
+
+    name: str
+    columns: tuple[str, ...]
+    """The file's columns in order, those of a bar by their names in `model.bar`."""
+    file_name: re.Pattern[str]
+    """The name without its suffix. Groups: `id` (`Archive.symbol_id`), `timeframe` or `minutes`,
+    and, where the name has them, `date` (a month or a day) and `kind` (of a futures contract)."""
+    is_distinctive: bool = True
+    """False where other files may well have such names."""
+    spot_has_header: bool = True
+    """False where files of spot markets never begin with a line of column names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Archive:
+    """The files in which one venue publishes its bars."""
+
+    format: ArchiveFormat
+    market_types: tuple[MarketType, ...] = (MarketType.SPOT,)
+    """The market types of which there are files."""
+    asset_names: Mapping[str, str] = field(default_factory=dict)
+    """By ccxt's name of an asset: its name in the files, where that differs."""
+    month_urls: Mapping[MarketType, str] = field(default_factory=dict)
+    """Where the file of one month is published: a URL with `{id}`, `{timeframe}` and `{month}`."""
+    files_per_month: int = 1
+    """Downloads that one month takes, for estimates."""
+    overview_url: str | None = None
+    """The page that lists the files, where they have no URL by month."""
+    is_final: bool = False
+    """True where bars that a file does not hold never existed; no request can return them."""
+
+    def symbol_id(self, symbol: str) -> str | None:
+        """Return a unified symbol as file names write it; None where there are no such files."""
+        if market_type(symbol) not in self.market_types:
+            return None
+        base, _, rest = symbol.partition("/")
+        quote, _, contract = rest.partition(":")
+        expiry = contract.partition("-")[2]
+        names = self.asset_names
+        return names.get(base, base) + names.get(quote, quote) + (f"_{expiry}" if expiry else "")
+
+
+class Halt(NamedTuple):
+    """A halt of all markets of a venue, as somebody reported it. The bars have to confirm it.
+
+    `window` is approximate. Only reports of others belong here: a row that was read off our own
+    bars would confirm itself.
+    """
+
+    window: Window
+    description: str
+    reported_by: str
+
+
+def parse_halts(rows: str, *, description: str, reported_by: str) -> tuple[Halt, ...]:
+    """Return one halt for each line `start end` (ISO times in UTC, `end` exclusive)."""
+    spans = [line.split() for line in rows.splitlines() if line]
+    return tuple(
+        Halt(Window(parse_time(start), parse_time(end)), description, reported_by)
+        for start, end in spans
+    )
+
+
+class Tolerance(NamedTuple):
+    """How far a venue's own coarse bar may differ from the sum of its finer bars, in one column.
+
+    Within either limit counts: `absolute`, in the column's unit, or `relative`, a share of the
+    venue's own value.
+    """
+
+    absolute: Decimal
+    relative: Decimal
+    reason: str
+    measured: str
+    """On which bars the limits were measured, and what was found."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VenueFacts:
+    """All that is known of one venue."""
+
+    venue: str
+    """ccxt's id."""
+    endpoints: Mapping[MarketType, BarsEndpoint] = field(default_factory=dict)
+    """By market type, where `BarsEndpoint`'s defaults do not hold."""
+    newest_bars_only: int | None = None
+    """The API returns only so many of the newest bars, whatever is requested; None: all bars."""
+    archive: Archive | None = None
+    """The files in which it publishes bars; None: none that we can read."""
+    halts: tuple[Halt, ...] = ()
+    """Halts of all of its markets, oldest first."""
+    tolerances: Mapping[str, Tolerance] = field(default_factory=dict)
+    """By column of a bar. A column that is not here is compared digit for digit; no tolerance is
+    wider than what was measured."""
+
+    def endpoint(self, symbol: str) -> BarsEndpoint:
+        """Return how the bars of a unified symbol are requested."""
+        return self.endpoints.get(market_type(symbol), BarsEndpoint())
+
+    def halts_in(self, window: Window) -> list[Halt]:
+        """Return the known halts that share a moment with the window."""
+        return [halt for halt in self.halts if halt.window & window]
