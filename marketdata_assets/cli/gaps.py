@@ -17,31 +17,35 @@ _COLUMNS = [
     *("asked", "last_asked", "next_ask", "says"),
 ]
 
+_Cause = Annotated[
+    str | None,
+    typer.Option(
+        "--cause",
+        parser=choice_parser("--cause", GAP_KINDS),
+        metavar="CAUSE",
+        help=f"List only gaps of this cause: {', '.join(GAP_KINDS)}.",
+    ),
+]
+_Reopen = Annotated[
+    bool,
+    typer.Option(
+        "--reopen",
+        help="Discard the cause of the gap of --market that begins at --start; the next run "
+        "requests it again.",
+    ),
+]
+
 commands = typer.Typer()
 
 
 @commands.command()
 def gaps(
+    *,
     market: Markets = None,
     start: Start = None,
     end: End = None,
-    cause: Annotated[
-        str | None,
-        typer.Option(
-            "--cause",
-            parser=choice_parser("--cause", GAP_KINDS),
-            metavar="CAUSE",
-            help=f"List only gaps of this cause: {', '.join(GAP_KINDS)}.",
-        ),
-    ] = None,
-    reopen: Annotated[
-        bool,
-        typer.Option(
-            "--reopen",
-            help="Discard the cause of the gap of --market that begins at --start; the next run "
-            "requests it again.",
-        ),
-    ] = False,
+    cause: _Cause = None,
+    reopen: _Reopen = False,
     format: Format = ListFormat.TABLE,
 ) -> None:
     """List every gap with its cause and the proof.

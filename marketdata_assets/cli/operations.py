@@ -74,6 +74,7 @@ def _incident_row(incident: Incident) -> dict[str, Any]:
 
 @commands.command()
 def parked(
+    *,
     market: Markets = None,
     start: Start = None,
     end: End = None,

@@ -21,6 +21,7 @@ commands = typer.Typer(
 
 @commands.command("list")
 def list_rows(
+    *,
     market: Annotated[
         str | None, typer.Option("--market", "-m", help="Take only this market.")
     ] = None,
@@ -45,6 +46,7 @@ def list_rows(
 
 @commands.command("replay")
 def replay_rows(
+    *,
     market: Markets = None,
     start: Start = None,
     end: End = None,

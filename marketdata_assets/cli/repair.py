@@ -29,6 +29,7 @@ commands = typer.Typer()
 
 @commands.command()
 def repair(
+    *,
     market: Markets = None,
     start: Start = None,
     end: End = None,
@@ -140,6 +141,7 @@ def receipts(
 
 @commands.command()
 def corrections(
+    *,
     market: Markets = None,
     start: Start = None,
     end: End = None,
