@@ -1,4 +1,4 @@
-"""`marketdata anomalies`: implausible bars, and what a person made of them."""
+"""`marketdata anomalies`: implausible bars, and the state that a person gives to each."""
 
 from __future__ import annotations
 

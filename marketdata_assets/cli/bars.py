@@ -28,7 +28,7 @@ commands = typer.Typer()
 
 
 def _parse_moment(text: str) -> datetime:
-    """Return the moment of a text, or that at which the dataset of a lock file was known."""
+    """Return the moment of an ISO text, or that of a lock file. Raises BadInput."""
     from marketdata_assets.flows.read.lock import locked_moment
 
     return locked_moment(Path(text)) if Path(text).is_file() else parse_time(text)

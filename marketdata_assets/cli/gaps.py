@@ -1,4 +1,4 @@
-"""`marketdata gaps`: every gap with its cause, and discarding a cause."""
+"""`marketdata gaps`: lists every gap with its cause, or discards the cause of one."""
 
 from __future__ import annotations
 

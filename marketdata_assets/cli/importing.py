@@ -104,8 +104,8 @@ def import_files(
 
     with load_context() as context:
         settings = context.settings
-        chosen = settings.market(market) if market else None
-        options = ImportOptions(chosen, timeframe, columns, unit)
+        only_market = settings.market(market) if market else None
+        options = ImportOptions(only_market, timeframe, columns, unit)
         result = _import(context, files, options, dry_run=dry_run)
         ranges = [] if dry_run else _ranges_to_check(context, result)
     code = _check_and_roll_up(settings, ranges)

@@ -1,4 +1,4 @@
-"""`marketdata repair`, `corrections` and `receipts`: repairing what is stored, and the proof."""
+"""`marketdata repair`, `receipts` and `corrections`: stored bars are repaired, with a proof."""
 
 from __future__ import annotations
 
