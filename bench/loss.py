@@ -23,8 +23,8 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 
-from marketdata_assets.cli.processes import dagster_environment
-from marketdata_assets.cli.serve import run_sandbox
+from marketdata_assets.cli.dagster_home import dagster_environment
+from marketdata_assets.cli.demo import run_sandbox
 from marketdata_assets.defs.assets import asset_key
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw, rollup

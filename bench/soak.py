@@ -158,7 +158,7 @@ def start_dev(folder: Path) -> subprocess.Popen[str]:
 def daemon_of(dev: subprocess.Popen[str]) -> int:
     """The process that runs sensors and starts runs."""
     for pid in Path(f"/proc/{dev.pid}/task/{dev.pid}/children").read_text().split():
-        if b"dagster_ext.launcher" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"dagster_ext.daemon" in Path(f"/proc/{pid}/cmdline").read_bytes():
             return int(pid)
     raise SystemExit("no daemon below marketdata dev")
 

@@ -7,16 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
-from marketdata_assets.ledger.anomalies import Anomalies
-from marketdata_assets.ledger.consolidations import Consolidations
-from marketdata_assets.ledger.gaps import Gaps
-from marketdata_assets.ledger.incidents import Incidents
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.ledger.receipts import Receipts
 from marketdata_assets.model.events import ProgressCallback, no_progress
+from marketdata_assets.settings.fields import reveal_secret
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.clients import VenueClients
-from marketdata_assets.sources.guards import Policy
+from marketdata_assets.sources.guards import RetryPolicy
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.storage.parquet import Lake
 from marketdata_assets.storage.warehouse import Connect, Warehouse
@@ -53,25 +49,24 @@ class Context:
 def open_context(
     settings: Settings,
     connect: Connect | None = None,
-    policy: Policy | None = None,
+    policy: RetryPolicy | None = None,
     *,
+    for_reading: bool = False,
     on_progress: ProgressCallback = no_progress,
 ) -> Iterator[Context]:
     """Open everything that these settings name, and close it at the end.
 
     `connect` opens the DuckDB file instead of ours (Dagster brings its own resource).
-    `on_progress` receives the answers of venues, from the thread of the requests.
+    With `for_reading`, a state folder that cannot be written is read from a copy. `on_progress` receives the answers of venues, from the thread of the requests.
     """
-    policy = policy or Policy()
-    ledger = Ledger(settings.state, settings.database)
-    ledger.incidents, ledger.receipts = Incidents(ledger), Receipts(ledger)
-    ledger.anomalies, ledger.consolidations = Anomalies(ledger), Consolidations(ledger)
-    ledger.gap_book = Gaps(ledger)
+    policy = policy or RetryPolicy()
+    ledger = Ledger(settings.state, reveal_secret(settings.database), for_reading=for_reading)
     lake = Lake(settings.lake, settings.cold.lake if settings.cold else None)
     warehouse = Warehouse(settings.duckdb, connect)
     storage = BarStorage(lake, warehouse, rollups_in_warehouse=settings.rollups == "duckdb")
-    venues = VenueClients(settings.venues, ledger, policy, on_progress=on_progress)
+    venues = VenueClients(settings.venues, ledger.venues, policy, on_progress=on_progress)
     try:
         yield Context(settings, ledger, storage, venues, policy.clock)
     finally:
         venues.close()
+        ledger.close()

@@ -18,7 +18,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from marketdata_assets.cli.processes import dagster_environment
+from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.settings.universe import Settings, load_settings
 from marketdata_assets.sources.guards import RetryPolicy
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running

@@ -19,6 +19,7 @@ from marketdata_assets.cli.processes import start, stop
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange
+from marketdata_assets.system import start_module, stop
 from marketdata_tests.conftest import Universe
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -65,7 +66,7 @@ def ui(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path)
     command = ["marketdata_assets.cli.main", "dev", "--port", str(port)]
     said = tmp_path / "dev.log"
     with said.open("w") as log:
-        server = start(command, dict(os.environ), stdout=log, stderr=log)
+        server = start_module(command, dict(os.environ), stdout=log, stderr=log)
     try:
         assert eventually(lambda: "UI ready" in said.read_text() or server.poll() is not None)
         assert server.poll() is None, said.read_text()

@@ -30,7 +30,7 @@ KILLS = int(os.environ.get("MARKETDATA_TEST_KILLS", "3"))
 SPAN = Window(parse_time("2023-11-01"), parse_time("2024-01-01"))
 SYMBOLS = {"BTC/USDT": "BTCUSDT", "ETH/USDT": "ETHUSDT"}
 DAGSTER_STATUS = """
-from marketdata_assets.dagster_ext.launcher import open_instance
+from marketdata_assets.dagster_ext.runs import open_instance
 with open_instance() as instance:
     print(sorted({run.status.value for run in instance.get_runs()}))
 """

@@ -27,10 +27,10 @@ from dagster._core.test_utils import in_process_test_workspace
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster_graphql.schema import create_schema
 
-from marketdata_assets.cli.processes import dagster_environment
+from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.context import open_context
 from marketdata_assets.dagster_ext import partition_wiping as wiping
-from marketdata_assets.dagster_ext.event_log import PooledSqliteEventLogStorage
+from marketdata_assets.dagster_ext.event_log_sqlite import PooledSqliteEventLogStorage
 from marketdata_assets.dagster_ext.launcher import RUN_LOGS
 from marketdata_assets.dagster_ext.prune import Pruned, prune
 from marketdata_assets.defs.jobs import INGEST, build_definitions

@@ -23,7 +23,7 @@ from typing import Any
 import psycopg2
 import pytest
 
-from marketdata_assets.cli.processes import dagster_environment
+from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.partition import Partition

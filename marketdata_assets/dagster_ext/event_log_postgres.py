@@ -1,23 +1,22 @@
-"""Dagster's event log in PostgreSQL: connections kept open, partitions that can be wiped.
+"""Dagster's event log in PostgreSQL with pooled connections and wipeable partitions.
 
-The stock storage opens a connection for every event, which takes most of the time of writing it.
+Dagster's own storage opens a connection for every event, which takes longer than writing it.
 """
 
 from collections.abc import Mapping
 from typing import Any, Self
 
+# What Dagster passes to everything that dagster.yaml names.
 from dagster._serdes import ConfigurableClassData
 from dagster_postgres.event_log import PostgresEventLogStorage
 from dagster_postgres.utils import create_pg_engine, pg_url_from_config
 from sqlalchemy.pool import QueuePool
 
-from marketdata_assets.dagster_ext.partition_wiping import Wiping
+from marketdata_assets.dagster_ext.partition_wiping import PartitionWipingMixin
 
 
-class PooledPostgresEventLogStorage(Wiping, PostgresEventLogStorage):
-    """Keeps a few connections; one that broke, as when the server starts again, is noticed before it
-    is used.
-    """
+class PooledPostgresEventLogStorage(PartitionWipingMixin, PostgresEventLogStorage):
+    """Keeps a few connections, and replaces one that broke before it is used."""
 
     def __init__(
         self,
@@ -40,7 +39,7 @@ class PooledPostgresEventLogStorage(Wiping, PostgresEventLogStorage):
     def from_config_value(
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> Self:
-        """Dagster's way to build it from dagster.yaml."""
+        """Build the storage that dagster.yaml names."""
         return cls(
             pg_url_from_config(config_value),
             config_value.get("should_autocreate_tables", True),

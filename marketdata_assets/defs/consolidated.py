@@ -43,9 +43,9 @@ from marketdata_assets.model.partition_status import LOST_REASON
 from marketdata_assets.model.table import Table, consolidated, raw
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import iso, month_of
-from marketdata_assets.quality.reconcile import FAIL, WARN
+from marketdata_assets.quality.reconcile import FAIL_BASIS_POINTS, WARN_BASIS_POINTS
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.transforms.consolidate import switches
+from marketdata_assets.transforms.consolidate import find_venue_switches
 
 CONSOLIDATE = "consolidate"
 """The name of the job."""
@@ -152,7 +152,7 @@ def _consolidated_spec(settings: Settings, timeframe: Timeframe) -> dg.AssetSpec
 def _reconciled_description(timeframe: Timeframe) -> str:
     return (
         "Where two venues have a bar of the same time, their closes lie less than "
-        f"{WARN} basis points apart (warning), or {FAIL} (error). If red: the table names the "
+        f"{WARN_BASIS_POINTS} basis points apart (warning), or {FAIL_BASIS_POINTS} (error). If red: the table names the "
         f"minutes; `SELECT * FROM reconciled.ohlcv_{timeframe.name}` returns all of them."
     )
 
@@ -176,7 +176,7 @@ def _partition_mapping(settings: Settings) -> dg.MultiPartitionMapping:
 def _metadata(result: ConsolidationResult) -> dict[str, Any]:
     """Return the bars of each venue, where the series switches venues, and how far these differ."""
     bars = result.bars
-    changes = switches(bars)
+    changes = find_venue_switches(bars)
     rows = [
         dg.TableRecord({"from": iso(moment), "before": before, "venue": venue})
         for moment, before, venue in changes.head(SWITCHES_SHOWN).iter_rows()
@@ -195,7 +195,9 @@ def _metadata(result: ConsolidationResult) -> dict[str, Any]:
 
 def _draw_differences(result: ConsolidationResult) -> dg.MarkdownMetadataValue:
     month = result.partition.month
-    return dg.MetadataValue.md(differences(result.pairs, month, WARN, FAIL))
+    return dg.MetadataValue.md(
+        differences(result.pairs, month, WARN_BASIS_POINTS, FAIL_BASIS_POINTS)
+    )
 
 
 # ------------------------------------------------------------------------------------ the sensor

@@ -1,11 +1,9 @@
-"""The market x month grid, and the guard against runs that silently cover less than they were asked
-for.
-"""
+"""The grid of markets and months, and the check that a run covers all partitions of its range."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import dagster as dg
 
@@ -15,21 +13,19 @@ from marketdata_assets.settings.universe import Settings
 
 RANGE_START = "dagster/asset_partition_range_start"
 RANGE_END = "dagster/asset_partition_range_end"
+"""Dagster's tags of a run over a range of partitions; both are keys, inclusive."""
 
 
 def market_months(settings: Settings) -> dg.MultiPartitionsDefinition:
-    """Every market x every month since the universe's first day; the open month belongs to it."""
-    first = month_of(settings.since).start
-    ends = [venue.until for venue in settings.venues.values()]
-    last = (
-        max((end for end in ends if end), default=settings.now()) if all(ends) else settings.now()
-    )
-    bounded = settings.clock is not None or all(ends)
-    if settings.clock and settings.clock.speed and not all(ends):
-        last = month_of(last).end + timedelta(days=1)  # a replay may run into the next month
-    end = month_of(last - timedelta(microseconds=1)).end if bounded else None
+    """Return the grid: every market by every month since the universe's first day.
+
+    The month that is open now belongs to it. It grows by itself with the machine's clock, unless
+    all venues have an end or MARKETDATA_NOW is set.
+    """
+    start = month_of(settings.since).start
+    end = _grid_end(settings)
     months = dg.MonthlyPartitionsDefinition(
-        start_date=first.strftime("%Y-%m-%d"),
+        start_date=start.strftime("%Y-%m-%d"),
         end_date=end.strftime("%Y-%m-%d") if end else None,
         end_offset=0 if end else 1,
     )
@@ -41,21 +37,33 @@ def market_months(settings: Settings) -> dg.MultiPartitionsDefinition:
     )
 
 
-def partitions_of_run(context: dg.AssetExecutionContext) -> list[Partition]:
-    """The partitions a run must do. Fails when its keys are not exactly those of its range (Dagster
-    may lose some).
+def _grid_end(settings: Settings) -> datetime | None:
+    """Return the end of the last month, exclusive; None for a grid that grows by itself."""
+    untils = [venue.until for venue in settings.venues.values() if venue.until]
+    all_end = len(untils) == len(settings.venues)
+    if not all_end and settings.clock is None:
+        return None
+    last = max(untils, default=settings.now()) if all_end else settings.now()
+    if not all_end and settings.clock and settings.clock.speed:
+        last = month_of(last).end + timedelta(days=1)  # a replay may reach the next month
+    return month_of(last - timedelta(microseconds=1)).end
 
-    Dagster runs of a job's backfill carry a range for many partitions and one key; a range with its
-    ends swapped expands to nothing. Both would "succeed" on fewer partitions than asked.
+
+def partitions_of_run(context: dg.AssetExecutionContext) -> list[Partition]:
+    """Return the partitions that a run must process. Raises Failure where Dagster lost some.
+
+    Runs of a job's backfill carry a range for many partitions and one key; a range whose ends are
+    swapped expands to nothing. Both would "succeed" on fewer partitions than were asked for.
     """
     keys = list(context.partition_keys)
     start, end = context.run.tags.get(RANGE_START), context.run.tags.get(RANGE_END)
     if start and end:
-        wanted = _range(context, start, end)
-        if sorted(wanted) != sorted(keys) or not keys:
+        expected = _keys_of_range(context, start, end)
+        if sorted(expected) != sorted(keys) or not keys:
             raise dg.Failure(
-                f"this run covers {len(keys)} partitions but its range {start} .. {end} holds {len(wanted)}; launch the "
-                "range from the asset's page, or with `marketdata backfill`, with the earlier month first",
+                f"this run covers {len(keys)} partitions but its range {start} .. {end} holds "
+                f"{len(expected)}; launch the range from the asset's page, or with "
+                "`marketdata backfill`, with the earlier month first",
                 allow_retries=False,
             )
     if not keys:
@@ -63,20 +71,21 @@ def partitions_of_run(context: dg.AssetExecutionContext) -> list[Partition]:
     return [Partition.parse(key) for key in keys]
 
 
-def _range(context: dg.AssetExecutionContext, start: str, end: str) -> Sequence[str]:
+def _keys_of_range(context: dg.AssetExecutionContext, start: str, end: str) -> Sequence[str]:
     grid = context.assets_def.partitions_def
     assert isinstance(grid, dg.MultiPartitionsDefinition)
     return partitions_between(grid, start, end) or [start, end]
 
 
 def partitions_between(grid: dg.MultiPartitionsDefinition, start: str, end: str) -> list[str]:
-    """All keys between two corners of the grid: markets in the grid's order, months in time's. None
-    for keys outside it.
+    """Return all keys between two corners of the grid (inclusive): markets by months.
+
+    The order of markets is the universe's. The list is empty where a corner is outside the grid.
     """
     first, last = Partition.parse(start), Partition.parse(end)
     markets, months = (
-        list(grid.get_partitions_def_for_dimension(d).get_partition_keys())
-        for d in ("market", "month")
+        list(grid.get_partitions_def_for_dimension(dimension).get_partition_keys())
+        for dimension in ("market", "month")
     )
     try:
         rows = markets[markets.index(first.market.key) : markets.index(last.market.key) + 1]

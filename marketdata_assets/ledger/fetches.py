@@ -65,7 +65,7 @@ class _Request(Protocol):
     """The part of sources.base.Request that the fetch log keeps."""
 
     @property
-    def asked_at(self) -> float: ...
+    def sent_at(self) -> float: ...
     @property
     def seconds(self) -> float: ...
     @property
@@ -81,7 +81,7 @@ class _Request(Protocol):
 def to_log(requests: Iterable[_Request], window: Window) -> list[LoggedFetch]:
     """Requests about one window, as the fetch log holds them."""
     return [
-        LoggedFetch(window, r.asked_at, r.seconds, r.outcome, r.status, r.rows, r.error)
+        LoggedFetch(window, r.sent_at, r.seconds, r.outcome, r.status, r.rows, r.error)
         for r in requests
     ]
 

@@ -21,7 +21,7 @@ class PartitionState:
     """What the ledger holds of one partition.
 
     The window `[start, through)` has been requested, in open times. `newest` is the open time of
-    the last stored bar. `complete`: the window reaches the end of what the universe wants, and no
+    the last stored bar. `is_complete`: the window reaches the end of what the universe wants, and no
     gap in it is unsettled. `bytes` is the size of the object (None: there is none), `digest` the
     hash of its rows, and `rollup_source_digest` the digest of the rows that its rollups were made
     of. `attempts` counts ingests, `failures` those in a row that failed, the last with `error`.
@@ -31,7 +31,7 @@ class PartitionState:
     start: datetime
     through: datetime
     newest: datetime | None
-    complete: bool
+    is_complete: bool
     rows: int
     bytes: int | None
     digest: str | None

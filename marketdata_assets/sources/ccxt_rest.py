@@ -20,7 +20,7 @@ from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, from_ms, to_ms
-from marketdata_assets.settings.universe import Venue
+from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.base import BarsPage, Request
 from marketdata_assets.sources.ccxt_errors import translate_errors
 from marketdata_assets.sources.ccxt_frames import OHLCV_COLUMNS, read_klines, read_ohlcv

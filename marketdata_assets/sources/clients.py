@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from marketdata_assets.model.events import ProgressCallback, no_progress
 from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.base import Source
-from marketdata_assets.sources.guards import Guarded, Policy, VenueState
+from marketdata_assets.sources.guards import GuardedSource, RetryPolicy, VenueState
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class VenueClients:
         self,
         venues: Mapping[str, Venue],
         state: VenueState,
-        policy: Policy,
+        policy: RetryPolicy,
         *,
         on_progress: ProgressCallback = no_progress,
     ) -> None:
@@ -72,8 +72,13 @@ class VenueClients:
         from marketdata_assets.sources.ccxt_rest import CcxtSource
 
         venue = self._venues[name]
-        limit = venue.requests_per_minute
-        return Guarded(CcxtSource(venue), name, self._state, limit, self._policy)
+        return GuardedSource(
+            CcxtSource(venue),
+            name,
+            self._state,
+            requests_per_minute=venue.requests_per_minute,
+            policy=self._policy,
+        )
 
 
 class _RequestThread:

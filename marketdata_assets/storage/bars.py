@@ -11,6 +11,9 @@ from marketdata_assets.model.table import Table
 from marketdata_assets.storage.parquet import Lake
 from marketdata_assets.storage.warehouse import Warehouse
 
+WAREHOUSE_LOCK = "warehouse"
+"""The lock that a process holds while it writes to the warehouse."""
+
 
 @dataclass(frozen=True, slots=True)
 class BarStorage:

@@ -11,8 +11,13 @@ import polars as pl
 
 from marketdata_assets.errors import BadInput, MarketDataError, StoreFailed, Unreachable
 from marketdata_assets.flows.fetch.plan import PlannedPartition
-from marketdata_assets.ledger.consolidations import ConsolidationState, SourcePartition
+from marketdata_assets.ledger.consolidations import (
+    ConsolidationRecord,
+    ConsolidationState,
+    SourcePartition,
+)
 from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.records import IngestFailure
 from marketdata_assets.model.bar import CONSOLIDATED_COLUMNS, RECONCILED_SCHEMA, empty_bars
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
@@ -75,15 +80,16 @@ class Consolidator:
                     yield self._build(timeframe, partition)
             except MarketDataError as error:
                 start = partition.month.start
-                self.ledger.partitions.record_failure(
+                failure = IngestFailure(
                     consolidated(timeframe),
                     partition,
                     Window(start, start),
                     error=str(error),
                     fetches=[],
                     now=self.settings.now(),
-                    is_forgiven=isinstance(error, Unreachable),
+                    is_excused=isinstance(error, Unreachable),
                 )
+                self.ledger.partitions.record_failure(failure)
                 yield ConsolidationResult(partition, error=error)
 
     def find_outdated(
@@ -176,15 +182,18 @@ class Consolidator:
         stored = self.lake.write(table, partition, series)
         opens, start = series["open_time"], partition.opens(table.timeframe).start
         span = Window(opens[0], opens[-1] + width) if series.height else Window(start, start)
-        ledger.record(
+        record = ConsolidationRecord(
             table,
             partition,
-            stored,
-            span=span,
+            span,
+            newest=opens[-1] if series.height else None,
             rows=series.height,
+            bytes=stored.bytes,
+            digest=stored.digest,
             source_digest=self._source_digest(partition, sources) or "",
             now=self.settings.now(),
         )
+        ledger.record(record)
         changed = before is None or before.digest != stored.digest
         return ConsolidationResult(partition, series, pairs, bytes=stored.bytes, changed=changed)
 

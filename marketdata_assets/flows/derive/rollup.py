@@ -9,8 +9,8 @@ from datetime import datetime
 
 import polars as pl
 
-from marketdata_assets.ledger.ledger import WAREHOUSE, Ledger
-from marketdata_assets.ledger.partitions import PartitionState
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.records import PartitionState
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.partition import Partition, neighbour
@@ -18,7 +18,7 @@ from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.bars import BarStorage
+from marketdata_assets.storage.bars import WAREHOUSE_LOCK, BarStorage
 from marketdata_assets.transforms.rollup import roll_up
 
 CONCURRENT_WRITES = 4
@@ -117,7 +117,7 @@ class RollupBuilder:
     ) -> dict[Timeframe, int]:
         """Store the frames; return how many rows each changed."""
         if self.storage.rollups_in_warehouse:
-            with self.ledger.lock(WAREHOUSE):
+            with self.ledger.lock(WAREHOUSE_LOCK):
                 changed = self.storage.warehouse.replace(partition.market, frames, owned)
             return {tf: changed[tf.name] for tf in frames}
         lake = self.storage.lake

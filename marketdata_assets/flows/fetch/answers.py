@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 import polars as pl
 
 from marketdata_assets.errors import VenueRefused
-from marketdata_assets.ledger.fetches import LoggedFetch, log_requests
-from marketdata_assets.ledger.partitions import RowAccount
+from marketdata_assets.ledger.fetches import to_log
+from marketdata_assets.ledger.records import LoggedFetch, RowAccount
 from marketdata_assets.model.bar import NAMES, empty_bars
 from marketdata_assets.model.gap import PROMPT_ATTEMPTS, Gap, GapReason, GapStatus
 from marketdata_assets.model.intervals import (
@@ -203,7 +203,7 @@ class Answers:
         found = self._waiting_gaps(opens) + [self._gap(w, GapReason.UNANSWERED, 1) for w in windows]
         return FetchResult(
             gaps=tuple(sorted(found, key=lambda gap: gap.window)),
-            fetches=tuple(log_requests(requests, self.window)),
+            fetches=tuple(to_log(requests, self.window)),
             through=self.window.end,
         )
 
@@ -295,7 +295,7 @@ class Answers:
         fetches: list[LoggedFetch] = []
         answers = []
         for fetched in self.fetched:
-            fetches += log_requests(fetched.requests, fetched.requested)
+            fetches += to_log(fetched.requests, fetched.requested)
             answers.append(len(fetches) - 1)
         return tuple(fetches), tuple(answers)
 

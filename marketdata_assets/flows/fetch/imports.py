@@ -119,7 +119,9 @@ class FileImporter:
                 "files": [tally.as_dict() for tally in result.files],
                 "differences": [d._asdict() for d in result.differences],
             }
-            self.ledger.receipts.add("import", self.settings.now(), result.message, body=body)
+            self.ledger.receipts.add(
+                "import", self.settings.now(), message=result.message, body=body
+            )
         return result
 
     def tables_to_check(self, result: ImportResult) -> dict[tuple[str, ...], list[Partition]]:

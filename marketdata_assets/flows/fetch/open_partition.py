@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from marketdata_assets.errors import MarketDataError
-from marketdata_assets.ledger.partitions import PartitionState, RowAccount
+from marketdata_assets.ledger.records import PartitionState, RowAccount
 from marketdata_assets.model.bar import NAMES, STORED_RAW_SCHEMA, TIME
 from marketdata_assets.model.gap import Gap
 from marketdata_assets.model.partition import Partition

@@ -18,9 +18,9 @@ from marketdata_assets.flows.fetch.open_partition import (
     empty_raw_bars,
     wanted_window,
 )
-from marketdata_assets.ledger.fetches import log_requests
+from marketdata_assets.ledger.fetches import to_log
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.ledger.partitions import IngestRecord, PartitionState, RowAccount
+from marketdata_assets.ledger.records import IngestFailure, IngestRecord, PartitionState, RowAccount
 from marketdata_assets.model.bar import HISTORY_COLUMNS, NAMES, TIME, empty_bars
 from marketdata_assets.model.gap import Gap, GapReason
 from marketdata_assets.model.intervals import (
@@ -141,15 +141,16 @@ class PartitionStore:
 
     def record_failure(self, before: OpenPartition, error: MarketDataError) -> IngestResult:
         """Write a failed ingest into the ledger; everything stored stays as it is."""
-        self.ledger.partitions.record_failure(
+        failure = IngestFailure(
             before.table,
             before.partition,
             before.wanted,
             error=str(error),
-            fetches=log_requests(error.requests, before.wanted),
+            fetches=to_log(error.requests, before.wanted),
             now=self.settings.now(),
-            is_forgiven=isinstance(error, Unreachable),
+            is_excused=isinstance(error, Unreachable),
         )
+        self.ledger.partitions.record_failure(failure)
         size = before.state.bytes if before.state else None
         unchanged = before.as_result(before.stored, before.gaps, bytes=size or 0)
         tries = len(error.requests)

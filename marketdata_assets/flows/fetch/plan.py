@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from marketdata_assets.flows.fetch.answers import missing_windows
 from marketdata_assets.flows.fetch.open_partition import wanted_window
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.ledger.partitions import PartitionState
+from marketdata_assets.ledger.records import PartitionState
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.intervals import count_bars
 from marketdata_assets.model.market import Market

@@ -100,7 +100,7 @@ class QuarantineReplayer:
                 f"{len(done)} of {len(found)} refused rows pass the rules now, {bars} bars stored"
             )
             body = {"rows": [_receipt_row(row) for row in found]}
-            self.ledger.receipts.add(REPLAY, now, message, body=body)
+            self.ledger.receipts.add(REPLAY, now, message=message, body=body)
         return found
 
     def _replay(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from marketdata_assets.flows.operate.freshness import market_freshness
 from marketdata_assets.flows.operate.health import FAILURES_IN_A_ROW
-from marketdata_assets.ledger.incidents import OPENED, Notification, Problem
+from marketdata_assets.ledger.incidents import IncidentEvent, Notification, Problem
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
@@ -68,22 +68,24 @@ class AlertCenter:
             ]
             if opened or recovered:
                 names = [channel.name for channel in channels]
-                self.ledger.incidents.settle(opened, recovered, names, now=self.settings.now())
+                self.ledger.incidents.settle(
+                    opened, recovered, channels=names, now=self.settings.now()
+                )
             for channel in channels:
                 self._deliver(channel)
         return len(opened), len(recovered)
 
     def _deliver(self, channel: Channel) -> None:
         """Send a channel's notifications in order, until one fails."""
-        for notification in self.ledger.incidents.unsent(channel.name):
+        for notification in self.ledger.incidents.pending(channel.name):
             try:
                 channel.send(_message(notification))
             except NotSent as error:
-                self.ledger.incidents.record_failure(notification, str(error))
+                self.ledger.incidents.mark_failed(notification, str(error))
                 if notification.tries < BLOCKING_TRIES:
                     return
                 continue
-            self.ledger.incidents.record_sent(notification, self.settings.now())
+            self.ledger.incidents.mark_sent(notification, self.settings.now())
 
     def _open_breakers(self) -> Iterator[Problem]:
         for name in self.settings.venues:
@@ -161,7 +163,7 @@ def unknown_runs(succeeded: Collection[str]) -> Callable[[str], bool]:
 
 def _message(notification: Notification) -> Message:
     incident = notification.incident
-    problem, is_opening = incident.problem, notification.event == OPENED
+    problem, is_opening = incident.problem, notification.event == IncidentEvent.OPENED
     at = incident.opened_at if is_opening else incident.recovered_at or incident.opened_at
     title = problem.title if is_opening else f"Recovered: {problem.title}"
     over = f"It began at {iso(incident.opened_at)} and is over."

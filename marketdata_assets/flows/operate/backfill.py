@@ -258,7 +258,9 @@ class BacklogFinder:
         venue = key.market.partition(":")[0]
         if venue in broken:
             return f"wait for {venue}, whose circuit breaker is open"
-        if attempt and timedelta(0) <= now - attempt.asked_at < cooldown(self.settings, attempt):
+        if attempt and timedelta(0) <= now - attempt.attempted_at < cooldown(
+            self.settings, attempt
+        ):
             return "wait for their cooldown"
         return None
 

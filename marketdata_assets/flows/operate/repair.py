@@ -205,7 +205,7 @@ class Repairer:
             "cleaned": [dict(each) for each in cleaned],
             "failed": failed,
         }
-        return self.ledger.receipts.add("repair", self.settings.now(), message, body=body)
+        return self.ledger.receipts.add("repair", self.settings.now(), message=message, body=body)
 
 
 def repair_partitions(

@@ -8,14 +8,14 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import NamedTuple
 
-from marketdata_assets.ledger.ledger import WAREHOUSE, Ledger
-from marketdata_assets.ledger.partitions import PartitionSummary
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.records import PartitionSummary
 from marketdata_assets.model.partition import Partition, neighbour
 from marketdata_assets.model.table import Table, consolidated, raw, reconciled, rollup
 from marketdata_assets.model.window import iso, month_of
 from marketdata_assets.settings.parts import ColdStorage
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage.bars import BarStorage
+from marketdata_assets.storage.bars import WAREHOUSE_LOCK, BarStorage
 
 IN_USE = "a run works on it"
 
@@ -86,7 +86,7 @@ class Retirer:
             if table.name not in self.settings.retention:
                 continue
             before = self.settings.kept_since(table.name)
-            with self.ledger.lock(WAREHOUSE):
+            with self.ledger.lock(WAREHOUSE_LOCK):
                 bars = self.storage.warehouse.forget(table, before, dry_run)
             if bars:
                 message = f"{bars} bars before {iso(before)}"

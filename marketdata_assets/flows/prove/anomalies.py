@@ -9,6 +9,7 @@ import polars as pl
 from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.fetch.open_partition import IngestResult
 from marketdata_assets.ledger.anomalies import AnomalyRecord
+from marketdata_assets.ledger.checks import CheckFailure
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.anomaly import AnomalySeverity, AnomalyState
 from marketdata_assets.model.bar import empty_bars
@@ -84,13 +85,15 @@ def set_anomaly_state(
             f"there is no anomaly {number}; `marketdata anomalies --state all` lists their numbers"
         )
     now = settings.now()
-    ledger.anomalies.mark(number, state, note, now=now)
+    ledger.anomalies.mark(number, state, note=note, now=now)
     record = ledger.anomalies.get(number)
     assert record is not None, "records are never deleted"
     partition = Partition(record.market, month_of(record.anomaly.start))
     records = ledger.anomalies.find(partition.month, record.market, record.table)
-    failed = (False, summarize(records)) if any(map(needs_attention, records)) else None
-    ledger.checks.set(record.table, partition, ANOMALIES, failed=failed, now=now)
+    failure = None
+    if any(map(needs_attention, records)):
+        failure = CheckFailure(blocking=False, message=summarize(records))
+    ledger.checks.set(record.table, partition, ANOMALIES, failure=failure, now=now)
     return record
 
 

@@ -161,7 +161,7 @@ class GapExplainer:
                 new += _explain_gap(investigation, gap, self.settings.now())
             new = _join_delisted(new)
             if new != old:
-                self.ledger.gaps.rewrite(month.table, partition, old, new=new)
+                self.ledger.gaps.rewrite(month.table, partition, old=old, new=new)
         return [(gap.window, gap.cause) for gap in new] != [(gap.window, gap.cause) for gap in old]
 
 

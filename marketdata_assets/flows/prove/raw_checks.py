@@ -15,7 +15,9 @@ from marketdata_assets.flows.prove.anomalies import (
     needs_attention,
     summarize,
 )
-from marketdata_assets.ledger.ledger import Account, Ledger
+from marketdata_assets.ledger.checks import CheckFailure
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.records import RowAccount
 from marketdata_assets.model.anomaly import AnomalyState
 from marketdata_assets.model.bar import NAMES
 from marketdata_assets.model.finding import ROWS_SHOWN, Finding, Row
@@ -110,8 +112,10 @@ def record_findings(
 ) -> list[Finding]:
     """Record in the ledger which findings failed; return them all."""
     for finding in findings:
-        failed = None if finding.passed else (finding.blocking, finding.message)
-        ledger.checks.set(table, partition, finding.check, failed=failed, now=settings.now())
+        failure = None
+        if not finding.passed:
+            failure = CheckFailure(finding.blocking, finding.message)
+        ledger.checks.set(table, partition, finding.check, failure=failure, now=settings.now())
     return findings
 
 
@@ -148,7 +152,7 @@ def _check_duplicates(result: IngestResult) -> Finding:
     )
 
 
-def _check_accounting(account: Account) -> Finding:
+def _check_accounting(account: RowAccount) -> Finding:
     return Finding(
         "accounting",
         passed=account.is_balanced,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from marketdata_assets.flows.derive.consolidate import ConsolidationResult
+from marketdata_assets.ledger.checks import CheckFailure
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import decimal_text
 from marketdata_assets.model.finding import ROWS_SHOWN, Finding, FindingSeverity, Row
@@ -10,8 +11,8 @@ from marketdata_assets.model.table import consolidated
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import iso
 from marketdata_assets.quality.reconcile import (
-    FAIL,
-    WARN,
+    FAIL_BASIS_POINTS,
+    WARN_BASIS_POINTS,
     VenueComparison,
     largest_differences,
     summarize_pairs,
@@ -25,7 +26,7 @@ RECONCILED = "reconciled"
 def check_reconciled(
     settings: Settings, ledger: Ledger, timeframe: Timeframe, *, result: ConsolidationResult
 ) -> Finding:
-    """Compare two venues' closes: a warning from WARN basis points on, an error from FAIL on.
+    """Compare two venues' closes: a warning from WARN_BASIS_POINTS basis points on, an error from FAIL_BASIS_POINTS on.
 
     Neither stops anything. Only an error is recorded in the ledger as failed: real markets reach
     warnings on volatile days.
@@ -36,8 +37,8 @@ def check_reconciled(
     widest = max((o.close.largest for o in found if o.close.largest is not None), default=None)
     if widest is not None:
         message = (
-            f"{failed} closes lie {FAIL} basis points or more apart, "
-            f"{warned - failed} more {WARN} or more, at the most {widest:.1f}"
+            f"{failed} closes lie {FAIL_BASIS_POINTS} basis points or more apart, "
+            f"{warned - failed} more {WARN_BASIS_POINTS} or more, at the most {widest:.1f}"
         )
     finding = Finding(
         RECONCILED,
@@ -52,7 +53,7 @@ def check_reconciled(
         consolidated(timeframe),
         result.partition,
         RECONCILED,
-        failed=(False, message) if failed else None,
+        failure=CheckFailure(False, message) if failed else None,
         now=settings.now(),
     )
     return finding

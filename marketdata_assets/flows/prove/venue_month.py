@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from itertools import accumulate
 
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.ledger.partitions import PartitionState
+from marketdata_assets.ledger.records import PartitionState
 from marketdata_assets.model.gap import Gap, GapCause, GapReason
 from marketdata_assets.model.intervals import coalesce_windows, count_bars, subtract_windows
 from marketdata_assets.model.market import Market

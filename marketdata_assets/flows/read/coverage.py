@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, time, timedelta
 
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.ledger.partitions import PartitionState
+from marketdata_assets.ledger.records import PartitionState
 from marketdata_assets.model.intervals import count_bars
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
