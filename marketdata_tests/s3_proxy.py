@@ -1,6 +1,4 @@
-"""A proxy on loopback between boto and an S3 server: it does to requests and answers what networks and
-servers do to them.
-"""
+"""A loopback proxy between boto and an S3 server that simulates network and server faults."""
 
 from __future__ import annotations
 
@@ -19,12 +17,13 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass(frozen=True)
 class Fault:
-    """What becomes of one request.
+    """The treatment of one request.
 
-    `applied`: the server gets it. `answer` stands in the place of the server's. `ending`: whole,
-    lost (closed without a byte), reset, half (of the body), stalled (after half of it), slow (in
-    drops), bent (one bit of the body), silent (until the client gives up). `hide`: headers that the
-    server does not get.
+    `applied`: whether the server receives the request. `answer` replaces the server's answer.
+    `ending` is how the answer is sent: whole, lost (the connection closes without a byte), reset,
+    half (of the body), stalled (after half of the body), slow (in small pieces), bent (with one
+    flipped bit in the body), silent (nothing until the client gives up). `hide` names headers that
+    the server does not receive.
     """
 
     applied: bool = True
@@ -35,7 +34,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Seen:
-    """One request that came."""
+    """One request that the proxy received."""
 
     method: str
     path: str
@@ -44,20 +43,20 @@ class Seen:
 
 
 def refusal(status: int, code: str, *headers: str) -> bytes:
-    """An error as S3 says it; its words hold what no error of ours may repeat."""
-    words = (
+    """Return an error answer of S3; its message holds text that our errors must not repeat."""
+    fields = (
         f"<Code>{code}</Code><Message>CANARY of {code}\nline two</Message><RequestId>1</RequestId>"
     )
     return answer(
         status,
-        f'<?xml version="1.0"?><Error>{words}</Error>'.encode(),
+        f'<?xml version="1.0"?><Error>{fields}</Error>'.encode(),
         "Content-Type: application/xml",
         *headers,
     )
 
 
 def answer(status: int, body: bytes, *headers: str) -> bytes:
-    """Any HTTP answer."""
+    """Return an HTTP answer as bytes."""
     lines = [
         f"HTTP/1.1 {status} x",
         *headers,
@@ -69,6 +68,7 @@ def answer(status: int, body: bytes, *headers: str) -> bytes:
     return "\r\n".join(lines).encode() + body
 
 
+HOP_HEADERS = ("Expect", "Connection")
 PASSING = {
     "503": Fault(applied=False, answer=refusal(503, "ServiceUnavailable")),
     "slow down": Fault(applied=False, answer=refusal(503, "SlowDown")),
@@ -82,12 +82,12 @@ PASSING = {
     "stalled": Fault(ending="stalled"),
     "silent": Fault(ending="silent"),
 }
-"""What a second attempt outlives."""
+"""Faults after which a second attempt succeeds."""
 
 
 @dataclass
 class Proxy:
-    """`fault` says of every request what becomes of it; None: nothing."""
+    """A proxy before one server; `fault` returns the treatment of a request, None for no fault."""
 
     host: str
     port: int
@@ -104,22 +104,22 @@ class Proxy:
         return f"http{'s' if self.tls else ''}://127.0.0.1:{self.own_port}"
 
     def first(self, count: int, fault: Fault, method: str = "") -> None:
-        """The next so many requests (of one method) meet the fault; the others pass. Forgets what was
-        seen.
-        """
+        """Apply the fault to the next `count` requests (of one method) and clear `seen`."""
         left = [fault] * count
         self.seen.clear()
         self.fault = lambda seen: left.pop() if left and seen.method.startswith(method) else None
 
     def always(self, fault: Fault | None) -> None:
+        """Apply the fault to every request and clear `seen`."""
         self.seen.clear()
         self.fault = lambda seen: fault
 
     def up(self) -> None:
+        """Listen."""
         self._run(self._up())
 
     def down(self) -> None:
-        """Nobody listens any more."""
+        """Stop listening."""
         self._run(self._down())
 
     def _run(self, work: Any) -> None:
@@ -135,7 +135,7 @@ class Proxy:
         self._server.close()
 
     def vanish_at(self, count: int, method: str, fault: Fault) -> None:
-        """The count-th such request meets the fault, and from then on nobody listens."""
+        """Apply the fault to the count-th request of this method and stop listening."""
         self.seen.clear()
 
         def last(seen: Seen) -> Fault | None:
@@ -147,11 +147,11 @@ class Proxy:
         self.fault = last
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._tasks.add(
-            asyncio.current_task()
-        )  # asyncio alone forgets a task whose peer has hung up
+        # asyncio keeps only a weak reference to a task whose peer has closed the connection
+        self._tasks.add(asyncio.current_task())
         try:
-            with suppress(OSError, asyncio.IncompleteReadError):  # who hangs up on us
+            # the client closed the connection
+            with suppress(OSError, asyncio.IncompleteReadError):
                 await self._answer(reader, writer)
         finally:
             writer.close()
@@ -159,19 +159,21 @@ class Proxy:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
-        (method, path, _), headers = _parsed(head)
+        (method, path, _), headers = _parse_head(head)
         if "expect" in headers:
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = await _body(reader, headers)
+        body = await _read_body(reader, headers)
         seen = Seen(method, unquote(path), headers)
         fault = self.fault(seen) or Fault()
         self.seen.append(Seen(method, unquote(path), headers, fault if fault != Fault() else None))
-        told = (
-            await self._forward(_without(head, ("Expect", "Connection", *fault.hide)) + body)
+        response = (
+            await self._forward(_remove_headers(head, (*HOP_HEADERS, *fault.hide)) + body)
             if fault.applied
             else b""
         )
-        await _end(fault.ending, told if fault.answer is None else fault.answer, reader, writer)
+        await _send(
+            fault.ending, response if fault.answer is None else fault.answer, reader, writer
+        )
 
     async def _forward(self, request: bytes) -> bytes:
         reader, writer = await asyncio.open_connection(self.host, self.port)
@@ -182,20 +184,20 @@ class Proxy:
             writer.close()
 
 
-def _parsed(head: bytes) -> tuple[list[str], dict[str, str]]:
+def _parse_head(head: bytes) -> tuple[list[str], dict[str, str]]:
     first, *lines = head.decode("latin-1").strip().split("\r\n")
     return first.split(" "), {
         name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
     }
 
 
-def _without(head: bytes, names: tuple[str, ...]) -> bytes:
+def _remove_headers(head: bytes, names: tuple[str, ...]) -> bytes:
     for name in names:
         head = re.sub(rb"\r\n%s:[^\r]*" % name.encode(), b"", head, flags=re.IGNORECASE)
     return head[:-4] + b"\r\nConnection: close\r\n\r\n"
 
 
-async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
+async def _read_body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
     if headers.get("transfer-encoding") != "chunked":
         return await reader.readexactly(int(headers.get("content-length", 0)))
     found, size = b"", 1
@@ -206,33 +208,33 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
     return found
 
 
-async def _end(
-    ending: str, told: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+async def _send(
+    ending: str, response: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    cut = told.find(b"\r\n\r\n") + 4
-    middle = (cut + len(told)) // 2
+    cut = response.find(b"\r\n\r\n") + 4
+    middle = (cut + len(response)) // 2
     if ending == "bent" and middle > cut:
-        told = told[:middle] + bytes([told[middle] ^ 4]) + told[middle + 1 :]
+        response = response[:middle] + bytes([response[middle] ^ 4]) + response[middle + 1 :]
     if ending in ("half", "stalled"):
-        told = told[:middle]
+        response = response[:middle]
     if ending == "reset":
         writer.get_extra_info("socket").setsockopt(
             socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
         )
     if ending in ("whole", "half", "bent", "stalled"):
-        writer.write(told)
+        writer.write(response)
     if ending in ("silent", "stalled"):
         await reader.read()
     if ending == "slow":
-        for i in range(0, len(told), 1 + len(told) // 50):
-            writer.write(told[i : i + 1 + len(told) // 50])
+        for i in range(0, len(response), 1 + len(response) // 50):
+            writer.write(response[i : i + 1 + len(response) // 50])
             await writer.drain()
             await asyncio.sleep(0.001)
 
 
 @contextmanager
 def proxied(url: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
-    """A proxy before the server at `url`, in a thread of this process."""
+    """Run a proxy before the server at `url`, in a thread of this process."""
     parts = urlsplit(url)
     proxy = Proxy(str(parts.hostname), int(parts.port or 80), tls)
     loop = proxy._loop
@@ -254,4 +256,4 @@ async def _cancel_all() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.sleep(0.01)  # what was closed just now is gone after another round
+    await asyncio.sleep(0.01)  # one more round of the loop closes the transports

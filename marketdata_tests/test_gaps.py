@@ -1,6 +1,4 @@
-"""Gaps: every hole gets the cause that the facts prove and no other, and every market and day sums to
-the minute.
-"""
+"""Gaps: each gap gets the cause that the evidence proves, and each market and day sums exactly."""
 
 from __future__ import annotations
 
@@ -53,19 +51,19 @@ from marketdata_tests.samples import BTC, dump, frame, row
 from marketdata_tests.steps import at, lake_files, partitions, run_ingest, window
 
 M1, M15, H1 = TIMEFRAMES["1m"], TIMEFRAMES["15m"], TIMEFRAMES["1h"]
-HOLE = window("2023-03-24T12:40", "2023-03-24T14:00")
+HALT = window("2023-03-24T12:40", "2023-03-24T14:00")
 NEVER, OFTEN = (Habit(44640, 0, 0),), (Habit(44640, 8000, 6000),)
-KNOWN = (Halt("binance", HOLE, "suspended", "somebody"),)
+KNOWN = (Halt("binance", HALT, "suspended", "somebody"),)
 
 
-def facts(hole: Window = HOLE, **known: Any) -> Facts:
-    """A hole told twice, of a market that is never silent, about which nothing else is known."""
+def evidence(hole: Window = HALT, **known: Any) -> Facts:
+    """Return the evidence of a gap that two answers confirm, in a market without other gaps."""
     return Facts(
         **{"hole": hole, "timeframe": M1, "told": True, "answers": 2, "habits": NEVER, **known}
     )
 
 
-def silent(*others: tuple[Habit, ...], hole: Window = HOLE) -> tuple[Silence, ...]:
+def shared_gaps(*others: tuple[Habit, ...], hole: Window = HALT) -> tuple[Silence, ...]:
     return (Silence(hole, others),)
 
 
@@ -77,128 +75,152 @@ def minutes(start: str, count: int) -> Window:
     return Window(at(start), at(start) + count * timedelta(minutes=1))
 
 
-def quiet(volume: str) -> dict[str, Neighbour]:
-    sides = {"before": HOLE.start - M1.width, "after": HOLE.end}
+def neighbors(volume: str) -> dict[str, Neighbour]:
+    sides = {"before": HALT.start - M1.width, "after": HALT.end}
     return {side: Neighbour(moment, Decimal(1), Decimal(volume)) for side, moment in sides.items()}
 
 
 SHORT = minutes("2023-03-24T12:40", 1)
 CASES: dict[str, tuple[Facts, list[tuple[str, bool]]]] = {
-    "nothing is known": (facts(), [("", False)]),
-    "all markets are silent": (facts(silences=silent(NEVER)), [(HALTED, True)]),
-    "all are silent, but nobody has answered": (
-        facts(silences=silent(NEVER), told=False),
+    "there is no other evidence": (evidence(), [("", False)]),
+    "all markets have the gap": (evidence(silences=shared_gaps(NEVER)), [(HALTED, True)]),
+    "all have the gap, but no answer confirms it": (
+        evidence(silences=shared_gaps(NEVER), told=False),
         [("", False)],
     ),
-    "all are silent for a minute, as they often are": (
-        facts(SHORT, habits=OFTEN, silences=silent(OFTEN, hole=SHORT)),
+    "all have the gap for a minute, as they often have": (
+        evidence(SHORT, habits=OFTEN, silences=shared_gaps(OFTEN, hole=SHORT)),
         [(NO_TRADE, True)],
     ),
     "another market is not fetched yet": (
-        facts(silences=silent(NEVER), pending=True),
+        evidence(silences=shared_gaps(NEVER), pending=True),
         [("", False)],
     ),
-    "the registry alone": (facts(halts=KNOWN, others={"binance:ETH-USDT": 80}), [("", False)]),
-    "one market for 80 minutes": (facts(silences=silent()), [(HALTED, True)]),
-    "one market for a minute": (facts(SHORT, silences=silent(hole=SHORT)), [("", False)]),
-    "one market for ten minutes": (
-        facts(w := minutes("2023-03-24T12:40", 10), silences=silent(hole=w)),
+    "only the registry has the halt": (
+        evidence(halts=KNOWN, others={"binance:ETH-USDT": 80}),
         [("", False)],
     ),
-    "one market for ten minutes, known": (
-        facts(w, silences=silent(hole=w), halts=KNOWN),
+    "one market alone for 80 minutes": (evidence(silences=shared_gaps()), [(HALTED, True)]),
+    "one market alone for a minute": (
+        evidence(SHORT, silences=shared_gaps(hole=SHORT)),
+        [("", False)],
+    ),
+    "one market alone for ten minutes": (
+        evidence(w := minutes("2023-03-24T12:40", 10), silences=shared_gaps(hole=w)),
+        [("", False)],
+    ),
+    "one market alone for ten minutes, in the registry": (
+        evidence(w, silences=shared_gaps(hole=w), halts=KNOWN),
         [(HALTED, True)],
     ),
-    "one market for ten minutes, and another venue traded": (
-        facts(w, silences=silent(hole=w), elsewhere="kraken:BTC-USD"),
+    "one market alone for ten minutes, while another venue traded": (
+        evidence(w, silences=shared_gaps(hole=w), elsewhere="kraken:BTC-USD"),
         [(HALTED, True)],
     ),
-    "one market for a minute, known": (
-        facts(SHORT, silences=silent(hole=SHORT), halts=KNOWN),
+    "one market alone for a minute, in the registry": (
+        evidence(SHORT, silences=shared_gaps(hole=SHORT), halts=KNOWN),
         [("", False)],
     ),
-    "the native bar has more": (facts(SHORT, natives=(native("7", "6"),)), [(MISSING, True)]),
-    "the native bar has more, all are silent": (
-        facts(SHORT, natives=(native("7", "6"),), silences=silent(NEVER, hole=SHORT)),
+    "the native bar has more": (evidence(SHORT, natives=(native("7", "6"),)), [(MISSING, True)]),
+    "the native bar has more, all have the gap": (
+        evidence(SHORT, natives=(native("7", "6"),), silences=shared_gaps(NEVER, hole=SHORT)),
         [(MISSING, True)],
     ),
     "the native bar has more, others are not fetched yet": (
-        facts(SHORT, natives=(native("7", "6"),), pending=True),
+        evidence(SHORT, natives=(native("7", "6"),), pending=True),
         [(MISSING, True)],
     ),
-    "the native bar has more, and nobody has answered": (
-        facts(SHORT, natives=(native("7", "6"),), told=False),
+    "the native bar has more, and no answer confirms the gap": (
+        evidence(SHORT, natives=(native("7", "6"),), told=False),
         [(MISSING, False)],
     ),
-    "the native bar is what ours add up to": (
-        facts(SHORT, natives=(native("6", "6.000"),)),
+    "the native bar equals the sum of ours": (
+        evidence(SHORT, natives=(native("6", "6.000"),)),
         [(NO_TRADE, True)],
     ),
     "ours hold more than the native bar": (
-        facts(SHORT, natives=(native("6", "7"),)),
+        evidence(SHORT, natives=(native("6", "7"),)),
         [("", False)],
     ),
-    "all are silent, and the native bar agrees": (
-        facts(silences=silent(NEVER), natives=(native("6", "6"),)),
+    "all have the gap, and the native bar agrees": (
+        evidence(silences=shared_gaps(NEVER), natives=(native("6", "6"),)),
         [(HALTED, True)],
     ),
-    "the native bar tells of the first five minutes only": (
-        facts(natives=(native("7", "6"),)),
+    "the native bar covers the first five minutes only": (
+        evidence(natives=(native("7", "6"),)),
         [(MISSING, True), ("", False)],
     ),
-    "the venue omits empty minutes": (facts(SHORT, habits=OFTEN), [(NO_TRADE, True)]),
-    "it does, and was never silent so long": (facts(habits=OFTEN), [("", False)]),
-    "it sends empty minutes as bars": (facts(SHORT, habits=OFTEN, zeros=9000), [("", False)]),
-    "three others lack": (facts(SHORT, habits=(Habit(44640, 3, 3),)), [(NO_TRADE, True)]),
-    "two others lack": (facts(SHORT, habits=(Habit(44640, 2, 2),)), [("", False)]),
-    "both neighbours hold no trade": (facts(**quiet("0")), [(NO_TRADE, True)]),
-    "both neighbours hold trades": (facts(**quiet("1")), [("", False)]),
-    "silent to the end and not listed": (
-        facts(trailing=True, listed=False, told=False, others={"binance:ETH-USDT": 1}),
+    "the venue omits empty minutes": (evidence(SHORT, habits=OFTEN), [(NO_TRADE, True)]),
+    "the venue omits empty minutes, but never had so long a gap": (
+        evidence(habits=OFTEN),
+        [("", False)],
+    ),
+    "the venue sends empty minutes as bars": (
+        evidence(SHORT, habits=OFTEN, zeros=9000),
+        [("", False)],
+    ),
+    "three other minutes are missing": (
+        evidence(SHORT, habits=(Habit(44640, 3, 3),)),
+        [(NO_TRADE, True)],
+    ),
+    "two other minutes are missing": (evidence(SHORT, habits=(Habit(44640, 2, 2),)), [("", False)]),
+    "both neighbors hold no trade": (evidence(**neighbors("0")), [(NO_TRADE, True)]),
+    "both neighbors hold trades": (evidence(**neighbors("1")), [("", False)]),
+    "no bar to the end and not listed": (
+        evidence(trailing=True, listed=False, told=False, others={"binance:ETH-USDT": 1}),
         [(DELISTED, True)],
     ),
-    "told so only once": (
-        facts(trailing=True, listed=False, told=False, answers=1, others={"binance:ETH-USDT": 1}),
+    "only one answer shows it": (
+        evidence(
+            trailing=True, listed=False, told=False, answers=1, others={"binance:ETH-USDT": 1}
+        ),
         [(DELISTED, False)],
     ),
-    "no other market goes on": (
-        facts(trailing=True, listed=False, told=False),
+    "no other market continues": (
+        evidence(trailing=True, listed=False, told=False),
         [(DELISTED, False)],
     ),
-    "silent to the end and listed": (facts(trailing=True, listed=True, told=False), [("", False)]),
-    "silent to the end, nobody asked": (facts(trailing=True, told=False), [("", False)]),
-    "a coarser table where base bars lack": (
-        facts(minutes("2023-03-24T13:00", 60), timeframe=H1, finer=((HOLE, HALTED),)),
+    "no bar to the end and listed": (
+        evidence(trailing=True, listed=True, told=False),
+        [("", False)],
+    ),
+    "no bar to the end, the list was not fetched": (
+        evidence(trailing=True, told=False),
+        [("", False)],
+    ),
+    "a coarser table where base bars are missing": (
+        evidence(minutes("2023-03-24T13:00", 60), timeframe=H1, finer=((HALT, HALTED),)),
         [(HALTED, True)],
     ),
-    "a coarser table where some base bars are there": (
-        facts(minutes("2023-03-24T12:00", 60), timeframe=H1, finer=((HOLE, HALTED),)),
+    "a coarser table where some base bars are stored": (
+        evidence(minutes("2023-03-24T12:00", 60), timeframe=H1, finer=((HALT, HALTED),)),
         [("", False)],
     ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_cause_is_what_the_facts_prove(name: str) -> None:
+def test_a_cause_is_what_the_evidence_proves(name: str) -> None:
     found, expected = CASES[name]
     parts = classify(found)
     assert [(part.cause, part.final) for part in parts] == expected
     assert all(part.words for part in parts)
 
 
-def test_a_hole_is_cut_where_the_others_come_back() -> None:
-    """The market that trades less stays silent five minutes longer: that is no halt any more."""
-    longer = Window(HOLE.start, HOLE.end + 5 * M1.width)
-    parts = classify(facts(longer, habits=OFTEN, silences=silent(NEVER)))
+def test_a_gap_is_split_where_the_other_markets_return() -> None:
+    """A market with less trading has no bar for five minutes more, which is no halt any more."""
+    longer = Window(HALT.start, HALT.end + 5 * M1.width)
+    parts = classify(evidence(longer, habits=OFTEN, silences=shared_gaps(NEVER)))
     assert [(part.window, part.cause) for part in parts] == [
-        (HOLE, HALTED),
-        (Window(HOLE.end, longer.end), NO_TRADE),
+        (HALT, HALTED),
+        (Window(HALT.end, longer.end), NO_TRADE),
     ]
 
 
-def test_silence_in_a_row_is_less_rare_than_by_lot() -> None:
-    """20 minutes on Kraken's BTC/USDT, where a third of all minutes is empty: no halt, though 0.32^20
-    is one in 10^10.
+def test_consecutive_empty_minutes_are_more_likely_than_independent_ones() -> None:
+    """20 empty minutes of Kraken's BTC/USDT are no halt, although 0.32^20 is one in 10^10.
+
+    A third of all minutes is empty there.
     """
     kraken = Habit(30240, 9796, 5255)
     assert (9796 / 30240) ** 20 < 1e-9 < kraken.chance(20) < 1e-6
@@ -206,26 +228,32 @@ def test_silence_in_a_row_is_less_rare_than_by_lot() -> None:
 
 
 @given(st.data())
-def test_parts_are_the_hole_and_nothing_else(data: st.DataObject) -> None:
-    def some(most: int = 90) -> Window:
-        first = data.draw(st.integers(0, most))
+def test_the_parts_of_a_gap_cover_it_exactly(data: st.DataObject) -> None:
+    def draw_window(last_start: int = 90) -> Window:
+        first = data.draw(st.integers(0, last_start))
         return Window(
-            HOLE.start + first * M1.width,
-            HOLE.start + (first + data.draw(st.integers(1, 60))) * M1.width,
+            HALT.start + first * M1.width,
+            HALT.start + (first + data.draw(st.integers(1, 60))) * M1.width,
         )
 
-    hole = some(30)
-    found = facts(
+    hole = draw_window(30)
+    found = evidence(
         hole,
         told=data.draw(st.booleans()),
         habits=data.draw(st.sampled_from([NEVER, OFTEN])),
         pending=data.draw(st.sampled_from([False, False, True])),
         silences=tuple(
             Silence(w, (NEVER,) * data.draw(st.integers(0, 2)))
-            for w in without(hole, [some(), some()])
+            for w in without(hole, [draw_window(), draw_window()])
         ),
         natives=tuple(
-            Native(tf, tf.floor(some().start), Decimal(data.draw(st.integers(0, 1))), Decimal(1), 1)
+            Native(
+                tf,
+                tf.floor(draw_window().start),
+                Decimal(data.draw(st.integers(0, 1))),
+                Decimal(1),
+                1,
+            )
             for tf in data.draw(st.lists(st.sampled_from([M15, H1]), max_size=4))
         ),
         trailing=data.draw(st.booleans()),
@@ -238,13 +266,13 @@ def test_parts_are_the_hole_and_nothing_else(data: st.DataObject) -> None:
     assert all(part.window and part.cause in ("", *CAUSES) for part in parts)
 
 
-def test_the_registry_is_about_halts_that_end_after_they_begin() -> None:
+def test_the_halts_of_the_registry_end_after_they_begin() -> None:
     assert all(halt.window and halt.what and halt.told_by for halt in registry())
-    assert [halt.window for halt in known_halts("binance", HOLE)] == [HOLE]
-    assert known_halts("kraken", HOLE) == []
+    assert [halt.window for halt in known_halts("binance", HALT)] == [HALT]
+    assert known_halts("kraken", HALT) == []
 
 
-def test_the_distance_grows_to_a_month() -> None:
+def test_the_pause_between_fetches_grows_to_a_month() -> None:
     first = asked = at("2024-01-01")
     hours = []
     for _ in range(8):
@@ -253,7 +281,7 @@ def test_the_distance_grows_to_a_month() -> None:
     assert hours == [1, 4, 16, 64, 256, 976, 1696, 2416]
 
 
-# --------------------------------------------------------------------------------- the sum
+# --------------------------------------------------------------------------------- sums
 def gap(first: int, end: int, since: datetime, reason: str = "no_bars", cause: str = "") -> Gap:
     return Gap(
         Window(since + first * M1.width, since + end * M1.width), end - first, reason, 2, "", cause
@@ -262,10 +290,8 @@ def gap(first: int, end: int, since: datetime, reason: str = "no_bars", cause: s
 
 @examples(max_examples=25)
 @given(st.data())
-def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) -> None:
-    """Bars, gaps of every kind and what was never asked for, at random: each part is what counting
-    minute by minute gives.
-    """
+def test_the_parts_sum_in_any_window(universe: Universe, data: st.DataObject) -> None:
+    """Bars, gaps of every kind and missing fetches: each part equals a count by the minute."""
     settings = universe(
         "http://127.0.0.1:9", since="2024-01-30T22:00", until="2024-02-01T02:00", now="2024-03-01"
     )
@@ -343,14 +369,14 @@ def at_time(settings: Settings, now: str) -> Settings:
     )
 
 
-def explained(settings: Settings, ask: bool = False) -> list[Explained]:
+def explain(settings: Settings, ask: bool = False) -> list[Explained]:
     with open_context(settings, policy=IMPATIENT) as context:
         context.bind(GapExplainer).explain(partitions(settings), ask)
         every = Window(settings.since, settings.now())
         return context.bind(GapExplainer).list_gaps(settings.markets, every)
 
 
-def told(found: list[Explained]) -> list[tuple[str, str, str, int, str]]:
+def summarize(found: list[Explained]) -> list[tuple[str, str, str, int, str]]:
     return [
         (
             one.market.symbol,
@@ -363,8 +389,8 @@ def told(found: list[Explained]) -> list[tuple[str, str, str, int, str]]:
     ]
 
 
-def days_sum(settings: Settings) -> int:
-    """Every day of every market: the parts are what is expected. How many days there were."""
+def check_days(settings: Settings) -> int:
+    """Check that the parts of each day of each market sum; return the number of days."""
     days = 0
     with open_context(settings) as context:
         for market in settings.markets:
@@ -379,11 +405,12 @@ def days_sum(settings: Settings) -> int:
     return days
 
 
-def test_the_halt_of_a_venue(
+def test_a_halt_of_a_venue_is_found_in_both_markets(
     replay: Callable[..., Any], universe: Universe, either_database: None
 ) -> None:
-    """2023-03-24: both markets lack 80 minutes, and the native bars with them; the check on the asset
-    says so.
+    """2023-03-24: 80 minutes are missing in both markets and in the native bars.
+
+    The check on the asset shows the cause.
     """
     exchange = replay("2023-03-26T00:02:30Z")
     settings = universe(
@@ -403,8 +430,8 @@ def test_the_halt_of_a_venue(
             if finding.check == "gaps"
         ]
     assert [row["cause"] for row in before[0].table] == ["unexplained"]
-    found = explained(settings)
-    assert told(found) == [
+    found = explain(settings)
+    assert summarize(found) == [
         (s, tf, t, n, HALTED)
         for s in ("BTC/USDT", "ETH/USDT")
         for tf, t, n in (("1m", "12:40", 80), ("15m", "12:45", 5))
@@ -419,7 +446,7 @@ def test_the_halt_of_a_venue(
         request["outcome"] == "answered" and request["rows"] for request in proof["requests"]
     )
     assert all(one.gap.next_ask is None and one.gap.first_asked == settings.now() for one in found)
-    assert days_sum(settings) == 6
+    assert check_days(settings) == 6
     with open_context(settings) as context:
         (halted,) = context.bind(CoverageReporter).report(
             settings.markets[:1], window("2023-03-24T12:30", "2023-03-24T12:50")
@@ -433,17 +460,17 @@ def test_the_halt_of_a_venue(
             == "rollups are not up to date"
         )
     exchange.log()
-    assert all(
-        one.complete for one in run_ingest(at_time(settings, "2024-03-26T00:00:00Z"))
-    )  # a year later, still explained
+    # a year later the gap is still explained
+    assert all(one.complete for one in run_ingest(at_time(settings, "2024-03-26T00:00:00Z")))
     assert exchange.log() == []
 
 
-def test_maintenance_and_minutes_without_trades(
+def test_maintenance_is_a_halt_and_minutes_without_trades_are_not(
     replay: Callable[..., Any], universe: Universe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Coinbase 2023-03-04: 277 minutes without either market are a halt, and the five more of BTC/USDT
-    are not; Binance traded on.
+    """Coinbase 2023-03-04: 277 minutes without either market are a halt; Binance traded then.
+
+    BTC/USDT has no bar for five minutes more, and these are no halt.
     """
     exchange = replay("2023-03-06T00:02:30Z", coinbase_rate=0)
     universe("http://127.0.0.1:9")
@@ -451,12 +478,13 @@ def test_maintenance_and_minutes_without_trades(
     monkeypatch.setenv(
         "MARKETDATA_VENUES",
         f"{{binance: {{symbols: [BTC/USDT], {span}, base_url: '{exchange.url}/binance'}},"
-        f" coinbaseexchange: {{symbols: [BTC/USD, BTC/USDT], {span}, base_url: '{exchange.url}/coinbase'}}}}",
+        f" coinbaseexchange: {{symbols: [BTC/USD, BTC/USDT], {span},"
+        f" base_url: '{exchange.url}/coinbase'}}}}",
     )
     monkeypatch.setenv("MARKETDATA_NOW", "2023-03-06T00:02:30Z")
     settings = load_settings()
     assert all(done.error is None for done in run_ingest(settings))
-    found = explained(settings)
+    found = explain(settings)
     usd = [one for one in found if one.market.symbol == "BTC/USD"]
     assert [(one.gap.bars, one.kind) for one in usd if one.gap.bars > 1] == [(277, HALTED)]
     assert {one.kind for one in usd} == {HALTED, NO_TRADE}
@@ -475,15 +503,16 @@ def test_maintenance_and_minutes_without_trades(
     halted = next(one for one in usdt if one.kind == HALTED).as_dict()["proof"]
     assert halted["elsewhere"] == {"binance:BTC-USDT": 277}
     assert halted["venue"] == {"coinbaseexchange:BTC-USD": 0}
-    assert days_sum(settings) == 6
+    assert check_days(settings) == 6
 
 
 HALT_DAY = window("2023-03-04T17:00", "2023-03-04T21:40")
 
 
-def test_what_the_archive_leaves_out(universe: Universe) -> None:
-    """Kraken's own files, 16 March 2023: empty minutes of two markets are no trade; 12 minutes without
-    both are a halt.
+def test_empty_minutes_of_an_archive_are_no_trade(universe: Universe) -> None:
+    """Kraken's files around March 16, 2023: empty minutes of one market are no trade.
+
+    12 minutes without both markets are a halt.
     """
     settings = universe(
         "http://127.0.0.1:9",
@@ -499,23 +528,21 @@ def test_what_the_archive_leaves_out(universe: Universe) -> None:
             context.bind(PartitionStore).ingest_frame(
                 M1,
                 partition,
-                archived(name, settings.span(partition.market)),
+                read_archive(name, settings.span(partition.market)),
                 rejected=nothing,
                 source="archive",
             )
-    found = explained(settings)
-    assert ("BTC/USD", "1m", "22:01", 12, HALTED) in told(found)
+    found = explain(settings)
+    assert ("BTC/USD", "1m", "22:01", 12, HALTED) in summarize(found)
     usdt = [one for one in found if one.market.symbol == "BTC/USDT"]
     assert [one.gap.bars for one in usdt if one.kind == HALTED] == [12]
     assert {one.kind for one in found} <= {HALTED, NO_TRADE}
     assert len(usdt) > 500
-    assert days_sum(settings) == 6
+    assert check_days(settings) == 6
 
 
-def archived(name: str, span: Window) -> pl.DataFrame:
-    """Kraken's file, with a bar in the first and the last minute, so that nothing lies outside of what
-    it tells.
-    """
+def read_archive(name: str, span: Window) -> pl.DataFrame:
+    """Read Kraken's file and add a first and a last bar, so that the file covers the span."""
     rows = dump("kraken", name, "1m", "2023-03-01_2023-03-21").with_columns(
         pl.from_epoch("time", time_unit="s").dt.replace_time_zone("UTC")
     )
@@ -529,12 +556,10 @@ def archived(name: str, span: Window) -> pl.DataFrame:
     return pl.concat([given, edges], how="diagonal").select(bars.columns).sort("open_time")
 
 
-def test_a_minute_that_the_venue_lost(
+def test_a_minute_that_the_native_bars_hold_is_missing_at_source(
     replay: Callable[..., Any], universe: Universe, either_database: None
 ) -> None:
-    """SOL 2023-02-14 16:39: the native 15m and 1h bars hold trades that no 1m bar has, once they are
-    fetched.
-    """
+    """SOL 2023-02-14 16:39: the native 15m and 1h bars hold trades that no 1m bar has."""
     exchange = replay("2023-02-15T00:02:30Z")
     base_url = f"{exchange.url}/binance"
     settings = universe(
@@ -546,18 +571,18 @@ def test_a_minute_that_the_venue_lost(
         extra="reference: [15m, 1h]",
     )
     run_ingest(settings)
-    assert [(one.kind, words_of(one.gap)) for one in explained(settings)] == [
+    assert [(one.kind, words_of(one.gap)) for one in explain(settings)] == [
         ("unexplained", "other markets of the venue have to be fetched first")
     ]
     for timeframe in ("15m", "1h"):
         run_ingest(settings, timeframe=timeframe)
-    (lost,) = explained(settings)
-    assert told([lost]) == [("SOL/USDT", "1m", "16:39", 1, MISSING)]
+    (lost,) = explain(settings)
+    assert summarize([lost]) == [("SOL/USDT", "1m", "16:39", 1, MISSING)]
     assert lost.gap.next_ask is None
     quarter, hour = lost.as_dict()["proof"]["native"]
-    assert (
-        quarter
-        == "the venue's 15m bar of 2023-02-14T16:30:00Z has volume 94072.85, ours in it 89305.35, 1 bars lack"
+    assert quarter == (
+        "the venue's 15m bar of 2023-02-14T16:30:00Z has volume 94072.85, "
+        "ours in it 89305.35, 1 bars lack"
     )
     assert hour.startswith("the venue's 1h bar of 2023-02-14T16:00:00Z has volume ")
     exchange.log()
@@ -565,12 +590,13 @@ def test_a_minute_that_the_venue_lost(
     assert exchange.log() == []
 
 
-# --------------------------------------------------------------------------------- asking again
-def test_a_gap_is_asked_for_again_at_growing_distance(
+# --------------------------------------------------------------------------------- later fetches
+def test_a_gap_is_fetched_again_after_growing_pauses(
     replay: Callable[..., Any], universe: Universe
 ) -> None:
-    """Without a second witness SOL's minute stays open: after 1, 4 and 16 hours, and not a minute
-    before.
+    """Without more evidence the gap stays open: it is fetched after 1, 4, 16 and 64 hours.
+
+    It is not fetched a minute earlier.
     """
     exchange = replay("2023-02-15T00:02:30Z")
     settings = universe(
@@ -587,7 +613,7 @@ def test_a_gap_is_asked_for_again_at_growing_distance(
             (timedelta(hours=hours), True),
         ):
             now = at_time(settings, (at("2023-02-15T02:00") + moment).isoformat())
-            explained(now)
+            explain(now)
             exchange.log()
             with open_context(now) as context:
                 assert (context.bind(BackfillPlanner).plan(partitions(now))[0].bars == 1) is wanted
@@ -604,7 +630,7 @@ def test_a_gap_is_asked_for_again_at_growing_distance(
                 context.ledger.forget_asks(partitions(now))
             run_ingest(now)
             assert bool([entry for entry in exchange.log() if "klines" in entry["path"]]) is wanted
-    (one,) = explained(now)
+    (one,) = explain(now)
     assert (one.kind, one.gap.answers >= 10, one.gap.first_asked) == (
         "unexplained",
         True,
@@ -614,10 +640,10 @@ def test_a_gap_is_asked_for_again_at_growing_distance(
     assert len(one.as_dict()["proof"]["requests"]) == 6
 
 
-def test_reopened(replay: Callable[..., Any], universe: Universe, either_database: None) -> None:
-    """The cause is forgotten, the next run asks and nothing before it explains; another moment is
-    refused, with the nearest gap.
-    """
+def test_a_reopened_gap_is_fetched_and_then_explained(
+    replay: Callable[..., Any], universe: Universe, either_database: None
+) -> None:
+    """The next run finds the cause again; a wrong start is refused and names the nearest gap."""
     exchange = replay("2023-03-26T00:02:30Z")
     settings = universe(
         f"{exchange.url}/binance",
@@ -627,15 +653,15 @@ def test_reopened(replay: Callable[..., Any], universe: Universe, either_databas
         now="2023-03-26",
     )
     run_ingest(settings)
-    assert [one.kind for one in explained(settings)] == [HALTED, HALTED]
+    assert [one.kind for one in explain(settings)] == [HALTED, HALTED]
     with open_context(settings) as context:
         with pytest.raises(
             BadInput,
             match=r"begins at 2023-03-24T12:41:00Z; the nearest is --start 2023-03-24T12:40:00Z",
         ):
             context.bind(GapExplainer).reopen(BTC, at("2023-03-24T12:41"))
-        assert [one.gap.bars for one in context.bind(GapExplainer).reopen(BTC, HOLE.start)] == [80]
-    assert [one.kind for one in explained(settings)] == ["unexplained", HALTED]
+        assert [one.gap.bars for one in context.bind(GapExplainer).reopen(BTC, HALT.start)] == [80]
+    assert [one.kind for one in explain(settings)] == ["unexplained", HALTED]
     with open_context(settings) as context:
         assert [task.bars for task in context.bind(BackfillPlanner).plan(partitions(settings))] == [
             80,
@@ -646,13 +672,16 @@ def test_reopened(replay: Callable[..., Any], universe: Universe, either_databas
     assert {entry["query"]["symbol"] for entry in exchange.log() if "klines" in entry["path"]} == {
         "BTCUSDT"
     }
-    (again, _) = explained(settings)
+    (again, _) = explain(settings)
     assert (again.kind, again.gap.answers) == (HALTED, 4)
 
 
-def test_a_market_that_left_its_venue(replay: Callable[..., Any], universe: Universe) -> None:
-    """ETH is taken off the list: its silence is one gap, delisted when told twice; the other market
-    goes on.
+def test_a_market_that_leaves_its_venue_is_delisted(
+    replay: Callable[..., Any], universe: Universe
+) -> None:
+    """ETH leaves the list: the bars from then on are one gap, and the other market continues.
+
+    The cause is final when two answers confirm it.
     """
     exchange = replay("2024-02-02T00:00:30Z")
     settings = universe(
@@ -667,7 +696,7 @@ def test_a_market_that_left_its_venue(replay: Callable[..., Any], universe: Univ
         exchange.admin(op="now", now=f"2024-02-0{day}T00:00:30Z")
         later = at_time(settings, f"2024-02-0{day}T00:00:00Z")
         assert all(done.error is None for done in run_ingest(later))
-        found = explained(later, ask=True)
+        found = explain(later, ask=True)
         assert [("final" if one.gap.next_ask is None else "not final") for one in found] == kinds
         assert [(one.market.symbol, one.kind, one.gap.window) for one in found] == [
             ("ETH/USDT", DELISTED, window("2024-02-02", f"2024-02-0{day}"))
@@ -680,10 +709,10 @@ def test_a_market_that_left_its_venue(replay: Callable[..., Any], universe: Univ
         3 * 1440,
         0,
     )
-    assert days_sum(later) == 8
+    assert check_days(later) == 8
 
 
-def test_a_symbol_that_was_never_there_is_a_mistake(
+def test_a_symbol_that_never_existed_is_bad_input(
     replay: Callable[..., Any], universe: Universe
 ) -> None:
     exchange = replay("2024-02-02T00:00:30Z")
@@ -694,8 +723,8 @@ def test_a_symbol_that_was_never_there_is_a_mistake(
     assert isinstance(done.error, BadInput)
 
 
-# --------------------------------------------------------------------------------- the command
-def test_the_command(replay: Callable[..., Any], universe: Universe) -> None:
+# --------------------------------------------------------------------------------- commands
+def test_the_command_lists_and_reopens_gaps(replay: Callable[..., Any], universe: Universe) -> None:
     from typer.testing import CliRunner
 
     from marketdata_assets.cli.main import app
@@ -744,7 +773,7 @@ def test_the_command(replay: Callable[..., Any], universe: Universe) -> None:
         ).stdout
     )
     assert (day["expected"], day["halted"], day["present"]) == (120, 60, 60)
-    for wrong, says in (
+    for wrong, message in (
         (["gaps", "--cause", "bored"], "--cause bored is not one of"),
         (["gaps", "--reopen", "--start", "2023-03-24T12:40"], "--reopen needs one --market"),
         (
@@ -752,7 +781,7 @@ def test_the_command(replay: Callable[..., Any], universe: Universe) -> None:
             "the nearest is --start 2023-03-24T12:40:00Z",
         ),
     ):
-        assert says in str(run(app, wrong).exception)
+        assert message in str(run(app, wrong).exception)
     (opened,) = json.loads(
         run(
             app,
