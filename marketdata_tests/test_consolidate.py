@@ -65,39 +65,39 @@ def test_each_minute_comes_from_the_first_venue_that_was_up():
     a has bars 0 and 1, no trade in 2 and 3, and is down from 4 to 6. b has bars 0 to 4 and no trade
     in 5. c has all bars except 7.
     """
-    whole = minutes(8)
+    opens = minutes(8)
     bars = {
-        "a": frame(row(m) for m in whole[:2]),
-        "b": frame(row(m, trades=2) for m in whole[:5]),
-        "c": frame(row(m) for m in whole[:7]),
+        "a": frame(row(m) for m in opens[:2]),
+        "b": frame(row(m, trades=2) for m in opens[:5]),
+        "c": frame(row(m) for m in opens[:7]),
     }
     found = as_one_series(bars, {"a": [span(2, 4)], "b": [span(5, 6)]})
     assert list(zip(found["open_time"], found["venue"], strict=True)) == [
-        *((whole[i], "a") for i in (0, 1)),
-        (whole[4], "b"),
-        (whole[6], "c"),
+        *((opens[i], "a") for i in (0, 1)),
+        (opens[4], "b"),
+        (opens[6], "c"),
     ]
     assert found["trades"].to_list() == [7, 7, 2, 7]
     assert found.columns == [*NAMES, "venue"]
-    assert switches(found).rows() == [(whole[4], "a", "b"), (whole[6], "b", "c")]
+    assert switches(found).rows() == [(opens[4], "a", "b"), (opens[6], "b", "c")]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_pattern_of_missing_bars_equals_a_loop_over_minutes(seed: int):
-    dice, whole = random.Random(seed), minutes(200)
+    dice, opens = random.Random(seed), minutes(200)
     bars, no_trade = {}, {}
     for n, venue in enumerate(("a", "b", "c", "d")[: dice.randint(1, 4)]):
         state = [dice.choice(("bar", "bar", "no trade", "down")) for _ in range(40)]
         each = [state[i // 5] for i in range(200)]
         bars[venue] = frame(
-            random_rows(seed * 10 + n, [m for m, s in zip(whole, each, strict=True) if s == "bar"])
+            random_rows(seed * 10 + n, [m for m, s in zip(opens, each, strict=True) if s == "bar"])
         )
         no_trade[venue] = [
-            Window(m, m + MINUTE) for m, s in zip(whole, each, strict=True) if s == "no trade"
+            Window(m, m + MINUTE) for m, s in zip(opens, each, strict=True) if s == "no trade"
         ]
         dice.shuffle(no_trade[venue])
     expected = []
-    for m in whole:
+    for m in opens:
         for venue in bars:
             rows = bars[venue].filter(pl.col("open_time") == m).rows()
             if rows:

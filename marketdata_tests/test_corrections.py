@@ -60,7 +60,7 @@ ROLLUPS = ("5m", "1h", "1d")
 
 @dataclass
 class Stage:
-    """A universe and an exchange that corrects its bars; `current` holds its bars of now."""
+    """A universe and an exchange that corrects its bars; `current` holds its present bars."""
 
     exchange: SandboxExchange
     settings: Settings
@@ -436,7 +436,7 @@ def test_columns_that_are_missing_in_a_file_are_no_disagreement(universe: Univer
     fewer = bars.with_columns(pl.lit(None, SCHEMA["quote_volume"]).alias("quote_volume"))
     with open_context(settings) as context:
         context.bind(PartitionStore).ingest_frame(
-            MINUTE, january, bars, rejected=empty, source="whole.csv"
+            MINUTE, january, bars, rejected=empty, source="all.csv"
         )
         done = context.bind(PartitionStore).ingest_frame(
             MINUTE, january, fewer, rejected=empty, source="fewer.csv"

@@ -209,7 +209,7 @@ class Stack:
         self.supervisor.wait(30)
 
 
-# --------------------------------------------------------------------------------- the pieces
+# --------------------------------------------------------------------------------- parts
 def test_a_process_is_identified_by_more_than_its_number() -> None:
     child = subprocess.Popen(["sleep", "60"])
     known = process_id(child.pid)
@@ -266,7 +266,7 @@ def test_a_service_that_cannot_start_raises_after_three_attempts(
     ]
 
 
-# --------------------------------------------------------------------------------- the whole
+# --------------------------------------------------------------------------------- the stack
 @contextmanager
 def run_stack(folder: Path) -> Iterator[Stack]:
     stack = Stack(folder)

@@ -273,11 +273,11 @@ def test_the_halts_of_the_registry_end_after_they_begin() -> None:
 
 
 def test_the_pause_between_fetches_grows_to_a_month() -> None:
-    first = asked = at("2024-01-01")
+    first = moment = at("2024-01-01")
     hours = []
     for _ in range(8):
-        asked = ask_again_at(first, asked)
-        hours.append((asked - first) // timedelta(hours=1))
+        moment = ask_again_at(first, moment)
+        hours.append((moment - first) // timedelta(hours=1))
     assert hours == [1, 4, 16, 64, 256, 976, 1696, 2416]
 
 
@@ -350,10 +350,15 @@ def test_the_parts_sum_in_any_window(universe: Universe, data: st.DataObject) ->
             )
         span = settings.span(BTC)
         first, last = sorted(data.draw(st.tuples(st.integers(0, 1680), st.integers(0, 1680))))
-        for asked in (None, Window(span.start + first * M1.width, span.start + last * M1.width)):
-            (found,) = context.bind(CoverageReporter).report([BTC], asked)
+        for report_span in (
+            None,
+            Window(span.start + first * M1.width, span.start + last * M1.width),
+        ):
+            (found,) = context.bind(CoverageReporter).report([BTC], report_span)
             every = [span.start + i * M1.width for i in range(span.count(M1))]
-            inside = [t for t in every if asked is None or asked.start <= t < asked.end]
+            inside = [
+                t for t in every if report_span is None or report_span.start <= t < report_span.end
+            ]
             parts = found.as_dict()
             assert parts.pop("market") == BTC.key
             assert parts.pop("expected") == len(inside) == sum(parts.values())  # type: ignore[arg-type]

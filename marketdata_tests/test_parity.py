@@ -287,8 +287,7 @@ def test_a_minute_that_is_missing_at_binance_is_found(
         assert shown["minutes"] == "2023-02-14T16:39:00Z"
         assert (
             "2023-02-14T16:39:00Z is missing "
-            "(missing at source: the venue has no 1m there, though its "
-            in str(shown["cause"])
+            "(missing at source: the venue has no 1m there, though its " in str(shown["cause"])
         )
         assert (
             "lacking volume 4767.5, quote_volume 103695.3454, trades 162, taker_buy_volume 1938.45"
@@ -349,17 +348,17 @@ def test_krakens_tolerance_covers_most_of_its_bars() -> None:
     The volumes of all days and of all but a few shorter bars are within the tolerance.
     """
     found: dict[str, list[pl.DataFrame]] = {}
-    whole = window("2023-03-01", "2023-03-21")
+    span = window("2023-03-01", "2023-03-21")
     for symbol in ("XBTUSD", "XBTUSDT"):
         ours = roll_up(
             kraken(symbol, "1m", "2023-03-01_2023-03-21"),
             ONE,
             [TIMEFRAMES[n] for n in ("5m", "15m", "1h", "12h", "1d")],
-            whole,
+            span,
         )
         for timeframe, bars in ours.items():
             native = kraken(symbol, timeframe.name, "2023-01-01_2023-03-31")
-            found.setdefault(timeframe.name, []).append(judge("kraken", bars, native, whole))
+            found.setdefault(timeframe.name, []).append(judge("kraken", bars, native, span))
     outcomes = {name: pl.concat(frames) for name, frames in found.items()}
     assert {
         name: dict(frame["outcome"].value_counts().iter_rows()) for name, frame in outcomes.items()
@@ -387,11 +386,11 @@ def test_krakens_tolerance_covers_most_of_its_bars() -> None:
 @needs_shared
 def test_binances_tolerance_covers_all_of_its_4h_bars() -> None:
     """The 4h bars of 2020 differ from their hours in the last digits of quote volumes."""
-    span = "2020-02-01_2020-03-31"
-    hours, native = (real_bars("BTCUSDT", name, span) for name in ("1h", "4h"))
-    whole = window("2020-02-01", "2020-04-01")
+    file_span = "2020-02-01_2020-03-31"
+    hours, native = (real_bars("BTCUSDT", name, file_span) for name in ("1h", "4h"))
+    span = window("2020-02-01", "2020-04-01")
     outcomes = judge(
-        "binance", roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole)[TIMEFRAMES["4h"]], native, whole
+        "binance", roll_up(hours, HOUR, [TIMEFRAMES["4h"]], span)[TIMEFRAMES["4h"]], native, span
     )
     assert dict(outcomes["outcome"].value_counts().iter_rows()) == {
         "equal": 196,
@@ -402,7 +401,7 @@ def test_binances_tolerance_covers_all_of_its_4h_bars() -> None:
         "taker_buy_quote_volume",
     }
     stricter = judge(
-        "kraken", roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole)[TIMEFRAMES["4h"]], native, whole
+        "kraken", roll_up(hours, HOUR, [TIMEFRAMES["4h"]], span)[TIMEFRAMES["4h"]], native, span
     )
     # the tolerance of another venue does not apply
     assert dict(stricter["outcome"].value_counts().iter_rows()) == {"equal": 196, "differs": 163}
@@ -536,7 +535,7 @@ def test_bars_on_one_side_have_an_outcome_and_bars_outside_the_span_have_none() 
 
 
 @pytest.fixture
-def whole_day(sandbox: Any, universe: Universe) -> Settings:
+def complete_day(sandbox: Any, universe: Universe) -> Settings:
     """Store correct 1m and 1h bars of the sandbox's BTC/USDT of 2024-01-02."""
     settings = universe(
         sandbox[1],
@@ -567,9 +566,9 @@ def remove_span(bars: pl.DataFrame) -> pl.DataFrame:
     return bars.filter(~pl.col("open_time").is_between(SPAN.start, SPAN.end, closed="left"))
 
 
-def test_a_bar_of_the_venue_without_ours_is_only_native(whole_day: Settings) -> None:
-    alter(whole_day, "1m", remove_span)
-    (finding,) = audit(whole_day)["1h"]
+def test_a_bar_of_the_venue_without_ours_is_only_native(complete_day: Settings) -> None:
+    alter(complete_day, "1m", remove_span)
+    (finding,) = audit(complete_day)["1h"]
     (shown,) = finding.table
     assert (shown["outcome"], shown["minutes"]) == (
         "only_native",
@@ -581,9 +580,9 @@ def test_a_bar_of_the_venue_without_ours_is_only_native(whole_day: Settings) -> 
     )
 
 
-def test_our_bar_without_one_of_the_venue_is_only_ours(whole_day: Settings) -> None:
-    alter(whole_day, "1h", remove_span)
-    (finding,) = audit(whole_day)["1h"]
+def test_our_bar_without_one_of_the_venue_is_only_ours(complete_day: Settings) -> None:
+    alter(complete_day, "1h", remove_span)
+    (finding,) = audit(complete_day)["1h"]
     (shown,) = finding.table
     assert (shown["outcome"], shown["minutes"]) == (
         "only_ours",
@@ -591,11 +590,11 @@ def test_our_bar_without_one_of_the_venue_is_only_ours(whole_day: Settings) -> N
     )
 
 
-def test_a_missing_first_and_last_minute_are_both_named(whole_day: Settings) -> None:
+def test_a_missing_first_and_last_minute_are_both_named(complete_day: Settings) -> None:
     """Without its first and last minute, open and close of an hour come from other minutes."""
     removed = [SPAN.start, SPAN.end - MINUTE]
-    alter(whole_day, "1m", lambda bars: bars.filter(~pl.col("open_time").is_in(removed)))
-    (finding,) = audit(whole_day)["1h"]
+    alter(complete_day, "1m", lambda bars: bars.filter(~pl.col("open_time").is_in(removed)))
+    (finding,) = audit(complete_day)["1h"]
     (shown,) = finding.table
     assert shown["minutes"] == "2024-01-02T05:00:00Z 2024-01-02T05:59:00Z"
     assert str(shown["cause"]).startswith(
@@ -605,7 +604,7 @@ def test_a_missing_first_and_last_minute_are_both_named(whole_day: Settings) -> 
     assert "open: 2024-01-02T05:01:00Z opens at" in str(shown["cause"])
 
 
-def test_a_correction_that_the_native_bar_does_not_include_is_named(whole_day: Settings) -> None:
+def test_a_correction_that_the_native_bar_does_not_include_is_named(complete_day: Settings) -> None:
     """The 1m bar has a new revision; the 1h bar counts the old one, which the history keeps."""
     moment = SPAN.start + 7 * MINUTE
     old: list[pl.DataFrame] = []
@@ -619,15 +618,15 @@ def test_a_correction_that_the_native_bar_does_not_include_is_named(whole_day: S
         )
         return bars.with_columns(more.cast(SCHEMA["volume"]).alias("volume"))
 
-    alter(whole_day, "1m", correct)
-    with open_context(whole_day) as context:
+    alter(complete_day, "1m", correct)
+    with open_context(complete_day) as context:
         table = history(ONE)
         provenance = {"known_at": SPAN.start, "replaced_at": SPAN.end, "source": "rest"}
         revision = old[0].with_columns(
             pl.lit(value).alias(name) for name, value in provenance.items()
         )
         context.storage.lake.write(table, JANUARY, revision.select(table.typed))
-    (finding,) = audit(whole_day)["1h"]
+    (finding,) = audit(complete_day)["1h"]
     (shown,) = finding.table
     assert shown["minutes"] == "2024-01-02T05:07:00Z"
     assert (
@@ -670,25 +669,25 @@ def test_only_the_span_that_both_sides_fetched_is_judged(
     assert stored_outcomes(later)["open_time"][-1] == at("2024-01-05T09:00")
 
 
-def test_equal_bars_write_an_equal_object(whole_day: Settings) -> None:
-    audit(whole_day)
-    with open_context(whole_day) as context:
+def test_equal_bars_write_an_equal_object(complete_day: Settings) -> None:
+    audit(complete_day)
+    with open_context(complete_day) as context:
         before = context.storage.lake.sizes(parity(HOUR))
         (file,) = (Path(uri) for uri in context.storage.lake.uris(parity(HOUR), [JANUARY]))
     content = file.read_bytes()
-    audit(whole_day)
+    audit(complete_day)
     assert file.read_bytes() == content
     assert list(before) == [(BTC.key, "2024-01-01")]
 
 
 def test_only_a_limited_number_of_differences_is_traced(
-    whole_day: Settings, monkeypatch: pytest.MonkeyPatch
+    complete_day: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("marketdata_assets.flows.prove.parity.TRACED", 2)
-    alter(whole_day, "1h", lambda bars: bars.with_columns(trades=pl.col("trades") + 1))
-    (finding,) = audit(whole_day)["1h"]
+    alter(complete_day, "1h", lambda bars: bars.with_columns(trades=pl.col("trades") + 1))
+    (finding,) = audit(complete_day)["1h"]
     assert finding.numbers["different"] == 24
-    outcome = stored_outcomes(whole_day)
+    outcome = stored_outcomes(complete_day)
     assert (
         outcome["cause"].str.starts_with("no 1m bar is missing, and no single one explains").sum()
         == 2

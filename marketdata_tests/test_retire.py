@@ -228,11 +228,11 @@ def test_the_command_and_the_job_remove_the_same_months(
         "wipe_asset_partitions",
         lambda _, key, keys: wiped.append((key.to_user_string(), list(keys))),
     )
-    for dry_run, left in ((True, 2), (False, 0)):
+    for dry_run, remaining in ((True, 2), (False, 0)):
         with dg.DagsterInstance.ephemeral() as instance:
             assert job.execute_in_process(
                 instance=instance, run_config={"ops": {"let_go": {"config": {"dry_run": dry_run}}}}
             ).success
         with open_context(settings) as context:
-            assert len(context.storage.lake.sizes(raw(MINUTES))) == left
+            assert len(context.storage.lake.sizes(raw(MINUTES))) == remaining
     assert wiped == [("raw/ohlcv_1m", [f"{MARKET}|2023-10-01", f"{MARKET}|2023-11-01"])]
