@@ -41,7 +41,7 @@ RULES = {
 
 
 def ours(bars: pl.DataFrame) -> Callable[[], object]:
-    return lambda: roll_up(bars, TIMEFRAMES["1m"], TARGETS, YEAR)
+    return lambda: roll_up(bars, TIMEFRAMES["1m"], TARGETS, whole=YEAR)
 
 
 def by_duckdb(bars: pl.DataFrame, hierarchical: bool) -> Callable[[], object]:

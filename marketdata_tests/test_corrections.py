@@ -136,7 +136,7 @@ def assert_reads(
     read: Callable[..., pl.DataFrame] = read_bars if moment is None else read_as_of
     rest = () if moment is None else (moment,)
     assert_frame_equal(read(toolbox, BTC, MINUTE, span, *rest), expected, check_exact=True)
-    made = roll_up(expected, MINUTE, [TIMEFRAMES[name] for name in ROLLED], span)
+    made = roll_up(expected, MINUTE, [TIMEFRAMES[name] for name in ROLLED], whole=span)
     for tf, frame in made.items():
         assert_frame_equal(read(toolbox, BTC, tf, span, *rest), frame, check_exact=True)
 

@@ -185,9 +185,9 @@ def test_a_replacement_touches_no_other_partition(tables: DeltaTables):
 def test_a_week_lies_in_the_month_of_its_sunday_and_is_found_by_its_monday(local: DeltaTables):
     monday = at("2024-01-29")
     days = frame(row(monday + i * TIMEFRAMES["1d"].width) for i in range(7))
-    weeks = roll_up(days, TIMEFRAMES["1d"], [TIMEFRAMES["1w"]], window("2024-01-29", "2024-02-05"))[
-        TIMEFRAMES["1w"]
-    ]
+    weeks = roll_up(
+        days, TIMEFRAMES["1d"], [TIMEFRAMES["1w"]], whole=window("2024-01-29", "2024-02-05")
+    )[TIMEFRAMES["1w"]]
     local.replace(WEEKS, FEBRUARY, weeks)
     assert local.read(WEEKS, BTC, window("2024-01-29", "2024-01-30")).equals(weeks)
     with pytest.raises(BadInput, match="bars of another month"):

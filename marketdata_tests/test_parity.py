@@ -353,7 +353,7 @@ def test_what_krakens_tolerance_covers() -> None:
             kraken(symbol, "1m", "2023-03-01_2023-03-21"),
             ONE,
             [TIMEFRAMES[n] for n in ("5m", "15m", "1h", "12h", "1d")],
-            whole,
+            whole=whole,
         )
         for timeframe, bars in ours.items():
             native = kraken(symbol, timeframe.name, "2023-01-01_2023-03-31")
@@ -394,7 +394,7 @@ def test_what_binances_tolerance_covers() -> None:
     whole = window("2020-02-01", "2020-04-01")
     judged = compare_bars(
         "binance",
-        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole)[TIMEFRAMES["4h"]],
+        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole=whole)[TIMEFRAMES["4h"]],
         native,
         span=whole,
     )
@@ -408,7 +408,7 @@ def test_what_binances_tolerance_covers() -> None:
     }
     stricter = compare_bars(
         "kraken",
-        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole)[TIMEFRAMES["4h"]],
+        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole=whole)[TIMEFRAMES["4h"]],
         native,
         span=whole,
     )

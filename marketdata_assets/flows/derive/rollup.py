@@ -77,7 +77,7 @@ def _derive(toolbox: Toolbox, partition: Partition, timeframes: Sequence[Timefra
     before, start = _tail(toolbox, partition, base)
     joined = pl.concat([before, empty_bars() if bars is None else bars])
     whole = known(joined["open_time"], base, Window(start or state.start, state.through))
-    frames = roll_up(joined, base, timeframes, whole)
+    frames = roll_up(joined, base, timeframes, whole=whole)
     owned = {tf: partition.opens(tf) for tf in timeframes}
     frames = {
         tf: f.filter(pl.col("open_time").is_between(owned[tf].start, owned[tf].end, closed="left"))

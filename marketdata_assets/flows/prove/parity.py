@@ -176,7 +176,7 @@ def _finer(
     if not between:
         return None
     finer = min(between, key=lambda tf: tf.width)
-    ours = roll_up(bars, venue.base, [finer], derived.whole)[finer]
+    ours = roll_up(bars, venue.base, [finer], whole=derived.whole)[finer]
     return FinerComparison(
         finer,
         pl.concat([_judged(toolbox, month, finer, ours, derived.whole) for month in months]),

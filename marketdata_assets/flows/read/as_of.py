@@ -121,13 +121,13 @@ def _rolled_then(
         tail = _raw_then(toolbox, earlier, base, moment).filter(pl.col("open_time") >= owned.start)
         bars, start = pl.concat([tail, bars]), max(owned.start, before.start)
     if bars.is_empty():
-        return roll_up(bars, base, [timeframe], owned)[timeframe]
+        return roll_up(bars, base, [timeframe], whole=owned)[timeframe]
     whole = state.whole_at is not None and state.whole_at <= moment
     asked = Window(
         min(start, bars["open_time"][0]),
         max(bars["open_time"][-1] + base.width, state.through if whole else start),
     )
-    made = roll_up(bars, base, [timeframe], asked)[timeframe]
+    made = roll_up(bars, base, [timeframe], whole=asked)[timeframe]
     return made.filter(pl.col("open_time").is_between(owned.start, owned.end, closed="left"))
 
 
