@@ -31,7 +31,7 @@ from marketdata_assets.model.bar import NAMES, PRICES, SCHEMA
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.quality import anomalies as rules
-from marketdata_assets.quality.anomalies import (CONTEXT, find_anomalies)
+from marketdata_assets.quality.anomalies import CONTEXT, find_anomalies
 from marketdata_assets.quality.anomaly_rules import RULES
 
 Row = dict[str, Any]

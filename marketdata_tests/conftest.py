@@ -21,7 +21,7 @@ import pytest
 from marketdata_assets.cli.processes import dagster_environment
 from marketdata_assets.settings.universe import Settings, load_settings
 from marketdata_assets.sources.guards import RetryPolicy
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -44,7 +44,7 @@ IMPATIENT = RetryPolicy(backoff=0.0, sleep=no_sleep)
 def sandbox() -> Iterator[tuple[SandboxExchange, str]]:
     """A sandbox exchange whose clock stands at 2024-01-10 00:00 UTC, and its base_url."""
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         yield exchange, url
 
 

@@ -22,7 +22,7 @@ from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 from marketdata_tests.steps import at
@@ -140,7 +140,7 @@ def test_from_an_empty_lake_to_a_whole_one_and_back_after_a_loss(
     wanted = Window(at("2023-12-30"), at("2024-01-01"))
     with open_toolbox(settings) as toolbox:
         assert read_bars(toolbox, settings.markets[0], TIMEFRAMES["1m"], wanted).equals(
-            truth("BTCUSDT", "1m", wanted)
+            generate_bars("BTCUSDT", "1m", wanted)
         )
 
 

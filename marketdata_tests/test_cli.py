@@ -23,7 +23,7 @@ from marketdata_assets.flows.operate.alerts import problems, settle
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 
@@ -81,7 +81,7 @@ def test_the_main_job(
             io.StringIO(marketdata("bars", "binance:SHIB-USDT", "1m", "--format", "csv").stdout)
         )
     )
-    expected = truth("SHIBUSDT", "1m", SPAN)
+    expected = generate_bars("SHIBUSDT", "1m", SPAN)
     assert [row["open_time"] for row in table] == expected["open_time"].dt.strftime(
         "%Y-%m-%dT%H:%M:%SZ"
     ).to_list()
@@ -114,7 +114,7 @@ def test_the_main_job(
         ).returncode
         == 0
     )
-    days = truth("BTCUSDT", "1d", SPAN)
+    days = generate_bars("BTCUSDT", "1d", SPAN)
     assert pl.read_parquet(out).height == days.height
     as_json = json.loads(marketdata("bars", "binance:BTC-USDT", "1d", "--format", "json").stdout)
     assert [row["trades"] for row in as_json] == days["trades"].to_list()

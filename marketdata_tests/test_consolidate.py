@@ -48,7 +48,7 @@ from marketdata_assets.quality.reconcile import (
 )
 from marketdata_assets.reader import Reader
 from marketdata_assets.settings.universe import Settings, load_settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.transforms.consolidate import consolidate as as_one_series
 from marketdata_assets.transforms.consolidate import find_venue_switches
@@ -554,7 +554,7 @@ def test_a_range_run(settings: Settings, instance: dg.DagsterInstance):
         latest(instance, KEY, f"consolidated:{name}|{NOV}") for name in ("BTC-USDT", "ETH-USDT")
     )
     there = {
-        name: truth(name, "1m", window("2023-11-28", "2023-12-01"))
+        name: generate_bars(name, "1m", window("2023-11-28", "2023-12-01"))
         for name in ("BTCUSDT", "ETHUSDT")
     }
     day = there["BTCUSDT"].filter(pl.col("open_time") < at("2023-11-29")).height
@@ -728,7 +728,7 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
         ("2023-11-28T23:59:00Z", "binance"),
         ("2023-11-29T00:00:00Z", "binanceus"),
     ]
-    expected = truth("BTCUSDT", "1m", window("2023-11-28", "2023-12-02"))
+    expected = generate_bars("BTCUSDT", "1m", window("2023-11-28", "2023-12-02"))
     with open_toolbox(settings) as toolbox:
         reader = Reader(toolbox)
         with pytest.raises(BadInput, match="consolidated:BTC-USDT has no 1h bars; it has 1m"):

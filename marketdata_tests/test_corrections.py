@@ -34,8 +34,8 @@ from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.settings.universe import Settings, load_settings
-from marketdata_assets.sources.sandbox.bars import truth
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.bars import generate_bars
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lockfile import write_lock
 from marketdata_assets.storage.parquet import Lake
@@ -70,7 +70,7 @@ class Stage:
     told: pl.DataFrame = field(init=False)
 
     def __post_init__(self) -> None:
-        self.told = truth("BTCUSDT", "1m", self.span)
+        self.told = generate_bars("BTCUSDT", "1m", self.span)
         self.exchange.tamper = self.tamper
 
     async def tamper(self, request: web.Request, rows: list[list[Any]]) -> Any:
@@ -120,7 +120,7 @@ class Stage:
 def stage(universe: Universe, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """Three days over the turn of a month, and a first fetch of them on 5 January."""
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         settings = universe(url, since="2023-12-30", until="2024-01-03", now="2024-01-05")
         found = Stage(exchange, settings, window("2023-12-30", "2024-01-03"), monkeypatch)
         assert all(done.complete for done in found.ingest("2024-01-05"))
@@ -247,7 +247,7 @@ def test_the_last_hour_is_asked_again_with_the_newest_bars(
     """
     clock = [ms("2024-01-02T10:00")]
     exchange = SandboxExchange(now=lambda: clock[0], weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         settings = universe(url, since="2024-01-01", now="2024-01-02T10:00")
         stage = Stage(exchange, settings, window("2024-01-01", "2024-01-02T11:00"), monkeypatch)
         stage.ingest("2024-01-02T10:00")
@@ -357,7 +357,7 @@ def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(
         "http://127.0.0.1:1", since="2024-01-01", until="2024-01-02", now="2024-01-05"
     )
     day = window("2024-01-01", "2024-01-02")
-    bars = truth("BTCUSDT", "1m", day)
+    bars = generate_bars("BTCUSDT", "1m", day)
     (january,) = partitions(settings)
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
     with open_toolbox(settings) as toolbox:
@@ -410,7 +410,7 @@ def test_columns_that_a_file_does_not_give_are_no_disagreement(universe: Univers
     settings = universe(
         "http://127.0.0.1:1", since="2024-01-01", until="2024-01-02", now="2024-01-05"
     )
-    bars = truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-02"))
+    bars = generate_bars("BTCUSDT", "1m", window("2024-01-01", "2024-01-02"))
     (january,) = partitions(settings)
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
     fewer = bars.with_columns(pl.lit(None, SCHEMA["quote_volume"]).alias("quote_volume"))
@@ -491,7 +491,7 @@ def test_the_venue_and_a_file_that_gives_more_or_less_do_not_contradict_each_oth
     the API with it.
     """
     span, empty = window("2024-01-01", "2024-01-01T12:00"), pl.DataFrame(schema=REJECTED_SCHEMA)
-    every = truth("BTCUSDT", "1m", span)
+    every = generate_bars("BTCUSDT", "1m", span)
     more = every.with_columns(
         pl.lit(None, SCHEMA[n]).alias(n) for n in NAMES if "quote" in n or "taker" in n
     )
@@ -525,7 +525,7 @@ def test_the_venue_and_a_file_that_gives_more_or_less_do_not_contradict_each_oth
     assert_frame_equal(done.bars.head(600), more.head(600), check_exact=True)
     assert done.bars["trades"].null_count() == 120
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         settings = universe(url, since="2024-01-01", until="2024-01-01T12:00", now="2024-01-05")
         (january,) = partitions(settings)
         with open_toolbox(settings, policy=SkippingClock().policy()) as toolbox:

@@ -28,7 +28,7 @@ from marketdata_assets.cli import processes
 from marketdata_assets.dagster_ext import launcher
 from marketdata_assets.dagster_ext.launcher import PROCESS_TAG, lives, process_id
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_tests.conftest import SANDBOX_NOW
 
 BTC_DEC, BTC, ETH = (
@@ -258,7 +258,7 @@ def test_a_service_that_cannot_start_is_given_up(monkeypatch: pytest.MonkeyPatch
 @contextmanager
 def stack_in(folder: Path) -> Iterator[Stack]:
     stack = Stack(folder)
-    with running(stack.exchange) as url:
+    with serve_in_thread(stack.exchange) as url:
         (folder / "universe.yaml").write_text(UNIVERSE.format(url=url, folder=folder))
         try:
             stack.start()
@@ -349,7 +349,11 @@ def test_everything_killed_and_started_again(stack: Stack) -> None:
     os.kill(stack.pids("dagster_ext.launcher run")[0], signal.SIGSTOP)
     queued, begun = (soon(lambda: stack.launch(ETH), 60, "a run can be launched") for _ in range(2))
     stack.kill(
-        "cli.main dev", "dagster_webserver", "code-server start", "dagster_ext.launcher run", "execute_run"
+        "cli.main dev",
+        "dagster_webserver",
+        "code-server start",
+        "dagster_ext.launcher run",
+        "execute_run",
     )
     stack.supervisor.wait()
     orphan = stack.pids(

@@ -42,7 +42,7 @@ from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.delta import ATTEMPTS, DeltaTables, columns_of
 from marketdata_assets.transforms.rollup import roll_up
@@ -807,7 +807,7 @@ def test_what_is_stored_is_published(published: Settings):
             (False, d.rows, d.bytes) for d in done
         ]
         assert {d.version for d in again} == {4}
-    expected = truth("ETHUSDT", "1m", window("2023-11-29", "2023-12-03"))
+    expected = generate_bars("ETHUSDT", "1m", window("2023-11-29", "2023-12-03"))
     assert tables.read(TABLE, ETH, ALWAYS).select(expected.columns).equals(expected)
     hours = tables.read(rollup(TIMEFRAMES["1h"]), ETH, ALWAYS)
     assert hours.height == 96

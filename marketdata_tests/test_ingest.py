@@ -33,8 +33,9 @@ from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import LISTINGS, truth
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.bars import generate_bars
+from marketdata_assets.sources.sandbox.listings import LISTINGS
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_tests.conftest import Universe, universe
 from marketdata_tests.steps import (
     SkippingClock,
@@ -68,7 +69,7 @@ def exchange_at(
     exchange = SandboxExchange(
         now=lambda: now if isinstance(now, int) else now[0], weight_limit=10**9, tamper=tamper
     )
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         yield exchange, url
 
 
@@ -95,7 +96,7 @@ def read(settings: Settings, market: Market, timeframe: Timeframe, span: Window)
 
 def whole(symbol: str, timeframe: Timeframe, span: Window) -> pl.DataFrame:
     """The true bars that lie wholly inside the span."""
-    bars = truth(symbol, timeframe.name, span)
+    bars = generate_bars(symbol, timeframe.name, span)
     return bars.filter(pl.col("open_time") + timeframe.width <= span.end)
 
 
@@ -187,7 +188,7 @@ def test_every_missing_bar_has_its_evidence(two: Two) -> None:
 
 def test_coverage_sums_and_is_right(two: Two) -> None:
     for found, symbol in zip(covered(two.settings), ("BTCUSDT", "ADAUSDT"), strict=True):
-        present = truth(symbol, "1m", MONTHS).height
+        present = generate_bars(symbol, "1m", MONTHS).height
         assert (found.expected, found.present, found.missing_at_source) == (
             60 * 1440,
             present,
@@ -262,7 +263,7 @@ def test_the_open_month_is_refreshed_in_place(universe: Universe) -> None:
             (derived,) = run_derive(settings)
             end = MINUTE.floor(at(f"2024-01-09T{text}"))
             assert_bars(
-                stored_bars(settings), truth("BTCUSDT", "1m", Window(at("2024-01-07"), end))
+                stored_bars(settings), generate_bars("BTCUSDT", "1m", Window(at("2024-01-07"), end))
             )
             assert done.account.balanced
             assert not done.complete
@@ -372,7 +373,8 @@ def test_one_strange_answer_replaces_nothing(universe: Universe) -> None:
         assert done.account.balanced
         assert done.account.quarantined == 1
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T06:45"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T06:45")),
         )
 
 
@@ -412,7 +414,7 @@ def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
         )
         assert len(bar_requests(exchange)) <= 33 + len(may.gaps)
         (found,) = covered(settings)
-        present = truth("SHIBUSDT", "1m", span).height
+        present = generate_bars("SHIBUSDT", "1m", span).height
         early = (at("2021-05-10T11:30") - at("2021-04-01")) // timedelta(minutes=1)
         assert (found.present, found.not_listed, found.not_fetched) == (present, early, 0)
         assert found.missing_at_source == 61 * 1440 - present - early
@@ -464,7 +466,8 @@ def test_a_halt_at_the_edge_of_a_page(universe: Universe, edge: str) -> None:
             (window("2024-01-08T02:00", "2024-01-08T03:20"), "no_bars")
         ]
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", Window(since, at("2024-01-08T12:00")))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", Window(since, at("2024-01-08T12:00"))),
         )
         assert len(bar_requests(exchange)) <= 4
 
@@ -496,7 +499,7 @@ def test_an_unanswered_hole_is_asked_for_in_three_runs(universe: Universe) -> No
             told.append([(gap.bars, gap.reason, gap.answers, done.complete) for gap in done.gaps])
             assert_bars(
                 stored_bars(settings),
-                truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T20:00")),
+                generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T20:00")),
             )
         assert told == [[(240, "unanswered", n, n == 3)] for n in (1, 2, 3, 3, 3)]
         assert all(1 <= n <= 4 for n in asked[:3])
@@ -515,7 +518,8 @@ def test_an_unanswered_hole_is_filled_when_it_is_answered(universe: Universe) ->
         left[0] = 0
         assert run_ingest(settings)[0].complete
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-06")),
         )
 
 
@@ -548,7 +552,8 @@ def test_a_hole_that_the_second_answer_fills_is_none(universe: Universe) -> None
         (done,) = run_ingest(settings)
         assert (done.complete, done.gaps) == (True, ())
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-06")),
         )
 
 
@@ -562,7 +567,8 @@ def test_an_empty_answer_about_all_is_not_the_last_word(universe: Universe, time
         assert run_ingest(settings)[0].complete is (times == 1)
         assert run_ingest(settings)[0].complete
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T12:00"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T12:00")),
         )
 
 
@@ -622,7 +628,8 @@ def test_a_damaged_file_is_repaired(universe: Universe, damage: str) -> None:
             name: body for name, body in lake_files(settings).items() if "damaged" not in name
         } == good
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-09"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-07", "2024-01-09")),
         )
         assert (done.note is None) is (damage in ("deleted", "fewer_rows"))
         assert covered(settings)[0].not_fetched == 0
@@ -651,7 +658,8 @@ def test_a_damaged_file_with_the_venue_down(universe: Universe) -> None:
         exchange.tamper = None
         assert run_ingest(settings)[0].complete
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-09"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-07", "2024-01-09")),
         )
 
 
@@ -701,7 +709,8 @@ def test_two_processes_and_one_partition(universe: Universe) -> None:
         assert theirs == [[0, rows, True, "None"]]
         assert len(bar_requests(exchange)) == mine[0].requests
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-08T12:00"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-07", "2024-01-08T12:00")),
         )
 
 
@@ -723,8 +732,10 @@ def test_four_threads_and_the_same_partitions(universe: Universe) -> None:
         pages = [(seen.query["symbol"], seen.query["startTime"]) for seen in bar_requests(exchange)]
         assert len(pages) == len(set(pages)) == sum(done.requests for one in found for done in one)
         everything = window("2024-01-05", "2024-01-07")
-        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", everything))
-        assert_bars(stored_bars(settings, "binance%3AETH-USDT"), truth("ETHUSDT", "1m", everything))
+        assert_bars(stored_bars(settings), generate_bars("BTCUSDT", "1m", everything))
+        assert_bars(
+            stored_bars(settings, "binance%3AETH-USDT"), generate_bars("ETHUSDT", "1m", everything)
+        )
 
 
 def test_whoever_stops_early_leaves_nothing_locked(universe: Universe) -> None:
@@ -771,7 +782,7 @@ def test_one_market_that_fails_does_not_stop_the_others(universe: Universe, kind
         for name in ("BTC", "ADA"):
             assert_bars(
                 stored_bars(settings, f"binance%3A{name}-USDT"),
-                truth(f"{name}USDT", "1m", window("2024-01-05", "2024-01-05T12:00")),
+                generate_bars(f"{name}USDT", "1m", window("2024-01-05", "2024-01-05T12:00")),
             )
         (task,) = planned(settings)
         assert task.partition.market.symbol == symbol
@@ -819,7 +830,7 @@ def test_coverage_counts_only_what_is_asked_for(universe: Universe, since: str, 
         settings = universe(url, since=since, until=until)
         (found,) = covered(settings)
         there = window("2024-01-05", "2024-01-09") & window(since, until)
-        present = truth("BTCUSDT", "1m", there).height
+        present = generate_bars("BTCUSDT", "1m", there).height
         assert found.expected == window(since, until).count(MINUTE)
         assert (found.present, found.missing_at_source) == (present, there.count(MINUTE) - present)
         assert found.not_fetched == found.expected - there.count(MINUTE)
@@ -886,7 +897,7 @@ def test_hourly_base_and_references(universe: Universe, rollups: str) -> None:
             assert done.account.balanced
             assert_bars(
                 stored_bars(settings, timeframe=timeframe),
-                truth("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),
+                generate_bars("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),
             )
         run_derive(settings)
         assert {seen.query["interval"] for seen in bar_requests(exchange)} == {"1h", "1d"}
@@ -896,7 +907,7 @@ def test_hourly_base_and_references(universe: Universe, rollups: str) -> None:
                 whole("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),
             )
         (found,) = covered(settings)
-        hours = truth("BTCUSDT", "1h", window("2024-01-01", "2024-02-01")).height
+        hours = generate_bars("BTCUSDT", "1h", window("2024-01-01", "2024-02-01")).height
         assert (found.expected, found.present, found.missing_at_source) == (
             31 * 1440,
             hours * 60,

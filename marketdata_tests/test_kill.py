@@ -22,7 +22,7 @@ from marketdata_assets.flows.read.coverage import coverage
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 
@@ -75,7 +75,7 @@ def assert_readable_and_true(settings: Settings, whole: bool) -> None:
     with open_toolbox(settings) as toolbox:
         for market in settings.markets:
             for name in ("1m", "1h", "1d"):
-                expected = truth(SYMBOLS[market.symbol], name, SPAN)
+                expected = generate_bars(SYMBOLS[market.symbol], name, SPAN)
                 found = read_bars(toolbox, market, TIMEFRAMES[name], SPAN).select(expected.columns)
                 there = (
                     expected

@@ -27,8 +27,8 @@ from marketdata_assets.model.table import Table, raw, rollup
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings, load_settings
-from marketdata_assets.sources.sandbox.bars import truth
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.bars import generate_bars
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lockfile import LockFile, read_lock, write_lock
 from marketdata_tests.conftest import SANDBOX_NOW
@@ -82,7 +82,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     DuckDB.
     """
     folder = tmp_path_factory.mktemp("original")
-    with running(SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)) as url:
+    with serve_in_thread(SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)) as url:
         settings = universe_of(folder, base_url=url)
         run_ingest(settings)
         run_ingest(settings, timeframe="1h")
@@ -287,7 +287,7 @@ def test_another_packing_proves(copy: Copy, locked: LockFile, options: dict[str,
 def test_an_open_month_may_grow(copy: Copy, locked: LockFile):
     """A bar that comes after the last locked one is no difference, one that changes before it is."""
     settings = copy(now="2024-01-20")
-    bars = truth("BTCUSDT", "1m", Window(at("2024-01-01"), at("2024-01-12")))
+    bars = generate_bars("BTCUSDT", "1m", Window(at("2024-01-01"), at("2024-01-12")))
     with open_toolbox(settings) as toolbox:
         before = toolbox.lake.read(raw(M1), JANUARY)
         grown = pl.concat([before, bars.filter(pl.col("open_time") > before["open_time"][-1])])
@@ -308,7 +308,7 @@ def test_a_month_after_the_lock_is_no_difference(copy: Copy, locked: LockFile):
     settings = copy(now="2024-03-01")
     february = Partition.parse(f"{BTC}|2024-02-01")
     with open_toolbox(settings) as toolbox:
-        toolbox.lake.write(raw(M1), february, truth("BTCUSDT", "1m", february.month))
+        toolbox.lake.write(raw(M1), february, generate_bars("BTCUSDT", "1m", february.month))
     proves(settings, locked)
 
 
@@ -377,7 +377,7 @@ def test_rows_that_came_before_the_locked_ones_are_told_apart(copy: Copy, locked
     settings = copy()
     with open_toolbox(settings) as toolbox:
         bars = toolbox.lake.read(raw(M1), DECEMBER)
-        earlier = truth("BTCUSDT", "1m", window("2023-12-19", "2023-12-20"))
+        earlier = generate_bars("BTCUSDT", "1m", window("2023-12-19", "2023-12-20"))
         toolbox.lake.write(raw(M1), DECEMBER, earlier.vstack(bars))
     (found,) = verified(settings, locked).differences
     assert (found.what, found.stored - found.locked) == ("extra rows", earlier.height)

@@ -23,7 +23,7 @@ from marketdata_assets.model.table import raw, rollup
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage import objects
 from marketdata_tests.conftest import Universe
@@ -297,7 +297,7 @@ def test_a_new_symbol_is_asked_for_and_a_removed_one_no_more(
     wanted = Window(at("2023-11-01"), at("2023-12-01"))
     with open_toolbox(more) as toolbox:  # what is stored of a removed one can be read
         eth = known_market(toolbox, "binance:ETH-USDT")
-        assert read_bars(toolbox, eth, M1, wanted).equals(truth("ETHUSDT", "1m", wanted))
+        assert read_bars(toolbox, eth, M1, wanted).equals(generate_bars("ETHUSDT", "1m", wanted))
         assert read_bars(toolbox, eth, TIMEFRAMES["1d"], wanted).height == 30
         with pytest.raises(BadInput, match="is not in"):
             known_market(toolbox, "binance:XRP-USDT")

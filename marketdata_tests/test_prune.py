@@ -39,7 +39,7 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.universe import Settings, load_settings
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_tests.conftest import SANDBOX_NOW
 
 RAW, HOUR = dg.AssetKey(["raw", "ohlcv_1m"]), dg.AssetKey(["rollup", "ohlcv_1h"])
@@ -93,7 +93,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """
     home = tmp_path_factory.mktemp("history")
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url, pytest.MonkeyPatch.context() as patch:
+    with serve_in_thread(exchange) as url, pytest.MonkeyPatch.context() as patch:
         venue = [
             "  binance:",
             "    symbols: [BTC/USDT, ETH/USDT]",

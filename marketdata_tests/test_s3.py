@@ -40,7 +40,7 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.storage import objects
 from marketdata_assets.storage.objects import ATTEMPTS, open_objects
 from marketdata_assets.storage.parquet import Lake, encode
@@ -991,7 +991,8 @@ def test_two_hosts_that_want_different_days_of_one_month(
         )
         (stored,) = fast.contents().values()
         assert_bars(
-            pl.read_parquet(stored).cast(SCHEMA), truth("BTCUSDT", "1m", window(*spans["b"]))
+            pl.read_parquet(stored).cast(SCHEMA),
+            generate_bars("BTCUSDT", "1m", window(*spans["b"])),
         )
         exchange.requests.clear()
         assert failures(run_ingest(a)) == []
@@ -999,7 +1000,7 @@ def test_two_hosts_that_want_different_days_of_one_month(
         (stored,) = fast.contents().values()
         assert_bars(
             pl.read_parquet(stored).cast(SCHEMA),
-            truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-07")),
+            generate_bars("BTCUSDT", "1m", window("2024-01-01", "2024-01-07")),
         )
         for settings in (b, a, b):
             exchange.requests.clear()

@@ -411,12 +411,12 @@ def sandbox(port: Port = 18081) -> None:
     """Run the sandbox exchange: synthetic markets in Binance's wire format on 127.0.0.1, until
     Ctrl-C.
     """
-    from marketdata_assets.sources.sandbox.server import SandboxExchange, serve
+    from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_until_interrupted
 
-    serve(
+    serve_until_interrupted(
         SandboxExchange(),
         port,
-        ready=lambda url: out.print(
+        on_ready=lambda url: out.print(
             f"sandbox exchange at {url}  (base_url: {url})", highlight=False
         ),
     )
