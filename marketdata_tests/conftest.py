@@ -23,7 +23,7 @@ from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.guards import RetryPolicy
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -46,7 +46,7 @@ IMPATIENT = RetryPolicy(backoff=0.0, sleep=no_sleep)
 def sandbox() -> Iterator[tuple[SandboxExchange, str]]:
     """Run a sandbox exchange that is frozen at 2024-01-10 00:00 UTC; yield it and its URL."""
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         yield exchange, url
 
 

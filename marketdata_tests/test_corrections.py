@@ -119,7 +119,7 @@ class Stage:
 def stage(universe: Universe, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """Four days around the turn of the year, which were first fetched on January 5."""
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         settings = universe(url, since="2023-12-30", until="2024-01-03", now="2024-01-05")
         found = Stage(exchange, settings, window("2023-12-30", "2024-01-03"), monkeypatch)
         assert all(done.complete for done in found.ingest("2024-01-05"))
@@ -260,7 +260,7 @@ def test_the_last_hour_is_fetched_again_with_the_newest_bars(
     """
     clock = [ms("2024-01-02T10:00")]
     exchange = SandboxExchange(now=lambda: clock[0], weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         settings = universe(url, since="2024-01-01", now="2024-01-02T10:00")
         stage = Stage(exchange, settings, window("2024-01-01", "2024-01-02T11:00"), monkeypatch)
         stage.ingest("2024-01-02T10:00")
@@ -371,7 +371,7 @@ def test_bars_of_a_file_are_ingested_beside_those_of_the_venue(
         "http://127.0.0.1:1", since="2024-01-01", until="2024-01-02", now="2024-01-05"
     )
     day = window("2024-01-01", "2024-01-02")
-    bars = truth("BTCUSDT", "1m", day)
+    bars = generate_bars("BTCUSDT", "1m", day)
     (january,) = partitions(settings)
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
     with open_context(settings) as context:
@@ -430,7 +430,7 @@ def test_columns_that_are_missing_in_a_file_are_no_disagreement(universe: Univer
     settings = universe(
         "http://127.0.0.1:1", since="2024-01-01", until="2024-01-02", now="2024-01-05"
     )
-    bars = truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-02"))
+    bars = generate_bars("BTCUSDT", "1m", window("2024-01-01", "2024-01-02"))
     (january,) = partitions(settings)
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
     fewer = bars.with_columns(pl.lit(None, BAR_SCHEMA["quote_volume"]).alias("quote_volume"))
@@ -518,7 +518,7 @@ def test_a_venue_and_a_file_with_other_columns_do_not_contradict_each_other(
 ) -> None:
     """First the file alone has trade counts, then the API alone has quote volumes."""
     span, empty = window("2024-01-01", "2024-01-01T12:00"), pl.DataFrame(schema=REJECTED_SCHEMA)
-    every = truth("BTCUSDT", "1m", span)
+    every = generate_bars("BTCUSDT", "1m", span)
     more = every.with_columns(
         pl.lit(None, BAR_SCHEMA[n]).alias(n) for n in COLUMN_NAMES if "quote" in n or "taker" in n
     )
@@ -554,7 +554,7 @@ def test_a_venue_and_a_file_with_other_columns_do_not_contradict_each_other(
     assert_frame_equal(done.bars.head(600), more.head(600), check_exact=True)
     assert done.bars["trades"].null_count() == 120
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         settings = universe(url, since="2024-01-01", until="2024-01-01T12:00", now="2024-01-05")
         (january,) = partitions(settings)
         with open_context(settings, policy=SkippingClock().policy()) as context:

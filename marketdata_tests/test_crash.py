@@ -29,7 +29,7 @@ from marketdata_assets.cli import processes
 from marketdata_assets.dagster_ext import launcher
 from marketdata_assets.dagster_ext.launcher import PROCESS_TAG, lives, process_id
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_tests.conftest import SANDBOX_NOW
 
 BTC_DEC, BTC, ETH = (
@@ -270,7 +270,7 @@ def test_a_service_that_cannot_start_raises_after_three_attempts(
 @contextmanager
 def run_stack(folder: Path) -> Iterator[Stack]:
     stack = Stack(folder)
-    with running(stack.exchange) as url:
+    with serve_in_thread(stack.exchange) as url:
         (folder / "universe.yaml").write_text(UNIVERSE.format(url=url, folder=folder))
         try:
             stack.start()

@@ -31,8 +31,9 @@ from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import LISTINGS, truth
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.bars import generate_bars
+from marketdata_assets.sources.sandbox.listings import LISTINGS
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_tests.conftest import Universe, universe
 from marketdata_tests.steps import (
     SkippingClock,
@@ -66,7 +67,7 @@ def exchange_at(
     exchange = SandboxExchange(
         now=lambda: now if isinstance(now, int) else now[0], weight_limit=10**9, tamper=tamper
     )
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         yield exchange, url
 
 
@@ -259,7 +260,7 @@ def test_the_open_month_is_refreshed_in_place(universe: Universe) -> None:
             (derived,) = run_derive(settings)
             end = MINUTE.floor(at(f"2024-01-09T{text}"))
             assert_bars(
-                stored_bars(settings), truth("BTCUSDT", "1m", Window(at("2024-01-07"), end))
+                stored_bars(settings), generate_bars("BTCUSDT", "1m", Window(at("2024-01-07"), end))
             )
             assert done.account.is_balanced
             assert not done.complete
@@ -370,7 +371,8 @@ def test_one_contradicting_answer_replaces_nothing(universe: Universe) -> None:
         assert done.account.is_balanced
         assert done.account.quarantined == 1
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T06:45"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T06:45")),
         )
 
 
@@ -459,7 +461,8 @@ def test_a_halt_at_the_edge_of_a_page(universe: Universe, edge: str) -> None:
             (window("2024-01-08T02:00", "2024-01-08T03:20"), "no_bars")
         ]
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", Window(since, at("2024-01-08T12:00")))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", Window(since, at("2024-01-08T12:00"))),
         )
         assert len(bar_requests(exchange)) <= 4
 
@@ -492,7 +495,7 @@ def test_an_unanswered_gap_is_fetched_in_three_runs(universe: Universe) -> None:
             found.append([(gap.bars, gap.reason, gap.answers, done.complete) for gap in done.gaps])
             assert_bars(
                 stored_bars(settings),
-                truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T20:00")),
+                generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T20:00")),
             )
         assert found == [[(240, "unanswered", n, n == 3)] for n in (1, 2, 3, 3, 3)]
         assert all(1 <= n <= 4 for n in request_counts[:3])
@@ -511,7 +514,8 @@ def test_an_unanswered_gap_is_filled_when_it_is_answered(universe: Universe) -> 
         left[0] = 0
         assert run_ingest(settings)[0].complete
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-06")),
         )
 
 
@@ -542,7 +546,8 @@ def test_a_gap_that_the_second_answer_fills_is_no_gap(universe: Universe) -> Non
         (done,) = run_ingest(settings)
         assert (done.complete, done.gaps) == (True, ())
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-06")),
         )
 
 
@@ -554,7 +559,8 @@ def test_an_empty_answer_for_a_whole_span_is_not_final(universe: Universe, times
         assert run_ingest(settings)[0].complete is (times == 1)
         assert run_ingest(settings)[0].complete
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T12:00"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T12:00")),
         )
 
 
@@ -612,7 +618,8 @@ def test_a_damaged_file_is_repaired(universe: Universe, damage: str) -> None:
             name: body for name, body in lake_files(settings).items() if "damaged" not in name
         } == good
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-09"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-07", "2024-01-09")),
         )
         assert (done.note is None) is (damage in ("deleted", "fewer_rows"))
         assert report_coverage(settings)[0].not_fetched == 0
@@ -639,7 +646,8 @@ def test_a_damaged_file_is_quarantined_while_the_venue_is_down(universe: Univers
         exchange.tamper = None
         assert run_ingest(settings)[0].complete
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-09"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-07", "2024-01-09")),
         )
 
 
@@ -688,7 +696,8 @@ def test_a_partition_is_locked_against_other_processes(universe: Universe) -> No
         assert theirs == [[0, rows, True, "None"]]
         assert len(bar_requests(exchange)) == mine[0].requests
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-08T12:00"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-07", "2024-01-08T12:00")),
         )
 
 
@@ -710,8 +719,10 @@ def test_four_threads_fetch_each_page_once(universe: Universe) -> None:
         pages = [(seen.query["symbol"], seen.query["startTime"]) for seen in bar_requests(exchange)]
         assert len(pages) == len(set(pages)) == sum(done.requests for one in found for done in one)
         everything = window("2024-01-05", "2024-01-07")
-        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", everything))
-        assert_bars(stored_bars(settings, "binance%3AETH-USDT"), truth("ETHUSDT", "1m", everything))
+        assert_bars(stored_bars(settings), generate_bars("BTCUSDT", "1m", everything))
+        assert_bars(
+            stored_bars(settings, "binance%3AETH-USDT"), generate_bars("ETHUSDT", "1m", everything)
+        )
 
 
 def test_an_ingest_that_stops_early_leaves_nothing_locked(universe: Universe) -> None:
@@ -756,7 +767,7 @@ def test_one_market_that_fails_does_not_stop_the_others(universe: Universe, kind
         for name in ("BTC", "ADA"):
             assert_bars(
                 stored_bars(settings, f"binance%3A{name}-USDT"),
-                truth(f"{name}USDT", "1m", window("2024-01-05", "2024-01-05T12:00")),
+                generate_bars(f"{name}USDT", "1m", window("2024-01-05", "2024-01-05T12:00")),
             )
         (task,) = plan_tasks(settings)
         assert task.partition.market.symbol == symbol
@@ -804,7 +815,7 @@ def test_coverage_counts_only_the_wanted_span(universe: Universe, since: str, un
         settings = universe(url, since=since, until=until)
         (found,) = report_coverage(settings)
         there = window("2024-01-05", "2024-01-09") & window(since, until)
-        present = truth("BTCUSDT", "1m", there).height
+        present = generate_bars("BTCUSDT", "1m", there).height
         assert found.expected == window(since, until).count(MINUTE)
         assert (found.present, found.missing_at_source) == (present, there.count(MINUTE) - present)
         assert found.not_fetched == found.expected - there.count(MINUTE)
@@ -867,7 +878,7 @@ def test_a_base_of_1h_fetches_no_minutes(universe: Universe, rollups: str) -> No
             assert done.account.is_balanced
             assert_bars(
                 stored_bars(settings, timeframe=timeframe),
-                truth("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),
+                generate_bars("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),
             )
         run_derive(settings)
         assert {seen.query["interval"] for seen in bar_requests(exchange)} == {"1h", "1d"}

@@ -85,7 +85,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The rollups are in the lake and in DuckDB.
     """
     folder = tmp_path_factory.mktemp("original")
-    with running(SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)) as url:
+    with serve_in_thread(SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)) as url:
         settings = universe_of(folder, base_url=url)
         run_ingest(settings)
         run_ingest(settings, timeframe="1h")

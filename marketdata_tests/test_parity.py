@@ -397,7 +397,7 @@ def test_what_binances_tolerance_covers() -> None:
     whole = window("2020-02-01", "2020-04-01")
     judged = compare_bars(
         "binance",
-        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole)[TIMEFRAMES["4h"]],
+        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole=whole)[TIMEFRAMES["4h"]],
         native,
         span=whole,
     )
@@ -411,7 +411,7 @@ def test_what_binances_tolerance_covers() -> None:
     }
     stricter = compare_bars(
         "kraken",
-        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole)[TIMEFRAMES["4h"]],
+        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole=whole)[TIMEFRAMES["4h"]],
         native,
         span=whole,
     )

@@ -93,7 +93,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """
     home = tmp_path_factory.mktemp("history")
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url, pytest.MonkeyPatch.context() as patch:
+    with serve_in_thread(exchange) as url, pytest.MonkeyPatch.context() as patch:
         venue = [
             "  binance:",
             "    symbols: [BTC/USDT, ETH/USDT]",

@@ -53,7 +53,7 @@ from marketdata_tests.steps import (
 
 MINUTE = TIMEFRAMES["1m"]
 SPAN = window("2023-12-30", "2024-01-03")
-TRUTH = truth("BTCUSDT", "1m", SPAN)
+TRUTH = generate_bars("BTCUSDT", "1m", SPAN)
 
 
 @pytest.fixture

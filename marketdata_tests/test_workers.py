@@ -179,7 +179,7 @@ def fleet(tmp_path: Path, bucket: str) -> Iterator[Fleet]:
         )
     redis = Redis()
     found = Fleet(tmp_path, postgres, redis, bucket)
-    with running(found.exchange) as url:
+    with serve_in_thread(found.exchange) as url:
         (tmp_path / "universe.yaml").write_text(found.universe(url))
         yield found
         for name in list(found.processes):
