@@ -27,7 +27,6 @@ from marketdata_assets.flows.operate.alerts import AlertCenter
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 

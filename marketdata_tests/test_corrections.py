@@ -34,7 +34,7 @@ from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lake import Lake
 from marketdata_assets.storage.lockfile import write_lock

@@ -39,7 +39,6 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.delta import MAX_ATTEMPTS, DeltaTables, delta_column_types
 from marketdata_assets.transforms.rollup import roll_up

@@ -29,7 +29,7 @@ from marketdata_assets.model.window import Window
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lockfile import LockFile, read_lock, write_lock
 from marketdata_tests.conftest import SANDBOX_NOW

@@ -41,7 +41,7 @@ from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import SANDBOX_NOW
 
 RAW, HOUR = dg.AssetKey(["raw", "ohlcv_1m"]), dg.AssetKey(["rollup", "ohlcv_1h"])

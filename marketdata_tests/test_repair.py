@@ -35,7 +35,6 @@ from marketdata_assets.quality.clean import clean_bars
 from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_tests.conftest import Universe

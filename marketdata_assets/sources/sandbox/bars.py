@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.bar import BAR_SCHEMA, PRICES, empty_bars
-from marketdata_assets.model.timeframe import EPOCH, MINUTE, TIMEFRAMES, Timeframe, parse_timeframe
+from marketdata_assets.model.bar import PRICES, empty_bars
+from marketdata_assets.model.timeframe import EPOCH, MINUTE, TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, to_ms
 from marketdata_assets.sources.sandbox.listings import LISTINGS, Listing
 
@@ -246,7 +246,7 @@ def _to_klines(bars: pl.DataFrame, listing: Listing, tf: Timeframe) -> pl.DataFr
 
 
 def generate_bars(symbol: str, interval: str, window: Window) -> pl.DataFrame:
-    """Return the finished bars that open inside the window (model.bar.SCHEMA), oldest first.
+    """Return the finished bars that open inside the window (model.bar.BAR_SCHEMA), oldest first.
 
     They are those that the exchange serves once they are closed, whatever any clock says now. Raises
     BadInput for a symbol or interval that the sandbox does not have.
