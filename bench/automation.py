@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from marketdata_assets.cli.processes import dagster_environment
 
+from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.context import open_context
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.defs.specs import asset_key

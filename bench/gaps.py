@@ -27,7 +27,7 @@ import polars as pl
 from marketdata_assets.context import Context, open_context
 from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.prove import gaps as flow
-from marketdata_assets.flows.prove.gaps import Explained, GapExplainer
+from marketdata_assets.flows.prove.gaps import GapExplainer, ListedGap
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
 from marketdata_assets.model.market import Market
@@ -133,7 +133,7 @@ def fill(context: Context, from_archive: bool) -> None:
                     raise done.error
 
 
-def sums(context: Context, found: Sequence[Explained]) -> tuple[int, list[str]]:
+def sums(context: Context, found: Sequence[ListedGap]) -> tuple[int, list[str]]:
     """Days summed, and those of which a part is not what counting minute by minute gives.
 
     `coverage` takes what is left over for not fetched, so that its sum says little. Here every
@@ -164,7 +164,7 @@ def sums(context: Context, found: Sequence[Explained]) -> tuple[int, list[str]]:
 
 
 def by_minute(
-    context: Context, market: Market, found: Sequence[Explained]
+    context: Context, market: Market, found: Sequence[ListedGap]
 ) -> dict[datetime, list[str]]:
     """Under which parts every minute stands, by the stored objects and the list of gaps."""
     parts: dict[datetime, list[str]] = defaultdict(list)
@@ -179,10 +179,10 @@ def by_minute(
     return parts
 
 
-def march(found: Sequence[Explained]) -> Iterable[str]:
+def march(found: Sequence[ListedGap]) -> Iterable[str]:
     """Long gaps one by one, single minutes by market and cause."""
     window = Window(parse_time("2023-02-14"), parse_time("2023-04-01"))
-    short: dict[tuple[str, str], list[Explained]] = {}
+    short: dict[tuple[str, str], list[ListedGap]] = {}
     for one in found:
         if one.gap.window & window:
             if one.gap.bars >= 10 or one.kind not in ("no_trade",):

@@ -26,7 +26,7 @@ from pathlib import Path
 import polars as pl
 
 from marketdata_assets.context import open_context
-from marketdata_assets.flows.fetch.imports import FileImporter, look
+from marketdata_assets.flows.fetch.imports import FileImporter, inspect_files
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import parse_time
 from marketdata_assets.settings.load import load_settings
@@ -94,7 +94,9 @@ def imported(place: Path, files: list[Path], fresh: bool) -> int:
     )
     told = Told(settings.markets[0], TIMEFRAMES["1m"])
     with open_context(settings) as context:
-        done = context.bind(FileImporter).import_files(look(context.settings, files, told), told)
+        done = context.bind(FileImporter).import_files(
+            inspect_files(context.settings, files, told), told
+        )
     assert all(tally.is_balanced for tally in done.files)
     assert not done.disputed
     return sum(tally.stored for tally in done.files)

@@ -1093,7 +1093,7 @@ def fetch_freqtrade(folder: Path, quick: bool) -> Operations:
 
 # --------------------------------------------------------------------------------- 7 dagster
 def dagster_home(place: Path, universe: Any) -> None:
-    from marketdata_assets.cli.processes import dagster_environment
+    from marketdata_assets.cli.dagster_home import dagster_environment
 
     os.environ |= {
         key: value for key, value in dagster_environment(universe).items() if key == "DAGSTER_HOME"
@@ -1105,10 +1105,11 @@ def dagster_ours(folder: Path, months_a_run: int) -> Operations:
     """The job `ingest` over one market-year whose rollups are to be made anew, and the same flows
     without Dagster.
     """
-    from marketdata_assets.flows.prove.audit import Auditor
+    from marketdata_assets.flows.prove.raw_checks import RawAuditor
+    from marketdata_assets.flows.prove.rollup_checks import RollupAuditor
 
     from marketdata_assets.context import open_context
-    from marketdata_assets.dagster_ext.launcher import open_instance
+    from marketdata_assets.dagster_ext.runs import open_instance
     from marketdata_assets.defs.jobs import INGEST, build_definitions
     from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
     from marketdata_assets.flows.derive.rollup import RollupBuilder
@@ -1136,11 +1137,11 @@ def dagster_ours(folder: Path, months_a_run: int) -> Operations:
             part = partitions[i : i + months_a_run]
             with open_context(universe) as context:
                 for done in context.bind(Ingester).ingest(TIMEFRAMES["1m"], part):
-                    context.bind(Auditor).audit_raw(done)
+                    context.bind(RawAuditor).audit(done)
             with open_context(universe) as context:
                 for derived in context.bind(RollupBuilder).build(part):
                     for tf in universe.timeframes:
-                        context.bind(Auditor).audit_rollup(derived, tf)
+                        context.bind(RollupAuditor).audit(derived, tf)
 
     return {
         "job": run,

@@ -11,9 +11,11 @@ from decimal import Decimal
 from typing import Any
 
 import polars as pl
+import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
@@ -38,6 +40,23 @@ FEBRUARY = Partition(
 )
 
 Row = dict[str, Any]
+
+
+def run_sql(ledger: Ledger, sql: str, **values: Any) -> int:
+    """Change the ledger's tables without the ledger; return how many rows changed."""
+    with ledger.database.transaction() as connection:
+        return connection.execute(sa.text(sql), values).rowcount
+
+
+def read_sql(ledger: Ledger, sql: str, **values: Any) -> list[tuple[Any, ...]]:
+    """Return what a query finds in the ledger's tables."""
+    return ledger.database.plain_rows(sa.text(sql).bindparams(**values))
+
+
+def outcomes(ledger: Ledger) -> list[tuple[str, str, int]]:
+    """Return outcomes and errors of the fetch log with their counts, the most frequent first."""
+    counted = "SELECT outcome, coalesce(error, ''), count(*) FROM fetches GROUP BY 1, 2"
+    return read_sql(ledger, f"{counted} ORDER BY 3 DESC")
 
 
 def at(text: str) -> datetime:

@@ -28,7 +28,7 @@ from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.guards import RetryPolicy
-from marketdata_assets.sources.sandbox.server import SandboxExchange, Seen
+from marketdata_assets.sources.sandbox.server import ReceivedRequest, SandboxExchange
 from marketdata_tests.samples import outcomes, run_sql
 
 
@@ -132,7 +132,7 @@ def assert_bars(found: pl.DataFrame, expected: pl.DataFrame) -> None:
     assert_frame_equal(found.select(expected.columns), expected, check_exact=True)
 
 
-def bar_requests(exchange: SandboxExchange) -> list[Seen]:
+def bar_requests(exchange: SandboxExchange) -> list[ReceivedRequest]:
     """Return the klines requests for bars, without the requests for a listing date."""
     return [
         seen

@@ -11,9 +11,9 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from marketdata_assets.context import open_context
-from marketdata_assets.flows.operate.alerts import AlertCenter, failed_runs_go_on, run_problem
+from marketdata_assets.flows.operate.alerts import AlertCenter, run_problem, unknown_runs
 from marketdata_assets.flows.operate.health import HealthInspector
-from marketdata_assets.flows.operate.prune import forget
+from marketdata_assets.flows.operate.prune import delete_old_records
 from marketdata_assets.ledger.incidents import Problem
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
@@ -85,9 +85,9 @@ def test_an_incident_sends_one_alert_at_its_begin_and_one_at_its_end(settings: S
 
 def test_a_failed_run_recovers_when_a_run_of_its_kind_succeeds(settings: Settings) -> None:
     problem = run_problem("ingest", "binance", "Run 12345678")
-    assert update_incidents(settings, [problem], failed_runs_go_on(set())) == (1, 0)
-    assert update_incidents(settings, [], failed_runs_go_on({"run|ingest|kraken"})) == (0, 0)
-    assert update_incidents(settings, [], failed_runs_go_on({problem.key})) == (0, 1)
+    assert update_incidents(settings, [problem], unknown_runs(set())) == (1, 0)
+    assert update_incidents(settings, [], unknown_runs({"run|ingest|kraken"})) == (0, 0)
+    assert update_incidents(settings, [], unknown_runs({problem.key})) == (0, 1)
 
 
 def test_a_channel_that_is_down_gets_alerts_later_and_delays_no_other(settings: Settings) -> None:
@@ -124,15 +124,25 @@ def test_old_incidents_are_removed_and_open_ones_stay(settings: Settings) -> Non
     update_incidents(settings, [other])
     later = at_time(settings, "2024-01-30T00:00:00Z")
     with open_context(later) as context:
-        assert forget(context.settings, context.ledger, context.clock, days=30)["incidents"] == 0
         assert (
-            forget(context.settings, context.ledger, context.clock, days=14, dry_run=True)[
+            delete_old_records(context.settings, context.ledger, context.clock, days=30)[
+                "incidents"
+            ]
+            == 0
+        )
+        assert (
+            delete_old_records(
+                context.settings, context.ledger, context.clock, days=14, dry_run=True
+            )["incidents"]
+            == 1
+        )
+        assert len(context.ledger.incidents.history(9)) == 2
+        assert (
+            delete_old_records(context.settings, context.ledger, context.clock, days=14)[
                 "incidents"
             ]
             == 1
         )
-        assert len(context.ledger.incidents.history(9)) == 2
-        assert forget(context.settings, context.ledger, context.clock, days=14)["incidents"] == 1
         assert [incident.problem.key for incident in context.ledger.incidents.history(9)] == [
             "stale|y"
         ]

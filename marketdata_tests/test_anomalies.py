@@ -12,7 +12,6 @@ from typing import Any
 
 import polars as pl
 import pytest
-from marketdata_assets.flows.prove.audit import Auditor, Finding
 from typer.testing import CliRunner, Result
 
 from marketdata_assets.cli.main import app
@@ -21,9 +20,11 @@ from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.prove.anomalies import mark
+from marketdata_assets.flows.prove.raw_checks import RawAuditor
 from marketdata_assets.ledger.anomalies import GONE
 from marketdata_assets.model.anomaly import Anomaly, AnomalySeverity, AnomalyState
 from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, PRICES
+from marketdata_assets.model.finding import Finding
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, month_of
@@ -400,7 +401,7 @@ def check(settings: Settings) -> list[Finding]:
         for done in context.bind(Ingester).ingest(TF, partitions(settings)):
             assert done.error is None
             assert done.account.quarantined == 0
-            findings += context.bind(Auditor).audit_raw(done)
+            findings += context.bind(RawAuditor).audit(done)
     return [finding for finding in findings if finding.check == "anomalies"]
 
 

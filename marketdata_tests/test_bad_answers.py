@@ -28,7 +28,7 @@ import pytest
 from aiohttp import web
 
 from marketdata_assets.errors import VenueDown, VenueRefused
-from marketdata_assets.flows.fetch.ingest import Ingested
+from marketdata_assets.flows.fetch.open_partition import IngestResult
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources import ccxt_rest
 from marketdata_assets.sources.sandbox.bars import generate_bars, generate_klines
@@ -486,7 +486,7 @@ class Stage:
 
         self.exchange.tamper = tamper
 
-    def ingest(self, **limits: Any) -> Ingested:
+    def ingest(self, **limits: Any) -> IngestResult:
         self.exchange.requests.clear()
         (done,) = run_ingest(self.settings, self.clock.policy(**limits))
         return done
@@ -625,7 +625,7 @@ def test_nobody_asks_before_the_time_is_up(stage: Stage, status: int, pause: int
 
 def always(
     stage: Stage, fault: Fault, **limits: Any
-) -> tuple[Ingested, dict[str, bytes], pl.DataFrame]:
+) -> tuple[IngestResult, dict[str, bytes], pl.DataFrame]:
     """What comes of it, and what was stored before."""
     before, old = lake_files(stage.settings), old_bars(stage.settings)
     stage.plant(fault.bad)

@@ -12,10 +12,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from marketdata_assets.cli.processes import stop
-from marketdata_assets.flows.prove.audit import RAW_CHECKS
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
+from marketdata_assets.flows.prove.raw_checks import RAW_CHECKS
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange

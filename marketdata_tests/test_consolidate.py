@@ -22,7 +22,7 @@ from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
 from marketdata_assets.errors import BadInput, StoreFailed
-from marketdata_assets.flows.derive.consolidate import Consolidated, Consolidator
+from marketdata_assets.flows.derive.consolidate import ConsolidationResult, Consolidator
 from marketdata_assets.flows.operate.retire import REMOVED, Retirer
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.ledger.consolidations import NO_TRADE
@@ -41,7 +41,7 @@ from marketdata_assets.quality.reconcile import (
 from marketdata_assets.reader import Reader
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.transforms.consolidate import consolidate as as_one_series
 from marketdata_assets.transforms.consolidate import find_venue_switches
@@ -297,7 +297,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     return make
 
 
-def build_outdated(settings: Settings, timeframe: str = "1m") -> list[Consolidated]:
+def build_outdated(settings: Settings, timeframe: str = "1m") -> list[ConsolidationResult]:
     """Build every consolidated partition that is not up to date."""
     with open_context(settings) as context:
         return list(
@@ -334,7 +334,7 @@ MARCH = "consolidated:BTC-USDT|2023-03-01"
 
 
 def true_closes(exchange: Any, end: str) -> list[tuple[datetime, Decimal, str]]:
-    """Return the close of each minute by the exchange's truth: of Coinbase, else of Binance.US.
+    """Return the close of each minute by the exchange's generate_bars: of Coinbase, else of Binance.US.
 
     Binance.US has every minute.
     """
@@ -574,7 +574,7 @@ def test_a_range_run_materializes_each_partition(settings: Settings, instance: d
         latest(instance, KEY, f"consolidated:{name}|{NOV}") for name in ("BTC-USDT", "ETH-USDT")
     )
     bars_by_symbol = {
-        name: truth(name, "1m", window("2023-11-28", "2023-12-01"))
+        name: generate_bars(name, "1m", window("2023-11-28", "2023-12-01"))
         for name in ("BTCUSDT", "ETHUSDT")
     }
     day = bars_by_symbol["BTCUSDT"].filter(pl.col("open_time") < at("2023-11-29")).height
@@ -752,7 +752,7 @@ def test_command_reader_and_sql_read_the_series(sandbox: tuple[SandboxExchange, 
         ("2023-11-28T23:59:00Z", "binance"),
         ("2023-11-29T00:00:00Z", "binanceus"),
     ]
-    expected = truth("BTCUSDT", "1m", window("2023-11-28", "2023-12-02"))
+    expected = generate_bars("BTCUSDT", "1m", window("2023-11-28", "2023-12-02"))
     with open_context(settings) as context:
         reader = Reader(context)
         with pytest.raises(BadInput, match="consolidated:BTC-USDT has no 1h bars; it has 1m"):

@@ -20,7 +20,8 @@ from marketdata_assets import open_reader
 from marketdata_assets.cli.main import app
 from marketdata_assets.context import Context, open_context
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.fetch.ingest import Ingested, Ingester
+from marketdata_assets.flows.fetch.ingest import Ingester
+from marketdata_assets.flows.fetch.open_partition import IngestResult
 from marketdata_assets.flows.prove.corrections import Correction, corrections
 from marketdata_assets.flows.read.as_of import AsOfReader
 from marketdata_assets.flows.read.bars import BarReader
@@ -33,7 +34,7 @@ from marketdata_assets.model.window import Window
 from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lake import Lake
@@ -69,7 +70,7 @@ class Stage:
     current: pl.DataFrame = field(init=False)
 
     def __post_init__(self) -> None:
-        self.current = truth("BTCUSDT", "1m", self.span)
+        self.current = generate_bars("BTCUSDT", "1m", self.span)
         self.exchange.tamper = self.tamper
 
     async def tamper(self, request: web.Request, rows: list[list[Any]]) -> Any:
@@ -106,7 +107,7 @@ class Stage:
         self.patch.setenv("MARKETDATA_NOW", text)
         return load_settings()
 
-    def ingest(self, now: str, again: Window | None = None) -> list[Ingested]:
+    def ingest(self, now: str, again: Window | None = None) -> list[IngestResult]:
         settings = self.at(now)
         self.exchange.requests.clear()
         with open_context(settings, policy=SkippingClock().policy()) as context:

@@ -27,9 +27,11 @@ import pytest
 
 from marketdata_assets.cli import processes
 from marketdata_assets.dagster_ext import launcher
-from marketdata_assets.dagster_ext.launcher import PROCESS_TAG, lives, process_id
+from marketdata_assets.dagster_ext.launcher import lives
+from marketdata_assets.dagster_ext.runs import PROCESS_TAG
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
+from marketdata_assets.system import process_id
 from marketdata_tests.conftest import SANDBOX_NOW
 
 BTC_DEC, BTC, ETH = (

@@ -17,10 +17,10 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from marketdata_assets.cli.processes import dagster_environment
 
+from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.context import open_context
-from marketdata_assets.dagster_ext.launcher import end_dead_runs, process_id
+from marketdata_assets.dagster_ext.runs import end_dead_runs
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
 from marketdata_assets.model.partition import Partition
@@ -30,6 +30,7 @@ from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
+from marketdata_assets.system import process_id
 from marketdata_tests.conftest import Universe
 
 RAW = dg.AssetKey(["raw", "ohlcv_1m"])

@@ -32,7 +32,7 @@ from marketdata_assets.defs.delta import MAINTAIN, delta_assets, delta_job_and_s
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, market_months
 from marketdata_assets.errors import BadInput, Damaged, StoreFailed
-from marketdata_assets.flows.derive.publish import Published, maintain
+from marketdata_assets.flows.derive.publish import PublishResult, maintain
 from marketdata_assets.model.bar import COLUMN_NAMES, DECIMAL
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
@@ -717,7 +717,7 @@ def all_stored(tables: DeltaTables, market: Market, table: Table = TABLE) -> pl.
     return pl.concat([stored(tables, month, table) for month in months])
 
 
-def publish_all(settings: Settings, timeframe: str) -> list[Published]:
+def publish_all(settings: Settings, timeframe: str) -> list[PublishResult]:
     with open_context(settings) as context:
         return list(
             context.bind(DeltaPublisher).publish(TIMEFRAMES[timeframe], partitions(settings))
@@ -749,7 +749,7 @@ def test_one_partition_that_fails_does_not_stop_the_others(published: Settings):
     assert isinstance(first.error, Damaged)
     assert [d.error for d in others] == [None] * 3
     broken.unlink()
-    assert publish_all(published, "1m")[0] == Published(partitions(published)[0])
+    assert publish_all(published, "1m")[0] == PublishResult(partitions(published)[0])
 
 
 @BOTH

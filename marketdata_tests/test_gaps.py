@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from marketdata_assets.flows.prove.audit import Auditor
 
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.fetch.plan import BackfillPlanner
 from marketdata_assets.flows.operate.backfill import BacklogFinder
-from marketdata_assets.flows.prove.gaps import Explained, GapExplainer, words_of
+from marketdata_assets.flows.prove.gaps import GapExplainer, ListedGap, words_of
+from marketdata_assets.flows.prove.raw_checks import RawAuditor
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
 from marketdata_assets.model.gap import GapCause
@@ -130,14 +130,14 @@ def at_time(settings: Settings, now: str) -> Settings:
     )
 
 
-def explain(settings: Settings, ask: bool = False) -> list[Explained]:
+def explain(settings: Settings, ask: bool = False) -> list[ListedGap]:
     with open_context(settings, policy=IMPATIENT) as context:
         context.bind(GapExplainer).explain(partitions(settings), ask)
         every = Window(settings.since, settings.now())
         return context.bind(GapExplainer).list_gaps(settings.markets, every)
 
 
-def summarize(found: list[Explained]) -> list[tuple[str, str, str, int, str]]:
+def summarize(found: list[ListedGap]) -> list[tuple[str, str, str, int, str]]:
     return [
         (
             one.market.symbol,
@@ -187,7 +187,7 @@ def test_a_halt_of_a_venue_is_found_in_both_markets(
         done = list(context.bind(Ingester).ingest(M1, partitions(settings)))
         before = [
             finding
-            for finding in context.bind(Auditor).audit_raw(done[0])
+            for finding in context.bind(RawAuditor).audit(done[0])
             if finding.check == "gaps"
         ]
     assert [row["cause"] for row in before[0].table] == ["unexplained"]

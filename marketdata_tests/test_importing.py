@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from marketdata_assets.cli.main import app
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
-from marketdata_assets.flows.fetch.imports import FileImporter, Imported, Tally, look
+from marketdata_assets.flows.fetch.import_result import FileTally, ImportResult
+from marketdata_assets.flows.fetch.imports import FileImporter, inspect_files
 from marketdata_assets.flows.fetch.plan import BackfillPlanner
 from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
 from marketdata_assets.model.market import Market
@@ -108,17 +109,17 @@ def settings(universe: Universe) -> Settings:
     )
 
 
-def imported(settings: Settings, *files: Path, dry_run: bool = False, **told: Any) -> Imported:
+def imported(settings: Settings, *files: Path, dry_run: bool = False, **told: Any) -> ImportResult:
     """Import as the command does, up to what Dagster is asked to show."""
     said = ImportOptions(settings.market(told.pop("market")) if "market" in told else None, **told)
     with open_toolbox(settings) as toolbox:
-        done = import_files(toolbox, look(toolbox, files, said), said, dry_run)
+        done = import_files(toolbox, inspect_files(toolbox, files, said), said, dry_run)
         assert outcomes(toolbox.ledger) == []
     assert all(tally.is_balanced for tally in done.files)
     return done
 
 
-def counts(tally: Tally) -> dict[str, int]:
+def counts(tally: FileTally) -> dict[str, int]:
     """What became of the rows of one file, without what did not happen."""
     names = ("stored", "identical", "refused", "disagree", "conflict", "unwanted")
     return {name: value for name in names if (value := getattr(tally, name))}
@@ -581,7 +582,9 @@ def test_archive_and_venue_that_disagree(sandbox: Any, universe: Universe, tmp_p
     before, asked = lake_files(settings), len(sandbox[0].requests)
     file = written(tmp_path / NAME, klines(change=cell(8, 5, "123456")))
     with open_toolbox(settings) as toolbox:
-        done = import_files(toolbox, look(toolbox, [file], ImportOptions()), ImportOptions())
+        done = import_files(
+            toolbox, inspect_files(toolbox, [file], ImportOptions()), ImportOptions()
+        )
     assert counts(done.files[0]) == {"identical": 1439, "disagree": 1}
     theirs = str(generate_bars("BTCUSDT", "1m", DAY)["trades"][5])
     (difference,) = done.differences
@@ -613,7 +616,9 @@ def test_files_that_disagree_are_believed_neither(
     day = written(tmp_path / NAME, klines(change=cell(8, 60, "123456")))
     month = written(tmp_path / "BTCUSDT-1m-2024-01.zip", klines(window("2024-01-01", "2024-01-07")))
     with open_toolbox(settings) as toolbox:
-        done = import_files(toolbox, look(toolbox, [day, month], ImportOptions()), ImportOptions())
+        done = import_files(
+            toolbox, inspect_files(toolbox, [day, month], ImportOptions()), ImportOptions()
+        )
     outside = generate_bars("BTCUSDT", "1m", window("2024-01-01", "2024-01-07")).height - 1440
     assert {tally.facts.path.name: counts(tally) for tally in done.files} == {
         NAME: {"identical": 1439, "conflict": 1},
@@ -653,7 +658,9 @@ def test_days_in_one_go_and_what_lies_between_files_is_not_told(
         ]
         days[first] = written(tmp_path / f"BTCUSDT-1m-2024-01-{first}.zip", lines)
     with open_toolbox(settings) as toolbox:
-        done = import_files(toolbox, look(toolbox, [tmp_path], ImportOptions()), ImportOptions())
+        done = import_files(
+            toolbox, inspect_files(toolbox, [tmp_path], ImportOptions()), ImportOptions()
+        )
         (partition,) = partitions_of(BTC, DAY)
         stored = context.storage.lake.read(
             raw_table(TIMEFRAMES["1m"]), partition, with_provenance=True

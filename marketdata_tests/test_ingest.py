@@ -22,7 +22,7 @@ from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput, VenueDown, VenueRefused
 from marketdata_assets.flows.derive.rollup import RollupBuilder
 from marketdata_assets.flows.fetch.ingest import Ingester
-from marketdata_assets.flows.fetch.plan import BackfillPlanner, Task
+from marketdata_assets.flows.fetch.plan import BackfillPlanner, PlannedPartition
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.coverage import Coverage, CoverageReporter
 from marketdata_assets.model.market import Market
@@ -71,7 +71,7 @@ def exchange_at(
         yield exchange, url
 
 
-def plan_tasks(settings: Settings) -> list[Task]:
+def plan_tasks(settings: Settings) -> list[PlannedPartition]:
     with open_context(settings) as context:
         return context.bind(BackfillPlanner).plan(partitions(settings))
 
@@ -121,7 +121,7 @@ class TwoMonths:
 
     exchange: SandboxExchange
     settings: Settings
-    tasks: list[Task]
+    tasks: list[PlannedPartition]
     done: list[Any]
     bar_requests: int
 

@@ -20,7 +20,8 @@ import pytest
 
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput, Damaged, StoreFailed
-from marketdata_assets.flows.read.lock import DatasetLocker, Verified, pinned_moment
+from marketdata_assets.flows.read.lock import DatasetLocker, locked_moment
+from marketdata_assets.flows.read.verify import Verification
 from marketdata_assets.model.bar import TIME
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw_table, rollup_table
@@ -28,7 +29,7 @@ from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lockfile import LockFile, read_lock, write_lock
@@ -122,7 +123,7 @@ def lock_dataset(
         )
 
 
-def verify(settings: Settings, locked: LockFile) -> Verified:
+def verify(settings: Settings, locked: LockFile) -> Verification:
     with open_context(settings) as context:
         return context.bind(DatasetLocker).verify(locked)
 
@@ -221,7 +222,7 @@ def test_a_written_lock_is_read_back_and_has_its_moment(locked: LockFile, tmp_pa
     file = tmp_path / "bars.lock.json"
     write_lock(file, locked)
     assert read_lock(file) == locked
-    assert pinned_moment(file) == at("2024-01-10")
+    assert locked_moment(file) == at("2024-01-10")
     assert [path.name for path in tmp_path.iterdir()] == ["bars.lock.json"]
 
 
@@ -293,7 +294,7 @@ def test_a_copy_with_another_compression_is_proved(
 def test_an_open_month_can_grow(copy: Copy, locked: LockFile):
     """A bar after the last locked one is no difference; a change before it is a difference."""
     settings = copy(now="2024-01-20")
-    bars = truth("BTCUSDT", "1m", Window(at("2024-01-01"), at("2024-01-12")))
+    bars = generate_bars("BTCUSDT", "1m", Window(at("2024-01-01"), at("2024-01-12")))
     with open_context(settings) as context:
         before = context.storage.lake.read(raw_table(M1), JANUARY)
         grown = pl.concat([before, bars.filter(pl.col("open_time") > before["open_time"][-1])])
@@ -314,7 +315,9 @@ def test_a_month_after_the_lock_is_no_difference(copy: Copy, locked: LockFile):
     settings = copy(now="2024-03-01")
     february = Partition.parse(f"{BTC}|2024-02-01")
     with open_context(settings) as context:
-        context.storage.lake.write(raw_table(M1), february, truth("BTCUSDT", "1m", february.month))
+        context.storage.lake.write(
+            raw_table(M1), february, generate_bars("BTCUSDT", "1m", february.month)
+        )
     proves(settings, locked)
 
 
@@ -388,7 +391,7 @@ def test_rows_before_the_locked_ones_are_counted_separately(copy: Copy, locked: 
     settings = copy()
     with open_context(settings) as context:
         bars = context.storage.lake.read(raw_table(M1), DECEMBER)
-        earlier = truth("BTCUSDT", "1m", window("2023-12-19", "2023-12-20"))
+        earlier = generate_bars("BTCUSDT", "1m", window("2023-12-19", "2023-12-20"))
         context.storage.lake.write(raw_table(M1), DECEMBER, earlier.vstack(bars))
     (found,) = verified(settings, locked).differences
     assert (found.what, found.stored - found.locked) == ("extra rows", earlier.height)
@@ -614,7 +617,7 @@ def test_files_that_cannot_be_read_or_written_are_refused(locked: LockFile, tmp_
             read_lock(wrong)
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInput, match="is no lock file"):
-        pinned_moment(tmp_path / "bytes")
+        locked_moment(tmp_path / "bytes")
     (tmp_path / "folder").mkdir()
     for target in (tmp_path / "none/bars.lock.json", tmp_path / "folder"):
         with pytest.raises(StoreFailed, match="choose another --out"):

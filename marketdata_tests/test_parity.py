@@ -9,12 +9,13 @@ from typing import Any
 
 import polars as pl
 import pytest
-from marketdata_assets.flows.prove.audit import Auditor, Finding
 
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.derive.rollup import RollupBuilder
+from marketdata_assets.flows.prove.rollup_checks import RollupAuditor
 from marketdata_assets.flows.read.sql import connected
 from marketdata_assets.model.bar import BAR_SCHEMA
+from marketdata_assets.model.finding import Finding
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import history_table, parity_table, raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -43,7 +44,7 @@ def audit(settings: Settings, timeframes: Sequence[str] = ("1h",)) -> dict[str, 
             for name in timeframes:
                 (finding,) = [
                     f
-                    for f in context.bind(Auditor).audit_rollup(derived, TIMEFRAMES[name])
+                    for f in context.bind(RollupAuditor).audit(derived, TIMEFRAMES[name])
                     if f.check == "matches_native"
                 ]
                 found[name].append(finding)

@@ -13,10 +13,10 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
-from marketdata_assets.cli.processes import dagster_environment
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
+from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.cli.main import app
 from marketdata_assets.context import open_context
 from marketdata_assets.defs.jobs import build_definitions

@@ -8,11 +8,12 @@ from typing import Any
 
 import polars as pl
 import pytest
-from marketdata_assets.flows.prove.audit import RAW_CHECKS, Auditor
 
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.derive.rollup import RollupBuilder
 from marketdata_assets.flows.fetch.ingest import Ingester
+from marketdata_assets.flows.prove.raw_checks import RAW_CHECKS, RawAuditor
+from marketdata_assets.flows.prove.rollup_checks import RollupAuditor
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.bar import BAR_SCHEMA
@@ -152,14 +153,14 @@ def test_a_month_of_two_markets_equals_the_exchange(
         done = list(context.bind(Ingester).ingest(MINUTE, partitions(settings)))
         derived = list(context.bind(RollupBuilder).build(partitions(settings)))
         for one in done:
-            findings = context.bind(Auditor).audit_raw(one)
+            findings = context.bind(RawAuditor).audit(one)
             assert [finding.check for finding in findings] == list(RAW_CHECKS)
             assert all(finding.passed for finding in findings)
         for one in derived:
             findings = [
                 finding
                 for timeframe in one.frames
-                for finding in context.bind(Auditor).audit_rollup(one, timeframe)
+                for finding in context.bind(RollupAuditor).audit(one, timeframe)
             ]
             assert all(finding.passed for finding in findings)
             (native,) = [

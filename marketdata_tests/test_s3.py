@@ -31,7 +31,7 @@ import pytest
 
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.flows.fetch.ingest import Ingested
+from marketdata_assets.flows.fetch.open_partition import IngestResult
 from marketdata_assets.flows.fetch.plan import plan
 from marketdata_assets.flows.operate.backfill import missed
 from marketdata_assets.flows.read.coverage import Coverage, coverage
@@ -40,7 +40,7 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.storage import s3, s3_client
 from marketdata_assets.storage.lake import Lake
 from marketdata_assets.storage.objects import open_object_store
@@ -828,7 +828,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, bytes]
         yield lake_files(settings)
 
 
-def failures(done: list[Ingested]) -> list[str]:
+def failures(done: list[IngestResult]) -> list[str]:
     return [str(one.error) for one in done if one.error]
 
 
@@ -1012,7 +1012,8 @@ def test_two_hosts_that_want_different_days_of_one_month(
         )
         (stored,) = fast.contents().values()
         assert_bars(
-            pl.read_parquet(stored).cast(BAR_SCHEMA), truth("BTCUSDT", "1m", window(*spans["b"]))
+            pl.read_parquet(stored).cast(BAR_SCHEMA),
+            generate_bars("BTCUSDT", "1m", window(*spans["b"])),
         )
         exchange.requests.clear()
         assert failures(run_ingest(a)) == []
@@ -1020,7 +1021,7 @@ def test_two_hosts_that_want_different_days_of_one_month(
         (stored,) = fast.contents().values()
         assert_bars(
             pl.read_parquet(stored).cast(BAR_SCHEMA),
-            truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-07")),
+            generate_bars("BTCUSDT", "1m", window("2024-01-01", "2024-01-07")),
         )
         for settings in (b, a, b):
             exchange.requests.clear()

@@ -22,12 +22,12 @@ commands = typer.Typer()
 @commands.command()
 def sandbox(port: Port = 18081) -> None:
     """Run the sandbox exchange on 127.0.0.1: synthetic markets in Binance's wire format."""
-    from marketdata_assets.sources.sandbox.server import SandboxExchange, serve
+    from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_until_interrupted
 
     def on_ready(url: str) -> None:
         print_line(f"sandbox exchange at {url}  (base_url: {url})")
 
-    serve(SandboxExchange(), port, ready=on_ready)
+    serve_until_interrupted(SandboxExchange(), port, ready=on_ready)
 
 
 @commands.command()

@@ -82,7 +82,7 @@ class RollupBuilder:
         joined = pl.concat([earlier, empty_bars() if bars is None else bars])
         window = Window(start_earlier or state.start, state.through)
         requested = requested_window(joined["open_time"], base, window)
-        frames = roll_up(joined, base, timeframes, requested)
+        frames = roll_up(joined, base, timeframes, whole=requested)
         owned = {tf: partition.open_times(tf) for tf in timeframes}
         frames = {tf: frame.filter(opens_inside(owned[tf])) for tf, frame in frames.items()}
         changed = self._write(partition, frames, owned)

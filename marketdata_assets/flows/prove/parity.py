@@ -172,7 +172,7 @@ class ParityChecker:
         if not between:
             return None
         finer = min(between, key=lambda tf: tf.width)
-        ours = roll_up(bars, venue.base, [finer], result.requested)[finer]
+        ours = roll_up(bars, venue.base, [finer], whole=result.requested)[finer]
         compared = (
             self._compare(month, finer, ours, requested=result.requested) for month in months
         )

@@ -123,9 +123,9 @@ class AsOfReader:
             end_before = end_before.filter(pl.col("open_time") >= owned.start)
             bars, start = pl.concat([end_before, bars]), max(owned.start, before.start)
         if bars.is_empty():
-            return roll_up(bars, base, [timeframe], owned)[timeframe]
+            return roll_up(bars, base, [timeframe], whole=owned)[timeframe]
         was_complete = state.completed_at is not None and state.completed_at <= moment
         end = max(bars["open_time"][-1] + base.width, state.through if was_complete else start)
         requested = Window(min(start, bars["open_time"][0]), end)
-        built = roll_up(bars, base, [timeframe], requested)[timeframe]
+        built = roll_up(bars, base, [timeframe], whole=requested)[timeframe]
         return built.filter(opens_inside(owned))

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.bar import PRICES, empty_bars
-from marketdata_assets.model.timeframe import EPOCH, MINUTE, TIMEFRAMES, Timeframe
+from marketdata_assets.model.bar import BAR_SCHEMA, PRICES, empty_bars
+from marketdata_assets.model.timeframe import EPOCH, MINUTE, TIMEFRAMES, Timeframe, parse_timeframe
 from marketdata_assets.model.window import Window, to_ms
 from marketdata_assets.sources.sandbox.listings import LISTINGS, Listing
 
@@ -253,7 +253,7 @@ def generate_bars(symbol: str, interval: str, window: Window) -> pl.DataFrame:
     """
     if symbol not in LISTINGS:
         raise BadInput(f"symbol {symbol!r} is not one of {' '.join(LISTINGS)}")
-    listing, tf = LISTINGS[symbol], timeframe(interval)
+    listing, tf = LISTINGS[symbol], parse_timeframe(interval)
     first = max(_ceil(tf, to_ms(window.start)), _floor(tf, listing.first))
     end = _ceil(tf, to_ms(window.end))
     chunks = _cut(tf, first, end, bars=_CHUNK)
@@ -261,8 +261,8 @@ def generate_bars(symbol: str, interval: str, window: Window) -> pl.DataFrame:
     if not bars:
         return empty_bars()
     return _to_klines(pl.concat(bars), listing, tf).select(
-        (pl.col("open_time") * 1000).cast(SCHEMA["open_time"]),
-        *(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items() if name != "open_time"),
+        (pl.col("open_time") * 1000).cast(BAR_SCHEMA["open_time"]),
+        *(pl.col(name).cast(dtype) for name, dtype in BAR_SCHEMA.items() if name != "open_time"),
     )
 
 

@@ -48,7 +48,7 @@ _MAX_EXCESS, _BAN_MS = 10, 120_000
 """So many further requests over the limit are answered with 429; one more is answered with a ban."""
 
 
-class LoggedRequest(NamedTuple):
+class ReceivedRequest(NamedTuple):
     """One request that was answered; the path is without `/binance`."""
 
     path: str
@@ -160,7 +160,7 @@ class SandboxExchange:
         self.now, self.wall = now, wall
         self.weight_limit = weight_limit
         self.tamper = tamper
-        self.requests: list[LoggedRequest] = []
+        self.requests: list[ReceivedRequest] = []
         self._minute = self._used = self._excess = self._banned_until = 0
 
     def app(self) -> web.Application:
@@ -180,7 +180,7 @@ class SandboxExchange:
             )
         if not response.prepared:
             response.headers["X-MBX-USED-WEIGHT-1M"] = str(self._used)
-        self.requests.append(LoggedRequest(path, dict(request.query), response.status))
+        self.requests.append(ReceivedRequest(path, dict(request.query), response.status))
         del self.requests[:-LOG_SIZE]
         return response
 
