@@ -27,7 +27,7 @@ def sandbox(port: Port = 18081) -> None:
     def on_ready(url: str) -> None:
         print_line(f"sandbox exchange at {url}  (base_url: {url})")
 
-    serve_until_interrupted(SandboxExchange(), port, ready=on_ready)
+    serve_until_interrupted(SandboxExchange(), port, on_ready=on_ready)
 
 
 @commands.command()
