@@ -409,9 +409,7 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="TCP port on 127.0.0.1
 
 @app.command()
 def sandbox(port: Port = 18081) -> None:
-    """Run the sandbox exchange: synthetic markets in Binance's wire format on 127.0.0.1, until
-    Ctrl-C.
-    """
+    """Run the sandbox exchange until Ctrl-C: synthetic markets in Binance's wire format."""
     from marketdata_assets.sources.sandbox.server import SandboxExchange, serve
 
     serve(
