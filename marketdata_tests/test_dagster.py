@@ -17,12 +17,13 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from marketdata_assets.cli.processes import dagster_environment
 
+from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.context import open_context
-from marketdata_assets.dagster_ext.launcher import end_dead_runs, process_id
+from marketdata_assets.dagster_ext.runs import PROCESS_TAG, end_dead_runs
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
+from marketdata_assets.model.events import Event, PartitionFailed
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -30,6 +31,7 @@ from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange
+from marketdata_assets.system import process_id
 from marketdata_tests.conftest import Universe
 
 RAW = dg.AssetKey(["raw", "ohlcv_1m"])
@@ -203,9 +205,9 @@ def test_one_failing_market_leaves_the_others_materialized(
     )
     for name, value in dagster_environment(settings).items():
         monkeypatch.setenv(name, value)
-    heard: list[dict[str, Any]] = []
+    events: list[Event] = []
     with dg.DagsterInstance.get() as instance:
-        job = build_definitions(settings, heard.append).resolve_job_def(INGEST)
+        job = build_definitions(settings, events.append).resolve_job_def(INGEST)
         tags = {RANGE_START: BTC_NOV, RANGE_END: "binance:NOPE-USDT|2023-12-01"}
         result = job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
         assert not result.success
@@ -219,12 +221,12 @@ def test_one_failing_market_leaves_the_others_materialized(
             BTC_NOV,
             BTC_DEC,
         }
-    failed = [event for event in heard if "failed" in event]
-    assert {event["failed"] for event in failed} == {
+    failures = [event for event in events if isinstance(event, PartitionFailed)]
+    assert {failure.partition for failure in failures} == {
         "binance:NOPE-USDT|2023-11-01",
         "binance:NOPE-USDT|2023-12-01",
     }
-    assert all("did you mean" in event["says"] and event["exit_code"] == 2 for event in failed)
+    assert all("did you mean" in f.message and f.exit_code == 2 for f in failures)
 
 
 def test_a_red_blocking_check_keeps_the_rollups_away(
@@ -278,11 +280,11 @@ def test_runs_of_killed_processes_are_ended_and_free_their_slots(
     job = build_definitions(settings).resolve_job_def(INGEST)
     gone = process_id(os.getpid()).replace(f":{os.getpid()}:", ":1:")
     dead = instance.create_run_for_job(
-        job, tags={"marketdata/process": gone}, status=dg.DagsterRunStatus.STARTED
+        job, tags={PROCESS_TAG: gone}, status=dg.DagsterRunStatus.STARTED
     )
     mine = process_id(os.getpid())
     living = instance.create_run_for_job(
-        job, tags={"marketdata/process": mine}, status=dg.DagsterRunStatus.STARTED
+        job, tags={PROCESS_TAG: mine}, status=dg.DagsterRunStatus.STARTED
     )
     instance.event_log_storage.set_concurrency_slots("warehouse", 1)
     assert instance.event_log_storage.claim_concurrency_slot(
