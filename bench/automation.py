@@ -28,8 +28,8 @@ import dagster as dg
 from marketdata_assets.cli.processes import dagster_environment
 
 from marketdata_assets.context import open_context
-from marketdata_assets.defs.specs import asset_key
 from marketdata_assets.defs.jobs import build_definitions
+from marketdata_assets.defs.specs import asset_key
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.window import format_time

@@ -160,9 +160,9 @@ def rollup_ours(folder: Path, quick: bool) -> Operations:
 
     def run() -> None:
         for bars, window in jobs:
-            roll_up(bars, TIMEFRAMES["1m"], targets, window)
+            roll_up(bars, TIMEFRAMES["1m"], targets, whole=window)
 
-    whole = roll_up(first, TIMEFRAMES["1m"], targets, Window(START, END))
+    whole = roll_up(first, TIMEFRAMES["1m"], targets, whole=Window(START, END))
     return {"run": run, "exact": lambda: exact_days(whole[TIMEFRAMES["1d"]], first)}
 
 
@@ -486,7 +486,7 @@ def pipeline_ours(folder: Path, quick: bool) -> Operations:
                 first = max(START, min(partition.open_times(tf).start for tf in targets))
                 joined = pl.concat([before.filter(pl.col("open_time") >= first), bars])
                 for tf, frame in roll_up(
-                    joined, TIMEFRAMES["1m"], targets, Window(first, partition.month.end)
+                    joined, TIMEFRAMES["1m"], targets, whole=Window(first, partition.month.end)
                 ).items():
                     owned = partition.open_times(tf)
                     sink.write(

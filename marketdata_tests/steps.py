@@ -1,4 +1,4 @@
-"""What tests about fetching and storing do over and over, by other means than the code under test."""
+"""Steps that tests about fetching and storing share, independent of the code under test."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from marketdata_tests.samples import outcomes, run_sql
 
 
 class SkippingClock:
-    """Our clock, which jumps over every sleep: pauses are kept, and nobody waits."""
+    """A clock that jumps over every sleep: pauses pass on the clock, and no test waits."""
 
     def __init__(self) -> None:
         self.now = 1_700_000_000.0
@@ -61,7 +61,7 @@ def window(start: str, end: str) -> Window:
 
 
 def partitions(settings: Settings) -> list[Partition]:
-    """All that the universe asks for."""
+    """Return all partitions that the universe wants."""
     return [
         p
         for market in settings.markets
@@ -97,7 +97,7 @@ def run_derive(settings: Settings) -> list[RollupResult]:
 
 
 def lake_files(settings: Settings) -> dict[str, bytes]:
-    """Every object of the lake, byte for byte."""
+    """Return the bytes of every object of the lake by its relative path."""
     root = Path(settings.lake)
     return {
         str(path.relative_to(root)): path.read_bytes()
@@ -107,7 +107,7 @@ def lake_files(settings: Settings) -> dict[str, bytes]:
 
 
 def raw_file(settings: Settings, month: str = "2024-01") -> Path:
-    """The one raw 1m object of a month."""
+    """Return the path of the one raw 1m object of a month."""
     (found,) = Path(settings.lake).glob(f"raw/ohlcv_1m/*/month={month}/data.parquet")
     return found
 
@@ -115,7 +115,7 @@ def raw_file(settings: Settings, month: str = "2024-01") -> Path:
 def stored_bars(
     settings: Settings, market: str = "binance%3ABTC-USDT", timeframe: str = "1m"
 ) -> pl.DataFrame:
-    """What lies in the raw objects of a market, read with polars alone."""
+    """Read the bars of a market's raw objects with polars alone."""
     files = sorted(
         Path(settings.lake).glob(f"raw/ohlcv_{timeframe}/market={market}/month=*/data.parquet")
     )
@@ -127,13 +127,13 @@ def stored_bars(
 
 
 def assert_bars(found: pl.DataFrame, expected: pl.DataFrame) -> None:
-    """The same bars in all nine columns, in the same order."""
+    """Check that both frames hold equal bars in equal order, in all columns of `expected`."""
     assert expected.height > 0
     assert_frame_equal(found.select(expected.columns), expected, check_exact=True)
 
 
 def bar_requests(exchange: SandboxExchange) -> list[Seen]:
-    """The klines requests that asked for bars, without those that asked for the listing date."""
+    """Return the klines requests for bars, without the requests for a listing date."""
     return [
         seen
         for seen in exchange.requests
@@ -149,7 +149,7 @@ def quarantined(settings: Settings) -> list[dict[str, Any]]:
 
 
 def logged_requests(settings: Settings) -> dict[str, int]:
-    """Outcomes in the fetch log."""
+    """Return the number of requests in the fetch log by outcome."""
     with open_context(settings) as context:
         found = sorted((row[0], row[2]) for row in outcomes(context.ledger))
     return {
@@ -163,7 +163,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @contextmanager
 def serving(handler: Handler, tls: ssl.SSLContext | None = None) -> Iterator[str]:
-    """Any HTTP server on a free port of loopback, in a thread of this process; gives its base URL."""
+    """Serve `handler` on a free port of loopback, in a thread, and yield the base URL."""
     loop = asyncio.new_event_loop()
 
     async def start() -> tuple[web.AppRunner, int]:
@@ -187,7 +187,7 @@ def serving(handler: Handler, tls: ssl.SSLContext | None = None) -> Iterator[str
 
 
 def coinbase(candles: Callable[[web.Request], Any], now: str) -> Handler:
-    """Coinbase with the one product BTC-USD at that moment; `candles` answers for its bars."""
+    """Return a handler for Coinbase with one product, BTC-USD; `candles` answers for its bars."""
     product = {
         "id": "BTC-USD",
         "base_currency": "BTC",

@@ -1,6 +1,4 @@
-"""Incidents: opened once, recovered once, told to every channel however long that takes; and health
-with its reasons.
-"""
+"""Incidents open once, recover once and reach every channel; health reports its reasons."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ from marketdata_tests.test_missed import at_time
 RAW = raw_table(TIMEFRAMES["1m"])
 NOW = "2024-01-10T00:00:00Z"
 BTC = Partition.parse("binance:BTC-USDT|2024-01-01")
-WRONG = Problem("stale|x", "error", "x is stale", "its newest bar is old")
+STALE = Problem("stale|x", "error", "x is stale", "its newest bar is old")
 
 
 @pytest.fixture
@@ -40,36 +38,36 @@ def settings(
 
 
 @pytest.fixture
-def filled(settings: Settings) -> Settings:
+def full_lake(settings: Settings) -> Settings:
     run_ingest(settings)
     run_derive(settings)
     return settings
 
 
-def lines(settings: Settings) -> list[dict[str, str]]:
+def alert_lines(settings: Settings) -> list[dict[str, str]]:
     file = Path(settings.state, "alerts.jsonl")
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def settled(
-    settings: Settings, wrong: list[Problem], goes_on: Any = lambda key: False
+def update_incidents(
+    settings: Settings, problems: list[Problem], is_ongoing: Any = lambda key: False
 ) -> tuple[int, int]:
     with open_context(settings) as context:
-        return context.bind(AlertCenter).update_incidents(wrong, goes_on)
+        return context.bind(AlertCenter).update_incidents(problems, is_ongoing)
 
 
-def found(settings: Settings) -> dict[str, Problem]:
+def find_problems(settings: Settings) -> dict[str, Problem]:
     with open_context(settings) as context:
         return {problem.key: problem for problem in context.bind(AlertCenter).find_problems()}
 
 
 # --------------------------------------------------------------------------------- incidents
-def test_one_alert_when_it_begins_and_one_when_it_is_over(settings: Settings) -> None:
-    assert settled(settings, [WRONG]) == (1, 0)
-    assert settled(settings, [WRONG]) == (0, 0)
-    assert settled(at_time(settings, "2024-01-10T02:00:00Z"), []) == (0, 1)
-    assert settled(settings, []) == (0, 0)
-    opened, recovered = lines(settings)
+def test_an_incident_sends_one_alert_at_its_begin_and_one_at_its_end(settings: Settings) -> None:
+    assert update_incidents(settings, [STALE]) == (1, 0)
+    assert update_incidents(settings, [STALE]) == (0, 0)
+    assert update_incidents(at_time(settings, "2024-01-10T02:00:00Z"), []) == (0, 1)
+    assert update_incidents(settings, []) == (0, 0)
+    opened, recovered = alert_lines(settings)
     assert (opened["event"], opened["severity"], opened["title"], opened["at"]) == (
         "opened",
         "error",
@@ -81,25 +79,25 @@ def test_one_alert_when_it_begins_and_one_when_it_is_over(settings: Settings) ->
         "Recovered: x is stale",
         "2024-01-10T02:00:00Z",
     )
-    assert settled(settings, [WRONG]) == (1, 0)  # the same again is a new incident
-    assert len(lines(settings)) == 3
+    assert update_incidents(settings, [STALE]) == (1, 0)  # a recurrence is a new incident
+    assert len(alert_lines(settings)) == 3
 
 
-def test_runs_recover_when_a_run_of_the_same_kind_succeeds(settings: Settings) -> None:
+def test_a_failed_run_recovers_when_a_run_of_its_kind_succeeds(settings: Settings) -> None:
     problem = run_problem("ingest", "binance", "Run 12345678")
-    assert settled(settings, [problem], failed_runs_go_on(set())) == (1, 0)
-    assert settled(settings, [], failed_runs_go_on({"run|ingest|kraken"})) == (0, 0)
-    assert settled(settings, [], failed_runs_go_on({problem.key})) == (0, 1)
+    assert update_incidents(settings, [problem], failed_runs_go_on(set())) == (1, 0)
+    assert update_incidents(settings, [], failed_runs_go_on({"run|ingest|kraken"})) == (0, 0)
+    assert update_incidents(settings, [], failed_runs_go_on({problem.key})) == (0, 1)
 
 
-def test_a_channel_that_is_down_is_told_later_and_holds_up_nobody(settings: Settings) -> None:
-    told: list[dict[str, Any]] = []
+def test_a_channel_that_is_down_gets_alerts_later_and_delays_no_other(settings: Settings) -> None:
+    received: list[dict[str, Any]] = []
     down = True
 
     async def hook(request: web.Request) -> web.Response:
         if down:
             return web.Response(status=503)
-        told.append(await request.json())
+        received.append(await request.json())
         return web.Response()
 
     with serving(hook) as url:
@@ -120,10 +118,10 @@ def test_a_channel_that_is_down_is_told_later_and_holds_up_nobody(settings: Sett
     assert len(lines(settings)) == 2
 
 
-def test_old_incidents_are_forgotten_and_open_ones_never(settings: Settings) -> None:
+def test_old_incidents_are_removed_and_open_ones_stay(settings: Settings) -> None:
     other = Problem("stale|y", "error", "y is stale", "")
-    settled(settings, [WRONG, other])
-    settled(settings, [other])
+    update_incidents(settings, [STALE, other])
+    update_incidents(settings, [other])
     later = at_time(settings, "2024-01-30T00:00:00Z")
     with open_context(later) as context:
         assert forget(context.settings, context.ledger, context.clock, days=30)["incidents"] == 0
@@ -140,35 +138,35 @@ def test_old_incidents_are_forgotten_and_open_ones_never(settings: Settings) -> 
         ]
 
 
-# --------------------------------------------------------------------------------- what is wrong
-def test_nothing_is_wrong_with_what_is_whole(filled: Settings) -> None:
-    assert found(filled) == {}
+# --------------------------------------------------------------------------------- problems
+def test_a_complete_lake_has_no_problem(full_lake: Settings) -> None:
+    assert find_problems(full_lake) == {}
 
 
-def test_a_stale_market_by_its_newest_bar(filled: Settings) -> None:
-    assert found(at_time(filled, "2024-01-10T01:00:00Z")) == {}
-    wrong = found(at_time(filled, "2024-01-10T01:01:00Z"))
-    assert set(wrong) == {"stale|binance:BTC-USDT", "stale|binance:ETH-USDT"}
+def test_a_market_is_stale_by_its_newest_bar(full_lake: Settings) -> None:
+    assert find_problems(at_time(full_lake, "2024-01-10T01:00:00Z")) == {}
+    problems = find_problems(at_time(full_lake, "2024-01-10T01:01:00Z"))
+    assert set(problems) == {"stale|binance:BTC-USDT", "stale|binance:ETH-USDT"}
     assert (
         "raw/ohlcv_1m: newest bar ended at 2024-01-10T00:00:00Z, 61 minutes behind"
-        in wrong["stale|binance:BTC-USDT"].body
+        in problems["stale|binance:BTC-USDT"].body
     )
 
 
-def test_limits_come_from_the_universe(
-    sandbox: Any, universe: Universe, filled: Settings, monkeypatch: pytest.MonkeyPatch
+def test_the_limits_of_freshness_come_from_the_universe(
+    sandbox: Any, universe: Universe, full_lake: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MARKETDATA_FRESHNESS", "{1m: {warn: 1, error: 5}}")
     strict = universe(
         sandbox[1], symbols="[BTC/USDT, ETH/USDT]", since="2024-01-09", now="2024-01-10T00:06:00Z"
     )
-    assert len(found(strict)) == 2
+    assert len(find_problems(strict)) == 2
 
 
-def test_a_market_that_fails_three_times_and_a_breaker(filled: Settings) -> None:
-    with open_context(filled) as context:
+def test_three_failures_of_a_market_and_an_open_breaker_are_problems(full_lake: Settings) -> None:
+    with open_context(full_lake) as context:
         for _ in range(3):
-            context.ledger.fail(RAW, BTC, BTC.month, "it says no", [], filled.now())
+            context.ledger.fail(RAW, BTC, BTC.month, "it says no", [], full_lake.now())
         for _ in range(30):
             context.ledger.venues.record("binance", False, context.policy.clock())
     wrong = found(filled)
@@ -180,7 +178,7 @@ def test_a_market_that_fails_three_times_and_a_breaker(filled: Settings) -> None
     assert set(found(filled)) == {"failing|binance:BTC-USDT"}
 
 
-def test_parked_partitions_and_red_checks(filled: Settings) -> None:
+def test_parked_partitions_and_red_checks_are_problems(full_lake: Settings) -> None:
     past = Partition.parse("binance:BTC-USDT|2023-12-01")
     with open_context(filled) as context:
         context.ledger.attempts.add([(past, "never fetched")], filled.now())
@@ -194,15 +192,18 @@ def test_parked_partitions_and_red_checks(filled: Settings) -> None:
         f"check|raw/ohlcv_1m|gaps|{past.key}": "warning",
         f"check|raw/ohlcv_1m|ohlc|{BTC.key}": "error",
     }
-    with open_context(filled) as context:  # the open month's gaps are told when they stay
+    # gaps of the open month are a problem only when they stay
+    with open_context(full_lake) as context:
         for _ in range(2):
-            context.ledger.set_check(RAW, BTC, "gaps", (False, "2 bars are missing"), filled.now())
-    assert f"check|raw/ohlcv_1m|gaps|{BTC.key}" in found(filled)
-    with open_context(filled) as context:
+            context.ledger.set_check(
+                RAW, BTC, "gaps", (False, "2 bars are missing"), full_lake.now()
+            )
+    assert f"check|raw/ohlcv_1m|gaps|{BTC.key}" in find_problems(full_lake)
+    with open_context(full_lake) as context:
         for name in ("gaps", "ohlc"):
-            context.ledger.set_check(RAW, BTC, name, None, filled.now())
-            context.ledger.set_check(RAW, past, name, None, filled.now())
-    assert set(found(filled)) == {f"parked|{past.key}"}
+            context.ledger.set_check(RAW, BTC, name, None, full_lake.now())
+            context.ledger.set_check(RAW, past, name, None, full_lake.now())
+    assert set(find_problems(full_lake)) == {f"parked|{past.key}"}
 
 
 # --------------------------------------------------------------------------------- health
@@ -247,7 +248,7 @@ def test_health_says_why(filled: Settings) -> None:
     ]
 
 
-def test_health_of_a_universe_that_never_ran(settings: Settings) -> None:
+def test_a_universe_that_never_ran_is_unhealthy(settings: Settings) -> None:
     found = statuses(settings)
     assert found["daemon"][0] == "unhealthy"
     assert found["binance"] == ("healthy", [])

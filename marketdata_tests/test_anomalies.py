@@ -30,7 +30,8 @@ from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.quality.anomalies import CONTEXT, REACH, find_anomalies
 from marketdata_assets.quality.anomaly_rules import RULES
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import LISTINGS, truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
+from marketdata_assets.sources.sandbox.listings import LISTINGS
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import IMPATIENT, Universe, needs_shared
 from marketdata_tests.samples import BTC, ETH, MINUTE, dump, real_bars
@@ -139,7 +140,7 @@ def judge_error(name: str, bars: pl.DataFrame, first: int) -> None:
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_planted_in_bars_of_the_sandbox(name: str) -> None:
-    bars = truth("BTCUSDT", "1m", DAYS)
+    bars = generate_bars("BTCUSDT", "1m", DAYS)
     assert found(bars) == []
     judge_error(name, bars, SPOT)
 
@@ -158,7 +159,7 @@ def test_every_rule_has_an_error_and_every_error_a_rule() -> None:
 
 
 def test_prices_that_leave_and_stay_are_a_jump() -> None:
-    bars = truth("BTCUSDT", "1m", DAYS)
+    bars = generate_bars("BTCUSDT", "1m", DAYS)
     gone = planted(bars, all_prices("1.03", 10**6), SPOT, 1000)
     opens = bars["open_time"]
     expected = [("jump", opens[i - 1], opens[i] + MINUTE, 2) for i in (SPOT, SPOT + 1000)]
@@ -177,14 +178,14 @@ def test_a_move_over_the_limit_is_told_whatever_the_market_does() -> None:
         rows[0]["close"] = rows[1]["open"]
         scale(rows[0], "1", "close")
 
-    bars = truth("BTCUSDT", "1m", DAYS)
+    bars = generate_bars("BTCUSDT", "1m", DAYS)
     crashed = planted(bars, crash, SPOT, bars.height - SPOT)
     start = bars["open_time"][SPOT]
     assert found(crashed) == [("move", start, start + MINUTE, 1)]
 
 
 def test_the_newest_bar_waits_for_the_next_and_few_bars_for_more() -> None:
-    bars = truth("BTCUSDT", "1m", DAYS)
+    bars = generate_bars("BTCUSDT", "1m", DAYS)
     spiked = planted(bars, all_prices("1.03"))
     assert found(spiked[: SPOT + 1]) == []
     start = bars["open_time"][SPOT]
@@ -202,7 +203,7 @@ def test_many_of_one_kind_are_one_entry() -> None:
         for row in rows[::2]:
             scale(row, "0.07", *PRICES)
 
-    bars = truth("BTCUSDT", "1m", DAYS)
+    bars = generate_bars("BTCUSDT", "1m", DAYS)
     (one,) = find_anomalies(planted(bars, mix, SPOT, 1000), TF, EVER)
     assert (one.kind, one.severity, one.start, one.bars) == (
         "move",
@@ -216,7 +217,7 @@ def test_many_of_one_kind_are_one_entry() -> None:
 @pytest.mark.parametrize("symbol", LISTINGS)
 def test_the_sandbox_stays_quiet(symbol: str) -> None:
     """Coarse ticks, quiet stretches, holes and a halt."""
-    assert found(truth(symbol, "1m", window("2024-01-01", "2024-02-01"))) == []
+    assert found(generate_bars(symbol, "1m", window("2024-01-01", "2024-02-01"))) == []
 
 
 def other_venue(venue: str, symbol: str) -> pl.DataFrame:
@@ -465,7 +466,7 @@ def test_a_spike_from_the_venue_to_the_person_and_back(
         ("binance:BTC-USDT", other),
     ]
     (bar,) = rows[1]["bars"]
-    true = truth("BTCUSDT", "1m", Window(at(other), at(other) + MINUTE)).row(0, named=True)
+    true = generate_bars("BTCUSDT", "1m", Window(at(other), at(other) + MINUTE)).row(0, named=True)
     assert bar["open"] == f"{(true['open'] * Decimal('1.05')).normalize():f}"
     assert bar["trades"] == true["trades"]
     assert listed("--start", "2024-01-02") == rows[1:]

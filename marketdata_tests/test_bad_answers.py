@@ -31,8 +31,8 @@ from marketdata_assets.errors import VenueDown, VenueRefused
 from marketdata_assets.flows.fetch.ingest import Ingested
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources import ccxt_rest
-from marketdata_assets.sources.sandbox.bars import klines, truth
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.bars import generate_bars, generate_klines
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_tests.conftest import SANDBOX_NOW, Universe
 from marketdata_tests.steps import (
     SkippingClock,
@@ -198,8 +198,13 @@ def as_dict(row: list[Any]) -> dict[str, Any]:
 
 def five_minutes(request: web.Request, _: Rows) -> Rows:
     query = request.query
-    return klines(
-        query["symbol"], "5m", int(query["startTime"]), int(query["endTime"]), 1000, SANDBOX_NOW
+    return generate_klines(
+        query["symbol"],
+        "5m",
+        int(query["startTime"]),
+        end=int(query["endTime"]),
+        limit=1000,
+        now=SANDBOX_NOW,
     )
 
 
@@ -208,20 +213,27 @@ def five_minutes(request: web.Request, _: Rows) -> Rows:
 
 def other_symbol(request: web.Request, _: Rows) -> Rows:
     query = request.query
-    return klines(
+    return generate_klines(
         "ETHUSDT",
         query["interval"],
         int(query["startTime"]),
-        int(query["endTime"]),
-        1000,
-        SANDBOX_NOW,
+        end=int(query["endTime"]),
+        limit=1000,
+        now=SANDBOX_NOW,
     )
 
 
 def other_window(request: web.Request, _: Rows) -> Rows:
     """The same span of another week, as a cache would answer."""
     start, end = (int(request.query[name]) - 70 * 86_400_000 for name in ("startTime", "endTime"))
-    return klines(request.query["symbol"], request.query["interval"], start, end, 1000, SANDBOX_NOW)
+    return generate_klines(
+        request.query["symbol"],
+        request.query["interval"],
+        start,
+        end=end,
+        limit=1000,
+        now=SANDBOX_NOW,
+    )
 
 
 def future_row(_: web.Request, rows: Rows) -> Rows:
@@ -231,7 +243,12 @@ def future_row(_: web.Request, rows: Rows) -> Rows:
 
 def forming_row(_: web.Request, rows: Rows) -> Rows:
     """Good rows, and the one that is open at the exchange's clock."""
-    return [*rows, *klines("BTCUSDT", "1m", SANDBOX_NOW, SANDBOX_NOW + 1, 1, SANDBOX_NOW + 30_000)]
+    return [
+        *rows,
+        *generate_klines(
+            "BTCUSDT", "1m", SANDBOX_NOW, end=SANDBOX_NOW + 1, limit=1, now=SANDBOX_NOW + 30_000
+        ),
+    ]
 
 
 def twice(_: web.Request, rows: Rows) -> Rows:
@@ -488,7 +505,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which the first half of the span is stored."""
     folder = tmp_path_factory.mktemp("half")
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url, pytest.MonkeyPatch.context() as patch:
+    with serve_in_thread(exchange) as url, pytest.MonkeyPatch.context() as patch:
         from marketdata_tests.conftest import universe
 
         make = universe.__wrapped__(folder, patch)
@@ -503,7 +520,7 @@ def stage(half: Path, tmp_path: Path, universe: Universe) -> Iterator[Stage]:
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
     for name in ("lake", "state"):
         shutil.copytree(half / name, tmp_path / name)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         yield Stage(exchange, universe(url, since=SINCE, until=UNTIL))
 
 
@@ -515,7 +532,7 @@ def ids(faults: Sequence[Fault]) -> Any:
 
 
 def is_truth(stage: Stage) -> None:
-    assert_bars(stored_bars(stage.settings), truth("BTCUSDT", "1m", WANTED))
+    assert_bars(stored_bars(stage.settings), generate_bars("BTCUSDT", "1m", WANTED))
 
 
 def old_bars(settings: Settings) -> pl.DataFrame:
@@ -600,7 +617,7 @@ def test_nobody_asks_before_the_time_is_up(stage: Stage, status: int, pause: int
     assert 1 <= early[0] <= 8
     assert done.retries == early[0]
     assert done.waited >= pause
-    assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-01", UNTIL)))
+    assert_bars(stored_bars(settings), generate_bars("BTCUSDT", "1m", window("2024-01-01", UNTIL)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -639,7 +656,7 @@ def test_always_refused(stage: Stage, fault: Fault) -> None:
     # aiohttp itself asks once more when a kept connection is reset
     assert 6 <= stage.requests <= (24 if fault.name == "reset" else 12)
     assert not done.complete
-    assert_bars(done.bars, truth("BTCUSDT", "1m", window(SINCE, HALF)))
+    assert_bars(done.bars, generate_bars("BTCUSDT", "1m", window(SINCE, HALF)))
     heals(stage)
 
 
@@ -746,7 +763,7 @@ def test_a_null_where_the_venue_documents_a_number(stage: Stage, position: int) 
 def test_always_too_few(stage: Stage, fault: Fault) -> None:
     """No stored bar changes or goes; what is stored is true, and each missing bar has its gap."""
     done, before, old = always(stage, fault)
-    bars, good = stored_bars(stage.settings), truth("BTCUSDT", "1m", WANTED)
+    bars, good = stored_bars(stage.settings), generate_bars("BTCUSDT", "1m", WANTED)
     assert done.error is None
     assert done.account.is_balanced
     assert old_bars(stage.settings).equals(old)
@@ -793,7 +810,7 @@ def test_always_contradicting_rows(stage: Stage) -> None:
     quarantine.
     """
     done, _, old = always(stage, BELIEVABLE[0])
-    bars, good = stored_bars(stage.settings), truth("BTCUSDT", "1m", WANTED)
+    bars, good = stored_bars(stage.settings), generate_bars("BTCUSDT", "1m", WANTED)
     assert done.error is None
     assert done.account.is_balanced
     assert old_bars(stage.settings).equals(old)

@@ -17,7 +17,7 @@ from marketdata_assets.flows.prove.audit import RAW_CHECKS
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from marketdata_assets.model.window import Window, parse_time
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.system import start_module, stop
 from marketdata_tests.conftest import Universe
@@ -42,7 +42,7 @@ RAW = "raw/ohlcv_1m"
 SINCE, END = "2023-12-31", "2024-01-01"
 MARKET, MONTH = "binance:BTC-USDT", "2023-12-01"
 PARTITION = f"{MARKET}|{MONTH}"
-ROWS = truth("BTCUSDT", "1m", Window(parse_time(SINCE), parse_time(END))).height
+ROWS = generate_bars("BTCUSDT", "1m", Window(parse_time(SINCE), parse_time(END))).height
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from marketdata_assets.charts.heat_map import draw_heat_map
 from marketdata_assets.charts.svg import embed_image
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.window import month_of
-from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_tests.samples import START, Row, at, frame, row
 
 MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)

@@ -1,6 +1,4 @@
-"""Second opinions: one series of several venues with its provenance, and how far these venues lie
-apart.
-"""
+"""Second opinions: one series from several venues with its provenance, and their differences."""
 
 from __future__ import annotations
 
@@ -60,27 +58,29 @@ KEY = dg.AssetKey(["consolidated", "ohlcv_1m"])
 BTC = Market(CONSOLIDATED_VENUE, "BTC/USDT")
 
 
-# --------------------------------------------------------------------------------- the pure functio
+# --------------------------------------------------------------------------------- pure functions
 def span(first: int, end: int) -> Window:
-    """Minutes counted from START."""
+    """Return a window in minutes counted from START."""
     return Window(START + first * MINUTE, START + end * MINUTE)
 
 
-def test_the_first_venue_that_was_up_tells_the_minute():
-    """a: bars 0 1, no trade in 2 and 3, down 4 to 6. b: bars 0 to 4, no trade in 5. c: bars in all but
-    7.
+def test_each_minute_comes_from_the_first_venue_that_was_up():
+    """Three venues cover eight minutes.
+
+    a has bars 0 and 1, no trade in 2 and 3, and is down from 4 to 6. b has bars 0 to 4 and no trade
+    in 5. c has all bars except 7.
     """
-    whole = minutes(8)
+    opens = minutes(8)
     bars = {
-        "a": frame(row(m) for m in whole[:2]),
-        "b": frame(row(m, trades=2) for m in whole[:5]),
-        "c": frame(row(m) for m in whole[:7]),
+        "a": frame(row(m) for m in opens[:2]),
+        "b": frame(row(m, trades=2) for m in opens[:5]),
+        "c": frame(row(m) for m in opens[:7]),
     }
     found = as_one_series(bars, {"a": [span(2, 4)], "b": [span(5, 6)]})
     assert list(zip(found["open_time"], found["venue"], strict=True)) == [
-        *((whole[i], "a") for i in (0, 1)),
-        (whole[4], "b"),
-        (whole[6], "c"),
+        *((opens[i], "a") for i in (0, 1)),
+        (opens[4], "b"),
+        (opens[6], "c"),
     ]
     assert found["trades"].to_list() == [7, 7, 2, 7]
     assert found.columns == [*COLUMN_NAMES, "venue"]
@@ -88,31 +88,31 @@ def test_the_first_venue_that_was_up_tells_the_minute():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_pattern_of_lacks_against_a_loop_over_minutes(seed: int):
-    dice, whole = random.Random(seed), minutes(200)
-    bars, quiet = {}, {}
+def test_any_pattern_of_missing_bars_equals_a_loop_over_minutes(seed: int):
+    dice, opens = random.Random(seed), minutes(200)
+    bars, no_trade = {}, {}
     for n, venue in enumerate(("a", "b", "c", "d")[: dice.randint(1, 4)]):
-        state = [dice.choice(("bar", "bar", "quiet", "down")) for _ in range(40)]
+        state = [dice.choice(("bar", "bar", "no trade", "down")) for _ in range(40)]
         each = [state[i // 5] for i in range(200)]
         bars[venue] = frame(
-            random_rows(seed * 10 + n, [m for m, s in zip(whole, each, strict=True) if s == "bar"])
+            random_rows(seed * 10 + n, [m for m, s in zip(opens, each, strict=True) if s == "bar"])
         )
-        quiet[venue] = [
-            Window(m, m + MINUTE) for m, s in zip(whole, each, strict=True) if s == "quiet"
+        no_trade[venue] = [
+            Window(m, m + MINUTE) for m, s in zip(opens, each, strict=True) if s == "no trade"
         ]
-        dice.shuffle(quiet[venue])
+        dice.shuffle(no_trade[venue])
     expected = []
-    for m in whole:
+    for m in opens:
         for venue in bars:
-            told = bars[venue].filter(pl.col("open_time") == m).rows()
-            if told:
-                expected.append((*told[0], venue))
-            if told or any(w.start <= m < w.end for w in quiet[venue]):
+            rows = bars[venue].filter(pl.col("open_time") == m).rows()
+            if rows:
+                expected.append((*rows[0], venue))
+            if rows or any(w.start <= m < w.end for w in no_trade[venue]):
                 break
-    assert as_one_series(bars, quiet).rows() == expected
+    assert as_one_series(bars, no_trade).rows() == expected
 
 
-def test_no_bars_anywhere():
+def test_venues_without_bars_give_an_empty_series():
     assert as_one_series({"a": frame([]), "b": frame([])}, {"a": [span(0, 5)]}).is_empty()
     assert compare_venues({"a": frame([]), "b": frame([])}, M1).is_empty()
     assert list(summarize_pairs(compare_venues({"a": frame([]), "b": frame([])}, M1))) == []
@@ -134,11 +134,11 @@ def test_basis_points_by_hand():
         Decimal("-100"),
         Decimal("-196.0784"),
     ]
-    # 101/100.25 - 101/100 = -0.25187...%; nothing before 3; 100/99 - 102/100 = -0.98989...%
+    # 101/100.25 - 101/100 = -0.25187...%; no bar before 3; 100/99 - 102/100 = -0.98989...%
     assert found["return_bp"].to_list() == [None, Decimal("-25.1870"), None, Decimal("-98.9899")]
 
 
-def test_basis_points_against_fractions():
+def test_basis_points_equal_fractions():
     dice = random.Random(5)
     pairs = [
         (
@@ -160,7 +160,7 @@ def test_a_bar_without_trades_is_no_opinion():
     assert compare_pair(closes("150"), closes("100", volume=0), M1).is_empty()
 
 
-def test_every_pair_in_order_and_its_spread():
+def test_every_pair_of_venues_is_compared_in_order():
     dice = random.Random(7)
     bars = {
         venue: frame(row(m, close=Decimal(20_000) + dice.randrange(-60, 60)) for m in minutes(1000))
@@ -173,23 +173,23 @@ def test_every_pair_in_order_and_its_spread():
         ("kraken", "b", 1000),
         ("binance", "b", 1000),
     ]
-    apart = sorted(
+    distances = sorted(
         abs((float(x) / float(y) - 1) * 1e4)
         for x, y in zip(bars["kraken"]["close"], bars["b"]["close"], strict=True)
     )
     assert found[1].close.largest == pytest.approx(apart[-1], abs=1e-4)
     assert found[1].close.p50 == pytest.approx(statistics.median(apart), abs=1e-4)
     assert found[1].close.p99 == pytest.approx(
-        statistics.quantiles(apart, n=100, method="inclusive")[98], abs=1e-4
+        statistics.quantiles(distances, n=100, method="inclusive")[98], abs=1e-4
     )
-    assert (found[1].warned, found[1].failed) == (sum(value >= 25 for value in apart), 0)
+    assert (found[1].warned, found[1].failed) == (sum(value >= 25 for value in distances), 0)
     assert pairs["open_time"].is_sorted()
     assert abs(largest_differences(pairs, 1)["close_bp"][0]) == max(
         abs(value) for value in pairs["close_bp"]
     )
 
 
-def test_the_picture_is_small_and_names_its_limits():
+def test_the_picture_of_differences_is_small():
     bars = {
         venue: frame(
             row(m, close=Decimal(20_000 + i * shift)) for i, m in enumerate(minutes(44_640)[::60])
@@ -256,7 +256,7 @@ def test_bad_entries_name_their_line(tmp_path: Path, text: str, line: int, compl
     assert complaint in str(error.value)
 
 
-def test_a_good_entry(tmp_path: Path):
+def test_a_valid_entry_is_loaded(tmp_path: Path):
     file = tmp_path / "universe.yaml"
     file.write_text(VENUES + "consolidate: {BTC/USDT: [kraken, binance]}\n")
     settings = load_settings({"MARKETDATA_UNIVERSE": str(file), "MARKETDATA_NOW": "2024-03-05"})
@@ -268,19 +268,21 @@ def test_a_good_entry(tmp_path: Path):
     assert BTC not in settings.markets
     with pytest.raises(
         BadInput,
-        match="consolidated:BTC-USDT is no market of a venue; it is made of kraken:BTC-USDT binance:BTC-USDT",
+        match="consolidated:BTC-USDT is no market of a venue; "
+        "it is made of kraken:BTC-USDT binance:BTC-USDT",
     ):
         settings.market("consolidated:BTC-USDT")
 
 
-# --------------------------------------------------------------------------------- real bars, an ou
+# --------------------------------------------------------------------------------- real bars
 Make = Callable[..., Settings]
 
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """`write(venues, rest, now=...)`: a universe of several venues below tmp_path, each as `name:
-    {...}`.
+    """Return `make(venues, rest, now=...)`, which writes and loads a universe of several venues.
+
+    Each venue is a line `name: {...}`; all stores lie below tmp_path.
     """
 
     def make(venues: Sequence[str], rest: str, now: str) -> Settings:
@@ -295,8 +297,8 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     return make
 
 
-def make_all(settings: Settings, timeframe: str = "1m") -> list[Consolidated]:
-    """Whatever is behind, made."""
+def build_outdated(settings: Settings, timeframe: str = "1m") -> list[Consolidated]:
+    """Build every consolidated partition that is not up to date."""
     with open_context(settings) as context:
         return list(
             context.bind(Consolidator).build(
@@ -331,9 +333,10 @@ SYMBOLS = {
 MARCH = "consolidated:BTC-USDT|2023-03-01"
 
 
-def the_exchange_s_own(exchange: Any, end: str) -> list[tuple[datetime, Decimal, str]]:
-    """By the exchange's truth: of each minute the close of Coinbase, else of Binance.US, which has
-    every minute.
+def true_closes(exchange: Any, end: str) -> list[tuple[datetime, Decimal, str]]:
+    """Return the close of each minute by the exchange's truth: of Coinbase, else of Binance.US.
+
+    Binance.US has every minute.
     """
     found: dict[datetime, tuple[datetime, Decimal, str]] = {}
     for venue in ("coinbaseexchange", "binanceus"):
@@ -342,13 +345,13 @@ def the_exchange_s_own(exchange: Any, end: str) -> list[tuple[datetime, Decimal,
     return sorted(found.values())
 
 
-def say_of_gaps(settings: Settings, cause: str, which: str) -> int:
-    """Write a cause beside some gaps, as the ledger of gaps does; how many."""
+def set_gap_causes(settings: Settings, cause: str, which: str) -> int:
+    """Write a cause for some gaps into the ledger; return their number."""
     with open_context(settings) as context, context.ledger.transaction() as db:
         return int(db.execute(f"UPDATE gaps SET cause = ? WHERE {which}", (cause,)).rowcount)
 
 
-def quiet_at_coinbase(settings: Settings) -> list[Window]:
+def no_trade_at_coinbase(settings: Settings) -> list[Window]:
     with open_context(settings) as context:
         return context.ledger.consolidations.no_trade_windows(
             raw_table(M1), Partition.parse("coinbaseexchange:BTC-USDT|2023-03-01")
@@ -356,41 +359,45 @@ def quiet_at_coinbase(settings: Settings) -> list[Window]:
 
 
 @needs_shared
-def test_a_venue_goes_down_and_comes_back(replay: Callable[..., Any], write: Make) -> None:
-    """Coinbase first: its maintenance of 2023-03-04 from 17:00, then an outage, then it is back. Its
-    own series never changes hands.
+def test_another_venue_replaces_the_first_one_only_while_it_is_down(
+    replay: Callable[..., Any], write: Make
+) -> None:
+    """Coinbase is first: it has maintenance on 2023-03-04 from 17:00, then an outage, then bars.
+
+    Its own series never holds bars of another venue.
     """
     exchange = replay("2023-03-04T19:00:30Z", kraken_rate=0, coinbase_rate=0)
     venues = [
-        f"{name}: {{symbols: [BTC/USDT], since: 2023-03-04T10:00, base_url: '{exchange.url}/{name.removesuffix('exchange')}'}}"
+        f"{name}: {{symbols: [BTC/USDT], since: 2023-03-04T10:00,"
+        f" base_url: '{exchange.url}/{name.removesuffix('exchange')}'}}"
         for name in SYMBOLS
     ]
     settings = write(
         venues, "consolidate: {BTC/USDT: [coinbaseexchange, binanceus, kraken]}", now="2023-03-05"
     )
     assert all(done.error is None for done in run_ingest(settings))
-    say_of_gaps(settings, "", "bars > 0")
-    (done,) = make_all(settings)
+    set_gap_causes(settings, "", "bars > 0")
+    (done,) = build_outdated(settings)
     assert (done.partition.key, done.changed, done.error) == (MARCH, True, None)
-    expected = the_exchange_s_own(exchange, "2023-03-04T19:00:00Z")
+    expected = true_closes(exchange, "2023-03-04T19:00:00Z")
     assert series(settings).select("open_time", "close", "venue").rows() == expected
     assert done.bars.equals(series(settings))
     during = done.bars.filter(pl.col("open_time") >= at("2023-03-04T17:10"))
     assert set(during["venue"]) == {"binanceus"}
     assert reasons(settings) == {}
 
-    # who was up and had no trade gives no bar: the ledger's word on each gap of Coinbase but its
-    # maintenance
-    assert say_of_gaps(settings, NO_TRADE, "market LIKE 'coinbase%' AND bars < 60") > 10
-    quiet = quiet_at_coinbase(settings)
+    # a venue that was up and had no trade gives no bar: so the ledger explains each gap of Coinbase
+    # except its maintenance
+    assert set_gap_causes(settings, NO_TRADE, "market LIKE 'coinbase%' AND bars < 60") > 10
+    no_trade = no_trade_at_coinbase(settings)
     assert reasons(settings) == {MARCH: "its venues' bars have changed"}
-    (done,) = make_all(settings)
-    left = [told for told in expected if not any(w.start <= told[0] < w.end for w in quiet)]
-    assert len(expected) - len(left) == sum(w.count(M1) for w in quiet)
-    assert series(settings).select("open_time", "close", "venue").rows() == left
+    (done,) = build_outdated(settings)
+    remaining = [row for row in expected if not any(w.start <= row[0] < w.end for w in no_trade)]
+    assert len(expected) - len(remaining) == sum(w.count(M1) for w in no_trade)
+    assert series(settings).select("open_time", "close", "venue").rows() == remaining
     assert set(during["open_time"]) <= set(done.bars["open_time"])
 
-    # down: the next one stands in
+    # the venue is down: the next one replaces it
     native = {
         name: content
         for name, content in lake_files(settings).items()
@@ -401,47 +408,48 @@ def test_a_venue_goes_down_and_comes_back(replay: Callable[..., Any], write: Mak
     exchange.admin(op="now", now="2023-03-04T23:00:30Z")
     failed = [one.partition.market.venue for one in run_ingest(settings) if one.error]
     assert failed == ["coinbaseexchange"]
-    (done,) = make_all(settings)
-    lent = done.bars.filter(pl.col("open_time") >= at("2023-03-04T19:00"))
-    assert set(lent["venue"]) == {"binanceus"}
-    assert lent.height == 240
+    (done,) = build_outdated(settings)
+    replacements = done.bars.filter(pl.col("open_time") >= at("2023-03-04T19:00"))
+    assert set(replacements["venue"]) == {"binanceus"}
+    assert replacements.height == 240
     assert lake_files(settings).items() >= native.items()
 
-    # and back: what was lent is taken back, Coinbase's maintenance stays with Binance.US
+    # the venue is up again: its bars replace the others, except in its maintenance
     exchange.admin(op="outage", venue="coinbase", on=False)
     assert all(one.error is None for one in run_ingest(settings, SkippingClock().policy()))
     assert reasons(settings) == {MARCH: "its venues' bars have changed"}
-    (done,) = make_all(settings)
+    (done,) = build_outdated(settings)
     assert done.changed
-    back = done.bars.filter(pl.col("open_time") >= at("2023-03-04T22:30"))
-    assert "coinbaseexchange" in set(back["venue"])
-    everywhere = the_exchange_s_own(exchange, "2023-03-04T23:00:00Z")
-    quiet = quiet_at_coinbase(settings)
-    left = [told for told in everywhere if not any(w.start <= told[0] < w.end for w in quiet)]
-    assert series(settings).select("open_time", "close", "venue").rows() == left
-    for market in settings.markets:  # never mixed into a venue's own series
+    after_outage = done.bars.filter(pl.col("open_time") >= at("2023-03-04T22:30"))
+    assert "coinbaseexchange" in set(after_outage["venue"])
+    everywhere = true_closes(exchange, "2023-03-04T23:00:00Z")
+    no_trade = no_trade_at_coinbase(settings)
+    remaining = [row for row in everywhere if not any(w.start <= row[0] < w.end for w in no_trade)]
+    assert series(settings).select("open_time", "close", "venue").rows() == remaining
+    for market in settings.markets:  # no series of a venue holds bars of another one
         with open_context(settings) as context:
             bars = context.bind(BarReader).read(market, M1, window("2023-03-01", "2023-04-01"))
-        told = {
+        closes_by_time = {
             r["t"]: Decimal(r["c"])
             for r in exchange.truth(
                 *SYMBOLS[market.venue], "1m", "2023-03-04T10:00Z", "2023-03-04T23:00Z"
             )
         }
         traded = bars.filter(pl.col("volume") > 0) if market.venue == "kraken" else bars
-        assert dict(zip(traded["open_time"].dt.epoch("ms"), traded["close"], strict=True)) == told
-    make_all(settings)
+        assert (
+            dict(zip(traded["open_time"].dt.epoch("ms"), traded["close"], strict=True))
+            == closes_by_time
+        )
+    build_outdated(settings)
     assert reasons(settings) == {}
 
 
 @needs_shared
 @pytest.mark.parametrize(("factor", "severity", "red"), [(1.005, "warning", 0), (1.02, "error", 1)])
-def test_a_planted_spike_is_found(
+def test_a_planted_difference_is_found(
     replay: Callable[..., Any], write: Make, factor: float, severity: str, red: int
 ) -> None:
-    """One close of Binance.US is restated half a percent, or two percent, higher; the calm real hours
-    beside it are within 25 bp.
-    """
+    """One close of Binance.US is restated 0.5 or 2 % higher; other minutes are within 25 bp."""
     exchange = replay("2023-03-05T12:00:30Z", kraken_rate=0, coinbase_rate=0)
     hour = "2023-03-05T09:00:00Z", "2023-03-05T10:00:00Z"
     traded = {r["t"] for r in exchange.truth("coinbase", "BTC-USDT", "1m", *hour)}
@@ -467,7 +475,7 @@ def test_a_planted_spike_is_found(
         venues, "consolidate: {BTC/USDT: [coinbaseexchange, binanceus]}", now="2023-03-06"
     )
     run_ingest(settings)
-    (done,) = make_all(settings)
+    (done,) = build_outdated(settings)
     with open_context(settings) as context:
         finding = context.bind(Consolidator).audit_consolidated(M1, done)
         assert len(context.ledger.checks.failed()) == red
@@ -480,7 +488,7 @@ def test_a_planted_spike_is_found(
     assert finding.shown["coinbaseexchange_binanceus_close_bp_max"] == pytest.approx(-spike, abs=20)
 
 
-# --------------------------------------------------------------------------------- Dagster, command
+# --------------------------------------------------------------------------------- Dagster
 ENDS = {"binance": "2023-11-29", "binanceus": "2023-12-02"}
 NOV, DEC = "2023-11-01", "2023-12-01"
 ALL = {f"consolidated:{name}|{month}" for name in ("BTC-USDT", "ETH-USDT") for month in (NOV, DEC)}
@@ -488,10 +496,13 @@ ALL = {f"consolidated:{name}|{month}" for name in ("BTC-USDT", "ETH-USDT") for m
 
 @pytest.fixture
 def settings(sandbox: tuple[SandboxExchange, str], write: Make) -> Settings:
-    """Two symbols at two venues: Binance until 2023-11-29, Binance.US until 2023-12-02."""
+    """Load two symbols at two venues: Binance until 2023-11-29, Binance.US until 2023-12-02."""
     both = f"symbols: [BTC/USDT, ETH/USDT], since: 2023-11-28, base_url: '{sandbox[1]}'"
     venues = [f"{name}: {{{both}, until: {end}}}" for name, end in ENDS.items()]
-    rest = "timeframes: [1h]\nconsolidate: {BTC/USDT: [binance, binanceus], ETH/USDT: [binanceus, binance]}"
+    rest = (
+        "timeframes: [1h]\n"
+        "consolidate: {BTC/USDT: [binance, binanceus], ETH/USDT: [binanceus, binance]}"
+    )
     return write(venues, rest, now="2024-01-10T00:00:00Z")
 
 
@@ -504,37 +515,43 @@ def run(
     )
 
 
-def test_the_asset_and_what_it_is_made_of(settings: Settings):
+def test_the_asset_depends_on_the_raw_partitions_of_its_venues(settings: Settings):
     definitions = build_definitions(settings)
     graph = definitions.get_repository_def().asset_graph
     node = graph.get(KEY)
     assert node.parent_keys == {dg.AssetKey(["raw", "ohlcv_1m"])}
     assert set(node.partitions_def.get_partition_keys()) == ALL
-    mapping, above = (
+    mapping, raw_partitions = (
         node.partition_mappings[dg.AssetKey(["raw", "ohlcv_1m"])],
         graph.get(dg.AssetKey(["raw", "ohlcv_1m"])).partitions_def,
     )
     one = node.partitions_def.subset_with_partition_keys([f"consolidated:ETH-USDT|{DEC}"])
-    needs = mapping.get_upstream_mapped_partitions_result_for_partitions(
-        one, node.partitions_def, above
+    upstream = mapping.get_upstream_mapped_partitions_result_for_partitions(
+        one, node.partitions_def, raw_partitions
     )
-    assert set(needs.partitions_subset.get_partition_keys()) == {
+    assert set(upstream.partitions_subset.get_partition_keys()) == {
         f"{venue}:ETH-USDT|{DEC}" for venue in ("binance", "binanceus")
     }
-    gives = mapping.get_downstream_partitions_for_partitions(
-        above.subset_with_partition_keys([f"binance:BTC-USDT|{NOV}"]), above, node.partitions_def
+    downstream = mapping.get_downstream_partitions_for_partitions(
+        raw_partitions.subset_with_partition_keys([f"binance:BTC-USDT|{NOV}"]),
+        raw_partitions,
+        node.partitions_def,
     )
-    assert set(gives.get_partition_keys()) == {f"consolidated:BTC-USDT|{NOV}"}
-    ingest, mine = (definitions.resolve_job_def(name).asset_layer for name in (INGEST, CONSOLIDATE))
+    assert set(downstream.get_partition_keys()) == {f"consolidated:BTC-USDT|{NOV}"}
+    ingest, consolidation = (
+        definitions.resolve_job_def(name).asset_layer for name in (INGEST, CONSOLIDATE)
+    )
     assert KEY not in ingest.executable_asset_keys
-    assert mine.executable_asset_keys == {KEY}
+    assert consolidation.executable_asset_keys == {KEY}
     assert {
-        check.name for check in mine.asset_graph.asset_check_keys if check.asset_key == KEY
+        check.name for check in consolidation.asset_graph.asset_check_keys if check.asset_key == KEY
     } == {"reconciled"}
     assert node.metadata["dagster/column_schema"].columns[-1].name == "venue"
 
 
-def test_without_the_key_there_is_nothing_of_it(sandbox: tuple[SandboxExchange, str], write: Make):
+def test_without_the_key_there_is_no_asset_and_no_sensor(
+    sandbox: tuple[SandboxExchange, str], write: Make
+):
     plain = write(
         [f"binance: {{symbols: [BTC/USDT], since: 2023-11-28, base_url: '{sandbox[1]}'}}"],
         "",
@@ -546,7 +563,7 @@ def test_without_the_key_there_is_nothing_of_it(sandbox: tuple[SandboxExchange, 
     assert reasons(plain) == {}
 
 
-def test_a_range_run(settings: Settings, instance: dg.DagsterInstance):
+def test_a_range_run_materializes_each_partition(settings: Settings, instance: dg.DagsterInstance):
     run_ingest(settings)
     done = run(settings, instance, f"consolidated:BTC-USDT|{NOV}", f"consolidated:ETH-USDT|{DEC}")
     assert done.success
@@ -556,35 +573,36 @@ def test_a_range_run(settings: Settings, instance: dg.DagsterInstance):
     btc, eth = (
         latest(instance, KEY, f"consolidated:{name}|{NOV}") for name in ("BTC-USDT", "ETH-USDT")
     )
-    there = {
+    bars_by_symbol = {
         name: truth(name, "1m", window("2023-11-28", "2023-12-01"))
         for name in ("BTCUSDT", "ETHUSDT")
     }
-    day = there["BTCUSDT"].filter(pl.col("open_time") < at("2023-11-29")).height
+    day = bars_by_symbol["BTCUSDT"].filter(pl.col("open_time") < at("2023-11-29")).height
     assert (btc["bars_binance"], btc["bars_binanceus"], btc["switches"]) == (
         day,
-        there["BTCUSDT"].height - day,
+        bars_by_symbol["BTCUSDT"].height - day,
         1,
     )
     assert (eth["bars_binanceus"], eth["switches"], eth["switched"]) == (
-        there["ETHUSDT"].height,
+        bars_by_symbol["ETHUSDT"].height,
         0,
         "never",
     )
     assert "bars_binance" not in eth
-    assert btc["rows"] == btc["dagster/partition_row_count"] == there["BTCUSDT"].height
+    assert btc["rows"] == btc["dagster/partition_row_count"] == bars_by_symbol["BTCUSDT"].height
     for picture in (btc["closes"], btc["differences"]):
         assert picture.startswith("![")
         assert len(picture) < 1000
+    # start and end of the range are swapped
     assert not run(
         settings, instance, f"consolidated:BTC-USDT|{DEC}", f"consolidated:ETH-USDT|{NOV}"
-    ).success  # ends swapped
+    ).success
     assert run(
         settings, instance, f"consolidated:BTC-USDT|{NOV}", f"consolidated:BTC-USDT|{NOV}"
     ).success
 
 
-def test_a_difference_in_the_check_and_a_failure_that_stays_alone(
+def test_the_check_shows_a_difference_and_a_failure_stops_no_other_partition(
     settings: Settings, instance: dg.DagsterInstance
 ):
     run_ingest(settings)
@@ -610,12 +628,12 @@ def test_a_difference_in_the_check_and_a_failure_that_stays_alone(
         for record in records
         if record.event and record.event.dagster_event
     ]
-    told = [
+    evaluations = [
         e.asset_check_evaluation_data
         for e in events
         if e.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION
     ]
-    found = [f for f in told if f.partition == f"consolidated:BTC-USDT|{NOV}"]
+    found = [f for f in evaluations if f.partition == f"consolidated:BTC-USDT|{NOV}"]
     assert [(f.passed, f.severity, f.blocking) for f in found] == [
         (False, dg.AssetCheckSeverity.ERROR, False)
     ]
@@ -638,7 +656,9 @@ def test_a_difference_in_the_check_and_a_failure_that_stays_alone(
     assert state.bytes is None
 
 
-def test_it_keeps_itself_up_to_date(settings: Settings, instance: dg.DagsterInstance):
+def test_the_sensor_requests_what_is_not_up_to_date(
+    settings: Settings, instance: dg.DagsterInstance
+):
     assert (
         tick(settings, instance, "keep_consolidated").skip_reason.skip_message
         == "every consolidated partition is up to date"
@@ -651,17 +671,17 @@ def test_it_keeps_itself_up_to_date(settings: Settings, instance: dg.DagsterInst
         f"consolidated:ETH-USDT|{DEC}",
     )
     assert request.tags[KIND] == CONSOLIDATE
-    assert (
-        tick(settings, instance, "keep_consolidated").run_requests[0].run_key == request.run_key
-    )  # a run that fails is not repeated at once
+    # a run that fails is not repeated at once
+    assert tick(settings, instance, "keep_consolidated").run_requests[0].run_key == request.run_key
     job = build_definitions(settings).resolve_job_def(CONSOLIDATE)
     assert job.execute_in_process(instance=instance, tags=dict(request.tags)).success
     assert not tick(settings, instance, "keep_consolidated").run_requests
 
-    # one raw partition changes, one object is lost, one event is gone: these and no others
+    # one raw partition changes, one object and one event are lost: only these are requested
     with open_context(settings) as context, context.ledger.transaction() as db:
         db.execute(
-            "UPDATE partitions SET digest = 'other' WHERE market = 'binanceus:BTC-USDT' AND month = ? AND tbl = 'raw/ohlcv_1m'",
+            "UPDATE partitions SET digest = 'other' WHERE market = 'binanceus:BTC-USDT'"
+            " AND month = ? AND tbl = 'raw/ohlcv_1m'",
             (DEC,),
         )
     (Path(settings.lake) / TABLE.path(Partition.parse(f"consolidated:ETH-USDT|{NOV}"))).unlink()
@@ -671,39 +691,38 @@ def test_it_keeps_itself_up_to_date(settings: Settings, instance: dg.DagsterInst
         f"consolidated:ETH-USDT|{NOV}": "its object is not in the lake any more",
     }
     again = tick(settings, instance, "keep_consolidated").run_requests
+    # the grid shows the lost partitions as missing
     assert instance.get_materialized_partitions(KEY) == {
         f"consolidated:BTC-USDT|{month}" for month in (NOV, DEC)
-    }  # the grid tells the truth
+    }
     for request in again:
         assert job.execute_in_process(instance=instance, tags=dict(request.tags)).success
     assert instance.get_materialized_partitions(KEY) == ALL
     assert reasons(settings) == {}
-    nothing = dg.AssetKey(
-        ["reconciled", "ohlcv_1m"]
-    )  # `retire` takes back events of whatever it removes; this table is no asset
-    instance.wipe_asset_partitions(nothing, sorted(ALL))
-    assert instance.get_materialized_partitions(nothing) == set()
+    # `retire` wipes the events of every table from which it removes; this table is no asset
+    no_asset = dg.AssetKey(["reconciled", "ohlcv_1m"])
+    instance.wipe_asset_partitions(no_asset, sorted(ALL))
+    assert instance.get_materialized_partitions(no_asset) == set()
 
 
-def test_another_order_of_venues_is_another_series(settings: Settings):
+def test_another_order_of_venues_rebuilds_the_series(settings: Settings):
     run_ingest(settings)
-    make_all(settings)
+    build_outdated(settings)
     assert reasons(settings) == {}
     parts = {**settings.consolidate, BTC: tuple(reversed(settings.consolidate[BTC]))}
-    turned = settings.model_copy(update={"consolidate": parts})
-    assert reasons(turned) == {
+    reversed_order = settings.model_copy(update={"consolidate": parts})
+    assert reasons(reversed_order) == {
         f"consolidated:BTC-USDT|{month}": "its venues' bars have changed" for month in (NOV, DEC)
     }
-    assert [done.changed for done in make_all(turned)] == [
-        True,
-        False,
-    ]  # in December there is one venue only
-    assert set(series(turned)["venue"]) == {"binanceus"}
+    # December has one venue only
+    assert [done.changed for done in build_outdated(reversed_order)] == [True, False]
+    assert set(series(reversed_order)["venue"]) == {"binanceus"}
 
 
-def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: Make):
+def test_command_reader_and_sql_read_the_series(sandbox: tuple[SandboxExchange, str], write: Make):
     venues = [
-        f"{name}: {{symbols: [BTC/USDT], since: 2023-11-28, until: {end}, base_url: '{sandbox[1]}'}}"
+        f"{name}: {{symbols: [BTC/USDT], since: 2023-11-28, until: {end},"
+        f" base_url: '{sandbox[1]}'}}"
         for name, end in ENDS.items()
     ]
     settings = write(
@@ -716,7 +735,7 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
     assert first.returncode == 0, says(first)
     second = marketdata("backfill")
     assert (second.returncode, "nothing to do" in says(second)) == (0, True)
-    told = marketdata(
+    printed = marketdata(
         "bars",
         "consolidated:BTC-USDT",
         "1m",
@@ -760,8 +779,9 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
             0,
             0,
         )
-    gone = replace(settings, consolidate={})
-    with open_context(gone) as context:  # taken out of the universe: still read
+    without_series = replace(settings, consolidate={})
+    # a series that was removed from the universe can still be read
+    with open_context(without_series) as context:
         assert (
             context.bind(BarReader)
             .read(
@@ -773,9 +793,9 @@ def test_by_command_reader_and_sql(sandbox: tuple[SandboxExchange, str], write: 
         )
 
 
-def test_retention(settings: Settings):
+def test_retention_keeps_a_series_without_its_raw_months(settings: Settings):
     run_ingest(settings)
-    make_all(settings)
+    build_outdated(settings)
     before = {
         name: content
         for name, content in lake_files(settings).items()
@@ -786,14 +806,14 @@ def test_retention(settings: Settings):
         db.execute("UPDATE partitions SET rolled = digest WHERE tbl = 'raw/ohlcv_1m'")
     with open_context(old) as context:
         assert {
-            (gone.table.name, gone.partition.month_key[:7])
-            for gone in context.bind(Retirer).retire()
-            if gone.what == REMOVED
+            (removal.table.name, removal.partition.month_key[:7])
+            for removal in context.bind(Retirer).retire()
+            if removal.what == REMOVED
         } == {("raw/ohlcv_1m", "2023-11")}
         assert context.bind(Consolidator).find_outdated(look=True) == {}
-        (left,) = context.bind(Consolidator).build(M1, [Partition(BTC, month_of(at(NOV)))])
-        assert (left.changed, left.error, left.bars.height) == (False, None, 3 * 1440)
-        assert "it stays as it is" in str(left.note)
+        (kept,) = context.bind(Consolidator).build(M1, [Partition(BTC, month_of(at(NOV)))])
+        assert (kept.changed, kept.error, kept.bars.height) == (False, None, 3 * 1440)
+        assert "it stays as it is" in str(kept.note)
     assert {
         name: content
         for name, content in lake_files(settings).items()
@@ -801,7 +821,9 @@ def test_retention(settings: Settings):
     } == before
     short = replace(old, retention={TABLE.name: 5, reconciled_table(M1).name: 5})
     with open_context(short) as context:
-        assert {(gone.table.name, gone.what) for gone in context.bind(Retirer).retire()} == {
+        assert {
+            (removal.table.name, removal.what) for removal in context.bind(Retirer).retire()
+        } == {
             (TABLE.name, "removed"),
             (reconciled_table(M1).name, "removed"),
         }
@@ -810,15 +832,18 @@ def test_retention(settings: Settings):
 
 
 @pytest.mark.usefixtures("either_database")
-def test_the_ledger_in_both_databases(settings: Settings):
+def test_the_ledger_finds_changed_gaps_in_both_databases(settings: Settings):
     run_ingest(settings)
-    make_all(settings)
+    build_outdated(settings)
     partition = Partition.parse(f"binance:BTC-USDT|{NOV}")
     with open_context(settings) as context:
         assert context.bind(Consolidator).find_outdated(look=True) == {}
         assert context.ledger.consolidations.no_trade_windows(raw_table(M1), partition) == []
         columns = 'tbl, market, month, start, "end", bars, reason, answers, evidence, cause'
-        insert = f"INSERT INTO gaps ({columns}) VALUES ('raw/ohlcv_1m', ?, ?, ?, ?, 2, 'no_bars', 2, '', ?)"
+        insert = (
+            f"INSERT INTO gaps ({columns})"
+            " VALUES ('raw/ohlcv_1m', ?, ?, ?, ?, 2, 'no_bars', 2, '', ?)"
+        )
         where = partition.market.key, partition.month_key
         with context.ledger.transaction() as db:
             db.execute(insert, (*where, "2023-11-28T05:00:00Z", "2023-11-28T05:02:00Z", "halted"))
@@ -834,7 +859,8 @@ def test_the_ledger_in_both_databases(settings: Settings):
                 list(context.bind(Consolidator).find_outdated(look=True)),
             )
         )
-        with context.ledger.transaction() as db:  # two others in its place: as many bars, elsewhere
+        # another gap with as many bars replaces it
+        with context.ledger.transaction() as db:
             db.execute(
                 'UPDATE gaps SET start = ?, "end" = ? WHERE cause = ?',
                 ("2023-11-28T07:00:00Z", "2023-11-28T07:02:00Z", NO_TRADE),
@@ -847,11 +873,11 @@ def test_the_ledger_in_both_databases(settings: Settings):
         ]
 
 
-def test_a_lake_that_is_not_mounted_is_left_alone(
+def test_a_lake_that_is_not_mounted_is_not_changed(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ):
     run_ingest(settings)
-    make_all(settings)
+    build_outdated(settings)
     monkeypatch.setattr("marketdata_assets.flows.derive.consolidate.MANY", 3)
     for partition in sorted(ALL):
         (Path(settings.lake) / TABLE.path(Partition.parse(partition))).unlink()

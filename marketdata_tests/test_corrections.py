@@ -1,6 +1,4 @@
-"""Corrections: a venue tells closed bars otherwise; the new revision is read, the old one is kept, and
-every moment can be read.
-"""
+"""Corrections: a venue restates closed bars; both revisions are kept and can be read."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lake import Lake
 from marketdata_assets.storage.lockfile import write_lock
@@ -57,27 +55,27 @@ from marketdata_tests.steps import (
 )
 
 MINUTE = TIMEFRAMES["1m"]
-ROLLED = ("5m", "1h", "1d")
+ROLLUPS = ("5m", "1h", "1d")
 
 
 @dataclass
 class Stage:
-    """A universe before an exchange that corrects its bars; `told` is what it says now."""
+    """A universe and an exchange that corrects its bars; `current` holds its present bars."""
 
     exchange: SandboxExchange
     settings: Settings
     span: Window
     patch: pytest.MonkeyPatch
-    told: pl.DataFrame = field(init=False)
+    current: pl.DataFrame = field(init=False)
 
     def __post_init__(self) -> None:
-        self.told = truth("BTCUSDT", "1m", self.span)
+        self.current = truth("BTCUSDT", "1m", self.span)
         self.exchange.tamper = self.tamper
 
     async def tamper(self, request: web.Request, rows: list[list[Any]]) -> Any:
         if request.query["interval"] != "1m":
             return None
-        now = {int(t.timestamp() * 1000): rest for t, *rest in self.told.rows()}
+        now = {int(t.timestamp() * 1000): rest for t, *rest in self.current.rows()}
         return [
             row
             if row[0] not in now
@@ -91,18 +89,18 @@ class Stage:
         return [str(quote), trades, str(taker), str(taker_quote), "0"]
 
     def correct(self, opens: list[datetime], factor: str = "1.25") -> None:
-        """All amounts of these bars by a factor, and the close moved to the high."""
+        """Multiply all amounts of these bars by a factor and move the close to the high."""
         grown = [
             (pl.col(n) * Decimal(factor)).round(8).cast(BAR_SCHEMA[n]).alias(n)
             for n in BAR_SCHEMA
             if "volume" in n
         ]
-        changed = self.told.filter(pl.col("open_time").is_in(opens)).with_columns(
+        changed = self.current.filter(pl.col("open_time").is_in(opens)).with_columns(
             *grown, pl.col("high").alias("close")
         )
-        self.told = pl.concat([self.told.join(changed, on="open_time", how="anti"), changed]).sort(
-            "open_time"
-        )
+        self.current = pl.concat(
+            [self.current.join(changed, on="open_time", how="anti"), changed]
+        ).sort("open_time")
 
     def at(self, text: str) -> Settings:
         self.patch.setenv("MARKETDATA_NOW", text)
@@ -119,9 +117,9 @@ class Stage:
 
 @pytest.fixture
 def stage(universe: Universe, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    """Three days over the turn of a month, and a first fetch of them on 5 January."""
+    """Four days around the turn of the year, which were first fetched on January 5."""
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         settings = universe(url, since="2023-12-30", until="2024-01-03", now="2024-01-05")
         found = Stage(exchange, settings, window("2023-12-30", "2024-01-03"), monkeypatch)
         assert all(done.complete for done in found.ingest("2024-01-05"))
@@ -131,36 +129,32 @@ def stage(universe: Universe, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage
 def assert_reads(
     context: Context, expected: pl.DataFrame, span: Window, moment: datetime | None = None
 ) -> None:
-    """All timeframes, now or as of a moment, equal what `expected` holds and what is rolled up from
-    it.
-    """
+    """Check all timeframes, now or as of a moment, against `expected` and its rollups."""
     read: Callable[..., pl.DataFrame] = read_bars if moment is None else read_as_of
     rest = () if moment is None else (moment,)
     assert_frame_equal(read(context, BTC, MINUTE, span, *rest), expected, check_exact=True)
-    made = roll_up(expected, MINUTE, [TIMEFRAMES[name] for name in ROLLED], span)
-    for tf, frame in made.items():
+    rolled_up = roll_up(expected, MINUTE, [TIMEFRAMES[name] for name in ROLLUPS], span)
+    for tf, frame in rolled_up.items():
         assert_frame_equal(read(context, BTC, tf, span, *rest), frame, check_exact=True)
 
 
 @pytest.mark.parametrize("rollups", ["duckdb", "parquet"])
-def test_every_revision_can_be_read_as_of_its_time(
+def test_every_moment_reads_the_bars_that_were_known_then(
     stage: Stage, rollups: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bars are corrected, some of them twice; before, between and after, each moment reads what was
-    known then.
-    """
+    """Bars are corrected, some of them twice; reads cover moments before, between and after."""
     monkeypatch.setenv("MARKETDATA_ROLLUPS", rollups)
     stage.ingest("2024-01-05T00:00:01")
-    dice, first = random.Random(5), stage.told
+    dice, first = random.Random(5), stage.current
     opens = first["open_time"].to_list()
     once = dice.sample(opens, 200)
     stage.correct(once)
-    second = stage.told
+    second = stage.current
     done = stage.ingest("2024-01-06", stage.span)
     assert sum(d.replaced.height for d in done) == 200
     assert all(d.account.is_balanced for d in done)
     stage.correct([*dice.sample(once, 50), *dice.sample(opens, 50)], "0.8")
-    third = stage.told
+    third = stage.current
     stage.ingest("2024-01-07", stage.span)
     assert quarantined(stage.settings) == []
     with open_context(stage.at("2024-01-08")) as context:
@@ -183,10 +177,8 @@ def test_every_revision_can_be_read_as_of_its_time(
         assert_frame_equal(found, second, check_exact=True)
 
 
-def test_what_was_not_corrected_stays(stage: Stage) -> None:
-    """Only the corrected bar and the rollups that hold it change; the month without a correction keeps
-    its bytes.
-    """
+def test_bars_without_a_correction_stay(stage: Stage) -> None:
+    """Only the corrected bar and its rollups change; the other month keeps its bytes."""
     moment = at("2024-01-02T10:07")
     files = {
         p: p.read_bytes() for p in Path(stage.settings.lake).rglob("*month=2023-12*/*.parquet")
@@ -194,7 +186,7 @@ def test_what_was_not_corrected_stays(stage: Stage) -> None:
     with open_context(stage.settings) as context:
         before = {
             name: context.bind(BarReader).read(BTC, TIMEFRAMES[name], stage.span)
-            for name in ("1m", *ROLLED)
+            for name in ("1m", *ROLLUPS)
         }
     stage.correct([moment])
     (_, done) = stage.ingest("2024-01-06", stage.span)
@@ -212,7 +204,7 @@ def test_what_was_not_corrected_stays(stage: Stage) -> None:
     assert files
 
 
-def test_the_report_says_what_changed_by_how_much_and_since_when(stage: Stage) -> None:
+def test_the_report_lists_both_values_and_both_times(stage: Stage) -> None:
     moment = at("2024-01-02T10:07")
     stage.correct([moment])
     stage.ingest("2024-01-06", stage.span)
@@ -259,15 +251,16 @@ def test_the_report_says_what_changed_by_how_much_and_since_when(stage: Stage) -
     assert isinstance(first, Correction)
 
 
-def test_the_last_hour_is_asked_again_with_the_newest_bars(
+def test_the_last_hour_is_fetched_again_with_the_newest_bars(
     universe: Universe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A refresh finds what was corrected in the last hour, two neighbours as well, in the request that
-    brings the new bars.
+    """A refresh finds corrections of the last hour in the request that returns the new bars.
+
+    Two neighbors that are both corrected are found as well.
     """
     clock = [ms("2024-01-02T10:00")]
     exchange = SandboxExchange(now=lambda: clock[0], weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         settings = universe(url, since="2024-01-01", now="2024-01-02T10:00")
         stage = Stage(exchange, settings, window("2024-01-01", "2024-01-02T11:00"), monkeypatch)
         stage.ingest("2024-01-02T10:00")
@@ -278,7 +271,7 @@ def test_the_last_hour_is_asked_again_with_the_newest_bars(
             at("2024-01-02T09:20"),
             at("2024-01-02T09:21"),
         ]
-        assert len(bar_requests(exchange)) == 2  # the second one confirms
+        assert len(bar_requests(exchange)) == 2  # the second request confirms the correction
         assert done.bars.height == 34 * 60 + 5
         monkeypatch.setenv("MARKETDATA_CORRECTIONS", "{run_minutes: 0}")
         stage.correct([at("2024-01-02T09:30")])
@@ -287,9 +280,9 @@ def test_the_last_hour_is_asked_again_with_the_newest_bars(
         assert done.replaced.is_empty()
 
 
-def test_a_correction_that_breaks_a_rule_is_refused_and_the_old_bar_stays(stage: Stage) -> None:
-    moment, good = at("2024-01-02T10:07"), stage.told
-    stage.told = good.with_columns(
+def test_a_correction_that_breaks_a_rule_is_rejected_and_the_old_bar_stays(stage: Stage) -> None:
+    moment, good = at("2024-01-02T10:07"), stage.current
+    stage.current = good.with_columns(
         pl.when(pl.col("open_time") == moment)
         .then(-pl.col("volume"))
         .otherwise("volume")
@@ -307,11 +300,9 @@ def test_a_correction_that_breaks_a_rule_is_refused_and_the_old_bar_stays(stage:
         assert_reads(context, good, stage.span)
 
 
-def test_a_venue_that_denies_most_bars_is_not_believed(stage: Stage) -> None:
-    """Another symbol's bars for a day are refused as a whole; with the days around them, of which most
-    agree, they are taken.
-    """
-    good, day = stage.told, window("2024-01-01", "2024-01-02")
+def test_a_venue_that_contradicts_most_bars_is_rejected(stage: Stage) -> None:
+    """A day of bars that all differ is rejected; half a day among four equal days is accepted."""
+    good, day = stage.current, window("2024-01-01", "2024-01-02")
     stage.correct([t for t in good["open_time"] if day.start <= t < day.end])
     (_, done) = stage.ingest("2024-01-06", day)
     assert "contradict the stored bars of [2024-01-01T00:00:00Z, 2024-01-02T00:00:00Z)" in str(
@@ -321,27 +312,28 @@ def test_a_venue_that_denies_most_bars_is_not_believed(stage: Stage) -> None:
         assert_reads(context, good, stage.span)
         assert context.storage.lake.read(history_table(MINUTE), done.partition) is None
     half = window("2024-01-01", "2024-01-01T12:00")
-    stage.told = good
+    stage.current = good
     stage.correct([t for t in good["open_time"] if half.start <= t < half.end])
     (_, done) = stage.ingest("2024-01-06", stage.span)
     assert (done.error, done.replaced.height) == (None, 720)
 
 
-def test_as_of_before_the_first_fetch_is_told(stage: Stage) -> None:
+def test_as_of_before_the_first_fetch_is_refused(stage: Stage) -> None:
     with open_context(stage.at("2024-01-06")) as context:
         with pytest.raises(
             BadInput,
-            match=r"nothing of binance:BTC-USDT in these months was known at 2024-01-04T00:00:00Z; the first of it was",
+            match=r"nothing of binance:BTC-USDT in these months was known at 2024-01-04T00:00:00Z; "
+            r"the first of it was",
         ):
             context.bind(AsOfReader).read(BTC, MINUTE, stage.span, moment=at("2024-01-04"))
         with pytest.raises(BadInput, match="lies in the future"):
             context.bind(AsOfReader).read(BTC, MINUTE, stage.span, moment=at("2024-01-07"))
 
 
-def test_a_run_that_died_between_history_and_bars_loses_and_doubles_nothing(
+def test_a_run_that_dies_between_history_and_bars_loses_and_doubles_nothing(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moment, first = at("2024-01-02T10:07"), stage.told
+    moment, first = at("2024-01-02T10:07"), stage.current
     stage.correct([moment])
     write = Lake.write
 
@@ -351,7 +343,7 @@ def test_a_run_that_died_between_history_and_bars_loses_and_doubles_nothing(
         return write(lake, table, partition, frame)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Lake, "write", dies)
+        patched.setattr(Lake, "write", write_unless_raw)
         with pytest.raises(KeyboardInterrupt):
             stage.ingest("2024-01-06", stage.span)
     with open_context(stage.at("2024-01-07")) as context:
@@ -368,20 +360,18 @@ def test_a_run_that_died_between_history_and_bars_loses_and_doubles_nothing(
             for c in corrections(context.settings, context.storage.lake, [BTC], window=stage.span)
         ] == [at("2024-01-07")]
         assert_reads(context, first, stage.span, at("2024-01-06T12:00"))
-        assert_reads(context, stage.told, stage.span)
+        assert_reads(context, stage.current, stage.span)
 
 
-def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(
+def test_bars_of_a_file_are_ingested_beside_those_of_the_venue(
     universe: Universe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """New ones are stored with their source, equal ones are identical, other ones are refused; nothing
-    is asked.
-    """
+    """New bars are stored with their source, different bars are rejected, no request is sent."""
     settings = universe(
         "http://127.0.0.1:1", since="2024-01-01", until="2024-01-02", now="2024-01-05"
     )
     day = window("2024-01-01", "2024-01-02")
-    bars = truth("BTCUSDT", "1m", day)
+    bars = generate_bars("BTCUSDT", "1m", day)
     (january,) = partitions(settings)
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
     with open_context(settings) as context:
@@ -393,15 +383,15 @@ def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(
             False,
             window("2024-01-01", "2024-01-01T12:00"),
         )
-        hole = bars.slice(700).filter(pl.col("open_time") != at("2024-01-01T20:00"))
-        moved = hole.with_columns(
+        rest = bars.slice(700).filter(pl.col("open_time") != at("2024-01-01T20:00"))
+        changed = rest.with_columns(
             pl.when(pl.col("open_time") == at("2024-01-01T11:50"))
             .then(pl.lit(7))
             .otherwise("trades")
             .alias("trades")
         )
         done = context.bind(PartitionStore).ingest_frame(
-            MINUTE, january, moved, rejected=empty, source="b.csv"
+            MINUTE, january, changed, rejected=empty, source="b.csv"
         )
         assert (
             done.account.received,
@@ -436,17 +426,17 @@ def test_bars_that_a_file_told_are_taken_in_beside_those_of_the_venue(
     )
 
 
-def test_columns_that_a_file_does_not_give_are_no_disagreement(universe: Universe) -> None:
+def test_columns_that_are_missing_in_a_file_are_no_disagreement(universe: Universe) -> None:
     settings = universe(
         "http://127.0.0.1:1", since="2024-01-01", until="2024-01-02", now="2024-01-05"
     )
-    bars = truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-02"))
+    bars = generate_bars("BTCUSDT", "1m", window("2024-01-01", "2024-01-02"))
     (january,) = partitions(settings)
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
     fewer = bars.with_columns(pl.lit(None, BAR_SCHEMA["quote_volume"]).alias("quote_volume"))
     with open_context(settings) as context:
         context.bind(PartitionStore).ingest_frame(
-            MINUTE, january, bars, rejected=empty, source="whole.csv"
+            MINUTE, january, bars, rejected=empty, source="all.csv"
         )
         done = context.bind(PartitionStore).ingest_frame(
             MINUTE, january, fewer, rejected=empty, source="fewer.csv"
@@ -455,7 +445,7 @@ def test_columns_that_a_file_does_not_give_are_no_disagreement(universe: Univers
     assert_frame_equal(done.bars, bars, check_exact=True)
 
 
-def test_bars_of_before_revisions_were_kept_count_as_always_known(stage: Stage) -> None:
+def test_bars_without_provenance_count_as_always_known(stage: Stage) -> None:
     with open_context(stage.at("2024-01-06")) as context:
         for partition in partitions(stage.settings):
             bars = context.storage.lake.read(raw_table(MINUTE), partition)
@@ -465,18 +455,19 @@ def test_bars_of_before_revisions_were_kept_count_as_always_known(stage: Stage) 
 
 
 @pytest.mark.parametrize("rollups", ["duckdb", "parquet"])
-def test_a_pinned_dataset_is_proved_and_read_after_corrections(
+def test_a_locked_dataset_is_proved_and_read_after_corrections(
     stage: Stage, rollups: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Three locks, with corrections between them: each is proved, from the history where it must be,
-    and read by its file.
+    """Three locks with corrections between them are proved, and each lock file reads its bars.
+
+    The history proves the first two.
     """
     monkeypatch.setenv("MARKETDATA_ROLLUPS", rollups)
     stage.ingest("2024-01-05T00:00:01")
-    locks, told, dice = [], [], random.Random(5)
+    locks, snapshots, dice = [], [], random.Random(5)
     for day in ("2024-01-05T00:00:02", "2024-01-06", "2024-01-07"):
         if locks:
-            stage.correct(dice.sample(stage.told["open_time"].to_list(), 200))
+            stage.correct(dice.sample(stage.current["open_time"].to_list(), 200))
             stage.ingest(day, stage.span)
         with open_context(stage.at(day)) as context:
             locks.append(
@@ -489,7 +480,7 @@ def test_a_pinned_dataset_is_proved_and_read_after_corrections(
             found = context.bind(DatasetLocker).verify(one)
             assert (found.proved, found.differences) == (len(one.partitions), [])
             assert bool(found.from_history) == (one is not locks[-1])
-    for one, bars in zip(locks, told, strict=True):
+    for one, bars in zip(locks, snapshots, strict=True):
         write_lock(tmp_path / "pinned.lock.json", one)
         done = CliRunner().invoke(
             app,
@@ -509,7 +500,7 @@ def test_a_pinned_dataset_is_proved_and_read_after_corrections(
         assert closes.equals(bars["close"])
 
 
-def test_what_was_changed_by_hand_is_not_proved_from_history(stage: Stage) -> None:
+def test_a_change_by_hand_is_not_proved_from_history(stage: Stage) -> None:
     with open_context(stage.at("2024-01-06")) as context:
         one = context.bind(DatasetLocker).lock("pinned", stage.settings.markets, stage.span)
         partition = partitions(stage.settings)[0]
@@ -522,14 +513,12 @@ def test_what_was_changed_by_hand_is_not_proved_from_history(stage: Stage) -> No
         assert [(d.table, d.what) for d in found.differences] == [("raw/ohlcv_1m", "other content")]
 
 
-def test_the_venue_and_a_file_that_gives_more_or_less_do_not_contradict_each_other(
+def test_a_venue_and_a_file_with_other_columns_do_not_contradict_each_other(
     universe: Universe,
 ) -> None:
-    """Bars with a trade count from a file, then the API without one; bars without quote volume, then
-    the API with it.
-    """
+    """First the file alone has trade counts, then the API alone has quote volumes."""
     span, empty = window("2024-01-01", "2024-01-01T12:00"), pl.DataFrame(schema=REJECTED_SCHEMA)
-    every = truth("BTCUSDT", "1m", span)
+    every = generate_bars("BTCUSDT", "1m", span)
     more = every.with_columns(
         pl.lit(None, BAR_SCHEMA[n]).alias(n) for n in COLUMN_NAMES if "quote" in n or "taker" in n
     )
@@ -565,7 +554,7 @@ def test_the_venue_and_a_file_that_gives_more_or_less_do_not_contradict_each_oth
     assert_frame_equal(done.bars.head(600), more.head(600), check_exact=True)
     assert done.bars["trades"].null_count() == 120
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         settings = universe(url, since="2024-01-01", until="2024-01-01T12:00", now="2024-01-05")
         (january,) = partitions(settings)
         with open_context(settings, policy=SkippingClock().policy()) as context:

@@ -1,5 +1,6 @@
-"""kill -9 of every process of `marketdata dev`: what the UI says of runs is true soon after, and
-nothing is left behind.
+"""SIGKILL for every process of `marketdata dev`: the UI soon shows the true status of each run.
+
+No process is left behind.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from marketdata_assets.cli import processes
 from marketdata_assets.dagster_ext import launcher
 from marketdata_assets.dagster_ext.launcher import PROCESS_TAG, lives, process_id
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_tests.conftest import SANDBOX_NOW
 
 BTC_DEC, BTC, ETH = (
@@ -39,7 +40,12 @@ BTC_DEC, BTC, ETH = (
 TICKS = 20.0
 """Two ticks of the run monitoring."""
 UNIVERSE = """# the sensors find nothing to do: all months lie too far back
-venues: {{binance: {{symbols: [BTC/USDT, ETH/USDT], since: 2023-12-31, until: 2024-01-03, base_url: "{url}"}}}}
+venues:
+  binance:
+    symbols: [BTC/USDT, ETH/USDT]
+    since: 2023-12-31
+    until: 2024-01-03
+    base_url: "{url}"
 lake: {folder}/lake
 duckdb: {folder}/market.duckdb
 state: {folder}/state
@@ -50,17 +56,18 @@ LAUNCH = """mutation($selector: JobOrPipelineSelector!, $tags: [ExecutionTag!]!)
     __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
 RUN = """query($id: ID!) { runOrError(runId: $id) { ... on Run {
   status tags { key value } eventConnection { events { ... on MessageEvent { message } } } } } }"""
-TERMINATE = "mutation($id: String!) { terminateRun(runId: $id) { __typename ... on TerminateRunFailure { message } } }"
+TERMINATE = """mutation($id: String!) { terminateRun(runId: $id) {
+  __typename ... on TerminateRunFailure { message } } }"""
 RELOAD = """mutation { reloadRepositoryLocation(repositoryLocationName: "marketdata_assets") {
   ... on WorkspaceLocationEntry { locationOrLoadError { __typename } } } }"""
 KEYS = "{ assetNodes { partitionKeys } }"
 
 
 def soon(true: Callable[[], Any], seconds: float, what: str) -> Any:
-    """What it gives once it is true."""
+    """Wait until `true` returns a true value, and return that value."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with suppress(OSError):  # a server that is dead for a moment
+        with suppress(OSError):  # the server restarts
             if value := true():
                 return value
         threading.Event().wait(0.1)
@@ -68,12 +75,13 @@ def soon(true: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 class Stack:
-    """`marketdata dev` as processes that carry a mark, on an exchange that can hold its answers
-    back.
+    """`marketdata dev` with a mark in the environment of its processes, on a controllable exchange.
+
+    The exchange delays its answers while `hold` is set.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.mark, self.hold, self.held = (
+        self.folder, self.mark, self.hold, self.delayed = (
             folder,
             f"MARKETDATA_MARK={uuid.uuid4()}",
             threading.Event(),
@@ -87,7 +95,7 @@ class Stack:
         )
 
     async def _answer(self, *_: Any) -> None:
-        self.held += self.hold.is_set()
+        self.delayed += self.hold.is_set()
         while self.hold.is_set():
             await asyncio.sleep(0.05)
 
@@ -103,7 +111,7 @@ class Stack:
                 self.command(), env=environment, stdout=log, stderr=log, start_new_session=True
             )
         soon(
-            lambda: self.supervisor.poll() is not None or self.said("UI ready"),
+            lambda: self.supervisor.poll() is not None or self.logged("UI ready"),
             120,
             "the UI is ready",
         )
@@ -115,11 +123,11 @@ class Stack:
     def log(self) -> str:
         return (self.folder / "dev.log").read_text()
 
-    def said(self, words: str) -> bool:
+    def logged(self, words: str) -> bool:
         return words in self.log()
 
     def pids(self, words: str = "") -> list[int]:
-        """Living marked processes whose command line holds these words."""
+        """Return the ids of live marked processes whose command line contains these words."""
         found = []
         for process in Path("/proc").iterdir():
             with suppress(OSError):
@@ -131,15 +139,15 @@ class Stack:
         return found
 
     def kill(self, *words: str) -> list[int]:
-        """kill -9, each once; who it was."""
-        victims = [pid for word in words for pid in self.pids(word)]
-        assert len(victims) >= len(words), f"{words}: {victims}"
-        for pid in victims:
+        """Send SIGKILL to the processes once each, and return their ids."""
+        pids = [pid for word in words for pid in self.pids(word)]
+        assert len(pids) >= len(words), f"{words}: {pids}"
+        for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        return victims
+        return pids
 
-    def ask(self, query: str, **variables: Any) -> Any:
+    def query(self, query: str, **variables: Any) -> Any:
         body = json.dumps({"query": query, "variables": variables}).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/graphql", body, {"Content-Type": "application/json"}
@@ -148,10 +156,10 @@ class Stack:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
-            says = error.read().decode()
+            message = error.read().decode()
             if error.code == 400:
-                pytest.fail(says)
-            raise ConnectionError(says) from None
+                pytest.fail(message)
+            raise ConnectionError(message) from None
 
     def launch(self, partition: str) -> str:
         selector = {
@@ -163,28 +171,28 @@ class Stack:
             {"key": f"dagster/asset_partition_range_{end}", "value": partition}
             for end in ("start", "end")
         ]
-        launched = self.ask(LAUNCH, selector=selector, tags=tags)["launchRun"]
+        launched = self.query(LAUNCH, selector=selector, tags=tags)["launchRun"]
         return launched["run"]["runId"] if launched["__typename"] == "LaunchRunSuccess" else ""
 
     def reload(self) -> bool:
-        entry = self.ask(RELOAD)["reloadRepositoryLocation"]
+        entry = self.query(RELOAD)["reloadRepositoryLocation"]
         return bool(entry["locationOrLoadError"]["__typename"] == "RepositoryLocation")
 
     def run(self, run_id: str) -> dict[str, Any]:
-        return self.ask(RUN, id=run_id)["runOrError"]
+        return self.query(RUN, id=run_id)["runOrError"]
 
-    def becomes(self, run_id: str, status: str, seconds: float = 60.0) -> list[str]:
-        """Wait for that status; what the run's events say."""
+    def wait_for_status(self, run_id: str, status: str, seconds: float = 60.0) -> list[str]:
+        """Wait until the run has that status, and return the messages of its events."""
         soon(lambda: self.run(run_id)["status"] == status, seconds, f"the run is {status}")
         return [event["message"] for event in self.run(run_id)["eventConnection"]["events"]]
 
-    def working(self, partition: str) -> tuple[str, int]:
-        """A run that has begun and waits for the exchange; and its process."""
+    def start_waiting_run(self, partition: str) -> tuple[str, int]:
+        """Start a run that waits for the exchange; return the id of the run and of its process."""
         self.hold.set()
-        before = self.held
+        before = self.delayed
         run_id = soon(lambda: self.launch(partition), 60, "a run can be launched")
-        self.becomes(run_id, "STARTED")
-        soon(lambda: self.held > before, 60, "it asks for bars")
+        self.wait_for_status(run_id, "STARTED")
+        soon(lambda: self.delayed > before, 60, "it requests bars")
         tag = next(tag["value"] for tag in self.run(run_id)["tags"] if tag["key"] == PROCESS_TAG)
         assert lives(tag)
         return run_id, int(tag.split(":")[1])
@@ -201,18 +209,18 @@ class Stack:
         self.supervisor.wait(30)
 
 
-# --------------------------------------------------------------------------------- the pieces
-def test_a_process_is_known_by_more_than_its_number() -> None:
+# --------------------------------------------------------------------------------- parts
+def test_a_process_is_identified_by_more_than_its_number() -> None:
     child = subprocess.Popen(["sleep", "60"])
     known = process_id(child.pid)
     host, pid, begun = known.split(":")
     assert lives(known)
-    assert not lives(f"{host}:{pid}:{begun}0"), "another boot"
-    assert not lives(f"{host}:{pid}:1{begun}"), "another process with the same number"
+    assert not lives(f"{host}:{pid}:{begun}0"), "it belongs to another boot"
+    assert not lives(f"{host}:{pid}:1{begun}"), "another process has the same number"
     assert not any(lives(broken) for broken in ("", host, f"{host}:{pid}", f"{host}:{pid}:"))
-    assert lives(f"elsewhere:{pid}:{begun}"), "we cannot know"
+    assert lives(f"elsewhere:{pid}:{begun}"), "the state of a process on another host is not known"
     child.kill()
-    soon(lambda: not lives(known), 5, "a dead process does not live, buried or not")
+    soon(lambda: not lives(known), 5, "a dead process is not alive before it is reaped")
     assert child.wait() == -signal.SIGKILL
     assert not lives(known)
 
@@ -222,43 +230,47 @@ def test_a_process_that_outlives_its_run_is_killed(
 ) -> None:
     monkeypatch.setattr(launcher, "LOOK_SECONDS", 0.1)
     with dg.DagsterInstance.ephemeral() as instance:
-        starter = launcher.ProcessRunLauncher()
-        starter.register_instance(instance)
+        run_launcher = launcher.ProcessRunLauncher()
+        run_launcher.register_instance(instance)
         run = instance.create_run_for_job(
             dg.GraphDefinition("nothing").to_job(), status=dg.DagsterRunStatus.CANCELED
         )
-        hangs = subprocess.Popen(["sleep", "60"])
-        starter._children[threading.current_thread()] = hangs
-        starter._watch(hangs, run.run_id, tmp_path / "log")
-        assert hangs.returncode == -signal.SIGKILL
-        assert starter._children == {}
+        hanging_process = subprocess.Popen(["sleep", "60"])
+        run_launcher._children[threading.current_thread()] = hanging_process
+        run_launcher._watch(hanging_process, run.run_id, tmp_path / "log")
+        assert hanging_process.returncode == -signal.SIGKILL
+        assert run_launcher._children == {}
 
 
-def test_a_service_that_cannot_start_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_cannot_start_raises_after_three_attempts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(processes, "PAUSES", (0.0, 0.1))
-    heard: list[str] = []
-    service = processes.Service("the thing", ["marketdata_assets.errors"])  # ends at once
+    messages: list[str] = []
+    service = processes.Service(
+        "the thing", ["marketdata_assets.errors"]
+    )  # a module that ends at once
 
-    def dies_again() -> None:
+    def restart_until_it_raises() -> None:
         while True:
-            service.tend(dict(os.environ), heard.append)
+            service.tend(dict(os.environ), messages.append)
             threading.Event().wait(0.05)
 
     with pytest.raises(
         StoreFailed, match="the thing ended with code 0, 3 times in a row right after its start"
     ):
-        dies_again()
-    assert heard == [
+        restart_until_it_raises()
+    assert messages == [
         "the thing ended with code 0; starting it again",
         "the thing ended with code 0; starting it again in 0.1 s",
     ]
 
 
-# --------------------------------------------------------------------------------- the whole
+# --------------------------------------------------------------------------------- the stack
 @contextmanager
-def stack_in(folder: Path) -> Iterator[Stack]:
+def run_stack(folder: Path) -> Iterator[Stack]:
     stack = Stack(folder)
-    with running(stack.exchange) as url:
+    with serve_in_thread(stack.exchange) as url:
         (folder / "universe.yaml").write_text(UNIVERSE.format(url=url, folder=folder))
         try:
             stack.start()
@@ -275,21 +287,21 @@ def stack_in(folder: Path) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with stack_in(tmp_path_factory.mktemp("crash")) as stack:
+    with run_stack(tmp_path_factory.mktemp("crash")) as stack:
         yield stack
 
 
-def test_a_run_whose_process_is_killed_has_failed_and_gives_its_slots_back(stack: Stack) -> None:
-    run_id, worker = stack.working(BTC)
+def test_a_run_whose_process_is_killed_fails_and_releases_its_slots(stack: Stack) -> None:
+    run_id, pid = stack.start_waiting_run(BTC)
     with stack.instance() as instance:
         slots = instance.event_log_storage
         slots.set_concurrency_slots("narrow", 1)
         assert slots.claim_concurrency_slot("narrow", run_id, "rollups").is_claimed
-        os.kill(worker, signal.SIGKILL)
-        said = stack.becomes(run_id, "FAILURE", TICKS)
-        assert any("its process was killed by signal 9 (Killed)" in message for message in said)
-        # at once by who watches the process, or by the run monitoring where the machine is too busy
-        # for that
+        os.kill(pid, signal.SIGKILL)
+        logged = stack.wait_for_status(run_id, "FAILURE", TICKS)
+        assert any("its process was killed by signal 9 (Killed)" in message for message in logged)
+        # the watcher of the process releases the slot at once; where the machine is too busy for
+        # that, the run monitoring releases it
         assert soon(
             lambda: slots.claim_concurrency_slot("narrow", "another", "rollups").is_claimed,
             3 * TICKS,
@@ -298,37 +310,37 @@ def test_a_run_whose_process_is_killed_has_failed_and_gives_its_slots_back(stack
 
 
 def test_runs_outlive_the_code_server_and_the_daemon(stack: Stack) -> None:
-    """And a run that its daemon left behind can still be terminated in the UI."""
-    first, worker = stack.working(BTC_DEC)
+    """The UI can still terminate a run whose daemon has died."""
+    first, pid = stack.start_waiting_run(BTC_DEC)
     servers = stack.kill("code-server start", "api grpc")
     soon(lambda: set(stack.pids("api grpc")) - set(servers), 60, "a new code server")
-    second, other = stack.working(ETH)
+    second, other = stack.start_waiting_run(ETH)
     process = process_id(other)
     daemon = stack.kill("dagster_ext.launcher run")
     soon(lambda: set(stack.pids("dagster_ext.launcher run")) - set(daemon), 30, "a new daemon")
-    assert {worker, other} <= set(stack.pids("execute_run"))
-    assert stack.ask(TERMINATE, id=second)["terminateRun"]["__typename"] == "TerminateRunSuccess"
-    stack.becomes(second, "CANCELED", TICKS)
+    assert {pid, other} <= set(stack.pids("execute_run"))
+    assert stack.query(TERMINATE, id=second)["terminateRun"]["__typename"] == "TerminateRunSuccess"
+    stack.wait_for_status(second, "CANCELED", TICKS)
     soon(lambda: not lives(process), TICKS, "the process has ended")
     stack.hold.clear()
-    stack.becomes(first, "SUCCESS")
-    assert stack.said("the code server was killed by signal 9; starting it again")
-    assert stack.said("the daemon was killed by signal 9; starting it again")
+    stack.wait_for_status(first, "SUCCESS")
+    assert stack.logged("the code server was killed by signal 9; starting it again")
+    assert stack.logged("the daemon was killed by signal 9; starting it again")
 
 
-def test_a_code_server_that_lost_its_own_child_is_replaced_and_reloads(stack: Stack) -> None:
+def test_a_code_server_that_lost_its_child_is_replaced_and_reloads(stack: Stack) -> None:
     before, orphaned = stack.pids("code-server start"), stack.kill("api grpc")
     soon(lambda: set(stack.pids("code-server start")) - set(before), 30, "a new code server")
-    soon(lambda: set(stack.pids("api grpc")) - set(orphaned), 30, "with a child of its own")
+    soon(lambda: set(stack.pids("api grpc")) - set(orphaned), 30, "its new child process")
     universe = stack.folder / "universe.yaml"
     written = universe.read_text()
     universe.write_text(written.replace("ETH/USDT]", "ETH/USDT, SOL/USDT]"))
     soon(stack.reload, 60, "the UI can reload")
     universe.write_text(written)
-    assert "binance:SOL-USDT|2024-01-01" in stack.ask(KEYS)["assetNodes"][0]["partitionKeys"]
+    assert "binance:SOL-USDT|2024-01-01" in stack.query(KEYS)["assetNodes"][0]["partitionKeys"]
 
 
-def test_a_second_one_on_the_same_state_is_refused(stack: Stack) -> None:
+def test_a_second_server_on_the_same_state_folder_is_refused(stack: Stack) -> None:
     environment = {**os.environ, "MARKETDATA_UNIVERSE": str(stack.folder / "universe.yaml")}
     second = subprocess.run(
         stack.command(), env=environment, capture_output=True, text=True, timeout=60
@@ -341,11 +353,9 @@ def test_a_second_one_on_the_same_state_is_refused(stack: Stack) -> None:
     assert "Traceback" not in second.stderr
 
 
-def test_everything_killed_and_started_again(stack: Stack) -> None:
-    """The truth after a restart: what was running has failed, what was queued runs. Then a polite end,
-    with a run at work.
-    """
-    killed, _ = stack.working(BTC)
+def test_after_a_kill_of_all_processes_a_restart_shows_the_truth(stack: Stack) -> None:
+    """Active runs have failed and queued runs start; then the server ends while a run is active."""
+    killed, _ = stack.start_waiting_run(BTC)
     os.kill(stack.pids("dagster_ext.launcher run")[0], signal.SIGSTOP)
     queued, begun = (soon(lambda: stack.launch(ETH), 60, "a run can be launched") for _ in range(2))
     stack.kill(
@@ -356,9 +366,8 @@ def test_everything_killed_and_started_again(stack: Stack) -> None:
         "execute_run",
     )
     stack.supervisor.wait()
-    orphan = stack.pids(
-        "api grpc"
-    )  # nobody tells the second process of the code server; it hears no more heartbeats
+    # the second process of the code server ends only because heartbeats are missing
+    orphan = stack.pids("api grpc")
     with stack.instance() as instance:
         instance.report_dagster_event(
             dg.DagsterEvent(dg.DagsterEventType.RUN_STARTING.value, "ingest"), begun
@@ -370,8 +379,8 @@ def test_everything_killed_and_started_again(stack: Stack) -> None:
     assert statuses == {killed: "STARTED", queued: "QUEUED", begun: "STARTING"}
     stack.start()
     for run_id in (killed, begun):
-        stack.becomes(run_id, "FAILURE", TICKS)
-    stack.becomes(queued, "STARTED")
+        stack.wait_for_status(run_id, "FAILURE", TICKS)
+    stack.wait_for_status(queued, "STARTED")
     soon(lambda: not set(orphan) & set(stack.pids()), 30, "the old code server has ended")
     stack.end()
     assert stack.pids() == []

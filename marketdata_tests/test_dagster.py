@@ -29,7 +29,7 @@ from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.system import process_id
 from marketdata_tests.conftest import Universe
@@ -155,7 +155,9 @@ def test_range_run_gives_every_partition_its_own_results(
     everything = {BTC_NOV, BTC_DEC, ETH_NOV, ETH_DEC}
     assert checked_partitions(settings, instance, RAW, "ohlc")["SUCCEEDED"] == everything
     assert checked_partitions(settings, instance, HOUR, "matches_native")["SUCCEEDED"] == everything
-    expected = truth("ETHUSDT", "1m", Window(parse_time("2023-11-25"), parse_time("2023-12-01")))
+    expected = generate_bars(
+        "ETHUSDT", "1m", Window(parse_time("2023-11-25"), parse_time("2023-12-01"))
+    )
     metadata = latest(instance, RAW, ETH_NOV)
     assert metadata["rows"] == expected.height
     assert metadata["first_bar"] == "2023-11-25T00:00:00Z"

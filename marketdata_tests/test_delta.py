@@ -39,7 +39,6 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.delta import MAX_ATTEMPTS, DeltaTables, delta_column_types
 from marketdata_assets.transforms.rollup import roll_up
@@ -185,9 +184,9 @@ def test_a_replacement_touches_no_other_partition(tables: DeltaTables):
 def test_a_week_belongs_to_the_month_of_its_sunday(local: DeltaTables):
     monday = at("2024-01-29")
     days = frame(row(monday + i * TIMEFRAMES["1d"].width) for i in range(7))
-    weeks = roll_up(days, TIMEFRAMES["1d"], [TIMEFRAMES["1w"]], window("2024-01-29", "2024-02-05"))[
-        TIMEFRAMES["1w"]
-    ]
+    weeks = roll_up(
+        days, TIMEFRAMES["1d"], [TIMEFRAMES["1w"]], whole=window("2024-01-29", "2024-02-05")
+    )[TIMEFRAMES["1w"]]
     local.replace(WEEKS, FEBRUARY, weeks)
     assert stored(local, FEBRUARY, WEEKS).equals(weeks)
     with pytest.raises(BadInput, match="bars of another month"):

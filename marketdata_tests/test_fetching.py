@@ -31,8 +31,8 @@ from marketdata_assets.settings.universe import Universe as UniverseModel
 from marketdata_assets.sources import ccxt_rest
 from marketdata_assets.sources.base import BarsPage
 from marketdata_assets.sources.ccxt_rest import CcxtSource
-from marketdata_assets.sources.sandbox.bars import klines, truth
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.bars import generate_bars, generate_klines
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_tests.conftest import SANDBOX_NOW, Universe, needs_shared
 from marketdata_tests.steps import (
     assert_bars,
@@ -87,8 +87,13 @@ def fetch(
 def test_binance_rows_are_the_texts_that_were_sent(sandbox: Sandbox) -> None:
     """All ten columns, digit by digit and zero by zero; nothing was a float on the way."""
     fetched = fetch(venue("binance", sandbox[1]), window("2024-01-07T23:00", "2024-01-08T01:00"))
-    rows = klines(
-        "BTCUSDT", "1m", ms("2024-01-07T23:00"), ms("2024-01-08T00:59"), 1000, SANDBOX_NOW
+    rows = generate_klines(
+        "BTCUSDT",
+        "1m",
+        ms("2024-01-07T23:00"),
+        end=ms("2024-01-08T00:59"),
+        limit=1000,
+        now=SANDBOX_NOW,
     )
     assert fetched.rows.columns == list(COLUMN_NAMES)
     assert fetched.rows.dtypes == [
@@ -114,7 +119,7 @@ def test_every_timeframe_is_the_venues_own(sandbox: Sandbox, interval: str) -> N
         else window("2023-12-04", "2023-12-04T10:00")
     )
     fetched = fetch(venue("binance", sandbox[1]), span, timeframe=TIMEFRAMES[interval])
-    expected = truth("BTCUSDT", interval, span)
+    expected = generate_bars("BTCUSDT", interval, span)
     assert fetched.rows["open_time"].to_list() == expected["open_time"].dt.epoch("ms").to_list()
     assert [Decimal(text) for text in fetched.rows["quote_volume"]] == expected[
         "quote_volume"
@@ -302,13 +307,14 @@ def test_closed_is_by_the_venues_clock(universe: Universe, ours: str) -> None:
     ahead.
     """
     exchange = SandboxExchange(now=lambda: ms("2024-01-09T06:32") - 1, weight_limit=10**9)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         settings = universe(url, since="2024-01-09", until="2024-02-01", now=ours)
         done = run_ingest(settings)[0]
     assert done.error is None
     last = min(at(ours), at("2024-01-09T06:31"))
     assert_bars(
-        stored_bars(settings), truth("BTCUSDT", "1m", Window(at("2024-01-09"), MINUTE.floor(last)))
+        stored_bars(settings),
+        generate_bars("BTCUSDT", "1m", Window(at("2024-01-09"), MINUTE.floor(last))),
     )
 
 
@@ -317,9 +323,13 @@ def test_nothing_is_stored_of_a_minute_that_is_still_open(universe: Universe) ->
     now = [ms("2024-01-09T00:05") - 1]
 
     async def generous(request: web.Request, rows: Any) -> Any:
-        return klines("BTCUSDT", "1m", int(request.query["startTime"]), now[0], 1000, now[0])
+        return generate_klines(
+            "BTCUSDT", "1m", int(request.query["startTime"]), end=now[0], limit=1000, now=now[0]
+        )
 
-    with running(SandboxExchange(now=lambda: now[0], weight_limit=10**9, tamper=generous)) as url:
+    with serve_in_thread(
+        SandboxExchange(now=lambda: now[0], weight_limit=10**9, tamper=generous)
+    ) as url:
         settings = universe(
             url, since="2024-01-09", until="2024-01-09T01:00", now="2024-01-09T00:05"
         )
@@ -328,7 +338,8 @@ def test_nothing_is_stored_of_a_minute_that_is_still_open(universe: Universe) ->
         now[0] += 1
         assert run_ingest(settings)[0].error is None
     assert_bars(
-        stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T00:05"))
+        stored_bars(settings),
+        generate_bars("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T00:05")),
     )
 
 
@@ -345,7 +356,7 @@ def test_page_edges(sandbox: Sandbox, universe: Universe, bars: int) -> None:
         sandbox[1], since=start.isoformat(), until=(start + bars * MINUTE.width).isoformat()
     )
     (done,) = run_ingest(settings)
-    expected = truth("BTCUSDT", "1m", Window(start, start + bars * MINUTE.width))
+    expected = generate_bars("BTCUSDT", "1m", Window(start, start + bars * MINUTE.width))
     assert done.complete
     assert done.gaps == ()
     assert expected.height == bars
@@ -358,7 +369,7 @@ def test_a_span_over_two_months(sandbox: Sandbox, universe: Universe) -> None:
     assert [done.bars.height for done in run_ingest(settings)] == [240, 240]
     assert_bars(
         stored_bars(settings),
-        truth("BTCUSDT", "1m", window("2023-12-31T20:00", "2024-01-01T04:00")),
+        generate_bars("BTCUSDT", "1m", window("2023-12-31T20:00", "2024-01-01T04:00")),
     )
 
 
@@ -378,11 +389,15 @@ def test_several_pages_are_in_flight(universe: Universe) -> None:
         finally:
             inside[0] -= 1
 
-    with running(SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=crowd)) as url:
+    with serve_in_thread(
+        SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=crowd)
+    ) as url:
         settings = universe(url, since="2024-01-01", until="2024-01-09")
         assert run_ingest(settings)[0].complete
     assert 4 <= peak[0] <= 8
-    assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-09")))
+    assert_bars(
+        stored_bars(settings), generate_bars("BTCUSDT", "1m", window("2024-01-01", "2024-01-09"))
+    )
 
 
 def test_a_source_can_be_used_again_after_closing(sandbox: Sandbox) -> None:
@@ -672,7 +687,9 @@ def test_requests_carry_no_key(
         return web.json_response(echo, status=500) if ill[0] else None
 
     words = [*CANARIES.values(), "canary-proxy", "canary-echo"]
-    with running(SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=watch)) as url:
+    with serve_in_thread(
+        SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=watch)
+    ) as url:
         settings = universe(url, since="2024-01-05", until="2024-01-06")
         assert run_ingest(settings)[0].error is None
         ill[0] = True

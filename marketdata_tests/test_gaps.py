@@ -1,6 +1,4 @@
-"""Gaps: every hole gets the cause that the facts prove and no other, and every market and day sums to
-the minute.
-"""
+"""Gaps: each gap gets the cause that the evidence proves, and each market and day sums exactly."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ M1, M15, H1 = TIMEFRAMES["1m"], TIMEFRAMES["15m"], TIMEFRAMES["1h"]
 HOLE = window("2023-03-24T12:40", "2023-03-24T14:00")
 
 
-# --------------------------------------------------------------------------------- the sum
+# --------------------------------------------------------------------------------- sums
 def gap(first: int, end: int, since: datetime, reason: str = "no_bars", cause: str = "") -> Gap:
     return Gap(
         Window(since + first * M1.width, since + end * M1.width), end - first, reason, 2, "", cause
@@ -48,10 +46,8 @@ def gap(first: int, end: int, since: datetime, reason: str = "no_bars", cause: s
 
 @examples(max_examples=25)
 @given(st.data())
-def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) -> None:
-    """Bars, gaps of every kind and what was never asked for, at random: each part is what counting
-    minute by minute gives.
-    """
+def test_the_parts_sum_in_any_window(universe: Universe, data: st.DataObject) -> None:
+    """Bars, gaps of every kind and missing fetches: each part equals a count by the minute."""
     settings = universe(
         "http://127.0.0.1:9", since="2024-01-30T22:00", until="2024-02-01T02:00", now="2024-03-01"
     )
@@ -110,10 +106,15 @@ def test_the_sum_holds_in_any_window(universe: Universe, data: st.DataObject) ->
             )
         span = settings.span(BTC)
         first, last = sorted(data.draw(st.tuples(st.integers(0, 1680), st.integers(0, 1680))))
-        for asked in (None, Window(span.start + first * M1.width, span.start + last * M1.width)):
-            (found,) = context.bind(CoverageReporter).report([BTC], asked)
+        for report_span in (
+            None,
+            Window(span.start + first * M1.width, span.start + last * M1.width),
+        ):
+            (found,) = context.bind(CoverageReporter).report([BTC], report_span)
             every = [span.start + i * M1.width for i in range(span.count(M1))]
-            inside = [t for t in every if asked is None or asked.start <= t < asked.end]
+            inside = [
+                t for t in every if report_span is None or report_span.start <= t < report_span.end
+            ]
             parts = found.as_dict()
             assert parts.pop("market") == BTC.key
             assert parts.pop("expected") == len(inside) == sum(parts.values())  # type: ignore[arg-type]
@@ -129,14 +130,14 @@ def at_time(settings: Settings, now: str) -> Settings:
     )
 
 
-def explained(settings: Settings, ask: bool = False) -> list[Explained]:
+def explain(settings: Settings, ask: bool = False) -> list[Explained]:
     with open_context(settings, policy=IMPATIENT) as context:
         context.bind(GapExplainer).explain(partitions(settings), ask)
         every = Window(settings.since, settings.now())
         return context.bind(GapExplainer).list_gaps(settings.markets, every)
 
 
-def told(found: list[Explained]) -> list[tuple[str, str, str, int, str]]:
+def summarize(found: list[Explained]) -> list[tuple[str, str, str, int, str]]:
     return [
         (
             one.market.symbol,
@@ -149,8 +150,8 @@ def told(found: list[Explained]) -> list[tuple[str, str, str, int, str]]:
     ]
 
 
-def days_sum(settings: Settings) -> int:
-    """Every day of every market: the parts are what is expected. How many days there were."""
+def check_days(settings: Settings) -> int:
+    """Check that the parts of each day of each market sum; return the number of days."""
     days = 0
     with open_context(settings) as context:
         for market in settings.markets:
@@ -165,11 +166,12 @@ def days_sum(settings: Settings) -> int:
     return days
 
 
-def test_the_halt_of_a_venue(
+def test_a_halt_of_a_venue_is_found_in_both_markets(
     replay: Callable[..., Any], universe: Universe, either_database: None
 ) -> None:
-    """2023-03-24: both markets lack 80 minutes, and the native bars with them; the check on the asset
-    says so.
+    """2023-03-24: 80 minutes are missing in both markets and in the native bars.
+
+    The check on the asset shows the cause.
     """
     exchange = replay("2023-03-26T00:02:30Z")
     settings = universe(
@@ -221,17 +223,17 @@ def test_the_halt_of_a_venue(
             == "rollups are not up to date"
         )
     exchange.log()
-    assert all(
-        one.complete for one in run_ingest(at_time(settings, "2024-03-26T00:00:00Z"))
-    )  # a year later, still explained
+    # a year later the gap is still explained
+    assert all(one.complete for one in run_ingest(at_time(settings, "2024-03-26T00:00:00Z")))
     assert exchange.log() == []
 
 
-def test_maintenance_and_minutes_without_trades(
+def test_maintenance_is_a_halt_and_minutes_without_trades_are_not(
     replay: Callable[..., Any], universe: Universe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Coinbase 2023-03-04: 277 minutes without either market are a halt, and the five more of BTC/USDT
-    are not; Binance traded on.
+    """Coinbase 2023-03-04: 277 minutes without either market are a halt; Binance traded then.
+
+    BTC/USDT has no bar for five minutes more, and these are no halt.
     """
     exchange = replay("2023-03-06T00:02:30Z", coinbase_rate=0)
     universe("http://127.0.0.1:9")
@@ -239,12 +241,13 @@ def test_maintenance_and_minutes_without_trades(
     monkeypatch.setenv(
         "MARKETDATA_VENUES",
         f"{{binance: {{symbols: [BTC/USDT], {span}, base_url: '{exchange.url}/binance'}},"
-        f" coinbaseexchange: {{symbols: [BTC/USD, BTC/USDT], {span}, base_url: '{exchange.url}/coinbase'}}}}",
+        f" coinbaseexchange: {{symbols: [BTC/USD, BTC/USDT], {span},"
+        f" base_url: '{exchange.url}/coinbase'}}}}",
     )
     monkeypatch.setenv("MARKETDATA_NOW", "2023-03-06T00:02:30Z")
     settings = load_settings()
     assert all(done.error is None for done in run_ingest(settings))
-    found = explained(settings)
+    found = explain(settings)
     usd = [one for one in found if one.market.symbol == "BTC/USD"]
     assert [(one.gap.bars, one.kind) for one in usd if one.gap.bars > 1] == [(277, GapCause.HALTED)]
     assert {one.kind for one in usd} == {GapCause.HALTED, GapCause.NO_TRADE}
@@ -263,15 +266,16 @@ def test_maintenance_and_minutes_without_trades(
     halted = next(one for one in usdt if one.kind == GapCause.HALTED).as_dict()["proof"]
     assert halted["elsewhere"] == {"binance:BTC-USDT": 277}
     assert halted["venue"] == {"coinbaseexchange:BTC-USD": 0}
-    assert days_sum(settings) == 6
+    assert check_days(settings) == 6
 
 
 HALT_DAY = window("2023-03-04T17:00", "2023-03-04T21:40")
 
 
-def test_what_the_archive_leaves_out(universe: Universe) -> None:
-    """Kraken's own files, 16 March 2023: empty minutes of two markets are no trade; 12 minutes without
-    both are a halt.
+def test_empty_minutes_of_an_archive_are_no_trade(universe: Universe) -> None:
+    """Kraken's files around March 16, 2023: empty minutes of one market are no trade.
+
+    12 minutes without both markets are a halt.
     """
     settings = universe(
         "http://127.0.0.1:9",
@@ -287,7 +291,7 @@ def test_what_the_archive_leaves_out(universe: Universe) -> None:
             context.bind(PartitionStore).ingest_frame(
                 M1,
                 partition,
-                archived(name, settings.span(partition.market)),
+                read_archive(name, settings.span(partition.market)),
                 rejected=nothing,
                 source="archive",
             )
@@ -297,13 +301,11 @@ def test_what_the_archive_leaves_out(universe: Universe) -> None:
     assert [one.gap.bars for one in usdt if one.kind == GapCause.HALTED] == [12]
     assert {one.kind for one in found} <= {GapCause.HALTED, GapCause.NO_TRADE}
     assert len(usdt) > 500
-    assert days_sum(settings) == 6
+    assert check_days(settings) == 6
 
 
-def archived(name: str, span: Window) -> pl.DataFrame:
-    """Kraken's file, with a bar in the first and the last minute, so that nothing lies outside of what
-    it tells.
-    """
+def read_archive(name: str, span: Window) -> pl.DataFrame:
+    """Read Kraken's file and add a first and a last bar, so that the file covers the span."""
     rows = dump("kraken", name, "1m", "2023-03-01_2023-03-21").with_columns(
         pl.from_epoch("time", time_unit="s").dt.replace_time_zone("UTC")
     )
@@ -317,12 +319,10 @@ def archived(name: str, span: Window) -> pl.DataFrame:
     return pl.concat([given, edges], how="diagonal").select(bars.columns).sort("open_time")
 
 
-def test_a_minute_that_the_venue_lost(
+def test_a_minute_that_the_native_bars_hold_is_missing_at_source(
     replay: Callable[..., Any], universe: Universe, either_database: None
 ) -> None:
-    """SOL 2023-02-14 16:39: the native 15m and 1h bars hold trades that no 1m bar has, once they are
-    fetched.
-    """
+    """SOL 2023-02-14 16:39: the native 15m and 1h bars hold trades that no 1m bar has."""
     exchange = replay("2023-02-15T00:02:30Z")
     base_url = f"{exchange.url}/binance"
     settings = universe(
@@ -334,7 +334,7 @@ def test_a_minute_that_the_venue_lost(
         extra="reference: [15m, 1h]",
     )
     run_ingest(settings)
-    assert [(one.kind, words_of(one.gap)) for one in explained(settings)] == [
+    assert [(one.kind, words_of(one.gap)) for one in explain(settings)] == [
         ("unexplained", "other markets of the venue have to be fetched first")
     ]
     for timeframe in ("15m", "1h"):
@@ -343,9 +343,9 @@ def test_a_minute_that_the_venue_lost(
     assert told([lost]) == [("SOL/USDT", "1m", "16:39", 1, GapCause.MISSING_AT_SOURCE)]
     assert lost.gap.next_request is None
     quarter, hour = lost.as_dict()["proof"]["native"]
-    assert (
-        quarter
-        == "the venue's 15m bar of 2023-02-14T16:30:00Z has volume 94072.85, ours in it 89305.35, 1 bars lack"
+    assert quarter == (
+        "the venue's 15m bar of 2023-02-14T16:30:00Z has volume 94072.85, "
+        "ours in it 89305.35, 1 bars lack"
     )
     assert hour.startswith("the venue's 1h bar of 2023-02-14T16:00:00Z has volume ")
     exchange.log()
@@ -353,12 +353,13 @@ def test_a_minute_that_the_venue_lost(
     assert exchange.log() == []
 
 
-# --------------------------------------------------------------------------------- asking again
-def test_a_gap_is_asked_for_again_at_growing_distance(
+# --------------------------------------------------------------------------------- later fetches
+def test_a_gap_is_fetched_again_after_growing_pauses(
     replay: Callable[..., Any], universe: Universe
 ) -> None:
-    """Without a second witness SOL's minute stays open: after 1, 4 and 16 hours, and not a minute
-    before.
+    """Without more evidence the gap stays open: it is fetched after 1, 4, 16 and 64 hours.
+
+    It is not fetched a minute earlier.
     """
     exchange = replay("2023-02-15T00:02:30Z")
     settings = universe(
@@ -375,7 +376,7 @@ def test_a_gap_is_asked_for_again_at_growing_distance(
             (timedelta(hours=hours), True),
         ):
             now = at_time(settings, (at("2023-02-15T02:00") + moment).isoformat())
-            explained(now)
+            explain(now)
             exchange.log()
             with open_context(now) as context:
                 assert (context.bind(BackfillPlanner).plan(partitions(now))[0].bars == 1) is wanted
@@ -402,10 +403,10 @@ def test_a_gap_is_asked_for_again_at_growing_distance(
     assert len(one.as_dict()["proof"]["requests"]) == 6
 
 
-def test_reopened(replay: Callable[..., Any], universe: Universe, either_database: None) -> None:
-    """The cause is forgotten, the next run asks and nothing before it explains; another moment is
-    refused, with the nearest gap.
-    """
+def test_a_reopened_gap_is_fetched_and_then_explained(
+    replay: Callable[..., Any], universe: Universe, either_database: None
+) -> None:
+    """The next run finds the cause again; a wrong start is refused and names the nearest gap."""
     exchange = replay("2023-03-26T00:02:30Z")
     settings = universe(
         f"{exchange.url}/binance",
@@ -435,9 +436,12 @@ def test_reopened(replay: Callable[..., Any], universe: Universe, either_databas
     assert (again.kind, again.gap.answers) == (GapCause.HALTED, 4)
 
 
-def test_a_market_that_left_its_venue(replay: Callable[..., Any], universe: Universe) -> None:
-    """ETH is taken off the list: its silence is one gap, delisted when told twice; the other market
-    goes on.
+def test_a_market_that_leaves_its_venue_is_delisted(
+    replay: Callable[..., Any], universe: Universe
+) -> None:
+    """ETH leaves the list: the bars from then on are one gap, and the other market continues.
+
+    The cause is final when two answers confirm it.
     """
     exchange = replay("2024-02-02T00:00:30Z")
     settings = universe(
@@ -467,10 +471,10 @@ def test_a_market_that_left_its_venue(replay: Callable[..., Any], universe: Univ
         3 * 1440,
         0,
     )
-    assert days_sum(later) == 8
+    assert check_days(later) == 8
 
 
-def test_a_symbol_that_was_never_there_is_a_mistake(
+def test_a_symbol_that_never_existed_is_bad_input(
     replay: Callable[..., Any], universe: Universe
 ) -> None:
     exchange = replay("2024-02-02T00:00:30Z")
@@ -481,8 +485,8 @@ def test_a_symbol_that_was_never_there_is_a_mistake(
     assert isinstance(done.error, BadInput)
 
 
-# --------------------------------------------------------------------------------- the command
-def test_the_command(replay: Callable[..., Any], universe: Universe) -> None:
+# --------------------------------------------------------------------------------- commands
+def test_the_command_lists_and_reopens_gaps(replay: Callable[..., Any], universe: Universe) -> None:
     from typer.testing import CliRunner
 
     from marketdata_assets.cli.main import app
@@ -531,7 +535,7 @@ def test_the_command(replay: Callable[..., Any], universe: Universe) -> None:
         ).stdout
     )
     assert (day["expected"], day["halted"], day["present"]) == (120, 60, 60)
-    for wrong, says in (
+    for wrong, message in (
         (["gaps", "--cause", "bored"], "--cause bored is not one of"),
         (["gaps", "--reopen", "--start", "2023-03-24T12:40"], "--reopen needs one --market"),
         (
@@ -539,7 +543,7 @@ def test_the_command(replay: Callable[..., Any], universe: Universe) -> None:
             "the nearest is --start 2023-03-24T12:40:00Z",
         ),
     ):
-        assert says in str(run(app, wrong).exception)
+        assert message in str(run(app, wrong).exception)
     (opened,) = json.loads(
         run(
             app,

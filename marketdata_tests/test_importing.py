@@ -33,7 +33,7 @@ from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.archive import csv_table
 from marketdata_assets.sources.archive.options import ImportOptions, parse_columns
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_tests.conftest import SHARED, Universe, needs_shared
 from marketdata_tests.samples import BTC, outcomes, real_bars
 from marketdata_tests.steps import (
@@ -70,7 +70,7 @@ def klines(
     millisecond.
     """
     width, lines = TIMEFRAMES[timeframe].width.total_seconds() * 1000, []
-    for number, row in enumerate(truth(symbol, timeframe, span).iter_rows(named=True)):
+    for number, row in enumerate(generate_bars(symbol, timeframe, span).iter_rows(named=True)):
         start = int(row["open_time"].timestamp() * 1000)
         texts = {
             name: f"{value:.8f}" if isinstance(value, Decimal) else str(value)
@@ -133,7 +133,7 @@ def test_a_daily_archive_gives_its_bars(
     assert counts(done.files[0]) == {"stored": 1440}
     facts = done.files[0].facts
     assert (facts.unit, facts.span, facts.market, facts.missing_bars) == (name, DAY, BTC, 0)
-    assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", DAY))
+    assert_bars(stored_bars(settings), generate_bars("BTCUSDT", "1m", DAY))
 
 
 def test_a_header_is_no_row_and_makes_no_spot_market_of_a_futures_file(
@@ -143,7 +143,7 @@ def test_a_header_is_no_row_and_makes_no_spot_market_of_a_futures_file(
     with pytest.raises(BadInput, match=r"as binance's futures files have .* say so with --market"):
         imported(settings, file)
     assert counts(imported(settings, file, market="binance:BTC-USDT").files[0]) == {"stored": 1440}
-    assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", DAY))
+    assert_bars(stored_bars(settings), generate_bars("BTCUSDT", "1m", DAY))
 
 
 def test_spot_and_futures_of_one_name(universe: Universe, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_month_and_its_reference(settings: Settings, tmp_path: Path) -> None:
 
 
 def test_plain_csv_with_a_mapping(settings: Settings, tmp_path: Path) -> None:
-    bars = truth("BTCUSDT", "1m", DAY)
+    bars = generate_bars("BTCUSDT", "1m", DAY)
     texts = bars.with_columns(
         pl.col("open_time").dt.strftime("%Y-%m-%d %H:%M:%S"),
         pl.exclude("open_time").cast(pl.String),
@@ -203,7 +203,7 @@ def test_plain_csv_with_a_mapping(settings: Settings, tmp_path: Path) -> None:
 
 
 def test_places_instead_of_names_and_our_own_csv(settings: Settings, tmp_path: Path) -> None:
-    bars = truth("BTCUSDT", "1m", DAY)
+    bars = generate_bars("BTCUSDT", "1m", DAY)
     whole = bars.with_columns(pl.col("open_time").dt.strftime("%Y-%m-%dT%H:%M:%SZ"))
     whole.write_csv(tmp_path / "ours.csv")
     bars.with_columns(pl.col("open_time").dt.epoch("s")).write_csv(
@@ -254,7 +254,7 @@ def test_of_two_files_the_one_that_gives_more_is_taken(settings: Settings, tmp_p
         "a.csv": {"identical": 1440},
         NAME: {"stored": 1440},
     }
-    assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", DAY))
+    assert_bars(stored_bars(settings), generate_bars("BTCUSDT", "1m", DAY))
 
 
 @pytest.fixture
@@ -563,7 +563,7 @@ def test_what_the_universe_does_not_want_is_counted_and_left(
     assert counts(done.files[0]) == {"stored": 360, "unwanted": 1080}
     assert_bars(
         stored_bars(settings),
-        truth("BTCUSDT", "1m", window("2024-01-02T12:00", "2024-01-02T18:00")),
+        generate_bars("BTCUSDT", "1m", window("2024-01-02T12:00", "2024-01-02T18:00")),
     )
 
 
@@ -583,7 +583,7 @@ def test_archive_and_venue_that_disagree(sandbox: Any, universe: Universe, tmp_p
     with open_toolbox(settings) as toolbox:
         done = import_files(toolbox, look(toolbox, [file], ImportOptions()), ImportOptions())
     assert counts(done.files[0]) == {"identical": 1439, "disagree": 1}
-    theirs = str(truth("BTCUSDT", "1m", DAY)["trades"][5])
+    theirs = str(generate_bars("BTCUSDT", "1m", DAY)["trades"][5])
     (difference,) = done.differences
     assert tuple(difference) == (
         "binance:BTC-USDT",
@@ -614,12 +614,12 @@ def test_files_that_disagree_are_believed_neither(
     month = written(tmp_path / "BTCUSDT-1m-2024-01.zip", klines(window("2024-01-01", "2024-01-07")))
     with open_toolbox(settings) as toolbox:
         done = import_files(toolbox, look(toolbox, [day, month], ImportOptions()), ImportOptions())
-    outside = truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-07")).height - 1440
+    outside = generate_bars("BTCUSDT", "1m", window("2024-01-01", "2024-01-07")).height - 1440
     assert {tally.facts.path.name: counts(tally) for tally in done.files} == {
         NAME: {"identical": 1439, "conflict": 1},
         month.name: {"stored": 1439, "conflict": 1, "unwanted": outside},
     }
-    told = truth("BTCUSDT", "1m", DAY)
+    told = generate_bars("BTCUSDT", "1m", DAY)
     assert_bars(stored_bars(settings), told.filter(pl.col("open_time") != at("2024-01-02T01:00")))
     assert {
         (row["source"], row["reasons"], row["fields"]["trades"]) for row in quarantined(settings)
@@ -671,7 +671,9 @@ def test_days_in_one_go_and_what_lies_between_files_is_not_told(
     assert state is not None
     assert not state.complete
     run_ingest(settings)
-    assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-01", "2024-01-05")))
+    assert_bars(
+        stored_bars(settings), generate_bars("BTCUSDT", "1m", window("2024-01-01", "2024-01-05"))
+    )
 
 
 def test_every_row_is_accounted_for_whatever_is_wrong_with_it(
@@ -693,7 +695,7 @@ def test_every_row_is_accounted_for_whatever_is_wrong_with_it(
     done = imported(settings, written(tmp_path / NAME, lines))
     (tally,) = done.files
     assert tally.facts.rows == 1490
-    good = truth("BTCUSDT", "1m", DAY)
+    good = generate_bars("BTCUSDT", "1m", DAY)
     kept = stored_bars(settings)
     assert kept.height == tally.stored
     assert (

@@ -1,6 +1,4 @@
-"""Ingest, derive, plan, read and coverage, end to end on the sandbox exchange: exact, explained, and
-never asked twice.
-"""
+"""Ingest, derive, plan, read and coverage, end to end on the sandbox exchange."""
 
 from __future__ import annotations
 
@@ -33,8 +31,9 @@ from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import LISTINGS, truth
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.bars import generate_bars
+from marketdata_assets.sources.sandbox.listings import LISTINGS
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_tests.conftest import Universe, universe
 from marketdata_tests.steps import (
     SkippingClock,
@@ -64,21 +63,21 @@ Tamper = Callable[[web.Request, list[list[Any]]], Any]
 def exchange_at(
     now: int | list[int] = NOW, tamper: Any = None
 ) -> Iterator[tuple[SandboxExchange, str]]:
-    """A sandbox exchange; a list holds a clock that the test moves."""
+    """Run a sandbox exchange; a list as `now` holds a clock that the test moves."""
     exchange = SandboxExchange(
         now=lambda: now if isinstance(now, int) else now[0], weight_limit=10**9, tamper=tamper
     )
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         yield exchange, url
 
 
-def planned(settings: Settings) -> list[Task]:
+def plan_tasks(settings: Settings) -> list[Task]:
     with open_context(settings) as context:
         return context.bind(BackfillPlanner).plan(partitions(settings))
 
 
-def covered(settings: Settings) -> list[Coverage]:
-    """Coverage of every market; that its parts sum to what is expected is checked each time."""
+def report_coverage(settings: Settings) -> list[Coverage]:
+    """Return the coverage of every market, after checking that its parts sum."""
     with open_context(settings) as context:
         found = context.bind(CoverageReporter).report(settings.markets)
     for one in found:
@@ -93,19 +92,19 @@ def read(settings: Settings, market: Market, timeframe: Timeframe, span: Window)
         return context.bind(BarReader).read(market, timeframe, span)
 
 
-def whole(symbol: str, timeframe: Timeframe, span: Window) -> pl.DataFrame:
-    """The true bars that lie wholly inside the span."""
+def true_bars(symbol: str, timeframe: Timeframe, span: Window) -> pl.DataFrame:
+    """Return the true bars that lie completely inside the span."""
     bars = truth(symbol, timeframe.name, span)
     return bars.filter(pl.col("open_time") + timeframe.width <= span.end)
 
 
 def everything_is_true(settings: Settings, span: Window) -> None:
-    """All markets, all timeframes, nine columns, read back from the lake and from the rollups."""
+    """Compare all markets and timeframes, read from the lake and the rollups, with the truth."""
     for market in settings.markets:
         for timeframe in (MINUTE, *settings.rollup_timeframes_of(market)):
             found, expected = (
                 read(settings, market, timeframe, span),
-                whole(market.symbol.replace("/", ""), timeframe, span),
+                true_bars(market.symbol.replace("/", ""), timeframe, span),
             )
             if expected.is_empty() and timeframe != MINUTE:
                 assert found.is_empty()
@@ -113,12 +112,12 @@ def everything_is_true(settings: Settings, span: Window) -> None:
                 assert_bars(found, expected)
 
 
-# ------------------------------------------------------------------------------------- two months o
+# --------------------------------------------------------------------------------- closed months
 
 
 @dataclass
-class Two:
-    """Two closed months as one ingest left them, with the requests that it took."""
+class TwoMonths:
+    """Two closed months after one ingest, and the number of its bar requests."""
 
     exchange: SandboxExchange
     settings: Settings
@@ -128,34 +127,32 @@ class Two:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+def two_months(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoMonths]:
     folder = tmp_path_factory.mktemp("two")
     with exchange_at() as (exchange, url), pytest.MonkeyPatch.context() as patch:
         settings = universe.__wrapped__(folder, patch)(
             url, "[BTC/USDT, ADA/USDT]", until="2024-03-01"
         )
-        tasks = planned(settings)
+        tasks = plan_tasks(settings)
         assert exchange.requests == []
         done = run_ingest(settings)
-        asked = len(bar_requests(exchange))
+        request_count = len(bar_requests(exchange))
         run_derive(settings)
-        yield Two(exchange, settings, tasks, done, asked)
+        yield TwoMonths(exchange, settings, tasks, done, request_count)
 
 
-def test_two_months_are_exact(two: Two) -> None:
-    """Every bar of every timeframe; the halt of the 8th and the holes are holes, and no bar is made
-    up.
-    """
-    everything_is_true(two.settings, MONTHS)
+def test_two_months_are_exact(two_months: TwoMonths) -> None:
+    """Every bar of every timeframe is true, and no bar is invented in the halt of the 8th."""
+    everything_is_true(two_months.settings, MONTHS)
     for market in ("BTC", "ADA"):
-        bars = stored_bars(two.settings, f"binance%3A{market}-USDT")
+        bars = stored_bars(two_months.settings, f"binance%3A{market}-USDT")
         assert bars.filter(
             pl.col("open_time").is_between(at("2024-01-08T02:00"), at("2024-01-08T03:19"))
         ).is_empty()
 
 
-def test_every_row_is_accounted_for(two: Two) -> None:
-    for done in two.done:
+def test_every_row_is_accounted_for(two_months: TwoMonths) -> None:
+    for done in two_months.done:
         account = done.account
         assert done.error is None
         assert done.complete
@@ -165,28 +162,29 @@ def test_every_row_is_accounted_for(two: Two) -> None:
         assert account.quarantined == 0
 
 
-def test_every_missing_bar_has_its_evidence(two: Two) -> None:
-    """Halts and holes are `no_bars`, told by two answers, with what was asked and when; they are all
-    and nothing else.
-    """
-    for done in two.done:
+def test_every_missing_bar_has_its_evidence(two_months: TwoMonths) -> None:
+    """The gaps are exactly the missing bars: `no_bars`, two answers, evidence with the request."""
+    for done in two_months.done:
         expected = set(
             range(ms(str(done.wanted.start)[:19]), ms(str(done.wanted.end)[:19]), 60_000)
         )
         missing = expected - set(done.bars["open_time"].dt.epoch("ms").to_list())
-        told: set[int] = set()
+        in_gaps: set[int] = set()
         for gap in done.gaps:
             assert (gap.reason, gap.answers >= 2, gap.settled) == ("no_bars", True, True)
             assert "asked [" in gap.evidence
             assert " rows" in gap.evidence
             assert gap.bars == gap.window.count(MINUTE)
-            told |= set(range(ms(str(gap.window.start)[:19]), ms(str(gap.window.end)[:19]), 60_000))
-        assert told == missing
+            start, end = (ms(str(moment)[:19]) for moment in (gap.window.start, gap.window.end))
+            in_gaps |= set(range(start, end, 60_000))
+        assert in_gaps == missing
         assert len(missing) >= 80
 
 
-def test_coverage_sums_and_is_right(two: Two) -> None:
-    for found, symbol in zip(covered(two.settings), ("BTCUSDT", "ADAUSDT"), strict=True):
+def test_coverage_sums_and_counts_correctly(two_months: TwoMonths) -> None:
+    for found, symbol in zip(
+        report_coverage(two_months.settings), ("BTCUSDT", "ADAUSDT"), strict=True
+    ):
         present = truth(symbol, "1m", MONTHS).height
         assert (found.expected, found.present, found.missing_at_source) == (
             60 * 1440,
@@ -195,55 +193,55 @@ def test_coverage_sums_and_is_right(two: Two) -> None:
         )
 
 
-def test_the_plan_was_right(two: Two) -> None:
-    """Partitions, bars and requests were told before; holes cost a few requests more."""
-    assert [task.partition.key for task in two.tasks] == [done.partition.key for done in two.done]
-    assert [task.bars for task in two.tasks] == [
-        done.bars.height + sum(gap.bars for gap in done.gaps) for done in two.done
+def test_the_plan_predicts_bars_and_requests(two_months: TwoMonths) -> None:
+    """The plan names partitions, bars and requests; gaps cost a few requests more."""
+    assert [task.partition.key for task in two_months.tasks] == [
+        done.partition.key for done in two_months.done
     ]
-    told = sum(task.requests for task in two.tasks)
-    holes = sum(len(done.gaps) for done in two.done)
-    assert told <= two.bar_requests <= told + holes
-    assert planned(two.settings) == []
+    assert [task.bars for task in two_months.tasks] == [
+        done.bars.height + sum(gap.bars for gap in done.gaps) for done in two_months.done
+    ]
+    planned = sum(task.requests for task in two_months.tasks)
+    gap_count = sum(len(done.gaps) for done in two_months.done)
+    assert planned <= two_months.bar_requests <= planned + gap_count
+    assert plan_tasks(two_months.settings) == []
 
 
-def test_the_fetch_log_is_what_the_exchange_saw(two: Two) -> None:
-    assert logged_requests(two.settings) == {"answered": two.bar_requests}
-    assert sum(done.requests for done in two.done) == two.bar_requests
+def test_the_fetch_log_equals_the_requests_of_the_exchange(two_months: TwoMonths) -> None:
+    assert logged_requests(two_months.settings) == {"answered": two_months.bar_requests}
+    assert sum(done.requests for done in two_months.done) == two_months.bar_requests
 
 
-def test_a_second_ingest_asks_nothing(two: Two) -> None:
-    """Not one request of any kind; the files and the accounts of rows stay what they are."""
-    before = lake_files(two.settings)
-    two.exchange.requests.clear()
-    for done, first in zip(run_ingest(two.settings), two.done, strict=True):
+def test_a_second_ingest_sends_no_request(two_months: TwoMonths) -> None:
+    """No request of any kind is sent; the files and the accounts of rows stay equal."""
+    before = lake_files(two_months.settings)
+    two_months.exchange.requests.clear()
+    for done, first in zip(run_ingest(two_months.settings), two_months.done, strict=True):
         assert (done.error, done.complete, done.requests) == (None, True, 0)
         assert done.bars.equals(first.bars)
         assert done.gaps == first.gaps
-    assert [sum(derived.changed.values()) for derived in run_derive(two.settings)] == [0] * 4
-    assert two.exchange.requests == []
-    assert lake_files(two.settings) == before
-    assert planned(two.settings) == []
+    assert [sum(derived.changed.values()) for derived in run_derive(two_months.settings)] == [0] * 4
+    assert two_months.exchange.requests == []
+    assert lake_files(two_months.settings) == before
+    assert plan_tasks(two_months.settings) == []
 
 
-def test_a_partition_outside_the_universe_asks_nothing(two: Two) -> None:
-    """A month before `since` or after `until`: nothing to do, nothing made up, coverage as before."""
-    before = covered(two.settings)
-    two.exchange.requests.clear()
+def test_a_partition_outside_the_universe_sends_no_request(two_months: TwoMonths) -> None:
+    """A month before `since` or after `until` changes nothing and invents no bar."""
+    before = report_coverage(two_months.settings)
+    two_months.exchange.requests.clear()
     months = [Partition(BTC, month_of(at(text))) for text in ("2023-11-01", "2024-04-01")]
-    for done in run_ingest(two.settings, wanted=months):
+    for done in run_ingest(two_months.settings, wanted=months):
         assert (done.error, done.bars.height, done.gaps, done.requests) == (None, 0, (), 0)
-    assert two.exchange.requests == []
-    assert covered(two.settings) == before
+    assert two_months.exchange.requests == []
+    assert report_coverage(two_months.settings) == before
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- the open month
 
 
 def test_the_open_month_is_refreshed_in_place(universe: Universe) -> None:
-    """From minute to minute and hour to hour: one request each, only new rows, and only the rollups
-    they close.
-    """
+    """Each refresh sends one request, stores new rows and builds the rollups that they close."""
     clock = [ms("2024-01-09T06:31:30")]
     with exchange_at(clock) as (exchange, url):
         settings = universe(url, since="2024-01-07", until="2024-02-01", now="2024-01-31")
@@ -262,12 +260,13 @@ def test_the_open_month_is_refreshed_in_place(universe: Universe) -> None:
             (derived,) = run_derive(settings)
             end = MINUTE.floor(at(f"2024-01-09T{text}"))
             assert_bars(
-                stored_bars(settings), truth("BTCUSDT", "1m", Window(at("2024-01-07"), end))
+                stored_bars(settings), generate_bars("BTCUSDT", "1m", Window(at("2024-01-07"), end))
             )
             assert done.account.is_balanced
             assert not done.complete
             assert len(bar_requests(exchange)) == (0 if text == "06:31:59" else 1)
-            assert done.account.received <= done.account.stored + 63  # the last hour is asked again
+            # the last hour is fetched again
+            assert done.account.received <= done.account.stored + 63
             assert {
                 timeframe.name: rows for timeframe, rows in derived.changed.items() if rows
             } == closed
@@ -291,8 +290,10 @@ def test_the_open_month_is_refreshed_in_place(universe: Universe) -> None:
     ],
     ids=["halt", "month"],
 )
-def test_the_clock_passes(universe: Universe, since: str, until: str, moments: list[str]) -> None:
-    """A halt, and the end of a month, each in the middle of the refreshes."""
+def test_refreshes_across_a_halt_and_a_month_end(
+    universe: Universe, since: str, until: str, moments: list[str]
+) -> None:
+    """The bars are exact after refreshes during a halt and around the end of a month."""
     clock = [0]
     with exchange_at(clock) as (_, url):
         settings = universe(url, since=since, until=until, now="2024-02-02")
@@ -308,8 +309,8 @@ def test_the_clock_passes(universe: Universe, since: str, until: str, moments: l
         everything_is_true(settings, window(since, until))
 
 
-def unfinished(moment: int, times: int) -> Tamper:
-    """The bar of that moment is told as it stood half a minute earlier, so many times."""
+def send_unfinished_bar(moment: int, times: int) -> Tamper:
+    """Replace the bar of that moment by an unfinished one in the next `times` answers."""
     left = [times]
 
     async def tamper(request: web.Request, rows: list[list[Any]]) -> Any:
@@ -331,9 +332,7 @@ def unfinished(moment: int, times: int) -> Tamper:
 
 
 def test_a_bar_that_was_stored_wrong_is_replaced(universe: Universe) -> None:
-    """The newest bar came unfinished: the next refresh sees it, asks once more, and replaces it
-    everywhere.
-    """
+    """The newest bar was unfinished: the next refresh sends one more request and replaces it."""
     clock, wrong = [ms("2024-01-09T06:35")], ms("2024-01-09T06:34")
     with exchange_at(clock) as (exchange, url):
 
@@ -360,25 +359,26 @@ def test_a_bar_that_was_stored_wrong_is_replaced(universe: Universe) -> None:
         )
 
 
-def test_one_strange_answer_replaces_nothing(universe: Universe) -> None:
-    """The stored bar and the second answer agree against the first."""
+def test_one_contradicting_answer_replaces_nothing(universe: Universe) -> None:
+    """The stored bar and the second answer agree and outvote the first answer."""
     clock = [ms("2024-01-09T06:35")]
     with exchange_at(clock) as (exchange, url):
         settings = universe(url, since="2024-01-09", until="2024-02-01", now="2024-01-31")
         run_ingest(settings)
         clock[0] += 10 * 60_000
-        exchange.tamper = unfinished(ms("2024-01-09T06:34"), 1)
+        exchange.tamper = send_unfinished_bar(ms("2024-01-09T06:34"), 1)
         (done,) = run_ingest(settings)
         assert done.account.is_balanced
         assert done.account.quarantined == 1
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T06:45"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-09", "2024-01-09T06:45")),
         )
 
 
 @pytest.mark.parametrize("back", ["2024-01-08T18:00", "1970-01-01", "2023-12-31"])
-def test_a_clock_that_goes_back_takes_nothing_away(universe: Universe, back: str) -> None:
-    """The exchange's clock lies once: what is stored and rolled up stays, and the next run goes on."""
+def test_a_clock_that_goes_back_removes_nothing(universe: Universe, back: str) -> None:
+    """The exchange's clock is wrong once: bars and rollups stay, and the next run continues."""
     clock = [ms("2024-01-09T06:00")]
     with exchange_at(clock) as (_, url):
         settings = universe(url, since="2024-01-07", until="2024-02-01", now="2024-01-31")
@@ -393,12 +393,13 @@ def test_a_clock_that_goes_back_takes_nothing_away(universe: Universe, back: str
         everything_is_true(settings, window("2024-01-07", "2024-01-09T09:00"))
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- listings
 
 
 def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
-    """SHIB is listed on 2021-05-10 at 11:30: the month before costs no bar request, and both say
-    `not_listed`.
+    """SHIB is listed on 2021-05-10 at 11:30: the month before costs no bar request.
+
+    The minutes before the listing count as `not_listed`.
     """
     assert str(LISTINGS["SHIBUSDT"].listed) == "2021-05-10 11:30:00+00:00"
     with exchange_at(ms("2021-07-01")) as (exchange, url):
@@ -411,7 +412,7 @@ def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
             "2021-05-10T11:30"
         )
         assert len(bar_requests(exchange)) <= 33 + len(may.gaps)
-        (found,) = covered(settings)
+        (found,) = report_coverage(settings)
         present = truth("SHIBUSDT", "1m", span).height
         early = (at("2021-05-10T11:30") - at("2021-04-01")) // timedelta(minutes=1)
         assert (found.present, found.not_listed, found.not_fetched) == (present, early, 0)
@@ -420,17 +421,15 @@ def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
             bars = read(
                 settings, settings.markets[0], timeframe, window("2021-04-01", "2021-06-01")
             )
-            assert_bars(bars, whole("SHIBUSDT", timeframe, window("2021-04-01", "2021-06-01")))
+            assert_bars(bars, true_bars("SHIBUSDT", timeframe, window("2021-04-01", "2021-06-01")))
         exchange.requests.clear()
         run_ingest(settings)
         assert [seen for seen in exchange.requests if seen.path.endswith("klines")] == []
-        assert planned(settings) == []
+        assert plan_tasks(settings) == []
 
 
-def test_one_bad_answer_about_the_listing_is_made_good(universe: Universe) -> None:
-    """The first answer was empty: the next run asks again, and the bars before the listing are
-    explained.
-    """
+def test_one_bad_answer_about_the_listing_is_corrected(universe: Universe) -> None:
+    """The first answer is empty: the next run sends the request again and finds the listing."""
     bad = [1]
 
     async def tamper(request: web.Request, rows: list[list[Any]]) -> Any:
@@ -443,18 +442,16 @@ def test_one_bad_answer_about_the_listing_is_made_good(universe: Universe) -> No
         settings = universe(url, "[SHIB/USDT]", since="2021-05-09", until="2021-05-12")
         for _ in range(4):
             run_ingest(settings)
-        (found,) = covered(settings)
+        (found,) = report_coverage(settings)
         assert found.not_listed == 1440 + 11 * 60 + 30
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- gaps
 
 
 @pytest.mark.parametrize("edge", ["02:00", "02:01", "02:40", "03:19", "03:20", "03:21"])
 def test_a_halt_at_the_edge_of_a_page(universe: Universe, edge: str) -> None:
-    """The first page ends just before, in, or just after the halt: explained all the same, in one
-    run.
-    """
+    """The first page ends before, in, or after the halt: one run explains the halt in each case."""
     since = at(f"2024-01-08T{edge}") - 998 * MINUTE.width
     with exchange_at() as (exchange, url):
         settings = universe(url, since=since.isoformat(), until="2024-01-08T12:00")
@@ -464,13 +461,14 @@ def test_a_halt_at_the_edge_of_a_page(universe: Universe, edge: str) -> None:
             (window("2024-01-08T02:00", "2024-01-08T03:20"), "no_bars")
         ]
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", Window(since, at("2024-01-08T12:00")))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", Window(since, at("2024-01-08T12:00"))),
         )
         assert len(bar_requests(exchange)) <= 4
 
 
-def without(first: str, end: str, times: list[int]) -> Tamper:
-    """Bars of that span are left out of the next answers."""
+def remove_bars(first: str, end: str, times: list[int]) -> Tamper:
+    """Remove the bars of that span from the next `times[0]` answers."""
     a, b = ms(first), ms(end)
 
     async def tamper(request: web.Request, rows: list[list[Any]]) -> Any:
@@ -482,48 +480,48 @@ def without(first: str, end: str, times: list[int]) -> Tamper:
     return tamper
 
 
-def test_an_unanswered_hole_is_asked_for_in_three_runs(universe: Universe) -> None:
-    """The end of the span is never delivered: nobody knows whether it exists. After three runs it is
-    given up.
-    """
-    with exchange_at(tamper=without("2024-01-05T20:00", "2024-02-01", [10**6])) as (exchange, url):
+def test_an_unanswered_gap_is_fetched_in_three_runs(universe: Universe) -> None:
+    """The end of the span is never returned, so its bars may exist; the third run is the last."""
+    with exchange_at(tamper=remove_bars("2024-01-05T20:00", "2024-02-01", [10**6])) as (
+        exchange,
+        url,
+    ):
         settings = universe(url, since="2024-01-05", until="2024-01-06")
-        asked, told = [], []
+        request_counts, found = [], []
         for _ in range(5):
             exchange.requests.clear()
             (done,) = run_ingest(settings)
-            asked.append(len(bar_requests(exchange)))
-            told.append([(gap.bars, gap.reason, gap.answers, done.complete) for gap in done.gaps])
+            request_counts.append(len(bar_requests(exchange)))
+            found.append([(gap.bars, gap.reason, gap.answers, done.complete) for gap in done.gaps])
             assert_bars(
                 stored_bars(settings),
-                truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T20:00")),
+                generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T20:00")),
             )
-        assert told == [[(240, "unanswered", n, n == 3)] for n in (1, 2, 3, 3, 3)]
-        assert all(1 <= n <= 4 for n in asked[:3])
-        assert asked[3:] == [0, 0]
-        (found,) = covered(settings)
-        assert (found.present, found.missing_at_source, found.not_fetched) == (1200, 240, 0)
-        assert planned(settings)[0].reason == "rollups are not up to date"
+        assert found == [[(240, "unanswered", n, n == 3)] for n in (1, 2, 3, 3, 3)]
+        assert all(1 <= n <= 4 for n in request_counts[:3])
+        assert request_counts[3:] == [0, 0]
+        (one,) = report_coverage(settings)
+        assert (one.present, one.missing_at_source, one.not_fetched) == (1200, 240, 0)
+        assert plan_tasks(settings)[0].reason == "rollups are not up to date"
 
 
-def test_an_unanswered_hole_is_filled_when_it_is_answered(universe: Universe) -> None:
+def test_an_unanswered_gap_is_filled_when_it_is_answered(universe: Universe) -> None:
     left = [10**6]
-    with exchange_at(tamper=without("2024-01-05T20:00", "2024-02-01", left)) as (_, url):
+    with exchange_at(tamper=remove_bars("2024-01-05T20:00", "2024-02-01", left)) as (_, url):
         settings = universe(url, since="2024-01-05", until="2024-01-06")
         assert not run_ingest(settings)[0].complete
-        assert planned(settings)[0].bars == 240
+        assert plan_tasks(settings)[0].bars == 240
         left[0] = 0
         assert run_ingest(settings)[0].complete
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-06")),
         )
 
 
-def test_a_hole_that_two_answers_agree_on_is_not_asked_again(universe: Universe) -> None:
-    """Neighbours delivered, nothing between, twice: `no_bars` with its evidence; the third run sends
-    no request.
-    """
-    with exchange_at(tamper=without("2024-01-05T10:00", "2024-01-05T10:30", [10**6])) as (
+def test_a_gap_that_two_answers_confirm_is_not_fetched_again(universe: Universe) -> None:
+    """Two answers return both neighbors and nothing between; the second run sends no request."""
+    with exchange_at(tamper=remove_bars("2024-01-05T10:00", "2024-01-05T10:30", [10**6])) as (
         exchange,
         url,
     ):
@@ -542,31 +540,31 @@ def test_a_hole_that_two_answers_agree_on_is_not_asked_again(universe: Universe)
         assert exchange.requests == []
 
 
-def test_a_hole_that_the_second_answer_fills_is_none(universe: Universe) -> None:
-    with exchange_at(tamper=without("2024-01-05T10:00", "2024-01-05T10:30", [1])) as (_, url):
+def test_a_gap_that_the_second_answer_fills_is_no_gap(universe: Universe) -> None:
+    with exchange_at(tamper=remove_bars("2024-01-05T10:00", "2024-01-05T10:30", [1])) as (_, url):
         settings = universe(url, since="2024-01-05", until="2024-01-06")
         (done,) = run_ingest(settings)
         assert (done.complete, done.gaps) == (True, ())
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-06"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-06")),
         )
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_an_empty_answer_about_all_is_not_the_last_word(universe: Universe, times: int) -> None:
-    """A span of one page: an empty list is asked for once more in the same run, and again in the
-    next.
-    """
-    with exchange_at(tamper=without("2024-01-05", "2024-01-06", [times])) as (_, url):
+def test_an_empty_answer_for_a_whole_span_is_not_final(universe: Universe, times: int) -> None:
+    """An empty page is fetched once more in the same run, and again in the next run."""
+    with exchange_at(tamper=remove_bars("2024-01-05", "2024-01-06", [times])) as (_, url):
         settings = universe(url, since="2024-01-05", until="2024-01-05T12:00")
         assert run_ingest(settings)[0].complete is (times == 1)
         assert run_ingest(settings)[0].complete
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T12:00"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T12:00")),
         )
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- damage
 
 
 def truncate(file: Path) -> None:
@@ -574,7 +572,7 @@ def truncate(file: Path) -> None:
 
 
 def flip(file: Path) -> None:
-    """One byte in the middle of the data."""
+    """Flip all bits of one byte in the middle of the data."""
     content = bytearray(file.read_bytes())
     content[len(content) // 3] ^= 0xFF
     file.write_bytes(bytes(content))
@@ -585,7 +583,7 @@ def other_columns(file: Path) -> None:
 
 
 def fewer_rows(file: Path) -> None:
-    """A good file as of an older backup."""
+    """Restore a good file from an older backup."""
     pl.read_parquet(file.read_bytes()).head(100).write_parquet(file)
 
 
@@ -602,9 +600,7 @@ BREAK: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", [*BREAK, "flipped"])
 def test_a_damaged_file_is_repaired(universe: Universe, damage: str) -> None:
-    """The plan and the coverage say so, reading it is a clear error, and one ingest brings back the
-    same bytes.
-    """
+    """The plan and the coverage show the damage, and one ingest restores the same bytes."""
     with exchange_at() as (_, url):
         settings = universe(url, since="2024-01-07", until="2024-01-09", now="2024-01-10")
         run_ingest(settings)
@@ -612,8 +608,8 @@ def test_a_damaged_file_is_repaired(universe: Universe, damage: str) -> None:
         good = lake_files(settings)
         (flip if damage == "flipped" else BREAK[damage])(raw_file(settings))
         if damage not in ("flipped", "zeroes"):
-            assert planned(settings)[0].bars == 2 * 1440
-            (lost,) = covered(settings)
+            assert plan_tasks(settings)[0].bars == 2 * 1440
+            (lost,) = report_coverage(settings)
             assert (lost.present, lost.not_fetched) == (0, 2 * 1440)
         (done,) = run_ingest(settings)
         assert done.error is None
@@ -622,18 +618,17 @@ def test_a_damaged_file_is_repaired(universe: Universe, damage: str) -> None:
             name: body for name, body in lake_files(settings).items() if "damaged" not in name
         } == good
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-09"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-07", "2024-01-09")),
         )
         assert (done.note is None) is (damage in ("deleted", "fewer_rows"))
-        assert covered(settings)[0].not_fetched == 0
+        assert report_coverage(settings)[0].not_fetched == 0
         run_derive(settings)
-        assert planned(settings) == []
+        assert plan_tasks(settings) == []
 
 
-def test_a_damaged_file_with_the_venue_down(universe: Universe) -> None:
-    """What lies there is set aside and not lost; the error is the venue's, and a later run repairs
-    it.
-    """
+def test_a_damaged_file_is_quarantined_while_the_venue_is_down(universe: Universe) -> None:
+    """The damaged bytes are kept, the error is the venue's, and a later run repairs the file."""
 
     async def down(_: web.Request, __: Any) -> web.Response:
         return web.Response(status=503)
@@ -647,15 +642,16 @@ def test_a_damaged_file_with_the_venue_down(universe: Universe) -> None:
         exchange.tamper = down
         assert type(run_ingest(settings)[0].error) is VenueDown
         assert rest in lake_files(settings).values()
-        assert covered(settings)[0].not_fetched == 2 * 1440
+        assert report_coverage(settings)[0].not_fetched == 2 * 1440
         exchange.tamper = None
         assert run_ingest(settings)[0].complete
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-09"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-07", "2024-01-09")),
         )
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- concurrency
 
 OTHER = """
 import json, sys
@@ -664,14 +660,13 @@ from marketdata_tests.steps import run_ingest
 settings = load_settings()
 print("started", flush=True)
 found = run_ingest(settings)
-print(json.dumps([[done.requests, done.bars.height, done.complete, str(done.error)] for done in found]))
+rows = [[done.requests, done.bars.height, done.complete, str(done.error)] for done in found]
+print(json.dumps(rows))
 """
 
 
-def test_two_processes_and_one_partition(universe: Universe) -> None:
-    """The one that comes second waits while the first one fetches; then it finds the work done and
-    asks nothing.
-    """
+def test_a_partition_is_locked_against_other_processes(universe: Universe) -> None:
+    """The second process waits while the first one fetches, and then it sends no request."""
     go = threading.Event()
 
     async def slow(request: web.Request, _: Any) -> None:
@@ -701,12 +696,13 @@ def test_two_processes_and_one_partition(universe: Universe) -> None:
         assert theirs == [[0, rows, True, "None"]]
         assert len(bar_requests(exchange)) == mine[0].requests
         assert_bars(
-            stored_bars(settings), truth("BTCUSDT", "1m", window("2024-01-07", "2024-01-08T12:00"))
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-07", "2024-01-08T12:00")),
         )
 
 
-def test_four_threads_and_the_same_partitions(universe: Universe) -> None:
-    """Each ends with the truth, whoever did the work; every page was fetched once."""
+def test_four_threads_fetch_each_page_once(universe: Universe) -> None:
+    """Each thread returns complete partitions, no matter which thread fetched them."""
     with exchange_at() as (exchange, url):
         settings = universe(url, "[BTC/USDT, ETH/USDT]", since="2024-01-05", until="2024-01-07")
         found: list[Any] = []
@@ -723,12 +719,14 @@ def test_four_threads_and_the_same_partitions(universe: Universe) -> None:
         pages = [(seen.query["symbol"], seen.query["startTime"]) for seen in bar_requests(exchange)]
         assert len(pages) == len(set(pages)) == sum(done.requests for one in found for done in one)
         everything = window("2024-01-05", "2024-01-07")
-        assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", everything))
-        assert_bars(stored_bars(settings, "binance%3AETH-USDT"), truth("ETHUSDT", "1m", everything))
+        assert_bars(stored_bars(settings), generate_bars("BTCUSDT", "1m", everything))
+        assert_bars(
+            stored_bars(settings, "binance%3AETH-USDT"), generate_bars("ETHUSDT", "1m", everything)
+        )
 
 
-def test_whoever_stops_early_leaves_nothing_locked(universe: Universe) -> None:
-    """After the first of three partitions: the work ahead is dropped, and the next run does it."""
+def test_an_ingest_that_stops_early_leaves_nothing_locked(universe: Universe) -> None:
+    """The caller stops after the first of three partitions; the next run fetches the others."""
     with exchange_at() as (_, url):
         settings = universe(
             url, "[BTC/USDT, ETH/USDT, ADA/USDT]", since="2024-01-05", until="2024-01-06"
@@ -742,9 +740,7 @@ def test_whoever_stops_early_leaves_nothing_locked(universe: Universe) -> None:
 
 @pytest.mark.parametrize("kind", ["unknown_symbol", "refused", "garbled"])
 def test_one_market_that_fails_does_not_stop_the_others(universe: Universe, kind: str) -> None:
-    """The one in the middle fails by name; the two others are stored, and the failure stands in the
-    plan.
-    """
+    """The market in the middle fails, the other two are stored, and the plan shows the failure."""
 
     async def tamper(request: web.Request, _: Any) -> web.Response | None:
         if request.query["symbol"] != "ETHUSDT" or kind == "unknown_symbol":
@@ -771,24 +767,26 @@ def test_one_market_that_fails_does_not_stop_the_others(universe: Universe, kind
         for name in ("BTC", "ADA"):
             assert_bars(
                 stored_bars(settings, f"binance%3A{name}-USDT"),
-                truth(f"{name}USDT", "1m", window("2024-01-05", "2024-01-05T12:00")),
+                generate_bars(f"{name}USDT", "1m", window("2024-01-05", "2024-01-05T12:00")),
             )
-        (task,) = planned(settings)
+        (task,) = plan_tasks(settings)
         assert task.partition.market.symbol == symbol
         assert task.reason.startswith("failed: binance")
-        assert [found.not_fetched for found in covered(settings)] == [0, 720, 0]
+        assert [found.not_fetched for found in report_coverage(settings)] == [0, 720, 0]
         with open_context(settings) as context:
             state = context.ledger.partitions.get(raw_table(MINUTE), failed.partition)
         assert state is not None
-        blamed = int(error is not VenueDown)  # a venue that is down is not the partition's fault
-        assert (state.attempts, state.failures, state.error) == (1, blamed, str(failed.error))
+        failures = int(
+            error is not VenueDown
+        )  # a venue that is down is no failure of the partition
+        assert (state.attempts, state.failures, state.error) == (1, failures, str(failed.error))
 
 
-# -------------------------------------------------------------------------------------------- unive
+# --------------------------------------------------------------------------------- other universes
 
 
-def test_a_universe_that_grows_on_both_sides(universe: Universe) -> None:
-    """Earlier `since`, later `until`: only what is new is asked for."""
+def test_a_universe_that_grows_on_both_sides_fetches_only_new_bars(universe: Universe) -> None:
+    """With an earlier `since` and a later `until` only the new bars are fetched."""
     with exchange_at() as (exchange, url):
         run_ingest(universe(url, since="2024-01-05T06:00", until="2024-01-05T18:00"))
         exchange.requests.clear()
@@ -799,7 +797,7 @@ def test_a_universe_that_grows_on_both_sides(universe: Universe) -> None:
         assert done.account.stored == 720
         assert len(bar_requests(exchange)) <= 2
         everything_is_true(settings, window("2024-01-05", "2024-01-06"))
-        assert covered(settings)[0].present == 1440
+        assert report_coverage(settings)[0].present == 1440
 
 
 @pytest.mark.parametrize(
@@ -810,23 +808,21 @@ def test_a_universe_that_grows_on_both_sides(universe: Universe) -> None:
         ("2024-01-06T12:00", "2024-01-12"),
     ],
 )
-def test_coverage_counts_only_what_is_asked_for(universe: Universe, since: str, until: str) -> None:
-    """Stored: the 5th to the 9th. A universe that now wants another part of the month counts its own
-    bars and holes.
-    """
+def test_coverage_counts_only_the_wanted_span(universe: Universe, since: str, until: str) -> None:
+    """The 5th to the 8th are stored; a universe with another span counts its own bars and gaps."""
     with exchange_at() as (_, url):
         run_ingest(universe(url, since="2024-01-05", until="2024-01-09"))
         settings = universe(url, since=since, until=until)
-        (found,) = covered(settings)
+        (found,) = report_coverage(settings)
         there = window("2024-01-05", "2024-01-09") & window(since, until)
-        present = truth("BTCUSDT", "1m", there).height
+        present = generate_bars("BTCUSDT", "1m", there).height
         assert found.expected == window(since, until).count(MINUTE)
         assert (found.present, found.missing_at_source) == (present, there.count(MINUTE) - present)
         assert found.not_fetched == found.expected - there.count(MINUTE)
 
 
-def test_months_in_any_order(universe: Universe) -> None:
-    """February first: its first week looks back into January, and is made when January comes."""
+def test_months_can_be_ingested_in_any_order(universe: Universe) -> None:
+    """February's first week begins in January, so it is built after January's ingest."""
     with exchange_at() as (_, url):
         settings = universe(url, since="2024-01-20", until="2024-02-12")
         january, february = partitions(settings)
@@ -835,14 +831,12 @@ def test_months_in_any_order(universe: Universe) -> None:
             with open_context(settings) as context:
                 list(context.bind(RollupBuilder).build([partition]))
         everything_is_true(settings, window("2024-01-20", "2024-02-12"))
-        assert planned(settings) == []
+        assert plan_tasks(settings) == []
 
 
-def test_a_bar_that_comes_late_reaches_the_next_months_week(universe: Universe) -> None:
-    """The last hours of January were not delivered when February's first week was made of what there
-    was.
-    """
-    with exchange_at(tamper=without("2024-01-31T20:00", "2024-02-01T01:00", [10**6])) as (
+def test_a_late_bar_changes_the_week_of_the_next_month(universe: Universe) -> None:
+    """The last hours of January are still missing when February's first week is built."""
+    with exchange_at(tamper=remove_bars("2024-01-31T20:00", "2024-02-01T01:00", [10**6])) as (
         exchange,
         url,
     ):
@@ -868,10 +862,8 @@ def test_a_bar_that_comes_late_reaches_the_next_months_week(universe: Universe) 
 
 
 @pytest.mark.parametrize("rollups", ["duckdb", "parquet"])
-def test_hourly_base_and_references(universe: Universe, rollups: str) -> None:
-    """`base: 1h` fetches no minutes; coverage still counts minutes; a reference is the venue's own
-    bar.
-    """
+def test_a_base_of_1h_fetches_no_minutes(universe: Universe, rollups: str) -> None:
+    """`base: 1h` fetches no minutes, but coverage counts minutes; references are native bars."""
     with exchange_at() as (exchange, url):
         settings = universe(
             url,
@@ -886,16 +878,16 @@ def test_hourly_base_and_references(universe: Universe, rollups: str) -> None:
             assert done.account.is_balanced
             assert_bars(
                 stored_bars(settings, timeframe=timeframe),
-                truth("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),
+                generate_bars("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),
             )
         run_derive(settings)
         assert {seen.query["interval"] for seen in bar_requests(exchange)} == {"1h", "1d"}
         for timeframe in settings.rollup_timeframes_of(BTC):
             assert_bars(
                 read(settings, BTC, timeframe, window("2024-01-01", "2024-02-01")),
-                whole("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),
+                true_bars("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),
             )
-        (found,) = covered(settings)
+        (found,) = report_coverage(settings)
         hours = truth("BTCUSDT", "1h", window("2024-01-01", "2024-02-01")).height
         assert (found.expected, found.present, found.missing_at_source) == (
             31 * 1440,
@@ -906,26 +898,26 @@ def test_hourly_base_and_references(universe: Universe, rollups: str) -> None:
             read(settings, BTC, MINUTE, window("2024-01-01", "2024-02-01"))
 
 
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- the plan
 
 
-def test_the_plan_follows_what_is_there(universe: Universe) -> None:
-    """Missing, open, failed, deleted, rollups gone: each with its reason and its number of bars."""
+def test_the_plan_names_a_reason_for_each_state(universe: Universe) -> None:
+    """Missing, open, failed, deleted, no rollups: each state has a reason and a number of bars."""
     clock = [ms("2024-01-09T06:00")]
     with exchange_at(clock) as (exchange, url):
         settings = universe(url, since="2024-01-09", until="2024-01-20", now="2024-01-09T06:00")
-        assert [(task.bars, task.requests, task.reason) for task in planned(settings)] == [
+        assert [(task.bars, task.requests, task.reason) for task in plan_tasks(settings)] == [
             (360, 1, "missing")
         ]
         run_ingest(settings)
-        assert [(task.bars, task.reason) for task in planned(settings)] == [
+        assert [(task.bars, task.reason) for task in plan_tasks(settings)] == [
             (0, "rollups are not up to date")
         ]
         run_derive(settings)
-        assert planned(settings) == []
+        assert plan_tasks(settings) == []
         clock[0] = ms("2024-01-09T07:00")
         settings = universe(url, since="2024-01-09", until="2024-01-20", now="2024-01-09T07:00")
-        (task,) = planned(settings)
+        (task,) = plan_tasks(settings)
         assert (task.bars, task.requests) == (60, 1)
         assert "open" in task.reason
 
@@ -934,16 +926,16 @@ def test_the_plan_follows_what_is_there(universe: Universe) -> None:
 
         exchange.tamper = refuse
         run_ingest(settings)
-        assert planned(settings)[0].reason.startswith("failed: binance: HTTP 404")
+        assert plan_tasks(settings)[0].reason.startswith("failed: binance: HTTP 404")
         exchange.tamper = None
         run_ingest(settings)
         run_derive(settings)
-        assert planned(settings) == []
+        assert plan_tasks(settings) == []
         raw_file(settings).unlink()
-        assert [task.bars for task in planned(settings)] == [420]
+        assert [task.bars for task in plan_tasks(settings)] == [420]
         run_ingest(settings)
         run_derive(settings)
         settings.duckdb.unlink()
-        assert [(task.bars, task.reason) for task in planned(settings)] == [
+        assert [(task.bars, task.reason) for task in plan_tasks(settings)] == [
             (0, "rollups are not up to date")
         ]

@@ -1,7 +1,7 @@
-"""kill -9 at random moments of a backfill: nothing lost, doubled or half-written, and readable at
-every moment between.
+"""SIGKILL at random moments of a backfill loses, doubles and damages nothing.
 
-MARKETDATA_TEST_KILLS sets how many kills (default 3), MARKETDATA_TEST_SEED at which moments.
+The bars can be read after every kill. MARKETDATA_TEST_KILLS sets the number of kills (default 3),
+MARKETDATA_TEST_SEED the random moments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 
@@ -34,9 +33,7 @@ from marketdata_assets.dagster_ext.runs import open_instance
 with open_instance() as instance:
     print(sorted({run.status.value for run in instance.get_runs()}))
 """
-"""Whoever opens the instance next ends the runs that were killed: the last backfill may have found
-nothing left to do.
-"""
+"""Opening the instance ends killed runs; a backfill that has nothing to do opens none."""
 
 
 def start_backfill() -> subprocess.Popen[bytes]:
@@ -46,9 +43,10 @@ def start_backfill() -> subprocess.Popen[bytes]:
     )
 
 
-def kill_after_first_request(exchange: SandboxExchange, delay: float, at_worker: bool) -> None:
-    """Start a backfill, wait until it asks for bars, let it work for `delay` seconds, then kill it or
-    a worker of it.
+def kill_after_first_request(exchange: SandboxExchange, delay: float, at_child: bool) -> None:
+    """Start a backfill, wait for its first request for bars and `delay` seconds, then kill it.
+
+    `at_child`: kill a child process instead.
     """
     before = bar_requests(exchange)
     process = start_backfill()
@@ -57,8 +55,8 @@ def kill_after_first_request(exchange: SandboxExchange, delay: float, at_worker:
     try:
         process.wait(delay)
     except subprocess.TimeoutExpired:
-        victims = children(process.pid) if at_worker else [process.pid]
-        os.kill(victims[0] if victims else process.pid, signal.SIGKILL)
+        pids = child_pids(process.pid) if at_child else [process.pid]
+        os.kill(pids[0] if pids else process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
 
 
@@ -66,12 +64,12 @@ def bar_requests(exchange: SandboxExchange) -> int:
     return sum("klines" in seen.path for seen in exchange.requests)
 
 
-def children(pid: int) -> list[int]:
+def child_pids(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def assert_readable_and_true(settings: Settings, whole: bool) -> None:
-    """What is stored equals the truth where it is; all of it when `whole`."""
+def assert_readable_and_true(settings: Settings, complete: bool) -> None:
+    """Check that every stored bar equals the truth; `complete`: all true bars must be stored."""
     with open_context(settings) as context:
         for market in settings.markets:
             for name in ("1m", "1h", "1d"):
@@ -81,16 +79,16 @@ def assert_readable_and_true(settings: Settings, whole: bool) -> None:
                     .read(market, TIMEFRAMES[name], SPAN)
                     .select(expected.columns)
                 )
-                there = (
+                wanted = (
                     expected
-                    if whole
+                    if complete
                     else expected.join(found.select("open_time"), on="open_time", how="semi")
                 )
-                assert found.equals(there), f"{market} {name}"
+                assert found.equals(wanted), f"{market} {name}"
 
 
 @pytest.mark.timeout(120 + 40 * KILLS)
-def test_kill_at_random_moments(
+def test_a_backfill_that_is_killed_at_random_moments_completes(
     sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path
 ) -> None:
     exchange, url = sandbox
@@ -103,12 +101,12 @@ def test_kill_at_random_moments(
     )
     dice = random.Random(os.environ.get("MARKETDATA_TEST_SEED"))
     for _ in range(KILLS):
-        kill_after_first_request(exchange, dice.uniform(0, 4), at_worker=dice.random() < 0.3)
-        assert_readable_and_true(settings, whole=False)
+        kill_after_first_request(exchange, dice.uniform(0, 4), at_child=dice.random() < 0.3)
+        assert_readable_and_true(settings, complete=False)
     last = start_backfill()
     _, errors = last.communicate(timeout=120)
     assert last.returncode == 0, errors.decode()
-    assert_readable_and_true(settings, whole=True)
+    assert_readable_and_true(settings, complete=True)
     assert not list((tmp_path / "lake" / ".writing").iterdir())
     with open_context(settings) as context:
         assert all(

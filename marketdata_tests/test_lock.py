@@ -1,4 +1,4 @@
-"""Lock and verify: a copy proves bar by bar, and whatever was changed in it is found and named."""
+"""Lock and verify: a copy is proved bar by bar, and each change in it is found and named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from marketdata_assets.model.window import Window
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import truth
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lockfile import LockFile, read_lock, write_lock
 from marketdata_tests.conftest import SANDBOX_NOW
@@ -58,8 +58,9 @@ def universe_of(
     top: str = "",
     **wants: str,
 ) -> Settings:
-    """A universe over the stores of a folder; `wants` changes what it wants of Binance, "" leaves a
-    key out.
+    """Write and load a universe over the stores of a folder.
+
+    `wants` changes the keys of the venue Binance; "" leaves a key out.
     """
     lines = [f"    {key}: {value}" for key, value in {**WANTS, **wants}.items() if value]
     places = [
@@ -79,11 +80,12 @@ def universe_of(
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve days of December and nine of January, of two markets; rollups lie in the lake and in
-    DuckDB.
+    """Store twelve days of December and nine of January, of two markets; return the folder.
+
+    The rollups are in the lake and in DuckDB.
     """
     folder = tmp_path_factory.mktemp("original")
-    with running(SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)) as url:
+    with serve_in_thread(SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)) as url:
         settings = universe_of(folder, base_url=url)
         run_ingest(settings)
         run_ingest(settings, timeframe="1h")
@@ -94,7 +96,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(original: Path, tmp_path: Path) -> Copy:
-    """`copy(...)`: the stores of `original` copied byte for byte, and a universe over them."""
+    """Return a function that copies the stores of `original` and loads a universe over them."""
 
     def make(**changes: str) -> Settings:
         shutil.copytree(original, tmp_path, dirs_exist_ok=True)
@@ -105,10 +107,10 @@ def copy(original: Path, tmp_path: Path) -> Copy:
 
 @pytest.fixture(scope="module")
 def locked(original: Path) -> LockFile:
-    return locked_in(universe_of(original))
+    return lock_dataset(universe_of(original))
 
 
-def locked_in(
+def lock_dataset(
     settings: Settings,
     name: str = "bars",
     tables: list[str] | None = None,
@@ -120,21 +122,21 @@ def locked_in(
         )
 
 
-def verified(settings: Settings, locked: LockFile) -> Verified:
+def verify(settings: Settings, locked: LockFile) -> Verified:
     with open_context(settings) as context:
         return context.bind(DatasetLocker).verify(locked)
 
 
-def differs(settings: Settings, locked: LockFile) -> list[tuple[str, str, str, int, int]]:
-    """What differs, without its words; everything else has to be proved."""
-    found = verified(settings, locked)
+def find_differences(settings: Settings, locked: LockFile) -> list[tuple[str, str, str, int, int]]:
+    """Return the differences without their messages, after checking that all else is proved."""
+    found = verify(settings, locked)
     assert found.proved == len(locked.partitions) - sum(d.locked > 0 for d in found.differences)
     return [(d.table, d.partition.key, d.what, d.locked, d.stored) for d in found.differences]
 
 
-def proves(settings: Settings, locked: LockFile) -> None:
-    assert differs(settings, locked) == []
-    assert verified(settings, locked).bars == locked.bars > 2 * 21 * 1440
+def assert_proved(settings: Settings, locked: LockFile) -> None:
+    assert find_differences(settings, locked) == []
+    assert verify(settings, locked).bars == locked.bars > 2 * 21 * 1440
 
 
 def stored(settings: Settings, table: Table | None = None) -> Path:
@@ -143,21 +145,21 @@ def stored(settings: Settings, table: Table | None = None) -> Path:
 
 
 # --------------------------------------------------------------------------------- the lock
-def test_the_lock_says_what_is_stored(original: Path, locked: LockFile):
-    """Polars alone reads the objects; the number of all is that of the file's lines."""
+def test_the_lock_describes_what_is_stored(original: Path, locked: LockFile):
+    """Polars alone reads the objects; the digest of the dataset is the hash of the file's lines."""
     rows = {(p.table, p.partition.key): p for p in locked.partitions}
     files = sorted((original / "lake").glob("*/*/*/*/data.parquet"))
-    held = {
+    bars_by_path = {
         path.relative_to(original / "lake"): pl.read_parquet(path.read_bytes()) for path in files
     }
-    held = {path: bars for path, bars in held.items() if bars.height}
+    bars_by_path = {path: bars for path, bars in bars_by_path.items() if bars.height}
     assert {
         Path(Table(t.partition("/")[0], TIMEFRAMES[t.rpartition("_")[2]]).path(Partition.parse(k)))
         for t, k in rows
-    } == set(held)
+    } == set(bars_by_path)
     for pinned in locked.partitions:
         table = Table(pinned.table.partition("/")[0], TIMEFRAMES[pinned.table.rpartition("_")[2]])
-        opens = held[Path(table.path(pinned.partition))]["open_time"]
+        opens = bars_by_path[Path(table.path(pinned.partition))]["open_time"]
         assert (pinned.rows, pinned.first, pinned.last) == (opens.len(), opens.min(), opens.max())
         assert pinned.open == (pinned.partition.month_key == "2024-01-01")
     lines = locked.text().splitlines()
@@ -180,8 +182,8 @@ def test_the_same_bars_and_moment_give_the_same_bytes(original: Path, locked: Lo
     )
 
 
-def test_no_path_and_no_address_is_in_it(copy: Copy, tmp_path: Path):
-    text = locked_in(
+def test_the_lock_holds_no_path_and_no_address(copy: Copy, tmp_path: Path):
+    text = lock_dataset(
         copy(base_url="http://127.0.0.1:9/secret", ws_url="ws://127.0.0.1:9/secret")
     ).text()
     assert not [
@@ -206,16 +208,16 @@ def test_tables_markets_and_months_can_be_chosen(original: Path):
         ("BTC/USDT",),
         window("2023-12-01", "2024-01-01"),
     )
-    assert differs(settings, found) == []
+    assert find_differences(settings, found) == []
 
 
-def test_a_month_that_the_universe_has_ended_in_is_not_open(original: Path):
-    found = locked_in(universe_of(original, until="2024-01-06"))
+def test_the_month_in_which_a_universe_ends_is_not_open(original: Path):
+    found = lock_dataset(universe_of(original, until="2024-01-06"))
     assert {p.partition.month_key for p in found.partitions} == {"2023-12-01", "2024-01-01"}
     assert not any(p.open for p in found.partitions)
 
 
-def test_what_is_written_is_read_and_gives_the_moment(locked: LockFile, tmp_path: Path):
+def test_a_written_lock_is_read_back_and_has_its_moment(locked: LockFile, tmp_path: Path):
     file = tmp_path / "bars.lock.json"
     write_lock(file, locked)
     assert read_lock(file) == locked
@@ -223,44 +225,43 @@ def test_what_is_written_is_read_and_gives_the_moment(locked: LockFile, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["bars.lock.json"]
 
 
-def test_a_lake_that_has_lost_something_is_not_locked(copy: Copy):
+def test_a_lake_with_a_lost_or_damaged_object_is_not_locked(copy: Copy):
     settings = copy()
     stored(settings).write_bytes(stored(settings).read_bytes()[:-100])
     with pytest.raises(Damaged, match="is damaged"):
-        locked_in(settings)
+        lock_dataset(settings)
     stored(settings).unlink()
     with pytest.raises(
-        Damaged, match=r"month=2023-12/data.parquet is gone; `marketdata backfill` fetches it again"
+        Damaged,
+        match=r"month=2023-12/data.parquet is gone; `marketdata backfill` fetches it again",
     ):
-        locked_in(settings)
+        lock_dataset(settings)
 
 
-def test_bad_wishes_are_told(original: Path, tmp_path: Path):
+def test_bad_tables_names_and_spans_are_refused(original: Path, tmp_path: Path):
     settings = universe_of(original)
     with pytest.raises(
         BadInput, match=r"table 'raw/ohlcv_5m' is not one of raw/ohlcv_1h, raw/ohlcv_1m, rollup"
     ):
-        locked_in(settings, tables=["raw/ohlcv_5m"])
+        lock_dataset(settings, tables=["raw/ohlcv_5m"])
     with pytest.raises(BadInput, match="no name for a dataset"):
-        locked_in(settings, name="../bars")
+        lock_dataset(settings, name="../bars")
     with pytest.raises(BadInput, match="`marketdata backfill` fetches it"):
-        locked_in(universe_of(tmp_path))
+        lock_dataset(universe_of(tmp_path))
     with pytest.raises(BadInput, match="`marketdata backfill` fetches it"):
-        locked_in(settings, span=window("2023-01-01", "2023-02-01"))
+        lock_dataset(settings, span=window("2023-01-01", "2023-02-01"))
 
 
-# --------------------------------------------------------------------------------- copies that prov
+# --------------------------------------------------------------------------------- copies
 @pytest.mark.parametrize("rollups", ["parquet", "duckdb"])
-def test_a_copy_proves(copy: Copy, locked: LockFile, rollups: str):
-    """The lock was made of rollups in Parquet; those in DuckDB hold the same, and have the same
-    number.
-    """
+def test_a_copy_is_proved(copy: Copy, locked: LockFile, rollups: str):
+    """The lock was written from rollups in Parquet; equal rollups in DuckDB have equal hashes."""
     settings = copy(rollups=rollups)
-    proves(settings, locked)
-    assert locked_in(settings).text() == locked.text()
+    assert_proved(settings, locked)
+    assert lock_dataset(settings).text() == locked.text()
 
 
-def test_a_copy_in_s3_proves_without_a_ledger(
+def test_a_copy_in_s3_is_proved_without_a_ledger(
     original: Path, locked: LockFile, bucket: str, tmp_path: Path
 ):
     client = boto3.client("s3")
@@ -269,8 +270,8 @@ def test_a_copy_in_s3_proves_without_a_ledger(
             Bucket=bucket, Key=f"copy/{file.relative_to(original / 'lake')}", Body=file.read_bytes()
         )
     settings = universe_of(tmp_path, lake=f"s3://{bucket}/copy")
-    proves(settings, locked)
-    assert locked_in(settings).text() == locked.text()
+    assert_proved(settings, locked)
+    assert lock_dataset(settings).text() == locked.text()
 
 
 @pytest.mark.parametrize(
@@ -278,17 +279,19 @@ def test_a_copy_in_s3_proves_without_a_ledger(
     [{"compression": "gzip"}, {"compression": "uncompressed", "row_group_size": 500}],
     ids=str,
 )
-def test_another_packing_proves(copy: Copy, locked: LockFile, options: dict[str, Any]):
+def test_a_copy_with_another_compression_is_proved(
+    copy: Copy, locked: LockFile, options: dict[str, Any]
+):
     settings = copy()
     for file in Path(settings.lake).rglob("data.parquet"):
         before = file.read_bytes()
         pl.read_parquet(before).write_parquet(file, **options)
         assert file.read_bytes() != before
-    proves(settings, locked)
+    assert_proved(settings, locked)
 
 
-def test_an_open_month_may_grow(copy: Copy, locked: LockFile):
-    """A bar that comes after the last locked one is no difference, one that changes before it is."""
+def test_an_open_month_can_grow(copy: Copy, locked: LockFile):
+    """A bar after the last locked one is no difference; a change before it is a difference."""
     settings = copy(now="2024-01-20")
     bars = truth("BTCUSDT", "1m", Window(at("2024-01-01"), at("2024-01-12")))
     with open_context(settings) as context:
@@ -302,7 +305,7 @@ def test_an_open_month_may_grow(copy: Copy, locked: LockFile):
             JANUARY,
             grown.with_columns(pl.col("close").shift(1, fill_value=pl.col("close").first())),
         )
-    assert differs(settings, locked) == [
+    assert find_differences(settings, locked) == [
         ("raw/ohlcv_1m", JANUARY.key, "other content", before.height, before.height)
     ]
 
@@ -315,9 +318,9 @@ def test_a_month_after_the_lock_is_no_difference(copy: Copy, locked: LockFile):
     proves(settings, locked)
 
 
-# --------------------------------------------------------------------------------- what differs is
-def one_digit(bars: pl.DataFrame) -> pl.DataFrame:
-    """One unit of the last place that is stored, in the volume of one bar."""
+# --------------------------------------------------------------------------------- differences
+def change_one_digit(bars: pl.DataFrame) -> pl.DataFrame:
+    """Add one unit of the last stored decimal place to the volume of one bar."""
     unit = pl.lit(1).cast(pl.Decimal(38, 12)) / 10**12
     return bars.with_columns(
         pl.when(pl.int_range(pl.len()) == 777).then(pl.col("volume") + unit).otherwise("volume")
@@ -327,7 +330,12 @@ def one_digit(bars: pl.DataFrame) -> pl.DataFrame:
 @pytest.mark.parametrize(
     ("change", "what", "more", "words"),
     [
-        (one_digit, "other content", 0, "stored 2023-12-20T00:00:00Z .. 2023-12-31T23:59:00Z"),
+        (
+            change_one_digit,
+            "other content",
+            0,
+            "stored 2023-12-20T00:00:00Z .. 2023-12-31T23:59:00Z",
+        ),
         (
             lambda bars: bars.with_columns(pl.when(pl.int_range(pl.len()) != 5).then("trades")),
             "other content",
@@ -353,14 +361,14 @@ def test_one_change_is_found(
         bars = context.storage.lake.read(raw_table(M1), DECEMBER)
         context.storage.lake.write(raw_table(M1), DECEMBER, change(bars))
     rows = bars.height
-    assert differs(settings, locked) == [
+    assert find_differences(settings, locked) == [
         ("raw/ohlcv_1m", DECEMBER.key, what, rows, 0 if more is None else rows + more)
     ]
-    assert words in verified(settings, locked).differences[0].says
+    assert words in verify(settings, locked).differences[0].says
 
 
-def test_the_first_bar_that_lacks_is_named(copy: Copy, locked: LockFile):
-    """Hours have no holes in December, so that what lacks now was there."""
+def test_the_first_missing_bar_is_named(copy: Copy, locked: LockFile):
+    """December has no gap in hours, so each missing hour was stored before."""
     settings = copy()
     with open_context(settings) as context:
         hours = context.storage.lake.read(rollup_table(H1), DECEMBER)
@@ -376,7 +384,7 @@ def test_the_first_bar_that_lacks_is_named(copy: Copy, locked: LockFile):
     assert found.says.endswith("the first bar that lacks opened 2023-12-21T06:00:00Z")
 
 
-def test_rows_that_came_before_the_locked_ones_are_told_apart(copy: Copy, locked: LockFile):
+def test_rows_before_the_locked_ones_are_counted_separately(copy: Copy, locked: LockFile):
     settings = copy()
     with open_context(settings) as context:
         bars = context.storage.lake.read(raw_table(M1), DECEMBER)
@@ -394,11 +402,13 @@ def test_a_partition_that_was_not_locked_is_extra(copy: Copy, locked: LockFile):
         | {"partitions": locked.partitions[1:]}
     )
     gone = locked.partitions[0]
-    assert differs(settings, few) == [(gone.table, gone.partition.key, "extra rows", 0, gone.rows)]
+    assert find_differences(settings, few) == [
+        (gone.table, gone.partition.key, "extra rows", 0, gone.rows)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("harm", "what"),
+    ("damage", "what"),
     [
         (lambda path: path.unlink(), "missing"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "damaged"),
@@ -418,24 +428,25 @@ def test_a_partition_that_was_not_locked_is_extra(copy: Copy, locked: LockFile):
 )
 @pytest.mark.parametrize("table", [raw_table(M1), rollup_table(H1)], ids=lambda table: table.name)
 def test_an_object_that_is_gone_or_damaged_is_named(
-    copy: Copy, locked: LockFile, harm: Any, what: str, table: Table
+    copy: Copy, locked: LockFile, damage: Any, what: str, table: Table
 ):
     settings = copy()
-    harm(stored(settings, table))
+    damage(stored(settings, table))
     rows = next(
         p.rows for p in locked.partitions if (p.table, p.partition) == (table.name, DECEMBER)
     )
-    assert differs(settings, locked) == [(table.name, DECEMBER.key, what, rows, 0)]
+    assert find_differences(settings, locked) == [(table.name, DECEMBER.key, what, rows, 0)]
 
 
 @pytest.mark.parametrize(
     ("statement", "what", "more"),
     [
-        ("UPDATE rollup.ohlcv_1h SET vwap = vwap + 0.000000000001 WHERE {there}", "other content", 0),
+        ("UPDATE rollup.ohlcv_1h SET vwap = vwap + 0.000000000001 WHERE {there}",
+         "other content", 0),
         ("UPDATE rollup.ohlcv_1h SET bars_present = NULL WHERE {there}", "other content", 0),
         ("DELETE FROM rollup.ohlcv_1h WHERE {there}", "fewer rows", -1),
-        ("INSERT INTO rollup.ohlcv_1h SELECT * REPLACE (open_time + INTERVAL 7 MINUTE AS open_time) FROM rollup.ohlcv_1h WHERE {there}",
-         "extra rows", 1),
+        ("INSERT INTO rollup.ohlcv_1h SELECT * REPLACE (open_time + INTERVAL 7 MINUTE AS open_time)"
+         " FROM rollup.ohlcv_1h WHERE {there}", "extra rows", 1),
     ],
     ids=["digit", "null", "removed", "added"],
 )  # fmt: skip
@@ -447,29 +458,29 @@ def test_a_change_in_duckdb_is_found(
         connection.execute(
             statement.format(there=f"market = '{BTC}' AND open_time = '2023-12-24T06:00:00Z'")
         )
-    assert differs(settings, locked) == [("rollup/ohlcv_1h", DECEMBER.key, what, 288, 288 + more)]
+    assert find_differences(settings, locked) == [
+        ("rollup/ohlcv_1h", DECEMBER.key, what, 288, 288 + more)
+    ]
 
 
 def test_without_the_duckdb_file_every_rollup_is_missing(copy: Copy, locked: LockFile):
     settings = copy(rollups="duckdb")
     settings.duckdb.unlink()
-    found = differs(settings, locked)
+    found = find_differences(settings, locked)
     assert {(what, n) for *_, what, _, n in found} == {("missing", 0)}
     assert len(found) == 2 * 2 * 8
 
 
-def told(bars: pl.DataFrame, moments: dict[int, str]) -> pl.DataFrame:
-    """These rows are known since these moments, the others since long ago."""
+def add_provenance(bars: pl.DataFrame, moments: dict[int, str]) -> pl.DataFrame:
+    """Add provenance: these rows are known since these moments, the others since 2023-12-31."""
     known = pl.Series(
         "known_at", [at(moments.get(i, "2023-12-31")) for i in range(bars.height)], dtype=TIME
     )
     return bars.with_columns(known, pl.lit("rest").alias("source"))
 
 
-def test_bars_that_came_or_were_corrected_since_are_told(copy: Copy, locked: LockFile):
-    """Three since, one of them as the lock was made; a rollup of them says so too, and other months do
-    not.
-    """
+def test_bars_that_were_added_or_corrected_since_are_counted(copy: Copy, locked: LockFile):
+    """Three bars are newer than the lock; their rollup reports them too, other months do not."""
     settings = copy()
     moments = {
         0: "2024-01-10",
@@ -486,8 +497,11 @@ def test_bars_that_came_or_were_corrected_since_are_told(copy: Copy, locked: Loc
         context.storage.lake.write(raw_table(M1), DECEMBER, told(one_digit(raw_bars), moments))
         found = context.bind(DatasetLocker).verify(locked)
     opens = [f"{raw_bars['open_time'][i]:%Y-%m-%dT%H:%M:%SZ}" for i in (60, 90)]
-    words = f"; 3 bars, {opens[0]} .. {opens[1]}, came or were corrected since, the last ones at 2024-01-11T00:00:00Z"
-    assert [d.says.endswith(words) for d in found.differences] == [True, True, False]
+    ending = (
+        f"; 3 bars, {opens[0]} .. {opens[1]}, came or were corrected since, "
+        "the last ones at 2024-01-11T00:00:00Z"
+    )
+    assert [d.says.endswith(ending) for d in found.differences] == [True, True, False]
 
 
 # --------------------------------------------------------------------------------- another universe
@@ -503,51 +517,53 @@ def test_bars_that_came_or_were_corrected_since_are_told(copy: Copy, locked: Loc
         ),
         (
             {"since": "2024-01-01"},
-            "it wants binance since 2024-01-01T00:00:00Z, and the lock holds it since 2023-12-20T00:00:00Z",
+            "it wants binance since 2024-01-01T00:00:00Z, "
+            "and the lock holds it since 2023-12-20T00:00:00Z",
         ),
         (
             {"until": "2024-01-05"},
-            "it wants binance until 2024-01-05T00:00:00Z, and the lock holds it until 2024-01-10T00:00:00Z",
+            "it wants binance until 2024-01-05T00:00:00Z, "
+            "and the lock holds it until 2024-01-10T00:00:00Z",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else str(next(iter(value))),
 )
-def test_another_universe_is_told(
+def test_another_universe_is_refused(
     tmp_path: Path, locked: LockFile, changes: dict[str, str], words: str
 ):
-    with pytest.raises(BadInput, match="bars was locked in another universe than ") as told:
-        verified(universe_of(tmp_path, **changes), locked)
-    assert words in str(told.value)
+    with pytest.raises(BadInput, match="bars was locked in another universe than ") as error:
+        verify(universe_of(tmp_path, **changes), locked)
+    assert words in str(error.value)
 
 
-def test_another_venue_is_told(tmp_path: Path, locked: LockFile):
+def test_another_venue_is_refused(tmp_path: Path, locked: LockFile):
     settings = universe_of(tmp_path)
     text = Path(settings.source).read_text().replace("binance:", "kraken:")
     Path(settings.source).write_text(text)
     with pytest.raises(BadInput, match="venue binance is not in it"):
-        verified(load_settings({"MARKETDATA_UNIVERSE": settings.source}), locked)
+        verify(load_settings({"MARKETDATA_UNIVERSE": settings.source}), locked)
 
 
-def test_a_universe_that_wants_more_proves(copy: Copy, locked: LockFile):
-    proves(
+def test_a_universe_that_wants_more_is_proved(copy: Copy, locked: LockFile):
+    assert_proved(
         copy(symbols="[SHIB/USDT, ETH/USDT, BTC/USDT]", until="2024-01-10", reference="[1h, 1d]"),
         locked,
     )
 
 
-def changed(**keys: Any) -> Callable[[str], str]:
+def change_keys(**keys: Any) -> Callable[[str], str]:
     return lambda text: json.dumps({**json.loads(text), **keys})
 
 
-def line(text: str, number: int) -> str:
-    """The lock without one of its partitions."""
+def remove_partition(text: str, number: int) -> str:
+    """Remove one of the lock's partitions."""
     found = json.loads(text)
     del found["partitions"][number]
     return json.dumps(found)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("corrupt", "words"),
     [
         (lambda text: text[: len(text) // 2], "or only a part of one"),
         (lambda text: text[:-3], "or only a part of one"),
@@ -556,19 +572,19 @@ def line(text: str, number: int) -> str:
         (lambda text: text + text, "or only a part of one"),
         (lambda text: "[]", "is no lock file; `marketdata lock` writes one"),
         (lambda text: '{"a": 1}', "is no lock file; `marketdata lock` writes one"),
-        (changed(version=2), "is of version 2, and this release reads version 1"),
-        (changed(version=None), "is of version None"),
-        (changed(name=7), "is not as `marketdata lock` wrote it"),
-        (changed(name="a/b"), "is not as `marketdata lock` wrote it"),
-        (changed(as_of="yesterday"), "is not as `marketdata lock` wrote it"),
-        (changed(partitions=[7]), "is not as `marketdata lock` wrote it"),
-        (changed(venues={}), "is not as `marketdata lock` wrote it"),
-        (changed(venues={"binance": 3}), "is not as `marketdata lock` wrote it"),
-        (changed(tables=["raw/ohlcv_1m"]), "is not as `marketdata lock` wrote it"),
-        (changed(start="2024-01-01T00:00:00Z"), "is not as `marketdata lock` wrote it"),
-        (changed(dataset="0" * 64), "is not as `marketdata lock` wrote it"),
-        (changed(more=1), "is not as `marketdata lock` wrote it"),
-        (lambda text: line(text, 3), "is not as `marketdata lock` wrote it"),
+        (change_keys(version=2), "is of version 2, and this release reads version 1"),
+        (change_keys(version=None), "is of version None"),
+        (change_keys(name=7), "is not as `marketdata lock` wrote it"),
+        (change_keys(name="a/b"), "is not as `marketdata lock` wrote it"),
+        (change_keys(as_of="yesterday"), "is not as `marketdata lock` wrote it"),
+        (change_keys(partitions=[7]), "is not as `marketdata lock` wrote it"),
+        (change_keys(venues={}), "is not as `marketdata lock` wrote it"),
+        (change_keys(venues={"binance": 3}), "is not as `marketdata lock` wrote it"),
+        (change_keys(tables=["raw/ohlcv_1m"]), "is not as `marketdata lock` wrote it"),
+        (change_keys(start="2024-01-01T00:00:00Z"), "is not as `marketdata lock` wrote it"),
+        (change_keys(dataset="0" * 64), "is not as `marketdata lock` wrote it"),
+        (change_keys(more=1), "is not as `marketdata lock` wrote it"),
+        (lambda text: remove_partition(text, 3), "is not as `marketdata lock` wrote it"),
         (
             lambda text: text.replace('"rows":', '"rows":1', 1),
             "is not as `marketdata lock` wrote it",
@@ -577,19 +593,19 @@ def line(text: str, number: int) -> str:
         (lambda text: text.replace('"symbols"', '"coins"'), "is not as `marketdata lock` wrote it"),
     ],
 )
-def test_a_file_that_is_no_lock_is_told(
-    locked: LockFile, tmp_path: Path, spoil: Callable[[str], str], words: str
+def test_a_file_that_is_no_lock_is_refused(
+    locked: LockFile, tmp_path: Path, corrupt: Callable[[str], str], words: str
 ):
     file = tmp_path / "bars.lock.json"
-    file.write_text(spoil(locked.text()))
-    with pytest.raises(BadInput) as told:
+    file.write_text(corrupt(locked.text()))
+    with pytest.raises(BadInput) as error:
         read_lock(file)
-    assert str(told.value).startswith(str(file))
-    assert words in str(told.value)
-    assert "\n" not in str(told.value)
+    assert str(error.value).startswith(str(file))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_files_that_cannot_be_read_or_written(locked: LockFile, tmp_path: Path):
+def test_files_that_cannot_be_read_or_written_are_refused(locked: LockFile, tmp_path: Path):
     for wrong, words in (
         (tmp_path / "none", "there is no such file"),
         (tmp_path, "cannot be read: Is a directory"),
@@ -606,10 +622,11 @@ def test_files_that_cannot_be_read_or_written(locked: LockFile, tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes", "folder"]
 
 
-# --------------------------------------------------------------------------------- the hash itself
-def by_hand(bars: pl.DataFrame) -> str:
-    """The fingerprint by its documentation alone, value by value: a lock outlives the release that
-    wrote it.
+# --------------------------------------------------------------------------------- the hash
+def documented_fingerprint(bars: pl.DataFrame) -> str:
+    """Compute the fingerprint value by value, by its documentation alone.
+
+    Locks are verified by later releases, so the fingerprint must not change.
     """
     digest = hashlib.sha256(f"{bars.height}\n".encode())
     names = {"open_time": "Datetime(time_unit='us', time_zone='UTC')", "trades": "Int64"}
@@ -631,13 +648,13 @@ def by_hand(bars: pl.DataFrame) -> str:
     return digest.hexdigest()
 
 
-def test_the_hash_is_the_documented_one():
+def test_the_hash_equals_the_documented_one():
     rows = [
         row(moment, trades=None if i % 3 else i, quote_volume=None if i % 2 else -i)
         for i, moment in enumerate(minutes(9))
     ]
     for bars in (frame(rows), frame(rows)[2:5], frame(rows)[:0]):
-        assert fingerprint(bars) == by_hand(bars)
+        assert fingerprint(bars) == documented_fingerprint(bars)
     assert (
         fingerprint(frame(rows)[:0])
         == "90e0f1a3159e4ae2d0ed232eb520d44c2feadff0f1a2bbdfa0c1fa826b140124"
@@ -647,7 +664,7 @@ def test_the_hash_is_the_documented_one():
 # --------------------------------------------------------------------------------- the commands
 @pytest.fixture
 def command(copy: Copy, tmp_path: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """`command("lock", ...)` as a process in a folder of its own: exit code, output and errors."""
+    """Return a function that runs a command in a separate folder: exit code, output, errors."""
     settings, folder = copy(), tmp_path / "work"
     folder.mkdir()
 
@@ -664,10 +681,10 @@ def command(copy: Copy, tmp_path: Path) -> Iterator[Callable[..., tuple[int, str
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_lock_and_verify_as_commands(
+def test_the_commands_lock_and_verify(
     command: Callable[..., tuple[int, str, str]], locked: LockFile, tmp_path: Path
 ):
-    code, told, _ = command("lock")
+    code, output, _ = command("lock")
     file = tmp_path / "work/universe.lock.json"
     assert code == 0
     assert "40 partitions, 20 of them of a month that is not over" in told
@@ -678,8 +695,8 @@ def test_lock_and_verify_as_commands(
     assert told.splitlines()[-1] == locked.dataset_digest
 
     stored(universe_of(tmp_path)).unlink()
-    code, told, _ = command("verify", "--lock", str(file), "--format", "json")
-    found = json.loads(told)
+    code, output, _ = command("verify", "--lock", str(file), "--format", "json")
+    found = json.loads(output)
     assert (code, found["proved"], found["partitions"], found["dataset"]) == (
         1,
         39,
@@ -689,14 +706,16 @@ def test_lock_and_verify_as_commands(
     assert [(d["table"], d["market"], d["month"], d["what"]) for d in found["differences"]] == [
         ("raw/ohlcv_1m", BTC, "2023-12", "missing")
     ]
-    code, told, _ = command("verify", "--lock", str(file))
+    code, output, _ = command("verify", "--lock", str(file))
     assert code == 1
-    assert "missing" in told
-    assert "39 of 40 partitions proved" in " ".join(told.split())
+    assert "missing" in output
+    assert "39 of 40 partitions proved" in " ".join(output.split())
 
 
-def test_bad_input_as_commands(command: Callable[..., tuple[int, str, str]], tmp_path: Path):
-    for words, says in (
+def test_the_commands_refuse_bad_input(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path
+):
+    for words, message in (
         (["lock", "--table", "raw"], "is not one of"),
         (["lock", "--name", "a b"], "no name for a dataset"),
         (["verify", "--lock", "none.lock.json"], "there is no such file"),
@@ -705,7 +724,7 @@ def test_bad_input_as_commands(command: Callable[..., tuple[int, str, str]], tmp
             "is not one of 'table', 'json'",
         ),
     ):
-        code, _, told = command(*words)
+        code, _, errors = command(*words)
         assert code == 2, words
-        assert says in " ".join(told.split())
+        assert message in " ".join(errors.split())
     assert list((tmp_path / "work").iterdir()) == []

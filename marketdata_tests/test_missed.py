@@ -1,6 +1,4 @@
-"""What `backfill_missed` and `refresh_open` ask for: everything that lacks, nothing else, and nothing
-for ever.
-"""
+"""`backfill_missed` and `refresh_open` request missing bars, nothing else and nothing forever."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import pytest
 
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput, StoreFailed, VenueDown
-from marketdata_assets.flows.operate import backfill as missed_flow
+from marketdata_assets.flows.operate import backfill as backfill_flow
 from marketdata_assets.flows.operate.backfill import BacklogFinder
 from marketdata_assets.flows.operate.refresh import refreshes
 from marketdata_assets.flows.read.bars import BarReader
@@ -22,30 +20,27 @@ from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage import objects
 from marketdata_tests.conftest import Universe
-from marketdata_tests.steps import at, partitions, run_derive, run_ingest, tell_apart
+from marketdata_tests.steps import at, mark_gaps_final, partitions, run_derive, run_ingest
 
 M1 = TIMEFRAMES["1m"]
 
 
 @pytest.fixture
 def settings(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settings:
-    """Two markets: October to December 2023 closed (October from the 30th on), January 2024 open; now
-    is the 10th.
-    """
+    """Load a universe of two markets from October 30, 2023 on; now is January 10, 2024."""
     return universe(
         sandbox[1], symbols="[BTC/USDT, ETH/USDT]", since="2023-10-30", now="2024-01-10T00:00:00Z"
     )
 
 
 @pytest.fixture
-def filled(settings: Settings) -> Settings:
-    """The same, with everything fetched and rolled up, and no gap left to be asked for again."""
+def full_lake(settings: Settings) -> Settings:
+    """Fetch and roll up everything, and leave no gap that would be fetched again."""
     run_ingest(settings)
-    tell_apart(settings)
+    mark_gaps_final(settings)
     run_derive(settings)
     return settings
 
@@ -57,14 +52,14 @@ def at_time(settings: Settings, now: str) -> Settings:
     )
 
 
-def look(
+def plan_backfill_now(
     settings: Settings, room: int = 9, busy: Any = (), shown: Any = None
-) -> missed_flow.Missed:
+) -> backfill_flow.Missed:
     with open_context(settings) as context:
         return context.bind(BacklogFinder).plan_backfill(room, busy, shown or {})
 
 
-def asked(found: missed_flow.Missed) -> list[str]:
+def block_keys(found: backfill_flow.Missed) -> list[str]:
     return [f"{block.first.key}..{block.last.key}" for block in found.blocks]
 
 
@@ -72,15 +67,15 @@ def file_of(settings: Settings, key: str, timeframe: str = "1m") -> Path:
     return Path(settings.lake, raw_table(TIMEFRAMES[timeframe]).path(Partition.parse(key)))
 
 
-def test_an_empty_lake_is_asked_for_newest_first_without_the_open_month(settings: Settings) -> None:
-    found = look(settings)
-    assert asked(found) == ["binance:BTC-USDT|2023-10-01..binance:ETH-USDT|2023-12-01"]
+def test_an_empty_lake_is_requested_newest_first_without_the_open_month(settings: Settings) -> None:
+    found = plan_backfill_now(settings)
+    assert block_keys(found) == ["binance:BTC-USDT|2023-10-01..binance:ETH-USDT|2023-12-01"]
     assert found.blocks[0].reasons == {"never fetched": 6}
     assert "6 never fetched" in found.says
 
 
-def test_a_whole_lake_is_left_alone(filled: Settings) -> None:
-    found = look(filled)
+def test_a_complete_lake_causes_no_request(full_lake: Settings) -> None:
+    found = plan_backfill_now(full_lake)
     assert (found.blocks, found.lost, found.waiting) == ([], {}, {})
     assert found.says == "nothing is missing"
 
@@ -93,26 +88,28 @@ def test_a_deleted_file_is_noticed_and_asked_for_alone(filled: Settings) -> None
     assert found.blocks[0].reasons == {missed_flow.LOST: 1}
 
 
-def test_a_truncated_file_counts_as_lost(filled: Settings) -> None:
-    file = file_of(filled, "binance:ETH-USDT|2023-11-01")
+def test_a_truncated_file_counts_as_lost(full_lake: Settings) -> None:
+    file = file_of(full_lake, "binance:ETH-USDT|2023-11-01")
     file.write_bytes(file.read_bytes()[:-1])
-    assert asked(look(filled)) == ["binance:ETH-USDT|2023-11-01..binance:ETH-USDT|2023-11-01"]
+    assert block_keys(plan_backfill_now(full_lake)) == [
+        "binance:ETH-USDT|2023-11-01..binance:ETH-USDT|2023-11-01"
+    ]
 
 
-def test_a_lake_that_lost_most_of_itself_is_not_believed(
-    filled: Settings, monkeypatch: pytest.MonkeyPatch
+def test_a_lake_that_lost_most_objects_counts_as_not_mounted(
+    full_lake: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder that is not mounted must not cost the history of every event."""
-    monkeypatch.setattr(missed_flow, "MANY", 2)
+    """A folder that is not mounted must not delete the history of every event."""
+    monkeypatch.setattr(backfill_flow, "MANY", 2)
     for key in (
         "binance:ETH-USDT|2023-11-01",
         "binance:ETH-USDT|2023-12-01",
         "binance:BTC-USDT|2023-11-01",
         "binance:BTC-USDT|2023-12-01",
     ):
-        file_of(filled, key).unlink()
+        file_of(full_lake, key).unlink()
     with pytest.raises(StoreFailed, match=r"4 of 8 objects .* mounted"):
-        look(filled)
+        plan_backfill_now(full_lake)
 
 
 def test_what_dagster_does_not_show_is_asked_for(filled: Settings) -> None:
@@ -123,21 +120,21 @@ def test_what_dagster_does_not_show_is_asked_for(filled: Settings) -> None:
     assert found.lost == {}
 
 
-def test_rollups_follow_when_the_raw_bars_are_newer_or_the_warehouse_is_gone(
+def test_rollups_are_requested_when_raw_bars_are_newer_or_the_warehouse_is_gone(
     settings: Settings,
 ) -> None:
     run_ingest(settings)
-    first = look(settings)
+    first = plan_backfill_now(settings)
     assert first.blocks[0].reasons == {"its rollups are not up to date": 6}
     run_derive(settings)
-    assert look(settings).says == "nothing is missing"
+    assert plan_backfill_now(settings).says == "nothing is missing"
     settings.duckdb.unlink()
-    again = look(settings)
+    again = plan_backfill_now(settings)
     assert again.blocks[0].reasons == {"its rollups are not up to date": 6}
     assert set(again.lost) == {rollup_table(tf) for tf in settings.rollup_timeframes}
 
 
-def test_rollups_as_objects_are_looked_at_in_turn(
+def test_rollup_objects_are_checked_one_table_per_tick(
     sandbox: tuple[SandboxExchange, str], universe: Universe
 ) -> None:
     settings = universe(
@@ -149,60 +146,64 @@ def test_rollups_as_objects_are_looked_at_in_turn(
     )
     run_ingest(settings)
     run_derive(settings)
-    assert look(settings).blocks == []
+    assert plan_backfill_now(settings).blocks == []
     lost = Path(
         settings.lake,
         rollup_table(TIMEFRAMES["4h"]).path(Partition.parse("binance:BTC-USDT|2023-11-01")),
     )
     lost.unlink()
     seen = Counter(
-        str(look(at_time(settings, f"2024-01-10T00:{minute:02}:00Z")).lost) for minute in range(8)
+        str(plan_backfill_now(at_time(settings, f"2024-01-10T00:{minute:02}:00Z")).lost)
+        for minute in range(8)
     )
-    assert len(seen) == 2  # seven tables are whole, the eighth is not
+    assert len(seen) == 2  # seven tables are complete, the eighth is not
     assert sum("4h" in words for words in seen) == 1
 
 
-def test_busy_partitions_wait(filled: Settings) -> None:
-    file_of(filled, "binance:ETH-USDT|2023-11-01").unlink()
-    found = look(filled, busy={"binance:ETH-USDT|2023-11-01"})
+def test_busy_partitions_wait(full_lake: Settings) -> None:
+    file_of(full_lake, "binance:ETH-USDT|2023-11-01").unlink()
+    found = plan_backfill_now(full_lake, busy={"binance:ETH-USDT|2023-11-01"})
     assert (found.blocks, dict(found.waiting)) == ([], {"are under way": 1})
 
 
-def test_no_more_blocks_than_there_is_room_for(filled: Settings) -> None:
+def test_no_more_runs_are_requested_than_there_is_room_for(full_lake: Settings) -> None:
     for key in (
         "binance:BTC-USDT|2023-10-01",
         "binance:ETH-USDT|2023-11-01",
         "binance:BTC-USDT|2023-12-01",
     ):
-        file_of(filled, key).unlink()
-    found = look(filled, room=2)
-    assert asked(found) == [
+        file_of(full_lake, key).unlink()
+    found = plan_backfill_now(full_lake, room=2)
+    assert block_keys(found) == [
         f"{k}..{k}" for k in ("binance:BTC-USDT|2023-12-01", "binance:ETH-USDT|2023-11-01")
     ]
     assert found.waiting == {"wait for their turn": 1}
-    assert look(filled, room=0).blocks == []
+    assert plan_backfill_now(full_lake, room=0).blocks == []
 
 
-def test_three_attempts_with_growing_pauses_then_parked_then_unparked(filled: Settings) -> None:
+def test_three_attempts_with_growing_pauses_then_parked_then_unparked(full_lake: Settings) -> None:
     key = "binance:ETH-USDT|2023-11-01"
-    file_of(filled, key).unlink()
+    file_of(full_lake, key).unlink()
     moments = ["00:00", "00:01", "00:02", "00:11", "00:12", "01:01", "01:02"]
-    counts = [len(look(at_time(filled, f"2024-01-10T{moment}:00Z")).blocks) for moment in moments]
-    assert counts == [1, 0, 1, 0, 1, 0, 0]  # 2 minutes, 10, 50, then never
-    later = at_time(filled, "2024-01-12T00:00:00Z")
-    assert look(later).parked == [Partition.parse(key)]
+    counts = [
+        len(plan_backfill_now(at_time(full_lake, f"2024-01-10T{moment}:00Z")).blocks)
+        for moment in moments
+    ]
+    assert counts == [1, 0, 1, 0, 1, 0, 0]  # pauses of 2, 10 and 50 minutes, then no more attempt
+    later = at_time(full_lake, "2024-01-12T00:00:00Z")
+    assert plan_backfill_now(later).parked == [Partition.parse(key)]
     with open_context(later) as context:
         (ask,) = context.ledger.attempts.all().values()
         assert (ask.attempts, ask.parked_at, ask.reason) == (
             3,
             at("2024-01-10T01:02"),
-            missed_flow.LOST,
+            backfill_flow.LOST,
         )
         assert context.ledger.attempts.clear([Partition.parse(key)]) == 1
     assert len(look(later).blocks) == 1
 
 
-def test_what_was_got_is_forgotten(filled: Settings) -> None:
+def test_attempts_are_cleared_when_the_partition_is_complete(full_lake: Settings) -> None:
     key = "binance:ETH-USDT|2023-11-01"
     file_of(filled, key).unlink()
     look(filled)
@@ -213,15 +214,15 @@ def test_what_was_got_is_forgotten(filled: Settings) -> None:
         assert context.ledger.attempts.all() == {}
 
 
-def test_a_clock_that_jumped_back_does_not_hold_a_partition_for_ever(filled: Settings) -> None:
-    file_of(filled, "binance:ETH-USDT|2023-11-01").unlink()
-    look(at_time(filled, "2024-01-20T00:00:00Z"))
-    assert len(look(filled).blocks) == 1
+def test_a_clock_that_jumps_back_does_not_block_a_partition_forever(full_lake: Settings) -> None:
+    file_of(full_lake, "binance:ETH-USDT|2023-11-01").unlink()
+    plan_backfill_now(at_time(full_lake, "2024-01-20T00:00:00Z"))
+    assert len(plan_backfill_now(full_lake).blocks) == 1
 
 
-def test_an_open_breaker_stops_its_venue_and_costs_no_attempt(filled: Settings) -> None:
-    file_of(filled, "binance:ETH-USDT|2023-11-01").unlink()
-    with open_context(filled) as context:
+def test_an_open_breaker_stops_its_venue_and_costs_no_attempt(full_lake: Settings) -> None:
+    file_of(full_lake, "binance:ETH-USDT|2023-11-01").unlink()
+    with open_context(full_lake) as context:
         now = context.policy.clock()
         for _ in range(30):
             context.ledger.venues.record("binance", False, now)
@@ -237,10 +238,10 @@ def test_an_open_breaker_stops_its_venue_and_costs_no_attempt(filled: Settings) 
         ] == [None]
 
 
-def test_a_venue_that_is_down_costs_no_attempt(filled: Settings, universe: Universe) -> None:
+def test_a_venue_that_is_down_costs_no_attempt(full_lake: Settings, universe: Universe) -> None:
     key = "binance:ETH-USDT|2023-11-01"
-    file_of(filled, key).unlink()
-    look(filled)
+    file_of(full_lake, key).unlink()
+    plan_backfill_now(full_lake)
     gone = universe(
         "http://127.0.0.1:9/binance",
         symbols="[BTC/USDT, ETH/USDT]",
@@ -253,10 +254,12 @@ def test_a_venue_that_is_down_costs_no_attempt(filled: Settings, universe: Unive
         assert [ask.attempts for ask in context.ledger.attempts.all().values()] == [0]
 
 
-def test_months_beyond_the_lookback_are_left_alone(settings: Settings) -> None:
+def test_months_before_the_lookback_are_not_requested(settings: Settings) -> None:
     automation = settings.automation.model_copy(update={"lookback_days": 20})
     short = settings.model_copy(update={"automation": automation})
-    assert asked(look(short)) == ["binance:BTC-USDT|2023-12-01..binance:ETH-USDT|2023-12-01"]
+    assert block_keys(plan_backfill_now(short)) == [
+        "binance:BTC-USDT|2023-12-01..binance:ETH-USDT|2023-12-01"
+    ]
 
 
 def test_long_histories_become_runs_of_a_bounded_size(
@@ -268,9 +271,9 @@ def test_long_histories_become_runs_of_a_bounded_size(
         since="2022-01-01",
         now="2024-01-10T00:00:00Z",
     )
-    found = look(settings, room=100)
-    assert all(len(block.months) <= missed_flow.MONTHS_A_RUN for block in found.blocks)
-    assert all(len(block.partitions) <= missed_flow.PARTITIONS_A_RUN for block in found.blocks)
+    found = plan_backfill_now(settings, room=100)
+    assert all(len(block.months) <= backfill_flow.MONTHS_A_RUN for block in found.blocks)
+    assert all(len(block.partitions) <= backfill_flow.PARTITIONS_A_RUN for block in found.blocks)
     keys = [p.key for block in found.blocks for p in block.partitions]
     assert sorted(keys) == sorted(
         p.key for p in partitions(settings) if p.month_key != "2024-01-01"
@@ -283,25 +286,30 @@ def test_long_histories_become_runs_of_a_bounded_size(
     ]
 
 
-def test_a_month_of_which_nothing_is_wanted_is_not_asked_for(
+def test_a_month_without_a_wanted_bar_is_not_requested(
     sandbox: tuple[SandboxExchange, str], universe: Universe
 ) -> None:
-    """The afternoon of its last day holds no whole 1d bar."""
+    """The afternoon of the last day of October holds no complete 1d bar."""
     settings = universe(
         sandbox[1], since="2023-10-31T12:00:00", now="2024-01-10T00:00:00Z", extra="base: 1d"
     )
-    assert asked(look(settings)) == ["binance:BTC-USDT|2023-11-01..binance:BTC-USDT|2023-12-01"]
+    assert block_keys(plan_backfill_now(settings)) == [
+        "binance:BTC-USDT|2023-11-01..binance:BTC-USDT|2023-12-01"
+    ]
 
 
-def test_a_new_symbol_is_asked_for_and_a_removed_one_no_more(
-    filled: Settings, sandbox: Any, universe: Universe
+def test_a_new_symbol_is_requested_and_a_removed_one_is_not(
+    full_lake: Settings, sandbox: Any, universe: Universe
 ) -> None:
     more = universe(
         sandbox[1], symbols="[BTC/USDT, SOL/USDT]", since="2023-10-30", now="2024-01-10T00:00:00Z"
     )
-    assert asked(look(more)) == ["binance:SOL-USDT|2023-10-01..binance:SOL-USDT|2023-12-01"]
+    assert block_keys(plan_backfill_now(more)) == [
+        "binance:SOL-USDT|2023-10-01..binance:SOL-USDT|2023-12-01"
+    ]
     wanted = Window(at("2023-11-01"), at("2023-12-01"))
-    with open_context(more) as context:  # what is stored of a removed one can be read
+    # the stored bars of a removed symbol can be read
+    with open_context(more) as context:
         eth = context.bind(BarReader).find_market("binance:ETH-USDT")
         assert context.bind(BarReader).read(eth, M1, wanted).equals(truth("ETHUSDT", "1m", wanted))
         assert context.bind(BarReader).read(eth, TIMEFRAMES["1d"], wanted).height == 30
@@ -310,7 +318,7 @@ def test_a_new_symbol_is_asked_for_and_a_removed_one_no_more(
 
 
 # --------------------------------------------------------------------------------- refresh_open
-def refresh(settings: Settings, busy: Any = ()) -> list[tuple[str, str] | str]:
+def plan_refreshes(settings: Settings, busy: Any = ()) -> list[tuple[str, str] | str]:
     with open_context(settings) as context:
         return [
             (r.first.key, r.last.key) if r.first and r.last else r.says
@@ -327,44 +335,48 @@ def refresh(settings: Settings, busy: Any = ()) -> list[tuple[str, str] | str]:
 JANUARY = ("binance:BTC-USDT|2024-01-01", "binance:ETH-USDT|2024-01-01")
 
 
-def test_the_open_month_is_one_run_a_venue_and_only_when_a_bar_has_closed(filled: Settings) -> None:
-    assert refresh(filled) == ["binance: no bar has closed since the last refresh"]
-    assert refresh(at_time(filled, "2024-01-10T00:00:59Z")) == [
+def test_the_open_month_is_one_run_per_venue_and_only_after_a_bar_has_closed(
+    full_lake: Settings,
+) -> None:
+    assert plan_refreshes(full_lake) == ["binance: no bar has closed since the last refresh"]
+    assert plan_refreshes(at_time(full_lake, "2024-01-10T00:00:59Z")) == [
         "binance: no bar has closed since the last refresh"
     ]
-    assert refresh(at_time(filled, "2024-01-10T00:01:00Z")) == [JANUARY]
-    assert refresh(at_time(filled, "2024-01-10T00:01:00Z"), busy={JANUARY[1]}) == [
+    assert plan_refreshes(at_time(full_lake, "2024-01-10T00:01:00Z")) == [JANUARY]
+    assert plan_refreshes(at_time(full_lake, "2024-01-10T00:01:00Z"), busy={JANUARY[1]}) == [
         "binance: a run is under way"
     ]
 
 
-def test_the_month_before_comes_along_for_an_hour(filled: Settings) -> None:
+def test_the_month_before_is_refreshed_for_one_hour_more(full_lake: Settings) -> None:
     early, late = (
-        refresh(at_time(filled, moment))
+        plan_refreshes(at_time(full_lake, moment))
         for moment in ("2024-02-01T00:30:00Z", "2024-02-01T01:00:00Z")
     )
     february = "binance:ETH-USDT|2024-02-01"
     assert early == [(JANUARY[0], february)]
     assert late == [("binance:BTC-USDT|2024-02-01", february)]
-    assert asked(look(at_time(filled, "2024-02-01T00:30:00Z"))) == []
-    assert asked(look(at_time(filled, "2024-02-01T01:00:00Z"))) == ["..".join(JANUARY)]
+    assert block_keys(plan_backfill_now(at_time(full_lake, "2024-02-01T00:30:00Z"))) == []
+    assert block_keys(plan_backfill_now(at_time(full_lake, "2024-02-01T01:00:00Z"))) == [
+        "..".join(JANUARY)
+    ]
 
 
-def test_a_venue_that_is_over_is_not_refreshed(
+def test_a_venue_whose_span_has_ended_is_not_refreshed(
     sandbox: tuple[SandboxExchange, str], universe: Universe
 ) -> None:
     settings = universe(
         sandbox[1], since="2023-11-28", until="2023-12-01", now="2024-01-10T00:00:00Z"
     )
-    assert refresh(settings) == ["binance: nothing is wanted after 2023-12-01"]
+    assert plan_refreshes(settings) == ["binance: nothing is wanted after 2023-12-01"]
 
 
-def test_an_open_month_without_its_object_is_refreshed(filled: Settings) -> None:
-    file_of(filled, JANUARY[0]).unlink()
-    assert refresh(filled) == [JANUARY]
+def test_an_open_month_without_its_object_is_refreshed(full_lake: Settings) -> None:
+    file_of(full_lake, JANUARY[0]).unlink()
+    assert plan_refreshes(full_lake) == [JANUARY]
 
 
-def test_s3_is_listed_from_time_to_time_and_what_is_lost_is_found(
+def test_s3_is_listed_at_intervals_and_lost_objects_are_found(
     sandbox: tuple[SandboxExchange, str],
     universe: Universe,
     bucket: str,

@@ -1,6 +1,4 @@
-"""Parity: each rolled-up bar beside the venue's own, its outcome stored, each difference traced to the
-minutes behind it.
-"""
+"""Parity: rolled-up bars are compared with native bars, and differences are traced to minutes."""
 
 from __future__ import annotations
 
@@ -36,9 +34,9 @@ ONE = TIMEFRAMES["1m"]
 Replay = Callable[..., Any]
 
 
-# --------------------------------------------------------------------------------- one month, by wa
-def audited(settings: Settings, timeframes: Sequence[str] = ("1h",)) -> dict[str, list[Finding]]:
-    """Roll up and audit all partitions; the findings of `matches_native`, by timeframe."""
+# --------------------------------------------------------------------------------- one month
+def audit(settings: Settings, timeframes: Sequence[str] = ("1h",)) -> dict[str, list[Finding]]:
+    """Roll up and audit all partitions; return the findings of `matches_native` by timeframe."""
     found: dict[str, list[Finding]] = {name: [] for name in timeframes}
     with open_context(settings, policy=SkippingClock().policy()) as context:
         for derived in context.bind(RollupBuilder).build(partitions(settings)):
@@ -52,10 +50,10 @@ def audited(settings: Settings, timeframes: Sequence[str] = ("1h",)) -> dict[str
     return found
 
 
-def stored(
+def stored_outcomes(
     settings: Settings, timeframe: str = "1h", partition: Partition | None = None
 ) -> pl.DataFrame:
-    """The outcomes in the lake."""
+    """Return the outcomes in the lake."""
     with open_context(settings) as context:
         found = context.storage.lake.read(
             parity_table(TIMEFRAMES[timeframe]), partition or partitions(settings)[0]
@@ -84,17 +82,16 @@ def test_binance_equals_its_own_bars_in_nine_columns(
     )
     for name in ("1m", *names):
         run_ingest(settings, timeframe=name)
-    found = audited(settings, names)
+    found = audit(settings, names)
     assert {name: finding.numbers for name, (finding,) in found.items()} == {
         name: {"compared": bars, "different": 0, "within_tolerance": 0}
         for name, bars in zip(names, (288, 72, 3), strict=True)
     }
     for name, bars in zip(names, (288, 72, 3), strict=True):
-        outcomes = stored(settings, name)
+        outcomes = stored_outcomes(settings, name)
         assert outcomes["outcome"].to_list() == ["equal"] * bars
-        assert (
-            outcomes.select(pl.col("^.*_apart$")).sum_horizontal().to_list() == [0] * bars
-        )  # all nine were compared
+        # all nine columns were compared
+        assert outcomes.select(pl.col("^.*_apart$")).sum_horizontal().to_list() == [0] * bars
         assert (
             outcomes.select(pl.exclude("open_time", "outcome", "columns", "cause", "minutes"))
             .null_count()
@@ -145,9 +142,7 @@ IN_MINUTES: dict[str, Plant] = {
         " closes at 46001, the venue's own bar at 4",
     ),
 }
-"""What is planted at a minute of 2024-01-10: the change, the columns of its hour that differ, and how
-the cause is told.
-"""
+"""Minutes of 2024-01-10, each with its change, the differing columns of its hour, and the cause."""
 IN_HOURS: dict[str, Plant] = {
     "volume restated": (
         "01:34",
@@ -168,7 +163,7 @@ IN_HOURS: dict[str, Plant] = {
         "high: no 1m bar reaches the venue's own 99999, ours ends at 4",
     ),
 }
-"""The same, planted in the native bars alone."""
+"""Changes at minutes of 2024-01-10 that only the native bars have."""
 
 
 @needs_shared
@@ -177,10 +172,10 @@ IN_HOURS: dict[str, Plant] = {
     [("1h", IN_MINUTES), ("1m", IN_HOURS)],
     ids=["in the minutes", "in the hours"],
 )
-def test_what_is_planted_is_traced_to_its_minute(
+def test_a_planted_change_is_traced_to_its_minute(
     replay: Replay, universe: Universe, first: str, plants: dict[str, Plant]
 ) -> None:
-    """The exchange changes 1m bars for good after it gave the 1h bars, or the other way round."""
+    """The exchange changes its bars between the fetch of 1h bars and the fetch of 1m bars."""
     exchange = replay("2024-01-11T00:00:30Z")
     settings = universe(
         f"{exchange.url}/binance",
@@ -195,27 +190,29 @@ def test_what_is_planted_is_traced_to_its_minute(
             op="restate", venue="binance", symbol="BTCUSDT", t=f"2024-01-10T{minute}:00Z", **change
         )
     run_ingest(settings, timeframe="1m" if first == "1h" else "1h")
-    (finding,) = audited(settings)["1h"]
+    (finding,) = audit(settings)["1h"]
     assert finding.numbers == {"compared": 24, "different": len(plants), "within_tolerance": 0}
     assert not finding.passed
-    for shown, kept, (minute, change, columns, says) in zip(
-        finding.table, unequal(stored(settings)), plants.values(), strict=True
+    for shown, outcome, (minute, change, columns, message) in zip(
+        finding.table, unequal(stored_outcomes(settings)), plants.values(), strict=True
     ):
         assert shown["open_time"] == f"2024-01-10T{minute[:2]}:00:00Z"
-        assert (kept["open_time"], kept["outcome"], kept["columns"]) == (
+        assert (outcome["open_time"], outcome["outcome"], outcome["columns"]) == (
             at(f"2024-01-10T{minute[:2]}:00"),
             "differs",
             columns,
         )
-        assert (kept["cause"], kept["minutes"]) == (shown["cause"], shown["minutes"])
+        assert (outcome["cause"], outcome["minutes"]) == (shown["cause"], shown["minutes"])
         nowhere = first == "1m" and "high" in change
-        assert kept["minutes"] == ("" if nowhere else f"2024-01-10T{minute}:00Z")
-        assert (says if nowhere else f"{minute}:00Z{says}") in kept["cause"]
+        assert outcome["minutes"] == ("" if nowhere else f"2024-01-10T{minute}:00Z")
+        assert (message if nowhere else f"{minute}:00Z{message}") in outcome["cause"]
 
 
 @needs_shared
-def test_the_venue_at_odds_with_its_own_finer_bars(replay: Replay, universe: Universe) -> None:
-    """The 1h bar is restated; the 15m ones, fetched before as the 1m ones were, still equal ours."""
+def test_a_venue_that_contradicts_its_own_finer_bars_is_named(
+    replay: Replay, universe: Universe
+) -> None:
+    """The 1h bar is restated after the fetch of the 1m and 15m bars, so the 15m bars equal ours."""
     exchange = replay("2024-01-11T00:00:30Z")
     settings = universe(
         f"{exchange.url}/binance",
@@ -230,19 +227,18 @@ def test_the_venue_at_odds_with_its_own_finer_bars(replay: Replay, universe: Uni
         op="restate", venue="binance", symbol="BTCUSDT", t="2024-01-10T07:34:00Z", high=99999
     )
     run_ingest(settings, timeframe="1h")
-    (quarter,), (hour,) = audited(settings, ("15m", "1h")).values()
+    (quarter,), (hour,) = audit(settings, ("15m", "1h")).values()
     assert quarter.passed
     (shown,) = hour.table
     assert str(shown["cause"]).startswith(
-        "the venue's own 15m bars equal ours, so its 1h bar is at odds with them; high: no 1m bar reaches"
+        "the venue's own 15m bars equal ours, so its 1h bar is at odds with them; "
+        "high: no 1m bar reaches"
     )
 
 
 @needs_shared
-def test_a_row_dropped_from_every_answer(replay: Replay, universe: Universe) -> None:
-    """The fault drop_rows on all 1m answers: what the first page lacks is believed, and parity says
-    what it held.
-    """
+def test_a_row_that_every_answer_omits_is_found(replay: Replay, universe: Universe) -> None:
+    """The gap in the 1m answers is confirmed, and parity shows the volume that is missing."""
     exchange = replay("2024-01-11T00:00:30Z")
     exchange.admin(
         fault="drop_rows", rate=1, match="klines", interval="1m", params={"n": 1, "index": 1}
@@ -256,13 +252,13 @@ def test_a_row_dropped_from_every_answer(replay: Replay, universe: Universe) -> 
     )
     run_ingest(settings, timeframe="1h")
     run_ingest(settings)
-    (finding,) = audited(settings)["1h"]
+    (finding,) = audit(settings)["1h"]
     assert finding.numbers["different"] == 1
-    (kept,) = unequal(stored(settings))
+    (outcome,) = unequal(stored_outcomes(settings))
     lost = exchange.truth(
         "binance", "BTCUSDT", "1m", "2024-01-10T00:01:00Z", "2024-01-10T00:02:00Z"
     )[0]
-    assert (kept["minutes"], kept["volume_apart"], kept["trades_apart"]) == (
+    assert (outcome["minutes"], outcome["volume_apart"], outcome["trades_apart"]) == (
         "2024-01-10T00:01:00Z",
         -Decimal(lost["v"]),
         -lost["n"],
@@ -271,10 +267,10 @@ def test_a_row_dropped_from_every_answer(replay: Replay, universe: Universe) -> 
 
 @needs_shared
 @pytest.mark.parametrize("reference", ["[1h]", "[15m, 1h]"])
-def test_the_minute_that_binance_lacks_itself(
+def test_a_minute_that_is_missing_at_binance_is_found(
     replay: Replay, universe: Universe, reference: str
 ) -> None:
-    """SOL 2023-02-14 16:39: not in the 1m bars, counted in the 15m and 1h ones."""
+    """SOL 2023-02-14 16:39 is missing in the 1m bars and counted in the 15m and 1h bars."""
     exchange = replay("2023-02-16T00:00:30Z")
     extra = f"reference: {reference}"
     settings = universe(
@@ -288,19 +284,19 @@ def test_the_minute_that_binance_lacks_itself(
     names = [tf.name for tf in settings.venues["binance"].fetched_timeframes]
     for name in names:
         run_ingest(settings, timeframe=name)
-    for findings in audited(settings, names[1:]).values():
+    for findings in audit(settings, names[1:]).values():
         (shown,) = findings[0].table
         assert shown["minutes"] == "2023-02-14T16:39:00Z"
         assert (
-            "2023-02-14T16:39:00Z is missing (missing at source: the venue has no 1m there, though its "
-            in str(shown["cause"])
+            "2023-02-14T16:39:00Z is missing "
+            "(missing at source: the venue has no 1m there, though its " in str(shown["cause"])
         )
         assert (
             "ours is less by volume 4767.5, quote_volume 103695.3454, trades 162, "
             "taker_buy_volume 1938.45" in str(shown["cause"])
         )
-    (kept,) = unequal(stored(settings))
-    assert kept["volume_apart"] == Decimal("-4767.5")
+    (outcome,) = unequal(stored_outcomes(settings))
+    assert outcome["volume_apart"] == Decimal("-4767.5")
     with (
         open_context(settings) as context,
         connected(
@@ -321,9 +317,9 @@ def test_the_minute_that_binance_lacks_itself(
         assert counted.rows() == [(48, 2)]
 
 
-# --------------------------------------------------------------------------------- what venues need
+# --------------------------------------------------------------------------------- tolerances
 def kraken(symbol: str, timeframe: str, span: str) -> pl.DataFrame:
-    """Real bars of Kraken's archives: six columns and the number of trades."""
+    """Read real bars of Kraken's archives: six columns and the number of trades."""
     rows = dump("kraken", symbol, timeframe, span)
     opens = (
         pl.from_epoch("time")
@@ -348,18 +344,19 @@ def kraken(symbol: str, timeframe: str, span: str) -> pl.DataFrame:
 
 
 @needs_shared
-def test_what_krakens_tolerance_covers() -> None:
-    """Every price is equal and every count of trades within one; of volumes all days, and all but a
-    few hours.
+def test_krakens_tolerance_covers_most_of_its_bars() -> None:
+    """Prices are equal and counts of trades differ by at most one.
+
+    The volumes of all days and of all but a few shorter bars are within the tolerance.
     """
     found: dict[str, list[pl.DataFrame]] = {}
-    whole = window("2023-03-01", "2023-03-21")
+    span = window("2023-03-01", "2023-03-21")
     for symbol in ("XBTUSD", "XBTUSDT"):
         ours = roll_up(
             kraken(symbol, "1m", "2023-03-01_2023-03-21"),
             ONE,
             [TIMEFRAMES[n] for n in ("5m", "15m", "1h", "12h", "1d")],
-            whole,
+            span,
         )
         for timeframe, bars in ours.items():
             native = kraken(symbol, timeframe.name, "2023-01-01_2023-03-31")
@@ -368,7 +365,7 @@ def test_what_krakens_tolerance_covers() -> None:
             )
     judged = {name: pl.concat(frames) for name, frames in found.items()}
     assert {
-        name: dict(frame["outcome"].value_counts().iter_rows()) for name, frame in judged.items()
+        name: dict(frame["outcome"].value_counts().iter_rows()) for name, frame in outcomes.items()
     } == {
         "5m": {"equal": 9993, "within_tolerance": 1145, "differs": 223},
         "15m": {"equal": 2668, "within_tolerance": 1088, "differs": 84},
@@ -376,13 +373,13 @@ def test_what_krakens_tolerance_covers() -> None:
         "12h": {"equal": 1, "within_tolerance": 78, "differs": 1},
         "1d": {"within_tolerance": 40},
     }
-    together = pl.concat(judged.values())
+    together = pl.concat(outcomes.values())
     assert together.filter(pl.col("outcome") == "differs")["columns"].unique().to_list() == [
         "volume"
     ]
     assert together["trades_apart"].abs().max() == KRAKEN["trades"].absolute == 1
     days = (
-        judged["1d"]
+        outcomes["1d"]
         .select(pl.col("volume_apart").abs().cast(float) / pl.col("volume_native").cast(float))
         .to_series()
         .max()
@@ -400,7 +397,7 @@ def test_what_binances_tolerance_covers() -> None:
     whole = window("2020-02-01", "2020-04-01")
     judged = compare_bars(
         "binance",
-        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole)[TIMEFRAMES["4h"]],
+        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole=whole)[TIMEFRAMES["4h"]],
         native,
         span=whole,
     )
@@ -408,26 +405,25 @@ def test_what_binances_tolerance_covers() -> None:
         "equal": 196,
         "within_tolerance": 163,
     }
-    assert set(" ".join(judged["columns"].unique()).split()) == {
+    assert set(" ".join(outcomes["columns"].unique()).split()) == {
         "quote_volume",
         "taker_buy_quote_volume",
     }
     stricter = compare_bars(
         "kraken",
-        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole)[TIMEFRAMES["4h"]],
+        roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole=whole)[TIMEFRAMES["4h"]],
         native,
         span=whole,
     )
-    assert dict(stricter["outcome"].value_counts().iter_rows()) == {
-        "equal": 196,
-        "differs": 163,
-    }  # another venue's table does not help
+    # the tolerance of another venue does not apply
+    assert dict(stricter["outcome"].value_counts().iter_rows()) == {"equal": 196, "differs": 163}
 
 
 @needs_shared
-def test_kraken_by_its_api(replay: Replay, universe: Universe) -> None:
-    """Twelve hours of minutes is all it gives: earlier hours are not judged. Minutes without a trade
-    are filled with the close before.
+def test_kraken_is_compared_where_its_api_has_minutes(replay: Replay, universe: Universe) -> None:
+    """The API has twelve hours of minutes, so earlier hours are not judged.
+
+    It fills minutes without a trade with the close before.
     """
     exchange = replay("2023-03-17T06:00:30Z", kraken_burst=1000, kraken_rate=1000)
     extra = "reference: [5m, 1h]"
@@ -442,21 +438,21 @@ def test_kraken_by_its_api(replay: Replay, universe: Universe) -> None:
     )
     for name in ("1m", "5m", "1h"):
         run_ingest(settings, timeframe=name)
-    (five,), (hour,) = audited(settings, ("5m", "1h")).values()
+    (five,), (hour,) = audit(settings, ("5m", "1h")).values()
     assert five.numbers == {"compared": 144, "different": 36, "within_tolerance": 2}
     assert hour.numbers == {"compared": 12, "different": 1, "within_tolerance": 3}
     causes = {str(shown["open_time"]): (shown["cause"], shown["minutes"]) for shown in five.table}
-    says, idle = causes["2023-03-16T18:25:00Z"]
+    message, idle = causes["2023-03-16T18:25:00Z"]
     assert idle == "2023-03-16T18:25:00Z/2023-03-16T18:28:00Z"
-    assert says == (
-        "open: 2023-03-16T18:25:00Z opens at 24712.6 without a trade, the venue's own bar at 24708.9, with its first trade, "
-        "of 2023-03-16T18:28:00Z"
+    assert message == (
+        "open: 2023-03-16T18:25:00Z opens at 24712.6 without a trade, "
+        "the venue's own bar at 24708.9, with its first trade, of 2023-03-16T18:28:00Z"
     )
 
 
 @needs_shared
-def test_the_real_halt(replay: Replay, universe: Universe) -> None:
-    """2023-03-24: neither side has bars of the halt, and the hours around it are equal."""
+def test_a_real_halt_is_no_difference(replay: Replay, universe: Universe) -> None:
+    """2023-03-24: neither side has bars in the halt, and the hours around it are equal."""
     exchange = replay("2023-03-25T00:00:30Z")
     settings = universe(
         f"{exchange.url}/binance",
@@ -467,9 +463,7 @@ def test_the_real_halt(replay: Replay, universe: Universe) -> None:
     )
     for name in ("1m", "15m", "1h"):
         run_ingest(settings, timeframe=name)
-    numbers = {
-        name: finding.numbers for name, (finding,) in audited(settings, ("15m", "1h")).items()
-    }
+    numbers = {name: finding.numbers for name, (finding,) in audit(settings, ("15m", "1h")).items()}
     assert {name: (found["compared"], found["different"]) for name, found in numbers.items()} == {
         "15m": (91, 0),
         "1h": (23, 0),
@@ -481,27 +475,27 @@ def hours(*changes: dict[str, Any]) -> pl.DataFrame:
     return frame(row(START + i * HOUR.width, **change) for i, change in enumerate(changes))
 
 
-def judged(
+def judge_outcomes(
     ours: pl.DataFrame, native: pl.DataFrame, venue: str = "binance"
 ) -> list[tuple[str, str]]:
     return compare_bars(venue, ours, native, span=JANUARY.month).select("outcome", "columns").rows()
 
 
-def test_what_is_not_given_is_not_compared() -> None:
-    assert judged(
+def test_a_column_that_is_null_on_one_side_is_not_compared() -> None:
+    assert judge_outcomes(
         hours({"trades": None}, {}), hours({}, {"trades": None, "quote_volume": None})
     ) == [("equal", ""), ("equal", "")]
 
 
-def test_digit_for_digit_where_no_tolerance_is_written_down() -> None:
+def test_every_digit_counts_without_a_tolerance() -> None:
     digit = Decimal("10.000000000001")
-    assert judged(hours({}, {"close": digit}), hours({"volume": digit}, {})) == [
+    assert judge_outcomes(hours({}, {"close": digit}), hours({"volume": digit}, {})) == [
         ("differs", "volume"),
         ("differs", "close"),
     ]
 
 
-def test_the_edge_of_a_tolerance() -> None:
+def test_a_tolerance_includes_its_limit() -> None:
     native = hours({}, {}, {}, {})
     ours = hours(
         {"volume": Decimal("10.15")},
@@ -515,8 +509,10 @@ def test_the_edge_of_a_tolerance() -> None:
         ("differs", "volume"),
         ("within_tolerance", "trades"),
     ]
-    assert judged(ours, native, "kraken") == found
-    assert [outcome for outcome, _ in judged(ours, native, "coinbaseexchange")] == ["differs"] * 4
+    assert judge_outcomes(ours, native, "kraken") == found
+    assert [outcome for outcome, _ in judge_outcomes(ours, native, "coinbaseexchange")] == [
+        "differs"
+    ] * 4
 
 
 def test_columns_name_what_makes_the_outcome() -> None:
@@ -532,7 +528,7 @@ def test_columns_name_what_makes_the_outcome() -> None:
     )
 
 
-def test_bars_on_one_side_and_outside_the_span() -> None:
+def test_bars_on_one_side_have_an_outcome_and_bars_outside_the_span_have_none() -> None:
     ours, native = (
         hours({}, {}, {}),
         hours({}, {}, {}, {}).filter(pl.col("open_time") != START + HOUR.width),
@@ -551,8 +547,8 @@ def test_bars_on_one_side_and_outside_the_span() -> None:
 
 
 @pytest.fixture
-def whole_day(sandbox: Any, universe: Universe) -> Settings:
-    """2024-01-02 of the sandbox's BTC/USDT: 1m and 1h bars as they should be."""
+def complete_day(sandbox: Any, universe: Universe) -> Settings:
+    """Store correct 1m and 1h bars of the sandbox's BTC/USDT of 2024-01-02."""
     settings = universe(
         sandbox[1],
         since="2024-01-02",
@@ -565,10 +561,10 @@ def whole_day(sandbox: Any, universe: Universe) -> Settings:
     return settings
 
 
-def altered(
+def alter(
     settings: Settings, timeframe: str, change: Callable[[pl.DataFrame], pl.DataFrame]
 ) -> None:
-    """The stored raw bars, changed behind the ledger's back."""
+    """Change the stored raw bars without an entry in the ledger."""
     with open_context(settings) as context:
         bars = context.storage.lake.read(raw_table(TIMEFRAMES[timeframe]), JANUARY)
         assert bars is not None
@@ -578,27 +574,27 @@ def altered(
 SPAN = window("2024-01-02T05:00", "2024-01-02T06:00")
 
 
-def without(bars: pl.DataFrame) -> pl.DataFrame:
+def remove_span(bars: pl.DataFrame) -> pl.DataFrame:
     return bars.filter(~pl.col("open_time").is_between(SPAN.start, SPAN.end, closed="left"))
 
 
-def test_a_bar_that_only_the_venue_has(whole_day: Settings) -> None:
-    altered(whole_day, "1m", without)
-    (finding,) = audited(whole_day)["1h"]
+def test_a_bar_of_the_venue_without_ours_is_only_native(complete_day: Settings) -> None:
+    alter(complete_day, "1m", remove_span)
+    (finding,) = audit(complete_day)["1h"]
     (shown,) = finding.table
     assert (shown["outcome"], shown["minutes"]) == (
         "only_native",
         "2024-01-02T05:00:00Z/2024-01-02T06:00:00Z",
     )
-    assert (
-        shown["cause"]
-        == "no 1m bar of it is stored: 2024-01-02T05:00:00Z/2024-01-02T06:00:00Z are missing (not fetched yet)"
+    assert shown["cause"] == (
+        "no 1m bar of it is stored: "
+        "2024-01-02T05:00:00Z/2024-01-02T06:00:00Z are missing (not fetched yet)"
     )
 
 
-def test_a_bar_that_only_we_have(whole_day: Settings) -> None:
-    altered(whole_day, "1h", without)
-    (finding,) = audited(whole_day)["1h"]
+def test_our_bar_without_one_of_the_venue_is_only_ours(complete_day: Settings) -> None:
+    alter(complete_day, "1h", remove_span)
+    (finding,) = audit(complete_day)["1h"]
     (shown,) = finding.table
     assert (shown["outcome"], shown["minutes"]) == (
         "only_ours",
@@ -606,23 +602,22 @@ def test_a_bar_that_only_we_have(whole_day: Settings) -> None:
     )
 
 
-def test_the_first_and_last_minute(whole_day: Settings) -> None:
-    """Open and close come from other minutes when the first or last is missing, and all missing
-    minutes are named.
-    """
-    gone = [SPAN.start, SPAN.end - MINUTE]
-    altered(whole_day, "1m", lambda bars: bars.filter(~pl.col("open_time").is_in(gone)))
-    (finding,) = audited(whole_day)["1h"]
+def test_a_missing_first_and_last_minute_are_both_named(complete_day: Settings) -> None:
+    """Without its first and last minute, open and close of an hour come from other minutes."""
+    removed = [SPAN.start, SPAN.end - MINUTE]
+    alter(complete_day, "1m", lambda bars: bars.filter(~pl.col("open_time").is_in(removed)))
+    (finding,) = audit(complete_day)["1h"]
     (shown,) = finding.table
     assert shown["minutes"] == "2024-01-02T05:00:00Z 2024-01-02T05:59:00Z"
     assert str(shown["cause"]).startswith(
-        "2024-01-02T05:00:00Z, 2024-01-02T05:59:00Z are missing (not fetched yet, though its 1h bar counts it)"
+        "2024-01-02T05:00:00Z, 2024-01-02T05:59:00Z are missing "
+        "(not fetched yet, though its 1h bar counts it)"
     )
     assert "open: 2024-01-02T05:01:00Z opens at" in str(shown["cause"])
 
 
-def test_a_correction_that_the_native_bar_does_not_know(whole_day: Settings) -> None:
-    """The 1m bar has a new revision; the 1h bar still counts the old one, which history keeps."""
+def test_a_correction_that_the_native_bar_does_not_include_is_named(complete_day: Settings) -> None:
+    """The 1m bar has a new revision; the 1h bar counts the old one, which the history keeps."""
     moment = SPAN.start + 7 * MINUTE
     old: list[pl.DataFrame] = []
 
@@ -641,7 +636,7 @@ def test_a_correction_that_the_native_bar_does_not_know(whole_day: Settings) -> 
         told = {"known_at": SPAN.start, "replaced_at": SPAN.end, "source": "rest"}
         revision = old[0].with_columns(pl.lit(value).alias(name) for name, value in told.items())
         context.storage.lake.write(table, JANUARY, revision.select(table.typed))
-    (finding,) = audited(whole_day)["1h"]
+    (finding,) = audit(complete_day)["1h"]
     (shown,) = finding.table
     assert shown["minutes"] == "2024-01-02T05:07:00Z"
     assert (
@@ -650,9 +645,7 @@ def test_a_correction_that_the_native_bar_does_not_know(whole_day: Settings) -> 
     )
 
 
-def test_where_the_venues_bars_are_not_stored_nothing_is_judged(
-    sandbox: Any, universe: Universe
-) -> None:
+def test_without_stored_native_bars_nothing_is_judged(sandbox: Any, universe: Universe) -> None:
     settings = universe(
         sandbox[1],
         since="2024-01-02",
@@ -661,7 +654,7 @@ def test_where_the_venues_bars_are_not_stored_nothing_is_judged(
         now="2024-01-10T00:00:00Z",
     )
     run_ingest(settings)
-    (finding,) = audited(settings)["1h"]
+    (finding,) = audit(settings)["1h"]
     assert finding.passed
     assert finding.numbers["compared"] == 0
     assert "no bars of the venue's own are stored" in finding.says
@@ -669,12 +662,10 @@ def test_where_the_venues_bars_are_not_stored_nothing_is_judged(
         assert context.storage.lake.list_sizes(parity_table(HOUR)) == {}
 
 
-def test_only_what_both_sides_were_asked_for_is_judged(
+def test_only_the_span_that_both_sides_fetched_is_judged(
     sandbox: Any, universe: Universe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The native bars are an hour and a half behind: the bars after them are not judged, and no bar is
-    missed.
-    """
+    """The native bars are 90 minutes behind: later bars are not judged and not missing."""
     settings = universe(
         sandbox[1], since="2024-01-02", extra="reference: [1h]", now="2024-01-05T10:30:00Z"
     )
@@ -683,9 +674,9 @@ def test_only_what_both_sides_were_asked_for_is_judged(
         sandbox[1], since="2024-01-02", extra="reference: [1h]", now="2024-01-05T12:00:00Z"
     )
     run_ingest(later)
-    (finding,) = audited(later)["1h"]
+    (finding,) = audit(later)["1h"]
     assert finding.numbers == {"compared": 3 * 24 + 10, "different": 0, "within_tolerance": 0}
-    assert stored(later)["open_time"][-1] == at("2024-01-05T09:00")
+    assert stored_outcomes(later)["open_time"][-1] == at("2024-01-05T09:00")
 
 
 def test_the_same_bars_give_the_same_object(whole_day: Settings) -> None:
@@ -696,27 +687,30 @@ def test_the_same_bars_give_the_same_object(whole_day: Settings) -> None:
             Path(uri) for uri in context.storage.lake.find_uris(parity_table(HOUR), [JANUARY])
         )
     content = file.read_bytes()
-    audited(whole_day)
+    audit(complete_day)
     assert file.read_bytes() == content
     assert list(before) == [(BTC.key, "2024-01-01")]
 
 
-def test_more_differences_than_are_traced(
-    whole_day: Settings, monkeypatch: pytest.MonkeyPatch
+def test_only_a_limited_number_of_differences_is_traced(
+    complete_day: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("marketdata_assets.flows.prove.parity.TRACED", 2)
-    altered(whole_day, "1h", lambda bars: bars.with_columns(trades=pl.col("trades") + 1))
-    (finding,) = audited(whole_day)["1h"]
+    alter(complete_day, "1h", lambda bars: bars.with_columns(trades=pl.col("trades") + 1))
+    (finding,) = audit(complete_day)["1h"]
     assert finding.numbers["different"] == 24
-    kept = stored(whole_day)
+    outcome = stored_outcomes(complete_day)
     assert (
-        kept["cause"].str.starts_with("no 1m bar is missing, and no single one explains").sum() == 2
+        outcome["cause"].str.starts_with("no 1m bar is missing, and no single one explains").sum()
+        == 2
     )
-    assert (kept["cause"] == "not traced: more than 2 bars differ").sum() == 22
+    assert (outcome["cause"] == "not traced: more than 2 bars differ").sum() == 22
 
 
-def test_what_the_finer_bars_do_not_add_up_to(sandbox: Any, universe: Universe) -> None:
-    """The venue's 15m bar says 2 more than ours, its 1h bar 7 more."""
+def test_a_native_bar_that_is_not_the_sum_of_its_finer_bars_is_named(
+    sandbox: Any, universe: Universe
+) -> None:
+    """The venue's 15m bar has 2 more than ours, and its 1h bar has 7 more."""
     settings = universe(
         sandbox[1],
         since="2024-01-02",
@@ -732,26 +726,27 @@ def test_what_the_finer_bars_do_not_add_up_to(sandbox: Any, universe: Universe) 
             .then(pl.col("volume") + more)
             .otherwise(pl.col("volume"))
         )
-        altered(
+        alter(
             settings,
             name,
             lambda bars, added=added: bars.with_columns(
                 added.cast(BAR_SCHEMA["volume"]).alias("volume")
             ),
         )  # type: ignore[misc]
-    (shown,) = audited(settings, ("15m", "1h"))["1h"][0].table
+    (shown,) = audit(settings, ("15m", "1h"))["1h"][0].table
     assert shown["cause"] == (
-        "15m 2024-01-02T05:15:00Z: no 1m bar is missing, and no single one explains that ours is less by volume 2; "
+        "15m 2024-01-02T05:15:00Z: no 1m bar is missing, "
+        "and no single one explains that ours is less by volume 2; "
         "and its own 1h bar is at odds with its 15m bars by volume -5"
     )
 
 
-def test_a_week_that_began_in_the_month_before(sandbox: Any, universe: Universe) -> None:
-    """The week of December 3 begins on November 27: the minute that is missing lies in November's
-    object.
+def test_a_week_is_traced_into_the_month_in_which_it_begins(
+    sandbox: Any, universe: Universe
+) -> None:
+    """The week of December 3 begins on November 27: the missing minute is in November's object.
 
-    The sandbox itself has no bars of 2023-11-27 17:04 to 17:08; the native days say that nothing is
-    lacking there.
+    The sandbox has no bars from 2023-11-27 17:04 to 17:08; by the native days none is missing.
     """
     settings = universe(
         sandbox[1],
@@ -769,19 +764,21 @@ def test_a_week_that_began_in_the_month_before(sandbox: Any, universe: Universe)
         context.storage.lake.write(
             raw_table(ONE), november, bars.filter(pl.col("open_time") != at("2023-11-29T03:00"))
         )
-    found = audited(settings, ("1d", "1w"))
+    found = audit(settings, ("1d", "1w"))
     assert [[row["minutes"] for row in finding.table] for finding in found["1d"]] == [
         ["2023-11-29T03:00:00Z"],
         [],
     ]
     assert [finding.numbers["compared"] for finding in found["1w"]] == [1, 2]
-    (kept,) = unequal(stored(settings, "1w", december))
-    assert (kept["open_time"], kept["minutes"]) == (at("2023-11-27"), "2023-11-29T03:00:00Z")
+    (outcome,) = unequal(stored_outcomes(settings, "1w", december))
+    assert (outcome["open_time"], outcome["minutes"]) == (at("2023-11-27"), "2023-11-29T03:00:00Z")
 
 
 @needs_shared
-def test_a_minute_that_a_rule_refused(replay: Replay, universe: Universe) -> None:
-    """The exchange sends a broken 1m bar in every answer; the cause names the rules."""
+def test_a_minute_that_a_rule_rejects_is_named_with_the_rules(
+    replay: Replay, universe: Universe
+) -> None:
+    """The exchange sends a broken 1m bar in every answer."""
     exchange = replay("2024-01-11T00:00:30Z")
     exchange.admin(fault="bad_ohlc", rate=1, match="klines", interval="1m", params={"index": 1})
     settings = universe(
@@ -793,6 +790,6 @@ def test_a_minute_that_a_rule_refused(replay: Replay, universe: Universe) -> Non
     )
     run_ingest(settings, timeframe="1h")
     run_ingest(settings)
-    shown = audited(settings)["1h"][0].table[0]
+    shown = audit(settings)["1h"][0].table[0]
     assert shown["minutes"] == "2024-01-10T00:01:00Z"
     assert "2024-01-10T00:01:00Z is missing (refused by a rule: " in str(shown["cause"])

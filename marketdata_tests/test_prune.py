@@ -1,5 +1,6 @@
-"""Wiped partitions are missing everywhere; pruned runs leave every asset's page as it was. On runs
-that really ran.
+"""Wiped partitions are missing everywhere; pruned runs leave the page of every asset unchanged.
+
+The tests use runs that were really executed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import SANDBOX_NOW
 
 RAW, HOUR = dg.AssetKey(["raw", "ohlcv_1m"]), dg.AssetKey(["rollup", "ohlcv_1h"])
@@ -61,10 +62,8 @@ def run(
     )
 
 
-def swap(settings: Settings, key: str) -> None:
-    """Exchange high and low of stored bars: the blocking check turns red, and a second time heals
-    it.
-    """
+def swap_high_and_low(settings: Settings, key: str) -> None:
+    """Swap high and low of stored bars, so the blocking check turns red; a second swap fixes it."""
     with open_context(settings) as context:
         table, partition = raw_table(TIMEFRAMES["1m"]), Partition.parse(key)
         bars = context.storage.lake.read(table, partition)
@@ -87,14 +86,14 @@ def open_instance(
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home with six finished runs and one that is under way; tests work on copies of it.
+    """Create a home with six finished runs and one active run; tests work on copies of it.
 
-    All four partitions; BTC_DEC again; BTC_NOV fails and succeeds; ETH_NOV fails, so that its
-    rollups are red; BTC_DEC again, also under way.
+    The runs are all four partitions, BTC_DEC again, BTC_NOV (fails, then succeeds), ETH_NOV (fails,
+    so its rollups are red), BTC_DEC again, and an active run of BTC_DEC.
     """
     home = tmp_path_factory.mktemp("history")
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url, pytest.MonkeyPatch.context() as patch:
+    with serve_in_thread(exchange) as url, pytest.MonkeyPatch.context() as patch:
         venue = [
             "  binance:",
             "    symbols: [BTC/USDT, ETH/USDT]",
@@ -115,11 +114,11 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         with opened as instance:
             assert run(settings, instance, BTC_NOV, ETH_DEC).success
             assert run(settings, instance, BTC_DEC, BTC_DEC).success
-            swap(settings, BTC_NOV)
+            swap_high_and_low(settings, BTC_NOV)
             assert not run(settings, instance, BTC_NOV, BTC_NOV).success
-            swap(settings, BTC_NOV)
+            swap_high_and_low(settings, BTC_NOV)
             assert run(settings, instance, BTC_NOV, BTC_NOV).success
-            swap(settings, ETH_NOV)
+            swap_high_and_low(settings, ETH_NOV)
             assert not run(settings, instance, ETH_NOV, ETH_NOV).success
             assert run(settings, instance, BTC_DEC, BTC_DEC).success
             job = build_definitions(settings).resolve_job_def(INGEST)
@@ -133,7 +132,7 @@ Home = tuple[Settings, dg.DagsterInstance]
 
 @pytest.fixture
 def home(history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
-    """The settings and the instance of a copy of the history; the lake is shared."""
+    """Yield the settings and the instance of a copy of the history; the lake is shared."""
     shutil.copytree(history / "state", tmp_path / "state")
     shutil.copy(history / "universe.yaml", tmp_path)
     settings, opened = open_instance(monkeypatch, tmp_path)
@@ -159,7 +158,7 @@ def statuses(home: Home, key: dg.AssetKey) -> dict[str, AssetPartitionStatus | N
 
 
 def pages(home: Home) -> dict[str, Any]:
-    """All that the pages of all assets and checks are made of, computed anew."""
+    """Compute everything that the pages of all assets and checks show, without caches."""
     settings, instance = home
     grid, shown, log = market_months(settings), {}, instance.event_log_storage
     graph = build_definitions(settings).get_repository_def().asset_graph
@@ -189,7 +188,7 @@ def pages(home: Home) -> dict[str, Any]:
     return shown
 
 
-def checked(instance: dg.DagsterInstance, check: dg.AssetCheckKey) -> set[str | None]:
+def checked_partitions(instance: dg.DagsterInstance, check: dg.AssetCheckKey) -> set[str | None]:
     return {
         r.partition
         for r in instance.event_log_storage.get_asset_check_execution_history(check, limit=1000)
@@ -199,7 +198,7 @@ def checked(instance: dg.DagsterInstance, check: dg.AssetCheckKey) -> set[str | 
 GOOD, RED = AssetPartitionStatus.MATERIALIZED, AssetPartitionStatus.FAILED
 
 
-def test_the_history_is_what_these_tests_need(home: Home) -> None:
+def test_the_history_has_every_status(home: Home) -> None:
     assert statuses(home, RAW) == {
         BTC_NOV: GOOD,
         BTC_DEC: AssetPartitionStatus.IN_PROGRESS,
@@ -207,7 +206,7 @@ def test_the_history_is_what_these_tests_need(home: Home) -> None:
         ETH_DEC: GOOD,
     }
     assert statuses(home, HOUR)[ETH_NOV] == RED
-    assert checked(home[1], OHLC) == {None, *KEYS}
+    assert checked_partitions(home[1], OHLC) == {None, *KEYS}
     assert sum(1 for name, value in pages(home).items() if value) > 50
 
 
@@ -216,7 +215,7 @@ def test_the_history_is_what_these_tests_need(home: Home) -> None:
 
 def test_wiped_partitions_are_missing_everywhere_and_the_others_stay(home: Home) -> None:
     settings, instance = home
-    statuses(home, HOUR)  # cached by now
+    statuses(home, HOUR)  # fills the cache
     before = pages(home)
     instance.wipe_asset_partitions(HOUR, [BTC_NOV, ETH_NOV])
     assert statuses(home, HOUR) == {
@@ -232,7 +231,7 @@ def test_wiped_partitions_are_missing_everywhere_and_the_others_stay(home: Home)
     ]
     assert instance.fetch_materializations(HOUR, limit=1000).records == kept
     assert len(instance.get_event_tags_for_asset(HOUR)) == len(kept)
-    assert checked(instance, COMPLETE) == {None, BTC_DEC, ETH_DEC}
+    assert checked_partitions(instance, COMPLETE) == {None, BTC_DEC, ETH_DEC}
     assert {
         info.partition_key for info in storage(instance).get_asset_check_partition_info([COMPLETE])
     } == {None, BTC_DEC, ETH_DEC}
@@ -248,14 +247,14 @@ def test_wiped_partitions_are_missing_everywhere_and_the_others_stay(home: Home)
     }
     assert run(settings, instance, BTC_NOV, BTC_NOV).success
     assert statuses(home, HOUR)[BTC_NOV] == GOOD
-    assert checked(instance, COMPLETE) == {None, BTC_NOV, BTC_DEC, ETH_DEC}
+    assert checked_partitions(instance, COMPLETE) == {None, BTC_NOV, BTC_DEC, ETH_DEC}
     with closing(index_of(instance)) as index:
         assert index.execute(
             "SELECT cached_status_data FROM asset_keys WHERE asset_key LIKE '%ohlcv_1h%'"
         ).fetchone()[0]
 
 
-def test_the_latest_materialization_is_the_newest_of_the_rest(home: Home) -> None:
+def test_the_latest_materialization_is_the_newest_remaining_one(home: Home) -> None:
     _, instance = home
     assert instance.fetch_materializations(HOUR, limit=1).records[0].partition_key == BTC_DEC
     instance.wipe_asset_partitions(HOUR, [BTC_DEC])
@@ -292,12 +291,13 @@ def test_events_of_wiped_checks_leave_the_index_and_run_logs_stay(home: Home) ->
     assert {r.run_id: len(instance.all_logs(r.run_id)) for r in instance.get_runs()} == runs
 
 
-def test_ids_are_not_used_again(home: Home) -> None:
+def test_ids_are_not_reused(home: Home) -> None:
     settings, instance = home
     with closing(index_of(instance)) as index:
         last = "SELECT max(id) FROM event_logs"
         index.execute(
-            "DELETE FROM event_logs WHERE id > (SELECT max(id) FROM event_logs WHERE asset_key LIKE '%ohlcv_1h%')"
+            "DELETE FROM event_logs WHERE id >"
+            " (SELECT max(id) FROM event_logs WHERE asset_key LIKE '%ohlcv_1h%')"
         )
         index.commit()
         before = index.execute(last).fetchone()[0]
@@ -315,11 +315,12 @@ def test_a_status_computed_before_the_wipe_is_not_cached_after_it(home: Home) ->
     stale = instance.get_asset_records([HOUR])[0].asset_entry.cached_status
     assert isinstance(stale, AssetStatusCacheValue)
     instance.wipe_asset_partitions(HOUR, [ETH_DEC])
-    instance.update_asset_cached_status_data(HOUR, stale)  # by a web server that was just computing
+    # a web server computed this status before the wipe
+    instance.update_asset_cached_status_data(HOUR, stale)
     assert statuses(home, HOUR)[ETH_DEC] is None
 
 
-def test_a_wipe_is_whole_or_not_at_all(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wipe_is_atomic(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     _, instance = home
     before = pages(home)
     monkeypatch.setattr(wiping, "_FORGET", "UPDATE nonsense SET x = :asset")
@@ -338,40 +339,40 @@ def test_thousands_of_partitions_are_wiped_at_once(home: Home) -> None:
 
 @contextmanager
 def graphql(instance: dg.DagsterInstance) -> Iterator[Callable[..., Any]]:
-    """What the web server would answer."""
+    """Yield a function that answers GraphQL queries as the web server does."""
     origin = LoadableTargetOrigin(module_name="marketdata_assets.definitions")
-    quiet = warnings.catch_warnings(
-        action="ignore", category=DeprecationWarning
-    )  # Dagster's own, about its own
-    with quiet, in_process_test_workspace(instance, origin) as context:
+    # Dagster warns about its own deprecated code
+    no_warnings = warnings.catch_warnings(action="ignore", category=DeprecationWarning)
+    with no_warnings, in_process_test_workspace(instance, origin) as context:
         schema = create_schema()
 
-        def ask(query: str, **variables: Any) -> Any:
+        def execute(query: str, **variables: Any) -> Any:
             answer = asyncio.run(
                 schema.execute_async(query, context_value=context, variable_values=variables)
             )
             assert answer.errors is None
             return answer.data
 
-        yield ask
+        yield execute
 
 
-def test_the_buttons_mutation_wipes_a_range(home: Home) -> None:
+def test_the_mutation_of_the_ui_wipes_a_range(home: Home) -> None:
     _, instance = home
-    wipe = """mutation($wiped: [PartitionsByAssetSelector!]!) { wipeAssets(assetPartitionRanges: $wiped) {
+    wipe = """mutation($wiped: [PartitionsByAssetSelector!]!) {
+        wipeAssets(assetPartitionRanges: $wiped) {
         __typename ... on UnsupportedOperationError { message } } }"""
-    grid = """query { assetNodeOrError(assetKey: {path: ["rollup", "ohlcv_1h"]}) { ... on AssetNode {
-        partitionStats { numMaterialized numFailed } } } }"""
-    with graphql(instance) as ask:
-        assert ask(grid)["assetNodeOrError"]["partitionStats"] == {
+    grid = """query { assetNodeOrError(assetKey: {path: ["rollup", "ohlcv_1h"]}) {
+        ... on AssetNode { partitionStats { numMaterialized numFailed } } } }"""
+    with graphql(instance) as execute:
+        assert execute(grid)["assetNodeOrError"]["partitionStats"] == {
             "numMaterialized": 2,
             "numFailed": 1,
         }
         span = {"start": ETH_NOV, "end": ETH_DEC}
-        asked = [{"assetKey": {"path": ["rollup", "ohlcv_1h"]}, "partitions": {"range": span}}]
-        assert ask(wipe, wiped=asked)["wipeAssets"] == {"__typename": "AssetWipeSuccess"}
-    with graphql(instance) as ask:
-        assert ask(grid)["assetNodeOrError"]["partitionStats"] == {
+        wiped = [{"assetKey": {"path": ["rollup", "ohlcv_1h"]}, "partitions": {"range": span}}]
+        assert execute(wipe, wiped=wiped)["wipeAssets"] == {"__typename": "AssetWipeSuccess"}
+    with graphql(instance) as execute:
+        assert execute(grid)["assetNodeOrError"]["partitionStats"] == {
             "numMaterialized": 1,
             "numFailed": 0,
         }
@@ -389,70 +390,77 @@ def files(home: Home) -> dict[str, int]:
     }
 
 
-def pruned(home: Home, **options: Any) -> Pruned:
+def prune_old_runs(home: Home, **options: Any) -> Pruned:
     return prune(home[1], 7, LATER, **options)
 
 
-def test_pages_are_unchanged_and_old_runs_are_gone(home: Home) -> None:
+def test_a_prune_removes_old_runs_and_changes_no_page(home: Home) -> None:
     settings, instance = home
     before, sizes = pages(home), files(home)
-    going = pruned(home, dry_run=True)
+    planned = prune_old_runs(home, dry_run=True)
     assert files(home).keys() == sizes.keys()
-    gone = pruned(home)
-    assert asdict(gone) == {**asdict(going), "dry_run": False}
+    removed = prune_old_runs(home)
+    assert asdict(removed) == {**asdict(planned), "dry_run": False}
     after = pages(home)
     assert [name for name in before if after[name] != before[name]] == []
-    left = files(home)
-    assert gone.logs == gone.runs == gone.outputs == 6
-    assert [name for name in left if name.endswith((".db", ".err"))] == [
+    remaining = files(home)
+    assert removed.logs == removed.runs == removed.outputs == 6
+    assert [name for name in remaining if name.endswith((".db", ".err"))] == [
         name
         for name in sizes
-        if Path(name).stem in ("index", "runs", "schedules", "") or under_way(instance) in name
+        if Path(name).stem in ("index", "runs", "schedules", "") or active_run_id(instance) in name
     ]
-    went = {name: size for name, size in sizes.items() if name not in left}
-    assert sum(size for name, size in went.items() if name.startswith("history")) == gone.log_bytes
+    removed_files = {name: size for name, size in sizes.items() if name not in remaining}
     assert (
-        sum(size for name, size in went.items() if name.startswith("storage")) == gone.output_bytes
+        sum(size for name, size in removed_files.items() if name.startswith("history"))
+        == removed.log_bytes
+    )
+    assert (
+        sum(size for name, size in removed_files.items() if name.startswith("storage"))
+        == removed.output_bytes
     )
     assert not list((settings.state / "dagster/storage").iterdir())
-    assert asdict(pruned(home)) == asdict(Pruned(dry_run=False))
+    assert asdict(prune_old_runs(home)) == asdict(Pruned(dry_run=False))
 
 
-def under_way(instance: dg.DagsterInstance) -> str:
+def active_run_id(instance: dg.DagsterInstance) -> str:
     return instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))[0].run_id
 
 
-def test_what_old_runs_printed_goes_with_them(home: Home) -> None:
+def test_a_prune_removes_the_output_of_old_runs(home: Home) -> None:
     _, instance = home
-    finished, working = (
+    finished, active = (
         instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))[0].run_id,
-        under_way(instance),
+        active_run_id(instance),
     )
     logs = Path(instance.root_directory, RUN_LOGS)
     logs.mkdir()
-    for run_id in (finished, working):
-        (logs / f"{run_id}.log").write_text("its last words")
-    assert pruned(home, dry_run=True).output_bytes == pruned(home).output_bytes
-    assert [log.stem for log in logs.iterdir()] == [working]
+    for run_id in (finished, active):
+        (logs / f"{run_id}.log").write_text("its last lines")
+    assert prune_old_runs(home, dry_run=True).output_bytes == prune_old_runs(home).output_bytes
+    assert [log.stem for log in logs.iterdir()] == [active]
 
 
-def test_plans_that_tell_something_stay(home: Home) -> None:
+def test_plans_of_unsuccessful_runs_stay(home: Home) -> None:
     _, instance = home
     with closing(index_of(instance)) as index:
-        all_events = "SELECT run_id, dagster_event_type, count(*) FROM event_logs GROUP BY 1, 2 ORDER BY 1, 2"
+        all_events = (
+            "SELECT run_id, dagster_event_type, count(*) FROM event_logs"
+            " GROUP BY 1, 2 ORDER BY 1, 2"
+        )
         before = {(run_id, kind): count for run_id, kind, count in index.execute(all_events)}
-        gone = pruned(home)
+        removed = prune_old_runs(home)
         after = {(run_id, kind): count for run_id, kind, count in index.execute(all_events)}
-    lost = {
+    removed_events = {
         (run_id, kind): count - after.get((run_id, kind), 0)
         for (run_id, kind), count in before.items()
     }
-    assert sum(lost.values()) == gone.plans > 0
+    assert sum(removed_events.values()) == removed.plans > 0
     succeeded = {
         r.run_id for r in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.SUCCESS]))
     }
-    assert {run_id for (run_id, kind), count in lost.items() if count} == succeeded
-    assert {kind for (run_id, kind), count in lost.items() if count} == set(PLANNED)
+    assert {run_id for (run_id, kind), count in removed_events.items() if count} == succeeded
+    assert {kind for (run_id, kind), count in removed_events.items() if count} == set(PLANNED)
 
 
 def test_recent_runs_stay(home: Home) -> None:
@@ -461,24 +469,25 @@ def test_recent_runs_stay(home: Home) -> None:
     assert files(home) == sizes
 
 
-@pytest.mark.parametrize("left", ["plans", "outputs"])
-def test_what_an_interrupted_prune_left_is_found_by_itself(home: Home, left: str) -> None:
+@pytest.mark.parametrize("remaining", ["plans", "outputs"])
+def test_a_prune_removes_what_an_interrupted_one_left(home: Home, remaining: str) -> None:
     settings, instance = home
-    going = pruned(home, dry_run=True)
+    planned = prune_old_runs(home, dry_run=True)
     for run_id in storage(instance).get_all_run_ids():
         Path(storage(instance).path_for_shard(run_id)).unlink()
-    if left == "plans":
+    if remaining == "plans":
         shutil.rmtree(settings.state / "dagster/storage")
-        expected = Pruned(False, runs=4, plans=going.plans, plan_bytes=going.plan_bytes)
+        expected = Pruned(False, runs=4, plans=planned.plans, plan_bytes=planned.plan_bytes)
     else:
         with closing(index_of(instance)) as index:
             index.execute("DELETE FROM event_logs WHERE dagster_event_type LIKE '%PLANNED'")
             index.commit()
-        expected = Pruned(False, runs=6, outputs=6, output_bytes=going.output_bytes)
-    assert asdict(pruned(home)) == asdict(expected)
+        expected = Pruned(False, runs=6, outputs=6, output_bytes=planned.output_bytes)
+    assert asdict(prune_old_runs(home)) == asdict(expected)
 
 
-PAGE = """query($id: ID!) { runOrError(runId: $id) { ... on Run { status startTime endTime canTerminate
+PAGE = """query($id: ID!) { runOrError(runId: $id) { ... on Run {
+    status startTime endTime canTerminate
     stats { __typename ... on RunStatsSnapshot { materializations startTime endTime } }
     stepStats { stepKey status } assets { key { path } } assetChecks { name }
     assetMaterializations { partition stepStats { stepKey } runOrError { __typename } }
@@ -489,10 +498,10 @@ PAGE = """query($id: ID!) { runOrError(runId: $id) { ... on Run { status startTi
 def test_the_page_of_a_pruned_run_shows_what_the_index_keeps(home: Home) -> None:
     _, instance = home
     first = instance.get_runs()[-1].run_id
-    with graphql(instance) as ask:
-        before = ask(PAGE, id=first)["runOrError"]
-        pruned(home)
-        after = ask(PAGE, id=first)
+    with graphql(instance) as execute:
+        before = execute(PAGE, id=first)["runOrError"]
+        prune_old_runs(home)
+        after = execute(PAGE, id=first)
     assert len(after["logsForRun"]["events"]) == len(
         after["runOrError"]["eventConnection"]["events"]
     )
@@ -506,10 +515,17 @@ def test_the_page_of_a_pruned_run_shows_what_the_index_keeps(home: Home) -> None
         "AssetCheckEvaluationEvent",
     } <= set(kinds)
     assert "ExecutionStepStartEvent" not in kinds
-    for same in ("status", "startTime", "endTime", "stats", "assetChecks", "assetMaterializations"):
-        assert after["runOrError"][same] == before[same]
+    for field in (
+        "status",
+        "startTime",
+        "endTime",
+        "stats",
+        "assetChecks",
+        "assetMaterializations",
+    ):
+        assert after["runOrError"][field] == before[field]
     assert instance.all_logs("never was") == []
-    # a query across all runs opens every log
+    # a query over all runs opens every log
     assert (
         len(
             storage(instance).get_event_records(
@@ -520,54 +536,53 @@ def test_the_page_of_a_pruned_run_shows_what_the_index_keeps(home: Home) -> None
     )
     assert {Path(name).stem for name in files(home) if name.startswith("history/runs/")} == {
         "index",
-        under_way(instance),
+        active_run_id(instance),
     }
 
 
 def test_a_pruned_run_can_still_log_and_be_deleted(home: Home) -> None:
     _, instance = home
-    pruned(home)
-    late, gone = instance.get_runs()[-2:]
-    kept = len(instance.all_logs(gone.run_id))
+    prune_old_runs(home)
+    late, removed = instance.get_runs()[-2:]
+    kept = len(instance.all_logs(removed.run_id))
     instance.report_engine_event("came late", late)
     assert [e.message for e in instance.all_logs(late.run_id)] == ["came late"]
     assert kept > 0
-    assert pruned(home).logs == 1
+    assert prune_old_runs(home).logs == 1
     assert len(instance.all_logs(late.run_id)) > 1
-    instance.delete_run(gone.run_id)
-    assert instance.all_logs(gone.run_id) == []
+    instance.delete_run(removed.run_id)
+    assert instance.all_logs(removed.run_id) == []
 
 
-def test_a_log_whose_events_the_index_lacks_stays(home: Home) -> None:
+def test_a_log_whose_events_are_missing_in_the_index_stays(home: Home) -> None:
     _, instance = home
-    victims = [r.run_id for r in instance.get_runs()[1:4]]
+    run_ids = [r.run_id for r in instance.get_runs()[1:4]]
     kinds = ("ASSET_MATERIALIZATION", "ASSET_CHECK_EVALUATION")
     with closing(index_of(instance)) as index:
-        for run_id, kind in zip(victims, kinds, strict=False):
+        for run_id, kind in zip(run_ids, kinds, strict=False):
             one = "SELECT max(id) FROM event_logs WHERE run_id = ? AND dagster_event_type = ?"
             index.execute(f"DELETE FROM event_logs WHERE id = ({one})", [run_id, kind])
         index.commit()
-    gone = pruned(home)
-    assert (gone.logs, gone.logs_kept_unproven) == (4, 2)
-    for run_id, there in zip(victims, (True, True, False), strict=True):
-        assert Path(storage(instance).path_for_shard(run_id)).exists() is there
+    removed = prune_old_runs(home)
+    assert (removed.logs, removed.logs_kept_unproven) == (4, 2)
+    for run_id, exists in zip(run_ids, (True, True, False), strict=True):
+        assert Path(storage(instance).path_for_shard(run_id)).exists() is exists
 
 
-def test_a_log_that_is_open_anywhere_waits(home: Home) -> None:
+def test_a_log_that_another_process_has_open_stays(home: Home) -> None:
     _, instance = home
     open_here = instance.get_runs()[1].run_id
-    with dg.DagsterInstance.get() as other:  # a web server
+    with dg.DagsterInstance.get() as other:  # acts as a web server
         shown = len(other.all_logs(open_here))
-        gone = pruned(home)
-        assert (gone.logs, gone.logs_kept_open) == (5, 1)
+        removed = prune_old_runs(home)
+        assert (removed.logs, removed.logs_kept_open) == (5, 1)
         assert len(other.all_logs(open_here)) == shown
-        for run in instance.get_runs()[2:] * 2:  # it opens others and lets go of it
+        for run in instance.get_runs()[2:] * 2:  # it opens other logs and closes this one
             other.all_logs(run.run_id)
         storage(other).close_shard(open_here)
-        storage(other)._initialized_dbs.add(
-            open_here
-        )  # what it has once opened, it believes to be complete for ever
-        assert pruned(home).logs == 1
+        # the web server never initializes a log again that it has opened once
+        storage(other)._initialized_dbs.add(open_here)
+        assert prune_old_runs(home).logs == 1
         assert 0 < len(other.all_logs(open_here)) < shown
         other.report_engine_event("came late", other.get_run_by_id(open_here))
         assert len(other.all_logs(open_here)) == 1
@@ -607,12 +622,10 @@ for left in range(4, 10_000, 9):
 """
 
 
-def test_killed_again_and_again_it_ends_the_same(home: Home) -> None:
-    """One process after the other is killed, each nine steps (deletions and queries) later, until one
-    comes through.
-    """
+def test_a_prune_that_is_killed_repeatedly_has_the_same_result(home: Home) -> None:
+    """Each process is killed nine steps (deletions and queries) later, until one completes."""
     before, sizes = pages(home), files(home)
-    going = pruned(home, dry_run=True)
+    planned = prune_old_runs(home, dry_run=True)
     done = subprocess.run(
         [sys.executable, "-c", KILLED, LATER.isoformat()],
         capture_output=True,
@@ -622,31 +635,32 @@ def test_killed_again_and_again_it_ends_the_same(home: Home) -> None:
     assert done.stdout.count("killed") >= 5, done.stderr
     after = pages(home)
     assert [name for name in before if after[name] != before[name]] == []
-    assert len(sizes) - len(files(home)) == going.logs + 3 * going.outputs
-    assert pruned(home).runs == 0
+    assert len(sizes) - len(files(home)) == planned.logs + 3 * planned.outputs
+    assert prune_old_runs(home).runs == 0
 
 
-def test_free_space_is_given_back_where_it_is_worth_it(home: Home) -> None:
+def test_a_prune_releases_free_space_of_large_databases(home: Home) -> None:
     _, instance = home
     big = Path(storage(instance).path_for_shard("index"))
     with closing(index_of(instance)) as index:
         index.execute(
-            "CREATE TABLE filler AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000)"
+            "CREATE TABLE filler AS WITH RECURSIVE n(i) AS"
+            " (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000)"
             " SELECT i, zeroblob(4000) AS hole FROM n"
         )
         index.execute("DROP TABLE filler")
         index.commit()
         index.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     before, size = pages(home), big.stat().st_size
-    with closing(index_of(instance)) as reader:  # beside open connections
+    with closing(index_of(instance)) as reader:  # other connections are open
         reader.execute("SELECT max(id) FROM event_logs").fetchone()
-        gone = pruned(home)
-    assert gone.reclaimed_bytes == size - big.stat().st_size > 8_000_000
+        removed = prune_old_runs(home)
+    assert removed.reclaimed_bytes == size - big.stat().st_size > 8_000_000
     assert pages(home) == before
-    assert pruned(home).reclaimed_bytes == 0
+    assert prune_old_runs(home).reclaimed_bytes == 0
 
 
-def test_as_a_process_it_prints_one_object(home: Home) -> None:
+def test_a_prune_as_a_process_prints_one_json_object(home: Home) -> None:
     command = [
         sys.executable,
         "-m",
@@ -656,7 +670,7 @@ def test_as_a_process_it_prints_one_object(home: Home) -> None:
         "--dry-run",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
-    said = json.loads(done.stdout)
-    assert said == asdict(pruned(home, dry_run=True))
-    assert said["dry_run"] is True
-    assert said["logs"] == 6
+    printed = json.loads(done.stdout)
+    assert printed == asdict(prune_old_runs(home, dry_run=True))
+    assert printed["dry_run"] is True
+    assert printed["logs"] == 6

@@ -1,6 +1,4 @@
-"""Reading without Dagster: LazyFrames and SQL give every digit, open only the files they need, and
-explain mistakes.
-"""
+"""Reading without Dagster: LazyFrames and SQL return every digit and open only the files needed."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ BTC, ETH = "binance:BTC-USDT", "binance:ETH-USDT"
 def stored(
     request: pytest.FixtureRequest, sandbox: Any, universe: Callable[..., Settings]
 ) -> Settings:
-    """Two markets over a turn of the month, with rollups in objects, in DuckDB, or all of it in S3."""
+    """Two markets over the end of a month, with rollups in objects, in DuckDB, or all in S3."""
     rollups = "duckdb" if request.param == "duckdb" else "parquet"
     lake = f"s3://{request.getfixturevalue('bucket')}/lake" if request.param == "s3" else None
     settings = universe(
@@ -99,7 +97,8 @@ def test_the_newest_bars_of_all_markets(stored: Settings):
 def test_sql_sees_every_table_and_every_digit(stored: Settings):
     with open_reader() as reader:
         tables = reader.sql(
-            "SELECT DISTINCT schema || '.' || name AS t FROM (SHOW ALL TABLES) WHERE database = 'memory' ORDER BY t"
+            "SELECT DISTINCT schema || '.' || name AS t FROM (SHOW ALL TABLES) "
+            "WHERE database = 'memory' ORDER BY t"
         )
         assert {"raw.ohlcv_1m", "rollup.ohlcv_1h", "rollup.ohlcv_1w"} <= set(tables["t"])
         for timeframe, layer in (("1m", "raw"), ("1h", "rollup")):
@@ -124,9 +123,7 @@ def test_sql_over_some_markets_and_months_opens_only_their_files(stored: Setting
 def test_nothing_is_read_before_it_is_needed_and_only_what_is_needed(
     sandbox: Any, universe: Callable[..., Settings], bucket: str
 ):
-    """The other months of a market may be anything: a query that does not reach them never opens
-    them.
-    """
+    """An object that is no Parquet is no problem for a query that does not reach its month."""
     settings = universe(sandbox[1], since="2023-11-29", until="2024-01-02", rollups="parquet")
     run_ingest(settings)
     (december,) = Path(settings.lake).glob("raw/ohlcv_1m/*/month=2023-12/data.parquet")
@@ -142,7 +139,7 @@ def test_nothing_is_read_before_it_is_needed_and_only_what_is_needed(
         )
 
 
-def test_s3_is_not_asked_for_a_listing(
+def test_reading_lists_no_bucket(
     sandbox: Any, universe: Callable[..., Settings], bucket: str, monkeypatch: pytest.MonkeyPatch
 ):
     settings = universe(
@@ -171,7 +168,7 @@ def test_s3_is_not_asked_for_a_listing(
 def test_a_lake_is_read_where_there_is_no_ledger(
     stored: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """An analyst's machine has the lake's place and nothing else."""
+    """The machine of an analyst has the universe and the lake, and a state folder of its own."""
     if stored.rollups == "duckdb":
         pytest.skip("the warehouse is a file of the machine that writes it")
     monkeypatch.setenv("MARKETDATA_STATE", str(tmp_path / "elsewhere"))
@@ -203,7 +200,7 @@ def test_months_of_different_digits_are_one_frame(sandbox: Any, universe: Callab
 
 
 @pytest.mark.parametrize(
-    ("ask", "says"),
+    ("read", "words"),
     [
         (
             lambda r: r.bars("binance:BTC-USD", "1m"),
@@ -213,9 +210,9 @@ def test_months_of_different_digits_are_one_frame(sandbox: Any, universe: Callab
         (lambda r: r.bars(BTC, "1m", "yesterday"), "'yesterday' is not a date"),
     ],
 )
-def test_mistakes_are_told(stored: Settings, ask: Callable[[Any], Any], says: str):
-    with open_reader() as reader, pytest.raises(BadInput, match=says):
-        ask(reader)
+def test_a_mistake_is_bad_input(stored: Settings, read: Callable[[Any], Any], words: str):
+    with open_reader() as reader, pytest.raises(BadInput, match=words):
+        read(reader)
 
 
 def test_moments_are_texts_or_datetimes(stored: Settings):
@@ -231,7 +228,9 @@ def test_moments_are_texts_or_datetimes(stored: Settings):
 def test_reading_needs_neither_dagster_nor_a_venue(stored: Settings):
     code = (
         "import sys\nfrom marketdata_assets import open_reader\n"
-        f"with open_reader() as r: print(r.bars('{BTC}', '1m').collect().height, r.sql('SELECT count(*) FROM raw.ohlcv_1m').item())\n"
+        "count = 'SELECT count(*) FROM raw.ohlcv_1m'\n"
+        "with open_reader() as reader:\n"
+        f"    print(reader.bars('{BTC}', '1m').collect().height, reader.sql(count).item())\n"
         "print(sorted({'dagster', 'ccxt', 'aiohttp', 'pandera'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -35,7 +35,6 @@ from marketdata_assets.quality.clean import clean_bars
 from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_tests.conftest import Universe
@@ -53,7 +52,7 @@ from marketdata_tests.steps import (
 
 MINUTE = TIMEFRAMES["1m"]
 SPAN = window("2023-12-30", "2024-01-03")
-TRUTH = truth("BTCUSDT", "1m", SPAN)
+TRUTH = generate_bars("BTCUSDT", "1m", SPAN)
 
 
 @pytest.fixture

@@ -1,6 +1,4 @@
-"""Real bars of Binance over loopback: exact in nine columns, in every timeframe, on good days and
-under faults.
-"""
+"""Real bars of Binance over loopback are exact in nine columns, with and without faults."""
 
 from __future__ import annotations
 
@@ -84,7 +82,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "extra_field": {},
     "clock_skew": {"ms": 90_000},
 }
-"""Every REST fault of the exchange but restate_bar, which changes the truth itself."""
+"""Every REST fault of the exchange except restate_bar, which changes the truth itself."""
 NOT_KLINES = ("clock_skew",)
 
 
@@ -92,16 +90,17 @@ _TRUTH: dict[tuple[str, str, Window], pl.DataFrame] = {}
 
 
 def expected(exchange: Any, symbol: str, timeframe: Timeframe, span: Window) -> pl.DataFrame:
-    """The exchange's own bars that lie wholly in the span; asked once, they are the same in every
-    test.
+    """Return the exchange's own bars that lie completely in the span.
+
+    They are equal in every test, so they are requested once.
     """
     key = (symbol, timeframe.name, span)
     if key not in _TRUTH:
-        _TRUTH[key] = _expected(exchange, symbol, timeframe, span)
+        _TRUTH[key] = _fetch_truth(exchange, symbol, timeframe, span)
     return _TRUTH[key]
 
 
-def _expected(exchange: Any, symbol: str, timeframe: Timeframe, span: Window) -> pl.DataFrame:
+def _fetch_truth(exchange: Any, symbol: str, timeframe: Timeframe, span: Window) -> pl.DataFrame:
     rows = exchange.truth(
         "binance", symbol, timeframe.name, span.start.isoformat(), span.end.isoformat()
     )
@@ -118,8 +117,8 @@ def _expected(exchange: Any, symbol: str, timeframe: Timeframe, span: Window) ->
     return frame.filter(pl.col("open_time") + timeframe.width <= span.end)
 
 
-def everything_is_true(settings: Settings, exchange: Any, span: Window) -> int:
-    """All markets and timeframes against /_truth; how many bars were compared."""
+def compare_all_bars(settings: Settings, exchange: Any, span: Window) -> int:
+    """Compare all markets and timeframes with /_truth; return how many bars are equal."""
     compared = 0
     with open_context(settings) as context:
         for market in settings.markets:
@@ -133,9 +132,12 @@ def everything_is_true(settings: Settings, exchange: Any, span: Window) -> int:
     return compared
 
 
-def test_a_month_of_two_markets(replay: Callable[..., Any], universe: Universe) -> None:
-    """January 2024 of BTC and ETH; the native 1h bars agree with ours, all checks are green, the
-    second run asks nothing.
+def test_a_month_of_two_markets_equals_the_exchange(
+    replay: Callable[..., Any], universe: Universe
+) -> None:
+    """January 2024 of BTC and ETH: the native 1h bars equal ours and all checks are green.
+
+    A second run sends no request.
     """
     exchange = replay("2024-02-01T00:00:30Z")
     settings = universe(
@@ -175,7 +177,7 @@ def test_a_month_of_two_markets(replay: Callable[..., Any], universe: Universe) 
         one.complete and one.account.is_balanced and one.account.quarantined == 0
         for one in (*hours, *done)
     )
-    assert everything_is_true(settings, exchange, JANUARY) > 2 * 55_000
+    assert compare_all_bars(settings, exchange, JANUARY) > 2 * 55_000
     before = lake_files(settings)
     exchange.log()
     assert all(one.complete for one in run_ingest(settings))
@@ -184,10 +186,10 @@ def test_a_month_of_two_markets(replay: Callable[..., Any], universe: Universe) 
     assert lake_files(settings) == before
 
 
-def test_the_real_halt(replay: Callable[..., Any], universe: Universe) -> None:
-    """2023-03-24: a bar cut short at 12:39 and no bars until 14:00; explained, and rolled up as
-    Binance did.
-    """
+def test_the_halt_of_2023_03_24_is_explained_and_rolled_up(
+    replay: Callable[..., Any], universe: Universe
+) -> None:
+    """Binance stopped within the bar of 12:39 and has no bars until 14:00; its rollups are ours."""
     exchange = replay("2023-03-28T00:00:30Z")
     settings = universe(
         f"{exchange.url}/binance",
@@ -198,7 +200,7 @@ def test_the_real_halt(replay: Callable[..., Any], universe: Universe) -> None:
     )
     done = run_ingest(settings)
     run_derive(settings)
-    assert everything_is_true(settings, exchange, HALT) > 2 * 11_000
+    assert compare_all_bars(settings, exchange, HALT) > 2 * 11_000
     for one in done:
         assert one.complete
         assert one.account.is_balanced
@@ -207,9 +209,10 @@ def test_the_real_halt(replay: Callable[..., Any], universe: Universe) -> None:
         ]
 
 
-def plant(exchange: Any, seed: int, share: float) -> None:
-    """So large a share of klines answers goes wrong, all kinds alike; the clock is asked rarely, so it
-    lies half the time.
+def add_faults(exchange: Any, seed: int, share: float) -> None:
+    """Make this share of the klines answers faulty, with all faults equally likely.
+
+    Requests for the clock are rare, so half of their answers are wrong.
     """
     exchange.admin(op="seed", seed=seed)
     for name, params in FAULTS.items():
@@ -225,7 +228,7 @@ def plant(exchange: Any, seed: int, share: float) -> None:
 @pytest.mark.parametrize(
     ("span", "share"), [(JANUARY, 0.03), (HALT, 0.15)], ids=["january", "halt"]
 )
-def test_bad_answers_among_good_ones(
+def test_faulty_answers_change_no_bar(
     replay: Callable[..., Any],
     universe: Universe,
     monkeypatch: pytest.MonkeyPatch,
@@ -233,12 +236,13 @@ def test_bad_answers_among_good_ones(
     span: Window,
     share: float,
 ) -> None:
-    """All kinds mixed, 3 % of a month and 15 % of a week: the same bars as without, and every row is
-    accounted for.
+    """All faults mixed, in 3 % of a month and 15 % of a week: the bars are equal to the truth.
+
+    Every row is accounted for.
     """
     monkeypatch.setattr(ccxt_rest, "CcxtSource", partial(ccxt_rest.CcxtSource, deadline=0.8))
     exchange = replay("2024-02-01T00:02:30Z" if span is JANUARY else "2023-03-28T00:02:30Z")
-    plant(exchange, seed, share)
+    add_faults(exchange, seed, share)
     since, until = (str(moment)[:10] for moment in (span.start, span.end))
     settings = universe(
         f"{exchange.url}/binance",
@@ -257,16 +261,16 @@ def test_bad_answers_among_good_ones(
         entry for entry in exchange.log(clear=False) if set(entry["fault"]) - {"slow", "clock_skew"}
     ]
     run_derive(settings)
-    assert everything_is_true(settings, exchange, span) > 20_000
+    assert compare_all_bars(settings, exchange, span) > 20_000
 
 
-def test_a_third_of_bad_answers(
+def test_a_third_of_faulty_answers_delays_but_changes_no_bar(
     replay: Callable[..., Any], universe: Universe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten times as many, over two days: whatever is stored is true, and in the end all is."""
+    """30 % of the answers over ten days: each stored bar is true, and in the end all are stored."""
     monkeypatch.setattr(ccxt_rest, "CcxtSource", partial(ccxt_rest.CcxtSource, deadline=0.8))
     exchange = replay("2024-01-20T00:02:30Z")
-    plant(exchange, 4, 0.3)
+    add_faults(exchange, 4, 0.3)
     settings = universe(
         f"{exchange.url}/binance", since="2024-01-10", until="2024-01-20", now="2024-02-02"
     )

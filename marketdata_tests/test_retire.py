@@ -1,6 +1,4 @@
-"""Retention and cheaper places: old months go when nothing needs them, everything else reads as
-before.
-"""
+"""Retention and cold storage: old months are removed or moved, and all other reads stay equal."""
 
 from __future__ import annotations
 
@@ -42,8 +40,9 @@ Stored = Callable[..., Settings]
 def stored(
     sandbox: Any, universe: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> Stored:
-    """Months from October to December; `stored(...)` then loads the universe with these keys, at that
-    moment.
+    """Return a function that stores October and November 2023 and then loads the universe.
+
+    `keys` are top-level keys of the universe, and `now` is the moment after the first ingest.
     """
 
     def make(
@@ -67,7 +66,7 @@ def stored(
     return make
 
 
-def went(settings: Settings, dry_run: bool = False) -> list[tuple[str, str, str]]:
+def retire_months(settings: Settings, dry_run: bool = False) -> list[tuple[str, str, str]]:
     with open_context(settings) as context:
         return [
             (r.table.name, r.partition.month_key[:7] if r.partition else "all", r.what)
@@ -90,25 +89,23 @@ def bars(settings: Settings, timeframe: str) -> pl.DataFrame:
 
 
 @pytest.mark.parametrize("rollups", ["parquet", "duckdb"])
-def test_raw_months_go_and_every_rollup_stays(stored: Stored, rollups: str):
-    """40 days before January 10th lies in December: of October and November only the one that
-    December's first week needs stays.
-    """
+def test_raw_months_are_removed_and_every_rollup_stays(stored: Stored, rollups: str):
+    """40 days before January 10 lie in December; December's first week needs November."""
     settings = stored("2024-01-10", rollups, retention="{raw/ohlcv_1m: 40}")
     before = {name: bars(settings, name) for name in ("1h", "1d", "1w")}
-    dry = went(settings, dry_run=True)
+    dry = retire_months(settings, dry_run=True)
     assert dry == [("raw/ohlcv_1m", "2023-10", "removed"), ("raw/ohlcv_1m", "2023-11", "kept")]
     assert bars(settings, "1m").height > 60 * 1440 - 500
-    assert went(settings) == dry
-    assert went(settings) == dry[1:]
+    assert retire_months(settings) == dry
+    assert retire_months(settings) == dry[1:]
     assert bars(settings, "1m")["open_time"].min() == at("2023-11-01")
     for name, frame in before.items():
         assert_frame_equal(bars(settings, name), frame)
 
 
-def test_what_is_gone_is_neither_missing_nor_asked_for(stored: Stored):
+def test_removed_months_are_neither_missing_nor_fetched(stored: Stored):
     settings = stored("2024-02-15", retention="{raw/ohlcv_1m: 10}")
-    assert went(settings) == [
+    assert retire_months(settings) == [
         ("raw/ohlcv_1m", "2023-10", "removed"),
         ("raw/ohlcv_1m", "2023-11", "removed"),
     ]
@@ -122,13 +119,13 @@ def test_what_is_gone_is_neither_missing_nor_asked_for(stored: Stored):
     assert bars(settings, "1h").height > 0
 
 
-def test_a_month_whose_rollups_are_not_made_stays(stored: Stored):
+def test_a_month_without_rollups_stays(stored: Stored):
     settings = stored("2024-02-15", derive=False, retention="{raw/ohlcv_1m: 10}")
-    assert {what for _, _, what in went(settings)} == {"kept"}
+    assert {what for _, _, what in retire_months(settings)} == {"kept"}
     assert bars(settings, "1m").height > 60 * 1440 - 500
 
 
-def test_a_month_that_a_run_works_on_stays(stored: Stored):
+def test_a_month_that_a_run_holds_stays(stored: Stored):
     settings = stored("2024-02-15", retention="{raw/ohlcv_1m: 10}")
     with (
         open_context(settings) as context,
@@ -140,23 +137,27 @@ def test_a_month_that_a_run_works_on_stays(stored: Stored):
 
 
 @pytest.mark.parametrize("rollups", ["parquet", "duckdb"])
-def test_a_rollup_may_go_before_coarser_ones_and_does_not_come_back(stored: Stored, rollups: str):
+def test_a_rollup_can_be_removed_before_coarser_ones_and_is_not_rebuilt(
+    stored: Stored, rollups: str
+):
     settings = stored("2023-12-20", rollups, retention="{rollup/ohlcv_5m: 30}")
     hours = bars(settings, "1h")
-    assert {(table, what) for table, _, what in went(settings)} == {("rollup/ohlcv_5m", "removed")}
+    assert {(table, what) for table, _, what in retire_months(settings)} == {
+        ("rollup/ohlcv_5m", "removed")
+    }
     assert bars(settings, "5m")["open_time"].min() == at("2023-11-01")
     run_derive(settings)
     assert bars(settings, "5m")["open_time"].min() == at("2023-11-01")
     assert_frame_equal(bars(settings, "1h"), hours)
     with open_context(settings) as context:
-        for minute in range(9):  # the sensor looks at one rollup table a minute
+        for minute in range(9):  # the sensor checks one rollup table per minute
             assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).lost == {}, minute
 
 
-def test_old_months_move_to_a_colder_place_and_read_as_before(stored: Stored, tmp_path: Any):
+def test_old_months_move_to_cold_storage_and_read_as_before(stored: Stored, tmp_path: Any):
     settings = stored("2023-12-20", cold=f"{{after_days: 31, lake: {tmp_path / 'cold'}}}")
     before = {name: bars(settings, name) for name in ("1m", "1h", "1w")}
-    moved = went(settings)
+    moved = retire_months(settings)
     assert {(month, what) for _, month, what in moved} == {("2023-10", "moved")}
     assert {table for table, *_ in moved} == {
         raw_table(MINUTES).name,
@@ -166,22 +167,22 @@ def test_old_months_move_to_a_colder_place_and_read_as_before(stored: Stored, tm
     assert not list((tmp_path / "lake").glob("*/*/*/month=2023-10/*"))
     for name, frame in before.items():
         assert_frame_equal(bars(settings, name), frame)
-    assert went(settings) == []
+    assert retire_months(settings) == []
     with open_context(settings) as context:
         assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).lost == {}
     done = run_ingest(settings)
     assert sum(d.requests for d in done) == 0
 
 
-def test_a_move_that_does_not_arrive_leaves_the_object_where_it_is(stored: Stored, tmp_path: Any):
-    (tmp_path / "cold").write_text("a file in the folder's place")
+def test_a_move_that_fails_leaves_the_object_in_place(stored: Stored, tmp_path: Any):
+    (tmp_path / "cold").write_text("a file where the folder should be")
     settings = stored("2023-12-20", cold=f"{{after_days: 31, lake: {tmp_path / 'cold'}}}")
     with pytest.raises(StoreFailed):
-        went(settings)
+        retire_months(settings)
     assert list((tmp_path / "lake").glob("raw/*/*/month=2023-10/data.parquet"))
 
 
-def test_in_s3_old_months_change_their_class_or_their_bucket(
+def test_in_s3_old_months_change_their_storage_class_or_prefix(
     stored: Stored, bucket: str, monkeypatch: pytest.MonkeyPatch
 ):
     settings = stored(
@@ -190,21 +191,23 @@ def test_in_s3_old_months_change_their_class_or_their_bucket(
         cold="{after_days: 31, storage_class: STANDARD_IA}",
     )
     before = bars(settings, "1h")
-    assert {(month, what) for _, month, what in went(settings)} == {("2023-10", "moved")}
+    assert {(month, what) for _, month, what in retire_months(settings)} == {("2023-10", "moved")}
     with open_context(settings) as context:
         assert sorted(context.storage.lake.list_storage_classes(raw_table(MINUTES)).values()) == [
             "STANDARD",
             "STANDARD_IA",
         ]
-    assert went(settings) == []
+    assert retire_months(settings) == []
     assert_frame_equal(bars(settings, "1h"), before)
     monkeypatch.setenv("MARKETDATA_COLD", f"{{after_days: 31, lake: 's3://{bucket}/cold'}}")
     elsewhere = load_settings()
-    assert {(month, what) for _, month, what in went(elsewhere)} == {("2023-10", "moved")}
+    assert {(month, what) for _, month, what in retire_months(elsewhere)} == {("2023-10", "moved")}
     assert_frame_equal(bars(elsewhere, "1h"), before)
 
 
-def test_the_command_and_the_job_say_the_same(stored: Stored, monkeypatch: pytest.MonkeyPatch):
+def test_the_command_and_the_job_remove_the_same_months(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+):
     settings = stored("2024-02-15", retention="{raw/ohlcv_1m: 10}")
     command = [
         sys.executable,
@@ -215,8 +218,8 @@ def test_the_command_and_the_job_say_the_same(stored: Stored, monkeypatch: pytes
         "--format",
         "json",
     ]
-    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert [(row["partition"], row["what"]) for row in told] == [
+    rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert [(row["partition"], row["what"]) for row in rows] == [
         (f"{MARKET}|2023-{month}-01", "removed") for month in (10, 11)
     ]
     job, wiped = build_definitions(settings).resolve_job_def("retire"), []
@@ -225,7 +228,7 @@ def test_the_command_and_the_job_say_the_same(stored: Stored, monkeypatch: pytes
         "wipe_asset_partitions",
         lambda _, key, keys: wiped.append((key.to_user_string(), list(keys))),
     )
-    for dry_run, left in ((True, 2), (False, 0)):
+    for dry_run, remaining in ((True, 2), (False, 0)):
         with dg.DagsterInstance.ephemeral() as instance:
             assert job.execute_in_process(
                 instance=instance, run_config={"ops": {"let_go": {"config": {"dry_run": dry_run}}}}

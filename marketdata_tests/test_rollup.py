@@ -125,7 +125,7 @@ def test_rollups_equal_plain_python(made: tuple[list[Row], Timeframe], edges: tu
     whole = Window(start, start + edges[1] * base.width)
     coarser = [tf for tf in COARSER if tf.width > base.width]
     for window in (FOREVER, whole):
-        for tf, found in roll_up(frame(rows), base, coarser, window).items():
+        for tf, found in roll_up(frame(rows), base, coarser, whole=window).items():
             assert found.rows() == aggregate(rows, base, tf, window), tf.name
             assert found.schema == pl.Schema(ROLLUP_SCHEMA)
 
@@ -136,10 +136,10 @@ def test_step_by_step_equals_in_one_go(made: tuple[list[Row], Timeframe]):
     """1m -> 5m -> ... -> 1w gives what 1m -> 1w alone gives, whatever the order asked for."""
     rows, base = made
     coarser = [tf for tf in reversed(COARSER) if tf.width > base.width]
-    together = roll_up(frame(rows), base, coarser, FOREVER)
+    together = roll_up(frame(rows), base, coarser, whole=FOREVER)
     assert list(together) == coarser
     for tf in coarser:
-        assert roll_up(frame(rows), base, [tf], FOREVER)[tf].equals(together[tf])
+        assert roll_up(frame(rows), base, [tf], whole=FOREVER)[tf].equals(together[tf])
 
 
 QUARTER = """
@@ -155,7 +155,7 @@ opens = pl.datetime_range(whole.start, whole.end, "1m", closed="left", time_zone
 i = pl.int_range(pl.len())
 columns = [(i * (7919 + n) % 10007 + 1).cast(dtype).alias(name) for n, (name, dtype) in enumerate(SCHEMA.items()) if n]
 bars = pl.select(opens.alias("open_time")).with_columns(columns).filter(i % 997 > 40)
-for frame in roll_up(bars, TIMEFRAMES["1m"], list(TIMEFRAMES.values())[1:], whole).values():
+for frame in roll_up(bars, TIMEFRAMES["1m"], list(TIMEFRAMES.values())[1:], whole=whole).values():
     frame.write_parquet(f"{sys.argv[1]}/{frame.height}")
 bars.write_parquet(f"{sys.argv[1]}/bars")
 """
@@ -222,7 +222,7 @@ def test_an_hour_by_hand():
         ),
         row(at("2024-01-01T07:30")),
     ]
-    first, second = roll_up(frame(rows), M1, [H1], FOREVER)[H1].rows(named=True)
+    first, second = roll_up(frame(rows), M1, [H1], whole=FOREVER)[H1].rows(named=True)
     assert first["open_time"] == at("2024-01-01T05:00")
     assert [first[n] for n in ("open", "high", "low", "close")] == [
         Decimal("1.5"),
@@ -240,7 +240,7 @@ def test_weeks_run_from_monday_to_sunday():
     days = [
         row(at(f"2024-01-{day:02}")) for day in (7, 8, 14, 15)
     ]  # Sunday, Monday, Sunday, Monday
-    weeks = roll_up(frame(days), TIMEFRAMES["1d"], [W1], FOREVER)[W1]
+    weeks = roll_up(frame(days), TIMEFRAMES["1d"], [W1], whole=FOREVER)[W1]
     assert weeks.select("open_time", "bars_expected", "bars_present").rows() == [
         (at("2024-01-01"), 7, 1),
         (at("2024-01-08"), 7, 2),
@@ -254,8 +254,8 @@ def test_weeks_run_from_monday_to_sunday():
 def test_one_missing_value_makes_the_sum_unknown_and_no_other(name: str):
     rows = [row(moment) for moment in minutes(120)]
     rows[30][name] = None
-    first, second = roll_up(frame(rows), M1, [H1], FOREVER)[H1].rows(named=True)
-    assert [n for n in COLUMN_NAMES if first[n] is None] == [name]
+    first, second = roll_up(frame(rows), M1, [H1], whole=FOREVER)[H1].rows(named=True)
+    assert [n for n in NAMES if first[n] is None] == [name]
     assert (first["vwap"] is None) == (name == "quote_volume")
     assert second[name] is not None
     assert second["vwap"] is not None
@@ -265,7 +265,9 @@ def test_a_bucket_without_trades_has_no_vwap():
     quiet = dict.fromkeys(
         ("volume", "quote_volume", "taker_buy_volume", "taker_buy_quote_volume"), Decimal(0)
     )
-    made = roll_up(frame(row(moment, **quiet) for moment in minutes(60)), M1, [H1], FOREVER)[H1]
+    made = roll_up(frame(row(moment, **quiet) for moment in minutes(60)), M1, [H1], whole=FOREVER)[
+        H1
+    ]
     assert (made["volume"][0], made["vwap"][0]) == (0, None)
 
 
@@ -273,7 +275,7 @@ def test_the_average_is_rounded_half_to_even():
     tick = Decimal(1).scaleb(-12)
     for units, rounded in ((1, 0), (3, 2), (5, 2), (7, 4)):
         rows = [row(START, volume=Decimal(2), quote_volume=units * tick)]
-        assert roll_up(frame(rows), M1, [H1], FOREVER)[H1]["vwap"][0] == rounded * tick
+        assert roll_up(frame(rows), M1, [H1], whole=FOREVER)[H1]["vwap"][0] == rounded * tick
 
 
 @pytest.mark.parametrize(
@@ -289,12 +291,12 @@ def test_the_average_is_rounded_half_to_even():
 def test_a_bucket_that_was_not_wholly_asked_for_is_no_bar(start: str, end: str, hours: list[int]):
     """All 180 minutes are there, but who knows whether they are all there are."""
     bars = frame(row(moment) for moment in minutes(180))
-    made = roll_up(bars, M1, [H1], Window(at(start), at(end)))[H1]
+    made = roll_up(bars, M1, [H1], whole=Window(at(start), at(end)))[H1]
     assert made["open_time"].dt.hour().to_list() == hours
 
 
 def test_nothing_comes_of_nothing():
-    made = roll_up(empty_bars(), M1, COARSER, FOREVER)
+    made = roll_up(empty_bars(), M1, COARSER, whole=FOREVER)
     assert list(made) == COARSER
     assert all(f.is_empty() and f.schema == pl.Schema(ROLLUP_SCHEMA) for f in made.values())
 
@@ -314,7 +316,7 @@ def rolled(
         real_bars(symbol, base, span),
         TIMEFRAMES[base],
         [TIMEFRAMES[n] for n in names],
-        Window(at(start), at(end)),
+        whole=Window(at(start), at(end)),
     )
 
 

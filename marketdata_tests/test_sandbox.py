@@ -23,8 +23,14 @@ from marketdata_assets.errors import BadInput
 from marketdata_assets.model.bar import BAR_COLUMNS, BAR_SCHEMA
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
-from marketdata_assets.sources.sandbox.bars import LISTINGS, klines, truth
-from marketdata_assets.sources.sandbox.server import LOG_SIZE, SandboxExchange, running, serve
+from marketdata_assets.sources.sandbox.bars import generate_bars, generate_klines
+from marketdata_assets.sources.sandbox.listings import LISTINGS
+from marketdata_assets.sources.sandbox.server import (
+    LOG_SIZE,
+    SandboxExchange,
+    serve_in_thread,
+    serve_until_interrupted,
+)
 
 Row = list[Any]
 MINUTE, DAY = 60_000, 86_400_000
@@ -43,7 +49,7 @@ MONDAY = ms("2024-03-04")
 def pages(symbol: str, start: int, end: int, interval: str = "1m", now: int = LATER) -> list[Row]:
     """Every bar that opens in `[start, end)`, page after page as a client would ask."""
     rows: list[Row] = []
-    while page := klines(symbol, interval, start, end - 1, 1000, now):
+    while page := generate_klines(symbol, interval, start, end=end - 1, limit=1000, now=now):
         assert page[-1][0] >= start
         rows += page
         start = page[-1][0] + 1
@@ -102,7 +108,7 @@ def ask_klines(url: str, **query: object) -> Answer:
 
 def test_the_data_never_changes() -> None:
     """Pinned rows: a change of the generator would silently change what others compare against."""
-    assert klines("BTCUSDT", "1m", ms("2024-03-01"), LATER, 1, LATER) == [
+    assert generate_klines("BTCUSDT", "1m", ms("2024-03-01"), end=LATER, limit=1, now=LATER) == [
         [
             1709251200000,
             "55688.73000000",
@@ -118,7 +124,7 @@ def test_the_data_never_changes() -> None:
             "0",
         ]
     ]
-    assert klines("SHIBUSDT", "1w", ms("2024-03-04"), LATER, 1, LATER) == [
+    assert generate_klines("SHIBUSDT", "1w", ms("2024-03-04"), end=LATER, limit=1, now=LATER) == [
         [
             1709510400000,
             "0.00000955",
@@ -143,12 +149,17 @@ def test_a_minute_is_the_same_in_whatever_range_it_is_asked(symbol: str) -> None
     rows = {row[0]: row for row in pages(symbol, start, end)}
     assert len(rows) > 600
     for offset, limit in ((0, 1), (1, 7), (333, 61), (700, 1000), (239, 2)):
-        page = klines(symbol, "1m", start + offset * MINUTE, end - 1, limit, LATER)
+        page = generate_klines(
+            symbol, "1m", start + offset * MINUTE, end=end - 1, limit=limit, now=LATER
+        )
         assert (
             page == [row for time, row in rows.items() if time >= start + offset * MINUTE][:limit]
         )
     for limit in (1, 2, 100, 500):
-        assert klines(symbol, "1m", None, end - 1, limit, LATER) == list(rows.values())[-limit:]
+        assert (
+            generate_klines(symbol, "1m", None, end=end - 1, limit=limit, now=LATER)
+            == list(rows.values())[-limit:]
+        )
 
 
 @pytest.mark.parametrize("symbol", LISTINGS)
@@ -184,7 +195,10 @@ def test_prices_are_continuous_and_move() -> None:
         after[1] == before[4] for before, after in pairwise(rows) if after[0] - before[0] == MINUTE
     )
     assert len({row[4] for row in rows}) > 2000
-    weekly = [Decimal(row[4]) for row in klines("BTCUSDT", "1w", 0, LATER, 1000, LATER)]
+    weekly = [
+        Decimal(row[4])
+        for row in generate_klines("BTCUSDT", "1w", 0, end=LATER, limit=1000, now=LATER)
+    ]
     assert max(weekly) > Decimal("1.5") * min(weekly)
 
 
@@ -203,11 +217,15 @@ def test_coarse_bars_are_the_sum_of_their_minutes(symbol: str, interval: str) ->
 
 def test_weeks_open_on_monday_and_the_first_may_be_short() -> None:
     """SHIB is listed on Monday 2021-05-10 at 11:30, BTC on Wednesday 2020-01-01."""
-    first = klines("SHIBUSDT", "1w", 0, LATER, 1, LATER)[0]
+    first = generate_klines("SHIBUSDT", "1w", 0, end=LATER, limit=1, now=LATER)[0]
     assert first == merged(pages("SHIBUSDT", 0, ms("2021-05-17")), ms("2021-05-10"), 7 * DAY)
-    assert klines("SHIBUSDT", "1m", 0, LATER, 1, LATER)[0][0] == ms("2021-05-10T11:30")
-    assert klines("BTCUSDT", "1w", 0, LATER, 1, LATER)[0][0] == ms("2019-12-30")
-    assert klines("BTCUSDT", "1m", 0, ms("2020-01-01") - 1, 10, LATER) == []
+    assert generate_klines("SHIBUSDT", "1m", 0, end=LATER, limit=1, now=LATER)[0][0] == ms(
+        "2021-05-10T11:30"
+    )
+    assert generate_klines("BTCUSDT", "1w", 0, end=LATER, limit=1, now=LATER)[0][0] == ms(
+        "2019-12-30"
+    )
+    assert generate_klines("BTCUSDT", "1m", 0, end=ms("2020-01-01") - 1, limit=10, now=LATER) == []
 
 
 def test_halts_are_shared_and_holes_are_not() -> None:
@@ -215,7 +233,8 @@ def test_halts_are_shared_and_holes_are_not() -> None:
     month = Window(datetime(2024, 3, 1, tzinfo=UTC), datetime(2024, 4, 1, tzinfo=UTC))
     every = set(range(ms("2024-03-01"), ms("2024-04-01"), MINUTE))
     missing = {
-        symbol: every - set(truth(symbol, "1m", month)["open_time"].dt.epoch("ms").to_list())
+        symbol: every
+        - set(generate_bars(symbol, "1m", month)["open_time"].dt.epoch("ms").to_list())
         for symbol in LISTINGS
     }
     halt = set(range(ms("2024-03-08T02:00"), ms("2024-03-08T03:20"), MINUTE))
@@ -239,17 +258,20 @@ def test_quiet_stretches_are_flat() -> None:
     )
     closes = {row[0]: row[4] for row in rows}
     assert all(closes.get(row[0] - MINUTE, row[4]) == row[4] for row in quiet)
-    assert all(klines("SHIBUSDT", "1m", row[0], row[0], 1, LATER) == [row] for row in quiet)
+    assert all(
+        generate_klines("SHIBUSDT", "1m", row[0], end=row[0], limit=1, now=LATER) == [row]
+        for row in quiet
+    )
 
 
 def test_an_open_bar_grows_into_its_closed_self() -> None:
     """At the opening nothing has traded yet; nothing shrinks; at the end it is the closed bar."""
     opened, done = (
         ms("2024-03-20T12:34"),
-        klines("BTCUSDT", "1m", ms("2024-03-20T12:34"), LATER, 1, LATER)[0],
+        generate_klines("BTCUSDT", "1m", ms("2024-03-20T12:34"), end=LATER, limit=1, now=LATER)[0],
     )
     states = [
-        klines("BTCUSDT", "1m", opened, LATER, 5, opened + late)
+        generate_klines("BTCUSDT", "1m", opened, end=LATER, limit=5, now=opened + late)
         for late in (0, 1, 20_000, 59_999, 60_000)
     ]
     assert [len(rows) for rows in states] == [1, 1, 1, 1, 2]
@@ -266,8 +288,10 @@ def test_an_open_bar_grows_into_its_closed_self() -> None:
             <= Decimal(after[7])
             <= Decimal(after[2]) * Decimal(after[5])
         )
-    minutes = klines("BTCUSDT", "1m", ms("2024-03-20T12:00"), LATER, 100, NOW)
-    assert klines("BTCUSDT", "1h", None, LATER, 1, NOW) == [
+    minutes = generate_klines(
+        "BTCUSDT", "1m", ms("2024-03-20T12:00"), end=LATER, limit=100, now=NOW
+    )
+    assert generate_klines("BTCUSDT", "1h", None, end=LATER, limit=1, now=NOW) == [
         merged(minutes, ms("2024-03-20T12:00"), 60 * MINUTE)
     ]
 
@@ -278,7 +302,7 @@ def test_truth_is_what_the_wire_says(interval: str) -> None:
     window = Window(
         datetime(2024, 3, 3, 13, 7, tzinfo=UTC), datetime(2024, 3, 13, 17, 33, tzinfo=UTC)
     )
-    frame = truth("SOLUSDT", interval, window)
+    frame = generate_bars("SOLUSDT", interval, window)
     rows = pages("SOLUSDT", ms("2024-03-03T13:07"), ms("2024-03-13T17:33"), interval)
     assert dict(frame.schema) == BAR_SCHEMA
     assert sum(frame.null_count().row(0)) == 0
@@ -301,12 +325,12 @@ def test_truth_is_what_the_wire_says(interval: str) -> None:
 def test_truth_needs_no_clock_and_refuses_strangers() -> None:
     """Empty windows are empty frames; unknown names are BadInput."""
     long_ago, soon = datetime(2010, 1, 1, tzinfo=UTC), datetime(2010, 1, 3, tzinfo=UTC)
-    assert dict(truth("BTCUSDT", "1h", Window(long_ago, soon)).schema) == BAR_SCHEMA
-    assert truth("BTCUSDT", "1h", Window(soon, long_ago)).is_empty()
+    assert dict(generate_bars("BTCUSDT", "1h", Window(long_ago, soon)).schema) == SCHEMA
+    assert generate_bars("BTCUSDT", "1h", Window(soon, long_ago)).is_empty()
     with pytest.raises(BadInput, match="XRPUSDT"):
-        truth("XRPUSDT", "1h", Window(long_ago, soon))
+        generate_bars("XRPUSDT", "1h", Window(long_ago, soon))
     with pytest.raises(BadInput, match="2h"):
-        truth("BTCUSDT", "2h", Window(long_ago, soon))
+        generate_bars("BTCUSDT", "2h", Window(long_ago, soon))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,12 +339,14 @@ def test_truth_needs_no_clock_and_refuses_strangers() -> None:
 def test_endpoints_with_and_without_the_prefix() -> None:
     """Ping, time and klines under both roots; the log has the bare path, the query and the status."""
     exchange = SandboxExchange(now=lambda: NOW)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/binance", url)
         for root in (url, url.removesuffix("/binance")):
             assert ask(root, "/api/v3/ping").body == {}
             assert ask(root, "/api/v3/time").body == {"serverTime": NOW}
-            assert ask_klines(root, limit=2).body == klines("BTCUSDT", "1m", None, NOW, 2, NOW)
+            assert ask_klines(root, limit=2).body == generate_klines(
+                "BTCUSDT", "1m", None, end=NOW, limit=2, now=NOW
+            )
     assert exchange.requests[2:4] == [
         ("/api/v3/klines", {"symbol": "BTCUSDT", "interval": "1m", "limit": "2"}, 200),
         ("/api/v3/ping", {}, 200),
@@ -331,7 +357,7 @@ def test_pages_follow_binances_rules() -> None:
     """500 rows by default, 1000 at most, the newest without a start, both ends inclusive, nothing
     after the clock.
     """
-    with running(SandboxExchange(now=lambda: NOW)) as url:
+    with serve_in_thread(SandboxExchange(now=lambda: NOW)) as url:
         opened = NOW // MINUTE * MINUTE
         newest = ask_klines(url).body
         assert len(newest) == 500
@@ -371,7 +397,7 @@ def test_pages_follow_binances_rules() -> None:
 def test_errors_are_binances(path: str, query: dict[str, str], status: int, code: int) -> None:
     """A code and a message, never a traceback."""
     exchange = SandboxExchange(now=lambda: NOW)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         answer = ask(url, f"/api/v3/{path}", **query)
     assert (answer.status, answer.body["code"]) == (status, code)
     assert set(answer.body) == {"code", "msg"}
@@ -382,7 +408,7 @@ def test_errors_are_binances(path: str, query: dict[str, str], status: int, code
 def test_exchange_info_knows_its_markets_and_their_listing() -> None:
     """A symbol that is not listed yet is neither named nor served."""
     early = ms("2020-06-01")
-    with running(SandboxExchange(now=lambda: early, weight_limit=777)) as url:
+    with serve_in_thread(SandboxExchange(now=lambda: early, weight_limit=777)) as url:
         info = ask(url, "/api/v3/exchangeInfo").body
         assert {entry["symbol"] for entry in info["symbols"]} == {
             "BTCUSDT",
@@ -407,7 +433,9 @@ def test_weight_is_counted_by_the_clock_minute() -> None:
     is frozen.
     """
     wall = [ms("2030-01-01T00:00:40.500")]
-    with running(SandboxExchange(now=lambda: NOW, weight_limit=5, wall=lambda: wall[0])) as url:
+    with serve_in_thread(
+        SandboxExchange(now=lambda: NOW, weight_limit=5, wall=lambda: wall[0])
+    ) as url:
         used = [ask_klines(url, limit=1) for _ in range(3)]
         assert [answer.status for answer in used] == [200, 200, 429]
         assert [answer.headers["X-MBX-USED-WEIGHT-1M"] for answer in used] == ["2", "4", "6"]
@@ -424,7 +452,7 @@ def test_going_on_after_429_is_banned() -> None:
     """
     wall = [ms("2030-01-01T00:00:10")]
     exchange = SandboxExchange(now=lambda: NOW, weight_limit=0, wall=lambda: wall[0])
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         assert [ask(url, "/api/v3/ping").status for _ in range(13)] == [429] * 11 + [418] * 2
         wall[0] += 90_000
         banned = ask(url, "/api/v3/ping")
@@ -450,8 +478,10 @@ def test_tamper_plants_faults() -> None:
         return None
 
     exchange = SandboxExchange(now=lambda: NOW, tamper=tamper)
-    with running(exchange) as url:
-        assert ask_klines(url, limit=2).body == klines("BTCUSDT", "1m", None, NOW, 2, NOW)
+    with serve_in_thread(exchange) as url:
+        assert ask_klines(url, limit=2).body == generate_klines(
+            "BTCUSDT", "1m", None, end=NOW, limit=2, now=NOW
+        )
         doubled = ask_klines(url, limit=3).body
         assert len(doubled) == 4
         assert doubled[0] == doubled[1]
@@ -464,7 +494,7 @@ def test_tamper_plants_faults() -> None:
 def test_the_log_is_bounded() -> None:
     """The newest requests stay."""
     exchange = SandboxExchange(now=lambda: NOW)
-    with running(exchange) as url:
+    with serve_in_thread(exchange) as url:
         ask(url, "/api/v3/time")
         exchange.requests *= LOG_SIZE
         ask(url, "/api/v3/ping")
@@ -474,9 +504,9 @@ def test_the_log_is_bounded() -> None:
 
 def test_running_stops_and_says_which_port_is_taken() -> None:
     """After the block nobody answers; a second exchange on the same port is BadInput, not a hang."""
-    with running(SandboxExchange(now=lambda: NOW)) as url:
+    with serve_in_thread(SandboxExchange(now=lambda: NOW)) as url:
         port = int(url.split(":")[2].split("/")[0])
-        with pytest.raises(BadInput, match=str(port)), running(SandboxExchange(), port):
+        with pytest.raises(BadInput, match=str(port)), serve_in_thread(SandboxExchange(), port):
             pass
     with pytest.raises(urllib.error.URLError):
         ask(url, "/api/v3/ping")
@@ -490,7 +520,7 @@ def test_serve_ends_on_ctrl_c() -> None:
         urls.append(url)
         signal.raise_signal(signal.SIGINT)
 
-    serve(SandboxExchange(now=lambda: NOW), 0, ready)
+    serve_until_interrupted(SandboxExchange(now=lambda: NOW), 0, ready)
     assert len(urls) == 1
     assert urls[0].endswith("/binance")
 
@@ -520,12 +550,14 @@ def test_ccxt_takes_it_for_binance() -> None:
         finally:
             await binance.close()
 
-    with running(SandboxExchange(now=lambda: NOW)) as url:
+    with serve_in_thread(SandboxExchange(now=lambda: NOW)) as url:
         markets, rows, clock = asyncio.run(visit(url))
     assert {listing.base + "/" + listing.quote for listing in LISTINGS.values()} == set(markets)
     assert markets["SHIB/USDT"]["precision"]["price"] == 1e-8
     assert markets["BTC/USDT"]["precision"]["amount"] == 1e-5
     assert all(market["active"] and market["spot"] for market in markets.values())
     assert [row[0] for row in rows] == [ms("2024-03-08T01:59"), ms("2024-03-08T03:20")]
-    assert rows == klines("SHIBUSDT", "1m", ms("2024-03-08T01:59"), NOW, 2, NOW)
+    assert rows == generate_klines(
+        "SHIBUSDT", "1m", ms("2024-03-08T01:59"), end=NOW, limit=2, now=NOW
+    )
     assert clock == NOW

@@ -31,7 +31,7 @@ from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_tests.conftest import SANDBOX_NOW
 from marketdata_tests.steps import run_derive, run_ingest
@@ -179,7 +179,7 @@ def fleet(tmp_path: Path, bucket: str) -> Iterator[Fleet]:
         )
     redis = Redis()
     found = Fleet(tmp_path, postgres, redis, bucket)
-    with running(found.exchange) as url:
+    with serve_in_thread(found.exchange) as url:
         (tmp_path / "universe.yaml").write_text(found.universe(url))
         yield found
         for name in list(found.processes):

@@ -1,4 +1,4 @@
-"""`marketdata anomalies`: implausible bars, and what a person made of them."""
+"""`marketdata anomalies`: implausible bars, and the state that a person gives to each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Start, one_of
+from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Start, choice_parser
 from marketdata_assets.cli.output import format_values, print_line, show
 from marketdata_assets.cli.selection import load_context, select_window
 from marketdata_assets.errors import BadInput
@@ -39,33 +39,34 @@ def _number_option(meaning: str) -> Any:
     return typer.Option(metavar="ID", help=f"{meaning} The number is in the list.")
 
 
+_State = Annotated[StateFilter, typer.Option("--state", help="List only anomalies in this state.")]
+_Severities = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--severity",
+        parser=choice_parser("--severity", SEVERITIES),
+        metavar="SEVERITY",
+        help=f"List only this severity: {', '.join(SEVERITIES)}; repeat the option for more.",
+    ),
+]
+_Note = Annotated[str | None, typer.Option("--note", help="Keep this reason with the new state.")]
+
 commands = typer.Typer()
 
 
 @commands.command()
 def anomalies(
+    *,
     market: Markets = None,
     start: Start = None,
     end: End = None,
-    state: Annotated[
-        StateFilter, typer.Option("--state", help="List only anomalies in this state.")
-    ] = StateFilter.OPEN,
-    severity: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--severity",
-            parser=one_of("--severity", SEVERITIES),
-            metavar="SEVERITY",
-            help=f"List only this severity: {', '.join(SEVERITIES)}; repeat the option for more.",
-        ),
-    ] = None,
+    state: _State = StateFilter.OPEN,
+    severity: _Severities = None,
     format: Format = ListFormat.TABLE,
     acknowledge: Annotated[int | None, _number_option("Mark an anomaly as real.")] = None,
     resolve: Annotated[int | None, _number_option("Mark an anomaly as corrected.")] = None,
     reopen: Annotated[int | None, _number_option("Mark an anomaly as open again.")] = None,
-    note: Annotated[
-        str | None, typer.Option("--note", help="Keep this reason with the new state.")
-    ] = None,
+    note: _Note = None,
 ) -> None:
     """List bars that keep every rule and are implausible, or set the state of one anomaly."""
     from marketdata_assets.flows.read.bars import BarReader

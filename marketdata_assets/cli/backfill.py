@@ -25,7 +25,11 @@ commands = typer.Typer()
 
 @commands.command()
 def plan(
-    market: Markets = None, start: Start = None, end: End = None, format: Format = ListFormat.TABLE
+    *,
+    market: Markets = None,
+    start: Start = None,
+    end: End = None,
+    format: Format = ListFormat.TABLE,
 ) -> None:
     """Print what a backfill would do: partitions, requests and minutes. Nothing is requested."""
     from marketdata_assets.flows.fetch.plan import BackfillPlanner, minutes_needed

@@ -28,33 +28,45 @@ commands = typer.Typer()
 
 
 def _parse_moment(text: str) -> datetime:
-    """Return the moment of a text, or that at which the dataset of a lock file was known."""
+    """Return the moment of an ISO text, or that of a lock file. Raises BadInput."""
     from marketdata_assets.flows.read.lock import locked_moment
 
     return locked_moment(Path(text)) if Path(text).is_file() else parse_time(text)
 
 
+_Market = Annotated[str, typer.Argument(metavar="MARKET", help="Such as binance:BTC-USDT.")]
+_Timeframe = Annotated[
+    Timeframe,
+    typer.Argument(
+        parser=parse_timeframe, metavar="TIMEFRAME", help=f"One of {' '.join(TIMEFRAMES)}."
+    ),
+]
+_AsOf = Annotated[
+    datetime | None,
+    typer.Option(
+        "--as-of",
+        parser=_parse_moment,
+        metavar="TIME|FILE",
+        help="Print the bars as known at this moment (UTC, our clock), or at that of a lock file.",
+    ),
+]
+_Query = Annotated[
+    str,
+    typer.Argument(
+        metavar="QUERY",
+        help="SQL of DuckDB over raw.ohlcv_1m, rollup.ohlcv_1h, ...; `SHOW ALL TABLES` lists them.",
+    ),
+]
+
+
 @commands.command()
 def bars(
-    market: Annotated[str, typer.Argument(metavar="MARKET", help="Such as binance:BTC-USDT.")],
-    timeframe: Annotated[
-        Timeframe,
-        typer.Argument(
-            parser=parse_timeframe, metavar="TIMEFRAME", help=f"One of {' '.join(TIMEFRAMES)}."
-        ),
-    ],
+    market: _Market,
+    timeframe: _Timeframe,
+    *,
     start: Start = None,
     end: End = None,
-    as_of: Annotated[
-        datetime | None,
-        typer.Option(
-            "--as-of",
-            parser=_parse_moment,
-            metavar="TIME|FILE",
-            help="Print the bars as known at this moment (UTC, our clock), or at that of a lock "
-            "file.",
-        ),
-    ] = None,
+    as_of: _AsOf = None,
     format: FileFormat = BarFormat.TABLE,
     file: Out = None,
 ) -> None:
@@ -75,14 +87,8 @@ def bars(
 
 @commands.command()
 def sql(
-    query: Annotated[
-        str,
-        typer.Argument(
-            metavar="QUERY",
-            help="SQL of DuckDB over raw.ohlcv_1m, rollup.ohlcv_1h, ...; `SHOW ALL TABLES` lists "
-            "them.",
-        ),
-    ],
+    query: _Query,
+    *,
     market: Markets = None,
     start: Start = None,
     end: End = None,
@@ -106,7 +112,11 @@ def sql(
 
 @commands.command()
 def coverage(
-    market: Markets = None, start: Start = None, end: End = None, format: Format = ListFormat.TABLE
+    *,
+    market: Markets = None,
+    start: Start = None,
+    end: End = None,
+    format: Format = ListFormat.TABLE,
 ) -> None:
     """Explain every expected bar of each market, in 1m bars: the parts sum to `expected`."""
     from marketdata_assets.flows.prove.gaps import GapExplainer

@@ -1,4 +1,4 @@
-"""`marketdata gaps`: every gap with its cause, and discarding a cause."""
+"""`marketdata gaps`: lists every gap with its cause, or discards the cause of one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Start, one_of
+from marketdata_assets.cli.options import End, Format, ListFormat, Markets, Start, choice_parser
 from marketdata_assets.cli.output import show
 from marketdata_assets.cli.selection import load_context, select_markets, select_window
 from marketdata_assets.errors import BadInput
@@ -17,31 +17,35 @@ _COLUMNS = [
     *("asked", "last_asked", "next_ask", "says"),
 ]
 
+_Cause = Annotated[
+    str | None,
+    typer.Option(
+        "--cause",
+        parser=choice_parser("--cause", GAP_KINDS),
+        metavar="CAUSE",
+        help=f"List only gaps of this cause: {', '.join(GAP_KINDS)}.",
+    ),
+]
+_Reopen = Annotated[
+    bool,
+    typer.Option(
+        "--reopen",
+        help="Discard the cause of the gap of --market that begins at --start; the next run "
+        "requests it again.",
+    ),
+]
+
 commands = typer.Typer()
 
 
 @commands.command()
 def gaps(
+    *,
     market: Markets = None,
     start: Start = None,
     end: End = None,
-    cause: Annotated[
-        str | None,
-        typer.Option(
-            "--cause",
-            parser=one_of("--cause", GAP_KINDS),
-            metavar="CAUSE",
-            help=f"List only gaps of this cause: {', '.join(GAP_KINDS)}.",
-        ),
-    ] = None,
-    reopen: Annotated[
-        bool,
-        typer.Option(
-            "--reopen",
-            help="Discard the cause of the gap of --market that begins at --start; the next run "
-            "requests it again.",
-        ),
-    ] = False,
+    cause: _Cause = None,
+    reopen: _Reopen = False,
     format: Format = ListFormat.TABLE,
 ) -> None:
     """List every gap with its cause and the proof.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from marketdata_assets.cli.backfill import print_problems
-from marketdata_assets.cli.options import DryRun, Format, ListFormat
+from marketdata_assets.cli.options import DryRun, Format, ListFormat, choice_parser
 from marketdata_assets.cli.output import err, progress_bar, show
 from marketdata_assets.cli.selection import load_context
 from marketdata_assets.model.events import Event, FileInspected, RangeRequest, RowsProcessed
@@ -34,10 +34,9 @@ commands = typer.Typer()
 
 
 def _parse_unit(text: str) -> str:
-    from marketdata_assets.cli.options import one_of
     from marketdata_assets.sources.archive.times import ISO, UNITS
 
-    return one_of("--unit", (*UNITS, ISO))(text)
+    return choice_parser("--unit", (*UNITS, ISO))(text)
 
 
 def _parse_columns(text: str) -> dict[str, str]:
@@ -46,46 +45,54 @@ def _parse_columns(text: str) -> dict[str, str]:
     return parse_columns(text)
 
 
+_Files = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILE...", help="Archives (.zip), CSV files, or folders of them."),
+]
+_Market = Annotated[
+    str | None,
+    typer.Option(
+        "--market", "-m", help="The market of the bars, where the files' names do not have it."
+    ),
+]
+_Timeframe = Annotated[
+    Timeframe | None,
+    typer.Option(
+        "--timeframe",
+        parser=parse_timeframe,
+        metavar="TIMEFRAME",
+        help="The timeframe of the bars, where the files' names do not have it.",
+    ),
+]
+_Columns = Annotated[
+    dict[str, str] | None,
+    typer.Option(
+        "--columns",
+        parser=_parse_columns,
+        metavar="COLUMNS",
+        help="The columns of a plain CSV, as open_time=ts,open=o,...: names in its header, or "
+        "places counted from 1.",
+    ),
+]
+_Unit = Annotated[
+    str | None,
+    typer.Option(
+        "--unit",
+        parser=_parse_unit,
+        metavar="UNIT",
+        help="Reject files whose open times have another unit: s, ms, us, ns or iso.",
+    ),
+]
+
+
 @commands.command("import")
 def import_files(
-    files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE...", help="Archives (.zip), CSV files, or folders of them."),
-    ],
-    market: Annotated[
-        str | None,
-        typer.Option(
-            "--market", "-m", help="The market of the bars, where the files' names do not have it."
-        ),
-    ] = None,
-    timeframe: Annotated[
-        Timeframe | None,
-        typer.Option(
-            "--timeframe",
-            parser=parse_timeframe,
-            metavar="TIMEFRAME",
-            help="The timeframe of the bars, where the files' names do not have it.",
-        ),
-    ] = None,
-    columns: Annotated[
-        dict[str, str] | None,
-        typer.Option(
-            "--columns",
-            parser=_parse_columns,
-            metavar="COLUMNS",
-            help="The columns of a plain CSV, as open_time=ts,open=o,...: names in its header, or "
-            "places counted from 1.",
-        ),
-    ] = None,
-    unit: Annotated[
-        str | None,
-        typer.Option(
-            "--unit",
-            parser=_parse_unit,
-            metavar="UNIT",
-            help="Reject files whose open times have another unit: s, ms, us, ns or iso.",
-        ),
-    ] = None,
+    files: _Files,
+    *,
+    market: _Market = None,
+    timeframe: _Timeframe = None,
+    columns: _Columns = None,
+    unit: _Unit = None,
     dry_run: DryRun = False,
     format: Format = ListFormat.TABLE,
 ) -> None:
@@ -97,8 +104,8 @@ def import_files(
 
     with load_context() as context:
         settings = context.settings
-        chosen = settings.market(market) if market else None
-        options = ImportOptions(chosen, timeframe, columns, unit)
+        only_market = settings.market(market) if market else None
+        options = ImportOptions(only_market, timeframe, columns, unit)
         result = _import(context, files, options, dry_run=dry_run)
         ranges = [] if dry_run else _ranges_to_check(context, result)
     code = _check_and_roll_up(settings, ranges)

@@ -18,30 +18,35 @@ from marketdata_assets.model.window import format_time
 if TYPE_CHECKING:
     from marketdata_assets.flows.read.verify import Verification
 
+_Name = Annotated[
+    str | None,
+    typer.Option("--name", help="Name the dataset. Default: the name of the universe's file."),
+]
+_Tables = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--table",
+        help="Take only this table, such as raw/ohlcv_1m; repeat the option for more. "
+        "Default: all tables.",
+    ),
+]
+_File = Annotated[
+    Path | None,
+    typer.Option("--out", help="Write this file. Default: <name>.lock.json in this folder."),
+]
+
 commands = typer.Typer()
 
 
 @commands.command()
 def lock(
-    name: Annotated[
-        str | None,
-        typer.Option("--name", help="Name the dataset. Default: the name of the universe's file."),
-    ] = None,
+    *,
+    name: _Name = None,
     market: Markets = None,
     start: Start = None,
     end: End = None,
-    table: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--table",
-            help="Take only this table, such as raw/ohlcv_1m; repeat the option for more. "
-            "Default: all tables.",
-        ),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--out", help="Write this file. Default: <name>.lock.json in this folder."),
-    ] = None,
+    table: _Tables = None,
+    file: _File = None,
 ) -> None:
     """Write a lock file: the hash of every partition whose month touches the span, and of all."""
     from marketdata_assets.flows.read.lock import DatasetLocker

@@ -74,6 +74,7 @@ def _incident_row(incident: Incident) -> dict[str, Any]:
 
 @commands.command()
 def parked(
+    *,
     market: Markets = None,
     start: Start = None,
     end: End = None,
@@ -85,8 +86,8 @@ def parked(
     """List partitions that the sensor `backfill_missed` has given up, with the last reason."""
     with load_context() as context:
         attempts = context.ledger.attempts
-        chosen = set(select_partitions(context.settings, market, start=start, end=end))
-        found = [a for a in attempts.all().values() if a.parked_at and a.partition in chosen]
+        partitions = set(select_partitions(context.settings, market, start=start, end=end))
+        found = [a for a in attempts.all().values() if a.parked_at and a.partition in partitions]
         if unpark:
             attempts.clear([attempt.partition for attempt in found])
     rows = [_attempt_row(attempt) for attempt in found]

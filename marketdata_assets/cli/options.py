@@ -69,7 +69,7 @@ Out = Annotated[
 ]
 
 
-def one_of(option: str, values: Sequence[str]) -> Callable[[str], str]:
+def choice_parser(option: str, values: Sequence[str]) -> Callable[[str], str]:
     """Return a parser for the option `option` that accepts only `values`.
 
     The parser raises BadInput. It is for words that another room defines; words of the command

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 COLUMN_WIDTH = 24
-"""Characters a column, where the output is no terminal whose width could be asked for."""
+"""How many characters wide a column is on average, where the output is no terminal."""
 
 out = Console()
 err = Console(stderr=True)

@@ -21,6 +21,7 @@ commands = typer.Typer(
 
 @commands.command("list")
 def list_rows(
+    *,
     market: Annotated[
         str | None, typer.Option("--market", "-m", help="Take only this market.")
     ] = None,
@@ -32,8 +33,8 @@ def list_rows(
     """List rejected rows: the fields as sent, the rules they break, and the request behind them."""
     with load_context() as context:
         settings, window = context.settings, select_window(context.settings, start, end)
-        chosen = settings.market(market) if market else None
-        rows = context.ledger.quarantine.rows(chosen, window, limit)
+        only_market = settings.market(market) if market else None
+        rows = context.ledger.quarantine.rows(only_market, window, limit)
     show(
         rows,
         format,
@@ -45,6 +46,7 @@ def list_rows(
 
 @commands.command("replay")
 def replay_rows(
+    *,
     market: Markets = None,
     start: Start = None,
     end: End = None,

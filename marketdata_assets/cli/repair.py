@@ -1,4 +1,4 @@
-"""`marketdata repair`, `corrections` and `receipts`: repairing what is stored, and the proof."""
+"""`marketdata repair`, `receipts` and `corrections`: stored bars are repaired, with a proof."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ commands = typer.Typer()
 
 @commands.command()
 def repair(
+    *,
     market: Markets = None,
     start: Start = None,
     end: End = None,
@@ -142,6 +143,7 @@ def receipts(
 
 @commands.command()
 def corrections(
+    *,
     market: Markets = None,
     start: Start = None,
     end: End = None,

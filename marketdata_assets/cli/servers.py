@@ -46,6 +46,7 @@ def dev(port: Port = 3000) -> None:
 @commands.command()
 def serve(
     role: Annotated[str, typer.Argument(metavar="ROLE", help="One of web, daemon and worker.")],
+    *,
     host: Annotated[str, typer.Option(help="The address on which `web` listens.")] = "127.0.0.1",
     port: Port = 3000,
     processes: Annotated[

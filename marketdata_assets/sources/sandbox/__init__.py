@@ -1,1 +1,1 @@
-"""."""
+"""The sandbox exchange: synthetic markets behind Binance's API on loopback."""

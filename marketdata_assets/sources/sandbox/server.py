@@ -1,8 +1,7 @@
-"""The sandbox exchange: a loopback server in Binance spot's wire format over the markets of
-`sandbox_bars`.
+"""The sandbox exchange: a loopback server with Binance spot's API over the sandbox's own markets.
 
-Endpoints, errors, weights, 429 and 418 are Binance's; `base_url` points ccxt at it, so the demo and
-the tests run the same code as production.
+Endpoints, errors, weights, 429 and 418 are Binance's. `base_url` points ccxt at it, so the demo and
+the tests run the code that production runs.
 """
 
 from __future__ import annotations
@@ -22,25 +21,34 @@ from aiohttp import web
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import to_ms
-from marketdata_assets.sources.sandbox.bars import LISTINGS, MINUTE_MS, Listing, Rows, klines
+from marketdata_assets.sources.sandbox.bars import MINUTE_MS, Rows, generate_klines
+from marketdata_assets.sources.sandbox.listings import LISTINGS, Listing
 
 Tamper = Callable[[web.Request, Rows], Awaitable[Rows | web.StreamResponse | None]]
+"""Called with a request for klines and its rows; see SandboxExchange."""
 
 DEFAULT_LIMIT, MAX_LIMIT = 500, 1000
+"""Bars that a request for klines returns without `limit`, and at most."""
 LOG_SIZE = 10_000
+"""So many of the last requests are kept."""
 
 
-_ENDPOINTS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "/api/v3/ping": (1, ()),
-    "/api/v3/time": (1, ()),
-    "/api/v3/exchangeInfo": (20, ("symbol", "symbols")),
-    "/api/v3/klines": (2, ("symbol", "interval", "startTime", "endTime", "limit")),
+class _Endpoint(NamedTuple):
+    weight: int
+    parameters: tuple[str, ...] = ()
+
+
+_ENDPOINTS = {
+    "/api/v3/ping": _Endpoint(1),
+    "/api/v3/time": _Endpoint(1),
+    "/api/v3/exchangeInfo": _Endpoint(20, ("symbol", "symbols")),
+    "/api/v3/klines": _Endpoint(2, ("symbol", "interval", "startTime", "endTime", "limit")),
 }
-"""Request weight and known parameters of each path."""
-_PATIENCE, _BAN_MS = 10, 120_000
+_MAX_EXCESS, _BAN_MS = 10, 120_000
+"""So many further requests over the limit are answered with 429; one more is answered with a ban."""
 
 
-class Seen(NamedTuple):
+class LoggedRequest(NamedTuple):
     """One request that was answered; the path is without `/binance`."""
 
     path: str
@@ -49,41 +57,43 @@ class Seen(NamedTuple):
 
 
 def system_ms() -> int:
-    """Milliseconds since 1970 UTC by this computer's clock."""
+    """Return milliseconds since 1970 UTC by this computer's clock."""
     return time.time_ns() // 1_000_000
 
 
-def _json(
+def _json_response(
     body: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> web.Response:
     text = json.dumps(body, separators=(",", ":"))
     return web.Response(text=text, status=status, headers=headers, content_type="application/json")
 
 
-def _refuse(code: int, msg: str) -> web.HTTPBadRequest:
+def _bad_request(code: int, msg: str) -> web.HTTPBadRequest:
     return web.HTTPBadRequest(
         text=json.dumps({"code": code, "msg": msg}), content_type="application/json"
     )
 
 
-def _come_back(status: int, wait: int, msg: str) -> web.Response:
-    """The answer to a client that asks too much; `wait` in ms."""
-    return _json({"code": -1003, "msg": msg}, status, {"Retry-After": str(-(-wait // 1000))})
+def _too_many_requests(status: int, wait: int, msg: str) -> web.Response:
+    """Return the answer to a client that sends too much; `wait` in ms."""
+    return _json_response(
+        {"code": -1003, "msg": msg}, status, {"Retry-After": str(-(-wait // 1000))}
+    )
 
 
-def _given(query: Mapping[str, str], name: str) -> str:
+def _required(query: Mapping[str, str], name: str) -> str:
     if not query.get(name):
-        raise _refuse(
+        raise _bad_request(
             -1102, f"Mandatory parameter '{name}' was not sent, was empty/null, or malformed."
         )
     return query[name]
 
 
-def _whole(query: Mapping[str, str], name: str) -> int | None:
+def _integer(query: Mapping[str, str], name: str) -> int | None:
     if name not in query:
         return None
     if not re.fullmatch(r"[0-9]{1,20}", query[name]):
-        raise _refuse(
+        raise _bad_request(
             -1100,
             f"Illegal characters found in parameter '{name}'; legal range is '^[0-9]{{1,20}}$'.",
         )
@@ -91,10 +101,8 @@ def _whole(query: Mapping[str, str], name: str) -> int | None:
 
 
 def _symbol_info(listing: Listing) -> dict[str, Any]:
-    """The market's entry in exchangeInfo."""
-    tick, step = (
-        f"{Decimal(1).scaleb(-decimals):.8f}" for decimals in (listing.tick, listing.step)
-    )
+    """Return the market's entry in exchangeInfo."""
+    tick, step = (f"{Decimal(1).scaleb(-places):.8f}" for places in (listing.tick, listing.step))
     return {
         "symbol": listing.symbol,
         "status": "TRADING",
@@ -133,30 +141,30 @@ def _symbol_info(listing: Listing) -> dict[str, Any]:
 
 
 class SandboxExchange:
-    """The server's state: its clocks, its request weights, and a log of the last 10,000 requests.
+    """The server's state: its clocks, its request weights, and a log of the last requests.
 
     `now` is the market's clock and `wall` the one that request weights are counted by, both in ms
-    since 1970: a frozen market still forgets weight every real minute. `tamper` may replace the
-    rows of a klines answer, or the whole answer; None leaves them as they are. All clients share
-    one budget of weight.
+    since 1970: the weights of a frozen market still end with every real minute. `tamper` may replace
+    the rows of a klines answer, or the whole answer; where it returns None the answer stays. All
+    clients share one budget of weight.
     """
 
     def __init__(
         self,
+        *,
         now: Callable[[], int] = system_ms,
         weight_limit: int = 6000,
         tamper: Tamper | None = None,
         wall: Callable[[], int] = system_ms,
     ) -> None:
-        """See the class."""
         self.now, self.wall = now, wall
         self.weight_limit = weight_limit
         self.tamper = tamper
-        self.requests: list[Seen] = []
-        self._minute = self._used = self._over = self._banned_until = 0
+        self.requests: list[LoggedRequest] = []
+        self._minute = self._used = self._excess = self._banned_until = 0
 
     def app(self) -> web.Application:
-        """The application that answers for this exchange."""
+        """Return the application that answers for this exchange."""
         app = web.Application()
         app.router.add_get("/{tail:.*}", self._handle, allow_head=False)
         return app
@@ -164,7 +172,7 @@ class SandboxExchange:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         path = request.path.removeprefix("/binance")
         try:
-            limited = self._limited(path)
+            limited = self._limit(path)
             response = await self._answer(path, request) if limited is None else limited
         except web.HTTPException as refusal:
             response = web.Response(
@@ -172,51 +180,55 @@ class SandboxExchange:
             )
         if not response.prepared:
             response.headers["X-MBX-USED-WEIGHT-1M"] = str(self._used)
-        self.requests.append(Seen(path, dict(request.query), response.status))
+        self.requests.append(LoggedRequest(path, dict(request.query), response.status))
         del self.requests[:-LOG_SIZE]
         return response
 
-    def _limited(self, path: str) -> web.Response | None:
-        """Counts the request: 429 over the limit, then 418 for two minutes after more than 10 further
-        requests.
-        """
+    def _limit(self, path: str) -> web.Response | None:
+        """Count a request; return 429 over the limit, and 418 for two minutes after many more."""
         wall = self.wall()
         if wall >= self._banned_until:
             if wall // MINUTE_MS != self._minute:
-                self._minute, self._used, self._over = wall // MINUTE_MS, 0, 0
-            self._used += _ENDPOINTS.get(path, (1, ()))[0]
+                self._minute, self._used, self._excess = wall // MINUTE_MS, 0, 0
+            self._used += _ENDPOINTS.get(path, _Endpoint(1)).weight
             if self._used <= self.weight_limit:
                 return None
-            self._over += 1
-            if self._over <= 1 + _PATIENCE:
-                why = f"Too much request weight used; current limit is {self.weight_limit} request weight per 1 MINUTE."
-                return _come_back(429, (self._minute + 1) * MINUTE_MS - wall, why)
+            self._excess += 1
+            if self._excess <= 1 + _MAX_EXCESS:
+                return _too_many_requests(
+                    429,
+                    (self._minute + 1) * MINUTE_MS - wall,
+                    f"Too much request weight used; current limit is {self.weight_limit} "
+                    "request weight per 1 MINUTE.",
+                )
             self._banned_until = wall + _BAN_MS
-        why = f"Way too much request weight used; IP banned until {self._banned_until}."
-        return _come_back(418, self._banned_until - wall, why)
+        msg = f"Way too much request weight used; IP banned until {self._banned_until}."
+        return _too_many_requests(418, self._banned_until - wall, msg)
 
     async def _answer(self, path: str, request: web.Request) -> web.StreamResponse:
         if path not in _ENDPOINTS:
-            return _json({"code": -1, "msg": f"the sandbox exchange has no {path}"}, 404)
-        sent, read = len(request.query), len(request.query.keys() & set(_ENDPOINTS[path][1]))
+            return _json_response({"code": -1, "msg": f"the sandbox exchange has no {path}"}, 404)
+        sent = len(request.query)
+        read = len(request.query.keys() & set(_ENDPOINTS[path].parameters))
         if read < sent:
-            raise _refuse(
+            raise _bad_request(
                 -1104,
-                f"Not all sent parameters were read; read '{read}' parameter(s) but was sent '{sent}'",
+                f"Not all sent parameters were read; read '{read}' parameter(s) but was sent "
+                f"'{sent}'",
             )
         if path.endswith("klines"):
-            return await self._klines(request)
+            return await self._answer_klines(request)
         if path.endswith("exchangeInfo"):
-            return _json(self._info(request.query))
-        return _json({"serverTime": self.now()} if path.endswith("time") else {})
+            return _json_response(self._exchange_info(request.query))
+        return _json_response({"serverTime": self.now()} if path.endswith("time") else {})
 
     def _listing(self, symbol: str) -> Listing:
         listing = LISTINGS.get(symbol)
         if listing is None or to_ms(listing.listed) > self.now():
-            raise _refuse(-1121, "Invalid symbol.")
+            raise _bad_request(-1121, "Invalid symbol.")
         return listing
 
-    def _info(self, query: Mapping[str, str]) -> dict[str, Any]:
+    def _exchange_info(self, query: Mapping[str, str]) -> dict[str, Any]:
         now = self.now()
         limit = {"interval": "MINUTE", "intervalNum": 1, "limit": self.weight_limit}
         if "symbol" in query:
@@ -235,27 +247,32 @@ class SandboxExchange:
             "symbols": [_symbol_info(self._listing(symbol)) for symbol in symbols],
         }
 
-    async def _klines(self, request: web.Request) -> web.StreamResponse:
+    async def _answer_klines(self, request: web.Request) -> web.StreamResponse:
         query, now = request.query, self.now()
-        listing, interval = self._listing(_given(query, "symbol")), _given(query, "interval")
+        listing, interval = self._listing(_required(query, "symbol")), _required(query, "interval")
         if interval not in TIMEFRAMES:
-            raise _refuse(-1120, "Invalid interval.")
-        start, end, limit = (_whole(query, name) for name in ("startTime", "endTime", "limit"))
+            raise _bad_request(-1120, "Invalid interval.")
+        start, end, limit = (_integer(query, name) for name in ("startTime", "endTime", "limit"))
         if limit == 0:
-            raise _refuse(-1130, "Data sent for parameter 'limit' is not valid.")
-        limit, end = min(limit or DEFAULT_LIMIT, MAX_LIMIT), now if end is None else end
-        rows = klines(listing.symbol, interval, start, end, limit, now)
-        changed = await self.tamper(request, rows) if self.tamper else None
-        return (
-            changed
-            if isinstance(changed, web.StreamResponse)
-            else _json(rows if changed is None else changed)
+            raise _bad_request(-1130, "Data sent for parameter 'limit' is not valid.")
+        rows = generate_klines(
+            listing.symbol,
+            interval,
+            start,
+            end=now if end is None else end,
+            limit=min(limit or DEFAULT_LIMIT, MAX_LIMIT),
+            now=now,
         )
+        changed = await self.tamper(request, rows) if self.tamper else None
+        if isinstance(changed, web.StreamResponse):
+            return changed
+        return _json_response(rows if changed is None else changed)
 
 
 async def _start(exchange: SandboxExchange, port: int) -> tuple[web.AppRunner, str]:
-    """Binds 127.0.0.1 (port 0: any free one) and gives the base URL; raises BadInput for a port that
-    is taken.
+    """Listen on 127.0.0.1 (port 0: any free one); return the server and its base URL.
+
+    Raises BadInput for a port that is taken.
     """
     runner = web.AppRunner(exchange.app(), access_log=None, shutdown_timeout=1)
     await runner.setup()
@@ -268,10 +285,8 @@ async def _start(exchange: SandboxExchange, port: int) -> tuple[web.AppRunner, s
 
 
 @contextmanager
-def running(exchange: SandboxExchange, port: int = 0) -> Iterator[str]:
-    """Runs the exchange in a thread of this process while the block lasts; gives
-    `http://127.0.0.1:PORT/binance`.
-    """
+def serve_in_thread(exchange: SandboxExchange, port: int = 0) -> Iterator[str]:
+    """Run the exchange in a thread while the block lasts; yield `http://127.0.0.1:PORT/binance`."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="sandbox-exchange", daemon=True)
     thread.start()
@@ -287,17 +302,18 @@ def running(exchange: SandboxExchange, port: int = 0) -> Iterator[str]:
         loop.close()
 
 
-def serve(
-    exchange: SandboxExchange, port: int, ready: Callable[[str], None] = lambda url: None
+def serve_until_interrupted(
+    exchange: SandboxExchange, port: int, on_ready: Callable[[str], None] = lambda url: None
 ) -> None:
-    """Runs the exchange until Ctrl-C; calls `ready` with the base URL once it listens. Port 0 picks a
-    free one.
+    """Run the exchange until Ctrl-C; call `on_ready` with the base URL once it listens.
+
+    Port 0 picks a free one. Raises BadInput for a port that is taken.
     """
 
     async def until_cancelled() -> None:
         runner, url = await _start(exchange, port)
         try:
-            ready(url)
+            on_ready(url)
             await asyncio.Event().wait()
         finally:
             await runner.cleanup()
