@@ -112,12 +112,12 @@ def half_the_limits() -> Iterator[None]:
             for name, rule in whole.items()
         }
     )
-    rules.GAPS /= 2
+    rules.GAP_TIMES /= 2
     try:
         yield
     finally:
         RULES.update(whole)
-        rules.GAPS *= 2
+        rules.GAP_TIMES *= 2
 
 
 def z_score(bars: pl.DataFrame) -> pl.Series:

@@ -35,9 +35,9 @@ class AnomalyState(StrEnum):
 class Anomaly(NamedTuple):
     """Bars of one market that look wrong in one way.
 
-    `kind` names a row of `quality.anomaly_rules.RULES`. `bars` bars that open in `[start, end)` were
-    found. `evidence` is what was measured, as text by name: `size`, the `limit` that it is above,
-    and `says`, a sentence for a person.
+    `kind` names a row of `quality.anomaly_rules.RULES`. `bars` bars that open in `[start, end)`
+    were found. `evidence` is what was measured, as text by name: `size`, the `limit` that it is
+    above, and `says`, a sentence for a person.
     """
 
     kind: str
