@@ -1,5 +1,6 @@
-"""kill -9 of every process of `marketdata dev`: what the UI says of runs is true soon after, and
-nothing is left behind.
+"""SIGKILL to every process of `marketdata dev`: the UI shows the true status of runs soon after.
+
+No process is left behind.
 """
 
 from __future__ import annotations
@@ -8,28 +9,29 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import psutil
 import pytest
 
-from marketdata_assets.cli import processes
+from marketdata_assets.cli import supervisor
 from marketdata_assets.dagster_ext import launcher
-from marketdata_assets.dagster_ext.launcher import PROCESS_TAG, lives, process_id
+from marketdata_assets.dagster_ext.runs import PROCESS_TAG
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.system import is_alive
 from marketdata_tests.conftest import SANDBOX_NOW
+from marketdata_tests.processes import find_free_port, kill, processes_with, wait_until
 
 BTC_DEC, BTC, ETH = (
     "binance:BTC-USDT|2023-12-01",
@@ -37,9 +39,16 @@ BTC_DEC, BTC, ETH = (
     "binance:ETH-USDT|2024-01-01",
 )
 TICKS = 20.0
-"""Two ticks of the run monitoring."""
+"""Seconds of two ticks of the run monitoring."""
+MARK = "MARKETDATA_MARK"
+DAEMON = "dagster_ext.daemon run"
 UNIVERSE = """# the sensors find nothing to do: all months lie too far back
-venues: {{binance: {{symbols: [BTC/USDT, ETH/USDT], since: 2023-12-31, until: 2024-01-03, base_url: "{url}"}}}}
+venues:
+  binance:
+    symbols: [BTC/USDT, ETH/USDT]
+    since: 2023-12-31
+    until: 2024-01-03
+    base_url: "{url}"
 lake: {folder}/lake
 duckdb: {folder}/market.duckdb
 state: {folder}/state
@@ -50,38 +59,19 @@ LAUNCH = """mutation($selector: JobOrPipelineSelector!, $tags: [ExecutionTag!]!)
     __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
 RUN = """query($id: ID!) { runOrError(runId: $id) { ... on Run {
   status tags { key value } eventConnection { events { ... on MessageEvent { message } } } } } }"""
-TERMINATE = "mutation($id: String!) { terminateRun(runId: $id) { __typename ... on TerminateRunFailure { message } } }"
+TERMINATE = """mutation($id: String!) { terminateRun(runId: $id) {
+  __typename ... on TerminateRunFailure { message } } }"""
 RELOAD = """mutation { reloadRepositoryLocation(repositoryLocationName: "marketdata_assets") {
   ... on WorkspaceLocationEntry { locationOrLoadError { __typename } } } }"""
 KEYS = "{ assetNodes { partitionKeys } }"
 
 
-def soon(true: Callable[[], Any], seconds: float, what: str) -> Any:
-    """What it gives once it is true."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with suppress(OSError):  # a server that is dead for a moment
-            if value := true():
-                return value
-        threading.Event().wait(0.1)
-    pytest.fail(f"not within {seconds} s: {what}")
-
-
 class Stack:
-    """`marketdata dev` as processes that carry a mark, on an exchange that can hold its answers
-    back.
-    """
+    """`marketdata dev` as processes with a mark, on an exchange that can hold back its answers."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.mark, self.hold, self.held = (
-            folder,
-            f"MARKETDATA_MARK={uuid.uuid4()}",
-            threading.Event(),
-            0,
-        )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.folder, self.mark, self.port = folder, str(uuid.uuid4()), find_free_port()
+        self.hold, self.held = threading.Event(), 0
         self.exchange = SandboxExchange(
             now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=self._answer
         )
@@ -92,18 +82,17 @@ class Stack:
             await asyncio.sleep(0.05)
 
     def start(self) -> None:
-        name, _, value = self.mark.partition("=")
         environment = {
             **os.environ,
-            name: value,
+            MARK: self.mark,
             "MARKETDATA_UNIVERSE": str(self.folder / "universe.yaml"),
         }
         with (self.folder / "dev.log").open("w") as log:
             self.supervisor = subprocess.Popen(
                 self.command(), env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        soon(
-            lambda: self.supervisor.poll() is not None or self.said("UI ready"),
+        wait_until(
+            lambda: self.supervisor.poll() is not None or self.has_printed("UI ready"),
             120,
             "the UI is ready",
         )
@@ -115,29 +104,23 @@ class Stack:
     def log(self) -> str:
         return (self.folder / "dev.log").read_text()
 
-    def said(self, words: str) -> bool:
+    def has_printed(self, words: str) -> bool:
         return words in self.log()
 
-    def pids(self, words: str = "") -> list[int]:
-        """Living marked processes whose command line holds these words."""
-        found = []
-        for process in Path("/proc").iterdir():
-            with suppress(OSError):
-                if process.name.isdigit() and self.mark in (
-                    process / "environ"
-                ).read_bytes().decode().split("\0"):
-                    line = (process / "cmdline").read_bytes().decode().replace("\0", " ")
-                    found += [int(process.name)] if words in line else []
-        return found
+    def processes(self, words: str = "") -> list[psutil.Process]:
+        """Return the living marked processes whose command line holds these words."""
+        return processes_with(MARK, self.mark, words)
 
-    def kill(self, *words: str) -> list[int]:
-        """kill -9, each once; who it was."""
-        victims = [pid for word in words for pid in self.pids(word)]
+    def kill(self, *words: str) -> list[psutil.Process]:
+        """Send SIGKILL to the processes with these words; return them."""
+        victims = [process for word in words for process in self.processes(word)]
         assert len(victims) >= len(words), f"{words}: {victims}"
-        for pid in victims:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill(*victims)
         return victims
+
+    def wait_for_new(self, words: str, old: list[psutil.Process], seconds: float) -> None:
+        """Wait for a process with these words that is none of the old ones."""
+        wait_until(lambda: set(self.processes(words)) - set(old), seconds, f"a new {words}")
 
     def ask(self, query: str, **variables: Any) -> Any:
         body = json.dumps({"query": query, "variables": variables}).encode()
@@ -148,10 +131,10 @@ class Stack:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
-            says = error.read().decode()
+            message = error.read().decode()
             if error.code == 400:
-                pytest.fail(says)
-            raise ConnectionError(says) from None
+                pytest.fail(message)
+            raise ConnectionError(message) from None
 
     def launch(self, partition: str) -> str:
         selector = {
@@ -173,21 +156,21 @@ class Stack:
     def run(self, run_id: str) -> dict[str, Any]:
         return self.ask(RUN, id=run_id)["runOrError"]
 
-    def becomes(self, run_id: str, status: str, seconds: float = 60.0) -> list[str]:
-        """Wait for that status; what the run's events say."""
-        soon(lambda: self.run(run_id)["status"] == status, seconds, f"the run is {status}")
+    def wait_for_status(self, run_id: str, status: str, seconds: float = 60.0) -> list[str]:
+        """Wait for that status; return the messages of the run's events."""
+        wait_until(lambda: self.run(run_id)["status"] == status, seconds, f"the run is {status}")
         return [event["message"] for event in self.run(run_id)["eventConnection"]["events"]]
 
-    def working(self, partition: str) -> tuple[str, int]:
-        """A run that has begun and waits for the exchange; and its process."""
+    def start_held_run(self, partition: str) -> tuple[str, psutil.Process]:
+        """Start a run that waits for the exchange; return its id and its process."""
         self.hold.set()
         before = self.held
-        run_id = soon(lambda: self.launch(partition), 60, "a run can be launched")
-        self.becomes(run_id, "STARTED")
-        soon(lambda: self.held > before, 60, "it asks for bars")
+        run_id = wait_until(lambda: self.launch(partition), 60, "a run can be launched")
+        self.wait_for_status(run_id, "STARTED")
+        wait_until(lambda: self.held > before, 60, "it asks for bars")
         tag = next(tag["value"] for tag in self.run(run_id)["tags"] if tag["key"] == PROCESS_TAG)
-        assert lives(tag)
-        return run_id, int(tag.split(":")[1])
+        assert is_alive(tag)
+        return run_id, psutil.Process(int(tag.split(":")[1]))
 
     @contextmanager
     def instance(self) -> Iterator[dg.DagsterInstance]:
@@ -202,53 +185,38 @@ class Stack:
 
 
 # --------------------------------------------------------------------------------- the pieces
-def test_a_process_is_known_by_more_than_its_number() -> None:
-    child = subprocess.Popen(["sleep", "60"])
-    known = process_id(child.pid)
-    host, pid, begun = known.split(":")
-    assert lives(known)
-    assert not lives(f"{host}:{pid}:{begun}0"), "another boot"
-    assert not lives(f"{host}:{pid}:1{begun}"), "another process with the same number"
-    assert not any(lives(broken) for broken in ("", host, f"{host}:{pid}", f"{host}:{pid}:"))
-    assert lives(f"elsewhere:{pid}:{begun}"), "we cannot know"
-    child.kill()
-    soon(lambda: not lives(known), 5, "a dead process does not live, buried or not")
-    assert child.wait() == -signal.SIGKILL
-    assert not lives(known)
-
-
 def test_a_process_that_outlives_its_run_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(launcher, "CHECK_SECONDS", 0.1)
     with dg.DagsterInstance.ephemeral() as instance:
-        starter = launcher.ProcessRunLauncher()
-        starter.register_instance(instance)
+        run_launcher = launcher.ProcessRunLauncher()
+        run_launcher.register_instance(instance)
         run = instance.create_run_for_job(
             dg.GraphDefinition("nothing").to_job(), status=dg.DagsterRunStatus.CANCELED
         )
-        hangs = subprocess.Popen(["sleep", "60"])
-        starter._children[threading.current_thread()] = hangs
-        starter._watch(hangs, run.run_id, tmp_path / "log")
-        assert hangs.returncode == -signal.SIGKILL
-        assert starter._children == {}
+        process = subprocess.Popen(["sleep", "60"], process_group=0)
+        run_launcher._children[threading.current_thread()] = process
+        run_launcher._watch(process, run.run_id, tmp_path / "log")
+        assert process.returncode == -signal.SIGKILL
+        assert run_launcher._children == {}
 
 
 def test_a_service_that_cannot_start_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "PAUSES", (0.0, 0.1))
-    heard: list[str] = []
-    service = processes.Service("the thing", ["marketdata_assets.errors"])  # ends at once
+    monkeypatch.setattr(supervisor, "RESTART_DELAYS", (0.0, 0.1))
+    reports: list[str] = []
+    service = supervisor.Service("the thing", ["marketdata_assets.errors"])  # ends at once
 
-    def dies_again() -> None:
+    def restart_until_given_up() -> None:
         while True:
-            service.tend(dict(os.environ), heard.append)
+            service.restart_if_dead(dict(os.environ), reports.append)
             threading.Event().wait(0.05)
 
     with pytest.raises(
         StoreFailed, match="the thing ended with code 0, 3 times in a row right after its start"
     ):
-        dies_again()
-    assert heard == [
+        restart_until_given_up()
+    assert reports == [
         "the thing ended with code 0; starting it again",
         "the thing ended with code 0; starting it again in 0.1 s",
     ]
@@ -265,11 +233,10 @@ def stack_in(folder: Path) -> Iterator[Stack]:
             yield stack
             if stack.supervisor.poll() is None:
                 stack.end()
-            assert stack.pids() == []
+            assert stack.processes() == []
         finally:
             stack.hold.clear()
-            for pid in stack.pids():
-                os.kill(pid, signal.SIGKILL)
+            kill(*stack.processes())
             stack.supervisor.wait()
 
 
@@ -279,18 +246,18 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield stack
 
 
-def test_a_run_whose_process_is_killed_has_failed_and_gives_its_slots_back(stack: Stack) -> None:
-    run_id, worker = stack.working(BTC)
+def test_a_run_whose_process_is_killed_has_failed_and_frees_its_slots(stack: Stack) -> None:
+    run_id, process = stack.start_held_run(BTC)
     with stack.instance() as instance:
         slots = instance.event_log_storage
         slots.set_concurrency_slots("narrow", 1)
         assert slots.claim_concurrency_slot("narrow", run_id, "rollups").is_claimed
-        os.kill(worker, signal.SIGKILL)
-        said = stack.becomes(run_id, "FAILURE", TICKS)
-        assert any("its process was killed by signal 9 (Killed)" in message for message in said)
-        # at once by who watches the process, or by the run monitoring where the machine is too busy
-        # for that
-        assert soon(
+        process.kill()
+        messages = stack.wait_for_status(run_id, "FAILURE", TICKS)
+        assert any("its process was killed by signal 9 (Killed)" in text for text in messages)
+        # at once by the thread that watches the process, or by the run monitoring where the machine
+        # is too busy for that
+        assert wait_until(
             lambda: slots.claim_concurrency_slot("narrow", "another", "rollups").is_claimed,
             3 * TICKS,
             "the slot is free",
@@ -298,32 +265,32 @@ def test_a_run_whose_process_is_killed_has_failed_and_gives_its_slots_back(stack
 
 
 def test_runs_outlive_the_code_server_and_the_daemon(stack: Stack) -> None:
-    """And a run that its daemon left behind can still be terminated in the UI."""
-    first, worker = stack.working(BTC_DEC)
+    """The UI can still terminate a run whose daemon was killed."""
+    first, process = stack.start_held_run(BTC_DEC)
     servers = stack.kill("code-server start", "api grpc")
-    soon(lambda: set(stack.pids("api grpc")) - set(servers), 60, "a new code server")
-    second, other = stack.working(ETH)
-    process = process_id(other)
-    daemon = stack.kill("dagster_ext.launcher run")
-    soon(lambda: set(stack.pids("dagster_ext.launcher run")) - set(daemon), 30, "a new daemon")
-    assert {worker, other} <= set(stack.pids("execute_run"))
-    assert stack.ask(TERMINATE, id=second)["terminateRun"]["__typename"] == "TerminateRunSuccess"
-    stack.becomes(second, "CANCELED", TICKS)
-    soon(lambda: not lives(process), TICKS, "the process has ended")
+    stack.wait_for_new("api grpc", servers, 60)
+    second, other_process = stack.start_held_run(ETH)
+    daemon = stack.kill(DAEMON)
+    stack.wait_for_new(DAEMON, daemon, 30)
+    assert {process, other_process} <= set(stack.processes("execute_run"))
+    answer = stack.ask(TERMINATE, id=second)["terminateRun"]
+    assert answer["__typename"] == "TerminateRunSuccess"
+    stack.wait_for_status(second, "CANCELED", TICKS)
+    wait_until(lambda: not other_process.is_running(), TICKS, "the process has ended")
     stack.hold.clear()
-    stack.becomes(first, "SUCCESS")
-    assert stack.said("the code server was killed by signal 9; starting it again")
-    assert stack.said("the daemon was killed by signal 9; starting it again")
+    stack.wait_for_status(first, "SUCCESS")
+    assert stack.has_printed("the code server was killed by signal 9; starting it again")
+    assert stack.has_printed("the daemon was killed by signal 9; starting it again")
 
 
 def test_a_code_server_that_lost_its_own_child_is_replaced_and_reloads(stack: Stack) -> None:
-    before, orphaned = stack.pids("code-server start"), stack.kill("api grpc")
-    soon(lambda: set(stack.pids("code-server start")) - set(before), 30, "a new code server")
-    soon(lambda: set(stack.pids("api grpc")) - set(orphaned), 30, "with a child of its own")
+    before, children = stack.processes("code-server start"), stack.kill("api grpc")
+    stack.wait_for_new("code-server start", before, 30)
+    stack.wait_for_new("api grpc", children, 30)
     universe = stack.folder / "universe.yaml"
     written = universe.read_text()
     universe.write_text(written.replace("ETH/USDT]", "ETH/USDT, SOL/USDT]"))
-    soon(stack.reload, 60, "the UI can reload")
+    wait_until(stack.reload, 60, "the UI can reload")
     universe.write_text(written)
     assert "binance:SOL-USDT|2024-01-01" in stack.ask(KEYS)["assetNodes"][0]["partitionKeys"]
 
@@ -334,46 +301,42 @@ def test_a_second_one_on_the_same_state_is_refused(stack: Stack) -> None:
         stack.command(), env=environment, capture_output=True, text=True, timeout=60
     )
     assert second.returncode == 2
-    assert (
-        f"http://127.0.0.1:{stack.port} (process {stack.supervisor.pid}) already serves"
-        in " ".join(second.stderr.split())
-    )
+    holder = f"http://127.0.0.1:{stack.port} (process {stack.supervisor.pid})"
+    assert f"{holder} already serves" in " ".join(second.stderr.split())
     assert "Traceback" not in second.stderr
 
 
 def test_everything_killed_and_started_again(stack: Stack) -> None:
-    """The truth after a restart: what was running has failed, what was queued runs. Then a polite end,
-    with a run at work.
+    """After the restart, what was running has failed and what was queued runs.
+
+    Then `marketdata dev` is asked to end while a run is in progress.
     """
-    killed, _ = stack.working(BTC)
-    os.kill(stack.pids("dagster_ext.launcher run")[0], signal.SIGSTOP)
-    queued, begun = (soon(lambda: stack.launch(ETH), 60, "a run can be launched") for _ in range(2))
-    stack.kill(
-        "cli.main dev",
-        "dagster_webserver",
-        "code-server start",
-        "dagster_ext.launcher run",
-        "execute_run",
+    killed, _ = stack.start_held_run(BTC)
+    stack.processes(DAEMON)[0].suspend()
+    queued, starting = (
+        wait_until(lambda: stack.launch(ETH), 60, "a run can be launched") for _ in range(2)
     )
+    stack.kill("cli.main dev", "dagster_webserver", "code-server start", DAEMON, "execute_run")
     stack.supervisor.wait()
-    orphan = stack.pids(
-        "api grpc"
-    )  # nobody tells the second process of the code server; it hears no more heartbeats
+    # The child of the code server lives until it has heard no heartbeat for a while.
+    orphans = stack.processes("api grpc")
     with stack.instance() as instance:
         instance.report_dagster_event(
-            dg.DagsterEvent(dg.DagsterEventType.RUN_STARTING.value, "ingest"), begun
+            dg.DagsterEvent(dg.DagsterEventType.RUN_STARTING.value, "ingest"), starting
         )
         statuses = {
-            run_id: instance.get_run_by_id(run_id).status.value
-            for run_id in (killed, queued, begun)
-        }  # type: ignore[union-attr]
-    assert statuses == {killed: "STARTED", queued: "QUEUED", begun: "STARTING"}
+            run_id: instance.get_run_by_id(run_id).status.value  # type: ignore[union-attr]
+            for run_id in (killed, queued, starting)
+        }
+    assert statuses == {killed: "STARTED", queued: "QUEUED", starting: "STARTING"}
     stack.start()
-    for run_id in (killed, begun):
-        stack.becomes(run_id, "FAILURE", TICKS)
-    stack.becomes(queued, "STARTED")
-    soon(lambda: not set(orphan) & set(stack.pids()), 30, "the old code server has ended")
+    for run_id in (killed, starting):
+        stack.wait_for_status(run_id, "FAILURE", TICKS)
+    stack.wait_for_status(queued, "STARTED")
+    wait_until(
+        lambda: not set(orphans) & set(stack.processes()), 30, "the old code server has ended"
+    )
     stack.end()
-    assert stack.pids() == []
+    assert stack.processes() == []
     with stack.instance() as instance:
         assert instance.get_run_by_id(queued).status is dg.DagsterRunStatus.FAILURE  # type: ignore[union-attr]

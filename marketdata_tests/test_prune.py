@@ -1,5 +1,6 @@
-"""Wiped partitions are missing everywhere; pruned runs leave every asset's page as it was. On runs
-that really ran.
+"""Wiped partitions are missing everywhere; pruned runs leave every asset's page as it was.
+
+All runs are real ones.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from dagster_graphql.schema import create_schema
 
 from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.context import open_context
-from marketdata_assets.dagster_ext import partition_wiping as wiping
+from marketdata_assets.dagster_ext import partition_wiping
 from marketdata_assets.dagster_ext.event_log_sqlite import PooledSqliteEventLogStorage
-from marketdata_assets.dagster_ext.launcher import RUN_LOGS
-from marketdata_assets.dagster_ext.prune import Pruned, prune
+from marketdata_assets.dagster_ext.prune import PruneSummary, prune_runs
+from marketdata_assets.dagster_ext.runs import RUN_LOGS
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, market_months
 from marketdata_assets.model.partition import Partition
@@ -60,10 +61,8 @@ def run(
     )
 
 
-def swap(settings: Settings, key: str) -> None:
-    """Exchange high and low of stored bars: the blocking check turns red, and a second time heals
-    it.
-    """
+def swap_high_and_low(settings: Settings, key: str) -> None:
+    """Make the blocking check of stored bars red; a second call undoes it."""
     with open_context(settings) as context:
         table, partition = raw(TIMEFRAMES["1m"]), Partition.parse(key)
         bars = context.storage.lake.read(table, partition)
@@ -86,10 +85,10 @@ def open_instance(
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home with six finished runs and one that is under way; tests work on copies of it.
+    """A home with six finished runs and one in progress; tests work on copies of it.
 
     All four partitions; BTC_DEC again; BTC_NOV fails and succeeds; ETH_NOV fails, so that its
-    rollups are red; BTC_DEC again, also under way.
+    rollups are red; BTC_DEC again; BTC_DEC in progress.
     """
     home = tmp_path_factory.mktemp("history")
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
@@ -114,11 +113,11 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         with opened as instance:
             assert run(settings, instance, BTC_NOV, ETH_DEC).success
             assert run(settings, instance, BTC_DEC, BTC_DEC).success
-            swap(settings, BTC_NOV)
+            swap_high_and_low(settings, BTC_NOV)
             assert not run(settings, instance, BTC_NOV, BTC_NOV).success
-            swap(settings, BTC_NOV)
+            swap_high_and_low(settings, BTC_NOV)
             assert run(settings, instance, BTC_NOV, BTC_NOV).success
-            swap(settings, ETH_NOV)
+            swap_high_and_low(settings, ETH_NOV)
             assert not run(settings, instance, ETH_NOV, ETH_NOV).success
             assert run(settings, instance, BTC_DEC, BTC_DEC).success
             job = build_definitions(settings).resolve_job_def(INGEST)
@@ -158,7 +157,7 @@ def statuses(home: Home, key: dg.AssetKey) -> dict[str, AssetPartitionStatus | N
 
 
 def pages(home: Home) -> dict[str, Any]:
-    """All that the pages of all assets and checks are made of, computed anew."""
+    """Compute anew all that the pages of all assets and checks show."""
     settings, instance = home
     grid, shown, log = market_months(settings), {}, instance.event_log_storage
     graph = build_definitions(settings).get_repository_def().asset_graph
@@ -296,7 +295,8 @@ def test_ids_are_not_used_again(home: Home) -> None:
     with closing(index_of(instance)) as index:
         last = "SELECT max(id) FROM event_logs"
         index.execute(
-            "DELETE FROM event_logs WHERE id > (SELECT max(id) FROM event_logs WHERE asset_key LIKE '%ohlcv_1h%')"
+            "DELETE FROM event_logs WHERE id >"
+            " (SELECT max(id) FROM event_logs WHERE asset_key LIKE '%ohlcv_1h%')"
         )
         index.commit()
         before = index.execute(last).fetchone()[0]
@@ -321,13 +321,13 @@ def test_a_status_computed_before_the_wipe_is_not_cached_after_it(home: Home) ->
 def test_a_wipe_is_whole_or_not_at_all(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     _, instance = home
     before = pages(home)
-    monkeypatch.setattr(wiping, "_FORGET", "UPDATE nonsense SET x = :asset")
+    monkeypatch.setattr(partition_wiping, "_RESET_ASSET", "UPDATE nonsense SET x = :asset")
     with pytest.raises(Exception, match="nonsense"):
         instance.wipe_asset_partitions(HOUR, KEYS)
     assert pages(home) == before
 
 
-def test_thousands_of_partitions_are_wiped_at_once(home: Home) -> None:
+def test_thousands_of_partitions_are_wiped_together(home: Home) -> None:
     instance = home[1]
     instance.wipe_asset_partitions(
         HOUR, [*KEYS, *(f"binance:X{i}-USDT|2023-11-01" for i in range(50_000))]
@@ -337,7 +337,7 @@ def test_thousands_of_partitions_are_wiped_at_once(home: Home) -> None:
 
 @contextmanager
 def graphql(instance: dg.DagsterInstance) -> Iterator[Callable[..., Any]]:
-    """What the web server would answer."""
+    """Answer as the web server does."""
     origin = LoadableTargetOrigin(module_name="marketdata_assets.definitions")
     quiet = warnings.catch_warnings(
         action="ignore", category=DeprecationWarning
@@ -357,10 +357,11 @@ def graphql(instance: dg.DagsterInstance) -> Iterator[Callable[..., Any]]:
 
 def test_the_buttons_mutation_wipes_a_range(home: Home) -> None:
     _, instance = home
-    wipe = """mutation($wiped: [PartitionsByAssetSelector!]!) { wipeAssets(assetPartitionRanges: $wiped) {
-        __typename ... on UnsupportedOperationError { message } } }"""
-    grid = """query { assetNodeOrError(assetKey: {path: ["rollup", "ohlcv_1h"]}) { ... on AssetNode {
-        partitionStats { numMaterialized numFailed } } } }"""
+    wipe = """mutation($wiped: [PartitionsByAssetSelector!]!) {
+        wipeAssets(assetPartitionRanges: $wiped) {
+            __typename ... on UnsupportedOperationError { message } } }"""
+    grid = """query { assetNodeOrError(assetKey: {path: ["rollup", "ohlcv_1h"]}) {
+        ... on AssetNode { partitionStats { numMaterialized numFailed } } } }"""
     with graphql(instance) as ask:
         assert ask(grid)["assetNodeOrError"]["partitionStats"] == {
             "numMaterialized": 2,
@@ -388,65 +389,72 @@ def files(home: Home) -> dict[str, int]:
     }
 
 
-def pruned(home: Home, **options: Any) -> Pruned:
-    return prune(home[1], 7, LATER, **options)
+def prune(home: Home, *, dry_run: bool = False) -> PruneSummary:
+    return prune_runs(home[1], 7, now=LATER, dry_run=dry_run)
 
 
 def test_pages_are_unchanged_and_old_runs_are_gone(home: Home) -> None:
     settings, instance = home
     before, sizes = pages(home), files(home)
-    going = pruned(home, dry_run=True)
+    plan = prune(home, dry_run=True)
     assert files(home).keys() == sizes.keys()
-    gone = pruned(home)
-    assert asdict(gone) == {**asdict(going), "dry_run": False}
+    summary = prune(home)
+    assert asdict(summary) == {**asdict(plan), "dry_run": False}
     after = pages(home)
     assert [name for name in before if after[name] != before[name]] == []
     left = files(home)
-    assert gone.logs == gone.runs == gone.outputs == 6
+    assert summary.logs == summary.runs == summary.outputs == 6
     assert [name for name in left if name.endswith((".db", ".err"))] == [
         name
         for name in sizes
-        if Path(name).stem in ("index", "runs", "schedules", "") or under_way(instance) in name
+        if Path(name).stem in ("index", "runs", "schedules", "")
+        or run_in_progress(instance) in name
     ]
     went = {name: size for name, size in sizes.items() if name not in left}
-    assert sum(size for name, size in went.items() if name.startswith("history")) == gone.log_bytes
     assert (
-        sum(size for name, size in went.items() if name.startswith("storage")) == gone.output_bytes
+        sum(size for name, size in went.items() if name.startswith("history")) == summary.log_bytes
+    )
+    assert (
+        sum(size for name, size in went.items() if name.startswith("storage"))
+        == summary.output_bytes
     )
     assert not list((settings.state / "dagster/storage").iterdir())
-    assert asdict(pruned(home)) == asdict(Pruned(dry_run=False))
+    assert asdict(prune(home)) == asdict(PruneSummary(dry_run=False))
 
 
-def under_way(instance: dg.DagsterInstance) -> str:
+def run_in_progress(instance: dg.DagsterInstance) -> str:
     return instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))[0].run_id
 
 
-def test_what_old_runs_printed_goes_with_them(home: Home) -> None:
+def test_the_output_of_old_runs_is_pruned(home: Home) -> None:
     _, instance = home
-    finished, working = (
+    finished, in_progress = (
         instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))[0].run_id,
-        under_way(instance),
+        run_in_progress(instance),
     )
     logs = Path(instance.root_directory, RUN_LOGS)
     logs.mkdir()
-    for run_id in (finished, working):
+    for run_id in (finished, in_progress):
         (logs / f"{run_id}.log").write_text("its last words")
-    assert pruned(home, dry_run=True).output_bytes == pruned(home).output_bytes
-    assert [log.stem for log in logs.iterdir()] == [working]
+    assert prune(home, dry_run=True).output_bytes == prune(home).output_bytes
+    assert [log.stem for log in logs.iterdir()] == [in_progress]
 
 
-def test_plans_that_tell_something_stay(home: Home) -> None:
+def test_plans_that_a_page_shows_stay(home: Home) -> None:
     _, instance = home
     with closing(index_of(instance)) as index:
-        all_events = "SELECT run_id, dagster_event_type, count(*) FROM event_logs GROUP BY 1, 2 ORDER BY 1, 2"
+        all_events = (
+            "SELECT run_id, dagster_event_type, count(*) FROM event_logs"
+            " GROUP BY 1, 2 ORDER BY 1, 2"
+        )
         before = {(run_id, kind): count for run_id, kind, count in index.execute(all_events)}
-        gone = pruned(home)
+        summary = prune(home)
         after = {(run_id, kind): count for run_id, kind, count in index.execute(all_events)}
     lost = {
         (run_id, kind): count - after.get((run_id, kind), 0)
         for (run_id, kind), count in before.items()
     }
-    assert sum(lost.values()) == gone.plans > 0
+    assert sum(lost.values()) == summary.plans > 0
     succeeded = {
         r.run_id for r in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.SUCCESS]))
     }
@@ -456,28 +464,29 @@ def test_plans_that_tell_something_stay(home: Home) -> None:
 
 def test_recent_runs_stay(home: Home) -> None:
     sizes = files(home)
-    assert prune(home[1], 11, LATER).runs == 0
+    assert prune_runs(home[1], 11, now=LATER).runs == 0
     assert files(home) == sizes
 
 
 @pytest.mark.parametrize("left", ["plans", "outputs"])
 def test_what_an_interrupted_prune_left_is_found_by_itself(home: Home, left: str) -> None:
     settings, instance = home
-    going = pruned(home, dry_run=True)
+    plan = prune(home, dry_run=True)
     for run_id in storage(instance).get_all_run_ids():
         Path(storage(instance).path_for_shard(run_id)).unlink()
     if left == "plans":
         shutil.rmtree(settings.state / "dagster/storage")
-        expected = Pruned(False, runs=4, plans=going.plans, plan_bytes=going.plan_bytes)
+        expected = PruneSummary(False, runs=4, plans=plan.plans, plan_bytes=plan.plan_bytes)
     else:
         with closing(index_of(instance)) as index:
             index.execute("DELETE FROM event_logs WHERE dagster_event_type LIKE '%PLANNED'")
             index.commit()
-        expected = Pruned(False, runs=6, outputs=6, output_bytes=going.output_bytes)
-    assert asdict(pruned(home)) == asdict(expected)
+        expected = PruneSummary(False, runs=6, outputs=6, output_bytes=plan.output_bytes)
+    assert asdict(prune(home)) == asdict(expected)
 
 
-PAGE = """query($id: ID!) { runOrError(runId: $id) { ... on Run { status startTime endTime canTerminate
+PAGE = """query($id: ID!) { runOrError(runId: $id) { ... on Run {
+    status startTime endTime canTerminate
     stats { __typename ... on RunStatsSnapshot { materializations startTime endTime } }
     stepStats { stepKey status } assets { key { path } } assetChecks { name }
     assetMaterializations { partition stepStats { stepKey } runOrError { __typename } }
@@ -490,7 +499,7 @@ def test_the_page_of_a_pruned_run_shows_what_the_index_keeps(home: Home) -> None
     first = instance.get_runs()[-1].run_id
     with graphql(instance) as ask:
         before = ask(PAGE, id=first)["runOrError"]
-        pruned(home)
+        prune(home)
         after = ask(PAGE, id=first)
     assert len(after["logsForRun"]["events"]) == len(
         after["runOrError"]["eventConnection"]["events"]
@@ -519,25 +528,25 @@ def test_the_page_of_a_pruned_run_shows_what_the_index_keeps(home: Home) -> None
     )
     assert {Path(name).stem for name in files(home) if name.startswith("history/runs/")} == {
         "index",
-        under_way(instance),
+        run_in_progress(instance),
     }
 
 
 def test_a_pruned_run_can_still_log_and_be_deleted(home: Home) -> None:
     _, instance = home
-    pruned(home)
+    prune(home)
     late, gone = instance.get_runs()[-2:]
     kept = len(instance.all_logs(gone.run_id))
     instance.report_engine_event("came late", late)
     assert [e.message for e in instance.all_logs(late.run_id)] == ["came late"]
     assert kept > 0
-    assert pruned(home).logs == 1
+    assert prune(home).logs == 1
     assert len(instance.all_logs(late.run_id)) > 1
     instance.delete_run(gone.run_id)
     assert instance.all_logs(gone.run_id) == []
 
 
-def test_a_log_whose_events_the_index_lacks_stays(home: Home) -> None:
+def test_a_log_with_events_that_are_not_in_the_index_stays(home: Home) -> None:
     _, instance = home
     victims = [r.run_id for r in instance.get_runs()[1:4]]
     kinds = ("ASSET_MATERIALIZATION", "ASSET_CHECK_EVALUATION")
@@ -546,8 +555,8 @@ def test_a_log_whose_events_the_index_lacks_stays(home: Home) -> None:
             one = "SELECT max(id) FROM event_logs WHERE run_id = ? AND dagster_event_type = ?"
             index.execute(f"DELETE FROM event_logs WHERE id = ({one})", [run_id, kind])
         index.commit()
-    gone = pruned(home)
-    assert (gone.logs, gone.logs_kept_unproven) == (4, 2)
+    summary = prune(home)
+    assert (summary.logs, summary.logs_kept_unproven) == (4, 2)
     for run_id, there in zip(victims, (True, True, False), strict=True):
         assert Path(storage(instance).path_for_shard(run_id)).exists() is there
 
@@ -557,16 +566,15 @@ def test_a_log_that_is_open_anywhere_waits(home: Home) -> None:
     open_here = instance.get_runs()[1].run_id
     with dg.DagsterInstance.get() as other:  # a web server
         shown = len(other.all_logs(open_here))
-        gone = pruned(home)
-        assert (gone.logs, gone.logs_kept_open) == (5, 1)
+        summary = prune(home)
+        assert (summary.logs, summary.logs_kept_open) == (5, 1)
         assert len(other.all_logs(open_here)) == shown
         for run in instance.get_runs()[2:] * 2:  # it opens others and lets go of it
             other.all_logs(run.run_id)
         storage(other).close_shard(open_here)
-        storage(other)._initialized_dbs.add(
-            open_here
-        )  # what it has once opened, it believes to be complete for ever
-        assert pruned(home).logs == 1
+        # Dagster never initializes a file again that it has opened once.
+        storage(other)._initialized_dbs.add(open_here)
+        assert prune(home).logs == 1
         assert 0 < len(other.all_logs(open_here)) < shown
         other.report_engine_event("came late", other.get_run_by_id(open_here))
         assert len(other.all_logs(open_here)) == 1
@@ -576,7 +584,7 @@ KILLED = """
 import os, signal, sqlite3, sys
 from datetime import datetime
 import dagster as dg
-from marketdata_assets.dagster_ext import prune as module
+from marketdata_assets.dagster_ext import prune, prune_sqlite
 left = 0
 
 def step(*_):
@@ -597,8 +605,8 @@ for left in range(4, 10_000, 9):
         with dg.DagsterInstance.get() as instance:
             instance.get_runs(limit=1)
             connect = sqlite3.connect
-            module.sqlite3.connect = lambda *a, **k: connect(*a, factory=Counted, **k)
-            module.prune(instance, 7, datetime.fromisoformat(sys.argv[1]))
+            prune_sqlite.sqlite3.connect = lambda *a, **k: connect(*a, factory=Counted, **k)
+            prune.prune_runs(instance, 7, now=datetime.fromisoformat(sys.argv[1]))
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
         break
@@ -607,11 +615,9 @@ for left in range(4, 10_000, 9):
 
 
 def test_killed_again_and_again_it_ends_the_same(home: Home) -> None:
-    """One process after the other is killed, each nine steps (deletions and queries) later, until one
-    comes through.
-    """
+    """Each process is killed nine steps (deletions and queries) later, until one finishes."""
     before, sizes = pages(home), files(home)
-    going = pruned(home, dry_run=True)
+    plan = prune(home, dry_run=True)
     done = subprocess.run(
         [sys.executable, "-c", KILLED, LATER.isoformat()],
         capture_output=True,
@@ -621,8 +627,8 @@ def test_killed_again_and_again_it_ends_the_same(home: Home) -> None:
     assert done.stdout.count("killed") >= 5, done.stderr
     after = pages(home)
     assert [name for name in before if after[name] != before[name]] == []
-    assert len(sizes) - len(files(home)) == going.logs + 3 * going.outputs
-    assert pruned(home).runs == 0
+    assert len(sizes) - len(files(home)) == plan.logs + 3 * plan.outputs
+    assert prune(home).runs == 0
 
 
 def test_free_space_is_given_back_where_it_is_worth_it(home: Home) -> None:
@@ -630,7 +636,8 @@ def test_free_space_is_given_back_where_it_is_worth_it(home: Home) -> None:
     big = Path(storage(instance).path_for_shard("index"))
     with closing(index_of(instance)) as index:
         index.execute(
-            "CREATE TABLE filler AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000)"
+            "CREATE TABLE filler AS WITH RECURSIVE"
+            " n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000)"
             " SELECT i, zeroblob(4000) AS hole FROM n"
         )
         index.execute("DROP TABLE filler")
@@ -639,10 +646,10 @@ def test_free_space_is_given_back_where_it_is_worth_it(home: Home) -> None:
     before, size = pages(home), big.stat().st_size
     with closing(index_of(instance)) as reader:  # beside open connections
         reader.execute("SELECT max(id) FROM event_logs").fetchone()
-        gone = pruned(home)
-    assert gone.reclaimed_bytes == size - big.stat().st_size > 8_000_000
+        summary = prune(home)
+    assert summary.reclaimed_bytes == size - big.stat().st_size > 8_000_000
     assert pages(home) == before
-    assert pruned(home).reclaimed_bytes == 0
+    assert prune(home).reclaimed_bytes == 0
 
 
 def test_as_a_process_it_prints_one_object(home: Home) -> None:
@@ -655,7 +662,7 @@ def test_as_a_process_it_prints_one_object(home: Home) -> None:
         "--dry-run",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
-    said = json.loads(done.stdout)
-    assert said == asdict(pruned(home, dry_run=True))
-    assert said["dry_run"] is True
-    assert said["logs"] == 6
+    summary = json.loads(done.stdout)
+    assert summary == asdict(prune(home, dry_run=True))
+    assert summary["dry_run"] is True
+    assert summary["logs"] == 6

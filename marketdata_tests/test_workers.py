@@ -1,13 +1,12 @@
-"""Many workers on one PostgreSQL, one Redis and one lake: work is shared, limits hold across them, and
-the dead are replaced.
+"""Many workers on one PostgreSQL, one Redis and one lake.
+
+Work is shared, limits hold across all workers, and another worker replaces a dead one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg2
 import pytest
 
@@ -33,22 +33,31 @@ from marketdata_assets.settings.universe import Settings, load_settings
 from marketdata_assets.sources.sandbox.server import SandboxExchange, running
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_tests.conftest import SANDBOX_NOW
+from marketdata_tests.processes import descendants, find_free_port, kill, wait_until
 from marketdata_tests.steps import run_derive, run_ingest
-from marketdata_tests.test_crash import soon
 
 PER_MINUTE = 1500
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+UNIVERSE = """
+venues:
+  binance:
+    symbols: [BTC/USDT, ETH/USDT]
+    since: 2023-09-01
+    until: 2024-01-01
+    base_url: {url}
+    requests_per_minute: {per_minute}
+timeframes: [5m, 1h, 1d]
+lake: s3://{bucket}/lake
+rollups: parquet
+database: {database}
+broker: {broker}
+"""
 
 
 class Redis:
     """A real Redis on a port of its own, which can be restarted there."""
 
     def __init__(self) -> None:
-        self.port = free_port()
+        self.port = find_free_port()
         self.start()
 
     def start(self) -> None:
@@ -67,28 +76,27 @@ class Redis:
 
 
 class Fleet:
-    """A daemon and workers as processes with state folders of their own, as on machines of their
-    own.
-    """
+    """A daemon and workers as processes, each with a state folder as on a machine of its own."""
 
     def __init__(self, folder: Path, postgres: Any, redis: Redis, bucket: str) -> None:
         self.folder, self.postgres, self.redis, self.bucket = folder, postgres, redis, bucket
-        self.asked: list[float] = []
-        self.begun = datetime.now(UTC)
+        self.request_times: list[float] = []
+        self.started_at = datetime.now(UTC)
         self.exchange = SandboxExchange(
-            now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=self._seen
+            now=lambda: SANDBOX_NOW, weight_limit=10**9, tamper=self._note_request
         )
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    async def _seen(self, *_: Any) -> None:
-        self.asked.append(time.time())
+    async def _note_request(self, *_: Any) -> None:
+        self.request_times.append(time.time())
 
     def universe(self, url: str) -> str:
-        return (
-            f"venues: {{binance: {{symbols: [BTC/USDT, ETH/USDT], since: 2023-09-01, until: 2024-01-01, base_url: '{url}',"
-            f" requests_per_minute: {PER_MINUTE}}}}}\n"
-            f"timeframes: [5m, 1h, 1d]\nlake: s3://{self.bucket}/lake\nrollups: parquet\n"
-            f"database: {self.postgres.get_uri()}\nbroker: redis://127.0.0.1:{self.redis.port}/0\n"
+        return UNIVERSE.format(
+            url=url,
+            per_minute=PER_MINUTE,
+            bucket=self.bucket,
+            database=self.postgres.get_uri(),
+            broker=f"redis://127.0.0.1:{self.redis.port}/0",
         )
 
     def environment(self, name: str) -> dict[str, str]:
@@ -96,12 +104,9 @@ class Fleet:
             "MARKETDATA_UNIVERSE": str(self.folder / "universe.yaml"),
             "MARKETDATA_STATE": str(self.folder / name),
         }
-        # a minute of ours in three seconds, so that nobody waits long for a cooldown
-        return {
-            **os.environ,
-            **ours,
-            "MARKETDATA_NOW": f"2024-01-10 x20 since {self.begun.isoformat()}",
-        }
+        # a minute in three seconds, so that a cooldown is short
+        now = f"2024-01-10 x20 since {self.started_at.isoformat()}"
+        return {**os.environ, **ours, "MARKETDATA_NOW": now}
 
     def start(self, name: str, *arguments: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -111,22 +116,13 @@ class Fleet:
             )
 
     def kill(self, name: str) -> None:
-        """kill -9 of a role and of all that it started."""
-        pids = self.family(self.processes[name].pid)
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.processes.pop(name).wait()
-
-    def family(self, pid: int) -> list[int]:
-        with suppress(FileNotFoundError, ProcessLookupError):
-            tasks = [task / "children" for task in Path(f"/proc/{pid}/task").iterdir()]
-            children = [int(child) for task in tasks for child in task.read_text().split()]
-            return [pid, *(found for child in children for found in self.family(child))]
-        return [pid]
+        """Send SIGKILL to a role and to all that it started."""
+        role = self.processes.pop(name)
+        kill(psutil.Process(role.pid), *descendants(role.pid))
+        role.wait()
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
-        """What PostgreSQL holds; nothing while it is away, or has no such table yet."""
+        """Return rows of PostgreSQL; none while it is away, or has no such table yet."""
         try:
             connection = psycopg2.connect(self.postgres.get_uri())
             try:
@@ -138,17 +134,13 @@ class Fleet:
         except psycopg2.Error:
             return []
 
-    def done(self) -> int:
-        """Partitions that are stored and rolled up."""
-        return sum(
-            count
-            for (count,) in self.rows(
-                "SELECT count(*) FROM marketdata.partitions WHERE rolled = digest"
-            )
-        )
+    def count_done(self) -> int:
+        """Count the partitions that are stored and rolled up."""
+        sql = "SELECT count(*) FROM marketdata.partitions WHERE rolled = digest"
+        return sum(count for (count,) in self.rows(sql))
 
-    def working(self) -> set[str]:
-        """Who works on a run: the workers whose Celery child has said so."""
+    def busy_workers(self) -> set[str]:
+        """Return the workers that execute a run, by their logs."""
         return {
             name
             for name in self.processes
@@ -160,9 +152,9 @@ class Fleet:
             f"== {file.name}\n{file.read_text()[-3000:]}" for file in self.folder.glob("*.log")
         )
 
-    def until(self, true: Callable[[], Any], seconds: float, what: str) -> None:
+    def wait_until(self, condition: Callable[[], Any], seconds: float, what: str) -> None:
         try:
-            soon(true, seconds, what)
+            wait_until(condition, seconds, what)
         except BaseException:
             sys.stderr.write(self.logs())
             raise
@@ -199,17 +191,17 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(
 ):
     for name in ("one", "two"):
         fleet.start(name, "worker", "--processes", "1")
-    fleet.until(
-        lambda: all(check(fleet, "worker", name) for name in ("one", "two")),
+    fleet.wait_until(
+        lambda: all(is_alive(fleet, "worker", name) for name in ("one", "two")),
         60,
         "both workers are ready",
     )
     fleet.redis.restart()
     fleet.start("daemon", "daemon")
-    fleet.until(lambda: fleet.working() >= {"one", "two"}, 90, "both workers work")
+    fleet.wait_until(lambda: fleet.busy_workers() >= {"one", "two"}, 90, "both workers work")
     fleet.kill("one")
-    assert not check(fleet, "worker", "one")
-    fleet.until(
+    assert not is_alive(fleet, "worker", "one")
+    fleet.wait_until(
         lambda: fleet.rows("SELECT 1 FROM runs WHERE status = 'FAILURE'"),
         40,
         "the dead worker's run has failed",
@@ -217,9 +209,9 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(
     fleet.postgres.stop()
     fleet.postgres.start()
     fleet.start("three", "worker", "--processes", "1")
-    fleet.until(lambda: fleet.done() == 8, 120, "all partitions are stored and rolled up")
+    fleet.wait_until(lambda: fleet.count_done() == 8, 120, "all partitions are rolled up")
 
-    assert check(fleet, "daemon", "daemon")
+    assert is_alive(fleet, "daemon", "daemon")
     command = [sys.executable, "-m", "marketdata_assets.cli.main", "serve", "daemon"]
     second = subprocess.run(
         command, env=fleet.environment("other"), capture_output=True, text=True, timeout=60
@@ -231,10 +223,10 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(
 
     prune_keeps_what_pages_show(fleet)
 
-    # the limit held across all workers, whoever died
-    asked = sorted(fleet.asked)
-    assert max(bisect_left(asked, moment + 60) - i for i, moment in enumerate(asked)) <= PER_MINUTE
-    # nothing was lost or doubled: the same objects as one machine alone would have made
+    # the limit holds across all workers, although one died
+    times = sorted(fleet.request_times)
+    assert max(bisect_left(times, time + 60) - i for i, time in enumerate(times)) <= PER_MINUTE
+    # no bar is lost or doubled: the objects are those that one machine alone makes
     settings = settings_of(fleet, monkeypatch)
     with open_context(settings) as context:
         shared = contents(context)
@@ -264,38 +256,44 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(
 
 
 def prune_keeps_what_pages_show(fleet: Fleet) -> None:
-    kinds = "('ASSET_MATERIALIZATION', 'ASSET_CHECK_EVALUATION', 'PIPELINE_SUCCESS', 'PIPELINE_FAILURE')"
+    kinds = (
+        "('ASSET_MATERIALIZATION', 'ASSET_CHECK_EVALUATION', 'PIPELINE_SUCCESS',"
+        " 'PIPELINE_FAILURE')"
+    )
     columns = "dagster_event_type, asset_key, partition"
-    shown = f"SELECT {columns}, count(*) FROM event_logs WHERE dagster_event_type IN {kinds} GROUP BY {columns} ORDER BY {columns}"
+    shown = (
+        f"SELECT {columns}, count(*) FROM event_logs WHERE dagster_event_type IN {kinds}"
+        f" GROUP BY {columns} ORDER BY {columns}"
+    )
     before, everything = fleet.rows(shown), fleet.rows("SELECT count(*) FROM event_logs")[0][0]
     fleet.kill("daemon")
     command = [sys.executable, "-m", "marketdata_assets.cli.main", "prune", "--days", "0"]
-    gone = json.loads(
+    summary = json.loads(
         subprocess.run(
             command, env=fleet.environment("other"), capture_output=True, text=True, check=True
         ).stdout
     )
-    assert gone["runs"] > 3
-    assert gone["log_bytes"] > 10_000
+    assert summary["runs"] > 3
+    assert summary["log_bytes"] > 10_000
     assert fleet.rows(shown) == before
     assert fleet.rows("SELECT count(*) FROM event_logs")[0][0] < everything / 1.5
 
 
 def contents(context: Any) -> dict[tuple[str, ...], str]:
-    """Every object of two tables, by what its rows say."""
+    """Return the fingerprint of every object of two tables."""
     tables = raw(TIMEFRAMES["1m"]), rollup(TIMEFRAMES["1h"])
-    places = [
+    objects = [
         (table, Partition.parse("|".join(key)))
         for table in tables
         for key in context.storage.lake.sizes(table)
     ]
     return {
         (table.name, partition.key): fingerprint(context.storage.lake.read(table, partition))
-        for table, partition in places
+        for table, partition in objects
     }
 
 
-def check(fleet: Fleet, role: str, name: str) -> bool:
+def is_alive(fleet: Fleet, role: str, name: str) -> bool:
     command = [sys.executable, "-m", "marketdata_assets.cli.main", "serve", role, "--check"]
     return subprocess.run(command, env=fleet.environment(name), capture_output=True).returncode == 0
 
@@ -319,7 +317,7 @@ def test_no_password_lies_in_a_file(
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         (
             "database: postgresql://desk:secret@host/market",
@@ -329,7 +327,7 @@ def test_no_password_lies_in_a_file(
         ("broker: localhost", "a URL such as redis://"),
     ],
 )
-def test_wrong_places_of_servers_are_told(line: str, says: str, tmp_path: Path):
+def test_a_wrong_address_of_a_server_is_bad_input(line: str, message: str, tmp_path: Path):
     file = tmp_path / "universe.yaml"
     file.write_text(f"venues: {{binance: {{symbols: [BTC/USDT], since: 2024-01-01}}}}\n{line}\n")
     done = subprocess.run(
@@ -337,7 +335,7 @@ def test_wrong_places_of_servers_are_told(line: str, says: str, tmp_path: Path):
         env={**os.environ, "MARKETDATA_UNIVERSE": str(file)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
-    assert says in " ".join(done.stderr.split())
+    assert message in " ".join(done.stderr.split())
     assert "secret" not in done.stderr
 
 
@@ -352,7 +350,7 @@ def test_one_role_needs_the_servers(universe: Callable[..., Settings]):
     assert "there is no `database:`, which many machines need" in " ".join(done.stderr.split())
 
 
-def test_a_dagster_yaml_of_ones_own_is_used_as_it_is(
+def test_a_dagster_yaml_of_the_user_is_used_as_it_is(
     universe: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     settings = universe("http://127.0.0.1:1", lake="s3://bucket/lake")
