@@ -1,5 +1,6 @@
-"""`deploy/` is right without a cluster: every file is rendered and read by what will read it
-(Kubernetes' models, Dagster, our CLI).
+"""`deploy/` is checked without a cluster: what reads a file there reads it here.
+
+That is Kubernetes' own models, Dagster and our command line.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ VALUES = yaml.safe_load((K8S / "values.yaml").read_text())
 USER = 10001
 
 
-# --------------------------------------------------------------------------------- Kubernetes' own
+# --------------------------------------------------------------------------------- Kubernetes
 PLAIN: dict[str, Any] = {
     "str": str,
     "int": int,
@@ -57,8 +58,9 @@ PLAIN: dict[str, Any] = {
 
 
 def faults(value: Any, kind: str, place: str) -> Iterator[str]:
-    """What the API server would refuse or ignore: unknown fields, wrong types, missing fields. `kind`
-    as the models write it.
+    """Yield what the API server refuses or ignores: unknown fields, wrong types, missing fields.
+
+    `kind` is a type as Kubernetes' models write it.
     """
     if kind == "object" or value is None:
         return
@@ -83,7 +85,7 @@ def _model_faults(value: dict[str, Any], model: Any, place: str) -> Iterator[str
             item, model.openapi_types[attribute], f"{place}.{model.attribute_map[attribute]}"
         )
     try:
-        model(**known)  # the models know what is required
+        model(**known)  # raises where a required field is missing
     except ValueError as error:
         yield f"{place}: {error}"
 
@@ -95,7 +97,7 @@ def check(document: dict[str, Any]) -> list[str]:
     return list(faults(document, f"V1{document['kind']}", document["kind"]))
 
 
-# --------------------------------------------------------------------------------- what `kubectl ap
+# --------------------------------------------------------------------------------- rendering
 def documents(name: str) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all((K8S / name).read_text()) if document]
 
@@ -111,8 +113,9 @@ ENVIRONMENT = env_file((K8S / "environment.env").read_text())
 
 
 def rendered() -> list[dict[str, Any]]:
-    """Our reading of kustomization.yaml; `test_kustomize_agrees` compares it with the real one where
-    there is a kubectl.
+    """Render kustomization.yaml by hand.
+
+    `test_kustomize_agrees` compares it with kubectl's own, where there is one.
     """
     found = [document for name in KUSTOMIZATION["resources"] for document in documents(name)]
     for entry in KUSTOMIZATION["configMapGenerator"]:
@@ -146,7 +149,7 @@ def test_every_manifest_is_valid() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (
             lambda spec: spec["containers"][0].update(livenesProbe={}),
@@ -165,10 +168,10 @@ def test_every_manifest_is_valid() -> None:
         ),
     ],
 )
-def test_the_validator_can_fail(change: Any, says: str) -> None:
+def test_the_validator_can_fail(change: Any, message: str) -> None:
     broken = json.loads(json.dumps(DEPLOYMENTS["daemon"]))
     change(broken["spec"]["template"]["spec"])
-    assert [fault for fault in check(broken) if says in fault]
+    assert [fault for fault in check(broken) if message in fault]
 
 
 def test_kustomization_names_every_manifest() -> None:
@@ -185,7 +188,7 @@ def test_kustomization_names_every_manifest() -> None:
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is absent")
 def test_kustomize_agrees(tmp_path: Path) -> None:
-    """Another image in environment.env reaches every container; all else is as we read it."""
+    """Another image in environment.env reaches every container; the rest is as rendered here."""
     folder = Path(shutil.copytree(K8S, tmp_path / "k"))
     file = folder / "environment.env"
     file.write_text(
@@ -204,7 +207,7 @@ def _sorted(document: Any) -> str:
     return json.dumps(document, sort_keys=True)
 
 
-# --------------------------------------------------------------------------------- what every pod h
+# --------------------------------------------------------------------------------- pods
 def check_pod(spec: dict[str, Any], long_running: bool) -> None:
     security = spec["securityContext"]
     assert security["runAsNonRoot"] is True
@@ -284,7 +287,7 @@ def test_access_is_what_the_launcher_calls() -> None:
     }
 
 
-# --------------------------------------------------------------------------------- Dagster reads it
+# --------------------------------------------------------------------------------- Dagster
 @pytest.fixture
 def instance_ref(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InstanceRef:
     for key, value in {
@@ -334,7 +337,7 @@ def test_limits_are_the_built_in_ones_but_wider() -> None:
 
 
 class _Cluster:
-    """Stands where the launcher calls Kubernetes."""
+    """Replaces the client by which the launcher calls Kubernetes."""
 
     def __init__(self) -> None:
         self.jobs: list[tuple[str, dict[str, Any]]] = []
@@ -366,12 +369,12 @@ CODE = """
 import dagster as dg
 
 @dg.op
-def say():
-    print("said in the pod")
+def greet():
+    print("printed in the pod")
 
 @dg.job(executor_def=dg.in_process_executor)
 def ingest():
-    say()
+    greet()
 
 defs = dg.Definitions(jobs=[ingest])
 """
@@ -411,8 +414,9 @@ def test_a_run_needs_nothing_but_its_pod(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The Job's own command, with its environment alone: state in a real PostgreSQL, output in S3, no
-    folder of the daemon's.
+    """The Job's own command runs with its environment alone, without a folder of the daemon.
+
+    State is in a real PostgreSQL, output in S3.
     """
     parts, s3 = urlsplit(database), ThreadedMotoServer(port=0)
     s3.start()
@@ -428,7 +432,8 @@ def test_a_run_needs_nothing_but_its_pod(
     boto3.client("s3").create_bucket(Bucket=ENVIRONMENT["MARKETDATA_LOGS_BUCKET"])
     home = tmp_path / "home"
     home.mkdir()
-    socket = f"params: {{ host: {parse_qs(parts.query)['host'][0]} }}"  # the test's server listens on no port
+    # the test's server listens on no port
+    socket = f"params: {{ host: {parse_qs(parts.query)['host'][0]} }}"
     (home / "dagster.yaml").write_text(
         (K8S / "dagster.yaml")
         .read_text()
@@ -436,7 +441,7 @@ def test_a_run_needs_nothing_but_its_pod(
     )
     with dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home))) as instance:
         run_id, job = launch(instance, instance.run_launcher, code)
-        home.rename(tmp_path / "of the daemon")
+        home.rename(tmp_path / "home of the daemon")
         (container,) = job["spec"]["template"]["spec"]["containers"]
         given = {entry["name"]: entry["value"] for entry in container["env"]} | {
             "DAGSTER_HOME": str(tmp_path)
@@ -459,10 +464,8 @@ def test_a_run_needs_nothing_but_its_pod(
     s3.stop()
 
 
-def test_helm_values_say_the_same() -> None:
-    """What the official chart makes of values.yaml for its launcher is what our dagster.yaml says, and
-    Dagster accepts it.
-    """
+def test_helm_values_equal_our_dagster_yaml() -> None:
+    """The official chart makes our dagster.yaml of values.yaml, and Dagster accepts it."""
     ours = yaml.safe_load((K8S / "dagster.yaml").read_text())
     helm = VALUES["runLauncher"]["config"]["k8sRunLauncher"]
     config = {
@@ -602,7 +605,7 @@ IMAGE_ENV = dict(re.findall(r"(MARKETDATA_\w+)=(\S+)", (DEPLOY / "Dockerfile").r
 
 @pytest.mark.parametrize("where", ["compose", "kubernetes"])
 def test_the_universe_loads(where: str) -> None:
-    """The variables of a container and its universe make settings that many workers can share."""
+    """The variables and the universe of a container are settings that many workers can share."""
     compose = {
         k: interpolate(v)
         for k, v in COMPOSE["services"]["worker"]["environment"].items()
@@ -625,7 +628,7 @@ def test_the_universe_loads(where: str) -> None:
     )
 
 
-# --------------------------------------------------------------------------------- image, commands,
+# --------------------------------------------------------------------------------- image, secrets
 def test_dockerfile() -> None:
     text = re.sub(r"\\\n\s*", "", (DEPLOY / "Dockerfile").read_text())
     steps = [line.split(None, 1) for line in text.splitlines() if line and not line.startswith("#")]
@@ -661,7 +664,7 @@ def test_dockerfile() -> None:
 
 
 def commands() -> Iterator[list[str]]:
-    """Every `marketdata ...` that a file of deploy/ starts."""
+    """Yield every command that a file of deploy/ starts."""
     for name in OURS:
         service = COMPOSE["services"][name]
         yield from (service["command"], service["healthcheck"]["test"][1:])
@@ -681,7 +684,7 @@ def commands() -> Iterator[list[str]]:
     "command", sorted({" ".join(c) for c in commands() if c[0] == "marketdata"})
 )
 def test_every_command_exists(command: str) -> None:
-    """Parsed by the CLI itself: name, arguments and options."""
+    """The command line itself parses name, arguments and options."""
     _, name, *arguments = command.split()
     known = get_command(app).commands  # type: ignore[attr-defined]
     assert name in known
@@ -689,7 +692,7 @@ def test_every_command_exists(command: str) -> None:
 
 
 def secrets_in(text: str) -> list[str]:
-    """Values that stand where a secret belongs; `${NAME...}` and `{ env: NAME }` are none."""
+    """Return values where a secret belongs; `${NAME...}` and `{ env: NAME }` are none."""
     text = re.sub(r"\$\{[^}]*\}", "$", text)
     named = re.findall(
         r"(?im)^[^#\n]*?(\w*(?:password|passwd|cli_auth|access_key|token)[:=] *[^\s#]+)", text
