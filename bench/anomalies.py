@@ -1,13 +1,14 @@
-"""How often the anomaly rules speak on real bars, and how many planted errors they find, beside a
-rolling z-score of 3.
+"""Measures false alarms of the anomaly rules on real bars and their recall on planted errors.
+
+A rolling z-score of 3 is measured beside them.
 
     python bench/anomalies.py [--data ../shared/marketdata] [--plants 1000] [--seed 1]
 
-First table: every real file of 1m, 15m, 1h and 1d bars, judged month by month as an ingest does it.
-Second table: for each kind of error so many of them at random real bars of all markets, each such
-that the row rules let it pass. An error counts as found when an anomaly holds its bar; the z-score
-(of returns of closes, against the 60 before) when it speaks at its bar or the next. Prices and
-volumes stay decimals; nothing is written.
+The first table judges every real file of 1m, 15m, 1h and 1d bars by month, as an ingest does.
+The second table plants each kind of error at random real bars of all markets; all of these errors
+pass the row rules. The rules find an error when an anomaly holds its bar. The z-score (of returns
+of closes, against the 60 before) finds an error when it exceeds 3 at the bar or at the next one.
+Prices and volumes stay decimals, and nothing is written.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ Row = dict[str, Any]
 Rows = list[Row]
 MINUTE = TIMEFRAMES["1m"]
 BLOCK = 40
-"""An error and what must lie around it undisturbed."""
+"""Bars of a planted error together with the unchanged bars that must follow it."""
 
 
-# --------------------------------------------------------------------------------- the real bars
-def markets(data: Path, timeframe: str = "1m") -> dict[str, pl.DataFrame]:
-    """All real bars of a timeframe, by venue and symbol, in the model's columns."""
+# --------------------------------------------------------------------------------- real bars
+def read_markets(data: Path, timeframe: str = "1m") -> dict[str, pl.DataFrame]:
+    """Return all real bars of a timeframe, by venue and symbol, in the model's columns."""
     found: dict[str, list[pl.DataFrame]] = {}
     for file in sorted(data.glob(f"*/*/{timeframe}/*.parquet")):
         frame = pl.read_parquet(file)
         if frame.schema.get("close") == pl.Float64 and "time" not in frame.columns:
-            continue  # the native bars, in floats: the same minutes again
+            continue  # native bars in floats repeat the minutes of other files
         found.setdefault(f"{file.parts[-4]} {file.parts[-3]}", []).append(as_bars(frame))
-    if timeframe == "1m":  # a futures month that no limit was chosen by
+    if timeframe == "1m":  # a futures month that was not used to choose the limits
         with zipfile.ZipFile(data / "csv_import" / "UMFUT-FILUSDT-1m-2023-09.zip") as archive:
             frame = pl.read_csv(archive.read(archive.namelist()[0]), infer_schema=False).cast(
                 {"open_time": pl.Int64}
@@ -59,7 +60,7 @@ def markets(data: Path, timeframe: str = "1m") -> dict[str, pl.DataFrame]:
 
 
 def as_bars(frame: pl.DataFrame) -> pl.DataFrame:
-    """A file's columns as the model's; what it does not have is null."""
+    """Convert a file's columns to the model's columns; a column that is missing is null."""
     frame = frame.rename(
         {
             old: new
@@ -78,8 +79,8 @@ def as_bars(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.select(opens, *given)
 
 
-def months(bars: pl.DataFrame, timeframe: Timeframe) -> Iterator[tuple[pl.DataFrame, Window]]:
-    """What an ingest would judge: each month with the bars around it."""
+def split_months(bars: pl.DataFrame, timeframe: Timeframe) -> Iterator[tuple[pl.DataFrame, Window]]:
+    """Yield each month with the bars around it, as an ingest judges them."""
     context = CONTEXT * timeframe.width
     for start in bars["open_time"].dt.truncate("1mo").unique().sort():
         month = month_of(start)
@@ -96,40 +97,41 @@ def months(bars: pl.DataFrame, timeframe: Timeframe) -> Iterator[tuple[pl.DataFr
 def judge(bars: pl.DataFrame, timeframe: Timeframe = MINUTE) -> list[Any]:
     return [
         found
-        for frame, month in months(bars, timeframe)
+        for frame, month in split_months(bars, timeframe)
         for found in find_anomalies(frame, timeframe, month)
     ]
 
 
 @contextmanager
-def half_the_limits() -> Iterator[None]:
-    """Every floor and every factor halved: how much room real bars leave."""
-    whole = dict(RULES)
+def halve_limits() -> Iterator[None]:
+    """Halve every floor and factor, to show the distance between the limits and real bars."""
+    original = dict(RULES)
     RULES.update(
         {
             name: replace(rule, floor=rule.floor / 2, times=rule.times / 2)
-            for name, rule in whole.items()
+            for name, rule in original.items()
         }
     )
     rules.GAPS /= 2
     try:
         yield
     finally:
-        RULES.update(whole)
+        RULES.update(original)
         rules.GAPS *= 2
 
 
 def z_score(bars: pl.DataFrame) -> pl.Series:
-    """Where the return lies more than three deviations from the mean of the 60 before."""
+    """Mark bars whose return is over three deviations from the mean of the 60 before."""
     returns = bars.select(pl.col("close").cast(pl.Float64).log().diff()).to_series()
     deviation = (returns - returns.rolling_mean(60).shift(1)) / returns.rolling_std(60).shift(1)
     return (deviation.abs() > 3).fill_null(False)
 
 
-# --------------------------------------------------------------------------------- the errors
-def scaled(row: Row, factor: Decimal, *names: str) -> Row:
-    """Some prices times a factor; high and low follow, and so does the quote volume where all prices
-    move.
+# --------------------------------------------------------------------------------- errors
+def scale_prices(row: Row, factor: Decimal, *names: str) -> Row:
+    """Multiply some prices by a factor and adjust high and low.
+
+    The quote volumes are multiplied as well when all prices are.
     """
     places = Decimal(1).scaleb(-12)
     new = row | {name: (row[name] * factor).quantize(places) for name in names}
@@ -143,21 +145,21 @@ def scaled(row: Row, factor: Decimal, *names: str) -> Row:
     return new
 
 
-def all_prices(factor: str, bars: int = 1) -> Callable[[Rows], Rows]:
-    return lambda rows: [scaled(row, Decimal(factor), *PRICES) for row in rows[:bars]]
+def scale_all_prices(factor: str, bars: int = 1) -> Callable[[Rows], Rows]:
+    return lambda rows: [scale_prices(row, Decimal(factor), *PRICES) for row in rows[:bars]]
 
 
-def one_price(name: str, factor: str) -> Callable[[Rows], Rows]:
-    return lambda rows: [scaled(rows[0], Decimal(factor), name)]
+def scale_one_price(name: str, factor: str) -> Callable[[Rows], Rows]:
+    return lambda rows: [scale_prices(rows[0], Decimal(factor), name)]
 
 
-def transposed(rows: Rows) -> Rows:
-    """The first two different digits of the close change places."""
+def swap_digits(rows: Rows) -> Rows:
+    """Swap the first two adjacent digits of the close that differ."""
     text = format(rows[0]["close"], "f")
     digits = [i for i, letter in enumerate(text) if letter != "."]
     i, j = next(pair for pair in itertools.pairwise(digits) if text[pair[0]] != text[pair[1]])
     return [
-        scaled(
+        scale_prices(
             rows[0]
             | {"close": Decimal(text[:i] + text[j] + text[i + 1 : j] + text[i] + text[j + 1 :])},
             Decimal(1),
@@ -165,12 +167,12 @@ def transposed(rows: Rows) -> Rows:
     ]
 
 
-def swapped(rows: Rows) -> Rows:
+def swap_open_and_close(rows: Rows) -> Rows:
     return [rows[0] | {"open": rows[0]["close"], "close": rows[0]["open"]}]
 
 
-def frozen(bars: int) -> Callable[[Rows], Rows]:
-    """The first bar's prices again and again; volumes go on, at those prices."""
+def freeze_prices(bars: int) -> Callable[[Rows], Rows]:
+    """Repeat the first bar's prices, with the volumes of each bar."""
 
     def plant(rows: Rows) -> Rows:
         prices = {name: rows[0][name] for name in PRICES}
@@ -182,12 +184,12 @@ def frozen(bars: int) -> Callable[[Rows], Rows]:
     return plant
 
 
-def repeated(bars: int) -> Callable[[Rows], Rows]:
-    """The first bar again and again, volumes and all."""
+def repeat_bar(bars: int) -> Callable[[Rows], Rows]:
+    """Repeat the first bar with its volumes."""
     return lambda rows: [rows[0] | {"open_time": row["open_time"]} for row in rows[1:bars]]
 
 
-def more_volume(factor: int, trades: bool) -> Callable[[Rows], Rows]:
+def multiply_volume(factor: int, trades: bool) -> Callable[[Rows], Rows]:
     names = [
         "volume",
         "quote_volume",
@@ -200,37 +202,37 @@ def more_volume(factor: int, trades: bool) -> Callable[[Rows], Rows]:
     ]
 
 
-def no_volume(rows: Rows) -> Rows:
+def clear_volume(rows: Rows) -> Rows:
     names = ("volume", "quote_volume", "taker_buy_volume", "taker_buy_quote_volume", "trades")
     return [rows[0] | {name: rows[0][name] * 0 for name in names if rows[0][name] is not None}]
 
 
 KINDS: dict[str, Callable[[Rows], Rows]] = {
     **{
-        f"all prices x {f}": all_prices(f)
+        f"all prices x {f}": scale_all_prices(f)
         for f in ("1.005", "1.01", "0.99", "1.03", "0.97", "1.1", "0.9", "10", "0.1")
     },
-    **{f"all prices of 5 bars x {f}": all_prices(f, 5) for f in ("1.01", "0.97")},
-    "all prices of 30 bars x 1.03": all_prices("1.03", 30),
-    **{f"close x {f}": one_price("close", f) for f in ("1.01", "0.97", "1.1", "10")},
-    **{f"open x {f}": one_price("open", f) for f in ("0.99", "1.03")},
-    "close of another market (ETH for BTC)": one_price("close", "0.0712345"),
-    "close with two digits swapped": transposed,
-    "open and close swapped": swapped,
-    **{f"high x {f}": one_price("high", f) for f in ("1.01", "1.03", "1.1", "10")},
-    **{f"low x {f}": one_price("low", f) for f in ("0.99", "0.97", "0.9", "0.1")},
-    **{f"{n} bars with the same prices": frozen(n) for n in (10, 20, 40)},
-    **{f"{n} bars the same, volume too": repeated(n) for n in (5, 10, 40)},
-    "volume x 1000": more_volume(1000, trades=False),
-    "volume and trades x 1000": more_volume(1000, trades=True),
-    "volume 0, prices as they were": no_volume,
+    **{f"all prices of 5 bars x {f}": scale_all_prices(f, 5) for f in ("1.01", "0.97")},
+    "all prices of 30 bars x 1.03": scale_all_prices("1.03", 30),
+    **{f"close x {f}": scale_one_price("close", f) for f in ("1.01", "0.97", "1.1", "10")},
+    **{f"open x {f}": scale_one_price("open", f) for f in ("0.99", "1.03")},
+    "close of another market (ETH for BTC)": scale_one_price("close", "0.0712345"),
+    "close with two digits swapped": swap_digits,
+    "open and close swapped": swap_open_and_close,
+    **{f"high x {f}": scale_one_price("high", f) for f in ("1.01", "1.03", "1.1", "10")},
+    **{f"low x {f}": scale_one_price("low", f) for f in ("0.99", "0.97", "0.9", "0.1")},
+    **{f"{n} bars with the same prices": freeze_prices(n) for n in (10, 20, 40)},
+    **{f"{n} bars the same, volume too": repeat_bar(n) for n in (5, 10, 40)},
+    "volume x 1000": multiply_volume(1000, trades=False),
+    "volume and trades x 1000": multiply_volume(1000, trades=True),
+    "volume 0, prices as they were": clear_volume,
 }
 
 
-def planted(
+def plant_errors(
     bars: pl.DataFrame, plant: Callable[[Rows], Rows], places: list[int]
 ) -> tuple[pl.DataFrame, list[tuple[Any, Any]]]:
-    """The bars with errors at these rows, and the first and last open time of each error."""
+    """Return the bars with errors at these rows, and the first and last open time of each error."""
     new: Rows = []
     spans = []
     for place in places:
@@ -246,23 +248,23 @@ def planted(
 def recall(
     real: dict[str, pl.DataFrame], plant: Callable[[Rows], Rows], places: dict[str, list[int]]
 ) -> tuple[Counter[str], Counter[str]]:
-    """How many errors of each market were found, by us and by the z-score, and the latter's rate on
-    changed bars.
-    """
+    """Count the errors of each market that the rules find and that the z-score finds."""
     ours: Counter[str] = Counter()
     zs: Counter[str] = Counter()
     for name, bars in real.items():
-        changed, spans = planted(bars, plant, places[name])
+        changed, spans = plant_errors(bars, plant, places[name])
         found = judge(changed)
-        loud = changed.filter(z_score(changed))["open_time"]
+        above_3 = changed.filter(z_score(changed))["open_time"]
         for first, last in spans:
             ours[name] += any(one.start <= last and first < one.end for one in found)
-            zs[name] += loud.is_between(first, last + MINUTE.width).any()
+            zs[name] += above_3.is_between(first, last + MINUTE.width).any()
     return ours, zs
 
 
-def choose(real: dict[str, pl.DataFrame], count: int, dice: random.Random) -> dict[str, list[int]]:
-    """So many traded bars, each in a stretch of its own, markets by their size."""
+def choose_places(
+    real: dict[str, pl.DataFrame], count: int, dice: random.Random
+) -> dict[str, list[int]]:
+    """Choose `count` traded bars, each in a separate stretch, from each market by its size."""
     total, before, places = sum(bars.height for bars in real.values()), 0, {}
     for name, bars in real.items():
         share = round(count * (before + bars.height) / total) - round(count * before / total)
@@ -279,32 +281,33 @@ def choose(real: dict[str, pl.DataFrame], count: int, dice: random.Random) -> di
     return places
 
 
-# --------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------- tables
 def print_rates(data: Path) -> None:
     head = f"{'real bars':44}{'bars':>9}{'found':>7}{'per million':>13}{'half limits':>13}"
     print(f"{head}{'z-score 3':>12}{'per million':>13}{'ms a month':>12}  found at half limits")
     for timeframe in ("1m", "15m", "1h", "1d"):
-        for name, bars in markets(data, timeframe).items():
+        for name, bars in read_markets(data, timeframe).items():
             begun = time.perf_counter()
             found = judge(bars, TIMEFRAMES[timeframe])
             spent = (time.perf_counter() - begun) / bars["open_time"].dt.truncate("1mo").n_unique()
-            with half_the_limits():
+            with halve_limits():
                 looser = judge(bars, TIMEFRAMES[timeframe])
-            loud = int(z_score(bars).sum())
+            above_3 = int(z_score(bars).sum())
             kinds = ", ".join(
                 f"{kind} {count}" for kind, count in Counter(one.kind for one in looser).items()
             )
-            row = f"{name + ' ' + timeframe:44}{bars.height:9}{len(found):7}{len(found) / bars.height * 1e6:13.0f}{len(looser):13}"
-            print(f"{row}{loud:12}{loud / bars.height * 1e6:13.0f}{spent * 1000:12.1f}  {kinds}")
+            million = 1e6 / bars.height
+            row = f"{name + ' ' + timeframe:44}{bars.height:9}{len(found):7}"
+            row += f"{len(found) * million:13.0f}{len(looser):13}"
+            print(f"{row}{above_3:12}{above_3 * million:13.0f}{spent * 1000:12.1f}  {kinds}")
 
 
 def print_recall(real: dict[str, pl.DataFrame], count: int, seed: int) -> None:
     liquid = [name for name in real if name.startswith("binance_spot ")]
-    print(
-        f"\n{'planted errors, found in %':44}{'errors':>9}{'all':>7}{'Binance':>13}{'others':>12}{'z-score 3':>13}"
-    )
+    head = f"{'planted errors, found in %':44}{'errors':>9}{'all':>7}"
+    print(f"\n{head}{'Binance':>13}{'others':>12}{'z-score 3':>13}")
     for kind, plant in KINDS.items():
-        places = choose(real, count, random.Random(f"{seed} {kind}"))
+        places = choose_places(real, count, random.Random(f"{seed} {kind}"))
         ours, zs = recall(real, plant, places)
         sizes = {name: len(chosen) for name, chosen in places.items()}
         here = sum(sizes[name] for name in liquid)
@@ -315,11 +318,11 @@ def print_recall(real: dict[str, pl.DataFrame], count: int, seed: int) -> None:
             sum(ours[name] for name in real if name not in liquid) / rest,
             sum(zs.values()) / (here + rest),
         )
-        told = "".join(
+        cells = "".join(
             f"{100 * share:{width}.1f}"
             for share, width in zip(shares, (7, 13, 12, 13), strict=True)
         )
-        print(f"{kind:44}{here + rest:9}{told}")
+        print(f"{kind:44}{here + rest:9}{cells}")
 
 
 def main() -> None:
@@ -333,7 +336,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     print_rates(options.data)
-    print_recall(markets(options.data), options.plants, options.seed)
+    print_recall(read_markets(options.data), options.plants, options.seed)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""What automation costs at 500 markets x 96 months: a tick of `backfill_missed`, of `watch_markets`,
-and the UI's partition page.
+"""Measures automation at 500 markets x 96 months: sensor ticks and the UI's partition page.
 
     python bench/automation.py [--markets 500] [--months 96] [--lost 200] [--keep FOLDER]
 
-The lake holds one small object per partition, the ledger a complete row, and Dagster a
-materialization each (one real event, copied in its database). CPU seconds are the robust figure;
-each tick stands beside the bare work it cannot avoid: reading the ledger's rows, asking for every
-object's size, and reading what Dagster shows.
+For each partition the lake holds one small object, the ledger a complete row, and Dagster a
+materialization (one real event that is copied in its database). CPU seconds are the robust figure.
+The bare work that a tick cannot avoid is measured as well: it reads the ledger's rows, the size of
+every object, and what Dagster shows.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def universe(folder: Path, markets: int, months: int) -> Settings:
 
 
 def fill(settings: Settings, instance: dg.DagsterInstance) -> list[Partition]:
-    """Every partition there, by the lake, by the ledger and by Dagster."""
+    """Create every partition in the lake, in the ledger and in Dagster."""
     partitions = settings.partitions(settings.markets, settings.span(settings.markets[0]))
     table = raw_table(next(iter(settings.venues.values())).base)
     for partition in partitions:
@@ -116,7 +115,7 @@ def copy_events(instance: dg.DagsterInstance, table: Table, partitions: list[Par
         )
 
 
-def measured(work: Callable[[], Any]) -> tuple[float, float, Any]:
+def measure_once(work: Callable[[], Any]) -> tuple[float, float, Any]:
     begun, cpu = time.perf_counter(), sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     result = work()
     return (
@@ -127,7 +126,7 @@ def measured(work: Callable[[], Any]) -> tuple[float, float, Any]:
 
 
 def show(name: str, work: Callable[[], Any], times: int = 3) -> Any:
-    found = [measured(work) for _ in range(times)]
+    found = [measure_once(work) for _ in range(times)]
     wall, cpu, result = sorted(found, key=lambda f: f[1])[times // 2]
     print(f"{name:58} {wall:7.2f} s wall {cpu:7.2f} s CPU", flush=True)
     return result
@@ -140,19 +139,19 @@ def main() -> None:
     parser.add_argument("--markets", type=int, default=500)
     parser.add_argument("--months", type=int, default=96)
     parser.add_argument("--lost", type=int, default=200)
-    parser.add_argument("--keep", type=Path, help="build it here and leave it")
-    asked = parser.parse_args()
-    folder = asked.keep or Path(tempfile.mkdtemp(prefix="marketdata-automation-"))
+    parser.add_argument("--keep", type=Path, help="create the data in this folder and keep it")
+    options = parser.parse_args()
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="marketdata-automation-"))
     folder.mkdir(exist_ok=True)
-    settings = universe(folder.absolute(), asked.markets, asked.months)
+    settings = universe(folder.absolute(), options.markets, options.months)
     os.environ.update(dagster_environment(settings))
     try:
         with dg.DagsterInstance.get() as instance:
             partitions = fill(settings, instance)
             print(f"{len(partitions)} partitions")
-            measure(settings, instance, partitions, asked.lost)
+            measure(settings, instance, partitions, options.lost)
     finally:
-        if not asked.keep:
+        if not options.keep:
             shutil.rmtree(folder)
 
 
@@ -171,17 +170,17 @@ def measure(
             if isinstance(result, dg.SensorResult) and result.skip_reason
             else ""
         )
-        return skipped or f"{len(getattr(result, 'run_requests', None) or ())} runs asked for"
+        return skipped or f"{len(getattr(result, 'run_requests', None) or ())} runs requested"
 
-    def bare() -> None:
+    def read_everything() -> None:
         with open_context(settings) as context:
             context.ledger.partitions.summaries(table)
             context.storage.lake.list_sizes(table)
         instance.get_materialized_partitions(asset_key(table))
 
-    show("the bare reading of ledger, lake and Dagster", bare)
-    print("   ", show("backfill_missed, all there", lambda: tick("backfill_missed")))
-    print("   ", show("watch_markets, all there", lambda: tick("watch_markets")))
+    show("bare reading of ledger, lake and Dagster", read_everything)
+    print("   ", show("backfill_missed, nothing is missing", lambda: tick("backfill_missed")))
+    print("   ", show("watch_markets, nothing is missing", lambda: tick("watch_markets")))
     for partition in random.Random(1).sample(partitions, lost):
         Path(settings.lake, table.path(partition)).unlink()
     print(

@@ -1,9 +1,10 @@
-"""Backfill of a million bars: beside the venue's limit, and beside a bare loop over the same pages.
+"""Measures a backfill of a million bars against the venue's limit and against a bare loop.
 
     python bench/backfill.py [--bars 1000000] [--limit 3000] [--rollups duckdb]
 
-The exchange is the sandbox in a process of its own, with its pages made beforehand, so that making
-them is not measured. All figures come from one run on one machine: read the ratios.
+The bare loop fetches the same pages. The exchange is the sandbox in a separate process; its pages
+are created beforehand, so that their creation is not measured. All figures come from one run on one
+machine: read the ratios.
 """
 
 from __future__ import annotations
@@ -33,52 +34,55 @@ PAGE, IN_FLIGHT = 998, 8
 
 
 def serve(port_file: str) -> None:
-    """The sandbox behind a cache of whole answers; /_first tells when the first bar request came,
-    /_forget clears it.
+    """Serve the sandbox behind a cache of complete answers.
+
+    /_first returns the times of the first and the last bar request and their number; /_forget
+    clears them.
     """
     from marketdata_assets.sources.sandbox.server import SandboxExchange
 
     exchange = SandboxExchange(weight_limit=10**9)
     bodies: dict[str, bytes] = {}
-    seen: list[float] = []
+    request_times: list[float] = []
 
     @web.middleware
-    async def cached(request: web.Request, handler: object) -> web.StreamResponse:
+    async def answer_from_cache(request: web.Request, handler: object) -> web.StreamResponse:
         if request.path == "/_first":
             return web.json_response(
                 {
-                    "first": seen[0] if seen else None,
-                    "last": seen[-1] if seen else None,
-                    "requests": len(seen),
+                    "first": request_times[0] if request_times else None,
+                    "last": request_times[-1] if request_times else None,
+                    "requests": len(request_times),
                 }
             )
         if request.path == "/_forget":
-            seen.clear()
+            request_times.clear()
             return web.json_response({})
         if not request.path.endswith("klines"):
             return await handler(request)  # type: ignore[operator]
-        seen.append(time.time())
+        request_times.append(time.time())
         if request.path_qs not in bodies:
             answer = await handler(request)  # type: ignore[operator]
             bodies[request.path_qs] = answer.body
         return web.Response(body=bodies[request.path_qs], content_type="application/json")
 
     app = exchange.app()
-    app.middlewares.append(cached)
+    app.middlewares.append(answer_from_cache)
 
     async def run() -> None:
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        Path(port_file).write_text(str(site._server.sockets[0].getsockname()[1]))  # type: ignore[union-attr]
+        port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        Path(port_file).write_text(str(port))
         await asyncio.Event().wait()
 
     asyncio.run(run())
 
 
-async def bare(url: str, until: datetime) -> int:
-    """Fetch the same pages with the same number in flight, and only parse the JSON."""
+async def fetch_pages(url: str, until: datetime) -> int:
+    """Fetch the same pages with the same concurrency and only parse the JSON; count the bars."""
     turns, bars = asyncio.Semaphore(IN_FLIGHT), 0
 
     async def one(session: aiohttp.ClientSession, symbol: str, start: datetime) -> int:
@@ -101,7 +105,7 @@ async def bare(url: str, until: datetime) -> int:
     return bars
 
 
-def control(url: str, path: str) -> dict[str, float]:
+def read_control(url: str, path: str) -> dict[str, float]:
     with urllib.request.urlopen(url.removesuffix("/binance") + path) as answer:
         return json.load(answer)
 
@@ -126,23 +130,31 @@ def backfill(
         f"state: {folder}/state",
     ]
     (folder / "universe.yaml").write_text("\n".join(lines))
-    control(url, "/_forget")
+    read_control(url, "/_forget")
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
     done = subprocess.run(
         [sys.executable, "-m", "marketdata_assets.cli.main", "backfill"],
-        env={**os.environ, "MARKETDATA_UNIVERSE": str(folder / "universe.yaml")}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "MARKETDATA_UNIVERSE": str(folder / "universe.yaml")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     ended, after = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
-    asked = control(url, "/_first")
+    requests = read_control(url, "/_first")
     with sqlite3.connect(folder / "state/dagster/history/runs/index.db") as db:
         (events,) = db.execute("SELECT count(*) FROM event_logs").fetchone()
     return {
-        "wall": ended - begun, "startup": asked["first"] - begun, "fetching": asked["last"] - asked["first"],
-        "work": ended - asked["first"], "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "requests": asked["requests"], "asset_events": events, "peak_rss_mb_of_a_process": after.ru_maxrss / 1024,
-    }  # fmt: skip
+        "wall": ended - begun,
+        "startup": requests["first"] - begun,
+        "fetching": requests["last"] - requests["first"],
+        "work": ended - requests["first"],
+        "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "requests": requests["requests"],
+        "asset_events": events,
+        "peak_rss_mb_of_a_process": after.ru_maxrss / 1024,
+    }
 
 
 def main() -> None:
@@ -164,29 +176,28 @@ def main() -> None:
             while not port.exists() or not port.read_text():
                 time.sleep(0.05)
             url = f"http://127.0.0.1:{port.read_text()}/binance"
-            asyncio.run(bare(url, until))
+            asyncio.run(fetch_pages(url, until))
             folder = Path(temp) / "run"
-            backfill(
-                folder, url, until, None, options.rollups
-            )  # makes the pages that only a backfill asks for
+            # creates the pages that only a backfill requests
+            backfill(folder, url, until, None, options.rollups)
             begun = time.time()
-            bars = asyncio.run(bare(url, until))
+            bars = asyncio.run(fetch_pages(url, until))
             loop = bars / (time.time() - begun)
-            free = backfill(folder, url, until, None, options.rollups)
-            paced = backfill(folder, url, until, options.limit, options.rollups)
+            unlimited = backfill(folder, url, until, None, options.rollups)
+            limited = backfill(folder, url, until, options.limit, options.rollups)
         finally:
             server.kill()
     least = wanted / 1000 / options.limit * 60
     print(f"bare loop:       {loop:10,.0f} bars/s")
+    rate = wanted / unlimited["work"], wanted / unlimited["fetching"]
+    print(f"without a limit: {rate[0]:10,.0f} bars/s of work, {rate[1]:,.0f} while fetching")
+    print(unlimited)
+    ratio = limited["work"] / least
     print(
-        f"without a limit: {wanted / free['work']:10,.0f} bars/s of work, {wanted / free['fetching']:,.0f} while fetching"
+        f"with {options.limit}/min: {limited['work']:.1f} s of work, "
+        f"the limit dictates {least:.1f} s: ratio {ratio:.3f}"
     )
-    print(free)
-    ratio = paced["work"] / least
-    print(
-        f"with {options.limit}/min: {paced['work']:.1f} s of work, the limit dictates {least:.1f} s: ratio {ratio:.3f}"
-    )
-    print(paced)
+    print(limited)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Bars restated at random, some of them twice: are all found, is every moment readable, is anything
-else changed?
+"""Restates bars at random, some of them twice, and checks that the corrections are found.
 
-    python bench/corrections.py [--shared ../shared] [--bars 500] [--twice 100] [--seed 1] [--keep FOLDER]
+    python bench/corrections.py [--shared ../shared] [--bars 500] [--twice 100] [--seed 1]
+        [--keep FOLDER]
 
-Real bars of Binance (BTC/USDT and ETH/USDT, January and February 2024) behind the loopback exchange
-of ../shared, fetched, restated and repaired with the commands that a person would type. The truth
-of each time is the exchange's own.
+The bench also checks that every moment can be read and that nothing else changes. It fetches,
+restates and repairs real bars of Binance (BTC/USDT and ETH/USDT, January and February 2024) from
+the loopback exchange of ../shared, with the commands that a person types. The truth of each moment
+is the exchange's own.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ KEYS |= {"taker_buy_volume": "tbv", "taker_buy_quote_volume": "tbq"}
 Truth = dict[tuple[str, str], pl.DataFrame]
 
 
-def truth(exchange: Any) -> Truth:
-    """What the exchange says now, of every market and timeframe."""
+def read_truth(exchange: Any) -> Truth:
+    """Return the exchange's present bars of every market and timeframe."""
     return {
-        (market, tf): _truth(exchange, symbol, tf)
+        (market, tf): _read_bars(exchange, symbol, tf)
         for market, symbol in MARKETS.items()
         for tf in TIMEFRAMES
     }
 
 
-def _truth(exchange: Any, symbol: str, timeframe: str) -> pl.DataFrame:
+def _read_bars(exchange: Any, symbol: str, timeframe: str) -> pl.DataFrame:
     rows = exchange.truth("binance", symbol, timeframe, START, END)
     sent = pl.DataFrame(
         {
@@ -70,13 +71,13 @@ def _truth(exchange: Any, symbol: str, timeframe: str) -> pl.DataFrame:
 
 
 def restate(exchange: Any, dice: random.Random, opens: list[tuple[str, int]]) -> None:
-    """Another volume for each of these bars, and for half of them another close."""
+    """Change the volume of each of these bars, and the close of half of them."""
     for symbol, moment in opens:
-        asked: dict[str, Any] = {"volume_factor": dice.choice((0.5, 0.9, 1.1, 1.25, 2))}
+        changes: dict[str, Any] = {"volume_factor": dice.choice((0.5, 0.9, 1.1, 1.25, 2))}
         if dice.random() < 0.5:
             bar = exchange.truth("binance", symbol, "1m", str(moment), str(moment + 60_000))[0]
-            asked["close"] = bar[dice.choice("ohl")]
-        exchange.admin(op="restate", venue="binance", symbol=symbol, t=moment, **asked)
+            changes["close"] = bar[dice.choice("ohl")]
+        exchange.admin(op="restate", venue="binance", symbol=symbol, t=moment, **changes)
 
 
 def marketdata(now: str, *arguments: str) -> str:
@@ -89,7 +90,7 @@ def marketdata(now: str, *arguments: str) -> str:
 
 
 def compare(name: str, expected: Truth, as_of: str | None = None) -> None:
-    """Every market and timeframe beside the truth of that time, exactly."""
+    """Compare every market and timeframe with the truth of that moment, exactly."""
     wrong = compared = 0
     begun = time.perf_counter()
     with open_reader() as reader:
@@ -97,9 +98,9 @@ def compare(name: str, expected: Truth, as_of: str | None = None) -> None:
             found = reader.bars(market, tf, START, END, as_of=as_of).select(*BAR_SCHEMA).collect()
             wrong += pl.concat([found, bars]).is_unique().sum()
             compared += bars.height
+    seconds = time.perf_counter() - begun
     print(
-        f"{name:<44} {compared:>8} bars compared  {wrong:>4} differ  {time.perf_counter() - begun:6.1f} s",
-        flush=True,
+        f"{name:<44} {compared:>8} bars compared  {wrong:>4} differ  {seconds:6.1f} s", flush=True
     )
 
 
@@ -129,13 +130,13 @@ def main() -> None:
     parser.add_argument("--twice", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     dice, folder = (
-        random.Random(asked.seed),
-        asked.keep or Path(tempfile.mkdtemp(prefix="corrections-")),
+        random.Random(options.seed),
+        options.keep or Path(tempfile.mkdtemp(prefix="corrections-")),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with exchange_at(asked.shared.resolve(), "2024-03-02T00:00:00Z") as exchange:
+    with exchange_at(options.shared.resolve(), "2024-03-02T00:00:00Z") as exchange:
         lines = [
             "venues:",
             "  binance:",
@@ -152,37 +153,36 @@ def main() -> None:
             "MARKETDATA_UNIVERSE": str(folder / "universe.yaml"),
             "MARKETDATA_NOW": "2024-03-20",
         }
-        run(exchange, dice, asked.bars, asked.twice, folder / "lake")
-    if not asked.keep:
+        run(exchange, dice, options.bars, options.twice, folder / "lake")
+    if not options.keep:
         shutil.rmtree(folder)
 
 
 def run(exchange: Any, dice: random.Random, bars: int, twice: int, lake: Path) -> None:
     marketdata("2024-03-02", "backfill")
-    first = truth(exchange)
+    first = read_truth(exchange)
     compare("fetched", first)
     opens = [int(t.timestamp() * 1000) for t in first["binance:BTC-USDT", "1m"]["open_time"]]
     january = [t for t in opens if t < opens[0] + 31 * 86_400_000]
-    # Ethereum's February is left alone
+    # Ethereum's February is not restated
     once = [("BTCUSDT", t) for t in dice.sample(opens, bars * 2 // 3 - twice)] + [
         ("ETHUSDT", t) for t in dice.sample(january, bars // 3)
     ]
     again = dice.sample(once, bars - len(once))
     before = hashes(lake)
     restate(exchange, dice, once)
-    second = truth(exchange)
+    second = read_truth(exchange)
     begun = time.perf_counter()
     receipt = json.loads(marketdata("2024-03-05", "repair", "--start", START, "--format", "json"))
     took = f"{receipt['requests']} requests, {time.perf_counter() - begun:.1f} s"
     print(f"on demand: {receipt['corrected']} of {len(once)} corrections found, {took}")
     compare("after the first corrections", second)
     restate(exchange, dice, again)
-    third = truth(exchange)
+    third = read_truth(exchange)
     begun = time.perf_counter()
     receipt = json.loads(marketdata("2024-03-10", "repair", "--start", START, "--format", "json"))
-    print(
-        f"on demand: {receipt['corrected']} of {len(again)} found again, {time.perf_counter() - begun:.1f} s"
-    )
+    seconds = time.perf_counter() - begun
+    print(f"on demand: {receipt['corrected']} of {len(again)} found again, {seconds:.1f} s")
     for name, expected, moment in (
         ("now", third, None),
         ("as of before the first corrections", first, "2024-03-04"),
@@ -193,11 +193,13 @@ def run(exchange: Any, dice: random.Random, bars: int, twice: int, lake: Path) -
     report = json.loads(marketdata("2024-03-20", "corrections", "--format", "json"))
     after = hashes(lake)
     same = [path for path in before if before[path] == after[path]]
+    # a week of February begins in January
     untouched = [
         path for path in before if "ETH" in path and "2024-02" in path and "1w" not in path
-    ]  # a week begins in January
+    ]
     print(
-        f"report: {len(report)} corrections of {bars} restated bars; objects of the market-month left alone: {len(untouched)},",
+        f"report: {len(report)} corrections of {bars} restated bars; "
+        f"objects of the market-month without corrections: {len(untouched)},",
         end=" ",
     )
     print(f"of them changed: {len(set(untouched) - set(same))}; objects in all: {len(after)}")

@@ -1,11 +1,12 @@
-"""Every gap of the real bars of ../shared explained, and the sum of every market and day.
+"""Explains every gap of the real bars of ../shared, and sums every market and day.
 
-    python bench/gaps.py [--folder F]      the exchanges are replayed on loopback; nothing leaves this machine
+    python bench/gaps.py [--folder F]
 
-Prints the explained gaps of March 2023 (single minutes grouped), how many gaps of each cause each
-market has, and how many days were summed. Kraken is there twice: as its REST sends it (an empty
-minute is a bar without volume), and as its archive has it (empty minutes are left out), taken in as
-a file.
+The exchanges are replayed on loopback, and no request leaves this machine. The bench prints the
+explained gaps of March 2023 (single minutes are grouped), how many gaps of each cause each market
+has, and how many days were summed. Kraken's bars are used twice: as its REST API sends them (an
+empty minute is a bar without volume), and as its archive has them (empty minutes are missing),
+ingested from a file.
 """
 
 from __future__ import annotations
@@ -45,13 +46,15 @@ UNIVERSES: dict[str, tuple[str, dict[str, str]]] = {
     "binance, February 2023": (
         "2023-03-01T00:02:30Z",
         {
-            "binance": "symbols: [BTC/USDT, ETH/USDT, SOL/USDT], since: 2023-02-01, until: 2023-03-01, reference: [15m, 1h]"
+            "binance": "symbols: [BTC/USDT, ETH/USDT, SOL/USDT], since: 2023-02-01, "
+            "until: 2023-03-01, reference: [15m, 1h]"
         },
     ),
     "binance, March and April 2023": (
         "2023-05-01T00:02:30Z",
         {
-            "binance": "symbols: [BTC/USDT, ETH/USDT], since: 2023-03-01, until: 2023-05-01, reference: [15m, 1h]"
+            "binance": "symbols: [BTC/USDT, ETH/USDT], since: 2023-03-01, "
+            "until: 2023-05-01, reference: [15m, 1h]"
         },
     ),
     "four venues, 1 to 21 March 2023": (
@@ -59,7 +62,8 @@ UNIVERSES: dict[str, tuple[str, dict[str, str]]] = {
         {
             "binance": "symbols: [BTC/USDT, ETH/USDT], since: 2023-03-01, until: 2023-03-22",
             "binanceus": "symbols: [BTC/USDT], since: 2023-03-01, until: 2023-03-22",
-            "coinbaseexchange": "symbols: [BTC/USD, BTC/USDT], since: 2023-03-01, until: 2023-03-22",
+            "coinbaseexchange": "symbols: [BTC/USD, BTC/USDT], since: 2023-03-01, "
+            "until: 2023-03-22",
             "kraken": "symbols: [BTC/USD, BTC/USDT], since: 2023-03-01, until: 2023-03-22",
         },
     ),
@@ -91,8 +95,8 @@ def universe(folder: Path, now: str, venues: dict[str, str], url: str) -> None:
     os.environ |= {"MARKETDATA_UNIVERSE": str(folder / "universe.yaml"), "MARKETDATA_NOW": now}
 
 
-def archive(symbol: str) -> pl.DataFrame:
-    """Kraken's own bars as its archive has them, in our columns."""
+def read_archive(symbol: str) -> pl.DataFrame:
+    """Read Kraken's own bars as its archive has them, in our columns."""
     rows = pl.read_parquet(SHARED / f"marketdata/kraken/{symbol}/1m/2023-03-01_2023-03-21.parquet")
     opens = (
         pl.from_epoch("time", time_unit="s")
@@ -100,22 +104,15 @@ def archive(symbol: str) -> pl.DataFrame:
         .cast(BAR_SCHEMA["open_time"])
         .alias("open_time")
     )
-    given = (
-        "open",
-        "high",
-        "low",
-        "close",
-        "volume",
-    )  # what its REST gives as well, so that the two agree
-    missing = [
-        pl.lit(None, BAR_SCHEMA[name]).alias(name) for name in COLUMN_NAMES[1:] if name not in given
-    ]
+    # the REST API has these columns as well, so the two sources agree
+    given = ("open", "high", "low", "close", "volume")
+    missing = [pl.lit(None, SCHEMA[name]).alias(name) for name in NAMES[1:] if name not in given]
     return rows.with_columns(opens, *missing).select(
         pl.col(name).cast(BAR_SCHEMA[name]) for name in COLUMN_NAMES
     )
 
 
-def fill(context: Context, from_archive: bool) -> None:
+def ingest_all(context: Context, from_archive: bool) -> None:
     settings = context.settings
     for market in settings.markets:
         partitions = settings.partitions([market], settings.span(market))
@@ -123,7 +120,7 @@ def fill(context: Context, from_archive: bool) -> None:
             context.bind(PartitionStore).ingest_frame(
                 MINUTE,
                 partitions[0],
-                archive(ARCHIVE[market.key]),
+                read_archive(ARCHIVE[market.key]),
                 rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
                 source="archive",
             )
@@ -133,40 +130,41 @@ def fill(context: Context, from_archive: bool) -> None:
                     raise done.error
 
 
-def sums(context: Context, found: Sequence[ListedGap]) -> tuple[int, list[str]]:
-    """Days summed, and those of which a part is not what counting minute by minute gives.
+def check_days(context: Context, found: Sequence[Explained]) -> tuple[int, list[str]]:
+    """Return the number of days, and the days whose parts differ from a count by the minute.
 
-    `coverage` takes what is left over for not fetched, so that its sum says little. Here every
-    minute is looked up in the stored objects and in the list of gaps: it has to be in one of them,
-    and in no two.
+    `coverage` counts the remainder as not fetched, so its sum proves little. Here every minute must
+    be in exactly one of the stored objects and the list of gaps.
     """
     days, wrong = 0, []
     for market in context.settings.markets:
-        span, parts = context.settings.span(market), by_minute(context, market, found)
+        span, parts = context.settings.span(market), parts_by_minute(context, market, found)
         day = span.start
         while day < span.end:
             minutes = [parts.get(day + i * MINUTE.width, ["not_fetched"]) for i in range(1440)]
             counted = Counter(part for several in minutes for part in several)
-            (said,) = context.bind(CoverageReporter).report([market], Window(day, day + DAY))
-            told = {
+            (reported,) = context.bind(CoverageReporter).report([market], Window(day, day + DAY))
+            parts_of_day = {
                 name: value
-                for name, value in said.as_dict().items()
+                for name, value in reported.as_dict().items()
                 if isinstance(value, int) and value
             }
             if (
-                told != {"expected": 1440, **counted}
+                parts_of_day != {"expected": 1440, **counted}
                 or counted.total() != 1440
                 or counted["not_fetched"]
             ):
-                wrong.append(f"{market.key} {day:%F}: {told}, by the minute {dict(counted)}")
+                wrong.append(
+                    f"{market.key} {day:%F}: {parts_of_day}, by the minute {dict(counted)}"
+                )
             days, day = days + 1, day + DAY
     return days, wrong
 
 
-def by_minute(
-    context: Context, market: Market, found: Sequence[ListedGap]
+def parts_by_minute(
+    context: Context, market: Market, found: Sequence[Explained]
 ) -> dict[datetime, list[str]]:
-    """Under which parts every minute stands, by the stored objects and the list of gaps."""
+    """Return the parts of every minute, by the stored objects and the list of gaps."""
     parts: dict[datetime, list[str]] = defaultdict(list)
     for partition in context.settings.partitions([market], context.settings.span(market)):
         bars = context.storage.lake.read(raw_table(MINUTE), partition)
@@ -179,30 +177,32 @@ def by_minute(
     return parts
 
 
-def march(found: Sequence[ListedGap]) -> Iterable[str]:
-    """Long gaps one by one, single minutes by market and cause."""
+def describe_march(found: Sequence[Explained]) -> Iterable[str]:
+    """Yield a row for each long gap, and one per market and cause for single minutes."""
     window = Window(parse_time("2023-02-14"), parse_time("2023-04-01"))
     short: dict[tuple[str, str], list[ListedGap]] = {}
     for one in found:
         if one.gap.window & window:
             if one.gap.bars >= 10 or one.kind not in ("no_trade",):
                 gap, place = one.gap, f"{one.market.key} {one.table.timeframe.name}"
-                says = flow.words_of(gap)
-                yield f"| {place} | {gap.window.start:%m-%d %H:%M} | {gap.window.end:%m-%d %H:%M} | {gap.bars} | {one.kind} | {says} |"
+                span = f"{gap.window.start:%m-%d %H:%M} | {gap.window.end:%m-%d %H:%M}"
+                message = flow.words_of(gap)
+                yield f"| {place} | {span} | {gap.bars} | {one.kind} | {message} |"
             else:
                 short.setdefault((one.market.key, one.kind), []).append(one)
     for (market, kind), several in short.items():
         bars = sum(one.gap.bars for one in several)
         first, last = several[0].gap.window.start, several[-1].gap.window.end
-        words = flow.words_of(several[0].gap)
-        yield f"| {market} | {first:%m-%d %H:%M} | {last:%m-%d %H:%M} | {bars} in {len(several)} gaps | {kind} | {words} |"
+        span = f"{first:%m-%d %H:%M} | {last:%m-%d %H:%M}"
+        message = flow.words_of(several[0].gap)
+        yield f"| {market} | {span} | {bars} in {len(several)} gaps | {kind} | {message} |"
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--folder", type=Path, default=None)
     folder = options.parse_args().folder or Path(tempfile.mkdtemp(prefix="gaps-"))
-    # the replayed Kraken sends all it has in every answer
+    # the replayed Kraken sends all of its bars in every answer
     ccxt_rest.CcxtSource = partial(ccxt_rest.CcxtSource, deadline=300.0)  # type: ignore[misc,assignment]
     sys.path.insert(0, str(SHARED / "bench"))
     from exchange_server import Running  # type: ignore[import-not-found]
@@ -221,8 +221,8 @@ def main() -> None:
             settings = load_settings()
             with open_context(settings) as context:
                 begun = time.perf_counter()
-                fill(context, "archive" in name)
-                filled = time.perf_counter()
+                ingest_all(context, "archive" in name)
+                ingested = time.perf_counter()
                 context.bind(GapExplainer).explain(
                     [
                         p
@@ -235,12 +235,11 @@ def main() -> None:
                 found = context.bind(GapExplainer).list_gaps(
                     settings.markets, Window(settings.since, settings.now())
                 )
-                days, wrong = sums(context, found)
-                print(
-                    f"\n{name}: filled in {filled - begun:.1f} s, explained in {explained - filled:.1f} s"
-                )
+                days, wrong = check_days(context, found)
+                seconds = ingested - begun, explained - ingested
+                print(f"\n{name}: ingested in {seconds[0]:.1f} s, explained in {seconds[1]:.1f} s")
                 print(f"{days} days summed, {len(wrong)} of them wrong {wrong[:3]}")
-                for row in march(found):
+                for row in describe_march(found):
                     print(row)
                 for market in settings.markets:
                     causes[name, market.key] = Counter()

@@ -1,12 +1,11 @@
-"""What history and provenance cost: bytes a bar, and seconds a million bars to encode, write and read,
-with and without.
+"""Measures the cost of history and provenance in bytes per bar and CPU seconds per million bars.
 
     python bench/history.py [--rounds 7]     (needs ../shared)
 
-Every month of real 1m bars is stored four times: as bars alone; with `known_at` and `source` as a
-backfill leaves them (one moment a month); as a live market does (another moment every 5 bars); and
-with those, 500 of its bars replaced, so that the bars before lie in a history object. CPU seconds
-of this process, the median of the rounds, which take turns.
+Every month of real 1m bars is stored four times: as bars alone; with the `known_at` and `source` of
+a backfill (one moment per month); with those of a live market (another moment every 5 bars); and as
+a live market of which 500 bars were replaced, so that the earlier bars are in a history object. The
+CPU seconds are those of this process, the median over the rounds, in which the cases take turns.
 """
 
 from __future__ import annotations
@@ -40,9 +39,7 @@ Month = tuple[Partition, pl.DataFrame]
 
 
 class Case(NamedTuple):
-    """A way to store a month: the tables it lies in, what goes into each, and whether it is read with
-    its provenance.
-    """
+    """A way to store a month: the frame of each table, and whether provenance is read."""
 
     name: str
     frames: Callable[[pl.DataFrame], dict[Table, pl.DataFrame]]
@@ -50,7 +47,7 @@ class Case(NamedTuple):
 
 
 def real_months(symbol: str) -> list[Month]:
-    """The real bars of Binance, by month, in the model's types."""
+    """Read the real bars of Binance, by month, in the model's types."""
     market = Market("binance", symbol.replace("USDT", "/USDT"))
     files = sorted((SHARED / symbol / "1m").glob("*.parquet"))
     opens = pl.from_epoch("open_time", time_unit="ms").dt.replace_time_zone("UTC").cast(TIME)
@@ -63,23 +60,21 @@ def real_months(symbol: str) -> list[Month]:
     return [(Partition(market, month_of(part["open_time"][0])), part) for _, part in months]
 
 
-def told(bars: pl.DataFrame, known_at: pl.Expr) -> pl.DataFrame:
+def add_provenance(bars: pl.DataFrame, known_at: pl.Expr) -> pl.DataFrame:
     return bars.with_columns(known_at.alias("known_at"), pl.lit("rest").alias("source"))
 
 
-def backfilled(bars: pl.DataFrame) -> pl.DataFrame:
-    """Asked for once, long after."""
-    return told(
+def add_backfill_provenance(bars: pl.DataFrame) -> pl.DataFrame:
+    """Add the provenance of one fetch, long after the bars."""
+    return add_provenance(
         bars, pl.lit(bars["open_time"][-1] + timedelta(days=400, microseconds=123456)).cast(TIME)
     )
 
 
-def live(bars: pl.DataFrame) -> pl.DataFrame:
-    """Every 5 minutes a run stores the last 5 bars, some seconds later, at a moment of its own to the
-    microsecond.
-    """
+def add_live_provenance(bars: pl.DataFrame) -> pl.DataFrame:
+    """Add the provenance of a run every 5 minutes that stores the last 5 bars seconds later."""
     last = pl.col("open_time").last().over(pl.int_range(pl.len()) // 5)
-    return told(
+    return add_provenance(
         bars,
         (last + timedelta(minutes=1) + pl.duration(microseconds=last.hash(1) % 30_000_000)).cast(
             TIME
@@ -87,11 +82,9 @@ def live(bars: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def corrected(bars: pl.DataFrame) -> dict[Table, pl.DataFrame]:
-    """REPLACED bars anywhere in the month are told again the day after: the raw object has the new
-    ones, the history the old.
-    """
-    known = live(bars)
+def replace_bars(bars: pl.DataFrame) -> dict[Table, pl.DataFrame]:
+    """Restate REPLACED random bars a day later: raw holds the new bars, history the old ones."""
+    known = add_live_provenance(bars)
     late = pl.int_range(pl.len()).is_in(
         pl.int_range(pl.len(), eager=False).sample(REPLACED, seed=1).implode()
     )
@@ -106,39 +99,39 @@ def corrected(bars: pl.DataFrame) -> dict[Table, pl.DataFrame]:
 
 
 CASES = (
-    Case("bars alone", lambda bars: {raw_table(M1): bars}, False),
-    Case("backfilled", lambda bars: {raw_table(M1): backfilled(bars)}, True),
-    Case("live", lambda bars: {raw_table(M1): live(bars)}, True),
-    Case("live, read as bars", lambda bars: {raw_table(M1): live(bars)}, False),
-    Case(f"live, {REPLACED} replaced", corrected, True),
+    Case("bars alone", lambda bars: {raw(M1): bars}, False),
+    Case("backfilled", lambda bars: {raw(M1): add_backfill_provenance(bars)}, True),
+    Case("live", lambda bars: {raw(M1): add_live_provenance(bars)}, True),
+    Case("live, read as bars", lambda bars: {raw(M1): add_live_provenance(bars)}, False),
+    Case(f"live, {REPLACED} replaced", replace_bars, True),
 )
 
 
-def timed(work: Callable[[], object]) -> float:
+def measure_cpu(work: Callable[[], object]) -> float:
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
 def measure(case: Case, month: Month, lake: Lake) -> dict[str, float]:
-    """Bytes and CPU seconds of one month."""
+    """Return bytes and CPU seconds of one month."""
     partition, bars = month
     frames = case.frames(bars)
     objects = {table: encode(frame) for table, frame in frames.items()}
     for table, content in objects.items():
         columns = frames[table].columns if case.provenance else list(table.schema)
-        with_told = case.provenance and table.layer == "raw"
-        assert decode(content, table, "bench", provenance=with_told).equals(
+        provenance = case.provenance and table.layer == "raw"
+        assert decode(content, table, "bench", provenance=provenance).equals(
             frames[table].select(columns)
         )
     return {
         "bars": bars.height,
         "bytes": sum(map(len, objects.values())),
-        "encode": timed(lambda: [encode(frame) for frame in frames.values()]),
-        "write": timed(
+        "encode": measure_cpu(lambda: [encode(frame) for frame in frames.values()]),
+        "write": measure_cpu(
             lambda: [lake.write(table, partition, frame) for table, frame in frames.items()]
         ),
-        "read": timed(
+        "read": measure_cpu(
             lambda: [
                 lake.read(t, partition, provenance=case.provenance and t.layer == "raw")
                 for t in frames
@@ -155,7 +148,7 @@ def main() -> None:
     found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         lake = Lake(folder)
-        for turn in range(rounds + 1):  # the first one warms up
+        for turn in range(rounds + 1):  # the first round warms up
             for symbol, months in symbols.items():
                 for case in CASES:
                     sums = (
@@ -164,19 +157,17 @@ def main() -> None:
                         .row(0, named=True)
                     )
                     found[symbol, case.name] += [sums] if turn else []
-    print(
-        f"{'':8} {'':22} {'bars':>8} {'bytes/bar':>10} {'more':>7} | CPU seconds a million bars: encode   write    read"
-    )
+    head = f"{'':8} {'':22} {'bars':>8} {'bytes/bar':>10} {'more':>7}"
+    print(f"{head} | CPU seconds per million bars: encode   write    read")
     for (symbol, name), turns in found.items():
         bars, size = turns[0]["bars"], turns[0]["bytes"] / turns[0]["bars"]
-        alone = found[symbol, CASES[0].name][0]["bytes"] / bars
+        bars_alone = found[symbol, CASES[0].name][0]["bytes"] / bars
         seconds = "".join(
             f"{statistics.median(turn[verb] for turn in turns) / bars * 1e6:8.2f}"
             for verb in ("encode", "write", "read")
         )
-        print(
-            f"{symbol:8} {name:22} {bars:8,.0f} {size:10.3f} {size - alone:+7.3f} | {'':26}{seconds}"
-        )
+        row = f"{symbol:8} {name:22} {bars:8,.0f} {size:10.3f} {size - bars_alone:+7.3f}"
+        print(f"{row} | {'':28}{seconds}")
 
 
 if __name__ == "__main__":

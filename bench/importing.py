@@ -1,13 +1,13 @@
-"""A million rows out of files into the lake: split, told apart, stored and written down, beside
-`polars.read_csv` alone.
+"""Measures the import of a million rows from files beside `polars.read_csv` alone.
 
-    python bench/importing.py [--rows 1000000] [--rounds 3] [--files ../shared/marketdata/csv_import]
+    python bench/importing.py [--rows 1000000] [--rounds 3]
+        [--files ../shared/marketdata/csv_import]
 
-The rows are real minutes (the days of the 1m archives in that folder, drawn with a seed) moved to
-consecutive days from 2022-01-01 on, once as one CSV of all months and once as a zip a month, as
-Binance publishes them. Ours is the whole import but for Dagster: reading, checksums, units, rules,
-agreement, Parquet with fsync, ledger, receipt. The second time all rows are there already.
-Everything lies in a temporary folder.
+The rows are real minutes (days of the 1m archives in that folder, drawn with a seed) that are moved
+to consecutive days from 2022-01-01 on, once as one CSV of all months and once as a zip per month,
+as Binance publishes them. The import is complete except for Dagster: reading, checksums, units,
+rules, agreement, Parquet with fsync, ledger, receipt. In the second import all rows are stored
+already. All files are in a temporary folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from marketdata_assets.settings.load import load_settings
 from marketdata_assets.sources.archive import Told
 
 FIRST, DAY_MS = parse_time("2022-01-01"), 86_400_000
-UNIVERSE = """venues: {{binance: {{symbols: [BTC/USDT], since: 2022-01-01, base_url: http://127.0.0.1:1}}}}
+UNIVERSE = """venues:
+  binance: {{symbols: [BTC/USDT], since: 2022-01-01, base_url: http://127.0.0.1:1}}
 lake: {0}/lake
 duckdb: {0}/market.duckdb
 state: {0}/state
@@ -41,8 +42,9 @@ state: {0}/state
 
 
 def real_days(folder: Path) -> list[list[list[str]]]:
-    """The whole days of real minutes in 1m archives, as cells of text, the times as milliseconds of
-    their day.
+    """Return the complete days of real minutes in 1m archives, as cells of text.
+
+    The times are milliseconds of their day.
     """
     days = []
     for file in sorted(folder.glob("*-1m-*.zip")):
@@ -58,8 +60,8 @@ def real_days(folder: Path) -> list[list[list[str]]]:
     return days
 
 
-def made(days: list[list[list[str]]], rows: int) -> Iterator[tuple[str, str]]:
-    """So many minutes from FIRST on: the month and the line of each."""
+def draw_rows(days: list[list[list[str]]], rows: int) -> Iterator[tuple[str, str]]:
+    """Yield month and line of at least `rows` minutes from FIRST on."""
     dice, moment = random.Random(2022), FIRST
     for _ in range(-(-rows // 1440)):
         start, month = int(moment.timestamp() * 1000), moment.strftime("%Y-%m")
@@ -70,21 +72,21 @@ def made(days: list[list[list[str]]], rows: int) -> Iterator[tuple[str, str]]:
 
 
 def write(folder: Path, days: list[list[list[str]]], rows: int) -> tuple[Path, list[Path]]:
-    """All of it as one CSV, and a zip for each month that it fills."""
+    """Write all rows as one CSV, and as one zip per month."""
     by_month: dict[str, list[str]] = {}
-    for month, line in [*made(days, rows)][:rows]:
+    for month, line in [*draw_rows(days, rows)][:rows]:
         by_month.setdefault(month, []).append(line)
-    whole, zips = folder / "minutes.csv", []
-    whole.write_text("".join("\n".join(lines) + "\n" for lines in by_month.values()))
+    csv_file, zips = folder / "minutes.csv", []
+    csv_file.write_text("".join("\n".join(lines) + "\n" for lines in by_month.values()))
     for month, lines in by_month.items():
         zips.append(folder / f"BTCUSDT-1m-{month}.zip")
         with zipfile.ZipFile(zips[-1], "w", zipfile.ZIP_DEFLATED) as packed:
             packed.writestr(f"BTCUSDT-1m-{month}.csv", "\n".join(lines) + "\n")
-    return whole, zips
+    return csv_file, zips
 
 
-def imported(place: Path, files: list[Path], fresh: bool) -> int:
-    """One import into that place; how many rows were stored."""
+def import_files_into(place: Path, files: list[Path], fresh: bool) -> int:
+    """Import the files into that folder; return how many rows were stored."""
     if fresh:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
@@ -92,12 +94,12 @@ def imported(place: Path, files: list[Path], fresh: bool) -> int:
     settings = load_settings(
         {"MARKETDATA_UNIVERSE": str(place / "universe.yaml"), "MARKETDATA_NOW": "2030-01-01"}
     )
-    told = Told(settings.markets[0], TIMEFRAMES["1m"])
+    description = Told(settings.markets[0], TIMEFRAMES["1m"])
     with open_context(settings) as context:
         done = context.bind(FileImporter).import_files(
-            inspect_files(context.settings, files, told), told
+            look(context.settings, files, description), description
         )
-    assert all(tally.is_balanced for tally in done.files)
+    assert all(tally.balanced for tally in done.files)
     assert not done.disputed
     return sum(tally.stored for tally in done.files)
 
@@ -114,15 +116,19 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="marketdata-import-") as name:
         folder = Path(name)
-        whole, zips = write(folder, real_days(options.files), options.rows)
+        csv_file, zips = write(folder, real_days(options.files), options.rows)
         contenders: dict[str, Callable[[], object]] = {
-            "polars.read_csv alone, typed (floats)": lambda: pl.read_csv(whole, has_header=False),
-            "polars.read_csv alone, all text": lambda: pl.read_csv(
-                whole, has_header=False, infer_schema=False
+            "polars.read_csv alone, typed (floats)": lambda: pl.read_csv(
+                csv_file, has_header=False
             ),
-            "import of one CSV": lambda: imported(folder / "one", [whole], True),
-            "import of it again": lambda: imported(folder / "one", [whole], False),
-            f"import of {len(zips)} monthly zips": lambda: imported(folder / "many", zips, True),
+            "polars.read_csv alone, all text": lambda: pl.read_csv(
+                csv_file, has_header=False, infer_schema=False
+            ),
+            "import of one CSV": lambda: import_files_into(folder / "one", [csv_file], True),
+            "import of it again": lambda: import_files_into(folder / "one", [csv_file], False),
+            f"import of {len(zips)} monthly zips": lambda: import_files_into(
+                folder / "many", zips, True
+            ),
         }
         seconds: dict[str, list[tuple[float, float]]] = {}
         for _ in range(options.rounds):
@@ -132,11 +138,10 @@ def main() -> None:
                 seconds.setdefault(what, []).append(
                     (time.perf_counter() - wall, time.process_time() - cpu)
                 )
-        print(
-            f"{options.rows:,} rows, {whole.stat().st_size / 1e6:.0f} MB of CSV, median of {options.rounds}"
-        )
-        for what, took in seconds.items():
-            wall, cpu = (statistics.median(each) for each in zip(*took, strict=True))
+        size = csv_file.stat().st_size / 1e6
+        print(f"{options.rows:,} rows, {size:.0f} MB of CSV, median of {options.rounds}")
+        for what, turns in seconds.items():
+            wall, cpu = (statistics.median(each) for each in zip(*turns, strict=True))
             print(
                 f"{what:40} {options.rows / wall:12,.0f} rows/s {wall:7.2f} s wall {cpu:7.2f} s cpu"
             )

@@ -1,10 +1,10 @@
-"""Twenty random partitions lose their object and their events: ticks, runs and seconds until all are
-back, bar for bar.
+"""Deletes objects and events of random partitions and measures the time until all are restored.
 
     python bench/loss.py [--lost 20] [--seed 1] [--keep FOLDER]
 
-`marketdata dev` runs as a user starts it, on the sandbox exchange: five markets by twelve months,
-filled by the sensors alone, which is timed too.
+`marketdata dev` runs as a user starts it, on the sandbox exchange. The sensors alone fetch five
+markets by twelve months, which is measured too. The bench counts ticks, runs and seconds, and
+compares all bars.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def universe(folder: Path, url: str) -> Settings:
 
 
 def digests(settings: Settings) -> dict[Path, str]:
-    """What the rows of every object say, without when we came to know it."""
+    """Return the digest of the rows of every object, without their provenance."""
     frames = {file: pl.read_parquet(file) for file in Path(settings.lake).rglob("*.parquet")}
     return {
         file: fingerprint(frame.drop("known_at", "source", strict=False))
@@ -62,12 +62,9 @@ def digests(settings: Settings) -> dict[Path, str]:
     }
 
 
-def shown(settings: Settings) -> set[tuple[str, str]]:
-    """What Dagster shows as materialized: asset and partition."""
-    tables = [
-        *map(raw_table, settings.raw_timeframes),
-        *map(rollup_table, settings.rollup_timeframes),
-    ]
+def materialized(settings: Settings) -> set[tuple[str, str]]:
+    """Return asset and partition of everything that Dagster shows as materialized."""
+    tables = [*map(raw, settings.raw_timeframes), *map(rollup, settings.rollup_timeframes)]
     with dg.DagsterInstance.get() as instance:
         return {
             (t.name, key)
@@ -76,21 +73,21 @@ def shown(settings: Settings) -> set[tuple[str, str]]:
         }
 
 
-def counted(settings: Settings) -> tuple[int, int]:
-    """Ticks of `backfill_missed` and runs, until now."""
+def count_ticks_and_runs(settings: Settings) -> tuple[int, int]:
+    """Return the number of ticks of `backfill_missed` and of runs until now."""
     history = settings.state / "dagster"
-    with sqlite3.connect(history / "history" / "runs.db", timeout=60) as runs:
-        (run_count,) = runs.execute("SELECT count(*) FROM runs").fetchone()
-    with sqlite3.connect(history / "schedules" / "schedules.db", timeout=60) as ticks:
-        (tick_count,) = ticks.execute(
+    with sqlite3.connect(history / "history" / "runs.db", timeout=60) as runs_db:
+        (run_count,) = runs_db.execute("SELECT count(*) FROM runs").fetchone()
+    with sqlite3.connect(history / "schedules" / "schedules.db", timeout=60) as ticks_db:
+        (tick_count,) = ticks_db.execute(
             "SELECT count(*) FROM job_ticks WHERE tick_body LIKE '%backfill_missed%'"
         ).fetchone()
     return tick_count, run_count
 
 
-def until_whole(settings: Settings, objects: int, events: int) -> float:
+def wait_until_complete(settings: Settings, objects: int, events: int) -> float:
     begun = time.monotonic()
-    while len(digests(settings)) < objects or len(shown(settings)) < events:
+    while len(digests(settings)) < objects or len(materialized(settings)) < events:
         time.sleep(1)
     return time.monotonic() - begun
 
@@ -102,8 +99,8 @@ def main() -> None:
     parser.add_argument("--lost", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path)
-    asked = parser.parse_args()
-    folder = (asked.keep or Path(tempfile.mkdtemp(prefix="marketdata-loss-"))).absolute()
+    options = parser.parse_args()
+    folder = (options.keep or Path(tempfile.mkdtemp(prefix="marketdata-loss-"))).absolute()
     folder.mkdir(exist_ok=True)
     try:
         with run_sandbox() as url:
@@ -111,45 +108,46 @@ def main() -> None:
             os.environ.update(dagster_environment(settings))
             dev = start_dev(folder)
             try:
-                measure(settings, asked)
+                measure(settings, options)
             finally:
                 os.killpg(dev.pid, signal.SIGTERM)
                 dev.wait(60)
     finally:
-        if not asked.keep:
+        if not options.keep:
             shutil.rmtree(folder)
 
 
-def measure(settings: Settings, asked: argparse.Namespace) -> None:
+def measure(settings: Settings, options: argparse.Namespace) -> None:
     partitions = settings.partitions(settings.markets, settings.span(settings.markets[0]))
     objects, events = (
         len(partitions) * len(settings.raw_timeframes),
         len(partitions) * (len(settings.raw_timeframes) + len(settings.rollup_timeframes)),
     )
-    seconds = until_whole(settings, objects, events)
-    ticks, runs = counted(settings)
+    seconds = wait_until_complete(settings, objects, events)
+    ticks, run_count = count_ticks_and_runs(settings)
     print(
-        f"filled {len(partitions)} partitions in {seconds:.0f} s, {ticks} ticks, {runs} runs",
+        f"stored {len(partitions)} partitions in {seconds:.0f} s, {ticks} ticks, {run_count} runs",
         flush=True,
     )
-    before, events_before = digests(settings), shown(settings)
-    lost = random.Random(asked.seed).sample(partitions, asked.lost)
-    lose(settings, lost)
-    ticks, runs = counted(settings)
-    seconds = until_whole(settings, objects, events)
-    ticks_after, runs_after = counted(settings)
+    before, events_before = digests(settings), materialized(settings)
+    lost = random.Random(options.seed).sample(partitions, options.lost)
+    delete_partitions(settings, lost)
+    ticks, run_count = count_ticks_and_runs(settings)
+    seconds = wait_until_complete(settings, objects, events)
+    ticks_after, runs_after = count_ticks_and_runs(settings)
     print(
-        f"{len(lost)} lost, all back after {seconds:.0f} s: {ticks_after - ticks} ticks, {runs_after - runs} runs"
+        f"{len(lost)} lost, all restored after {seconds:.0f} s: "
+        f"{ticks_after - ticks} ticks, {runs_after - run_count} runs"
     )
     print(
         "objects equal:",
         digests(settings) == before,
-        "events shown as before:",
-        shown(settings) == events_before,
+        "events equal:",
+        materialized(settings) == events_before,
     )
 
 
-def lose(settings: Settings, lost: list[Partition]) -> None:
+def delete_partitions(settings: Settings, lost: list[Partition]) -> None:
     with dg.DagsterInstance.get() as instance:
         for timeframe in settings.raw_timeframes:
             for partition in lost:

@@ -1,13 +1,14 @@
-"""Us beside what a desk would pick instead, on the same bars, in one process tree: Markdown tables.
+"""Measures our package and the alternatives of a trading desk on the same bars: Markdown tables.
 
-    python bench/peers.py [--only rollup,bytes,pipeline,replace,queries,fetch,dagster] [--rounds 3] [--quick] [--out FILE]
+    python bench/peers.py [--only rollup,bytes,pipeline,replace,queries,fetch,dagster]
+        [--rounds 3] [--quick] [--out FILE]
 
-The peers (pandas, DuckDB, Polars, Delta Lake, Iceberg, ArcticDB, ccxt, freqtrade) are installed,
-pinned, into two virtual environments in the user's cache folder (MARKETDATA_BENCH names another
-one), and so is our package; the data is made there once. Every measurement is a process of its own;
-contenders take turns, and the tables show medians over all turns. Nothing asserts a time. Whether
-the digits are kept is checked, and stands in the table: a speed that loses a digit does not count.
-`--quick` takes two markets instead of twenty.
+The peers (pandas, DuckDB, Polars, Delta Lake, Iceberg, ArcticDB, ccxt, freqtrade) and our package
+are installed, pinned, into two virtual environments in the user's cache folder (MARKETDATA_BENCH
+names another one), and the data is created there once. Every measurement is a separate process. The
+contenders take turns, and the tables show medians over all turns. No bench asserts a time. The
+bench checks whether the digits are kept, and the table shows it: a speed that loses a digit does
+not count. `--quick` uses two markets instead of twenty.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ OTHER = [
     "polars==2.1.0",
     "pyarrow==26.0.1",
 ]
-"""ArcticDB wants pandas 2."""
+"""ArcticDB needs pandas 2."""
 Found = dict[str, dict[str, Any]]
 
 
-# --------------------------------------------------------------------------------- virtual environm
+# --------------------------------------------------------------------------------- environments
 def python_of(name: str) -> str:
-    """The interpreter of a virtual environment of the bench's own, made where it is not there yet."""
+    """Return the interpreter of a virtual environment, which is created when it is missing."""
     wanted = {
         "main": ["--constraint", str(ROOT / "requirements.lock"), "--editable", str(ROOT), *MAIN],
         "other": OTHER,
@@ -68,7 +69,7 @@ def python_of(name: str) -> str:
     return str(python)
 
 
-def work(venv: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_in_venv(venv: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT / 'bench'}{os.pathsep}{ROOT}",
@@ -81,9 +82,10 @@ def work(venv: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 # --------------------------------------------------------------------------------- measuring
 def contenders(sections: Iterable[str]) -> list[tuple[str, str, str]]:
-    """Section, name and environment of each, in the order of the tables."""
-    code = "import json; from peers_work import CONTENDERS; print(json.dumps([(c.section, c.name, c.venv) for c in CONTENDERS]))"
-    done = work("main", "-c", code)
+    """Return section, name and environment of each contender, in the order of the tables."""
+    code = "import json; from peers_work import CONTENDERS; "
+    code += "print(json.dumps([(c.section, c.name, c.venv) for c in CONTENDERS]))"
+    done = run_in_venv("main", "-c", code)
     if done.returncode:
         raise SystemExit(done.stderr)
     return [
@@ -93,30 +95,32 @@ def contenders(sections: Iterable[str]) -> list[tuple[str, str, str]]:
     ]
 
 
-def turn(section: str, name: str, venv: str, folder: Path, rounds: int, quick: bool) -> Found | str:
-    """What one process measured, or why it could not."""
+def run_turn(
+    section: str, name: str, venv: str, folder: Path, rounds: int, quick: bool
+) -> Found | str:
+    """Run one process; return what it measured, or the reason why it failed."""
     script = str(ROOT / "bench" / "peers_work.py")
-    done = work(venv, script, section, name, str(folder), str(rounds), str(int(quick)))
+    done = run_in_venv(venv, script, section, name, str(folder), str(rounds), str(int(quick)))
     if done.returncode:
-        return (done.stderr.strip() or "it ended without a word").splitlines()[-1][:200]
+        return (done.stderr.strip() or "it ended without a message").splitlines()[-1][:200]
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def joined(turns: list[Found | str]) -> Found | str:
-    """All turns of a contender as one."""
+def combine_turns(turns: list[Found | str]) -> Found | str:
+    """Combine all turns of a contender."""
     good = [t for t in turns if not isinstance(t, str)]
     if not good:
         return str(turns[0])
     return {
         op: {
             "values": [t[op]["value"] for t in good],
-            **{k: _joined(k, op, good) for k in ("wall", "cpu", "rss")},
+            **{k: _median_of(k, op, good) for k in ("wall", "cpu", "rss")},
         }
         for op in good[0]
     }
 
 
-def _joined(key: str, op: str, turns: list[Found]) -> float:
+def _median_of(key: str, op: str, turns: list[Found]) -> float:
     numbers = (
         [t[op][key] for t in turns] if key == "rss" else [n for t in turns for n in t[op][key]]
     )
@@ -125,7 +129,7 @@ def _joined(key: str, op: str, turns: list[Found]) -> float:
 
 # --------------------------------------------------------------------------------- tables
 class Section(NamedTuple):
-    """A table: what is asked, the goal, the header, and the cells of one contender beside ours."""
+    """A table: title, goal, header, and a function for the cells of one contender beside ours."""
 
     title: str
     goal: str
@@ -135,8 +139,8 @@ class Section(NamedTuple):
 
 def _throughput(found: Found, ours: Found, bars: int) -> list[str]:
     run = found["run"]
-    told = found.get("exact") or found.get("size")
-    last = told["values"][0] if told else ""
+    measured = found.get("exact") or found.get("size")
+    last = measured["values"][0] if measured else ""
     rate, cpu = bars / run["wall"] / 1e6, bars / run["cpu"] / 1e6
     size = f"{last / 1e6:.0f} MB" if isinstance(last, int) else last
     ratio = run["wall"] / ours["run"]["wall"], run["cpu"] / ours["run"]["cpu"]
@@ -204,18 +208,19 @@ def _dagster(found: Found, ours: Found, _: int) -> list[str]:
 
 
 _RATES = ("M bars/s", "CPU s", "M bars / CPU s", "extra RSS, MB", "time x ours", "CPU x ours")
-_FETCHED = ("bars/s", "of the limit", "of a core", "CPU s a million bars")
+_FETCHED = ("bars/s", "of the limit", "of a core", "CPU s per million bars")
 SECTIONS = {
     "rollup": Section(
         "Rollup: 8 timeframes, nine columns, in memory",
-        "30 M bars/s, at most 50 MB extra; 6x DuckDB and Polars each-from-1m, 2x pandas hierarchical",
+        "30 M bars/s, at most 50 MB extra; "
+        "6x DuckDB and Polars each-from-1m, 2x pandas hierarchical",
         (*_RATES, "digits"),
         _throughput,
     ),
     "bytes": Section(
         "Bytes per bar, nine real columns",
         "at most 0.65 of zstd floats, every digit kept",
-        ("BTC", "x ours", "digits", "SOL", "x ours", "digits", "values a bar"),
+        ("BTC", "x ours", "digits", "SOL", "x ours", "digits", "values per bar"),
         _bytes,
     ),
     "pipeline": Section(
@@ -258,7 +263,7 @@ SECTIONS = {
 
 
 def table(section: str, results: dict[str, Found | str], bars: int) -> str:
-    """One section as Markdown. What could not be measured says why."""
+    """Return one section as Markdown; a contender that failed shows the reason."""
     about = SECTIONS[section]
     lines = [
         f"## {about.title}",
@@ -281,24 +286,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
     parser.add_argument(
-        "--rounds", type=int, default=3, help="turns that each contender gets, and rounds in each"
+        "--rounds", type=int, default=3, help="turns of each contender, and rounds in each turn"
     )
     parser.add_argument("--quick", action="store_true", help="two markets instead of twenty")
-    parser.add_argument("--out", type=Path, help="a file for the tables as well")
+    parser.add_argument("--out", type=Path, help="a file to which the tables are appended")
     options = parser.parse_args()
     sections = options.only.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
-    made = work("main", "-c", f"from peers_data import prepare; print(prepare({options.quick}))")
-    if made.returncode:
-        raise SystemExit(made.stderr)
-    folder = Path(made.stdout.strip().splitlines()[-1])
-    for left in folder.glob("scratch-*"):  # of turns that were stopped
-        shutil.rmtree(left, ignore_errors=True)
+    prepared = run_in_venv(
+        "main", "-c", f"from peers_data import prepare; print(prepare({options.quick}))"
+    )
+    if prepared.returncode:
+        raise SystemExit(prepared.stderr)
+    folder = Path(prepared.stdout.strip().splitlines()[-1])
+    for abandoned in folder.glob("scratch-*"):  # turns that were stopped leave these
+        shutil.rmtree(abandoned, ignore_errors=True)
     bars = int(
-        work("main", "-c", f"from peers_data import count; print(count({str(folder)!r}))").stdout
+        run_in_venv(
+            "main", "-c", f"from peers_data import count; print(count({str(folder)!r}))"
+        ).stdout
     )
     everyone = contenders(sections)
     for section in sections:
@@ -307,8 +316,10 @@ def main() -> None:
         for _ in range(1 if section == "bytes" else options.rounds):
             for _, name, venv in mine:
                 print(f"{section}: {name}", file=sys.stderr, flush=True)
-                turns[name].append(turn(section, name, venv, folder, options.rounds, options.quick))
-        text = table(section, {name: joined(t) for name, t in turns.items()}, bars)
+                turns[name].append(
+                    run_turn(section, name, venv, folder, options.rounds, options.quick)
+                )
+        text = table(section, {name: combine_turns(t) for name, t in turns.items()}, bars)
         print(text, flush=True)
         if options.out:
             with options.out.open("a", encoding="utf-8") as file:

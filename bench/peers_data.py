@@ -1,9 +1,8 @@
-"""The bars that bench/peers.py measures on: 20 synthetic market-years of 1m, and the real bars of
-../shared.
+"""Creates the bars of bench/peers.py: 20 synthetic market-years of 1m, and real bars of ../shared.
 
-Everything lies in CACHE, is made once and used again: our lake (with ledger, rollups and a
-warehouse) and, for the peers, the same bars as floats in plain Parquet, one file a market and one a
-market and month.
+Everything is created once in CACHE and reused: our lake (with ledger, rollups and a warehouse) and,
+for the peers, equal bars as floats in plain Parquet, one file per market and one per market and
+month.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-CACHE = Path(os.environ["MARKETDATA_BENCH"])  # peers.py says where
+CACHE = Path(os.environ["MARKETDATA_BENCH"])  # peers.py sets it
 START, END = datetime(2023, 1, 1, tzinfo=UTC), datetime(2024, 1, 1, tzinfo=UTC)
 COINS = ["BTC", "ETH", "SOL", "BNB", "XRP", "ADA", "DOGE", "TRX", "AVAX", "LINK"]
 COINS += ["DOT", "LTC", "UNI", "ATOM", "ETC", "XLM", "FIL", "APT", "ARB", "NEAR"]
@@ -42,21 +41,23 @@ TARGETS = ["5m", "15m", "30m", "1h", "4h", "12h", "1d", "1w"]
 MINUTES = {"5m": 5, "15m": 15, "30m": 30, "1h": 60, "4h": 240, "12h": 720, "1d": 1440, "1w": 10080}
 HOW = {"open": "first", "high": "max", "low": "min", "close": "last", **dict.fromkeys(SUMS, "sum")}
 MONTH = "strftime(make_timestamp(epoch_us(open_time)), '%Y-%m')"
-"""DuckDB formats moments with a zone only with an extension that it downloads."""
+"""DuckDB formats moments with a time zone only with an extension that it downloads."""
 DECIMAL = pl.Decimal(38, 12)
 
 
 def market_years(quick: bool = False) -> Iterator[tuple[str, pl.DataFrame]]:
-    """Key and exact bars of each market: a random walk in ticks, 0.1 % of the minutes without a bar.
-    `quick`: two markets.
+    """Yield key and exact bars of each market; `quick`: of two markets.
+
+    The prices are a random walk in ticks, and 0.1 % of the minutes have no bar.
     """
     for i, coin in enumerate(COINS[:2] if quick else COINS):
         yield f"binance:{coin}-USDT", market_year(i)
 
 
 def market_year(seed: int) -> pl.DataFrame:
-    """One of them. Quote volumes are volume times a price between low and high, so that every rule
-    holds.
+    """Return the bars of one market-year.
+
+    Quote volumes are volume times a price between low and high, so that every rule holds.
     """
     dice = np.random.default_rng(seed)
     price_scale, volume_scale = 2 + seed % 4, 5 - seed % 4
@@ -73,35 +74,35 @@ def market_year(seed: int) -> pl.DataFrame:
     taker, taker_quote = (np.floor(v * share).astype(np.int64) for v in (volume, quote))
     opens = np.datetime64("2023-01-01", "us") + minutes * np.timedelta64(60_000_000, "us")
     prices = {
-        name: decimals(v, price_scale)
+        name: as_decimals(v, price_scale)
         for name, v in zip(PRICES, (opened, high, low, close), strict=True)
     }
     sums = {
-        "volume": decimals(volume, volume_scale),
-        "quote_volume": decimals(quote, 8),
+        "volume": as_decimals(volume, volume_scale),
+        "quote_volume": as_decimals(quote, 8),
         "trades": pl.Series(dice.integers(1, 3000, n)),
-        "taker_buy_volume": decimals(taker, volume_scale),
-        "taker_buy_quote_volume": decimals(taker_quote, 8),
+        "taker_buy_volume": as_decimals(taker, volume_scale),
+        "taker_buy_quote_volume": as_decimals(taker_quote, 8),
     }
     return pl.DataFrame(
         {"open_time": pl.Series(opens).dt.replace_time_zone("UTC"), **prices, **sums}
     )
 
 
-def decimals(units: np.ndarray[Any, Any], scale: int) -> pl.Series:
-    """Whole numbers at a scale as Decimal(38, 12)."""
+def as_decimals(units: np.ndarray[Any, Any], scale: int) -> pl.Series:
+    """Convert integers at a scale to Decimal(38, 12)."""
     import pyarrow as pa
 
     halves = np.zeros((units.size, 2), np.int64)
     halves[:, 0] = units
-    made = pa.Decimal128Array.from_buffers(
+    array = pa.Decimal128Array.from_buffers(
         pa.decimal128(38, scale), units.size, [None, pa.py_buffer(halves)]
     )
-    return pl.Series(made).cast(DECIMAL)
+    return pl.Series(array).cast(DECIMAL)
 
 
 def real_bars(name: str) -> pl.DataFrame:
-    """Bars of REAL as the venue sent them; where ../shared is absent, as many synthetic ones."""
+    """Return bars of REAL as the venue sent them, or synthetic ones where ../shared is absent."""
     symbol, span = REAL[name]
     file = SHARED / "marketdata" / "binance_spot" / symbol / "1m" / f"{span}.parquet"
     if not file.exists():
@@ -118,17 +119,15 @@ def real_bars(name: str) -> pl.DataFrame:
 
 
 def as_floats(bars: pl.DataFrame) -> pl.DataFrame:
-    """The same bars as every peer keeps them: prices and volumes as 64-bit floats, the nearest to each
-    decimal.
-    """
-    # polars' own cast rounds twice; numpy's division of whole numbers below 2**53 rounds once
+    """Convert prices and volumes to the nearest 64-bit floats, as every peer keeps them."""
+    # polars' own cast from decimals rounds twice; a cast by way of text rounds once
     return bars.with_columns(
         pl.col(v).cast(pl.String).cast(pl.Float64) for v in VALUES if v != "trades"
     )
 
 
 def settings(rollups: str, place: Path) -> Settings:
-    """Our universe over the synthetic bars; its clock stands at their end."""
+    """Load our universe over the synthetic bars."""
     os.environ["MARKETDATA_UNIVERSE"] = str(place / f"universe-{rollups}.yaml")
     from marketdata_assets.settings.load import load_settings
 
@@ -136,7 +135,7 @@ def settings(rollups: str, place: Path) -> Settings:
 
 
 def write_universe(place: Path, coins: list[str], rollups: str, **venue: Any) -> None:
-    """The universe file for `settings`."""
+    """Write the universe file for `settings`."""
     lines = ["venues:", "  binance:", f"    symbols: [{', '.join(c + '/USDT' for c in coins)}]"]
     lines += [
         f"    {key}: {value}"
@@ -152,7 +151,7 @@ def write_universe(place: Path, coins: list[str], rollups: str, **venue: Any) ->
 
 
 def prepare(quick: bool) -> Path:
-    """Make the data set where it is not there yet; its folder."""
+    """Create the data set if it is missing and return its folder."""
     place = CACHE / ("quick" if quick else "data")
     if (place / "ready").exists():
         return place
@@ -160,7 +159,7 @@ def prepare(quick: bool) -> Path:
     (place / "markets").mkdir(parents=True)
     coins = COINS[:2] if quick else COINS
     for key, bars in market_years(quick):
-        print(f"making {key}", flush=True)
+        print(f"creating {key}", flush=True)
         name = key.partition(":")[2]
         floats = as_floats(bars)
         floats.write_parquet(place / "markets" / f"{name}.parquet")
@@ -173,7 +172,7 @@ def prepare(quick: bool) -> Path:
 
 
 def _write_months(place: Path, name: str, floats: pl.DataFrame) -> None:
-    """What a user of pandas or DuckDB keeps: Hive folders, plain Parquet with zstd."""
+    """Write what a user of pandas or DuckDB keeps: Hive folders of plain Parquet with zstd."""
     for (month,), frame in floats.group_by(
         pl.col("open_time").dt.strftime("%Y-%m"), maintain_order=True
     ):
@@ -183,9 +182,7 @@ def _write_months(place: Path, name: str, floats: pl.DataFrame) -> None:
 
 
 def _write_ours(place: Path, rollups: str, quick: bool) -> None:
-    """Raw bars by `Lake.write` with the ledger's entries, as an ingest leaves them, and rollups by
-    `derive`.
-    """
+    """Write raw bars with the ledger entries that an ingest leaves, and build the rollups."""
     from marketdata_assets.context import open_context
     from marketdata_assets.flows.derive.rollup import RollupBuilder
     from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
@@ -208,9 +205,18 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
                 )
                 size, digest = context.storage.lake.write(table, partition, frame)
                 state = State(
-                    start=month.start, through=month.end, newest=frame["open_time"][-1], complete=True, rows=frame.height, bytes=size,
-                    digest=digest, rolled=None, attempts=1, failures=0, error=None,
-                )  # fmt: skip
+                    start=month.start,
+                    through=month.end,
+                    newest=frame["open_time"][-1],
+                    complete=True,
+                    rows=frame.height,
+                    bytes=size,
+                    digest=digest,
+                    rolled=None,
+                    attempts=1,
+                    failures=0,
+                    error=None,
+                )
                 absent = holes(frame["open_time"], table.timeframe, month)
                 gaps = [Gap(w, w.count(table.timeframe), "no_bars", 2, "synthetic") for w in absent]
                 context.ledger.partitions.commit(
@@ -231,16 +237,16 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
 
 
 def count(place: str) -> int:
-    """How many bars the data set holds."""
+    """Return how many bars the data set holds."""
     return sum(
         pl.scan_parquet(file).select(pl.len()).collect().item()
         for file in Path(place, "markets").glob("*.parquet")
     )
 
 
-# --------------------------------------------------------------------------------- the same bars in
-def once(place: Path, build: Callable[[Path], None]) -> Path:
-    """A folder or file that is built where it is not there yet."""
+# --------------------------------------------------------------------------------- other engines
+def build_once(place: Path, build: Callable[[Path], None]) -> Path:
+    """Build a folder or file if it is missing and return its path."""
     if not place.exists():
         building = place.with_name(place.name + ".building")
         shutil.rmtree(building, ignore_errors=True)
@@ -251,7 +257,7 @@ def once(place: Path, build: Callable[[Path], None]) -> Path:
 
 
 def scratch(folder: Path) -> Path:
-    """A folder beside the data that goes with this process."""
+    """Create a folder beside the data for this process alone."""
     return Path(tempfile.mkdtemp(prefix="scratch-", dir=folder))
 
 
@@ -267,8 +273,10 @@ def aggregates() -> list[pl.Expr]:
 def bucket_sql(name: str, source: str, where: str = "") -> str:
     sums = ", ".join(f"sum({column}) AS {column}" for column in SUMS)
     return (
-        f"SELECT market, time_bucket(INTERVAL '{MINUTES[name]} minutes', open_time, TIMESTAMPTZ '1970-01-05 00:00:00+00') AS open_time,"
-        " arg_min(open, open_time) AS open, max(high) AS high, min(low) AS low, arg_max(close, open_time) AS close,"
+        f"SELECT market, time_bucket(INTERVAL '{MINUTES[name]} minutes', open_time,"
+        " TIMESTAMPTZ '1970-01-05 00:00:00+00') AS open_time,"
+        " arg_min(open, open_time) AS open, max(high) AS high, min(low) AS low,"
+        " arg_max(close, open_time) AS close,"
         f" {sums} FROM {source} {where} GROUP BY 1, 2"
     )
 
@@ -280,7 +288,7 @@ def parents(hierarchical: bool = True) -> dict[str, str]:
 
 
 def open_arctic(folder: Path) -> Any:
-    """The library `bars` of an ArcticDB (LMDB) with every market, 1m and stored 1h."""
+    """Open the library `bars` of an ArcticDB (LMDB) with every market, 1m and stored 1h."""
     import arcticdb
 
     def build(place: Path) -> None:
@@ -295,12 +303,13 @@ def open_arctic(folder: Path) -> Any:
             library.write(name, bars)
             library.write(f"{name} 1h", bars.resample("1h").agg(HOW))
 
-    return arcticdb.Arctic(f"lmdb://{once(folder / 'arctic', build)}?map_size=20GB")["bars"]
+    return arcticdb.Arctic(f"lmdb://{build_once(folder / 'arctic', build)}?map_size=20GB")["bars"]
 
 
 def own_copy(folder: Path, rollups: str, only: str = "") -> Path:
-    """Our lake, ledger and warehouse in a scratch folder: raw bars (of all markets, or one) by hard
-    links, all else copied.
+    """Copy our lake, ledger and warehouse into a scratch folder; raw bars are hard links.
+
+    `only`: copy the raw bars of this market alone.
     """
     place = scratch(folder)
     for key in (folder / "lake" / "raw" / "ohlcv_1m").glob(f"*{only}"):
@@ -314,7 +323,7 @@ def own_copy(folder: Path, rollups: str, only: str = "") -> Path:
 
 
 def open_delta(folder: Path, timeframe: str = "1m") -> Path:
-    """A Delta table of all markets, partitioned by market and month."""
+    """Open a Delta table of all markets, partitioned by market and month."""
     from deltalake import write_deltalake
 
     def build(place: Path) -> None:
@@ -325,11 +334,11 @@ def open_delta(folder: Path, timeframe: str = "1m") -> Path:
             rows = frame.select(pl.lit(name).alias("market"), pl.all(), month).to_arrow()
             write_deltalake(place, rows, mode="append", partition_by=["market", "month"])
 
-    return once(folder / f"delta-{timeframe}", build)
+    return build_once(folder / f"delta-{timeframe}", build)
 
 
 def open_duckdb(folder: Path) -> Path:
-    """A DuckDB file of all markets and all nine tables, without keys, which is its fastest form."""
+    """Open a DuckDB file of all markets and nine tables, without keys: its fastest form."""
     import duckdb
 
     def build(place: Path) -> None:
@@ -337,11 +346,13 @@ def open_duckdb(folder: Path) -> Path:
             files = f"read_parquet('{folder}/markets/*.parquet', filename=true)"
             market = "parse_filename(filename, true) AS market"
             connection.execute(
-                f"CREATE TABLE ohlcv_1m AS SELECT {market}, * EXCLUDE filename FROM {files} ORDER BY market, open_time"
+                f"CREATE TABLE ohlcv_1m AS SELECT {market}, * EXCLUDE filename"
+                f" FROM {files} ORDER BY market, open_time"
             )
             for name, parent in parents().items():
                 connection.execute(
-                    f"CREATE TABLE ohlcv_{name} AS {bucket_sql(name, f'ohlcv_{parent}')} ORDER BY market, open_time"
+                    f"CREATE TABLE ohlcv_{name} AS {bucket_sql(name, f'ohlcv_{parent}')}"
+                    " ORDER BY market, open_time"
                 )
 
-    return once(folder / "peers.duckdb", build)
+    return build_once(folder / "peers.duckdb", build)

