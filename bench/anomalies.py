@@ -112,12 +112,12 @@ def halve_limits() -> Iterator[None]:
             for name, rule in original.items()
         }
     )
-    rules.GAPS /= 2
+    rules.GAP_TIMES /= 2
     try:
         yield
     finally:
-        RULES.update(original)
-        rules.GAPS *= 2
+        RULES.update(whole)
+        rules.GAP_TIMES *= 2
 
 
 def z_score(bars: pl.DataFrame) -> pl.Series:

@@ -4,12 +4,12 @@
     +-- BadInput                        2   what a person wrote: universe, dates, symbols, flags
     +-- Unreachable                     3   a venue or a store that does not answer
     |   +-- VenueDown                       after all retries, or while its circuit breaker is open
-    |   +-- StoreFailed                     a folder not writable, a full disk, a file that is locked
+    |   +-- StoreFailed                     a folder not writable, a full disk, a locked file
     |       +-- Damaged                     a stored object cannot be read as what it should be
     +-- VenueRefused                    1   the venue answered, and the answer is a final no
     +-- CheckFailed                     1   a blocking check of a partition is red: nothing follows
     +-- RequestFailed                   -   one request went wrong; guards decide what follows
-        +-- Retry                           passing: network, 5xx, timeout, a garbled or short answer
+        +-- Retry                           passing: network, 5xx, timeout, a garbled answer
         |   +-- Garbled                     the answer is not what the venue documents
         +-- Wait                            the venue asks to wait until a moment that it names
 

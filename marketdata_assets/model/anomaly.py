@@ -35,9 +35,9 @@ class AnomalyState(StrEnum):
 class Anomaly(NamedTuple):
     """Suspicious bars of one market, which open in `[start, end)`.
 
-    `kind` names a row of `quality.anomalies.RULES`, and `bars` counts the suspicious bars.
-    `evidence` holds the measurements as text by name: `size`, the `limit` that it exceeds, and
-    `says`, a sentence for a person.
+    `kind` names a row of `quality.anomaly_rules.RULES`. `bars` bars that open in `[start, end)`
+    were found. `evidence` is what was measured, as text by name: `size`, the `limit` that it is
+    above, and `says`, a sentence for a person.
     """
 
     kind: str

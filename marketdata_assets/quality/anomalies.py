@@ -1,8 +1,8 @@
 """Bars that keep every rule and are hard to believe: spikes, jumps, wicks, moves, frozen prices.
 
 What is usual is measured around each bar: medians of the bars before it and of those after it, the
-larger of the two. Prices are logarithms here, so that sizes are shares of the price; none of this is
-stored except as evidence.
+larger of the two. Prices are logarithms here, so that sizes are shares of the price; none of this
+is stored except as evidence.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from marketdata_assets.quality.anomaly_rules import RULES
 AROUND, LONG_AROUND = 60, 240
 """So many traded bars before and after show what prices, and what volume, usually do."""
 REACH = 10
-"""Prices may be away for so many bars and still count as come back. The verdict on a bar can depend on
-so many bars after it."""
+"""Prices may be away for so many bars and still count as come back. The verdict on a bar can depend
+on so many bars after it."""
 CONTEXT = 1440
-"""With so many bars before and after a span its verdicts are those of the middle of a longer one."""
+"""Bars before and after a span that make its verdicts those of the middle of a longer one."""
 MIN_IDENTICAL = 4
 """So many bars that are equal in every column are frozen: of real minutes at most two are."""
 GAP_TIMES = 5
@@ -77,9 +77,9 @@ class _TradedBars(NamedTuple):
 def find_anomalies(bars: pl.DataFrame, timeframe: Timeframe, judged: Window) -> list[Anomaly]:
     """Return the anomalies that begin in `judged`, by start.
 
-    `bars` (model.bar.BAR_SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last bar of
-    all is only judged by rules that do not need the next one. A price belongs to one anomaly: the
-    first of the rules about prices that finds a bar has it.
+    `bars` (model.bar.SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last bar
+    of all is only judged by rules that do not need the next one. A price belongs to one anomaly:
+    the first of the rules about prices that finds a bar has it.
     """
     traded = _TradedBars(_measure(bars.filter(pl.col("volume") > 0), timeframe), timeframe)
 
@@ -111,7 +111,7 @@ def _without_overlap(found: Sequence[Anomaly], others: Sequence[Anomaly]) -> lis
 
 
 def _join_near(found: Iterable[Anomaly], timeframe: Timeframe) -> list[Anomaly]:
-    """Join anomalies of one kind that are at most REACH bars apart, with the evidence of the worst."""
+    """Join anomalies of one kind at most REACH bars apart, with the evidence of the worst."""
 
     def join(last: Anomaly, one: Anomaly) -> Anomaly | None:
         if one.kind != last.kind or one.start - last.end > REACH * timeframe.width:
@@ -191,7 +191,7 @@ def _find_swapped(traded: _TradedBars) -> Iterator[Anomaly]:
 
 
 class _Excursion(NamedTuple):
-    """Rows whose prices left and came back: `first` to `last`, `size` far, undone in row `until`."""
+    """Rows `first` to `last`, whose prices went `size` away; row `until` brought them back."""
 
     first: int
     last: int

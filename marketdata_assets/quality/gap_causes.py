@@ -18,10 +18,10 @@ from marketdata_assets.venues.facts import Halt
 MAX_CHANCE = 1e-6
 """Silence of all markets that is less likely than this by chance is a halt."""
 MAX_CHANCE_ALONE = 1e-9
-"""For a venue with one market and no other evidence; and a pause that is less likely than this is not
-explained by a market's habit of having no trades."""
+"""For a venue with one market and no other evidence; and a pause that is less likely than this is
+not explained by a market's habit of having no trades."""
 MIN_EMPTY_BARS = 3
-"""So many other open times without a bar show that the venue sends none for a bar without trades."""
+"""So many other open times without a bar show that the venue sends no bar without trades."""
 MAX_MESSAGE = 200
 """Characters after which no message of a further part is added."""
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(hours=1), timedelta(days=30)
@@ -192,7 +192,7 @@ def _find_missing_at_source(evidence: GapEvidence, window: Window) -> list[GapPa
 
 
 def _find_no_trade_by_native(evidence: GapEvidence, window: Window) -> list[GapPart]:
-    """The venue's own coarser bar is the sum of our bars: nothing was traded where there are none."""
+    """The venue's own coarser bar is the sum of our bars: the others hold no trade."""
     equal = [native for native in evidence.native_bars if native.volume == native.stored_volume]
     return [
         GapPart(part, GapCause.NO_TRADE, is_final=True, message=str(native))

@@ -1,9 +1,9 @@
 """The table of rules that every row must keep.
 
-A rule's name is its row here, the reason in quarantine, and the key in metadata and alerts. Rules see
-typed columns (`open`, `volume`, ...) and what was sent (`sent_open`, ...): a text that is no number is
-null in the typed column. An expression is true where a row breaks the rule; null counts as not
-broken, because the rules `null` and `not_a_number` find it.
+A rule's name is its row here, the reason in quarantine, and the key in metadata and alerts. Rules
+see typed columns (`open`, `volume`, ...) and what was sent (`sent_open`, ...): a text that is no
+number is null in the typed column. An expression is true where a row breaks the rule; null counts
+as not broken, because the rules `null` and `not_a_number` find it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,20 @@ def build_rules(
     `closed_before` is the venue's clock: a bar is closed when its end lies at or before it.
     `columns` are those that the venue always gives.
     """
-    highest = pl.max_horizontal("open", "close", "low")
-    lowest = pl.min_horizontal("open", "close", "high")
+    return (
+        *_value_rules(columns),
+        *_bar_rules(),
+        Rule("off_grid", "an open time that is no multiple of the timeframe", _off_grid(timeframe)),
+        Rule("outside_window", "an open time that was not requested", _outside_window()),
+        Rule(
+            "unclosed",
+            "a bar that the venue's clock has not closed",
+            pl.col("open_time") + timeframe.width > closed_before,
+        ),
+    )
+
+
+def _value_rules(columns: Sequence[str]) -> tuple[Rule, ...]:
     return (
         Rule(
             "null",
@@ -73,17 +85,17 @@ def build_rules(
             "a volume or count below zero",
             _any(pl.col(name) < 0 for name in VOLUMES),
         ),
+    )
+
+
+def _bar_rules() -> tuple[Rule, ...]:
+    highest = pl.max_horizontal("open", "close", "low")
+    lowest = pl.min_horizontal("open", "close", "high")
+    return (
         Rule("high_below", "high below open, close or low", pl.col("high") < highest),
         Rule("low_above", "low above open, close or high", pl.col("low") > lowest),
         Rule("vwap_outside", "quote_volume / volume outside [low, high]", _vwap_outside()),
         Rule("taker_above_total", "takers bought more than was traded", _taker_above_total()),
-        Rule("off_grid", "an open time that is no multiple of the timeframe", _off_grid(timeframe)),
-        Rule("outside_window", "an open time that was not requested", _outside_window()),
-        Rule(
-            "unclosed",
-            "a bar that the venue's clock has not closed",
-            pl.col("open_time") + timeframe.width > closed_before,
-        ),
     )
 
 

@@ -69,7 +69,7 @@ class _DifferingBar:
 
     # --------------------------------------------------------------------------------- by the venue
     def _cause_by_finer(self) -> DifferenceCause | None:
-        """The causes of the venue's own finer bars that differ inside; None where none can be one."""
+        """The causes of the venue's own finer bars that differ inside; None where none do."""
         finer = self.evidence.finer
         if finer is None or finer.timeframe.width >= self.timeframe.width:
             return None
@@ -165,7 +165,7 @@ class _DifferingBar:
     def _cause_of_single_bar(
         self, amounts: Mapping[str, Any], given: Mapping[str, Any]
     ) -> DifferenceCause | None:
-        """The only base bar that is the difference, twice it, or off by one share in all columns."""
+        """The one base bar that is the difference, twice it, or off by one share in all columns."""
         whole = [bar for bar in self.bars if all(bar[name] is not None for name in given)]
         tests: tuple[tuple[Callable[[Bar], bool], str], ...] = (
             (
@@ -232,7 +232,7 @@ class _DifferingBar:
         return DifferenceCause(message, lost or self._windows([bar]))
 
     def _cause_by_correction(self) -> DifferenceCause | None:
-        """Base bars that were corrected, and whether the venue's own bar still counts the old ones."""
+        """Base bars that were corrected, and if the venue's own bar still counts the old ones."""
         old = self.evidence.replaced.filter(opens_inside(self.window)).to_dicts()
         if not old:
             return None

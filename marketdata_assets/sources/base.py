@@ -64,7 +64,7 @@ class Source(Protocol):
 
     @property
     def skips_gaps(self) -> bool:
-        """Whether the venue counts rows and not time, so that a request may span more than a page."""
+        """Whether the venue counts rows and not time: a request may span more than a page."""
         ...
 
     @property

@@ -255,5 +255,5 @@ class CcxtSource:
 
 
 def _endpoint_of(venue: Venue, types: set[MarketType]) -> BarsEndpoint:
-    """Return the endpoint of a venue whose symbols are all of one type, else ccxt's `fetch_ohlcv`."""
+    """Return the endpoint for symbols that are all of one type; `fetch_ohlcv` for a mixture."""
     return facts_of(venue.name).endpoint(venue.symbols[0]) if len(types) == 1 else BarsEndpoint()

@@ -94,8 +94,8 @@ class _CallLog:
 class GuardedSource:
     """A source whose requests wait for their turn, obey the venue's waits, and are retried.
 
-    Every method raises VenueDown where the venue fails too often, where its circuit breaker is open,
-    or where it asks for a longer wait than the policy allows.
+    Every method raises VenueDown where the venue fails too often, where its circuit breaker is
+    open, or where it asks for a longer wait than the policy allows.
     """
 
     def __init__(

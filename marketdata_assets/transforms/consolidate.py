@@ -17,8 +17,8 @@ def consolidate(
 
     `bars` by venue, the preferred one first (model.bar.BAR_SCHEMA, sorted). `no_trade_windows` holds
     the open times at which a venue was up and nobody traded there: where that venue would have been
-    chosen, there is no bar. Any other missing bar means that the venue was down, and the next one is
-    chosen.
+    chosen, there is no bar. Any other missing bar means that the venue was down, and the next one
+    is chosen.
     """
     found = pl.DataFrame(schema={column.name: column.dtype for column in CONSOLIDATED_COLUMNS})
     decided = list[Sequence[Window]]()

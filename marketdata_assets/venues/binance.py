@@ -15,14 +15,14 @@ from marketdata_assets.venues.facts import (
     parse_halts,
 )
 
-# exchangeInfo: REQUEST_WEIGHT 6000 a minute; klines weigh 2, at most 1000 bars a request
+# exchangeInfo (2026-11): REQUEST_WEIGHT 6000 a minute; klines weigh 2, at most 1000 bars each
 SPOT_ENDPOINT = BarsEndpoint(
     page_size=1000,
     requests_per_minute=3000,
     klines_method="publicGetKlines",
     weight_per_minute=6000,
 )
-# fapi's exchangeInfo: REQUEST_WEIGHT 2400 a minute; klines weigh 2 for 100 to 499 bars, 5 for 500
+# exchangeInfo (2026-11): REQUEST_WEIGHT 2400 a minute; klines weigh 2 up to 499 bars, 5 from 500
 LINEAR_ENDPOINT = BarsEndpoint(
     page_size=499,
     requests_per_minute=1200,

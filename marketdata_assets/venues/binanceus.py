@@ -9,7 +9,7 @@ from marketdata_assets.venues.facts import MarketType, VenueFacts
 
 FACTS = VenueFacts(
     venue="binanceus",
-    # exchangeInfo: REQUEST_WEIGHT 1200 a minute
+    # exchangeInfo (2026-11): REQUEST_WEIGHT 1200 a minute
     endpoints={
         MarketType.SPOT: replace(SPOT_ENDPOINT, requests_per_minute=600, weight_per_minute=1200)
     },

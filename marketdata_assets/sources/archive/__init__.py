@@ -1,4 +1,4 @@
-"""Files as a source: archives that venues publish, and plain CSV, become rows as a venue sends them.
+"""Files as a source: archives of venues, and plain CSV, become rows as a venue sends them.
 
 A file is used whole or not at all: one that is cut short, of another market, in two units, or not
 what its checksum says is refused with its name and line. Every number stays the text that it is in

@@ -74,7 +74,7 @@ def find_market(
     markets: Sequence[Market],
     has_header: bool,
 ) -> Market:
-    """Return the market of a file: the one that `options` state, or the only one that fits its name.
+    """Return the market of a file: that of `options`, or the only one that fits its name.
 
     Raises BadInput for none, for several, and for one that the name contradicts.
     """

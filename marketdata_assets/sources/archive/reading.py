@@ -96,7 +96,7 @@ def read_file(
         raise BadInput(f"{path}: it holds no rows")
     market = find_market(path, name, options, markets=markets, has_header=layout.has_header)
     timeframe = find_timeframe(path, name, options)
-    rows, unit = _read_rows(table, layout, timeframe, options.unit)
+    rows, unit = _read_rows(table, layout, timeframe, unit=options.unit)
     rows_window = _window_of(table, rows["open_time"], timeframe)
     span = (name and name.window) or rows_window
     return ArchiveFile(
@@ -121,7 +121,7 @@ def _is_final(market: Market, layout: Layout) -> bool:
 
 
 def _read_rows(
-    table: CsvTable, layout: Layout, timeframe: Timeframe, unit: str | None
+    table: CsvTable, layout: Layout, timeframe: Timeframe, *, unit: str | None
 ) -> tuple[pl.DataFrame, str]:
     """Return the rows, and the unit of their open times."""
     skipped = int(layout.has_header)

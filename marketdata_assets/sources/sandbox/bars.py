@@ -1,7 +1,7 @@
-"""Synthetic markets for the sandbox exchange: reproducible bars, and their text in Binance's format.
+"""Synthetic bars for the sandbox exchange, always the same, and their text in Binance's format.
 
-A minute is a pure function of (symbol, minute): whole numbers only, hashed and never accumulated, so
-that a page costs its own rows wherever it lies. All markets have these habits:
+A minute is a pure function of (symbol, minute): whole numbers only, hashed and never accumulated,
+so that a page costs its own rows wherever it lies. All markets have these habits:
 
 - A minute opens at exactly the price at which the minute before it closed, served or not.
 - Quiet stretches: up to 12 minutes without a trade are served flat at the last price with volume 0
@@ -40,8 +40,8 @@ LONGEST_QUIET, LONGEST_HOLE = 12, 4
 
 # --------------------------------------------------------------------------------- prices
 _OCTAVES = tuple((16**i, 4**i) for i in range(6))
-"""Length in minutes and weight of each layer of the price. The weight is the root of the length, as in
-a random walk."""
+"""Length in minutes and weight of each layer of the price. The weight is the root of the length, as
+in a random walk."""
 
 
 def _range(first: int, end: int) -> pl.Series:
@@ -248,8 +248,8 @@ def _to_klines(bars: pl.DataFrame, listing: Listing, tf: Timeframe) -> pl.DataFr
 def generate_bars(symbol: str, interval: str, window: Window) -> pl.DataFrame:
     """Return the finished bars that open inside the window (model.bar.BAR_SCHEMA), oldest first.
 
-    They are those that the exchange serves once they are closed, whatever any clock says now. Raises
-    BadInput for a symbol or interval that the sandbox does not have.
+    They are those that the exchange serves once they are closed, whatever any clock says now.
+    Raises BadInput for a symbol or interval that the sandbox does not have.
     """
     if symbol not in LISTINGS:
         raise BadInput(f"symbol {symbol!r} is not one of {' '.join(LISTINGS)}")

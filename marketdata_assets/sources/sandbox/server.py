@@ -45,7 +45,7 @@ _ENDPOINTS = {
     "/api/v3/klines": _Endpoint(2, ("symbol", "interval", "startTime", "endTime", "limit")),
 }
 _MAX_EXCESS, _BAN_MS = 10, 120_000
-"""So many further requests over the limit are answered with 429; one more is answered with a ban."""
+"""So many further requests over the limit get 429; one more gets a ban."""
 
 
 class ReceivedRequest(NamedTuple):
@@ -144,9 +144,9 @@ class SandboxExchange:
     """The server's state: its clocks, its request weights, and a log of the last requests.
 
     `now` is the market's clock and `wall` the one that request weights are counted by, both in ms
-    since 1970: the weights of a frozen market still end with every real minute. `tamper` may replace
-    the rows of a klines answer, or the whole answer; where it returns None the answer stays. All
-    clients share one budget of weight.
+    since 1970: the weights of a frozen market still end with every real minute. `tamper` may
+    replace the rows of a klines answer, or the whole answer; where it returns None the answer
+    stays. All clients share one budget of weight.
     """
 
     def __init__(
