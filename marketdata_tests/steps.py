@@ -84,7 +84,7 @@ def run_ingest(
         )
 
 
-def tell_apart(settings: Settings) -> None:
+def mark_gaps_final(settings: Settings) -> None:
     """The causes of all gaps are known, so that none of them is ever asked for again."""
     with open_context(settings) as context:
         known = "cause = 'no_trade', status = 'final', next_ask = NULL"

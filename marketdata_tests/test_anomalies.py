@@ -19,7 +19,7 @@ from marketdata_assets.context import open_context
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.fetch.ingest import Ingester
-from marketdata_assets.flows.prove.anomalies import mark
+from marketdata_assets.flows.prove.anomalies import set_anomaly_state
 from marketdata_assets.flows.prove.raw_checks import RawAuditor
 from marketdata_assets.ledger.anomalies import GONE
 from marketdata_assets.model.anomaly import Anomaly, AnomalySeverity, AnomalyState
@@ -379,7 +379,7 @@ def test_an_unknown_number_is_bad_input(universe: Universe) -> None:
         open_context(universe("http://127.0.0.1:1")) as context,
         pytest.raises(BadInput, match="no anomaly 7"),
     ):
-        mark(toolbox, 7, AnomalyState.RESOLVED, None)
+        set_anomaly_state(context.ledger, 7, AnomalyState.RESOLVED, None)
 
 
 # --------------------------------------------------------------------------------- from the venue t

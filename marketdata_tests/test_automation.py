@@ -12,15 +12,16 @@ import dagster as dg
 import pytest
 
 from marketdata_assets.context import open_context
-from marketdata_assets.defs.checks import KIND, REFRESH
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
+from marketdata_assets.defs.tags import KIND, RunKind
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 from marketdata_tests.steps import at
@@ -140,7 +141,7 @@ def test_from_an_empty_lake_to_a_whole_one_and_back_after_a_loss(
         assert (
             context.bind(BarReader)
             .read(settings.markets[0], TIMEFRAMES["1m"], wanted)
-            .equals(truth("BTCUSDT", "1m", wanted))
+            .equals(generate_bars("BTCUSDT", "1m", wanted))
         )
 
 
@@ -183,7 +184,7 @@ def test_a_refresh_takes_only_what_is_new_and_says_nothing_when_nothing_is(
         before[WEEK],
     )  # no hour, no week has closed
     # a feed that has died behind green runs: its answers stop at what we have
-    dead = {KIND: REFRESH, RANGE_START: JAN, RANGE_END: JAN}
+    dead = {KIND: RunKind.REFRESH, RANGE_START: JAN, RANGE_END: JAN}
     assert run(later, instance, dead).success
     assert events(instance, RAW) == before[RAW] + 1
     assert run(

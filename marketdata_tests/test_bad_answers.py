@@ -735,7 +735,7 @@ def test_always_one_broken_row(stage: Stage, fault: Fault) -> None:
     done, _, old = always(stage, Fault(fault.name, one, fault.says))
     assert done.error is None
     assert done.account.is_balanced
-    good = truth("BTCUSDT", "1m", WANTED)
+    good = generate_bars("BTCUSDT", "1m", WANTED)
     assert_bars(stored_bars(stage.settings), good.filter(pl.col("open_time").dt.epoch("ms") != at))
     assert old_bars(stage.settings).equals(old)
     assert [(gap.bars, gap.reason) for gap in done.gaps if gap.reason != "no_bars"] == [

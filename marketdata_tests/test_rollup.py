@@ -145,7 +145,7 @@ def test_step_by_step_equals_in_one_go(made: tuple[list[Row], Timeframe]):
 QUARTER = """
 import os, sys
 import polars as pl
-from marketdata_assets.model.bar import SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.transforms.rollup import roll_up
@@ -255,7 +255,7 @@ def test_one_missing_value_makes_the_sum_unknown_and_no_other(name: str):
     rows = [row(moment) for moment in minutes(120)]
     rows[30][name] = None
     first, second = roll_up(frame(rows), M1, [H1], whole=FOREVER)[H1].rows(named=True)
-    assert [n for n in NAMES if first[n] is None] == [name]
+    assert [n for n in COLUMN_NAMES if first[n] is None] == [name]
     assert (first["vwap"] is None) == (name == "quote_volume")
     assert second[name] is not None
     assert second["vwap"] is not None
