@@ -330,7 +330,7 @@ def test_entries_keep_their_state(universe: Universe) -> None:
         def settle(
             *found: Anomaly, now: datetime = LATER
         ) -> dict[str, tuple[AnomalyState, str | None]]:
-            entries = store.settle(RAW, BTC, JANUARY, found, now)
+            entries = store.settle(RAW, BTC, JANUARY, found=found, now=now)
             assert entries == [
                 e for e in store.find(JANUARY, BTC, RAW) if e.anomaly.start >= JANUARY.start
             ]
@@ -368,9 +368,9 @@ def test_entries_keep_their_state(universe: Universe) -> None:
         assert {entry.anomaly.kind: entry.id for entry in store.find(EVER)} == ids
 
         # another market, another window
-        store.settle(RAW, ETH, JANUARY, [spike], LATER)
+        store.settle(RAW, ETH, JANUARY, found=[spike], now=LATER)
         assert settle(spike, longer)["spike"] == (AnomalyState.RESOLVED, None)
-        assert store.settle(RAW, BTC, window("2024-02-01", "2024-03-01"), [], LATER) == []
+        assert store.settle(RAW, BTC, window("2024-02-01", "2024-03-01"), found=[], now=LATER) == []
         assert [entry.state for entry in store.find(EVER, ETH)] == [AnomalyState.OPEN]
 
 

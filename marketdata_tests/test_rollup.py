@@ -153,7 +153,7 @@ assert pl.thread_pool_size() == int(os.environ["POLARS_MAX_THREADS"])
 whole = Window(parse_time("2024-01-01"), parse_time("2024-04-01"))
 opens = pl.datetime_range(whole.start, whole.end, "1m", closed="left", time_zone="UTC", eager=True)
 i = pl.int_range(pl.len())
-columns = [(i * (7919 + n) % 10007 + 1).cast(dtype).alias(name) for n, (name, dtype) in enumerate(SCHEMA.items()) if n]
+columns = [(i * (7919 + n) % 10007 + 1).cast(dtype).alias(name) for n, (name, dtype) in enumerate(BAR_SCHEMA.items()) if n]
 bars = pl.select(opens.alias("open_time")).with_columns(columns).filter(i % 997 > 40)
 for frame in roll_up(bars, TIMEFRAMES["1m"], list(TIMEFRAMES.values())[1:], whole=whole).values():
     frame.write_parquet(f"{sys.argv[1]}/{frame.height}")
