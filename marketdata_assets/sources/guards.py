@@ -81,13 +81,13 @@ class RetryPolicy:
 class _CallLog:
     """What happened to one guarded call: its failed requests, and the seconds it waited."""
 
-    failed: list[Request] = field(default_factory=list)
-    waited: float = 0.0
+    failed_requests: list[Request] = field(default_factory=list)
+    wait_seconds: float = 0.0
 
     def venue_down(self, message: str) -> VenueDown:
         """Return the error that ends the call, with the requests that led to it."""
         error = VenueDown(message)
-        error.requests = tuple(self.failed)
+        error.requests = tuple(self.failed_requests)
         return error
 
 
@@ -142,7 +142,9 @@ class GuardedSource:
         """
         log = _CallLog()
         page = await self._call(lambda: self._source.fetch(market, timeframe, window), log)
-        return replace(page, requests=(*log.failed, *page.requests), waited=log.waited)
+        return replace(
+            page, requests=(*log.failed_requests, *page.requests), wait_seconds=log.wait_seconds
+        )
 
     async def now(self) -> datetime:
         """Return the venue's own clock, UTC."""
@@ -164,10 +166,10 @@ class GuardedSource:
         policy, failures, waits, patience, last = self._policy, 0, 0, self._policy.longest_wait, ""
         while True:
             try:
-                log.waited += await self._wait_for_turn(last)
+                log.wait_seconds += await self._wait_for_turn(last)
                 value = await operation()
             except Wait as error:
-                log.failed.extend(error.requests)
+                log.failed_requests.extend(error.requests)
                 last, waits = str(error), waits + 1
                 patience -= self._pause_venue(error, waits)
                 if patience < 0 or waits > policy.waits:
@@ -176,14 +178,14 @@ class GuardedSource:
                         f"{error}; requests are held back until {until}, which is too long to wait"
                     ) from None
             except Retry as error:
-                log.failed.extend(error.requests)
+                log.failed_requests.extend(error.requests)
                 last, failures = str(error), failures + 1
                 self._state.record(self._venue, False, policy.clock())
                 if failures >= policy.attempts:
                     raise log.venue_down(f"{error}; given up after {failures} attempts") from None
                 await policy.sleep(policy.pauses.pause(failures))
             except MarketDataError as error:
-                error.requests = (*log.failed, *error.requests)
+                error.requests = (*log.failed_requests, *error.requests)
                 raise
             else:
                 self._state.record(self._venue, True, policy.clock())

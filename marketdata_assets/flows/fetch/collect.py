@@ -263,9 +263,7 @@ class _Inquiry:
         """
         first = len(self.answers)
         self.answers.extend(fetched)
-        frames = [
-            add_request_columns(f.rows, first + i, f.requested) for i, f in enumerate(fetched)
-        ]
+        frames = [add_request_columns(f.rows, first + i, f.window) for i, f in enumerate(fetched)]
         columns = self.toolbox.source(self.market).columns
         kept, rejected = split_rows(
             pl.concat(frames), self.timeframe, closed_before=self.now, columns=columns
@@ -279,9 +277,9 @@ class _Inquiry:
             self.asked.start - self.timeframe.width, self.asked.end, closed="both"
         )
         inside = SplitRows(kept.filter(~witness), rejected.filter(~witness.fill_null(False)))
-        self.kept.append(inside.kept)
+        self.kept.append(inside.valid)
         self.rejected.append(inside.rejected)
-        self.received += inside.kept.height + inside.rejected.height
+        self.received += inside.valid.height + inside.rejected.height
 
     # ------------------------------------------------------------------------------------------ dou
     def _agreement(self) -> ResolvedAnswers:
@@ -379,7 +377,7 @@ class _Inquiry:
             fetches=fetches,
             answers=answers,
             retries=sum(len(f.requests) - 1 for f in self.answers),
-            waited=sum(f.waited for f in self.answers),
+            waited=sum(f.wait_seconds for f in self.answers),
             through=self.asked.end,
             corrected=denied.len(),
         )
@@ -467,9 +465,9 @@ class _Inquiry:
         """A gap as it stands now: what was known of it before is counted in, and it is asked again at
         a growing distance.
         """
-        about = [f for f in self.answers if f.requested & window]
+        about = [f for f in self.answers if f.window & window]
         evidence = "; ".join(
-            f"asked {f.requested} at {_moment(f)}, {f.rows.height} rows" for f in about[-2:]
+            f"asked {f.window} at {_moment(f)}, {f.rows.height} rows" for f in about[-2:]
         )
         before = [gap for gap in self.known if gap.window & window]
         answers += max((gap.answers for gap in before), default=0)
@@ -499,7 +497,7 @@ class _Inquiry:
         fetches: list[LoggedFetch] = []
         answers = []
         for fetched in self.answers:
-            fetches += logged(fetched.requests, fetched.requested)
+            fetches += logged(fetched.requests, fetched.window)
             answers.append(len(fetches) - 1)
         return tuple(fetches), tuple(answers)
 

@@ -290,9 +290,9 @@ def _take(
         )
         for answer, (tally, rows) in enumerate(together)
     ]
-    told = resolve_files(pl.concat(one.kept for one in judged))
+    told = resolve_files(pl.concat(one.valid for one in judged))
     broken = pl.concat(one.rejected for one in judged)
-    refused = pl.concat([broken, reject_bars(told.disputed, "conflict")])
+    refused = pl.concat([broken, reject_bars(told.conflicts, "conflict")])
     if dry_run:
         stored = toolbox.lake.read(raw(timeframe), partition)
         found = compare_with_stored(
@@ -304,14 +304,14 @@ def _take(
         assert taken is not None
         found = taken
     repeated = compare_with_stored(
-        told.repeated.select("answer", *NAMES), found.different.select(NAMES)
+        told.repeats.select("answer", *NAMES), found.different.select(NAMES)
     )  # of a denied bar it is denied as well
     counts = {
         "stored": (found.new,),
         "identical": (found.identical, repeated.new),
         "refused": (broken,),
         "disagree": (found.different, repeated.identical, repeated.different),
-        "conflict": (told.disputed,),
+        "conflict": (told.conflicts,),
     }
     for name, frames in counts.items():
         for answer, count in (
@@ -322,7 +322,7 @@ def _take(
     if room > 0:
         done.differences += [
             *_denied(partition, timeframe, found.different, sources),
-            *_disputed(partition, timeframe, told.disputed, sources),
+            *_disputed(partition, timeframe, told.conflicts, sources),
         ][:room]
 
 

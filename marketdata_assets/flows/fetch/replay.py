@@ -111,7 +111,7 @@ def _replay(
         timeframe,
         closed_before=toolbox.settings.now(),
     )
-    alone = judged.kept.unique(NAMES).filter(~pl.col("open_time").is_duplicated())
+    alone = judged.valid.unique(NAMES).filter(~pl.col("open_time").is_duplicated())
     stored = toolbox.lake.read(raw(timeframe), partition)
     there = stored.select(NAMES) if stored is not None else alone.select(NAMES).clear()
     if not dry_run and alone.height:
@@ -126,14 +126,14 @@ def _replay(
         )
     outcome = {
         **dict(judged.rejected.select("answer", "reasons").iter_rows()),
-        **dict.fromkeys(judged.kept["answer"], "several different rows"),
+        **dict.fromkeys(judged.valid["answer"], "several different rows"),
         **dict.fromkeys(
-            judged.kept.join(alone, on=NAMES, how="semi", nulls_equal=True)["answer"], "disagrees"
+            judged.valid.join(alone, on=NAMES, how="semi", nulls_equal=True)["answer"], "disagrees"
         ),
         **dict.fromkeys(
-            judged.kept.join(there, on=NAMES, how="semi", nulls_equal=True)["answer"], "identical"
+            judged.valid.join(there, on=NAMES, how="semi", nulls_equal=True)["answer"], "identical"
         ),
-        **dict.fromkeys(_new(judged.kept, alone, there)["answer"], "stored"),
+        **dict.fromkeys(_new(judged.valid, alone, there)["answer"], "stored"),
     }
     for i, row in enumerate(rows):
         yield Replayed(

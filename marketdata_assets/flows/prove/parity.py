@@ -149,7 +149,7 @@ def _evidence(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> Parit
         bars=bars,
         absences=list(_absences(toolbox, raw(base), months)),
         native_absences=list(_absences(toolbox, raw(timeframe), [partition])),
-        replaced=pl.concat(
+        revisions=pl.concat(
             [
                 pl.DataFrame(schema=history(base).schema),
                 *(frame for frame in replaced if frame is not None),
