@@ -1,4 +1,4 @@
-"""Rows as sent become bars that are kept and rows that are rejected, each with its reasons."""
+"""Rows as sent become valid bars and rejected rows, each with its reasons."""
 
 from __future__ import annotations
 

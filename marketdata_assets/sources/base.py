@@ -54,7 +54,7 @@ class Source(Protocol):
 
     @property
     def page_size(self) -> int:
-        """The number of bars that one request may ask for."""
+        """The number of bars that one request can return."""
         ...
 
     @property

@@ -61,12 +61,12 @@ class RetryPolicy:
     attempts: int = 6
     """Failures of one request after which the venue counts as down."""
     waits: int = 30
-    """Times that a venue may ask one request to wait."""
+    """Times that one request may be answered with a wait."""
     backoff: float = 0.5
     """The longest pause after the first failure; it doubles with each further one."""
     backoff_cap: float = 20.0
     longest_wait: float = 900.0
-    """Seconds that one request waits in all, as far as the venue asks for it."""
+    """Seconds that one request waits in all because of such answers."""
     sleep: Callable[[float], Awaitable[None]] = field(default=asyncio.sleep)
     clock: Callable[[], float] = field(default=time.time)
     jitter: Callable[[], float] = field(default=random.random)
@@ -95,7 +95,7 @@ class GuardedSource:
     """A source whose requests wait for their turn, obey the venue's waits, and are retried.
 
     Every method raises VenueDown where the venue fails too often, where its circuit breaker is
-    open, or where it asks for a longer wait than the policy allows.
+    open, or where it demands a longer wait than the policy allows.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class GuardedSource:
 
     @property
     def page_size(self) -> int:
-        """The number of bars that one request may ask for."""
+        """The number of bars that one request can return."""
         return self._source.page_size
 
     @property
@@ -163,7 +163,8 @@ class GuardedSource:
         await self._source.close()
 
     async def _call(self, operation: Callable[[], Awaitable[T]], log: _CallLog) -> T:
-        policy, failures, waits, patience, last = self._policy, 0, 0, self._policy.longest_wait, ""
+        policy, last = self._policy, ""
+        failures, waits, wait_left = 0, 0, policy.longest_wait
         while True:
             try:
                 log.wait_seconds += await self._wait_for_turn(last)
@@ -171,8 +172,8 @@ class GuardedSource:
             except Wait as error:
                 log.failed_requests.extend(error.requests)
                 last, waits = str(error), waits + 1
-                patience -= self._pause_venue(error, waits)
-                if patience < 0 or waits > policy.waits:
+                wait_left -= self._pause_venue(error, waits)
+                if wait_left < 0 or waits > policy.waits:
                     until = _moment(self._state.paused_until(self._venue))
                     raise log.venue_down(
                         f"{error}; requests are held back until {until}, which is too long to wait"
@@ -196,7 +197,7 @@ class GuardedSource:
         """Wait for every pause of the venue, then for the limiter; return the seconds waited.
 
         `last` is the last error, for the message of VenueDown. The place in the queue is taken only
-        when no pause is left: places that were kept through one would all be used at its end.
+        when no pause is left: places from before a pause would all be used at its end.
         """
         clock, begun = self._policy.clock, self._policy.clock()
         because = f" (last error: {last})" if last else ""
@@ -221,9 +222,9 @@ class GuardedSource:
                 return clock() - begun
 
     def _pause_venue(self, error: Wait, waits: int) -> float:
-        """Hold back all processes for as long as the venue asks; return the seconds.
+        """Hold back all processes for as long as the answer demands; return the seconds.
 
-        Where it asks for less than a second, the pause grows with each wait of this call.
+        Where that is less than a second, the pause grows with each wait of this call.
         """
         least = self._policy.pauses.longest_pause(waits) if error.seconds < 1 else 0.0
         seconds = min(max(error.seconds, least), LONGEST_PAUSE)

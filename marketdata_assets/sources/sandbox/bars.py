@@ -6,7 +6,7 @@ so that a page costs its own rows wherever it lies. All markets have these habit
 - A minute opens at exactly the price at which the minute before it closed, served or not.
 - Quiet stretches: up to 12 minutes without a trade are served flat at the last price with volume 0
   and 0 trades.
-- Holes: up to 4 minutes that the exchange does not have, on some days of one symbol.
+- Gaps: up to 4 minutes that the exchange does not have, on some days of one symbol.
 - Halts: from 02:00 to 03:20 UTC on the 8th of every month no symbol has a bar.
 - The bar that is still open is served as it stands at the exchange's clock, as on the real venue.
 
@@ -35,7 +35,7 @@ MINUTE_MS = 60_000
 DAY = 1440
 HALT_DAY, HALT_START, HALT_END = 8, 120, 200
 """Day of the month, first minute of that day without bars, first minute with bars again."""
-LONGEST_NO_TRADE, LONGEST_HOLE = 12, 4
+LONGEST_NO_TRADE, LONGEST_GAP = 12, 4
 
 
 # --------------------------------------------------------------------------------- prices
@@ -113,13 +113,13 @@ def _open_prices(listing: Listing, minute: pl.Series) -> tuple[pl.Series, pl.Ser
 
 
 def _is_absent(listing: Listing, minute: pl.Series) -> pl.Series:
-    """Return if the exchange has no bar for a minute: a hole of this symbol, or a halt of all."""
-    hole = _find_stretch(
-        minute, f"{listing.symbol} hole", percent=listing.hole_percent, longest=LONGEST_HOLE
+    """Return if the exchange has no bar for a minute: a gap of this symbol, or a halt of all."""
+    gap = _find_stretch(
+        minute, f"{listing.symbol} hole", percent=listing.gap_percent, longest=LONGEST_GAP
     )
     is_halt_day = (minute * MINUTE_MS).cast(pl.Datetime("ms")).dt.day() == HALT_DAY
     is_halted = is_halt_day & (minute % DAY >= HALT_START) & (minute % DAY < HALT_END)
-    return is_halted | hole.holds(minute)
+    return is_halted | gap.holds(minute)
 
 
 # --------------------------------------------------------------------------------- minutes

@@ -14,7 +14,7 @@ class Listing:
 
     `price`: its middle price in ticks of 10^-`tick` quote; `volume`: its mean volume a minute in
     steps of 10^-`step` base; `trades`: its mean number of trades. `tick + step` is at most 8, so
-    that price times amount is exact in Binance's 8 decimals. `no_trade_percent` and `hole_percent` of
+    that price times amount is exact in Binance's 8 decimals. `no_trade_percent` and `gap_percent` of
     all days have one such stretch. No minute before `listed_at`, a whole one, exists.
     """
 
@@ -26,7 +26,7 @@ class Listing:
     volume: int
     trades: int
     no_trade_percent: int
-    hole_percent: int
+    gap_percent: int
     listed_at: datetime
 
     @property
@@ -51,7 +51,7 @@ LISTINGS: dict[str, Listing] = {
             volume=1_200_000,
             trades=900,
             no_trade_percent=4,
-            hole_percent=3,
+            gap_percent=3,
             listed_at=datetime(2020, 1, 1, tzinfo=UTC),
         ),
         Listing(
@@ -62,7 +62,7 @@ LISTINGS: dict[str, Listing] = {
             volume=1_500_000,
             trades=600,
             no_trade_percent=4,
-            hole_percent=3,
+            gap_percent=3,
             listed_at=datetime(2020, 1, 1, tzinfo=UTC),
         ),
         Listing(
@@ -73,7 +73,7 @@ LISTINGS: dict[str, Listing] = {
             volume=2_000_000,
             trades=300,
             no_trade_percent=10,
-            hole_percent=5,
+            gap_percent=5,
             listed_at=datetime(2020, 8, 11, 6, tzinfo=UTC),
         ),
         Listing(
@@ -84,7 +84,7 @@ LISTINGS: dict[str, Listing] = {
             volume=600_000,
             trades=120,
             no_trade_percent=15,
-            hole_percent=5,
+            gap_percent=5,
             listed_at=datetime(2020, 1, 1, tzinfo=UTC),
         ),
         Listing(
@@ -95,7 +95,7 @@ LISTINGS: dict[str, Listing] = {
             volume=800_000,
             trades=100,
             no_trade_percent=20,
-            hole_percent=5,
+            gap_percent=5,
             listed_at=datetime(2020, 1, 1, tzinfo=UTC),
         ),
         Listing(
@@ -106,7 +106,7 @@ LISTINGS: dict[str, Listing] = {
             volume=50_000_000,
             trades=60,
             no_trade_percent=40,
-            hole_percent=8,
+            gap_percent=8,
             listed_at=datetime(2021, 5, 10, 11, 30, tzinfo=UTC),
         ),
     )
