@@ -401,7 +401,7 @@ def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
 
     The minutes before the listing count as `not_listed`.
     """
-    assert str(LISTINGS["SHIBUSDT"].listed) == "2021-05-10 11:30:00+00:00"
+    assert str(LISTINGS["SHIBUSDT"].listed_at) == "2021-05-10 11:30:00+00:00"
     with exchange_at(ms("2021-07-01")) as (exchange, url):
         settings = universe(url, "[SHIB/USDT]", since="2021-04-01", until="2021-06-01")
         april, may = run_ingest(settings)

@@ -204,7 +204,252 @@ class FetchSession:
             earlier = (r for answer in self.answers.fetched for r in answer.requests)
             error.requests = (*earlier, *await _cancel(tasks))
             raise
-        self.answers.add(fetched)
+        self._judge(fetched)
+
+    def _judge(self, fetched: Sequence[BarsPage]) -> None:
+        """Split the rows of new answers; the witnesses beyond the span are looked at, and not
+        counted.
+        """
+        first = len(self.answers)
+        self.answers.extend(fetched)
+        frames = [add_request_columns(f.rows, first + i, f.window) for i, f in enumerate(fetched)]
+        columns = self.toolbox.source(self.market).columns
+        kept, rejected = split_rows(
+            pl.concat(frames), self.timeframe, closed_before=self.now, columns=columns
+        )
+        spans = kept.group_by("answer").agg(
+            pl.col("open_time").min().alias("a"), pl.col("open_time").max().alias("b")
+        )
+        self.reach.extend((a, b) for _, a, b in spans.sort("answer").iter_rows())
+        beyond = (pl.col("open_time") < self.asked.start) | (pl.col("open_time") >= self.asked.end)
+        witness = beyond & pl.col("open_time").is_between(
+            self.asked.start - self.timeframe.width, self.asked.end, closed="both"
+        )
+        inside = SplitRows(kept.filter(~witness), rejected.filter(~witness.fill_null(False)))
+        self.kept.append(inside.valid)
+        self.rejected.append(inside.rejected)
+        self.received += inside.valid.height + inside.rejected.height
+
+    # ------------------------------------------------------------------------------------------ dou
+    def _agreement(self) -> ResolvedAnswers:
+        fresh = self._told()
+        old = self.stored.join(fresh.select("open_time").unique(), on="open_time", how="semi")
+        old = coalesce_optional(
+            old.select(pl.lit(STORED, pl.Int64).alias("answer"), *NAMES),
+            fresh.unique("open_time", keep="first"),
+        )
+        return resolve_answers(pl.concat([fresh, old]))
+
+    def _told(self) -> pl.DataFrame:
+        """The good rows of all answers, beside stored bars with what only these give."""
+        return coalesce_optional(pl.concat(self.kept), self.stored)
+
+    def _holes(self, agreement: ResolvedAnswers) -> list[Window]:
+        """What is neither stored, nor believed, nor a gap that waits."""
+        return _lacking(
+            self._opens(agreement),
+            self.timeframe,
+            self.asked,
+            self.known,
+            self.toolbox.settings.now(),
+        )
+
+    def _opens(self, agreement: ResolvedAnswers) -> pl.Series:
+        return pl.concat([self.stored["open_time"], agreement.bars["open_time"]]).unique().sort()
+
+    def _refused(self) -> pl.DataFrame:
+        """Rejected rows by the bar they stand for, with how many answers gave each of them."""
+        rows = pl.concat(self.rejected)
+        grid = pl.col("open_time").dt.truncate(self.timeframe.every)
+        return rows.group_by(grid.alias("open_time"), "fields").agg(
+            pl.col("answer").n_unique().alias("votes")
+        )
+
+    def _insisted(self) -> list[Window]:
+        """Bars that the venue delivered broken, the same way, in two answers."""
+        return group_consecutive(
+            self._refused().filter(pl.col("votes") > 1)["open_time"].drop_nulls().to_list(),
+            self.timeframe,
+        )
+
+    def _explained(self, hole: Window) -> int:
+        """How many answers delivered both neighbours of a hole and nothing between."""
+        return sum(a < hole.start and b >= hole.end for a, b in self.reach)
+
+    def _doubts(self, agreement: ResolvedAnswers) -> list[Window]:
+        """The windows to ask again: pages with a contradiction, and what surrounds holes that are not
+        explained yet.
+        """
+        disputed = agreement.unresolved["open_time"].unique().to_list()
+        pages = {w for w in self.asks for moment in disputed if w.start <= moment < w.end}
+        insisted, unserved = self._insisted(), Window(self.asked.start, self.unserved)
+        doubtful = [
+            self._fenced(rest)
+            for hole in self._holes(agreement)
+            for rest in subtract_window(
+                hole, [*insisted, *group_consecutive(disputed, self.timeframe), unserved]
+            )
+            if self._explained(rest) < 2
+        ]
+        again = [w for w in self._sized(doubtful) if self.asks[w] < ASKS_MISSING]
+        if not self.received:
+            again = again[
+                -1:
+            ]  # a span without a single row is not asked for page by page once more
+        return sorted({w for w in pages if self.asks[w] < ASKS_DISPUTED} | set(again))
+
+    def _sized(self, windows: list[Window]) -> list[Window]:
+        """Windows joined into as few requests as the venue allows."""
+        source = self.toolbox.source(self.market)
+        joined = pack_windows(windows, self.timeframe, max_bars=source.page_size)
+        if source.skips_gaps:
+            return joined
+        return [
+            page for window in joined for page in window.pages(self.timeframe, source.page_size)
+        ]
+
+    # ------------------------------------------------------------------------------------------ set
+    def _settle(self, agreement: ResolvedAnswers) -> Collected:
+        stored = pl.col("answer") == STORED
+        lost = pl.concat([agreement.outvoted, agreement.unresolved]).filter(~stored)
+        fresh = pl.concat([*self.rejected, reject_bars(lost, "conflict")])
+        denied = agreement.outvoted.filter(stored)["open_time"]
+        self._refuse_contradiction(denied)
+        bars = agreement.bars.join(self.stored, on=NAMES, how="anti", nulls_equal=True)
+        account = Account(self.received, bars.height, self._repeated(agreement), fresh.height)
+        fetches, answers = self._log()
+        return Collected(
+            bars=bars.sort("open_time"),
+            rejected=fresh,
+            gaps=tuple(self._gaps(agreement)),
+            account=account,
+            fetches=fetches,
+            answers=answers,
+            retries=sum(len(f.requests) - 1 for f in self.answers),
+            waited=sum(f.wait_seconds for f in self.answers),
+            through=self.asked.end,
+            corrected=denied.len(),
+        )
+
+    def _refuse_contradiction(self, denied: pl.Series) -> None:
+        """A venue corrects some bars. One that denies most of those it was asked again for speaks of
+        something else.
+        """
+        in_a_row = [
+            w
+            for w in group_consecutive(denied.to_list(), self.timeframe)
+            if w.count(self.timeframe) > 1
+        ]
+        told = (
+            self.stored["open_time"]
+            .is_in(pl.concat(self.kept)["open_time"].unique().implode())
+            .sum()
+        )
+        if in_a_row and 2 * denied.len() > told:
+            error = VenueRefused(
+                f"{self.market.venue}: its answers contradict the stored bars of {in_a_row[0]}, {denied.len()} of {told} told again; "
+                "nothing of them is stored. If it did correct them, repair a longer span, of which most agrees"
+            )
+            error.requests = tuple(r for answer in self.answers for r in answer.requests)
+            raise error
+
+    def _repeated(self, agreement: ResolvedAnswers) -> int:
+        """Rows that only said again what is believed, counted from the rows themselves."""
+        same = self._told().join(agreement.bars, on=NAMES, how="semi", nulls_equal=True).height
+        new = agreement.bars.join(self.stored, on=NAMES, how="anti", nulls_equal=True).height
+        return same - new
+
+    def _gaps(self, agreement: ResolvedAnswers) -> list[Gap]:
+        gaps = self._waiting(self._opens(agreement))
+        broken = (
+            self._refused()["open_time"].drop_nulls().to_list()
+            + agreement.unresolved["open_time"].to_list()
+        )
+        quarantined = group_consecutive(broken, self.timeframe)
+        for hole in self._holes(agreement):
+            rest = subtract_window(hole, quarantined)
+            gaps += [self._again(w, "quarantined") for w in subtract_window(hole, rest)]
+            gaps += [self._unexplained(w) for w in rest]
+        return sorted(gaps)
+
+    def _waiting(self, opens: pl.Series) -> list[Gap]:
+        """The known gaps that no run asks for now, without bars that are there all the same (they were
+        asked again).
+        """
+        now = self.toolbox.settings.now()
+        return still_lacking([gap for gap in self.known if not gap.due(now)], opens, self.timeframe)
+
+    def ended(self, requests: Sequence[Request]) -> Collected:
+        """The venue lists the market no more and answers nothing: what lacks has not been answered
+        for.
+        """
+        gaps = self._waiting(self.stored["open_time"])
+        lacking = _lacking(
+            self.stored["open_time"],
+            self.timeframe,
+            self.asked,
+            self.known,
+            self.toolbox.settings.now(),
+        )
+        gaps += [self._again(window, "unanswered") for window in lacking]
+        return Collected(
+            gaps=tuple(sorted(gaps)),
+            fetches=tuple(logged(requests, self.asked)),
+            through=self.asked.end,
+        )
+
+    def _unexplained(self, window: Window) -> Gap:
+        answers = self._explained(window)
+        return (
+            self._gap(window, "no_bars", answers)
+            if answers > 1
+            else self._again(window, "unanswered")
+        )
+
+    def _again(self, window: Window, reason: str) -> Gap:
+        """A gap that nobody has told apart; it counts the runs that ended like this one."""
+        return self._gap(window, reason, 1)
+
+    def _gap(self, window: Window, reason: str, answers: int) -> Gap:
+        """A gap as it stands now: what was known of it before is counted in, and it is asked again at
+        a growing distance.
+        """
+        about = [f for f in self.answers if f.window & window]
+        evidence = "; ".join(
+            f"asked {f.window} at {_moment(f)}, {f.rows.height} rows" for f in about[-2:]
+        )
+        before = [gap for gap in self.known if gap.window & window]
+        answers += max((gap.answers for gap in before), default=0)
+        now = self.toolbox.settings.now().replace(microsecond=0)
+        first = min((gap.first_asked for gap in before if gap.first_asked), default=now)
+        proof = next(
+            (gap.proof for gap in before if gap.window == window and REOPENED not in gap.proof),
+            "{}",
+        )
+        following = (
+            now if reason != "no_bars" and answers < PROMPT_ASKS else next_request_at(first, now)
+        )
+        return Gap(
+            window,
+            window.count(self.timeframe),
+            reason,
+            answers,
+            evidence,
+            "",
+            proof,
+            first,
+            now,
+            following,
+        )
+
+    def _log(self) -> tuple[tuple[LoggedFetch, ...], tuple[int, ...]]:
+        fetches: list[LoggedFetch] = []
+        answers = []
+        for fetched in self.answers:
+            fetches += logged(fetched.requests, fetched.window)
+            answers.append(len(fetches) - 1)
+        return tuple(fetches), tuple(answers)
+
 
     async def _request_one(self, window: Window) -> BarsPage:
         span = self.answers.span
