@@ -12,9 +12,9 @@ import dagster as dg
 import pytest
 
 from marketdata_assets.context import open_context
+from marketdata_assets.defs.checks import KIND, REFRESH
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
-from marketdata_assets.defs.tags import KIND, RunKind
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
@@ -183,7 +183,7 @@ def test_a_refresh_takes_only_what_is_new_and_says_nothing_when_nothing_is(
         before[WEEK],
     )  # no hour, no week has closed
     # a feed that has died behind green runs: its answers stop at what we have
-    dead = {KIND: RunKind.REFRESH.value, RANGE_START: JAN, RANGE_END: JAN}
+    dead = {KIND: REFRESH, RANGE_START: JAN, RANGE_END: JAN}
     assert run(later, instance, dead).success
     assert events(instance, RAW) == before[RAW] + 1
     assert run(

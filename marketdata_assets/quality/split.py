@@ -1,0 +1,102 @@
+"""Rows as sent become bars that are kept and rows that are rejected, each with its reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import polars as pl
+
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, TIME
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import Window, to_ms
+from marketdata_assets.quality.rules import (
+    REQUESTED_END,
+    REQUESTED_START,
+    REQUIRED,
+    SENT,
+    build_rules,
+)
+
+REJECTED_SCHEMA: dict[str, pl.DataType] = {
+    "answer": pl.Int64(),
+    "open_time": TIME,
+    "reasons": pl.String(),
+    "fields": pl.String(),
+}
+"""`reasons`: names of rules, with spaces between. `fields`: JSON, all values as text."""
+_MOMENTS = (to_ms(datetime.min.replace(tzinfo=UTC)), to_ms(datetime.max.replace(tzinfo=UTC)))
+"""Milliseconds beyond these are no moment: microseconds sent for milliseconds, or a number so large
+that it wraps around."""
+
+
+class SplitRows(NamedTuple):
+    """`kept`: bars (model.bar.BAR_SCHEMA and `answer`). `rejected`: rows (REJECTED_SCHEMA)."""
+
+    kept: pl.DataFrame
+    rejected: pl.DataFrame
+
+
+def split_rows(
+    rows: pl.DataFrame,
+    timeframe: Timeframe,
+    *,
+    closed_before: datetime,
+    columns: Sequence[str] = REQUIRED,
+) -> SplitRows:
+    """Apply every rule to every row; each row ends in exactly one of the two frames.
+
+    `rows` is as `sources.base.BarsPage.rows`, with the columns of `add_request_columns`.
+    `closed_before` is the venue's clock: a bar is closed when its end lies at or before it. Null
+    breaks a rule in each of `columns`.
+    """
+    typed = rows.rename({name: SENT + name for name in COLUMN_NAMES}).with_columns(
+        _typed(name, dtype) for name, dtype in BAR_SCHEMA.items()
+    )
+    rules = build_rules(timeframe, closed_before, columns)
+    judged = typed.with_columns(
+        rule.broken.fill_null(False).alias("broken_" + rule.name) for rule in rules
+    )
+    is_broken = pl.any_horizontal("broken_" + rule.name for rule in rules)
+    broken = judged.filter(is_broken)
+    kept = (judged.filter(~is_broken) if broken.height else judged).select("answer", *COLUMN_NAMES)
+    if broken.is_empty():
+        return SplitRows(kept, pl.DataFrame(schema=REJECTED_SCHEMA))
+    reasons = pl.concat_str(
+        [pl.when("broken_" + rule.name).then(pl.lit(rule.name)) for rule in rules],
+        separator=" ",
+        ignore_nulls=True,
+    )
+    fields = pl.struct(
+        pl.col(SENT + name).cast(pl.String).alias(name) for name in COLUMN_NAMES
+    ).struct.json_encode()
+    return SplitRows(
+        kept,
+        broken.select("answer", "open_time", reasons.alias("reasons"), fields.alias("fields")),
+    )
+
+
+def add_request_columns(rows: pl.DataFrame, answer: int, requested: Window) -> pl.DataFrame:
+    """Return rows with the number of their answer and the window that it was requested for."""
+    return rows.with_columns(
+        pl.lit(answer, pl.Int64).alias("answer"),
+        pl.lit(requested.start, TIME).alias(REQUESTED_START),
+        pl.lit(requested.end, TIME).alias(REQUESTED_END),
+    )
+
+
+def reject_bars(bars: pl.DataFrame, reason: str) -> pl.DataFrame:
+    """Return bars (with `answer`) that are rejected without a broken rule, as REJECTED_SCHEMA."""
+    fields = pl.struct(pl.col(name).cast(pl.String) for name in NAMES).struct.json_encode()
+    return bars.select(
+        "answer", "open_time", pl.lit(reason).alias("reasons"), fields.alias("fields")
+    )
+
+
+def _typed(name: str, dtype: pl.DataType) -> pl.Expr:
+    sent = pl.col(SENT + name)
+    if name == "open_time":
+        moment = pl.when(sent.is_between(*_MOMENTS)).then(sent * 1000)
+        return moment.cast(TIME, strict=False).alias(name)
+    return sent.cast(dtype, strict=False).alias(name)

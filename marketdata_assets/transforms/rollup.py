@@ -1,0 +1,254 @@
+"""Rollups: coarser bars from finer ones, each timeframe from the coarsest that divides it.
+
+All sums are sums of whole numbers, so 1m -> 5m -> ... -> 1w gives digit for digit what 1m -> 1w
+would. No bar is invented: a time bucket without bars gives no bar.
+
+A month of bars is small, so the number of calls decides the cost: numpy works on whole columns and
+on all timeframes at once. A decimal of 128 bits is two columns of 64 there; a sum is the difference
+of two running sums of halves of 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+
+from marketdata_assets.model.bar import DECIMAL, ROLLUP_SCHEMA, SCALE, TIME
+from marketdata_assets.model.timeframe import EPOCH, Timeframe
+from marketdata_assets.model.window import Window
+
+_DIGITS = 10**38
+_HALF, _LOW = np.uint64(32), np.uint64(2**32 - 1)
+
+Array = Any
+
+
+class _Level(NamedTuple):
+    """The time buckets of one timeframe."""
+
+    parent: int
+    """The level that they are made from."""
+    labels: Array
+    """Their open times in microseconds since 1970."""
+    starts: Array
+    """Where each begins among the rows of `parent`."""
+    first: Array
+    """Where each begins among the bars."""
+
+
+class _Buckets(NamedTuple):
+    """All wanted time buckets, one timeframe after the other."""
+
+    labels: Array
+    first: Array
+    """The first bar of each."""
+    last: Array
+    """The last bar of each."""
+    cuts: tuple[slice, ...]
+    """The wanted slice of each level."""
+    ends: tuple[int, ...]
+    """Where each timeframe ends among the wanted buckets; begins with 0."""
+    most: int
+    """The number of bars of the largest bucket."""
+
+
+class _Int128(NamedTuple):
+    """Whole numbers: high * 2**64 + low. `high` is None where it is zero throughout."""
+
+    low: Array
+    high: Array | None = None
+
+
+def roll_up(
+    bars: pl.DataFrame, base: Timeframe, timeframes: Sequence[Timeframe], *, whole: Window
+) -> dict[Timeframe, pl.DataFrame]:
+    """Return the bars of every timeframe (model.bar.ROLLUP_SCHEMA), made from those of `base`.
+
+    `bars` has model.bar.SCHEMA, sorted, of one market. `whole` is the window that was fetched: a
+    bar that reaches beyond it is not complete, and is left out. `vwap` is rounded to 12 decimals,
+    half to even. Raises OverflowError for a sum of more than 38 digits.
+    """
+    if bars.is_empty() or not timeframes:
+        return {tf: pl.DataFrame(schema=ROLLUP_SCHEMA) for tf in timeframes}
+    ordered = sorted(timeframes, key=lambda tf: tf.width)
+    levels = _build_levels(bars["open_time"], [base, *ordered])
+    buckets = _select_buckets(levels, ordered, whole, bars=bars.height)
+    columns = {
+        name: _roll_up_column(bars[name], levels, buckets)
+        for name in bars.columns
+        if name != "open_time"
+    }
+    columns["open_time"] = pl.Series(buckets.labels).cast(TIME)
+    columns["vwap"] = _compute_vwap(columns["quote_volume"], columns["volume"])
+    columns["bars_expected"] = pl.Series(
+        np.repeat([tf.width // base.width for tf in ordered], np.diff(buckets.ends))
+    )
+    columns["bars_present"] = pl.Series(buckets.last - buckets.first + 1)
+    every = pl.DataFrame([columns[name].alias(name) for name in ROLLUP_SCHEMA])
+    frames = {
+        tf: every.slice(a, b - a)
+        for tf, (a, b) in zip(ordered, pairwise(buckets.ends), strict=True)
+    }
+    return {tf: frames[tf] for tf in timeframes}
+
+
+def _compute_vwap(quote_volume: pl.Series, volume: pl.Series) -> pl.Series:
+    not_zero = pl.when(pl.lit(volume) != 0).then(pl.lit(volume))
+    return pl.select((pl.lit(quote_volume) / not_zero).cast(DECIMAL)).to_series()
+
+
+# --------------------------------------------------------------------------------- buckets
+def _build_levels(opens: pl.Series, timeframes: Sequence[Timeframe]) -> list[_Level]:
+    """Return one level per timeframe; the first is the bars themselves."""
+    levels = [_Level(0, opens.to_physical().to_numpy(), starts=None, first=None)]
+    for i, tf in enumerate(timeframes[1:], 1):
+        parent = max(j for j in range(i) if not tf.width % timeframes[j].width)
+        width, origin = _to_us(tf.width), _to_us(tf.origin - EPOCH)
+        number = (levels[parent].labels - origin) // width
+        starts = np.flatnonzero(number[1:] != number[:-1]) + 1
+        starts = np.concatenate([[0], starts])
+        labels = number[starts] * width + origin
+        first = levels[parent].first[starts] if parent else starts
+        levels.append(_Level(parent, labels, starts=starts, first=first))
+    return levels
+
+
+def _select_buckets(
+    levels: list[_Level], timeframes: Sequence[Timeframe], whole: Window, *, bars: int
+) -> _Buckets:
+    """Return the buckets that lie wholly inside the window. `bars`: the number of bars."""
+    cuts, lasts = [], []
+    for level, tf in zip(levels[1:], timeframes, strict=True):
+        begin, end = _to_us(tf.ceil(whole.start) - EPOCH), _to_us(whole.end - tf.width - EPOCH) + 1
+        cuts.append(slice(*np.searchsorted(level.labels, [begin, max(begin, end)])))
+        lasts.append(np.append(level.first[1:], bars)[cuts[-1]] - 1)
+    wanted = list(zip(levels[1:], cuts, strict=True))
+    first = np.concatenate([level.first[cut] for level, cut in wanted])
+    last = np.concatenate(lasts)
+    return _Buckets(
+        np.concatenate([level.labels[cut] for level, cut in wanted]),
+        first,
+        last=last,
+        cuts=tuple(cuts),
+        ends=(0, *accumulate(cut.stop - cut.start for cut in cuts)),
+        most=int((last - first).max(initial=0)) + 1,
+    )
+
+
+def _to_us(span: timedelta) -> int:
+    return span // timedelta(microseconds=1)
+
+
+# --------------------------------------------------------------------------------- columns
+def _roll_up_column(column: pl.Series, levels: list[_Level], buckets: _Buckets) -> pl.Series:
+    """Return one column of all buckets."""
+    nulls = column.is_null().cast(pl.UInt64).to_numpy() if column.null_count() else None
+    numbers = _to_int128(column if nulls is None else column.fill_null(0))
+    if column.name in ("open", "close"):
+        values = _take(numbers, buckets.first if column.name == "open" else buckets.last)
+    elif column.name in ("high", "low"):
+        values = _find_extremes(numbers, levels, buckets, highest=column.name == "high")
+    else:
+        values = _sum_buckets(numbers, buckets)
+    is_decimal = column.dtype == DECIMAL
+    found = _to_decimals(values) if is_decimal else pl.Series(values.low.view(np.int64))
+    if nulls is None:
+        return found
+    # null as soon as one bar's value is: no venue ever gave the sum of the others
+    is_given = pl.Series(_sum_between(nulls, buckets) == 0)
+    return pl.select(pl.when(is_given).then(found)).to_series()
+
+
+def _take(numbers: _Int128, rows: Array) -> _Int128:
+    return _Int128(numbers.low[rows], None if numbers.high is None else numbers.high[rows])
+
+
+def _sum_between(values: Array, buckets: _Buckets) -> Array:
+    """Return the sum of each bucket, modulo 2**64.
+
+    It is the running sum at the bucket's end less the one before its beginning.
+    """
+    running = np.zeros(values.size + 1, np.uint64)
+    np.cumsum(values, out=running[1:])
+    return running[buckets.last + 1] - running[buckets.first]
+
+
+def _sum_buckets(numbers: _Int128, buckets: _Buckets) -> _Int128:
+    """Return the sum of each bucket.
+
+    Where 64 bits might not hold it, it is made from halves of 32 bits, which do not overflow.
+    """
+    if numbers.high is None and int(numbers.low.max()) * buckets.most < 2**64:
+        return _Int128(_sum_between(numbers.low, buckets))
+    right, left = (
+        _sum_between(numbers.low & _LOW, buckets),
+        _sum_between(numbers.low >> _HALF, buckets),
+    )
+    low = (left << _HALF) + right
+    high = (left >> _HALF) + (low < right)
+    return _Int128(
+        low, high if numbers.high is None else high + _sum_between(numbers.high, buckets)
+    )
+
+
+def _find_extremes(
+    numbers: _Int128, levels: list[_Level], buckets: _Buckets, *, highest: bool
+) -> _Int128:
+    """Return the highest or lowest number of each bucket."""
+    reduce, neutral = (np.maximum, 0) if highest else (np.minimum, 2**64 - 1)
+    by_level = [numbers]
+    for level in levels[1:]:
+        finer = by_level[level.parent]
+        by_level.append(_reduce(finer, level.starts, reduce=reduce, neutral=np.uint64(neutral)))
+    wanted = [_take(found, cut) for found, cut in zip(by_level[1:], buckets.cuts, strict=True)]
+    high = None if numbers.high is None else np.concatenate([part.high for part in wanted])
+    return _Int128(np.concatenate([part.low for part in wanted]), high)
+
+
+def _reduce(numbers: _Int128, starts: Array, *, reduce: np.ufunc, neutral: np.uint64) -> _Int128:
+    """Return the extreme of each stretch that begins at `starts`.
+
+    The high halves decide, then the low halves of those that share the extreme high half.
+    """
+    if numbers.high is None:
+        return _Int128(reduce.reduceat(numbers.low, starts))
+    signed = numbers.high.view(np.int64)
+    high = reduce.reduceat(signed, starts)
+    is_extreme = signed == np.repeat(high, np.diff(starts, append=signed.size))
+    low = reduce.reduceat(np.where(is_extreme, numbers.low, neutral), starts)
+    return _Int128(low, high.view(np.uint64))
+
+
+# --------------------------------------------------------------------------------- 64 and 128 bits
+def _to_int128(column: pl.Series) -> _Int128:
+    if column.dtype != DECIMAL:
+        return _Int128(column.to_numpy().view(np.uint64))
+    array = column.rechunk().to_arrow()
+    halves = np.frombuffer(array.buffers()[1], np.uint64).reshape(-1, 2)[
+        array.offset : array.offset + len(array)
+    ]
+    high = halves[:, 1]
+    return _Int128(
+        np.ascontiguousarray(halves[:, 0]), np.ascontiguousarray(high) if high.any() else None
+    )
+
+
+def _to_decimals(numbers: _Int128) -> pl.Series:
+    import pyarrow as pa
+
+    halves = np.zeros((numbers.low.size, 2), np.uint64)
+    halves[:, 0] = numbers.low
+    if numbers.high is not None:
+        halves[:, 1] = numbers.high
+        if numbers.high.size and int(np.abs(numbers.high.view(np.int64)).max()) >= _DIGITS >> 64:
+            raise OverflowError("a sum has more than 38 digits")
+    return pl.Series(
+        pa.Decimal128Array.from_buffers(
+            pa.decimal128(38, SCALE), numbers.low.size, [None, pa.py_buffer(halves)]
+        )
+    )
