@@ -116,7 +116,7 @@ def halve_limits() -> Iterator[None]:
     try:
         yield
     finally:
-        RULES.update(whole)
+        RULES.update(original)
         rules.GAP_TIMES *= 2
 
 

@@ -27,6 +27,7 @@ import polars as pl
 
 from marketdata_assets.context import Context, open_context
 from marketdata_assets.flows.fetch.ingest import Ingester
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.flows.prove import gaps as flow
 from marketdata_assets.flows.prove.gaps import GapExplainer, ListedGap
 from marketdata_assets.flows.read.coverage import CoverageReporter
@@ -106,7 +107,9 @@ def read_archive(symbol: str) -> pl.DataFrame:
     )
     # the REST API has these columns as well, so the two sources agree
     given = ("open", "high", "low", "close", "volume")
-    missing = [pl.lit(None, SCHEMA[name]).alias(name) for name in NAMES[1:] if name not in given]
+    missing = [
+        pl.lit(None, BAR_SCHEMA[name]).alias(name) for name in COLUMN_NAMES[1:] if name not in given
+    ]
     return rows.with_columns(opens, *missing).select(
         pl.col(name).cast(BAR_SCHEMA[name]) for name in COLUMN_NAMES
     )
@@ -130,7 +133,7 @@ def ingest_all(context: Context, from_archive: bool) -> None:
                     raise done.error
 
 
-def check_days(context: Context, found: Sequence[Explained]) -> tuple[int, list[str]]:
+def check_days(context: Context, found: Sequence[ListedGap]) -> tuple[int, list[str]]:
     """Return the number of days, and the days whose parts differ from a count by the minute.
 
     `coverage` counts the remainder as not fetched, so its sum proves little. Here every minute must
@@ -162,7 +165,7 @@ def check_days(context: Context, found: Sequence[Explained]) -> tuple[int, list[
 
 
 def parts_by_minute(
-    context: Context, market: Market, found: Sequence[Explained]
+    context: Context, market: Market, found: Sequence[ListedGap]
 ) -> dict[datetime, list[str]]:
     """Return the parts of every minute, by the stored objects and the list of gaps."""
     parts: dict[datetime, list[str]] = defaultdict(list)
@@ -177,7 +180,7 @@ def parts_by_minute(
     return parts
 
 
-def describe_march(found: Sequence[Explained]) -> Iterable[str]:
+def describe_march(found: Sequence[ListedGap]) -> Iterable[str]:
     """Yield a row for each long gap, and one per market and cause for single minutes."""
     window = Window(parse_time("2023-02-14"), parse_time("2023-04-01"))
     short: dict[tuple[str, str], list[ListedGap]] = {}

@@ -99,10 +99,10 @@ def replace_bars(bars: pl.DataFrame) -> dict[Table, pl.DataFrame]:
 
 
 CASES = (
-    Case("bars alone", lambda bars: {raw(M1): bars}, False),
-    Case("backfilled", lambda bars: {raw(M1): add_backfill_provenance(bars)}, True),
-    Case("live", lambda bars: {raw(M1): add_live_provenance(bars)}, True),
-    Case("live, read as bars", lambda bars: {raw(M1): add_live_provenance(bars)}, False),
+    Case("bars alone", lambda bars: {raw_table(M1): bars}, False),
+    Case("backfilled", lambda bars: {raw_table(M1): add_backfill_provenance(bars)}, True),
+    Case("live", lambda bars: {raw_table(M1): add_live_provenance(bars)}, True),
+    Case("live, read as bars", lambda bars: {raw_table(M1): add_live_provenance(bars)}, False),
     Case(f"live, {REPLACED} replaced", replace_bars, True),
 )
 

@@ -97,7 +97,7 @@ def import_files_into(place: Path, files: list[Path], fresh: bool) -> int:
     description = Told(settings.markets[0], TIMEFRAMES["1m"])
     with open_context(settings) as context:
         done = context.bind(FileImporter).import_files(
-            look(context.settings, files, description), description
+            inspect_files(context.settings, files, description), description
         )
     assert all(tally.balanced for tally in done.files)
     assert not done.disputed

@@ -64,7 +64,10 @@ def digests(settings: Settings) -> dict[Path, str]:
 
 def materialized(settings: Settings) -> set[tuple[str, str]]:
     """Return asset and partition of everything that Dagster shows as materialized."""
-    tables = [*map(raw, settings.raw_timeframes), *map(rollup, settings.rollup_timeframes)]
+    tables = [
+        *map(raw_table, settings.raw_timeframes),
+        *map(rollup_table, settings.rollup_timeframes),
+    ]
     with dg.DagsterInstance.get() as instance:
         return {
             (t.name, key)

@@ -621,7 +621,7 @@ def replace_ours(folder: Path, rollups: str) -> Operations:
 
     place = own_copy(folder, rollups, only=NAME)
     universe, market = settings(rollups, place), Market.parse(MARKET)
-    partition, table = Partition(market, month_of(CORRECTED)), raw(TIMEFRAMES["1m"])
+    partition, table = Partition(market, month_of(CORRECTED)), raw_table(TIMEFRAMES["1m"])
     context_manager = open_context(universe)
     context = context_manager.__enter__()
     day = context.storage.lake.read(table, partition).filter(
@@ -1123,14 +1123,14 @@ def dagster_home(place: Path, universe: Any) -> None:
 
 def dagster_ours(folder: Path, months_a_run: int) -> Operations:
     """Run the job `ingest` over one market-year without rollups, and its flows without Dagster."""
-    from marketdata_assets.flows.prove.audit import Auditor
-
     from marketdata_assets.context import open_context
     from marketdata_assets.dagster_ext.runs import open_instance
     from marketdata_assets.defs.jobs import INGEST, build_definitions
     from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
     from marketdata_assets.flows.derive.rollup import RollupBuilder
     from marketdata_assets.flows.fetch.ingest import Ingester
+    from marketdata_assets.flows.prove.raw_checks import RawAuditor
+    from marketdata_assets.flows.prove.rollup_checks import RollupAuditor
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import partitions_of
     from marketdata_assets.model.timeframe import TIMEFRAMES

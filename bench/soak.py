@@ -78,7 +78,9 @@ FAULTS = [
 SINCE = parse_time("2023-02-01")
 OUTAGE_BEGINS = 45
 """The real second of a minute at which the outage begins; the schedule refreshes at second 0."""
-TRUTH = dict(zip(NAMES, ("t", "o", "h", "l", "c", "v", "qv", "n", "tbv", "tbq"), strict=True))
+TRUTH = dict(
+    zip(COLUMN_NAMES, ("t", "o", "h", "l", "c", "v", "qv", "n", "tbv", "tbq"), strict=True)
+)
 
 
 def universe(folder: Path, url: str, speed: float) -> Settings:
@@ -213,10 +215,10 @@ def compare(settings: Settings, exchange: Any, end: datetime) -> None:
                     else pl.col(TRUTH[name]).cast(dtype).alias(name)
                     for name, dtype in BAR_SCHEMA.items()
                 )
-                found = context.bind(BarReader).read(market, timeframe, window).select(NAMES)
+                found = context.bind(BarReader).read(market, timeframe, window).select(COLUMN_NAMES)
                 # the dump has five columns of these native bars
                 if truth["quote_volume"].sum() == 0:
-                    truth, found = truth.select(NAMES[:6]), found.select(NAMES[:6])
+                    truth, found = truth.select(COLUMN_NAMES[:6]), found.select(COLUMN_NAMES[:6])
                 absent = truth.join(found, on="open_time", how="anti").height
                 wrong = found.join(truth, on=truth.columns, how="anti", nulls_equal=True).height
                 bars, different, missing = bars + truth.height, different + wrong, missing + absent
@@ -298,7 +300,9 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     try:
         with Running(
-            [str(SHARED / "marketdata")], now=iso(parse_time(options.start)), speed=options.speed
+            [str(SHARED / "marketdata")],
+            now=format_time(parse_time(options.start)),
+            speed=options.speed,
         ) as exchange:
             soak(options, folder, exchange)
     finally:
@@ -335,7 +339,7 @@ def soak(options: argparse.Namespace, folder: Path, exchange: Any) -> None:
         print("outage begins", format_time(settings.now()), flush=True)
         wait_until(settings, began + timedelta(hours=2))
         exchange.admin(op="outage", venue="binance", on=False)
-        print("outage ends", iso(settings.now()), flush=True)
+        print("outage ends", format_time(settings.now()), flush=True)
         wait_until(settings, first + day / 2)
         monitor.outage = False
         os.kill(daemon_of(dev), signal.SIGKILL)

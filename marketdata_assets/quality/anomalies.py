@@ -77,7 +77,7 @@ class _TradedBars(NamedTuple):
 def find_anomalies(bars: pl.DataFrame, timeframe: Timeframe, judged: Window) -> list[Anomaly]:
     """Return the anomalies that begin in `judged`, by start.
 
-    `bars` (model.bar.SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last bar
+    `bars` (model.bar.BAR_SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last bar
     of all is only judged by rules that do not need the next one. A price belongs to one anomaly:
     the first of the rules about prices that finds a bar has it.
     """

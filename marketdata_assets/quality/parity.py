@@ -40,7 +40,7 @@ def compare_bars(
 ) -> pl.DataFrame:
     """Return every bar that opens inside the span, on either side, with its outcome.
 
-    Both frames have model.bar.SCHEMA, sorted. The result has `open_time`, `outcome`, `columns`
+    Both frames have model.bar.BAR_SCHEMA, sorted. The result has `open_time`, `outcome`, `columns`
     (those that decide the outcome, with spaces between), and for each value our own as `volume`,
     the venue's as `volume_native` and ours less the venue's as `volume_apart`. A value that is null
     on one side was not given, and is not compared.

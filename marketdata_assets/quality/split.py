@@ -88,7 +88,7 @@ def add_request_columns(rows: pl.DataFrame, answer: int, requested: Window) -> p
 
 def reject_bars(bars: pl.DataFrame, reason: str) -> pl.DataFrame:
     """Return bars (with `answer`) that are rejected without a broken rule, as REJECTED_SCHEMA."""
-    fields = pl.struct(pl.col(name).cast(pl.String) for name in NAMES).struct.json_encode()
+    fields = pl.struct(pl.col(name).cast(pl.String) for name in COLUMN_NAMES).struct.json_encode()
     return bars.select(
         "answer", "open_time", pl.lit(reason).alias("reasons"), fields.alias("fields")
     )
