@@ -467,14 +467,14 @@ def opened(bars: pl.DataFrame) -> list[tuple[int, int]]:
 
 
 def test_files_that_contradict_each_other_are_not_used():
-    kept = numbered(
+    rows = numbered(
         row(START, trades=None),
         row(START),
         row(START + MINUTE),
         row(START + MINUTE, close=Decimal(106)),
         row(START + 2 * MINUTE),
     )
-    found = resolve_files(kept)
+    found = resolve_files(rows)
     assert opened(found.bars) == [(0, 0), (4, 2)]
     assert opened(found.repeats) == [(1, 0)]
     assert sorted(opened(found.conflicts)) == [(2, 1), (3, 1)]

@@ -28,15 +28,17 @@ class ResolvedAnswers(NamedTuple):
 def resolve_answers(rows: pl.DataFrame) -> ResolvedAnswers:
     """Choose one bar per open_time among the rows of all answers.
 
-    `rows` has the columns `answer` and `model.bar.SCHEMA`. The only variant of an open_time is
+    `rows` has the columns `answer` and `model.bar.BAR_SCHEMA`. The only variant of an open_time is
     chosen. Of several, the one that most answers gave is chosen when at least two gave it and no
     other has as many votes; an answer has one vote for a variant.
     """
     repeated = rows["open_time"].is_duplicated()
     if not repeated.any():
-        return ResolvedAnswers(rows.select(NAMES).sort("open_time"), rows.clear(), rows.clear())
+        return ResolvedAnswers(
+            rows.select(COLUMN_NAMES).sort("open_time"), rows.clear(), rows.clear()
+        )
     single, several = rows.filter(~repeated), rows.filter(repeated)
-    variants = several.group_by(NAMES).agg(pl.col("answer").n_unique().alias("votes"))
+    variants = several.group_by(COLUMN_NAMES).agg(pl.col("answer").n_unique().alias("votes"))
     counted = variants.with_columns(
         pl.col("votes").max().over("open_time").alias("most"),
         pl.len().over("open_time").alias("rivals"),
@@ -45,12 +47,15 @@ def resolve_answers(rows: pl.DataFrame) -> ResolvedAnswers:
     leads_alone = leads.sum().over("open_time") == 1
     won = leads & ((pl.col("rivals") == 1) | ((pl.col("most") > 1) & leads_alone))
     judged = counted.with_columns(won.alias("won"), won.any().over("open_time").alias("resolved"))
-    winners = judged.filter("won").select(NAMES)
+    winners = judged.filter("won").select(COLUMN_NAMES)
     decided = several.join(
-        judged.select(*NAMES, "won", "resolved"), on=NAMES, how="left", nulls_equal=True
+        judged.select(*COLUMN_NAMES, "won", "resolved"),
+        on=COLUMN_NAMES,
+        how="left",
+        nulls_equal=True,
     )
     return ResolvedAnswers(
-        pl.concat([single.select(NAMES), winners]).sort("open_time"),
+        pl.concat([single.select(COLUMN_NAMES), winners]).sort("open_time"),
         outvoted=decided.filter(~pl.col("won") & pl.col("resolved")).select(rows.columns),
         unresolved=decided.filter(~pl.col("resolved")).select(rows.columns),
     )
@@ -87,7 +92,7 @@ class ResolvedFiles(NamedTuple):
 def resolve_files(rows: pl.DataFrame) -> ResolvedFiles:
     """Choose one bar per open_time among the rows of several files.
 
-    `rows` has the columns `answer` and `model.bar.NAMES`. Files do not outvote each other: where
+    `rows` has the columns `answer` and `model.bar.COLUMN_NAMES`. Files do not outvote each other: where
     two differ, neither is used; a value that one of them does not give is no difference. Of rows
     that agree, the one with the lowest `answer` is chosen.
     """

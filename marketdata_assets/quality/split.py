@@ -32,7 +32,7 @@ that it wraps around."""
 
 
 class SplitRows(NamedTuple):
-    """`valid`: bars (model.bar.SCHEMA and `answer`). `rejected`: rows (REJECTED_SCHEMA)."""
+    """`valid`: bars (model.bar.BAR_SCHEMA and `answer`). `rejected`: rows (REJECTED_SCHEMA)."""
 
     valid: pl.DataFrame
     rejected: pl.DataFrame
@@ -60,7 +60,7 @@ def split_rows(
     )
     is_broken = pl.any_horizontal("broken_" + rule.name for rule in rules)
     broken = judged.filter(is_broken)
-    valid = (judged.filter(~is_broken) if broken.height else judged).select("answer", *NAMES)
+    valid = (judged.filter(~is_broken) if broken.height else judged).select("answer", *COLUMN_NAMES)
     if broken.is_empty():
         return SplitRows(valid, pl.DataFrame(schema=REJECTED_SCHEMA))
     reasons = pl.concat_str(

@@ -202,7 +202,7 @@ class FileImporter:
             )
             for answer, (tally, rows) in enumerate(files)
         ]
-        resolved = resolve_files(pl.concat(each.kept for each in judged))
+        resolved = resolve_files(pl.concat(each.valid for each in judged))
         broken = pl.concat(each.rejected for each in judged)
         if dry_run:
             stored = self.lake.read(raw_table(timeframe), partition)
@@ -214,19 +214,19 @@ class FileImporter:
                 timeframe,
                 partition,
                 resolved.bars,
-                rejected=pl.concat([broken, reject_bars(resolved.disputed, "conflict")]),
+                rejected=pl.concat([broken, reject_bars(resolved.conflicts, "conflict")]),
                 sources=sources,
                 settles_gaps=all(tally.file.is_final for tally, _ in files),
             )
             assert ingested.comparison is not None, "frames are compared with what is stored"
             comparison = ingested.comparison
-        _count_rows(files, comparison, broken, resolved.repeated, resolved.disputed)
+        _count_rows(files, comparison, broken, resolved.repeats, resolved.conflicts)
         room = MAX_DIFFERENCES - len(result.differences)
         if room > 0:
             market = partition.market
             found = [
                 *with_stored(market, timeframe, comparison.different, sources=sources),
-                *between_files(market, timeframe, resolved.disputed, sources=sources),
+                *between_files(market, timeframe, resolved.conflicts, sources=sources),
             ]
             result.differences += found[:room]
 
@@ -238,67 +238,23 @@ def _count_rows(
     repeated: pl.DataFrame,
     disputed: pl.DataFrame,
 ) -> None:
-    """Judge the rows of one partition and store them; count what becomes of each."""
-    now, sources = toolbox.settings.now(), [tally.facts.path.name for tally, _ in together]
-    judged = [
-        split_rows(
-            add_request_columns(rows, answer, tally.facts.span),
-            timeframe,
-            closed_before=now,
-            columns=tally.facts.columns,
-        )
-        for answer, (tally, rows) in enumerate(together)
-    ]
-    told = resolve_files(pl.concat(one.valid for one in judged))
-    broken = pl.concat(one.rejected for one in judged)
-    refused = pl.concat([broken, reject_bars(told.conflicts, "conflict")])
-    if dry_run:
-        stored = toolbox.lake.read(raw(timeframe), partition)
-        found = compare_with_stored(
-            told.bars.select("answer", *NAMES), empty_bars() if stored is None else stored
-        )
-    else:
-        final = all(tally.facts.is_final for tally, _ in together)
-        taken = take_in(toolbox, timeframe, partition, told.bars, refused, sources, final).beside
-        assert taken is not None
-        found = taken
-    repeated = compare_with_stored(
-        told.repeats.select("answer", *NAMES), found.different.select(NAMES)
-    )  # of a denied bar it is denied as well
+    """Add what became of the rows to the tally of their file, the column `answer`."""
+    # a repeated row shares the fate of the row that it repeats
+    of_repeated = compare_with_stored(
+        repeated.select("answer", *COLUMN_NAMES), comparison.different.select(COLUMN_NAMES)
+    )
     counts = {
         "stored": (comparison.new,),
         "identical": (comparison.identical, of_repeated.new),
         "refused": (broken,),
-        "disagree": (found.different, repeated.identical, repeated.different),
-        "conflict": (told.conflicts,),
+        "disagree": (comparison.different, of_repeated.identical, of_repeated.different),
+        "conflict": (disputed,),
     }
     for name, frames in counts.items():
-        for answer, count in (
-            pl.concat(frame["answer"] for frame in frames).value_counts().iter_rows()
-        ):
-            setattr(together[answer][0], name, getattr(together[answer][0], name) + count)
-    room = DIFFERENCES - len(done.differences)
-    if room > 0:
-        done.differences += [
-            *_denied(partition, timeframe, found.different, sources),
-            *_disputed(partition, timeframe, told.conflicts, sources),
-        ][:room]
-
-
-def _denied(
-    partition: Partition, timeframe: Timeframe, denied: pl.DataFrame, sources: Sequence[str]
-) -> Iterator[Difference]:
-    """Stored bars beside those of a file."""
-    for row in _texts(denied).head(DIFFERENCES).iter_rows(named=True):
-        yield from _apart(
-            partition,
-            timeframe,
-            row,
-            {n: row[n + "_stored"] for n in NAMES[1:]},
-            "stored",
-            row,
-            sources[row["answer"]],
-        )
+        answers = pl.concat(frame["answer"] for frame in frames)
+        for answer, count in answers.value_counts().iter_rows():
+            tally = files[answer].tally
+            setattr(tally, name, getattr(tally, name) + count)
 
 
 def _raise_if_unwanted(settings: Settings, file: ArchiveFile) -> None:

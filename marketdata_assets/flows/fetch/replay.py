@@ -59,93 +59,104 @@ class ReplayedRow:
 class _Place(NamedTuple):
     """Where rows belong, as the ledger stores it."""
 
-    A bar that is stored stays as it is. Of several different rows of one open_time none is stored.
-    What is stored or identical is marked as replayed and not judged again; the others stay as they
-    are.
-    """
-    rows = [
-        row
-        for market in markets
-        for row in toolbox.ledger.quarantined(market, window, limit=EVERY)
-        if _can_be(row)
-    ]
-    found = [
-        one
-        for key, group in groupby(sorted(rows, key=_place), key=_place)
-        for one in _replay(toolbox, key, list(group), dry_run)
-    ]
-    done = [one for one in found if one.outcome in ("stored", "identical")]
-    if done and not dry_run:
-        toolbox.ledger.set_replayed([one.id for one in done], toolbox.settings.now())
-        bars = sum(one.outcome == "stored" for one in done)
-        says = f"{len(done)} of {len(found)} refused rows pass the rules now, {bars} bars stored"
-        body = {
-            "rows": [
-                {
-                    "id": o.id,
-                    "partition": o.partition.key,
-                    "open_time": o.open_time,
-                    "was": o.reasons,
-                    "is": o.outcome,
-                }
-                for o in found
-            ]
-        }
-        toolbox.receipts.add(REPLAY, toolbox.settings.now(), says, body)
-    return found
+    table: str
+    market: str
+    month: str
 
 
-def _can_be(row: dict[str, Any]) -> bool:
-    alone = row["open_time"] is not None and row["replayed_at"] is None
-    return alone and not NOT_OF_THE_ROW & set(row["reasons"].split())
+@dataclass(frozen=True, slots=True)
+class QuarantineReplayer:
+    """Judges rows of quarantine again."""
+
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
+
+    def replay(
+        self, markets: Sequence[Market], window: Window, dry_run: bool = False
+    ) -> list[ReplayedRow]:
+        """Judge the rejected rows of these markets and open times again, and store what passes.
+
+        A stored bar stays as it is. Of several different rows of one open_time none is stored. What
+        is stored or identical is marked as replayed and not judged again. Writes a receipt.
+        """
+        rows = [
+            row
+            for market in markets
+            for row in self.ledger.quarantine.rows(market, window, limit=NO_LIMIT)
+            if _is_replayable(row)
+        ]
+        found = [
+            replayed
+            for place, group in groupby(sorted(rows, key=_place_of), key=_place_of)
+            for replayed in self._replay(place, list(group), dry_run)
+        ]
+        done = [row for row in found if row.outcome in ("stored", "identical")]
+        if done and not dry_run:
+            now = self.settings.now()
+            self.ledger.quarantine.mark_replayed([row.id for row in done], now)
+            bars = sum(row.outcome == "stored" for row in done)
+            message = (
+                f"{len(done)} of {len(found)} refused rows pass the rules now, {bars} bars stored"
+            )
+            body = {"rows": [_receipt_row(row) for row in found]}
+            self.ledger.receipts.add(REPLAY, now, message=message, body=body)
+        return found
+
+    def _replay(
+        self, place: _Place, rows: list[dict[str, Any]], dry_run: bool
+    ) -> Iterator[ReplayedRow]:
+        timeframe = TIMEFRAMES[place.table.rpartition("_")[2]]
+        partition = Partition.parse(f"{place.market}|{place.month}")
+        wanted = wanted_window(self.settings, timeframe, partition)
+        if not wanted:
+            return
+        judged = self._judge(timeframe, rows, wanted)
+        candidates = judged.valid.unique(COLUMN_NAMES).filter(~pl.col("open_time").is_duplicated())
+        stored = self.lake.read(raw_table(timeframe), partition)
+        before = candidates.clear() if stored is None else stored
+        if not dry_run and candidates.height:
+            PartitionStore(self.settings, self.ledger, self.lake).ingest_frame(
+                timeframe,
+                partition,
+                candidates.select(COLUMN_NAMES),
+                rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
+                sources=[REPLAY],
+                settles_gaps=False,
+            )
+        outcomes = _outcomes(judged, candidates, before.select(COLUMN_NAMES))
+        for i, row in enumerate(rows):
+            yield ReplayedRow(
+                row["id"],
+                partition,
+                timeframe,
+                open_time=row["open_time"],
+                reasons=row["reasons"],
+                outcome=outcomes[i],
+            )
+
+    def _judge(
+        self, timeframe: Timeframe, rows: Sequence[dict[str, Any]], wanted: Window
+    ) -> SplitRows:
+        """Apply the rules to rows of quarantine; the column `answer` is the index of a row."""
+        sent = pl.DataFrame([_as_sent(row) for row in rows], schema=_SENT_SCHEMA)
+        index = pl.int_range(pl.len(), dtype=pl.Int64).alias("answer")
+        asked = add_request_columns(sent, 0, wanted).with_columns(index)
+        return split_rows(asked, timeframe, closed_before=self.settings.now())
 
 
-def _place(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["table"], row["market"], row["month"]
-
-
-def _replay(
-    toolbox: Toolbox, place: tuple[str, str, str], rows: list[dict[str, Any]], dry_run: bool
-) -> Iterator[Replayed]:
-    table, market, month = place
-    timeframe, partition = (
-        TIMEFRAMES[table.rpartition("_")[2]],
-        Partition.parse(f"{market}|{month}"),
-    )
-    wanted = wanted_window(toolbox, timeframe, partition)
-    if not wanted:
-        return
-    sent = pl.DataFrame([_sent(row) for row in rows], schema=_SENT).with_row_index("row")
-    judged = split_rows(
-        add_request_columns(sent.drop("row"), 0, wanted).with_columns(
-            sent["row"].cast(pl.Int64).alias("answer")
-        ),
-        timeframe,
-        closed_before=toolbox.settings.now(),
-    )
-    alone = judged.valid.unique(NAMES).filter(~pl.col("open_time").is_duplicated())
-    stored = toolbox.lake.read(raw(timeframe), partition)
-    there = stored.select(NAMES) if stored is not None else alone.select(NAMES).clear()
-    if not dry_run and alone.height:
-        take_in(
-            toolbox,
-            timeframe,
-            partition,
-            alone.select(NAMES),
-            pl.DataFrame(schema=REJECTED_SCHEMA),
-            REPLAY,
-            final=False,
-        )
-    outcome = {
+def _outcomes(judged: SplitRows, candidates: pl.DataFrame, stored: pl.DataFrame) -> dict[int, str]:
+    """Return the outcome of each row by its index; `stored` are the bars before the replay."""
+    valid = judged.valid
+    unique = valid.join(candidates, on=COLUMN_NAMES, how="semi", nulls_equal=True)
+    identical = valid.join(stored, on=COLUMN_NAMES, how="semi", nulls_equal=True)
+    new = unique.join(stored, on="open_time", how="anti")
+    return {
         **dict(judged.rejected.select("answer", "reasons").iter_rows()),
-        **dict.fromkeys(judged.valid["answer"], "several different rows"),
-        **dict.fromkeys(
-            judged.valid.join(alone, on=NAMES, how="semi", nulls_equal=True)["answer"], "disagrees"
-        ),
-        **dict.fromkeys(
-            judged.valid.join(there, on=NAMES, how="semi", nulls_equal=True)["answer"], "identical"
-        ),
-        **dict.fromkeys(_new(judged.valid, alone, there)["answer"], "stored"),
+        **dict.fromkeys(valid["answer"], "several different rows"),
+        **dict.fromkeys(unique["answer"], "disagrees"),
+        **dict.fromkeys(identical["answer"], "identical"),
+        **dict.fromkeys(new["answer"], "stored"),
     }
 
 

@@ -45,162 +45,151 @@ _ABSENCE_REASONS = {
     GapReason.NO_BARS: _MISSING,
     GapReason.UNANSWERED: "not answered yet",
 }
-"""By a gap's cause, or by what the answers said where its cause is not known yet."""
+"""By a gap's cause; by the reason where no cause is known yet."""
 
 
-def compare(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> pl.DataFrame:
-    """Judge every bar that both sides should have: asked for, closed, made from base bars that were
-    asked for.
+@dataclass(frozen=True, slots=True)
+class ParityChecker:
+    """Compares rolled-up partitions with the venue's own bars."""
 
-    Gives the rows of `quality.parity.compare_bars` with `cause` and `minutes`, and stores them as
-    `parity/ohlcv_<timeframe>`. Where the venue's own bars are not stored there are none, and
-    nothing is written. Raises Damaged, StoreFailed.
-    """
-    partition = derived.partition
-    ours = derived.frames.get(timeframe, empty_bars())
-    judged = _judged(toolbox, partition, timeframe, ours, derived.whole)
-    causes = _causes(toolbox, derived, timeframe, judged)
-    judged = judged.join(causes, on="open_time", how="left").with_columns(
-        pl.col("cause", "minutes").fill_null("")
-    )
-    if judged.height:
-        toolbox.lake.write_changed(parity(timeframe), partition, select_stored(judged))
-    return judged
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
 
+    def compare(self, result: RollupResult, timeframe: Timeframe) -> pl.DataFrame:
+        """Compare every bar that both sides should have: requested and closed.
 
-def _judged(
-    toolbox: Toolbox, partition: Partition, timeframe: Timeframe, ours: pl.DataFrame, whole: Window
-) -> pl.DataFrame:
-    native, asked = _native(toolbox, partition, timeframe)
-    made = Window(timeframe.ceil(whole.start), timeframe.floor(whole.end))
-    judged = compare_bars(
-        partition.market.venue,
-        ours.select(NAMES),
-        native,
-        span=partition.opens(timeframe) & made & asked,
-    )
-    return _answered(toolbox, partition, timeframe, judged)
+        Returns the rows of `quality.parity.compare_bars` with `cause` and `minutes`, and stores
+        them as `parity/ohlcv_<timeframe>`; no rows and nothing stored where the venue's own bars
+        are not stored. Raises Damaged, StoreFailed.
+        """
+        ours = result.frames.get(timeframe, empty_bars())
+        compared = self._compare(result.partition, timeframe, ours, requested=result.requested)
+        causes = self._trace(result, timeframe, compared)
+        compared = compared.join(causes, on="open_time", how="left")
+        compared = compared.with_columns(pl.col("cause", "minutes").fill_null(""))
+        if compared.height:
+            stored = select_stored(compared)
+            self.lake.write_if_changed(parity_table(timeframe), result.partition, stored)
+        return compared
 
+    def _compare(
+        self, partition: Partition, timeframe: Timeframe, ours: pl.DataFrame, *, requested: Window
+    ) -> pl.DataFrame:
+        native, native_window = self._read_native(partition, timeframe)
+        built = align_inside(requested, timeframe)
+        span = partition.open_times(timeframe) & built & native_window
+        venue = partition.market.venue
+        compared = compare_bars(venue, ours.select(COLUMN_NAMES), native, span=span)
+        return self._drop_unanswered(partition, timeframe, compared)
 
-def _answered(
-    toolbox: Toolbox, partition: Partition, timeframe: Timeframe, judged: pl.DataFrame
-) -> pl.DataFrame:
-    """Without bars of one side whose whole span the venue has not answered for on the other: the check
-    `gaps` tells of them.
-    """
-    base = toolbox.settings.venues[partition.market.venue].base
-    for outcome, table in (
-        (ParityOutcome.ONLY_NATIVE, raw(base)),
-        (ParityOutcome.ONLY_OURS, raw(timeframe)),
-    ):
-        alone = pl.col("outcome") == outcome
-        if judged.filter(alone).is_empty():
-            continue
-        for gap in toolbox.ledger.gaps(table, partition):
-            if gap.reason == "unanswered":
-                inside = (pl.col("open_time") >= gap.window.start) & (
-                    pl.col("open_time") + timeframe.width <= gap.window.end
-                )
-                judged = judged.filter(~(alone & inside))
-    return judged
+    def _drop_unanswered(
+        self, partition: Partition, timeframe: Timeframe, compared: pl.DataFrame
+    ) -> pl.DataFrame:
+        """Leave out bars of one side in an unanswered gap of the other: the check `gaps` shows them."""
+        base = self.settings.venues[partition.market.venue].base
+        sides = ((ParityOutcome.ONLY_NATIVE, base), (ParityOutcome.ONLY_OURS, timeframe))
+        opens, ends = pl.col("open_time"), pl.col("open_time") + timeframe.width
+        for outcome, other in sides:
+            is_alone = pl.col("outcome") == outcome
+            if compared.filter(is_alone).is_empty():
+                continue
+            for gap in self.ledger.gaps.of(raw_table(other), partition):
+                if gap.reason == GapReason.UNANSWERED:
+                    is_inside = (opens >= gap.window.start) & (ends <= gap.window.end)
+                    compared = compared.filter(~(is_alone & is_inside))
+        return compared
 
+    def _read_native(
+        self, partition: Partition, timeframe: Timeframe
+    ) -> tuple[pl.DataFrame, Window]:
+        """Return the venue's own bars and the window in which they were requested."""
+        table = raw_table(timeframe)
+        state = self.ledger.partitions.get(table, partition)
+        is_stored = state is not None and state.bytes is not None
+        stored = self.lake.read(table, partition) if is_stored else None
+        if state is None or stored is None:
+            return empty_bars(), Window(partition.month.start, partition.month.start)
+        window = Window(state.start, state.through)
+        return stored, requested_window(stored["open_time"], timeframe, window)
 
-def _native(
-    toolbox: Toolbox, partition: Partition, timeframe: Timeframe
-) -> tuple[pl.DataFrame, Window]:
-    """The venue's own bars, and the window of open times that they were asked for in; an empty one
-    where none are stored.
-    """
-    state = toolbox.ledger.state(raw(timeframe), partition)
-    stored = (
-        None
-        if state is None or state.bytes is None
-        else toolbox.lake.read(raw(timeframe), partition)
-    )
-    if state is None or stored is None:
-        return empty_bars(), Window(partition.month.start, partition.month.start)
-    return stored, known(stored["open_time"], timeframe, Window(state.start, state.through))
+    def _trace(
+        self, result: RollupResult, timeframe: Timeframe, compared: pl.DataFrame
+    ) -> pl.DataFrame:
+        """Return `open_time`, `cause` and `minutes` of each bar that differs."""
+        differing = compared.filter(pl.col("outcome").is_in(DIFFERENCES))
+        found = []
+        if differing.height:
+            evidence = self._evidence(result, timeframe)
+            untraced = DifferenceCause(f"not traced: more than {MAX_TRACED} bars differ")
+            for i, row in enumerate(differing.iter_rows(named=True)):
+                cause = trace_difference(row, evidence) if i < MAX_TRACED else untraced
+                minutes = format_windows(cause.windows, evidence.base)
+                found.append((row["open_time"], cause.message, minutes))
+        schema = {
+            "open_time": compared.schema["open_time"],
+            "cause": pl.String(),
+            "minutes": pl.String(),
+        }
+        return pl.DataFrame(found, schema=schema, orient="row")
 
+    def _evidence(self, result: RollupResult, timeframe: Timeframe) -> ParityEvidence:
+        partition = result.partition
+        base = self.settings.venues[partition.market.venue].base
+        first, months = partition.open_times(timeframe).start, [partition]
+        if first < partition.month.start:
+            months.insert(0, adjacent_partition(partition, -1))
+        read = (self.lake.read(raw_table(base), month, since=first) for month in months)
+        bars = pl.concat([empty_bars(), *(frame for frame in read if frame is not None)])
+        read = (self.lake.read(history_table(base), month) for month in months)
+        no_history = pl.DataFrame(schema=history_table(base).schema)
+        revisions = pl.concat([no_history, *(frame for frame in read if frame is not None)])
+        return ParityEvidence(
+            base=base,
+            timeframe=timeframe,
+            bars=bars,
+            absences=list(self._absences(raw_table(base), months)),
+            native_absences=list(self._absences(raw_table(timeframe), [partition])),
+            revisions=revisions,
+            finer=self._compare_finer(result, timeframe, months, bars=bars),
+        )
 
-# --------------------------------------------------------------------------------- tracing
-def _causes(
-    toolbox: Toolbox, derived: Derived, timeframe: Timeframe, judged: pl.DataFrame
-) -> pl.DataFrame:
-    """`open_time`, `cause` and `minutes` of each bar that differs. Only these are looked into."""
-    differing = judged.filter(pl.col("outcome").is_in(DIFFERENCES))
-    found = []
-    if differing.height:
-        evidence = _evidence(toolbox, derived, timeframe)
-        untraced = DifferenceCause(f"not traced: more than {TRACED} bars differ")
-        for i, row in enumerate(differing.iter_rows(named=True)):
-            cause = trace_difference(row, evidence) if i < TRACED else untraced
-            found.append(
-                (row["open_time"], cause.message, format_windows(cause.windows, evidence.base))
-            )
-    schema = {"open_time": judged.schema["open_time"], "cause": pl.String(), "minutes": pl.String()}
-    return pl.DataFrame(found, schema=schema, orient="row")
+    def _compare_finer(
+        self,
+        result: RollupResult,
+        timeframe: Timeframe,
+        months: Sequence[Partition],
+        *,
+        bars: pl.DataFrame,
+    ) -> FinerComparison | None:
+        """Compare the finest of the venue's own timeframes between the base and this one."""
+        venue = self.settings.venues[result.partition.market.venue]
+        between = [
+            tf
+            for tf in venue.reference
+            if tf.width < timeframe.width and not timeframe.width % tf.width
+        ]
+        if not between:
+            return None
+        finer = min(between, key=lambda tf: tf.width)
+        ours = roll_up(bars, venue.base, [finer], whole=result.requested)[finer]
+        compared = (
+            self._compare(month, finer, ours, requested=result.requested) for month in months
+        )
+        return FinerComparison(finer, pl.concat(compared))
 
+    def _absences(self, table: Table, months: Sequence[Partition]) -> Iterator[Absence]:
+        """Yield the windows without bars, with what the ledger says of them."""
+        first_bar = self.ledger.markets.first_bar(months[0].market)
+        if first_bar:
+            yield Absence(Window(EPOCH, table.timeframe.floor(first_bar)), "not listed yet")
+        for partition in months:
+            for gap in self.ledger.gaps.of(table, partition):
+                yield Absence(gap.window, self._absence_reason(table, partition, gap))
 
-def _evidence(toolbox: Toolbox, derived: Derived, timeframe: Timeframe) -> ParityEvidence:
-    partition = derived.partition
-    base = toolbox.settings.venues[partition.market.venue].base
-    first = partition.opens(timeframe).start
-    months = [neighbour(partition, -1), partition] if first < partition.month.start else [partition]
-    read = [toolbox.lake.read(raw(base), p, since=first) for p in months]
-    bars = pl.concat([empty_bars(), *(frame for frame in read if frame is not None)])
-    replaced = [toolbox.lake.read(history(base), p) for p in months]
-    return ParityEvidence(
-        base=base,
-        timeframe=timeframe,
-        bars=bars,
-        absences=list(_absences(toolbox, raw(base), months)),
-        native_absences=list(_absences(toolbox, raw(timeframe), [partition])),
-        revisions=pl.concat(
-            [
-                pl.DataFrame(schema=history(base).schema),
-                *(frame for frame in replaced if frame is not None),
-            ]
-        ),
-        finer=_finer(toolbox, derived, timeframe, months, bars),
-    )
-
-
-def _finer(
-    toolbox: Toolbox,
-    derived: Derived,
-    timeframe: Timeframe,
-    months: list[Partition],
-    bars: pl.DataFrame,
-) -> FinerComparison | None:
-    """The finest of the venue's own timeframes between the base and this one, judged."""
-    venue = toolbox.settings.venues[derived.partition.market.venue]
-    between = [
-        tf
-        for tf in venue.reference
-        if tf.width < timeframe.width and not timeframe.width % tf.width
-    ]
-    if not between:
-        return None
-    finer = min(between, key=lambda tf: tf.width)
-    ours = roll_up(bars, venue.base, [finer], whole=derived.whole)[finer]
-    return FinerComparison(
-        finer,
-        pl.concat([_judged(toolbox, month, finer, ours, derived.whole) for month in months]),
-    )
-
-
-def _absences(toolbox: Toolbox, table: Table, months: list[Partition]) -> Iterator[Absence]:
-    """What the ledger knows of bars that are not there."""
-    listed = toolbox.ledger.listed(months[0].market)
-    if listed:
-        yield Absence(Window(EPOCH, table.timeframe.floor(listed)), "not listed yet")
-    for partition in months:
-        for gap in toolbox.ledger.gaps(table, partition):
-            yield Absence(gap.window, _why(toolbox, table, partition, gap))
-
-
-def _why(toolbox: Toolbox, table: Table, partition: Partition, gap: Gap) -> str:
-    if gap.reason == "quarantined":
-        refused = toolbox.ledger.quarantined(partition.market, gap.window)
-        reasons = sorted({str(row["reasons"]) for row in refused if row["table"] == table.name})
+    def _absence_reason(self, table: Table, partition: Partition, gap: Gap) -> str:
+        if gap.reason != GapReason.QUARANTINED:
+            return _ABSENCE_REASONS[gap.cause or gap.reason].format(table.timeframe.name)
+        rows = self.ledger.quarantine.rows(partition.market, gap.window)
+        reasons = sorted({str(row["reasons"]) for row in rows if row["table"] == table.name})
         return f"refused by a rule: {', '.join(reasons)}" if reasons else "refused by a rule"
