@@ -309,7 +309,7 @@ def test_every_row_ends_in_one_frame_with_the_reasons_that_python_finds(rows: li
     assert refused == [as_text(r) for r, v in zip(rows, verdicts, strict=True) if v]
     kept = judged.valid.drop("answer").with_columns(pl.col("open_time").dt.epoch("ms"))
     assert kept.rows() == [as_numbers(r) for r, v in zip(rows, verdicts, strict=True) if not v]
-    assert judged.valid.schema == pl.Schema({"answer": pl.Int64(), **SCHEMA})
+    assert judged.valid.schema == pl.Schema({"answer": pl.Int64(), **BAR_SCHEMA})
     assert judged.rejected.schema == pl.Schema(REJECTED_SCHEMA)
 
 

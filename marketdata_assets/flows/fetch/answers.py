@@ -119,7 +119,7 @@ class Answers:
     columns: tuple[str, ...]
     fetched: list[BarsPage] = field(default_factory=list)
     received: int = 0
-    _kept: list[pl.DataFrame] = field(default_factory=list)
+    _valid: list[pl.DataFrame] = field(default_factory=list)
     _rejected: list[pl.DataFrame] = field(default_factory=list)
     _extents: list[tuple[datetime, datetime]] = field(default_factory=list)
 
