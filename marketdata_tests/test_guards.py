@@ -29,7 +29,8 @@ from marketdata_assets.errors import (
     VenueRefused,
     Wait,
 )
-from marketdata_assets.ledger.ledger import BREAKER_FIRST, BREAKER_LIMIT, BREAKER_LONGEST, Ledger
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.venues import BREAKER_FIRST, BREAKER_LIMIT, BREAKER_LONGEST
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
