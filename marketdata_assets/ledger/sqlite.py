@@ -6,8 +6,7 @@ lose the newest ones, and never leaves half of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
 from marketdata_assets.ledger.database import Database
-from marketdata_assets.ledger.locks import acquire
+from marketdata_assets.system import lock_file
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
@@ -59,18 +58,9 @@ class SqliteDatabase(Database):
         """SQLite's INSERT."""
         return sqlite.insert(table)
 
-    @contextmanager
-    def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
+    def lock(self, name: str, wait: bool = True) -> AbstractContextManager[bool]:
         """Hold the file of this name."""
-        try:
-            handle = acquire(self._locks / name, wait=wait)
-        except OSError as error:
-            raise self.failure("locked", error) from None
-        if handle is None:
-            yield False
-            return
-        with handle:
-            yield True
+        return lock_file(self._locks / name, wait=wait)
 
 
 def _set_pragmas(connection: Connection, record: Any) -> None:
