@@ -1,5 +1,4 @@
-"""Bad answers against a partition that is stored already: each once and then good ones, and each for
-ever.
+"""Bad answers for a partition that is stored: each once before good ones, and each for ever.
 
 Half of the span is stored; the other half is asked for while the exchange answers badly. Once: the
 partition ends exactly as the truth. For ever: not one stored bar changes, and the error, the gap or
@@ -75,7 +74,10 @@ def text(body: str | bytes, status: int = 200, **headers: str) -> Bad:
     return answer
 
 
-HTML = "<!DOCTYPE html><html><head><title>502 Bad Gateway</title></head><body><h1>Bad Gateway</h1></body></html>"
+HTML = (
+    "<!DOCTYPE html><html><head><title>502 Bad Gateway</title></head>"
+    "<body><h1>Bad Gateway</h1></body></html>"
+)
 
 
 def truncated(_: web.Request, rows: Rows) -> web.Response:
@@ -463,7 +465,7 @@ BELIEVABLE = (
 
 @dataclass
 class Stage:
-    """A universe whose first half is stored, before an exchange that can be made to answer badly."""
+    """A universe whose first half is stored, and an exchange that can be made to answer badly."""
 
     exchange: SandboxExchange
     settings: Settings
@@ -616,7 +618,7 @@ def test_nobody_asks_before_the_time_is_up(stage: Stage, status: int, pause: int
     assert done.error is None
     assert 1 <= early[0] <= 8
     assert done.retries == early[0]
-    assert done.wait_seconds >= pause
+    assert done.seconds_waited >= pause
     assert_bars(stored_bars(settings), generate_bars("BTCUSDT", "1m", window("2024-01-01", UNTIL)))
 
 
@@ -968,9 +970,7 @@ ROWS_GENERIC = (
 
 @pytest.fixture
 def generic(universe: Universe) -> Iterator[tuple[Settings, list[Bad | None]]]:
-    """A venue that goes through `fetch_ohlcv`, four of ten hours stored, and how it answers about the
-    rest.
-    """
+    """A venue of `fetch_ohlcv` with four of ten hours stored, and its answers about the rest."""
     how: list[Any] = [None]
 
     def answer(request: web.Request) -> Any:
@@ -1034,8 +1034,9 @@ def test_fetch_ohlcv(generic: tuple[Settings, list[Bad | None]], fault: Fault) -
 def test_one_answer_from_another_day_stops_nothing(
     generic: tuple[Settings, list[Bad | None]],
 ) -> None:
-    """The first of five pages is answered with bars of two days later; all pages are asked, and all is
-    the truth.
+    """The first of five pages is answered with bars of two days later.
+
+    All pages are requested, and all stored bars are true.
     """
     settings, how = generic
     shorter = {
@@ -1057,9 +1058,7 @@ def test_one_answer_from_another_day_stops_nothing(
 
 @ids(BELIEVABLE[1:])
 def test_always_believable_about_earlier_days(stage: Stage, fault: Fault) -> None:
-    """The same when the universe grows to earlier days: the stored bars are then the witnesses on the
-    other side.
-    """
+    """The universe grows to earlier days: the stored bars are the witnesses on the other side."""
     earlier = {
         name: venue.model_copy(
             update={"since": window("2024-01-05", UNTIL).start, "until": window(SINCE, HALF).end}
