@@ -185,7 +185,7 @@ def test_a_month_and_its_reference(settings: Settings, tmp_path: Path) -> None:
     assert_bars(stored_bars(settings, timeframe="1h"), generate_bars("BTCUSDT", "1h", month))
     with open_context(settings) as context:
         gaps = context.ledger.gaps.of(raw_table(TIMEFRAMES["1m"]), partitions_of(BTC, month)[0])
-    assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(halt, "unanswered", False)]
+    assert [(gap.bars, gap.reason, gap.is_settled) for gap in gaps] == [(halt, "unanswered", False)]
     assert "BTCUSDT-1m-2024-01.zip holds both neighbours" in gaps[0].evidence
 
 
@@ -287,7 +287,7 @@ def test_a_kraken_file_has_the_last_word_about_its_holes(kraken: Settings, tmp_p
         gaps = context.ledger.gaps.of(
             raw_table(TIMEFRAMES["1h"]), partitions_of(Market("kraken", "BTC/USD"), DAY)[0]
         )
-    assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(1, "no_bars", True)]
+    assert [(gap.bars, gap.reason, gap.is_settled) for gap in gaps] == [(1, "no_bars", True)]
 
 
 # --------------------------------------------------------------------------------- checksums and ba
