@@ -130,7 +130,9 @@ def test_halts_of_a_window(span: Window, found: int):
 
 
 def test_tolerances_name_columns_and_how_they_were_measured():
-    found = {(venue, column): t for venue, f in VENUES.items() for column, t in f.tolerances.items()}
+    found = {
+        (venue, column): t for venue, f in VENUES.items() for column, t in f.tolerances.items()
+    }
     assert {key: (t.absolute, t.relative) for key, t in found.items()} == {
         ("binance", "quote_volume"): (Decimal("1e-8"), Decimal("2.7e-16")),
         ("binance", "taker_buy_quote_volume"): (Decimal("1e-8"), Decimal("2.7e-16")),
