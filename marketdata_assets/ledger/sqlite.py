@@ -6,9 +6,7 @@ lose the newest ones, and never leaves half of one.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,7 @@ from sqlalchemy.dialects import sqlite
 
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.ledger.database import Database
-from marketdata_assets.ledger.locks import acquire
+from marketdata_assets.system import lock_file
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
@@ -67,18 +65,9 @@ class SqliteDatabase(Database):
         """SQLite's INSERT."""
         return sqlite.insert(table)
 
-    @contextmanager
-    def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
+    def lock(self, name: str, wait: bool = True) -> AbstractContextManager[bool]:
         """Hold the file of this name."""
-        try:
-            handle = acquire(self._locks / name, wait=wait)
-        except OSError as error:
-            raise self.failure("locked", error) from None
-        if handle is None:
-            yield False
-            return
-        with handle:
-            yield True
+        return lock_file(self._locks / name, wait=wait)
 
 
 def is_writable(state: Path) -> bool:
