@@ -84,8 +84,8 @@ def run_ingest(
         )
 
 
-def tell_apart(settings: Settings) -> None:
-    """The causes of all gaps are known, so that none of them is ever asked for again."""
+def mark_gaps_final(settings: Settings) -> None:
+    """Give all gaps a known cause, so that none of them is requested again."""
     with open_context(settings) as context:
         known = "cause = 'no_trade', status = 'final', next_ask = NULL"
         run_sql(context.ledger, f"UPDATE gaps SET {known}")

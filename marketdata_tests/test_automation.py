@@ -1,6 +1,4 @@
-"""What runs by itself, through Dagster: what sensors and schedules ask for, what stands in the UI
-without runs, repair.
-"""
+"""Sensors and schedules: the runs they launch, the checks they evaluate, and the job `repair`."""
 
 from __future__ import annotations
 
@@ -12,15 +10,16 @@ import dagster as dg
 import pytest
 
 from marketdata_assets.context import open_context
-from marketdata_assets.defs.checks import KIND, REFRESH
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
+from marketdata_assets.defs.tags import KIND, PRIORITY, REASON, RunKind
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 from marketdata_tests.steps import at
@@ -35,8 +34,9 @@ DEC, JAN = "binance:BTC-USDT|2023-12-01", "binance:BTC-USDT|2024-01-01"
 
 @pytest.fixture
 def settings(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settings:
-    """One market: two days of December, the open January; it is noon on the 9th, the venue's clock is
-    further.
+    """One market: two days of December and the open January, at noon of the 9th.
+
+    The exchange's own clock is later: it is at midnight of the 10th.
     """
     return universe(
         sandbox[1], since="2023-12-30", now="2024-01-09T12:00:00Z", extra="reference: [1h]"
@@ -46,9 +46,7 @@ def settings(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settin
 def tick(
     settings: Settings, instance: dg.DagsterInstance, name: str, cursor: str | None = None
 ) -> Any:
-    """One evaluation of a sensor as the daemon does it; its asset events are stored, as the daemon
-    does.
-    """
+    """Evaluate a sensor and store its asset events, as the daemon does."""
     repository = build_definitions(settings).get_repository_def()
     context = dg.build_sensor_context(instance=instance, cursor=cursor, repository_def=repository)
     result = repository.get_sensor_def(name)(context)
@@ -76,19 +74,18 @@ def run_requests(settings: Settings, instance: dg.DagsterInstance, requests: Any
         assert run(settings, instance, dict(request.tags)).success
 
 
-def fill(settings: Settings, instance: dg.DagsterInstance) -> None:
+def fill_lake(settings: Settings, instance: dg.DagsterInstance) -> None:
     run_requests(settings, instance, tick(settings, instance, "backfill_missed").run_requests)
     run_requests(settings, instance, refresh(settings, instance))
-    assert not tick(
-        settings, instance, "backfill_missed"
-    ).run_requests  # it has seen that all is there
+    # the next tick clears the attempts, because everything is stored
+    assert not tick(settings, instance, "backfill_missed").run_requests
 
 
-def events(instance: dg.DagsterInstance, key: dg.AssetKey) -> int:
+def count_events(instance: dg.DagsterInstance, key: dg.AssetKey) -> int:
     return len(instance.fetch_materializations(key, limit=100).records)
 
 
-def test_everything_runs_by_itself_by_default(settings: Settings) -> None:
+def test_all_sensors_and_schedules_are_on_by_default(settings: Settings) -> None:
     definitions = build_definitions(settings)
     sensors = {sensor.name: sensor.default_status for sensor in definitions.sensors or ()}
     assert sensors == dict.fromkeys(
@@ -110,16 +107,16 @@ def test_everything_runs_by_itself_by_default(settings: Settings) -> None:
     assert all(sensor.description for sensor in definitions.sensors or ())
 
 
-def test_from_an_empty_lake_to_a_whole_one_and_back_after_a_loss(
+def test_an_empty_lake_is_filled_and_a_lost_object_is_fetched_again(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
     first = tick(settings, instance, "backfill_missed")
     (request,) = first.run_requests
     assert (request.tags[RANGE_START], request.tags[RANGE_END]) == (DEC, DEC)
-    assert request.tags["dagster/priority"] == "-10"
-    assert request.tags["marketdata/reason"] == "1 never fetched"
+    assert request.tags[PRIORITY] == "-10"
+    assert request.tags[REASON] == "1 never fetched"
     (live,) = refresh(settings, instance)
-    assert (live.tags[RANGE_START], live.tags[RANGE_END], live.tags["dagster/priority"]) == (
+    assert (live.tags[RANGE_START], live.tags[RANGE_END], live.tags[PRIORITY]) == (
         JAN,
         JAN,
         "10",
@@ -132,7 +129,7 @@ def test_from_an_empty_lake_to_a_whole_one_and_back_after_a_loss(
 
     file_of(settings, DEC).unlink()
     again = tick(settings, instance, "backfill_missed")
-    assert instance.get_materialized_partitions(RAW) == {JAN}  # the grid tells the truth at once
+    assert instance.get_materialized_partitions(RAW) == {JAN}
     run_requests(settings, instance, again.run_requests)
     assert instance.get_materialized_partitions(RAW) == {DEC, JAN}
     wanted = Window(at("2023-12-30"), at("2024-01-01"))
@@ -140,20 +137,20 @@ def test_from_an_empty_lake_to_a_whole_one_and_back_after_a_loss(
         assert (
             context.bind(BarReader)
             .read(settings.markets[0], TIMEFRAMES["1m"], wanted)
-            .equals(truth("BTCUSDT", "1m", wanted))
+            .equals(generate_bars("BTCUSDT", "1m", wanted))
         )
 
 
-def test_an_event_that_is_gone_is_asked_for(
+def test_a_partition_without_an_event_is_requested(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
-    fill(settings, instance)
+    fill_lake(settings, instance)
     instance.wipe_asset_partitions(RAW, [DEC])
     (request,) = tick(settings, instance, "backfill_missed").run_requests
-    assert request.tags["marketdata/reason"] == "1 Dagster does not show it"
+    assert request.tags[REASON] == "1 Dagster does not show it"
 
 
-def test_a_partition_under_way_is_not_asked_for_again(
+def test_a_partition_of_an_unfinished_run_is_not_requested_again(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
     (request,) = tick(settings, instance, "backfill_missed").run_requests
@@ -165,37 +162,37 @@ def test_a_partition_under_way_is_not_asked_for_again(
     assert tick(later, instance, "backfill_missed").skip_reason.skip_message == "1 are under way"
 
 
-def test_a_refresh_takes_only_what_is_new_and_says_nothing_when_nothing_is(
+def test_a_refresh_fetches_only_new_bars_and_writes_no_event_without_any(
     sandbox: tuple[SandboxExchange, str], settings: Settings, instance: dg.DagsterInstance
 ) -> None:
-    fill(settings, instance)
+    fill_lake(settings, instance)
     exchange, _ = sandbox
     later = at_time(settings, "2024-01-09T12:10:00Z")
     exchange.requests.clear()
-    before = {key: events(instance, key) for key in (RAW, HOUR, WEEK)}
+    before = {key: count_events(instance, key) for key in (RAW, HOUR, WEEK)}
     run_requests(later, instance, refresh(later, instance))
     assert (
         len([seen for seen in exchange.requests if seen.query.get("interval") == "1m"]) == 1
     )  # from the watermark
-    assert events(instance, RAW) == before[RAW] + 1
-    assert (events(instance, HOUR), events(instance, WEEK)) == (
+    assert count_events(instance, RAW) == before[RAW] + 1
+    assert (count_events(instance, HOUR), count_events(instance, WEEK)) == (
         before[HOUR],
         before[WEEK],
     )  # no hour, no week has closed
-    # a feed that has died behind green runs: its answers stop at what we have
-    dead = {KIND: REFRESH, RANGE_START: JAN, RANGE_END: JAN}
+    # a dead feed behind green runs: its answers end with the last stored bar
+    dead = {KIND: RunKind.REFRESH.value, RANGE_START: JAN, RANGE_END: JAN}
     assert run(later, instance, dead).success
-    assert events(instance, RAW) == before[RAW] + 1
+    assert count_events(instance, RAW) == before[RAW] + 1
     assert run(
         later, instance, {RANGE_START: JAN, RANGE_END: JAN}
-    ).success  # a person gets an event
-    assert events(instance, RAW) == before[RAW] + 2
+    ).success  # a person launched it: it has an event
+    assert count_events(instance, RAW) == before[RAW] + 2
 
 
 def test_freshness_turns_red_without_runs_and_green_again(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
-    fill(settings, instance)
+    fill_lake(settings, instance)
     first = tick(settings, instance, "watch_markets")
     assert check_results(instance, RAW, "freshness") == {None: True}
     assert first.skip_reason.skip_message == "every market is fresh and whole"
@@ -221,8 +218,8 @@ def test_freshness_turns_red_without_runs_and_green_again(
 def test_an_evaluation_follows_every_materialization(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
-    """Else the UI would show "not evaluated" after each run."""
-    fill(settings, instance)
+    """Without it, the UI would show "not evaluated" after each run."""
+    fill_lake(settings, instance)
     first = tick(settings, instance, "watch_markets")
     assert run(settings, instance, {RANGE_START: DEC, RANGE_END: DEC}).success
     assert {
@@ -235,10 +232,10 @@ def test_an_evaluation_follows_every_materialization(
     }
 
 
-def test_coverage_is_red_for_what_is_not_on_disk(
+def test_coverage_is_red_when_an_object_is_lost(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
-    fill(settings, instance)
+    fill_lake(settings, instance)
     file_of(settings, DEC).unlink()
     result = tick(settings, instance, "watch_markets")
     (event,) = [e for e in result.asset_events if e.check_name == "coverage" and e.asset_key == RAW]
@@ -276,7 +273,7 @@ def alerts(settings: Settings) -> list[tuple[str, str]]:
     ]
 
 
-def test_a_tick_that_cannot_work_says_why_and_the_next_one_works(
+def test_a_tick_that_fails_names_the_reason_and_the_next_one_works(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
     broken = settings.model_copy(update={"state": Path("/proc/nowhere")})
@@ -289,7 +286,7 @@ def test_a_tick_that_cannot_work_says_why_and_the_next_one_works(
 
 
 def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInstance) -> None:
-    fill(settings, instance)
+    fill_lake(settings, instance)
     file_of(settings, DEC).unlink()
     with open_context(settings) as context:
         context.ledger.attempts.add([(Partition.parse(DEC), "x")], settings.now())
@@ -302,10 +299,10 @@ def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInsta
             }
         }
     }
-    before = events(instance, RAW)
+    before = count_events(instance, RAW)
     assert job.execute_in_process(config, instance=instance).success
     assert file_of(settings, DEC).exists()
-    assert events(instance, RAW) == before + 1
+    assert count_events(instance, RAW) == before + 1
     assert check_results(instance, RAW, "gaps")[DEC]
     with open_context(settings) as context:
         state = context.ledger.partitions.get(raw_table(TIMEFRAMES["1m"]), Partition.parse(DEC))
@@ -315,7 +312,7 @@ def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInsta
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "message"),
     [
         (
             {"market": "binance:BTC-USD"},
@@ -326,15 +323,15 @@ def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInsta
     ],
 )
 def test_a_mistake_in_the_launchpad_is_one_line(
-    settings: Settings, instance: dg.DagsterInstance, config: Any, says: str
+    settings: Settings, instance: dg.DagsterInstance, config: Any, message: str
 ) -> None:
     job = build_definitions(settings).resolve_job_def("repair")
-    with pytest.raises(dg.Failure, match=says):
+    with pytest.raises(dg.Failure, match=message):
         job.execute_in_process({"ops": {"repair_span": {"config": config}}}, instance=instance)
 
 
 def test_health_and_prune_as_jobs(settings: Settings, instance: dg.DagsterInstance) -> None:
-    fill(settings, instance)
+    fill_lake(settings, instance)
     definitions = build_definitions(settings)
     for name in ("health", "prune"):
         result = definitions.resolve_job_def(name).execute_in_process(instance=instance)

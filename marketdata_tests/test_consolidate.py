@@ -17,16 +17,16 @@ import pytest
 
 from marketdata_assets.charts.lines import draw_differences as drawn
 from marketdata_assets.context import open_context
-from marketdata_assets.defs.checks import KIND
 from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
+from marketdata_assets.defs.tags import KIND, RunKind
 from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.flows.derive.consolidate import ConsolidationResult, Consolidator
-from marketdata_assets.flows.operate.retire import REMOVED, Retirer
+from marketdata_assets.flows.operate.retire import RetirementAction, Retirer
 from marketdata_assets.flows.read.bars import BarReader
-from marketdata_assets.ledger.consolidations import NO_TRADE
 from marketdata_assets.model.bar import COLUMN_NAMES
+from marketdata_assets.model.gap import GapCause
 from marketdata_assets.model.market import CONSOLIDATED_VENUE, Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import consolidated_table, raw_table, reconciled_table
@@ -49,7 +49,7 @@ from marketdata_tests.conftest import needs_shared
 from marketdata_tests.samples import MINUTE, START, frame, minutes, random_rows, row
 from marketdata_tests.steps import SkippingClock, at, lake_files, run_ingest, window
 from marketdata_tests.test_automation import tick
-from marketdata_tests.test_cli import marketdata, says
+from marketdata_tests.test_cli import marketdata, text_of
 from marketdata_tests.test_dagster import check_results, checked_partitions, latest
 
 M1 = TIMEFRAMES["1m"]
@@ -84,7 +84,7 @@ def test_each_minute_comes_from_the_first_venue_that_was_up():
     ]
     assert found["trades"].to_list() == [7, 7, 2, 7]
     assert found.columns == [*COLUMN_NAMES, "venue"]
-    assert find_venue_switches(found).rows() == [(whole[4], "a", "b"), (whole[6], "b", "c")]
+    assert find_venue_switches(found).rows() == [(opens[4], "a", "b"), (opens[6], "b", "c")]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -177,8 +177,8 @@ def test_every_pair_of_venues_is_compared_in_order():
         abs((float(x) / float(y) - 1) * 1e4)
         for x, y in zip(bars["kraken"]["close"], bars["b"]["close"], strict=True)
     )
-    assert found[1].close.largest == pytest.approx(apart[-1], abs=1e-4)
-    assert found[1].close.p50 == pytest.approx(statistics.median(apart), abs=1e-4)
+    assert found[1].close.largest == pytest.approx(distances[-1], abs=1e-4)
+    assert found[1].close.p50 == pytest.approx(statistics.median(distances), abs=1e-4)
     assert found[1].close.p99 == pytest.approx(
         statistics.quantiles(distances, n=100, method="inclusive")[98], abs=1e-4
     )
@@ -388,7 +388,7 @@ def test_another_venue_replaces_the_first_one_only_while_it_is_down(
 
     # a venue that was up and had no trade gives no bar: so the ledger explains each gap of Coinbase
     # except its maintenance
-    assert set_gap_causes(settings, NO_TRADE, "market LIKE 'coinbase%' AND bars < 60") > 10
+    assert set_gap_causes(settings, GapCause.NO_TRADE, "market LIKE 'coinbase%' AND bars < 60") > 10
     no_trade = no_trade_at_coinbase(settings)
     assert reasons(settings) == {MARCH: "its venues' bars have changed"}
     (done,) = build_outdated(settings)
@@ -670,7 +670,7 @@ def test_the_sensor_requests_what_is_not_up_to_date(
         f"consolidated:BTC-USDT|{NOV}",
         f"consolidated:ETH-USDT|{DEC}",
     )
-    assert request.tags[KIND] == CONSOLIDATE
+    assert request.tags[KIND] == RunKind.CONSOLIDATE
     # a run that fails is not repeated at once
     assert tick(settings, instance, "keep_consolidated").run_requests[0].run_key == request.run_key
     job = build_definitions(settings).resolve_job_def(CONSOLIDATE)
@@ -732,9 +732,9 @@ def test_command_reader_and_sql_read_the_series(sandbox: tuple[SandboxExchange, 
     )
     assert (series(settings).columns, series(settings).height) == ([*COLUMN_NAMES, "venue"], 0)
     first = marketdata("backfill")
-    assert first.returncode == 0, says(first)
+    assert first.returncode == 0, text_of(first)
     second = marketdata("backfill")
-    assert (second.returncode, "nothing to do" in says(second)) == (0, True)
+    assert (second.returncode, "nothing to do" in text_of(second)) == (0, True)
     printed = marketdata(
         "bars",
         "consolidated:BTC-USDT",
@@ -746,7 +746,7 @@ def test_command_reader_and_sql_read_the_series(sandbox: tuple[SandboxExchange, 
         "--format",
         "csv",
     )
-    lines = told.stdout.splitlines()
+    lines = printed.stdout.splitlines()
     assert lines[0] == ",".join([*COLUMN_NAMES, "venue"])
     assert [(line.split(",")[0], line.split(",")[-1]) for line in lines[1:]] == [
         ("2023-11-28T23:59:00Z", "binance"),
@@ -779,7 +779,7 @@ def test_command_reader_and_sql_read_the_series(sandbox: tuple[SandboxExchange, 
             0,
             0,
         )
-    without_series = replace(settings, consolidate={})
+    without_series = settings.model_copy(update={"consolidate": {}})
     # a series that was removed from the universe can still be read
     with open_context(without_series) as context:
         assert (
@@ -801,14 +801,14 @@ def test_retention_keeps_a_series_without_its_raw_months(settings: Settings):
         for name, content in lake_files(settings).items()
         if not name.startswith("raw/")
     }
-    old = replace(settings, retention={"raw/ohlcv_1m": 5})
+    old = settings.model_copy(update={"retention": {"raw/ohlcv_1m": 5}})
     with open_context(old) as context, context.ledger.transaction() as db:
         db.execute("UPDATE partitions SET rolled = digest WHERE tbl = 'raw/ohlcv_1m'")
     with open_context(old) as context:
         assert {
             (removal.table.name, removal.partition.month_key[:7])
             for removal in context.bind(Retirer).retire()
-            if removal.what == REMOVED
+            if removal.what == RetirementAction.REMOVED
         } == {("raw/ohlcv_1m", "2023-11")}
         assert context.bind(Consolidator).find_outdated(look=True) == {}
         (kept,) = context.bind(Consolidator).build(M1, [Partition(BTC, month_of(at(NOV)))])
@@ -819,7 +819,7 @@ def test_retention_keeps_a_series_without_its_raw_months(settings: Settings):
         for name, content in lake_files(settings).items()
         if not name.startswith("raw/")
     } == before
-    short = replace(old, retention={TABLE.name: 5, reconciled_table(M1).name: 5})
+    short = old.model_copy(update={"retention": {TABLE.name: 5, reconciled_table(M1).name: 5}})
     with open_context(short) as context:
         assert {
             (removal.table.name, removal.what) for removal in context.bind(Retirer).retire()
@@ -849,7 +849,9 @@ def test_the_ledger_finds_changed_gaps_in_both_databases(settings: Settings):
             db.execute(insert, (*where, "2023-11-28T05:00:00Z", "2023-11-28T05:02:00Z", "halted"))
         assert context.bind(Consolidator).find_outdated(look=True) == {}
         with context.ledger.transaction() as db:
-            db.execute(insert, (*where, "2023-11-28T06:00:00Z", "2023-11-28T06:02:00Z", NO_TRADE))
+            db.execute(
+                insert, (*where, "2023-11-28T06:00:00Z", "2023-11-28T06:02:00Z", GapCause.NO_TRADE)
+            )
         assert set(context.bind(Consolidator).find_outdated(look=True)) == {
             Partition(BTC, partition.month)
         }
@@ -863,7 +865,7 @@ def test_the_ledger_finds_changed_gaps_in_both_databases(settings: Settings):
         with context.ledger.transaction() as db:
             db.execute(
                 'UPDATE gaps SET start = ?, "end" = ? WHERE cause = ?',
-                ("2023-11-28T07:00:00Z", "2023-11-28T07:02:00Z", NO_TRADE),
+                ("2023-11-28T07:00:00Z", "2023-11-28T07:02:00Z", GapCause.NO_TRADE),
             )
         assert [
             late.reason for late in context.bind(Consolidator).find_outdated(look=True).values()

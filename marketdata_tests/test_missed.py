@@ -10,18 +10,25 @@ import pytest
 
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput, StoreFailed, VenueDown
-from marketdata_assets.flows.operate import backfill as backfill_flow
-from marketdata_assets.flows.operate.backfill import BacklogFinder
-from marketdata_assets.flows.operate.refresh import refreshes
+from marketdata_assets.flows.operate.backfill import (
+    PARTITIONS_A_RUN,
+    BackfillPlan,
+    BacklogFinder,
+)
+from marketdata_assets.flows.operate.blocks import MONTHS_A_RUN
+from marketdata_assets.flows.operate.refresh import RefreshPlanner
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.coverage import CoverageReporter
+from marketdata_assets.model import partition_status
 from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.partition_status import LOST_REASON
 from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
-from marketdata_assets.storage import objects
+from marketdata_assets.storage.s3 import S3Objects
 from marketdata_tests.conftest import Universe
 from marketdata_tests.steps import at, mark_gaps_final, partitions, run_derive, run_ingest
 
@@ -54,12 +61,12 @@ def at_time(settings: Settings, now: str) -> Settings:
 
 def plan_backfill_now(
     settings: Settings, room: int = 9, busy: Any = (), shown: Any = None
-) -> backfill_flow.Missed:
+) -> BackfillPlan:
     with open_context(settings) as context:
         return context.bind(BacklogFinder).plan_backfill(room, busy, shown or {})
 
 
-def block_keys(found: backfill_flow.Missed) -> list[str]:
+def block_keys(found: BackfillPlan) -> list[str]:
     return [f"{block.first.key}..{block.last.key}" for block in found.blocks]
 
 
@@ -71,21 +78,21 @@ def test_an_empty_lake_is_requested_newest_first_without_the_open_month(settings
     found = plan_backfill_now(settings)
     assert block_keys(found) == ["binance:BTC-USDT|2023-10-01..binance:ETH-USDT|2023-12-01"]
     assert found.blocks[0].reasons == {"never fetched": 6}
-    assert "6 never fetched" in found.says
+    assert "6 never fetched" in found.message
 
 
 def test_a_complete_lake_causes_no_request(full_lake: Settings) -> None:
     found = plan_backfill_now(full_lake)
     assert (found.blocks, found.lost, found.waiting) == ([], {}, {})
-    assert found.says == "nothing is missing"
+    assert found.message == "nothing is missing"
 
 
-def test_a_deleted_file_is_noticed_and_asked_for_alone(filled: Settings) -> None:
-    file_of(filled, "binance:ETH-USDT|2023-11-01").unlink()
-    found = look(filled)
-    assert asked(found) == ["binance:ETH-USDT|2023-11-01..binance:ETH-USDT|2023-11-01"]
+def test_only_the_partition_of_a_deleted_file_is_requested(full_lake: Settings) -> None:
+    file_of(full_lake, "binance:ETH-USDT|2023-11-01").unlink()
+    found = plan_backfill_now(full_lake)
+    assert block_keys(found) == ["binance:ETH-USDT|2023-11-01..binance:ETH-USDT|2023-11-01"]
     assert found.lost == {raw_table(M1): [Partition.parse("binance:ETH-USDT|2023-11-01")]}
-    assert found.blocks[0].reasons == {missed_flow.LOST: 1}
+    assert found.blocks[0].reasons == {LOST_REASON: 1}
 
 
 def test_a_truncated_file_counts_as_lost(full_lake: Settings) -> None:
@@ -100,7 +107,7 @@ def test_a_lake_that_lost_most_objects_counts_as_not_mounted(
     full_lake: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder that is not mounted must not delete the history of every event."""
-    monkeypatch.setattr(backfill_flow, "MANY", 2)
+    monkeypatch.setattr(partition_status, "LOST_AT_ONCE", 2)
     for key in (
         "binance:ETH-USDT|2023-11-01",
         "binance:ETH-USDT|2023-12-01",
@@ -112,11 +119,11 @@ def test_a_lake_that_lost_most_objects_counts_as_not_mounted(
         plan_backfill_now(full_lake)
 
 
-def test_what_dagster_does_not_show_is_asked_for(filled: Settings) -> None:
-    keys = {p.key for p in partitions(filled)}
+def test_a_partition_that_dagster_does_not_show_is_requested(full_lake: Settings) -> None:
+    keys = {p.key for p in partitions(full_lake)}
     shown = {raw_table(M1): keys - {"binance:BTC-USDT|2023-12-01"}}
-    found = look(filled, shown=shown)
-    assert asked(found) == ["binance:BTC-USDT|2023-12-01..binance:BTC-USDT|2023-12-01"]
+    found = plan_backfill_now(full_lake, shown=shown)
+    assert block_keys(found) == ["binance:BTC-USDT|2023-12-01..binance:BTC-USDT|2023-12-01"]
     assert found.lost == {}
 
 
@@ -127,7 +134,7 @@ def test_rollups_are_requested_when_raw_bars_are_newer_or_the_warehouse_is_gone(
     first = plan_backfill_now(settings)
     assert first.blocks[0].reasons == {"its rollups are not up to date": 6}
     run_derive(settings)
-    assert plan_backfill_now(settings).says == "nothing is missing"
+    assert plan_backfill_now(settings).message == "nothing is missing"
     settings.duckdb.unlink()
     again = plan_backfill_now(settings)
     assert again.blocks[0].reasons == {"its rollups are not up to date": 6}
@@ -193,24 +200,24 @@ def test_three_attempts_with_growing_pauses_then_parked_then_unparked(full_lake:
     later = at_time(full_lake, "2024-01-12T00:00:00Z")
     assert plan_backfill_now(later).parked == [Partition.parse(key)]
     with open_context(later) as context:
-        (ask,) = context.ledger.attempts.all().values()
-        assert (ask.attempts, ask.parked_at, ask.reason) == (
+        (attempt,) = context.ledger.attempts.all().values()
+        assert (attempt.attempts, attempt.parked_at, attempt.reason) == (
             3,
             at("2024-01-10T01:02"),
-            backfill_flow.LOST,
+            LOST_REASON,
         )
         assert context.ledger.attempts.clear([Partition.parse(key)]) == 1
-    assert len(look(later).blocks) == 1
+    assert len(plan_backfill_now(later).blocks) == 1
 
 
 def test_attempts_are_cleared_when_the_partition_is_complete(full_lake: Settings) -> None:
     key = "binance:ETH-USDT|2023-11-01"
-    file_of(filled, key).unlink()
-    look(filled)
-    run_ingest(filled, wanted=[Partition.parse(key)])
-    run_derive(filled)
-    assert look(filled).says == "nothing is missing"
-    with open_context(filled) as context:
+    file_of(full_lake, key).unlink()
+    plan_backfill_now(full_lake)
+    run_ingest(full_lake, wanted=[Partition.parse(key)])
+    run_derive(full_lake)
+    assert plan_backfill_now(full_lake).message == "nothing is missing"
+    with open_context(full_lake) as context:
         assert context.ledger.attempts.all() == {}
 
 
@@ -223,19 +230,14 @@ def test_a_clock_that_jumps_back_does_not_block_a_partition_forever(full_lake: S
 def test_an_open_breaker_stops_its_venue_and_costs_no_attempt(full_lake: Settings) -> None:
     file_of(full_lake, "binance:ETH-USDT|2023-11-01").unlink()
     with open_context(full_lake) as context:
-        now = context.policy.clock()
+        now = context.clock()
         for _ in range(30):
             context.ledger.venues.record("binance", False, now)
         found = context.bind(BacklogFinder).plan_backfill(9, (), {})
         assert found.blocks == []
         assert found.waiting == {"wait for binance, whose circuit breaker is open": 1}
         assert context.ledger.attempts.all() == {}
-        assert [
-            r.first
-            for r in refreshes(
-                context.settings, context.ledger, context.storage.lake, clock=context.clock, busy=()
-            )
-        ] == [None]
+        assert [refresh.corners for refresh in context.bind(RefreshPlanner).plan(())] == [None]
 
 
 def test_a_venue_that_is_down_costs_no_attempt(full_lake: Settings, universe: Universe) -> None:
@@ -250,8 +252,8 @@ def test_a_venue_that_is_down_costs_no_attempt(full_lake: Settings, universe: Un
     )
     (failed,) = run_ingest(gone, wanted=[Partition.parse(key)])
     assert isinstance(failed.error, VenueDown)
-    with open_context(filled) as context:
-        assert [ask.attempts for ask in context.ledger.attempts.all().values()] == [0]
+    with open_context(full_lake) as context:
+        assert [attempt.attempts for attempt in context.ledger.attempts.all().values()] == [0]
 
 
 def test_months_before_the_lookback_are_not_requested(settings: Settings) -> None:
@@ -272,8 +274,8 @@ def test_long_histories_become_runs_of_a_bounded_size(
         now="2024-01-10T00:00:00Z",
     )
     found = plan_backfill_now(settings, room=100)
-    assert all(len(block.months) <= backfill_flow.MONTHS_A_RUN for block in found.blocks)
-    assert all(len(block.partitions) <= backfill_flow.PARTITIONS_A_RUN for block in found.blocks)
+    assert all(len(block.months) <= MONTHS_A_RUN for block in found.blocks)
+    assert all(len(block.partitions) <= PARTITIONS_A_RUN for block in found.blocks)
     keys = [p.key for block in found.blocks for p in block.partitions]
     assert sorted(keys) == sorted(
         p.key for p in partitions(settings) if p.month_key != "2024-01-01"
@@ -311,7 +313,11 @@ def test_a_new_symbol_is_requested_and_a_removed_one_is_not(
     # the stored bars of a removed symbol can be read
     with open_context(more) as context:
         eth = context.bind(BarReader).find_market("binance:ETH-USDT")
-        assert context.bind(BarReader).read(eth, M1, wanted).equals(truth("ETHUSDT", "1m", wanted))
+        assert (
+            context.bind(BarReader)
+            .read(eth, M1, wanted)
+            .equals(generate_bars("ETHUSDT", "1m", wanted))
+        )
         assert context.bind(BarReader).read(eth, TIMEFRAMES["1d"], wanted).height == 30
         with pytest.raises(BadInput, match="is not in"):
             context.bind(BarReader).find_market("binance:XRP-USDT")
@@ -321,14 +327,8 @@ def test_a_new_symbol_is_requested_and_a_removed_one_is_not(
 def plan_refreshes(settings: Settings, busy: Any = ()) -> list[tuple[str, str] | str]:
     with open_context(settings) as context:
         return [
-            (r.first.key, r.last.key) if r.first and r.last else r.says
-            for r in refreshes(
-                context.settings,
-                context.ledger,
-                context.storage.lake,
-                clock=context.clock,
-                busy=busy,
-            )
+            (r.corners[0].key, r.corners[1].key) if r.corners else r.message
+            for r in context.bind(RefreshPlanner).plan(busy)
         ]
 
 
@@ -393,20 +393,24 @@ def test_s3_is_listed_at_intervals_and_lost_objects_are_found(
     run_ingest(settings)
     run_derive(settings)
     listed: list[str] = []
-    real = objects._Bucket._objects
+    real = S3Objects._list_objects
     monkeypatch.setattr(
-        objects._Bucket,
-        "_objects",
+        S3Objects,
+        "_list_objects",
         lambda self, prefix: (listed.append(prefix), real(self, prefix))[1],
     )
     with open_context(settings) as context:
-        assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).says == "nothing is missing"
+        assert (
+            context.bind(BacklogFinder).plan_backfill(4, set(), {}).message == "nothing is missing"
+        )
     assert "raw/ohlcv_1m" in listed
     with open_context(settings) as context:
         lost = Partition.parse("binance:BTC-USDT|2023-11-01")
         context.storage.lake.delete(raw_table(M1), lost)
         listed.clear()
-        assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).says == "nothing is missing"
+        assert (
+            context.bind(BacklogFinder).plan_backfill(4, set(), {}).message == "nothing is missing"
+        )
         context.bind(CoverageReporter).daily(raw_table(M1))
     assert listed == []
     with open_context(at_time(settings, "2024-01-10T00:11:00Z")) as context:

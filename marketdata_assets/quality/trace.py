@@ -73,7 +73,7 @@ class _DifferingBar:
         finer = self.evidence.finer
         if finer is None or finer.timeframe.width >= self.timeframe.width:
             return None
-        inside = finer.compared.filter(opens_inside(self.window))
+        inside = finer.bars.filter(opens_inside(self.window))
         unequal = inside.filter(pl.col("outcome").is_in(DIFFERENCES)).to_dicts()
         if not unequal and inside.height * finer.timeframe.width == self.timeframe.width:
             cause = self._cause_by_base()
@@ -233,7 +233,7 @@ class _DifferingBar:
 
     def _cause_by_correction(self) -> DifferenceCause | None:
         """Base bars that were corrected, and if the venue's own bar still counts the old ones."""
-        old = self.evidence.replaced.filter(opens_inside(self.window)).to_dicts()
+        old = self.evidence.revisions.filter(opens_inside(self.window)).to_dicts()
         if not old:
             return None
         now, given = {bar["open_time"]: bar for bar in self.bars}, self._differences(SUMS)

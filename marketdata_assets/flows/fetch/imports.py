@@ -202,7 +202,7 @@ class FileImporter:
             )
             for answer, (tally, rows) in enumerate(files)
         ]
-        resolved = resolve_files(pl.concat(each.kept for each in judged))
+        resolved = resolve_files(pl.concat(each.valid for each in judged))
         broken = pl.concat(each.rejected for each in judged)
         if dry_run:
             stored = self.lake.read(raw_table(timeframe), partition)
@@ -214,19 +214,19 @@ class FileImporter:
                 timeframe,
                 partition,
                 resolved.bars,
-                rejected=pl.concat([broken, reject_bars(resolved.disputed, "conflict")]),
+                rejected=pl.concat([broken, reject_bars(resolved.conflicts, "conflict")]),
                 sources=sources,
                 settles_gaps=all(tally.file.is_final for tally, _ in files),
             )
             assert ingested.comparison is not None, "frames are compared with what is stored"
             comparison = ingested.comparison
-        _count_rows(files, comparison, broken, resolved.repeated, resolved.disputed)
+        _count_rows(files, comparison, broken, resolved.repeats, resolved.conflicts)
         room = MAX_DIFFERENCES - len(result.differences)
         if room > 0:
             market = partition.market
             found = [
                 *with_stored(market, timeframe, comparison.different, sources=sources),
-                *between_files(market, timeframe, resolved.disputed, sources=sources),
+                *between_files(market, timeframe, resolved.conflicts, sources=sources),
             ]
             result.differences += found[:room]
 

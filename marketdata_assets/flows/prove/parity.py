@@ -143,14 +143,14 @@ class ParityChecker:
         bars = pl.concat([empty_bars(), *(frame for frame in read if frame is not None)])
         read = (self.lake.read(history_table(base), month) for month in months)
         no_history = pl.DataFrame(schema=history_table(base).schema)
-        replaced = pl.concat([no_history, *(frame for frame in read if frame is not None)])
+        revisions = pl.concat([no_history, *(frame for frame in read if frame is not None)])
         return ParityEvidence(
             base=base,
             timeframe=timeframe,
             bars=bars,
             absences=list(self._absences(raw_table(base), months)),
             native_absences=list(self._absences(raw_table(timeframe), [partition])),
-            replaced=replaced,
+            revisions=revisions,
             finer=self._compare_finer(result, timeframe, months, bars=bars),
         )
 
