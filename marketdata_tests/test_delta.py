@@ -28,17 +28,18 @@ from hypothesis import strategies as st
 import marketdata_assets.storage.delta as delta_module
 from marketdata_assets.context import open_context
 from marketdata_assets.defs.assets import raw_asset, rollup_assets
-from marketdata_assets.defs.delta import MAINTAIN, delta_assets, delta_job_and_schedule
+from marketdata_assets.defs.delta import MAINTAIN, delta_assets, delta_job
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, market_months
 from marketdata_assets.errors import BadInput, Damaged, StoreFailed
-from marketdata_assets.flows.derive.publish import PublishResult, maintain
+from marketdata_assets.flows.derive.publish import DeltaPublisher, PublishResult, maintain
 from marketdata_assets.model.bar import COLUMN_NAMES, DECIMAL
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.delta import MAX_ATTEMPTS, DeltaTables, delta_column_types
 from marketdata_assets.transforms.rollup import roll_up
@@ -735,7 +736,7 @@ def test_stored_bars_are_published(published: Settings):
             (False, d.rows, d.bytes) for d in done
         ]
         assert {d.version for d in again} == {4}
-    expected = truth("ETHUSDT", "1m", window("2023-11-29", "2023-12-03"))
+    expected = generate_bars("ETHUSDT", "1m", window("2023-11-29", "2023-12-03"))
     assert all_stored(tables, ETH).select(expected.columns).equals(expected)
     hours = all_stored(tables, ETH, rollup_table(TIMEFRAMES["1h"]))
     assert hours.height == 96
@@ -800,12 +801,12 @@ def definitions(settings: Settings) -> dg.Definitions:
     """Return the raw, rolled-up and Delta assets and the maintenance, joined as by
     `build_definitions`.
     """
-    grid, no_progress = market_months(settings), lambda event: None
+    grid = market_months(settings)
     assets = [
-        *(raw_asset(settings, tf, grid, no_progress) for tf in settings.raw_timeframes),
-        rollup_assets(settings, grid, no_progress),
+        *(raw_asset(settings, tf, grid) for tf in settings.raw_timeframes),
+        rollup_assets(settings, grid),
     ]
-    job, schedule = delta_job_and_schedule(settings)
+    job, schedule = delta_job(settings)
     return dg.Definitions(
         assets=[*assets, *delta_assets(settings, grid)],
         jobs=[dg.define_asset_job("everything"), job],
