@@ -25,11 +25,11 @@ from marketdata_assets.errors import BadInput, MarketDataError, StoreFailed
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.postgres import is_shared
 from marketdata_assets.ledger.records import IngestRecord, PartitionState, RowAccount
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_tests.samples import BTC, JANUARY, at, read_sql
 
-TABLE = raw(TIMEFRAMES["1m"])
+TABLE = raw_table(TIMEFRAMES["1m"])
 
 
 # --------------------------------------------------------------------------------- a server that go

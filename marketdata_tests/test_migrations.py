@@ -20,9 +20,9 @@ from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.migrations.upgrade import upgrade
 from marketdata_assets.ledger.records import IngestRecord, RowAccount
 from marketdata_assets.ledger.tables import VERSION, metadata
-from marketdata_assets.model.bar import NAMES
+from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.gap import GapStatus
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.split import REJECTED_SCHEMA
@@ -41,7 +41,7 @@ from marketdata_tests.samples import (
 )
 
 HERE = Path(__file__).parent
-TABLE = raw(TIMEFRAMES["1m"])
+TABLE = raw_table(TIMEFRAMES["1m"])
 
 
 # --------------------------------------------------------------------------------- versions
@@ -411,10 +411,10 @@ def test_opening_a_current_ledger_does_not_import_alembic(tmp_path: Path):
 def test_objects_of_the_version_before_are_read():
     found = decode(
         (HERE / "version_1" / "rollup_1d.parquet").read_bytes(),
-        rollup(TIMEFRAMES["1d"]),
+        rollup_table(TIMEFRAMES["1d"]),
         "rollup_1d.parquet",
     )
-    assert found.columns == [column.name for column in rollup(TIMEFRAMES["1d"]).columns]
+    assert found.columns == [column.name for column in rollup_table(TIMEFRAMES["1d"]).columns]
     assert [(str(row["close"]), row["bars_present"]) for row in found.to_dicts()] == EXPECTED_DAYS
 
 
@@ -424,8 +424,8 @@ EXPECTED_DAYS = [("54002.870000000000", 1440), ("54259.360000000000", 1360)]
 def test_raw_objects_of_the_version_before_know_no_provenance():
     content = (HERE / "version_2" / "raw_1m.parquet").read_bytes()
     found = decode(content, TABLE, "raw_1m.parquet", provenance=True)
-    assert found.select(NAMES).equals(
+    assert found.select(COLUMN_NAMES).equals(
         frame(random_rows(7, minutes(30, at("2024-01-07")), digits=8))
     )
-    assert found.columns == [*NAMES, "known_at", "source"]
+    assert found.columns == [*COLUMN_NAMES, "known_at", "source"]
     assert found["known_at"].null_count() == found["source"].null_count() == 30

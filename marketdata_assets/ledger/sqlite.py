@@ -6,6 +6,7 @@ lose the newest ones, and never leaves half of one.
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
