@@ -181,7 +181,7 @@ def test_what_the_first_versions_held_is_read(version: int, tmp_path: Path):
     ledger = Ledger(tmp_path)
     state = ledger.partitions.get(TABLE, JANUARY)
     assert state is not None
-    assert (state.rows, state.complete) == (2800, True)
+    assert (state.rows, state.is_complete) == (2800, True)
     assert state.rollup_source_digest == state.digest
     assert list(ledger.incidents.open()) == ["k"]
     assert ledger.venues.paused_until("binance") == 123.5
@@ -423,7 +423,7 @@ EXPECTED_DAYS = [("54002.870000000000", 1440), ("54259.360000000000", 1360)]
 
 def test_raw_objects_of_the_version_before_know_no_provenance():
     content = (HERE / "version_2" / "raw_1m.parquet").read_bytes()
-    found = decode(content, TABLE, "raw_1m.parquet", provenance=True)
+    found = decode(content, TABLE, name="raw_1m.parquet", with_provenance=True)
     assert found.select(COLUMN_NAMES).equals(
         frame(random_rows(7, minutes(30, at("2024-01-07")), digits=8))
     )
