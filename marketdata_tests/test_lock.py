@@ -30,7 +30,7 @@ from marketdata_assets.model.window import Window
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import generate_bars
-from marketdata_assets.sources.sandbox.server import SandboxExchange
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lockfile import LockFile, read_lock, write_lock
 from marketdata_tests.conftest import SANDBOX_NOW
@@ -690,12 +690,12 @@ def test_the_commands_lock_and_verify(
     code, output, _ = command("lock")
     file = tmp_path / "work/universe.lock.json"
     assert code == 0
-    assert "40 partitions, 20 of them of a month that is not over" in told
-    assert told.splitlines()[-1] == locked.dataset_digest == json.loads(file.read_text())["dataset"]
-    code, told, _ = command("verify", "--lock", str(file))
+    assert "40 partitions, 20 of them of a month that is not over" in output
+    assert output.splitlines()[-1] == locked.dataset_digest == json.loads(file.read_text())["dataset"]
+    code, output, _ = command("verify", "--lock", str(file))
     assert code == 0
-    assert f"40 of 40 partitions proved, {locked.bars} bars, 0 differ" in " ".join(told.split())
-    assert told.splitlines()[-1] == locked.dataset_digest
+    assert f"40 of 40 partitions proved, {locked.bars} bars, 0 differ" in " ".join(output.split())
+    assert output.splitlines()[-1] == locked.dataset_digest
 
     stored(universe_of(tmp_path)).unlink()
     code, output, _ = command("verify", "--lock", str(file), "--format", "json")
