@@ -691,7 +691,9 @@ def test_the_commands_lock_and_verify(
     file = tmp_path / "work/universe.lock.json"
     assert code == 0
     assert "40 partitions, 20 of them of a month that is not over" in output
-    assert output.splitlines()[-1] == locked.dataset_digest == json.loads(file.read_text())["dataset"]
+    assert (
+        output.splitlines()[-1] == locked.dataset_digest == json.loads(file.read_text())["dataset"]
+    )
     code, output, _ = command("verify", "--lock", str(file))
     assert code == 0
     assert f"40 of 40 partitions proved, {locked.bars} bars, 0 differ" in " ".join(output.split())
