@@ -11,7 +11,7 @@
     +-- RequestFailed                   -   one request went wrong; guards decide what follows
         +-- Retry                           passing: network, 5xx, timeout, a garbled answer
         |   +-- Garbled                     the answer is not what the venue documents
-        +-- Wait                            the venue asks to wait until a moment that it names
+        +-- Wait                            the answer demands a wait and names its end
 
 `exit_code` is what the command line returns. A message says what happened, where and what to do, on
 one line, and never holds a secret.
@@ -23,7 +23,7 @@ from typing import Any
 
 
 class MarketDataError(Exception):
-    """The root: whoever catches it catches all that this package raises on purpose."""
+    """The root of all errors that this package raises on purpose."""
 
     exit_code = 1
     requests: tuple[Any, ...] = ()
@@ -75,7 +75,7 @@ class Garbled(Retry):
 
 
 class Wait(RequestFailed):
-    """The venue asks to wait; `seconds` is how long, at the least."""
+    """The answer demands a wait; `seconds` is how long, at the least."""
 
     def __init__(self, message: str, seconds: float) -> None:
         super().__init__(message)

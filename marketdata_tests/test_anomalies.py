@@ -19,7 +19,7 @@ from marketdata_assets.context import open_context
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.fetch.ingest import Ingester
-from marketdata_assets.flows.prove.anomalies import mark
+from marketdata_assets.flows.prove.anomalies import set_anomaly_state
 from marketdata_assets.flows.prove.raw_checks import RawAuditor
 from marketdata_assets.ledger.anomalies import GONE
 from marketdata_assets.model.anomaly import Anomaly, AnomalySeverity, AnomalyState
@@ -330,7 +330,7 @@ def test_entries_keep_their_state(universe: Universe) -> None:
         def settle(
             *found: Anomaly, now: datetime = LATER
         ) -> dict[str, tuple[AnomalyState, str | None]]:
-            entries = store.settle(RAW, BTC, JANUARY, found, now)
+            entries = store.settle(RAW, BTC, JANUARY, found=found, now=now)
             assert entries == [
                 e for e in store.find(JANUARY, BTC, RAW) if e.anomaly.start >= JANUARY.start
             ]
@@ -368,9 +368,9 @@ def test_entries_keep_their_state(universe: Universe) -> None:
         assert {entry.anomaly.kind: entry.id for entry in store.find(EVER)} == ids
 
         # another market, another window
-        store.settle(RAW, ETH, JANUARY, [spike], LATER)
+        store.settle(RAW, ETH, JANUARY, found=[spike], now=LATER)
         assert settle(spike, longer)["spike"] == (AnomalyState.RESOLVED, None)
-        assert store.settle(RAW, BTC, window("2024-02-01", "2024-03-01"), [], LATER) == []
+        assert store.settle(RAW, BTC, window("2024-02-01", "2024-03-01"), found=[], now=LATER) == []
         assert [entry.state for entry in store.find(EVER, ETH)] == [AnomalyState.OPEN]
 
 
@@ -379,7 +379,7 @@ def test_an_unknown_number_is_bad_input(universe: Universe) -> None:
         open_context(universe("http://127.0.0.1:1")) as context,
         pytest.raises(BadInput, match="no anomaly 7"),
     ):
-        mark(toolbox, 7, AnomalyState.RESOLVED, None)
+        set_anomaly_state(context.ledger, 7, AnomalyState.RESOLVED, None)
 
 
 # --------------------------------------------------------------------------------- from the venue t

@@ -25,6 +25,7 @@ from marketdata_assets.charts.heat_map import draw_heat_map
 from marketdata_assets.charts.svg import embed_image
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.window import month_of
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_tests.samples import START, Row, at, frame, row
 
 MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
@@ -131,7 +132,7 @@ def flat(price: str, count: int = 3) -> pl.DataFrame:
 @pytest.fixture(scope="module")
 def month() -> pl.DataFrame:
     """Return a month of the sandbox venue, with a halt of 80 minutes on the 8th."""
-    return truth("BTCUSDT", "1m", MARCH)
+    return generate_bars("BTCUSDT", "1m", MARCH)
 
 
 def remove_bars(bars: pl.DataFrame, start: str, end: str) -> pl.DataFrame:

@@ -27,6 +27,7 @@ from marketdata_assets.flows.operate.alerts import AlertCenter
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 
@@ -93,7 +94,10 @@ def test_the_main_job(sandbox: tuple[SandboxExchange, str], tmp_path: Path) -> N
     assert json.loads(marketdata("quarantine", "list", "--format", "json").stdout) == []
 
     csv_text = marketdata("bars", "binance:SHIB-USDT", "1m", "--format", "csv").stdout
-    table, expected = list(csv.DictReader(io.StringIO(csv_text))), truth("SHIBUSDT", "1m", SPAN)
+    table, expected = (
+        list(csv.DictReader(io.StringIO(csv_text))),
+        generate_bars("SHIBUSDT", "1m", SPAN),
+    )
     times = expected["open_time"].dt.strftime("%Y-%m-%dT%H:%M:%SZ").to_list()
     assert [row["open_time"] for row in table] == times
     assert [row["open"] for row in table] == [f"{v.normalize():f}" for v in expected["open"]]
@@ -101,7 +105,10 @@ def test_the_main_job(sandbox: tuple[SandboxExchange, str], tmp_path: Path) -> N
     assert not any(row["close"].endswith(("0", ".")) or "E" in row["volume"] for row in fractions)
 
     out = tmp_path / "day.parquet"
-    days, arguments = truth("BTCUSDT", "1d", SPAN), ("bars", "binance:BTC-USDT", "1d", "--format")
+    days, arguments = (
+        generate_bars("BTCUSDT", "1d", SPAN),
+        ("bars", "binance:BTC-USDT", "1d", "--format"),
+    )
     assert marketdata(*arguments, "parquet", "--out", str(out)).returncode == 0
     assert pl.read_parquet(out).height == days.height
     as_json = json.loads(marketdata(*arguments, "json").stdout)

@@ -28,7 +28,7 @@ from marketdata_assets.cli import supervisor
 from marketdata_assets.dagster_ext import launcher
 from marketdata_assets.dagster_ext.runs import PROCESS_TAG
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_assets.system import is_alive
 from marketdata_tests.conftest import SANDBOX_NOW
 from marketdata_tests.processes import find_free_port, kill, processes_with, wait_until
@@ -226,7 +226,7 @@ def test_a_service_that_cannot_start_is_given_up(monkeypatch: pytest.MonkeyPatch
 @contextmanager
 def stack_in(folder: Path) -> Iterator[Stack]:
     stack = Stack(folder)
-    with running(stack.exchange) as url:
+    with serve_in_thread(stack.exchange) as url:
         (folder / "universe.yaml").write_text(UNIVERSE.format(url=url, folder=folder))
         try:
             stack.start()

@@ -29,7 +29,8 @@ from marketdata_assets.errors import (
     VenueRefused,
     Wait,
 )
-from marketdata_assets.ledger.ledger import BREAKER_FIRST, BREAKER_LIMIT, BREAKER_LONGEST, Ledger
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.venues import BREAKER_FIRST, BREAKER_LIMIT, BREAKER_LONGEST
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
@@ -177,9 +178,13 @@ def test_a_good_answer_costs_one_request_and_no_wait(world: World, ledger: Ledge
     venue = FakeVenue(world)
     guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
     (fetched,) = world.run(fetch(guarded))
-    assert fetched.requested == WINDOW
+    assert fetched.window == WINDOW
     assert fetched.rows.height == 1
-    assert (outcomes(fetched.requests), fetched.waited, world.slept) == (["answered"], 0.0, [])
+    assert (outcomes(fetched.requests), fetched.wait_seconds, world.slept) == (
+        ["answered"],
+        0.0,
+        [],
+    )
     assert (guarded.page_size, guarded.skips_gaps) == (123, True)
     world.run(guarded.close())
     assert venue.closed
@@ -277,7 +282,7 @@ def test_retry_after_is_honoured(world: World, ledger: Ledger) -> None:
     (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     gaps = [later - sooner for sooner, later in itertools.pairwise(venue.asked)]
     assert all(gap >= pause for gap, pause in zip(gaps, pauses, strict=True))
-    assert fetched.waited == sum(pauses) == world.now - NOON
+    assert fetched.wait_seconds == sum(pauses) == world.now - NOON
     assert outcomes(fetched.requests) == ["wait"] * 10 + ["answered"]
 
 
@@ -619,8 +624,10 @@ def test_waiting_for_the_limiter_is_told(world: World, ledger: Ledger) -> None:
     venue = FakeVenue(world)
     guarded = GuardedSource(venue, "binance", ledger, requests_per_minute=60, policy=world.policy())
     found = world.run(*(fetch(guarded) for _ in range(10)))
-    assert [fetched.waited for fetched in found] == pytest.approx([i * 60 / 59 for i in range(10)])
-    assert [fetched.waited for fetched in found] == pytest.approx(
+    assert [fetched.wait_seconds for fetched in found] == pytest.approx(
+        [i * 60 / 59 for i in range(10)]
+    )
+    assert [fetched.wait_seconds for fetched in found] == pytest.approx(
         [moment - NOON for moment in venue.asked]
     )
 
@@ -649,6 +656,8 @@ def test_facts_are_frozen(world: World, ledger: Ledger) -> None:
     """The guard adds to the facts of the source and changes none of them."""
     venue = FakeVenue(world)
     (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
-    assert replace(fetched, requests=(), waited=0.0).rows.equals(pl.DataFrame({"open_time": [1]}))
+    assert replace(fetched, requests=(), wait_seconds=0.0).rows.equals(
+        pl.DataFrame({"open_time": [1]})
+    )
     with pytest.raises(AttributeError):
-        fetched.waited = 1.0
+        fetched.wait_seconds = 1.0

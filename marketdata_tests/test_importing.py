@@ -109,12 +109,17 @@ def settings(universe: Universe) -> Settings:
     )
 
 
-def imported(settings: Settings, *files: Path, dry_run: bool = False, **told: Any) -> ImportResult:
+def imported(
+    settings: Settings, *files: Path, dry_run: bool = False, **stated: Any
+) -> ImportResult:
     """Import as the command does, up to what Dagster is asked to show."""
-    said = ImportOptions(settings.market(told.pop("market")) if "market" in told else None, **told)
-    with open_toolbox(settings) as toolbox:
-        done = import_files(toolbox, inspect_files(toolbox, files, said), said, dry_run)
-        assert outcomes(toolbox.ledger) == []
+    market = settings.market(stated.pop("market")) if "market" in stated else None
+    options = ImportOptions(market, **stated)
+    with open_context(settings) as context:
+        done = context.bind(FileImporter).import_files(
+            inspect_files(settings, files, options), options, dry_run
+        )
+        assert outcomes(context.ledger) == []
     assert all(tally.is_balanced for tally in done.files)
     return done
 
@@ -172,15 +177,15 @@ def test_a_month_and_its_reference(settings: Settings, tmp_path: Path) -> None:
     written(tmp_path / "BTCUSDT-1h-2024-01.zip", klines(month, timeframe="1h"))
     done = imported(settings, *tmp_path.glob("*.zip"))
     halt = 80  # the sandbox has no bars on the 8th from 02:00 to 03:20
-    assert {t.facts.timeframe.name: t.facts.missing_bars for t in done.files} == {
+    assert {t.file.timeframe.name: t.file.missing_bars for t in done.files} == {
         "1h": 1,
         "1m": month.count(TIMEFRAMES["1m"]) - 44640 + 80,
     }
-    assert_bars(stored_bars(settings), truth("BTCUSDT", "1m", month))
-    assert_bars(stored_bars(settings, timeframe="1h"), truth("BTCUSDT", "1h", month))
+    assert_bars(stored_bars(settings), generate_bars("BTCUSDT", "1m", month))
+    assert_bars(stored_bars(settings, timeframe="1h"), generate_bars("BTCUSDT", "1h", month))
     with open_context(settings) as context:
         gaps = context.ledger.gaps.of(raw_table(TIMEFRAMES["1m"]), partitions_of(BTC, month)[0])
-    assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(halt, "unanswered", False)]
+    assert [(gap.bars, gap.reason, gap.is_settled) for gap in gaps] == [(halt, "unanswered", False)]
     assert "BTCUSDT-1m-2024-01.zip holds both neighbours" in gaps[0].evidence
 
 
@@ -210,19 +215,21 @@ def test_places_instead_of_names_and_our_own_csv(settings: Settings, tmp_path: P
     bars.with_columns(pl.col("open_time").dt.epoch("s")).write_csv(
         tmp_path / "bare.csv", include_header=False
     )
-    told: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
+    stated: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
     mapping = {name: str(i + 1) for i, name in enumerate(COLUMN_NAMES)}
     assert counts(
-        imported(settings, tmp_path / "bare.csv", columns=mapping, unit="s", **told).files[0]
+        imported(settings, tmp_path / "bare.csv", columns=mapping, unit="s", **stated).files[0]
     ) == {"stored": 1440}
-    assert counts(imported(settings, tmp_path / "ours.csv", **told).files[0]) == {"identical": 1440}
+    assert counts(imported(settings, tmp_path / "ours.csv", **stated).files[0]) == {
+        "identical": 1440
+    }
     assert_bars(stored_bars(settings), bars)
 
 
 def test_bars_of_another_timeframe_are_known_by_their_distance(
     settings: Settings, tmp_path: Path
 ) -> None:
-    told: dict[str, Any] = {
+    stated: dict[str, Any] = {
         "market": "binance:BTC-USDT",
         "columns": {name: str(i + 1) for i, name in enumerate(COLUMN_NAMES[:6])},
     }
@@ -232,26 +239,26 @@ def test_bars_of_another_timeframe_are_known_by_their_distance(
     ]:
         file = written(tmp_path / f"bars {name}.csv", klines(timeframe=name))
         with pytest.raises(BadInput, match=words):
-            imported(settings, file, timeframe=TIMEFRAMES[asked], **told)
+            imported(settings, file, timeframe=TIMEFRAMES[asked], **stated)
     sparse = [
         line for number, line in enumerate(klines()) if number % 7 in (0, 3)
     ]  # no two minutes beside each other
     assert counts(
         imported(
-            settings, written(tmp_path / "x.csv", sparse), timeframe=TIMEFRAMES["1m"], **told
+            settings, written(tmp_path / "x.csv", sparse), timeframe=TIMEFRAMES["1m"], **stated
         ).files[0]
     ) == {"stored": 412}
 
 
 def test_of_two_files_the_one_that_gives_more_is_taken(settings: Settings, tmp_path: Path) -> None:
-    told: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
+    stated: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
     fewer = written(
         tmp_path / "a.csv",
         [",".join(COLUMN_NAMES[:6]), *(",".join(line.split(",")[:6]) for line in klines())],
     )
     whole = written(tmp_path / NAME, klines())
-    done = imported(settings, fewer, whole, **told)
-    assert {tally.facts.path.name: counts(tally) for tally in done.files} == {
+    done = imported(settings, fewer, whole, **stated)
+    assert {tally.file.path.name: counts(tally) for tally in done.files} == {
         "a.csv": {"identical": 1440},
         NAME: {"stored": 1440},
     }
@@ -280,7 +287,7 @@ def test_a_kraken_file_has_the_last_word_about_its_holes(kraken: Settings, tmp_p
         gaps = context.ledger.gaps.of(
             raw_table(TIMEFRAMES["1h"]), partitions_of(Market("kraken", "BTC/USD"), DAY)[0]
         )
-    assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(1, "no_bars", True)]
+    assert [(gap.bars, gap.reason, gap.is_settled) for gap in gaps] == [(1, "no_bars", True)]
 
 
 # --------------------------------------------------------------------------------- checksums and ba
@@ -482,13 +489,13 @@ def test_a_mapping_that_names_what_is_not_there(settings: Settings, tmp_path: Pa
         with pytest.raises(BadInput, match=words):
             parse_columns(text)
     file = written(tmp_path / "x.csv", ["t,o,h,l,c,v", "1704153600,1,2,1,1,5"])
-    told: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
+    stated: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
     with pytest.raises(BadInput, match="line 1: there is no single column 'time'"):
         imported(
             settings,
             file,
             columns=parse_columns("open_time=time,open=o,high=h,low=l,close=c,volume=v"),
-            **told,
+            **stated,
         )
     with pytest.raises(BadInput, match="is in s, and not in ms as --unit says"):
         imported(
@@ -496,7 +503,7 @@ def test_a_mapping_that_names_what_is_not_there(settings: Settings, tmp_path: Pa
             file,
             columns=parse_columns("open_time=t,open=o,high=h,low=l,close=c,volume=v"),
             unit="ms",
-            **told,
+            **stated,
         )
 
 
@@ -581,10 +588,9 @@ def test_archive_and_venue_that_disagree(sandbox: Any, universe: Universe, tmp_p
     run_ingest(settings)
     before, asked = lake_files(settings), len(sandbox[0].requests)
     file = written(tmp_path / NAME, klines(change=cell(8, 5, "123456")))
-    with open_toolbox(settings) as toolbox:
-        done = import_files(
-            toolbox, inspect_files(toolbox, [file], ImportOptions()), ImportOptions()
-        )
+    with open_context(settings) as context:
+        files = inspect_files(settings, [file], ImportOptions())
+        done = context.bind(FileImporter).import_files(files, ImportOptions())
     assert counts(done.files[0]) == {"identical": 1439, "disagree": 1}
     theirs = str(generate_bars("BTCUSDT", "1m", DAY)["trades"][5])
     (difference,) = done.differences
@@ -615,12 +621,11 @@ def test_files_that_disagree_are_believed_neither(
     settings = universe(sandbox[1], since="2024-01-02", until="2024-01-03", now="2024-01-09")
     day = written(tmp_path / NAME, klines(change=cell(8, 60, "123456")))
     month = written(tmp_path / "BTCUSDT-1m-2024-01.zip", klines(window("2024-01-01", "2024-01-07")))
-    with open_toolbox(settings) as toolbox:
-        done = import_files(
-            toolbox, inspect_files(toolbox, [day, month], ImportOptions()), ImportOptions()
-        )
+    with open_context(settings) as context:
+        files = inspect_files(settings, [day, month], ImportOptions())
+        done = context.bind(FileImporter).import_files(files, ImportOptions())
     outside = generate_bars("BTCUSDT", "1m", window("2024-01-01", "2024-01-07")).height - 1440
-    assert {tally.facts.path.name: counts(tally) for tally in done.files} == {
+    assert {tally.file.path.name: counts(tally) for tally in done.files} == {
         NAME: {"identical": 1439, "conflict": 1},
         month.name: {"stored": 1439, "conflict": 1, "unwanted": outside},
     }
@@ -657,20 +662,19 @@ def test_days_in_one_go_and_what_lies_between_files_is_not_told(
             if not line.startswith(str(hole))
         ]
         days[first] = written(tmp_path / f"BTCUSDT-1m-2024-01-{first}.zip", lines)
-    with open_toolbox(settings) as toolbox:
-        done = import_files(
-            toolbox, inspect_files(toolbox, [tmp_path], ImportOptions()), ImportOptions()
-        )
+    with open_context(settings) as context:
+        files = inspect_files(settings, [tmp_path], ImportOptions())
+        done = context.bind(FileImporter).import_files(files, ImportOptions())
         (partition,) = partitions_of(BTC, DAY)
         stored = context.storage.lake.read(
             raw_table(TIMEFRAMES["1m"]), partition, with_provenance=True
         )
         gaps = context.ledger.gaps.of(raw_table(TIMEFRAMES["1m"]), partition)
         state = context.ledger.partitions.get(raw_table(TIMEFRAMES["1m"]), partition)
-    assert [counts(tally) for tally in done.files] == [{"stored": t.facts.rows} for t in done.files]
+    assert [counts(tally) for tally in done.files] == [{"stored": t.file.rows} for t in done.files]
     assert stored is not None
     assert dict(stored.group_by("source").len().rows()) == {
-        file.name: t.facts.rows for file, t in zip(days.values(), done.files, strict=True)
+        file.name: t.file.rows for file, t in zip(days.values(), done.files, strict=True)
     }
     assert [(gap.window, gap.reason) for gap in gaps if gap.bars == 1] == [
         (window("2024-01-02T07:00", "2024-01-02T07:01"), "unanswered")
@@ -701,7 +705,7 @@ def test_every_row_is_accounted_for_whatever_is_wrong_with_it(
     lines += dice.sample(lines, 50)
     done = imported(settings, written(tmp_path / NAME, lines))
     (tally,) = done.files
-    assert tally.facts.rows == 1490
+    assert tally.file.rows == 1490
     good = generate_bars("BTCUSDT", "1m", DAY)
     kept = stored_bars(settings)
     assert kept.height == tally.stored
@@ -811,9 +815,9 @@ def test_the_real_archives_are_the_exchanges_bars(universe: Universe) -> None:
     )
     done = imported(settings, *(file for file in folder.iterdir() if file.name != "XBTUSD_60.csv"))
     assert [counts(tally) for tally in done.files] == [
-        {"stored": tally.facts.rows} for tally in done.files
+        {"stored": tally.file.rows} for tally in done.files
     ]
-    units = {tally.facts.path.name: tally.facts.unit for tally in done.files}
+    units = {tally.file.path.name: tally.file.unit for tally in done.files}
     assert (units["BTCUSDT-1h-2024-12.csv"], units["BTCUSDT-1h-2025-01.csv"]) == ("ms", "us")
     minutes = pl.concat(
         [

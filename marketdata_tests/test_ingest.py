@@ -94,7 +94,7 @@ def read(settings: Settings, market: Market, timeframe: Timeframe, span: Window)
 
 def true_bars(symbol: str, timeframe: Timeframe, span: Window) -> pl.DataFrame:
     """Return the true bars that lie completely inside the span."""
-    bars = truth(symbol, timeframe.name, span)
+    bars = generate_bars(symbol, timeframe.name, span)
     return bars.filter(pl.col("open_time") + timeframe.width <= span.end)
 
 
@@ -171,7 +171,7 @@ def test_every_missing_bar_has_its_evidence(two_months: TwoMonths) -> None:
         missing = expected - set(done.bars["open_time"].dt.epoch("ms").to_list())
         in_gaps: set[int] = set()
         for gap in done.gaps:
-            assert (gap.reason, gap.answers >= 2, gap.settled) == ("no_bars", True, True)
+            assert (gap.reason, gap.answers >= 2, gap.is_settled) == ("no_bars", True, True)
             assert "asked [" in gap.evidence
             assert " rows" in gap.evidence
             assert gap.bars == gap.window.count(MINUTE)
@@ -185,7 +185,7 @@ def test_coverage_sums_and_counts_correctly(two_months: TwoMonths) -> None:
     for found, symbol in zip(
         report_coverage(two_months.settings), ("BTCUSDT", "ADAUSDT"), strict=True
     ):
-        present = truth(symbol, "1m", MONTHS).height
+        present = generate_bars(symbol, "1m", MONTHS).height
         assert (found.expected, found.present, found.missing_at_source) == (
             60 * 1440,
             present,
@@ -304,7 +304,7 @@ def test_refreshes_across_a_halt_and_a_month_end(
             found = run_ingest(settings)
             run_derive(settings)
             assert all(done.error is None and done.account.is_balanced for done in found)
-            assert covered(settings)[0].missing_at_source <= 80
+            assert report_coverage(settings)[0].missing_at_source <= 80
         assert all(done.complete for done in found)
         everything_is_true(settings, window(since, until))
 
@@ -401,7 +401,7 @@ def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
 
     The minutes before the listing count as `not_listed`.
     """
-    assert str(LISTINGS["SHIBUSDT"].listed) == "2021-05-10 11:30:00+00:00"
+    assert str(LISTINGS["SHIBUSDT"].listed_at) == "2021-05-10 11:30:00+00:00"
     with exchange_at(ms("2021-07-01")) as (exchange, url):
         settings = universe(url, "[SHIB/USDT]", since="2021-04-01", until="2021-06-01")
         april, may = run_ingest(settings)
@@ -413,7 +413,7 @@ def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
         )
         assert len(bar_requests(exchange)) <= 33 + len(may.gaps)
         (found,) = report_coverage(settings)
-        present = truth("SHIBUSDT", "1m", span).height
+        present = generate_bars("SHIBUSDT", "1m", span).height
         early = (at("2021-05-10T11:30") - at("2021-04-01")) // timedelta(minutes=1)
         assert (found.present, found.not_listed, found.not_fetched) == (present, early, 0)
         assert found.missing_at_source == 61 * 1440 - present - early
@@ -888,7 +888,7 @@ def test_a_base_of_1h_fetches_no_minutes(universe: Universe, rollups: str) -> No
                 true_bars("BTCUSDT", timeframe, window("2024-01-01", "2024-02-01")),
             )
         (found,) = report_coverage(settings)
-        hours = truth("BTCUSDT", "1h", window("2024-01-01", "2024-02-01")).height
+        hours = generate_bars("BTCUSDT", "1h", window("2024-01-01", "2024-02-01")).height
         assert (found.expected, found.present, found.missing_at_source) == (
             31 * 1440,
             hours * 60,

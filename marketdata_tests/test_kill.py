@@ -22,7 +22,7 @@ from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import truth
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 
@@ -68,7 +68,7 @@ def assert_readable_and_true(settings: Settings, whole: bool) -> None:
     with open_context(settings) as context:
         for market in settings.markets:
             for name in ("1m", "1h", "1d"):
-                expected = truth(SYMBOLS[market.symbol], name, SPAN)
+                expected = generate_bars(SYMBOLS[market.symbol], name, SPAN)
                 found = (
                     context.bind(BarReader)
                     .read(market, TIMEFRAMES[name], SPAN)

@@ -13,7 +13,7 @@ import pytest
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.derive.rollup import RollupBuilder
 from marketdata_assets.flows.prove.rollup_checks import RollupAuditor
-from marketdata_assets.flows.read.sql import connected
+from marketdata_assets.flows.read.sql import open_sql_views
 from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.model.finding import Finding
 from marketdata_assets.model.partition import Partition
@@ -300,7 +300,7 @@ def test_a_minute_that_is_missing_at_binance_is_found(
     assert outcome["volume_apart"] == Decimal("-4767.5")
     with (
         open_context(settings) as context,
-        connected(
+        open_sql_views(
             context.settings,
             context.ledger,
             context.storage,
@@ -362,9 +362,9 @@ def test_krakens_tolerance_covers_most_of_its_bars() -> None:
         for timeframe, bars in ours.items():
             native = kraken(symbol, timeframe.name, "2023-01-01_2023-03-31")
             found.setdefault(timeframe.name, []).append(
-                compare_bars("kraken", bars, native, span=whole)
+                compare_bars("kraken", bars, native, span=span)
             )
-    judged = {name: pl.concat(frames) for name, frames in found.items()}
+    outcomes = {name: pl.concat(frames) for name, frames in found.items()}
     assert {
         name: dict(frame["outcome"].value_counts().iter_rows()) for name, frame in outcomes.items()
     } == {
@@ -396,13 +396,13 @@ def test_what_binances_tolerance_covers() -> None:
     span = "2020-02-01_2020-03-31"
     hours, native = (real_bars("BTCUSDT", name, span) for name in ("1h", "4h"))
     whole = window("2020-02-01", "2020-04-01")
-    judged = compare_bars(
+    outcomes = compare_bars(
         "binance",
         roll_up(hours, HOUR, [TIMEFRAMES["4h"]], whole=whole)[TIMEFRAMES["4h"]],
         native,
         span=whole,
     )
-    assert dict(judged["outcome"].value_counts().iter_rows()) == {
+    assert dict(outcomes["outcome"].value_counts().iter_rows()) == {
         "equal": 196,
         "within_tolerance": 163,
     }
@@ -631,11 +631,13 @@ def test_a_correction_that_the_native_bar_does_not_include_is_named(complete_day
         )
         return bars.with_columns(more.cast(BAR_SCHEMA["volume"]).alias("volume"))
 
-    altered(whole_day, "1m", correct)
-    with open_context(whole_day) as context:
+    alter(complete_day, "1m", correct)
+    with open_context(complete_day) as context:
         table = history_table(ONE)
-        told = {"known_at": SPAN.start, "replaced_at": SPAN.end, "source": "rest"}
-        revision = old[0].with_columns(pl.lit(value).alias(name) for name, value in told.items())
+        provenance = {"known_at": SPAN.start, "replaced_at": SPAN.end, "source": "rest"}
+        revision = old[0].with_columns(
+            pl.lit(value).alias(name) for name, value in provenance.items()
+        )
         context.storage.lake.write(table, JANUARY, revision.select(table.typed))
     (finding,) = audit(complete_day)["1h"]
     (shown,) = finding.table
@@ -680,9 +682,9 @@ def test_only_the_span_that_both_sides_fetched_is_judged(
     assert stored_outcomes(later)["open_time"][-1] == at("2024-01-05T09:00")
 
 
-def test_the_same_bars_give_the_same_object(whole_day: Settings) -> None:
-    audited(whole_day)
-    with open_context(whole_day) as context:
+def test_the_same_bars_give_the_same_object(complete_day: Settings) -> None:
+    audit(complete_day)
+    with open_context(complete_day) as context:
         before = context.storage.lake.list_sizes(parity_table(HOUR))
         (file,) = (
             Path(uri) for uri in context.storage.lake.find_uris(parity_table(HOUR), [JANUARY])

@@ -37,10 +37,11 @@ from marketdata_assets.dagster_ext.runs import RUN_LOGS
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START, market_months
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
-from marketdata_assets.settings.universe import Settings, load_settings
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_tests.conftest import SANDBOX_NOW
 
 RAW, HOUR = dg.AssetKey(["raw", "ohlcv_1m"]), dg.AssetKey(["rollup", "ohlcv_1h"])
@@ -64,7 +65,7 @@ def run(
 def swap_high_and_low(settings: Settings, key: str) -> None:
     """Make the blocking check of stored bars red; a second call undoes it."""
     with open_context(settings) as context:
-        table, partition = raw(TIMEFRAMES["1m"]), Partition.parse(key)
+        table, partition = raw_table(TIMEFRAMES["1m"]), Partition.parse(key)
         bars = context.storage.lake.read(table, partition)
         assert bars is not None
         context.storage.lake.write(
@@ -92,7 +93,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """
     home = tmp_path_factory.mktemp("history")
     exchange = SandboxExchange(now=lambda: SANDBOX_NOW, weight_limit=10**9)
-    with running(exchange) as url, pytest.MonkeyPatch.context() as patch:
+    with serve_in_thread(exchange) as url, pytest.MonkeyPatch.context() as patch:
         venue = [
             "  binance:",
             "    symbols: [BTC/USDT, ETH/USDT]",

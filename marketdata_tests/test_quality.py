@@ -73,7 +73,7 @@ def judge(
 def reasons(*args: Any, **kwargs: Any) -> list[str]:
     """Why the only row is refused; nothing when it is kept."""
     judged = judge(*args, **kwargs)
-    assert judged.kept.height + judged.rejected.height == 1
+    assert judged.valid.height + judged.rejected.height == 1
     return judged.rejected["reasons"].str.split(" ").to_list()[0] if judged.rejected.height else []
 
 
@@ -215,7 +215,9 @@ def test_a_number_is_kept_exactly_or_refused(texts: list[str]):
     judged = judge(
         [sent(taker_buy_volume=text, volume="1e25", quote_volume=None) for text in texts]
     )
-    for text, value in zip(kept_texts(texts, judged), judged.kept["taker_buy_volume"], strict=True):
+    for text, value in zip(
+        kept_texts(texts, judged), judged.valid["taker_buy_volume"], strict=True
+    ):
         try:
             assert Decimal(text) == value
         except InvalidOperation:
@@ -295,7 +297,7 @@ def number(text: str | None) -> Any:
 def test_every_row_ends_in_one_frame_with_the_reasons_that_python_finds(rows: list[Row]):
     judged = judge(rows, closed=ASKED.end)
     verdicts = [verdict(r) for r in rows]
-    assert judged.kept.height + judged.rejected.height == len(rows)
+    assert judged.valid.height + judged.rejected.height == len(rows)
     # where one of its four numbers is unknown, the row is broken anyway and vwap_outside may be
     # named or not
     unsure = [
@@ -305,9 +307,9 @@ def test_every_row_ends_in_one_frame_with_the_reasons_that_python_finds(rows: li
     assert [f - u for f, u in zip(found, unsure, strict=True)] == [v for v in verdicts if v]
     refused = [json.loads(fields) for fields in judged.rejected["fields"]]
     assert refused == [as_text(r) for r, v in zip(rows, verdicts, strict=True) if v]
-    kept = judged.kept.drop("answer").with_columns(pl.col("open_time").dt.epoch("ms"))
+    kept = judged.valid.drop("answer").with_columns(pl.col("open_time").dt.epoch("ms"))
     assert kept.rows() == [as_numbers(r) for r, v in zip(rows, verdicts, strict=True) if not v]
-    assert judged.kept.schema == pl.Schema({"answer": pl.Int64(), **BAR_SCHEMA})
+    assert judged.valid.schema == pl.Schema({"answer": pl.Int64(), **BAR_SCHEMA})
     assert judged.rejected.schema == pl.Schema(REJECTED_SCHEMA)
 
 
@@ -340,8 +342,8 @@ def test_no_real_bar_breaks_a_rule(symbol: str, span: str):
         M1,
         closed_before=at("2025-01-01"),
     )
-    assert (judged.kept.height, judged.rejected.height) == (rows.height, 0)
-    assert judged.kept["volume"].sum() == sum(map(Decimal, rows["volume"]))
+    assert (judged.valid.height, judged.rejected.height) == (rows.height, 0)
+    assert judged.valid["volume"].sum() == sum(map(Decimal, rows["volume"]))
 
 
 def test_bars_refused_after_all_keep_their_fields():
@@ -465,17 +467,17 @@ def opened(bars: pl.DataFrame) -> list[tuple[int, int]]:
 
 
 def test_files_that_contradict_each_other_are_not_used():
-    kept = numbered(
+    rows = numbered(
         row(START, trades=None),
         row(START),
         row(START + MINUTE),
         row(START + MINUTE, close=Decimal(106)),
         row(START + 2 * MINUTE),
     )
-    found = resolve_files(kept)
+    found = resolve_files(rows)
     assert opened(found.bars) == [(0, 0), (4, 2)]
-    assert opened(found.repeated) == [(1, 0)]
-    assert sorted(opened(found.disputed)) == [(2, 1), (3, 1)]
+    assert opened(found.repeats) == [(1, 0)]
+    assert sorted(opened(found.conflicts)) == [(2, 1), (3, 1)]
 
 
 def test_bars_beside_the_stored_ones():

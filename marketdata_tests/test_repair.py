@@ -5,6 +5,7 @@ should have been.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -22,12 +23,14 @@ from marketdata_assets.context import open_context
 from marketdata_assets.defs.jobs import build_definitions
 from marketdata_assets.errors import BadInput, MarketDataError
 from marketdata_assets.flows.fetch.ingest import Ingester
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.flows.fetch.replay import QuarantineReplayer
 from marketdata_assets.flows.operate.repair import Repairer
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.coverage import CoverageReporter
-from marketdata_assets.ledger.ledger import Account, Entry, Gap
+from marketdata_assets.ledger.records import IngestRecord, RowAccount
 from marketdata_assets.model.bar import COLUMN_NAMES
+from marketdata_assets.model.gap import Gap, GapReason
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
@@ -35,6 +38,7 @@ from marketdata_assets.quality.clean import clean_bars
 from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_tests.conftest import Universe
@@ -327,21 +331,15 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
             fields.alias("fields"),
         )
         gaps = [
-            Gap(Window(t, t + MINUTE.width), 1, "quarantined", 3, "")
+            Gap(Window(t, t + MINUTE.width), 1, GapReason.QUARANTINED, 3, "")
             for t in sorted(set(bars["open_time"]))
         ]
-        kept = state.__class__(
-            **{
-                **{n: getattr(state, n) for n in state.__slots__},
-                "bytes": lies.bytes,
-                "digest": lies.digest,
-            }
-        )
-        entry = Entry(
+        kept = replace(state, bytes=lies.bytes, digest=lies.digest)
+        entry = IngestRecord(
             raw_table(MINUTE),
             JANUARY,
             kept,
-            Account(bars.height, 0, 0, bars.height),
+            RowAccount(bars.height, 0, 0, bars.height),
             gaps,
             [],
             refused.select(*REJECTED_SCHEMA),

@@ -132,7 +132,9 @@ def test_a_month_that_a_run_holds_stays(stored: Stored):
         open_context(settings) as other,
         context.ledger.lock(f"{MARKET}|2023-10-01"),
     ):
-        found = [(r.partition.month_key[:7], r.what) for r in retire(other) if r.partition]
+        found = [
+            (r.partition.month_key[:7], r.what) for r in other.bind(Retirer).retire() if r.partition
+        ]
     assert found == [("2023-10", "kept"), ("2023-11", "removed")]
 
 
@@ -234,5 +236,5 @@ def test_the_command_and_the_job_remove_the_same_months(
                 instance=instance, run_config={"ops": {"let_go": {"config": {"dry_run": dry_run}}}}
             ).success
         with open_context(settings) as context:
-            assert len(context.storage.lake.list_sizes(raw_table(MINUTES))) == left
+            assert len(context.storage.lake.list_sizes(raw_table(MINUTES))) == remaining
     assert wiped == [("raw/ohlcv_1m", [f"{MARKET}|2023-10-01", f"{MARKET}|2023-11-01"])]

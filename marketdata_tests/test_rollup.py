@@ -145,7 +145,7 @@ def test_step_by_step_equals_in_one_go(made: tuple[list[Row], Timeframe]):
 QUARTER = """
 import os, sys
 import polars as pl
-from marketdata_assets.model.bar import SCHEMA
+from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.transforms.rollup import roll_up
@@ -153,7 +153,7 @@ assert pl.thread_pool_size() == int(os.environ["POLARS_MAX_THREADS"])
 whole = Window(parse_time("2024-01-01"), parse_time("2024-04-01"))
 opens = pl.datetime_range(whole.start, whole.end, "1m", closed="left", time_zone="UTC", eager=True)
 i = pl.int_range(pl.len())
-columns = [(i * (7919 + n) % 10007 + 1).cast(dtype).alias(name) for n, (name, dtype) in enumerate(SCHEMA.items()) if n]
+columns = [(i * (7919 + n) % 10007 + 1).cast(dtype).alias(name) for n, (name, dtype) in enumerate(BAR_SCHEMA.items()) if n]
 bars = pl.select(opens.alias("open_time")).with_columns(columns).filter(i % 997 > 40)
 for frame in roll_up(bars, TIMEFRAMES["1m"], list(TIMEFRAMES.values())[1:], whole=whole).values():
     frame.write_parquet(f"{sys.argv[1]}/{frame.height}")
@@ -255,7 +255,7 @@ def test_one_missing_value_makes_the_sum_unknown_and_no_other(name: str):
     rows = [row(moment) for moment in minutes(120)]
     rows[30][name] = None
     first, second = roll_up(frame(rows), M1, [H1], whole=FOREVER)[H1].rows(named=True)
-    assert [n for n in NAMES if first[n] is None] == [name]
+    assert [n for n in COLUMN_NAMES if first[n] is None] == [name]
     assert (first["vwap"] is None) == (name == "quote_volume")
     assert second[name] is not None
     assert second["vwap"] is not None

@@ -32,9 +32,9 @@ import pytest
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.flows.fetch.open_partition import IngestResult
-from marketdata_assets.flows.fetch.plan import plan
-from marketdata_assets.flows.operate.backfill import missed
-from marketdata_assets.flows.read.coverage import Coverage, coverage
+from marketdata_assets.flows.fetch.plan import BackfillPlanner
+from marketdata_assets.flows.operate.backfill import BacklogFinder
+from marketdata_assets.flows.read.coverage import Coverage, CoverageReporter
 from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
@@ -485,9 +485,11 @@ def test_passing_faults_are_survived(
     """The first two answers to every call are damaged. A write that was applied already does not
     conflict with its own repetition.
     """
-    monkeypatch.setattr(s3_client, "READ_TIMEOUT_SECONDS", 0.15)
-    fault, lake = PASSING[name], fast.lake()
-    times = 1 if name in ("silent", "stalled") else 2
+    fault, times = PASSING[name], 2
+    if name in ("silent", "stalled"):
+        monkeypatch.setattr(s3_client, "READ_TIMEOUT_SECONDS", 0.15)
+        times = 1
+    lake = fast.lake()
 
     def repeated(act: Callable[[], Any]) -> Any:
         proxy.first(times, fault)
@@ -603,8 +605,9 @@ def test_lasting_faults_are_one_line_and_change_nothing(
     """After a few attempts the error says what to do; it holds neither the server's text nor the
     keys.
     """
-    monkeypatch.setattr(s3_client, "READ_TIMEOUT_SECONDS", 0.1)
-    monkeypatch.setattr(s3_client, "MAX_ATTEMPTS", 2 if name == "silent" else MAX_ATTEMPTS)
+    if name == "silent":
+        monkeypatch.setattr(s3_client, "READ_TIMEOUT_SECONDS", 0.1)
+        monkeypatch.setattr(s3_client, "MAX_ATTEMPTS", 2)
     (fault, text), lake = FAULTS[name], fast.lake()
     for act_name in acts(lake):
         proxy.always(None)
@@ -852,7 +855,7 @@ def test_the_main_job_stores_the_same_bytes_as_in_a_folder(
     exchange.requests.clear()
     with open_context(settings) as context:
         assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
-        assert context.bind(BacklogFinder).plan_backfill(9, (), {}).says == "nothing is missing"
+        assert context.bind(BacklogFinder).plan_backfill(9, (), {}).message == "nothing is missing"
     run_ingest(settings)
     assert [derived.changed for derived in run_derive(settings)] == [
         dict.fromkeys(settings.rollup_timeframes, 0)
@@ -1080,24 +1083,22 @@ def test_foreign_files_disturb_nothing(
         if not p.endswith("/")
     }
     assert found == local | FOREIGN
-    with open_toolbox(settings) as toolbox:
-        assert [one.not_fetched for one in coverage(toolbox, settings.markets)] == [0, 0]
-        assert plan(toolbox, partitions(settings)) == []
+    assert [one.not_fetched for one in coverage_of(settings)] == [0, 0]
+    with open_context(settings) as context:
+        assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
         for minute in range(8):  # the tables of the rollups are checked in turn
+            now = settings.clock.model_copy(update={"start": at(f"2024-01-10T00:{minute:02}")})
             later = dataclasses.replace(
-                settings,
-                clock=dataclasses.replace(settings.clock, start=at(f"2024-01-10T00:{minute:02}")),
+                context, settings=settings.model_copy(update={"clock": now})
             )
-            assert (
-                missed(dataclasses.replace(context, settings=later), 9, (), {}).says
-                == "nothing is missing"
-            )
+            backlog = later.bind(BacklogFinder).plan_backfill(9, (), {})
+            assert backlog.message == "nothing is missing"
         ours = {
             key: size
-            for key, size in toolbox.lake.list_sizes(TABLE).items()
+            for key, size in context.storage.lake.list_sizes(TABLE).items()
             if key[0] in ("binance:BTC-USDT", "binance:ETH-USDT")
         }
         assert ours == {p.stored_key: len(local[TABLE.path(p)]) for p in partitions(settings)}
-        assert toolbox.lake.remove_abandoned_uploads() == 0
+        assert context.storage.lake.remove_abandoned_uploads() == 0
     assert failures(run_ingest(settings)) == []
     assert bar_requests(exchange) == []

@@ -325,7 +325,7 @@ def test_truth_is_what_the_wire_says(interval: str) -> None:
 def test_truth_needs_no_clock_and_refuses_strangers() -> None:
     """Empty windows are empty frames; unknown names are BadInput."""
     long_ago, soon = datetime(2010, 1, 1, tzinfo=UTC), datetime(2010, 1, 3, tzinfo=UTC)
-    assert dict(generate_bars("BTCUSDT", "1h", Window(long_ago, soon)).schema) == SCHEMA
+    assert dict(generate_bars("BTCUSDT", "1h", Window(long_ago, soon)).schema) == BAR_SCHEMA
     assert generate_bars("BTCUSDT", "1h", Window(soon, long_ago)).is_empty()
     with pytest.raises(BadInput, match="XRPUSDT"):
         generate_bars("XRPUSDT", "1h", Window(long_ago, soon))

@@ -27,10 +27,11 @@ from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import raw, rollup
+from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
-from marketdata_assets.settings.universe import Settings, load_settings
-from marketdata_assets.sources.sandbox.server import SandboxExchange, running
+from marketdata_assets.settings.load import load_settings
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_tests.conftest import SANDBOX_NOW
 from marketdata_tests.processes import descendants, find_free_port, kill, wait_until
@@ -170,7 +171,7 @@ def fleet(tmp_path: Path, bucket: str) -> Iterator[Fleet]:
         )
     redis = Redis()
     found = Fleet(tmp_path, postgres, redis, bucket)
-    with running(found.exchange) as url:
+    with serve_in_thread(found.exchange) as url:
         (tmp_path / "universe.yaml").write_text(found.universe(url))
         yield found
         for name in list(found.processes):
@@ -281,7 +282,7 @@ def prune_keeps_what_pages_show(fleet: Fleet) -> None:
 
 def contents(context: Any) -> dict[tuple[str, ...], str]:
     """Return the fingerprint of every object of two tables."""
-    tables = raw(TIMEFRAMES["1m"]), rollup(TIMEFRAMES["1h"])
+    tables = raw_table(TIMEFRAMES["1m"]), rollup_table(TIMEFRAMES["1h"])
     objects = [
         (table, Partition.parse("|".join(key)))
         for table in tables

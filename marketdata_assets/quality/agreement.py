@@ -25,19 +25,19 @@ class ResolvedAnswers(NamedTuple):
     unresolved: pl.DataFrame
 
 
-def resolve_answers(kept: pl.DataFrame) -> ResolvedAnswers:
+def resolve_answers(rows: pl.DataFrame) -> ResolvedAnswers:
     """Choose one bar per open_time among the rows of all answers.
 
-    `kept` has the columns `answer` and `model.bar.BAR_SCHEMA`. The only variant of an open_time is
+    `rows` has the columns `answer` and `model.bar.BAR_SCHEMA`. The only variant of an open_time is
     chosen. Of several, the one that most answers gave is chosen when at least two gave it and no
     other has as many votes; an answer has one vote for a variant.
     """
-    repeated = kept["open_time"].is_duplicated()
+    repeated = rows["open_time"].is_duplicated()
     if not repeated.any():
         return ResolvedAnswers(
-            kept.select(COLUMN_NAMES).sort("open_time"), kept.clear(), kept.clear()
+            rows.select(COLUMN_NAMES).sort("open_time"), rows.clear(), rows.clear()
         )
-    single, several = kept.filter(~repeated), kept.filter(repeated)
+    single, several = rows.filter(~repeated), rows.filter(repeated)
     variants = several.group_by(COLUMN_NAMES).agg(pl.col("answer").n_unique().alias("votes"))
     counted = variants.with_columns(
         pl.col("votes").max().over("open_time").alias("most"),
@@ -48,7 +48,7 @@ def resolve_answers(kept: pl.DataFrame) -> ResolvedAnswers:
     won = leads & ((pl.col("rivals") == 1) | ((pl.col("most") > 1) & leads_alone))
     judged = counted.with_columns(won.alias("won"), won.any().over("open_time").alias("resolved"))
     winners = judged.filter("won").select(COLUMN_NAMES)
-    rows = several.join(
+    decided = several.join(
         judged.select(*COLUMN_NAMES, "won", "resolved"),
         on=COLUMN_NAMES,
         how="left",
@@ -56,8 +56,8 @@ def resolve_answers(kept: pl.DataFrame) -> ResolvedAnswers:
     )
     return ResolvedAnswers(
         pl.concat([single.select(COLUMN_NAMES), winners]).sort("open_time"),
-        outvoted=rows.filter(~pl.col("won") & pl.col("resolved")).select(kept.columns),
-        unresolved=rows.filter(~pl.col("resolved")).select(kept.columns),
+        outvoted=decided.filter(~pl.col("won") & pl.col("resolved")).select(rows.columns),
+        unresolved=decided.filter(~pl.col("resolved")).select(rows.columns),
     )
 
 
@@ -80,39 +80,39 @@ def coalesce_optional(rows: pl.DataFrame, by: pl.DataFrame) -> pl.DataFrame:
 class ResolvedFiles(NamedTuple):
     """What `resolve_files` made of the rows of several files; each row is in exactly one frame.
 
-    `bars`: one bar per open_time. `repeated`: rows that do not contradict the bar of their
-    open_time. `disputed`: all rows of open_times about which files contradict each other.
+    `bars`: one bar per open_time. `repeats`: rows that do not contradict the bar of their
+    open_time. `conflicts`: all rows of open_times about which files contradict each other.
     """
 
     bars: pl.DataFrame
-    repeated: pl.DataFrame
-    disputed: pl.DataFrame
+    repeats: pl.DataFrame
+    conflicts: pl.DataFrame
 
 
-def resolve_files(kept: pl.DataFrame) -> ResolvedFiles:
+def resolve_files(rows: pl.DataFrame) -> ResolvedFiles:
     """Choose one bar per open_time among the rows of several files.
 
-    `kept` has the columns `answer` and `model.bar.COLUMN_NAMES`. Files do not outvote each other: where
-    two differ, neither is used; a value that one of them does not give is no difference. Of rows
-    that agree, the one with the lowest `answer` is chosen.
+    `rows` has the columns `answer` and `model.bar.COLUMN_NAMES`. Files do not outvote each other:
+    where two differ, neither is used; a value that one of them does not give is no difference. Of
+    rows that agree, the one with the lowest `answer` is chosen.
     """
-    repeated = kept["open_time"].is_duplicated()
+    repeated = rows["open_time"].is_duplicated()
     if not repeated.any():
-        return ResolvedFiles(kept, kept.clear(), kept.clear())
+        return ResolvedFiles(rows, rows.clear(), rows.clear())
     differs = pl.any_horizontal(pl.col(name).min() != pl.col(name).max() for name in _VALUES)
     differing = (
-        kept.filter(repeated)
+        rows.filter(repeated)
         .group_by("open_time")
         .agg(differs.fill_null(False).alias("differs"))
         .filter("differs")
     )
-    disputed = kept.join(differing, on="open_time", how="semi")
-    agreed = kept.join(differing, on="open_time", how="anti").sort(
+    conflicts = rows.join(differing, on="open_time", how="semi")
+    agreed = rows.join(differing, on="open_time", how="anti").sort(
         "open_time", "answer", maintain_order=True
     )
     is_first = agreed["open_time"].is_first_distinct()
     return ResolvedFiles(
-        agreed.filter(is_first), repeated=agreed.filter(~is_first), disputed=disputed
+        agreed.filter(is_first), repeats=agreed.filter(~is_first), conflicts=conflicts
     )
 
 

@@ -30,7 +30,7 @@ class FinerComparison(NamedTuple):
     """What `compare_bars` found of a timeframe between the base and the traced one."""
 
     timeframe: Timeframe
-    compared: pl.DataFrame
+    bars: pl.DataFrame
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class ParityEvidence:
     """Why base bars are not there."""
     native_absences: Sequence[Absence]
     """Why the venue's own bars of `timeframe` are not there."""
-    replaced: pl.DataFrame
-    """Earlier revisions of base bars (model.bar.HISTORY_COLUMNS)."""
+    revisions: pl.DataFrame
+    """Base bars that were replaced (model.bar.HISTORY_COLUMNS)."""
     finer: FinerComparison | None
     """The finest timeframe between, where the venue's own bars of one are stored."""

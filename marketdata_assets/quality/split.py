@@ -1,4 +1,4 @@
-"""Rows as sent become bars that are kept and rows that are rejected, each with its reasons."""
+"""Rows as sent become valid bars and rejected rows, each with its reasons."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ that it wraps around."""
 
 
 class SplitRows(NamedTuple):
-    """`kept`: bars (model.bar.BAR_SCHEMA and `answer`). `rejected`: rows (REJECTED_SCHEMA)."""
+    """`valid`: bars (model.bar.BAR_SCHEMA and `answer`). `rejected`: rows (REJECTED_SCHEMA)."""
 
-    kept: pl.DataFrame
+    valid: pl.DataFrame
     rejected: pl.DataFrame
 
 
@@ -60,9 +60,9 @@ def split_rows(
     )
     is_broken = pl.any_horizontal("broken_" + rule.name for rule in rules)
     broken = judged.filter(is_broken)
-    kept = (judged.filter(~is_broken) if broken.height else judged).select("answer", *COLUMN_NAMES)
+    valid = (judged.filter(~is_broken) if broken.height else judged).select("answer", *COLUMN_NAMES)
     if broken.is_empty():
-        return SplitRows(kept, pl.DataFrame(schema=REJECTED_SCHEMA))
+        return SplitRows(valid, pl.DataFrame(schema=REJECTED_SCHEMA))
     reasons = pl.concat_str(
         [pl.when("broken_" + rule.name).then(pl.lit(rule.name)) for rule in rules],
         separator=" ",
@@ -72,7 +72,7 @@ def split_rows(
         pl.col(SENT + name).cast(pl.String).alias(name) for name in COLUMN_NAMES
     ).struct.json_encode()
     return SplitRows(
-        kept,
+        valid,
         broken.select("answer", "open_time", reasons.alias("reasons"), fields.alias("fields")),
     )
 

@@ -34,18 +34,18 @@ class Request:
 class BarsPage:
     """The bars of one request, after the answer's form was checked.
 
-    `rows` has the columns of `model.bar.COLUMN_NAMES`, as sent: `open_time` in integer milliseconds,
-    numbers as text, null for what the venue does not give. `requested` is the window of open times
-    that was requested, end exclusive.
+    `rows` has the columns of `model.bar.COLUMN_NAMES`, as sent: `open_time` in integer
+    milliseconds, numbers as text, null for what the venue does not give. `window` holds the open
+    times that were requested, end exclusive.
     """
 
     rows: pl.DataFrame
-    requested: Window
+    window: Window
     first_available: datetime | None = None
     """The first bar that the venue sent instead, where it has none so early."""
     requests: tuple[Request, ...] = field(default=())
     """All requests that it took, failed ones included, in order."""
-    waited: float = 0.0
+    wait_seconds: float = 0.0
     """Seconds spent waiting for the venue's limits."""
 
 
@@ -54,7 +54,7 @@ class Source(Protocol):
 
     @property
     def page_size(self) -> int:
-        """The number of bars that one request may ask for."""
+        """The number of bars that one request can return."""
         ...
 
     @property

@@ -23,7 +23,7 @@ from marketdata_assets.errors import (
 from marketdata_assets.sources.ccxt_transport import HttpAnswer
 
 DEFAULT_PAUSE = 10.0
-"""Seconds to wait where a venue asks for patience and names no time."""
+"""Seconds to wait where an answer demands a wait and names no time."""
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def _translate_ccxt(venue: str, error: Exception, answer: HttpAnswer) -> MarketD
 
     if isinstance(error, ccxt.DDoSProtection | ccxt.RateLimitExceeded):
         seconds = _retry_after(answer)
-        return Wait(f"{venue}: HTTP {answer.status}, it asks to wait {seconds:g} s", seconds)
+        return Wait(f"{venue}: HTTP {answer.status}, wait {seconds:g} s", seconds)
     if isinstance(error, ccxt.RequestTimeout):
         return Retry(f"{venue}: no complete answer came within the deadline")
     if isinstance(error, ccxt.OperationFailed) and answer.status in (403, 404, 405):

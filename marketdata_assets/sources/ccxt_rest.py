@@ -204,7 +204,7 @@ class CcxtSource:
                 try:
                     await self._log_request("markets", lambda: self._load_markets(exchange))
                 except BaseException:
-                    exchange.session = None  # it is ours: ccxt would warn that nobody closed it
+                    exchange.session = None  # it is ours: ccxt would warn that it is not closed
                     raise
                 self._exchange = exchange
         return self._exchange

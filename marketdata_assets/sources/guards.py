@@ -61,12 +61,12 @@ class RetryPolicy:
     attempts: int = 6
     """Failures of one request after which the venue counts as down."""
     waits: int = 30
-    """Times that a venue may ask one request to wait."""
+    """Times that one request may be answered with a wait."""
     backoff: float = 0.5
     """The longest pause after the first failure; it doubles with each further one."""
     backoff_cap: float = 20.0
     longest_wait: float = 900.0
-    """Seconds that one request waits in all, as far as the venue asks for it."""
+    """Seconds that one request waits in all because of such answers."""
     sleep: Callable[[float], Awaitable[None]] = field(default=asyncio.sleep)
     clock: Callable[[], float] = field(default=time.time)
     jitter: Callable[[], float] = field(default=random.random)
@@ -81,13 +81,13 @@ class RetryPolicy:
 class _CallLog:
     """What happened to one guarded call: its failed requests, and the seconds it waited."""
 
-    failed: list[Request] = field(default_factory=list)
-    waited: float = 0.0
+    failed_requests: list[Request] = field(default_factory=list)
+    wait_seconds: float = 0.0
 
     def venue_down(self, message: str) -> VenueDown:
         """Return the error that ends the call, with the requests that led to it."""
         error = VenueDown(message)
-        error.requests = tuple(self.failed)
+        error.requests = tuple(self.failed_requests)
         return error
 
 
@@ -95,7 +95,7 @@ class GuardedSource:
     """A source whose requests wait for their turn, obey the venue's waits, and are retried.
 
     Every method raises VenueDown where the venue fails too often, where its circuit breaker is
-    open, or where it asks for a longer wait than the policy allows.
+    open, or where it demands a longer wait than the policy allows.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class GuardedSource:
 
     @property
     def page_size(self) -> int:
-        """The number of bars that one request may ask for."""
+        """The number of bars that one request can return."""
         return self._source.page_size
 
     @property
@@ -142,7 +142,9 @@ class GuardedSource:
         """
         log = _CallLog()
         page = await self._call(lambda: self._source.fetch(market, timeframe, window), log)
-        return replace(page, requests=(*log.failed, *page.requests), waited=log.waited)
+        return replace(
+            page, requests=(*log.failed_requests, *page.requests), wait_seconds=log.wait_seconds
+        )
 
     async def now(self) -> datetime:
         """Return the venue's own clock, UTC."""
@@ -161,29 +163,30 @@ class GuardedSource:
         await self._source.close()
 
     async def _call(self, operation: Callable[[], Awaitable[T]], log: _CallLog) -> T:
-        policy, failures, waits, patience, last = self._policy, 0, 0, self._policy.longest_wait, ""
+        policy, last = self._policy, ""
+        failures, waits, wait_left = 0, 0, policy.longest_wait
         while True:
             try:
-                log.waited += await self._wait_for_turn(last)
+                log.wait_seconds += await self._wait_for_turn(last)
                 value = await operation()
             except Wait as error:
-                log.failed.extend(error.requests)
+                log.failed_requests.extend(error.requests)
                 last, waits = str(error), waits + 1
-                patience -= self._pause_venue(error, waits)
-                if patience < 0 or waits > policy.waits:
+                wait_left -= self._pause_venue(error, waits)
+                if wait_left < 0 or waits > policy.waits:
                     until = _moment(self._state.paused_until(self._venue))
                     raise log.venue_down(
                         f"{error}; requests are held back until {until}, which is too long to wait"
                     ) from None
             except Retry as error:
-                log.failed.extend(error.requests)
+                log.failed_requests.extend(error.requests)
                 last, failures = str(error), failures + 1
                 self._state.record(self._venue, False, policy.clock())
                 if failures >= policy.attempts:
                     raise log.venue_down(f"{error}; given up after {failures} attempts") from None
                 await policy.sleep(policy.pauses.pause(failures))
             except MarketDataError as error:
-                error.requests = (*log.failed, *error.requests)
+                error.requests = (*log.failed_requests, *error.requests)
                 raise
             else:
                 self._state.record(self._venue, True, policy.clock())
@@ -194,7 +197,7 @@ class GuardedSource:
         """Wait for every pause of the venue, then for the limiter; return the seconds waited.
 
         `last` is the last error, for the message of VenueDown. The place in the queue is taken only
-        when no pause is left: places that were kept through one would all be used at its end.
+        when no pause is left: places from before a pause would all be used at its end.
         """
         clock, begun = self._policy.clock, self._policy.clock()
         because = f" (last error: {last})" if last else ""
@@ -219,9 +222,9 @@ class GuardedSource:
                 return clock() - begun
 
     def _pause_venue(self, error: Wait, waits: int) -> float:
-        """Hold back all processes for as long as the venue asks; return the seconds.
+        """Hold back all processes for as long as the answer demands; return the seconds.
 
-        Where it asks for less than a second, the pause grows with each wait of this call.
+        Where that is less than a second, the pause grows with each wait of this call.
         """
         least = self._policy.pauses.longest_pause(waits) if error.seconds < 1 else 0.0
         seconds = min(max(error.seconds, least), LONGEST_PAUSE)

@@ -119,7 +119,7 @@ class Answers:
     columns: tuple[str, ...]
     fetched: list[BarsPage] = field(default_factory=list)
     received: int = 0
-    _kept: list[pl.DataFrame] = field(default_factory=list)
+    _valid: list[pl.DataFrame] = field(default_factory=list)
     _rejected: list[pl.DataFrame] = field(default_factory=list)
     _extents: list[tuple[datetime, datetime]] = field(default_factory=list)
 
@@ -127,26 +127,24 @@ class Answers:
         """Apply the rules to new answers; neighbors beyond the window are used, but not counted."""
         first = len(self.fetched)
         self.fetched.extend(fetched)
-        frames = [
-            add_request_columns(f.rows, first + i, f.requested) for i, f in enumerate(fetched)
-        ]
+        frames = [add_request_columns(f.rows, first + i, f.window) for i, f in enumerate(fetched)]
         timeframe = self.span.timeframe
-        kept, rejected = split_rows(
+        valid, rejected = split_rows(
             pl.concat(frames),
             timeframe,
             closed_before=self.closed_before,
             columns=self.columns,
         )
         opens = pl.col("open_time")
-        extents = kept.group_by("answer").agg(opens.min().alias("a"), opens.max().alias("b"))
+        extents = valid.group_by("answer").agg(opens.min().alias("a"), opens.max().alias("b"))
         self._extents.extend((a, b) for _, a, b in extents.sort("answer").iter_rows())
         start, end = self.window.start, self.window.end
         neighbor = ((opens < start) | (opens >= end)) & opens.is_between(
             start - timeframe.width, end, closed="both"
         )
-        self._kept.append(kept.filter(~neighbor))
+        self._valid.append(valid.filter(~neighbor))
         self._rejected.append(rejected.filter(~neighbor.fill_null(False)))
-        self.received += self._kept[-1].height + self._rejected[-1].height
+        self.received += self._valid[-1].height + self._rejected[-1].height
 
     def resolve(self) -> ResolvedAnswers:
         """Return what the answers, together with the stored bars that they repeat, agree on."""
@@ -193,7 +191,7 @@ class Answers:
             fetches=fetches,
             answers=answers,
             retries=sum(len(f.requests) - 1 for f in self.fetched),
-            seconds_waited=sum(f.waited for f in self.fetched),
+            seconds_waited=sum(f.wait_seconds for f in self.fetched),
             through=self.window.end,
             corrected=corrected.len(),
         )
@@ -211,7 +209,7 @@ class Answers:
 
     def _delivered(self) -> pl.DataFrame:
         """Return the rows that keep every rule, completed from the stored bars."""
-        return coalesce_optional(pl.concat(self._kept), self.span.stored)
+        return coalesce_optional(pl.concat(self._valid), self.span.stored)
 
     def _open_times(self, resolved: ResolvedAnswers) -> pl.Series:
         opens = [self.span.stored["open_time"], resolved.bars["open_time"]]
@@ -231,7 +229,7 @@ class Answers:
         timeframe = self.span.timeframe
         windows = group_consecutive(corrected.to_list(), timeframe)
         in_a_row = [window for window in windows if window.count(timeframe) > 1]
-        delivered = pl.concat(self._kept)["open_time"].unique()
+        delivered = pl.concat(self._valid)["open_time"].unique()
         repeated = self.span.stored["open_time"].is_in(delivered.implode()).sum()
         if in_a_row and 2 * corrected.len() > repeated:
             error = VenueRefused(
@@ -271,9 +269,9 @@ class Answers:
 
     def _gap(self, window: Window, reason: GapReason, answers: int) -> Gap:
         """Return a gap that continues what is known of it; it is requested at growing distance."""
-        about = [f for f in self.fetched if f.requested & window]
+        about = [f for f in self.fetched if f.window & window]
         evidence = "; ".join(
-            f"asked {f.requested} at {_sent_at(f)}, {f.rows.height} rows" for f in about[-2:]
+            f"asked {f.window} at {_sent_at(f)}, {f.rows.height} rows" for f in about[-2:]
         )
         before = [gap for gap in self.span.gaps if gap.window & window]
         answers += max((gap.answers for gap in before), default=0)
@@ -297,7 +295,7 @@ class Answers:
         fetches: list[LoggedFetch] = []
         answers = []
         for fetched in self.fetched:
-            fetches += to_log(fetched.requests, fetched.requested)
+            fetches += to_log(fetched.requests, fetched.window)
             answers.append(len(fetches) - 1)
         return tuple(fetches), tuple(answers)
 

@@ -37,7 +37,12 @@ from marketdata_assets.quality.agreement import (
     compare_with_stored,
     resolve_files,
 )
-from marketdata_assets.quality.split import add_request_columns, reject_bars, split_rows
+from marketdata_assets.quality.split import (
+    SplitRows,
+    add_request_columns,
+    reject_bars,
+    split_rows,
+)
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.archive.options import ImportOptions
 from marketdata_assets.sources.archive.reading import ArchiveFile, find_files, read_file
@@ -193,16 +198,8 @@ class FileImporter:
         """Apply the rules to the rows of one partition, store them, and count their fate."""
         timeframe = files[0].tally.file.timeframe
         sources = [tally.file.path.name for tally, _ in files]
-        judged = [
-            split_rows(
-                add_request_columns(rows, answer, tally.file.span),
-                timeframe,
-                closed_before=self.settings.now(),
-                columns=tally.file.columns,
-            )
-            for answer, (tally, rows) in enumerate(files)
-        ]
-        resolved = resolve_files(pl.concat(each.kept for each in judged))
+        judged = [self._judge(tally.file, rows, i) for i, (tally, rows) in enumerate(files)]
+        resolved = resolve_files(pl.concat(each.valid for each in judged))
         broken = pl.concat(each.rejected for each in judged)
         if dry_run:
             stored = self.lake.read(raw_table(timeframe), partition)
@@ -214,21 +211,29 @@ class FileImporter:
                 timeframe,
                 partition,
                 resolved.bars,
-                rejected=pl.concat([broken, reject_bars(resolved.disputed, "conflict")]),
+                rejected=pl.concat([broken, reject_bars(resolved.conflicts, "conflict")]),
                 sources=sources,
                 settles_gaps=all(tally.file.is_final for tally, _ in files),
             )
             assert ingested.comparison is not None, "frames are compared with what is stored"
             comparison = ingested.comparison
-        _count_rows(files, comparison, broken, resolved.repeated, resolved.disputed)
+        _count_rows(files, comparison, broken, resolved.repeats, resolved.conflicts)
         room = MAX_DIFFERENCES - len(result.differences)
         if room > 0:
             market = partition.market
             found = [
                 *with_stored(market, timeframe, comparison.different, sources=sources),
-                *between_files(market, timeframe, resolved.disputed, sources=sources),
+                *between_files(market, timeframe, resolved.conflicts, sources=sources),
             ]
             result.differences += found[:room]
+
+    def _judge(self, file: ArchiveFile, rows: pl.DataFrame, answer: int) -> SplitRows:
+        return split_rows(
+            add_request_columns(rows, answer, file.span),
+            file.timeframe,
+            closed_before=self.settings.now(),
+            columns=file.columns,
+        )
 
 
 def _count_rows(
@@ -269,8 +274,8 @@ def _raise_if_unwanted(settings: Settings, file: ArchiveFile) -> None:
     last, now = file.rows_window.end - timeframe.width, settings.now()
     if last > now:
         raise BadInput(
-            f"{file.path}: its bars go until {format_time(last)}, and it is now {format_time(now)}; is open_time "
-            "in another unit?"
+            f"{file.path}: its bars go until {format_time(last)}, and it is now "
+            f"{format_time(now)}; is open_time in another unit?"
         )
 
 

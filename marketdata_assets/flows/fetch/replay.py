@@ -112,7 +112,7 @@ class QuarantineReplayer:
         if not wanted:
             return
         judged = self._judge(timeframe, rows, wanted)
-        candidates = judged.kept.unique(COLUMN_NAMES).filter(~pl.col("open_time").is_duplicated())
+        candidates = judged.valid.unique(COLUMN_NAMES).filter(~pl.col("open_time").is_duplicated())
         stored = self.lake.read(raw_table(timeframe), partition)
         before = candidates.clear() if stored is None else stored
         if not dry_run and candidates.height:
@@ -147,13 +147,13 @@ class QuarantineReplayer:
 
 def _outcomes(judged: SplitRows, candidates: pl.DataFrame, stored: pl.DataFrame) -> dict[int, str]:
     """Return the outcome of each row by its index; `stored` are the bars before the replay."""
-    kept = judged.kept
-    unique = kept.join(candidates, on=COLUMN_NAMES, how="semi", nulls_equal=True)
-    identical = kept.join(stored, on=COLUMN_NAMES, how="semi", nulls_equal=True)
+    valid = judged.valid
+    unique = valid.join(candidates, on=COLUMN_NAMES, how="semi", nulls_equal=True)
+    identical = valid.join(stored, on=COLUMN_NAMES, how="semi", nulls_equal=True)
     new = unique.join(stored, on="open_time", how="anti")
     return {
         **dict(judged.rejected.select("answer", "reasons").iter_rows()),
-        **dict.fromkeys(kept["answer"], "several different rows"),
+        **dict.fromkeys(valid["answer"], "several different rows"),
         **dict.fromkeys(unique["answer"], "disagrees"),
         **dict.fromkeys(identical["answer"], "identical"),
         **dict.fromkeys(new["answer"], "stored"),

@@ -86,7 +86,7 @@ class ParityChecker:
     def _drop_unanswered(
         self, partition: Partition, timeframe: Timeframe, compared: pl.DataFrame
     ) -> pl.DataFrame:
-        """Leave out bars of one side in an unanswered gap of the other: the check `gaps` shows them."""
+        """Leave out bars of one side in an unanswered gap of the other; `gaps` checks them."""
         base = self.settings.venues[partition.market.venue].base
         sides = ((ParityOutcome.ONLY_NATIVE, base), (ParityOutcome.ONLY_OURS, timeframe))
         opens, ends = pl.col("open_time"), pl.col("open_time") + timeframe.width
@@ -143,14 +143,14 @@ class ParityChecker:
         bars = pl.concat([empty_bars(), *(frame for frame in read if frame is not None)])
         read = (self.lake.read(history_table(base), month) for month in months)
         no_history = pl.DataFrame(schema=history_table(base).schema)
-        replaced = pl.concat([no_history, *(frame for frame in read if frame is not None)])
+        revisions = pl.concat([no_history, *(frame for frame in read if frame is not None)])
         return ParityEvidence(
             base=base,
             timeframe=timeframe,
             bars=bars,
             absences=list(self._absences(raw_table(base), months)),
             native_absences=list(self._absences(raw_table(timeframe), [partition])),
-            replaced=replaced,
+            revisions=revisions,
             finer=self._compare_finer(result, timeframe, months, bars=bars),
         )
 

@@ -89,7 +89,7 @@ def read_file(
     content, inner = unzip(path, raw) if is_zip else (raw, None)
     name = parse_file_name(path, inner)
     if options.columns and name and not name.format.is_distinctive:
-        name = None  # whoever names the columns means a file of his own, which may be named so, too
+        name = None  # the columns are stated, and a file of another source may have such a name
     table = CsvTable(path, content.removeprefix(_UTF8_MARK))
     layout = find_layout(table, name, options)
     if table.cells.height == int(layout.has_header):

@@ -6,7 +6,7 @@ so that a page costs its own rows wherever it lies. All markets have these habit
 - A minute opens at exactly the price at which the minute before it closed, served or not.
 - Quiet stretches: up to 12 minutes without a trade are served flat at the last price with volume 0
   and 0 trades.
-- Holes: up to 4 minutes that the exchange does not have, on some days of one symbol.
+- Gaps: up to 4 minutes that the exchange does not have, on some days of one symbol.
 - Halts: from 02:00 to 03:20 UTC on the 8th of every month no symbol has a bar.
 - The bar that is still open is served as it stands at the exchange's clock, as on the real venue.
 
@@ -35,7 +35,7 @@ MINUTE_MS = 60_000
 DAY = 1440
 HALT_DAY, HALT_START, HALT_END = 8, 120, 200
 """Day of the month, first minute of that day without bars, first minute with bars again."""
-LONGEST_QUIET, LONGEST_HOLE = 12, 4
+LONGEST_NO_TRADE, LONGEST_GAP = 12, 4
 
 
 # --------------------------------------------------------------------------------- prices
@@ -97,39 +97,41 @@ def _find_stretch(minute: pl.Series, key: str, *, percent: int, longest: int) ->
 
 
 def _open_prices(listing: Listing, minute: pl.Series) -> tuple[pl.Series, pl.Series]:
-    """Return the opening price in ticks of each of the consecutive minutes, and if it is quiet."""
-    quiet = _find_stretch(
+    """Return the opening price in ticks of each consecutive minute, and if it has no trade."""
+    no_trade = _find_stretch(
         minute,
         f"{listing.symbol} quiet",
-        percent=listing.quiet_percent,
-        longest=LONGEST_QUIET,
+        percent=listing.no_trade_percent,
+        longest=LONGEST_NO_TRADE,
     )
-    is_held = ((minute >= quiet.first) & (minute <= quiet.end)).cast(pl.Int64)
-    back = minute[0] - LONGEST_QUIET
+    is_held = ((minute >= no_trade.first) & (minute <= no_trade.end)).cast(pl.Int64)
+    back = minute[0] - LONGEST_NO_TRADE
     levels = _price_levels(listing, back, minute[-1] + 1)
-    return levels.gather(minute - is_held * (minute - quiet.first) - back), quiet.holds(minute)
+    return levels.gather(minute - is_held * (minute - no_trade.first) - back), no_trade.holds(
+        minute
+    )
 
 
 def _is_absent(listing: Listing, minute: pl.Series) -> pl.Series:
-    """Return if the exchange has no bar for a minute: a hole of this symbol, or a halt of all."""
-    hole = _find_stretch(
-        minute, f"{listing.symbol} hole", percent=listing.hole_percent, longest=LONGEST_HOLE
+    """Return if the exchange has no bar for a minute: a gap of this symbol, or a halt of all."""
+    gap = _find_stretch(
+        minute, f"{listing.symbol} hole", percent=listing.gap_percent, longest=LONGEST_GAP
     )
     is_halt_day = (minute * MINUTE_MS).cast(pl.Datetime("ms")).dt.day() == HALT_DAY
     is_halted = is_halt_day & (minute % DAY >= HALT_START) & (minute % DAY < HALT_END)
-    return is_halted | hole.holds(minute)
+    return is_halted | gap.holds(minute)
 
 
 # --------------------------------------------------------------------------------- minutes
 def _price_path(listing: Listing, first: int, end: int, *, now: int) -> pl.DataFrame:
     """Return open and close in ticks of the minutes in `[first, end)` that exist, with dice."""
     minute = _range(first, end + 1)
-    price, is_quiet = _open_prices(listing, minute)
+    price, is_no_trade = _open_prices(listing, minute)
     columns = {
         "minute": minute,
         "open": price,
         "close": price.shift(-1),
-        "awake": (~is_quiet).cast(pl.Int64),
+        "awake": (~is_no_trade).cast(pl.Int64),
         "elapsed": (now - minute * MINUTE_MS).clip(0, MINUTE_MS),
         "dice": _hash(minute, f"{listing.symbol} range"),
         "coin": _hash(minute, f"{listing.symbol} trade"),
@@ -149,7 +151,7 @@ def _so_far(whole: pl.Expr) -> pl.Expr:
 
 
 def _wick(listing: Listing, unit: int) -> pl.Expr:
-    """How far in ticks a price went beyond open and close: under 0.1 %, nothing while quiet."""
+    """How far in ticks a price went beyond open and close: under 0.1 %, nothing without trades."""
     ticks = _bits("dice", unit) * listing.price // 2**20 + _bits("dice", unit) % 2
     return _so_far(pl.col("awake") * ticks)
 

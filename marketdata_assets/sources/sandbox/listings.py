@@ -14,8 +14,8 @@ class Listing:
 
     `price`: its middle price in ticks of 10^-`tick` quote; `volume`: its mean volume a minute in
     steps of 10^-`step` base; `trades`: its mean number of trades. `tick + step` is at most 8, so
-    that price times amount is exact in Binance's 8 decimals. `quiet_percent` and `hole_percent` of
-    all days have one such stretch. No minute before `listed`, a whole one, exists.
+    that price times amount is exact in Binance's 8 decimals. `no_trade_percent` and `gap_percent`
+    of all days have one such stretch. No minute before `listed_at`, a whole one, exists.
     """
 
     base: str
@@ -25,9 +25,9 @@ class Listing:
     price: int
     volume: int
     trades: int
-    quiet_percent: int
-    hole_percent: int
-    listed: datetime
+    no_trade_percent: int
+    gap_percent: int
+    listed_at: datetime
 
     @property
     def symbol(self) -> str:
@@ -37,7 +37,7 @@ class Listing:
     @property
     def first(self) -> int:
         """The first minute that can have a bar."""
-        return (self.listed - EPOCH) // MINUTE
+        return (self.listed_at - EPOCH) // MINUTE
 
 
 LISTINGS: dict[str, Listing] = {
@@ -50,9 +50,9 @@ LISTINGS: dict[str, Listing] = {
             price=4_200_000,
             volume=1_200_000,
             trades=900,
-            quiet_percent=4,
-            hole_percent=3,
-            listed=datetime(2020, 1, 1, tzinfo=UTC),
+            no_trade_percent=4,
+            gap_percent=3,
+            listed_at=datetime(2020, 1, 1, tzinfo=UTC),
         ),
         Listing(
             base="ETH",
@@ -61,9 +61,9 @@ LISTINGS: dict[str, Listing] = {
             price=230_000,
             volume=1_500_000,
             trades=600,
-            quiet_percent=4,
-            hole_percent=3,
-            listed=datetime(2020, 1, 1, tzinfo=UTC),
+            no_trade_percent=4,
+            gap_percent=3,
+            listed_at=datetime(2020, 1, 1, tzinfo=UTC),
         ),
         Listing(
             base="SOL",
@@ -72,9 +72,9 @@ LISTINGS: dict[str, Listing] = {
             price=9_500,
             volume=2_000_000,
             trades=300,
-            quiet_percent=10,
-            hole_percent=5,
-            listed=datetime(2020, 8, 11, 6, tzinfo=UTC),
+            no_trade_percent=10,
+            gap_percent=5,
+            listed_at=datetime(2020, 8, 11, 6, tzinfo=UTC),
         ),
         Listing(
             base="DOGE",
@@ -83,9 +83,9 @@ LISTINGS: dict[str, Listing] = {
             price=8_150,
             volume=600_000,
             trades=120,
-            quiet_percent=15,
-            hole_percent=5,
-            listed=datetime(2020, 1, 1, tzinfo=UTC),
+            no_trade_percent=15,
+            gap_percent=5,
+            listed_at=datetime(2020, 1, 1, tzinfo=UTC),
         ),
         Listing(
             base="ADA",
@@ -94,9 +94,9 @@ LISTINGS: dict[str, Listing] = {
             price=4_800,
             volume=800_000,
             trades=100,
-            quiet_percent=20,
-            hole_percent=5,
-            listed=datetime(2020, 1, 1, tzinfo=UTC),
+            no_trade_percent=20,
+            gap_percent=5,
+            listed_at=datetime(2020, 1, 1, tzinfo=UTC),
         ),
         Listing(
             base="SHIB",
@@ -105,9 +105,9 @@ LISTINGS: dict[str, Listing] = {
             price=812,
             volume=50_000_000,
             trades=60,
-            quiet_percent=40,
-            hole_percent=8,
-            listed=datetime(2021, 5, 10, 11, 30, tzinfo=UTC),
+            no_trade_percent=40,
+            gap_percent=8,
+            listed_at=datetime(2021, 5, 10, 11, 30, tzinfo=UTC),
         ),
     )
 }

@@ -224,7 +224,7 @@ class SandboxExchange:
 
     def _listing(self, symbol: str) -> Listing:
         listing = LISTINGS.get(symbol)
-        if listing is None or to_ms(listing.listed) > self.now():
+        if listing is None or to_ms(listing.listed_at) > self.now():
             raise _bad_request(-1121, "Invalid symbol.")
         return listing
 
@@ -237,7 +237,7 @@ class SandboxExchange:
             symbols = re.findall(r'"([^"]*)"', query["symbols"]) or [""]
         else:
             symbols = [
-                symbol for symbol, listing in LISTINGS.items() if to_ms(listing.listed) <= now
+                symbol for symbol, listing in LISTINGS.items() if to_ms(listing.listed_at) <= now
             ]
         return {
             "timezone": "UTC",
