@@ -1,5 +1,5 @@
-"""Planted errors are found, real bars pass, and each entry keeps its state until its bars are
-corrected.
+"""Anomalies: what is planted is found, what is real passes, and each entry keeps its state until
+its bars are mended.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def one_price(name: str, factor: str) -> Callable[[Rows], None]:
 
 
 def swap(rows: Rows) -> None:
-    """A body of 0.4 % whose next bar is moved along; then open and close change places."""
+    """A body of 0.4 %, the bar beside it moved along; then open and close change places."""
     for row in rows[1:]:
         scale(row, "1.004", *PRICES)
     rows[0] |= {"close": rows[1]["open"]}
@@ -168,9 +168,9 @@ def test_prices_that_leave_and_stay_are_a_jump() -> None:
     assert {one.severity for one in find_anomalies(gone, TF, EVER)} == {AnomalySeverity.HIGH}
 
 
-def test_a_move_over_the_limit_is_found_in_any_market() -> None:
-    """A crash of 15 % within a minute, from which the next bars continue: no gap, no wick, and
-    still an entry.
+def test_a_move_over_the_limit_is_told_whatever_the_market_does() -> None:
+    """A crash of 15 % within a minute, from which the next bars go on: no gap, no wick, and still a
+    word.
     """
 
     def crash(rows: Rows) -> None:
@@ -196,7 +196,9 @@ def test_the_newest_bar_waits_for_the_next_and_few_bars_for_more() -> None:
 
 
 def test_many_of_one_kind_are_one_entry() -> None:
-    """Two markets in one file, bar by bar, so that gaps are usual: one entry, not a thousand."""
+    """Two markets in one file, bar by bar, so that gaps are what is usual: one entry all the same,
+    not a thousand.
+    """
 
     def mix(rows: Rows) -> None:
         for row in rows[::2]:
@@ -212,10 +214,10 @@ def test_many_of_one_kind_are_one_entry() -> None:
     )
 
 
-# ------------------------------------------------------------ real bars
+# --------------------------------------------------------------------------------- what is real
 @pytest.mark.parametrize("symbol", LISTINGS)
-def test_the_sandbox_has_no_anomalies(symbol: str) -> None:
-    """Coarse ticks, minutes without trades, gaps and a halt."""
+def test_the_sandbox_stays_quiet(symbol: str) -> None:
+    """Coarse ticks, quiet stretches, holes and a halt."""
     assert found(generate_bars(symbol, "1m", window("2024-01-01", "2024-02-01"))) == []
 
 
@@ -240,7 +242,7 @@ def other_venue(venue: str, symbol: str) -> pl.DataFrame:
 
 @needs_shared
 @pytest.mark.parametrize("symbol", ["BTCUSDT", "ETHUSDT"])
-def test_real_march_2023_has_no_anomalies(symbol: str) -> None:
+def test_real_march_2023_stays_quiet(symbol: str) -> None:
     """SVB, USDC off its peg, and the halt of the 24th with its 72 bars without volume: 44,560 bars,
     not one word.
     """
@@ -256,16 +258,16 @@ def test_real_march_2023_has_no_anomalies(symbol: str) -> None:
     ("venue", "symbol"),
     [("coinbase_exchange", "BTC-USD"), ("coinbase_exchange", "BTC-USDT"), ("kraken", "XBTUSD")],
 )
-def test_thinner_venues_have_no_anomalies(venue: str, symbol: str) -> None:
+def test_thinner_venues_stay_quiet(venue: str, symbol: str) -> None:
     bars = other_venue(venue, symbol)
     assert bars.height > 20_000
     assert found(bars) == []
 
 
 @needs_shared
-def test_months_together_or_one_by_one_find_the_same() -> None:
-    """Errors around the end of February: with the adjacent bars, both months find what the whole
-    file shows.
+def test_months_together_or_one_by_one_say_the_same() -> None:
+    """Errors around the end of February: with the bars beside each month, both say what the whole
+    file says.
     """
     bars = real_bars("BTCUSDT", "1m", "2023-02-01_2023-04-30").filter(
         pl.col("open_time") < at("2023-04-01")
@@ -301,8 +303,8 @@ def test_months_together_or_one_by_one_find_the_same() -> None:
     assert each == whole
 
 
-# ------------------------------------------------------------ the entries
-RAW = raw(TF)
+# --------------------------------------------------------------------------------- the entries
+RAW = raw_table(TF)
 JANUARY = window("2024-01-01", "2024-02-01")
 NOON, LATER = at("2024-01-05T12:00"), at("2024-01-06")
 
@@ -380,7 +382,7 @@ def test_an_unknown_number_is_bad_input(universe: Universe) -> None:
         set_anomaly_state(context.ledger, 7, AnomalyState.RESOLVED, None)
 
 
-# ------------------------------------------------------------ from the venue to the person
+# --------------------------------------------------------------------------------- from the venue t
 def test_base_bars_have_the_check_and_references_not(universe: Universe) -> None:
     graph = (
         build_definitions(universe("http://127.0.0.1:1", extra="reference: [1h]"))
@@ -419,7 +421,7 @@ def red(settings: Settings) -> list[str]:
 
 
 def spike(symbol: str, moments: Sequence[str], factor: str = "1.05") -> Callable[..., Any]:
-    """The exchange sends prices of these minutes that are too high, the same ones each time."""
+    """The exchange says these minutes' prices too high, always the same."""
     wrong = {ms(moment) for moment in moments}
 
     async def tamper(request: Any, rows: list[list[Any]]) -> list[list[Any]]:
@@ -436,8 +438,8 @@ def spike(symbol: str, moments: Sequence[str], factor: str = "1.05") -> Callable
 def test_a_spike_from_the_venue_to_the_person_and_back(
     sandbox: tuple[SandboxExchange, str], universe: Universe
 ) -> None:
-    """The check and the command show it with its exact bars; it is acknowledged, reopened, and
-    resolved when the venue corrects it.
+    """Told by the check and the command with its exact bars; acknowledged, reopened, and resolved
+    when the venue mends it.
     """
     exchange, url = sandbox
     settings = universe(url, since="2023-12-30", until="2024-01-03", now="2024-01-10T00:00:00Z")

@@ -1,4 +1,6 @@
-"""Imports: a file's bars are stored exactly, errors name the line, and the venue's bars stay."""
+"""Imports: what a file says is what is stored, what is wrong with it is told by line, and the
+venue's bars stay.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +52,7 @@ from marketdata_tests.test_cli import marketdata, text_of
 
 NOWHERE = "http://127.0.0.1:1"
 DAY = window("2024-01-02", "2024-01-03")
-FUTURES_HEADER = (
-    "open_time,open,high,low,close,volume,close_time,"
-    "quote_volume,count,taker_buy_volume,taker_buy_quote_volume,ignore"
-)
+FUTURES_HEADER = "open_time,open,high,low,close,volume,close_time,quote_volume,count,taker_buy_volume,taker_buy_quote_volume,ignore"
 Change = Callable[[int, list[str]], list[str]]
 
 
@@ -110,14 +109,18 @@ def settings(universe: Universe) -> Settings:
     )
 
 
-def imported(settings: Settings, *files: Path, dry_run: bool = False, **options: Any) -> Imported:
-    """Import as the command does, up to what Dagster is to show."""
-    market = settings.market(options.pop("market")) if "market" in options else None
-    stated = ImportOptions(market, **options)
-    with open_toolbox(settings) as toolbox:
-        done = import_files(toolbox, look(toolbox, files, stated), stated, dry_run)
-        assert toolbox.ledger.requests() == []
-    assert all(tally.balanced for tally in done.files)
+def imported(
+    settings: Settings, *files: Path, dry_run: bool = False, **stated: Any
+) -> ImportResult:
+    """Import as the command does, up to what Dagster is asked to show."""
+    market = settings.market(stated.pop("market")) if "market" in stated else None
+    options = ImportOptions(market, **stated)
+    with open_context(settings) as context:
+        done = context.bind(FileImporter).import_files(
+            inspect_files(settings, files, options), options, dry_run
+        )
+        assert outcomes(context.ledger) == []
+    assert all(tally.is_balanced for tally in done.files)
     return done
 
 
@@ -127,7 +130,7 @@ def counts(tally: FileTally) -> dict[str, int]:
     return {name: value for name in names if (value := getattr(tally, name))}
 
 
-# ------------------------------------------------------------ contents of files
+# --------------------------------------------------------------------------------- what files say
 @pytest.mark.parametrize(("unit", "name"), [(1, "ms"), (1000, "us"), (1_000_000, "ns")])
 def test_a_daily_archive_gives_its_bars(
     settings: Settings, tmp_path: Path, unit: int, name: str
@@ -212,12 +215,12 @@ def test_places_instead_of_names_and_our_own_csv(settings: Settings, tmp_path: P
     bars.with_columns(pl.col("open_time").dt.epoch("s")).write_csv(
         tmp_path / "bare.csv", include_header=False
     )
-    options: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
-    mapping = {name: str(i + 1) for i, name in enumerate(NAMES)}
+    stated: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
+    mapping = {name: str(i + 1) for i, name in enumerate(COLUMN_NAMES)}
     assert counts(
-        imported(settings, tmp_path / "bare.csv", columns=mapping, unit="s", **options).files[0]
+        imported(settings, tmp_path / "bare.csv", columns=mapping, unit="s", **stated).files[0]
     ) == {"stored": 1440}
-    assert counts(imported(settings, tmp_path / "ours.csv", **options).files[0]) == {
+    assert counts(imported(settings, tmp_path / "ours.csv", **stated).files[0]) == {
         "identical": 1440
     }
     assert_bars(stored_bars(settings), bars)
@@ -226,7 +229,7 @@ def test_places_instead_of_names_and_our_own_csv(settings: Settings, tmp_path: P
 def test_bars_of_another_timeframe_are_known_by_their_distance(
     settings: Settings, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {
+    stated: dict[str, Any] = {
         "market": "binance:BTC-USDT",
         "columns": {name: str(i + 1) for i, name in enumerate(COLUMN_NAMES[:6])},
     }
@@ -236,26 +239,26 @@ def test_bars_of_another_timeframe_are_known_by_their_distance(
     ]:
         file = written(tmp_path / f"bars {name}.csv", klines(timeframe=name))
         with pytest.raises(BadInput, match=words):
-            imported(settings, file, timeframe=TIMEFRAMES[asked], **options)
+            imported(settings, file, timeframe=TIMEFRAMES[asked], **stated)
     sparse = [
         line for number, line in enumerate(klines()) if number % 7 in (0, 3)
-    ]  # no two adjacent minutes
+    ]  # no two minutes beside each other
     assert counts(
         imported(
-            settings, written(tmp_path / "x.csv", sparse), timeframe=TIMEFRAMES["1m"], **options
+            settings, written(tmp_path / "x.csv", sparse), timeframe=TIMEFRAMES["1m"], **stated
         ).files[0]
     ) == {"stored": 412}
 
 
 def test_of_two_files_the_one_that_gives_more_is_taken(settings: Settings, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
+    stated: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
     fewer = written(
         tmp_path / "a.csv",
         [",".join(COLUMN_NAMES[:6]), *(",".join(line.split(",")[:6]) for line in klines())],
     )
     whole = written(tmp_path / NAME, klines())
-    done = imported(settings, fewer, whole, **options)
-    assert {tally.facts.path.name: counts(tally) for tally in done.files} == {
+    done = imported(settings, fewer, whole, **stated)
+    assert {tally.file.path.name: counts(tally) for tally in done.files} == {
         "a.csv": {"identical": 1440},
         NAME: {"stored": 1440},
     }
@@ -269,10 +272,9 @@ def kraken(universe: Universe) -> Settings:
     )
 
 
-def test_the_gaps_of_a_kraken_file_are_final(kraken: Settings, tmp_path: Path) -> None:
+def test_a_kraken_file_has_the_last_word_about_its_holes(kraken: Settings, tmp_path: Path) -> None:
     lines = [
-        f"{ms(f'2024-01-01T{hour:02}:00') // 1000},16500.1,16600,16400.5,16550,1.23456789,"
-        f"{hour + 1}"
+        f"{ms(f'2024-01-01T{hour:02}:00') // 1000},16500.1,16600,16400.5,16550,1.23456789,{hour + 1}"
         for hour in range(24)
         if hour != 5
     ]
@@ -288,10 +290,10 @@ def test_the_gaps_of_a_kraken_file_are_final(kraken: Settings, tmp_path: Path) -
     assert [(gap.bars, gap.reason, gap.is_settled) for gap in gaps] == [(1, "no_bars", True)]
 
 
-# ------------------------------------------------------------ checksums and bad input
+# --------------------------------------------------------------------------------- checksums and ba
 def test_a_checksum_is_verified_when_it_is_there(settings: Settings, tmp_path: Path) -> None:
     file = written(tmp_path / "BTCUSDT-1m-2024-01-02.zip", klines())
-    checksum = tmp_path / "BTCUSDT-1m-2024-01-02.zip.CHECKSUM"
+    beside = tmp_path / "BTCUSDT-1m-2024-01-02.zip.CHECKSUM"
     for text, words in [
         ("0" * 64 + "  BTCUSDT-1m-2024-01-02.zip\n", "its sha256 is"),
         (
@@ -301,14 +303,14 @@ def test_a_checksum_is_verified_when_it_is_there(settings: Settings, tmp_path: P
         ("<html>\n", "it is not `sha256  name`"),
         ("", "it is not `sha256  name`"),
     ]:
-        checksum.write_text(text)
+        beside.write_text(text)
         with pytest.raises(BadInput, match=words):
             imported(settings, file)
     assert lake_files(settings) == {}
-    checksum.write_text(
+    beside.write_text(
         hashlib.sha256(file.read_bytes()).hexdigest() + "  BTCUSDT-1m-2024-01-02.zip\n"
     )
-    assert counts(imported(settings, file, checksum).files[0]) == {"stored": 1440}
+    assert counts(imported(settings, file, beside).files[0]) == {"stored": 1440}
 
 
 def cell(place: int, at: int, text: str) -> Change:
@@ -378,7 +380,7 @@ BAD: dict[str, tuple[str, Callable[[], list[str]], str]] = {
     ),
     "nothing": (NAME, list, "it is empty"),
     "only a header": (NAME, lambda: [FUTURES_HEADER], "it holds no rows"),
-    "a symbol that is not in the universe": (
+    "a symbol that nobody wants": (
         "XRPUSDT-1m-2024-01-02.csv",
         klines,
         "no market of the universe is binance's XRPUSDT",
@@ -389,16 +391,16 @@ BAD: dict[str, tuple[str, Callable[[], list[str]], str]] = {
         r"no market of the universe is binance's ETHUSDT \(USD-margined",
     ),
     "coin-margined": ("BTCUSD_PERP-1m-2024-01-02.csv", klines, "count contracts"),
-    "a timeframe that is not fetched": (
+    "a timeframe that nobody fetches": (
         "BTCUSDT-5m-2024-01-02.csv",
         lambda: klines(timeframe="5m"),
         "fetches 1m 1h of binance and no 5m",
     ),
     "a timeframe that is none": ("BTCUSDT-1mo-2024-01.csv", klines, "1mo is not one of"),
-    "a name without a market": (
+    "a name that tells nothing": (
         "bars.csv",
         klines,
-        "say which columns it has|its name does not contain",
+        "say which columns it has|its name does not tell",
     ),
     "before the universe": (
         "BTCUSDT-1h-2023-01-02.csv",
@@ -414,15 +416,15 @@ BAD: dict[str, tuple[str, Callable[[], list[str]], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_names_its_line_and_nothing_is_stored(
+def test_bad_input_is_told_with_its_line_and_nothing_is_stored(
     settings: Settings, tmp_path: Path, what: str
 ) -> None:
-    name, lines, message = BAD[what]
+    name, lines, says = BAD[what]
     good = written(
         tmp_path / "BTCUSDT-1m-2024-01-05.csv", klines(window("2024-01-05", "2024-01-06"))
     )
     bad = written(tmp_path / name, lines(), ends="" if what == "half a line" else "\n")
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(BadInput, match=says):
         imported(settings, bad, *([] if what == "before the universe" else [good]))
     assert lake_files(settings) == {}
     assert quarantined(settings) == []
@@ -444,7 +446,7 @@ def test_a_zip_that_is_damaged(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
     file = written(tmp_path / "BTCUSDT-1m-2024-01-02.zip", klines())
-    content, message = bytearray(file.read_bytes()), "damaged or cannot be read"
+    content, says = bytearray(file.read_bytes()), "damaged or cannot be read"
     if harm == "flipped":
         content[len(content) // 2] ^= 255
     elif harm == "cut":
@@ -454,20 +456,20 @@ def test_a_zip_that_is_damaged(
     elif harm == "two members":
         with zipfile.ZipFile(file, "a") as packed:
             packed.writestr("another.csv", "1,2")
-        content, message = (
+        content, says = (
             bytearray(file.read_bytes()),
             "one .csv is expected in it, and it holds BTCUSDT-1m-2024-01-02.csv, another.csv",
         )
     else:
         monkeypatch.setattr(csv_table, "MAX_BYTES", 1000)
-        message = "unpacks to more than"
+        says = "unpacks to more than"
     file.write_bytes(content)
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(BadInput, match=says):
         imported(settings, file)
     assert lake_files(settings) == {}
 
 
-def test_a_last_number_that_may_be_cut_is_refused(kraken: Settings, tmp_path: Path) -> None:
+def test_a_last_number_that_may_be_cut_is_not_believed(kraken: Settings, tmp_path: Path) -> None:
     lines = [f"{ms('2024-01-01') // 1000 + 3600 * i},1,2,0.5,1,10,803" for i in range(3)]
     with pytest.raises(
         BadInput, match="line 3: it has no line break, so its last number may be cut"
@@ -487,13 +489,13 @@ def test_a_mapping_that_names_what_is_not_there(settings: Settings, tmp_path: Pa
         with pytest.raises(BadInput, match=words):
             parse_columns(text)
     file = written(tmp_path / "x.csv", ["t,o,h,l,c,v", "1704153600,1,2,1,1,5"])
-    options: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
+    stated: dict[str, Any] = {"market": "binance:BTC-USDT", "timeframe": TIMEFRAMES["1m"]}
     with pytest.raises(BadInput, match="line 1: there is no single column 'time'"):
         imported(
             settings,
             file,
             columns=parse_columns("open_time=time,open=o,high=h,low=l,close=c,volume=v"),
-            **options,
+            **stated,
         )
     with pytest.raises(BadInput, match="is in s, and not in ms as --unit says"):
         imported(
@@ -501,11 +503,11 @@ def test_a_mapping_that_names_what_is_not_there(settings: Settings, tmp_path: Pa
             file,
             columns=parse_columns("open_time=t,open=o,high=h,low=l,close=c,volume=v"),
             unit="ms",
-            **options,
+            **stated,
         )
 
 
-# ------------------------------------------------------------ rules, and stored bars
+# --------------------------------------------------------------------------------- rules, and what
 def test_what_a_rule_refuses_lies_in_quarantine_under_the_files_name(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -548,7 +550,7 @@ def test_again_changes_nothing(settings: Settings, tmp_path: Path) -> None:
     assert receipts[0].body["files"][0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def test_a_dry_run_counts_the_same_and_stores_nothing(settings: Settings, tmp_path: Path) -> None:
+def test_a_dry_run_says_the_same_and_stores_nothing(settings: Settings, tmp_path: Path) -> None:
     file = written(tmp_path / NAME, klines(change=cell(2, 3, "0.5")))
     dry = imported(settings, file, dry_run=True)
     assert (counts(dry.files[0]), lake_files(settings), quarantined(settings)) == (
@@ -581,7 +583,7 @@ def test_a_bar_that_is_not_closed_is_refused(universe: Universe, tmp_path: Path)
 
 
 def test_archive_and_venue_that_disagree(sandbox: Any, universe: Universe, tmp_path: Path) -> None:
-    """The venue's bar stays, the archive's is in quarantine, and the difference has both values."""
+    """The venue's bar stays, the archive's lies in quarantine, and both values are told."""
     settings = universe(sandbox[1], until="2024-01-03", now="2024-01-09")
     run_ingest(settings)
     before, asked = lake_files(settings), len(sandbox[0].requests)
@@ -610,10 +612,12 @@ def test_archive_and_venue_that_disagree(sandbox: Any, universe: Universe, tmp_p
     assert receipt.body["differences"][0]["value"] == theirs
 
 
-def test_files_that_disagree_are_both_refused(
+def test_files_that_disagree_are_believed_neither(
     sandbox: Any, universe: Universe, tmp_path: Path
 ) -> None:
-    """A daily and a monthly archive differ in one bar; only that bar is requested again."""
+    """A daily and a monthly archive tell one bar differently; the venue is asked for it, and for
+    nothing else.
+    """
     settings = universe(sandbox[1], since="2024-01-02", until="2024-01-03", now="2024-01-09")
     day = written(tmp_path / NAME, klines(change=cell(8, 60, "123456")))
     month = written(tmp_path / "BTCUSDT-1m-2024-01.zip", klines(window("2024-01-01", "2024-01-07")))
@@ -625,37 +629,37 @@ def test_files_that_disagree_are_both_refused(
         NAME: {"identical": 1439, "conflict": 1},
         month.name: {"stored": 1439, "conflict": 1, "unwanted": outside},
     }
-    every = generate_bars("BTCUSDT", "1m", DAY)
-    assert_bars(stored_bars(settings), every.filter(pl.col("open_time") != at("2024-01-02T01:00")))
+    told = generate_bars("BTCUSDT", "1m", DAY)
+    assert_bars(stored_bars(settings), told.filter(pl.col("open_time") != at("2024-01-02T01:00")))
     assert {
         (row["source"], row["reasons"], row["fields"]["trades"]) for row in quarantined(settings)
     } == {
         (NAME, "conflict", "123456"),
-        (month.name, "conflict", str(every["trades"][60])),
+        (month.name, "conflict", str(told["trades"][60])),
     }
     assert [(d.of, d.value, d.other, d.other_value) for d in done.differences] == [
-        (month.name, str(every["trades"][60]), NAME, "123456")
+        (month.name, str(told["trades"][60]), NAME, "123456")
     ]
     before = len(bar_requests(sandbox[0]))
     run_ingest(settings)
-    assert_bars(stored_bars(settings), every)
+    assert_bars(stored_bars(settings), told)
     assert 0 < len(bar_requests(sandbox[0])) - before <= 2
 
 
-def test_days_in_one_go_and_no_gap_between_files(
+def test_days_in_one_go_and_what_lies_between_files_is_not_told(
     sandbox: Any, universe: Universe, tmp_path: Path
 ) -> None:
-    """Three days of which the third is missing: no file says that it has no bars. A gap inside a
-    day is requested again.
+    """Three days of which the third is missing: nobody says that it has no bars. A hole inside a
+    day is asked for again.
     """
     settings = universe(sandbox[1], until="2024-01-05", now="2024-01-09")
-    gap = ms("2024-01-02T07:00")
+    hole = ms("2024-01-02T07:00")
     days = {}
     for first, last in [("01", "02"), ("02", "03"), ("04", "05")]:
         lines = [
             line
             for line in klines(window(f"2024-01-{first}", f"2024-01-{last}"))
-            if not line.startswith(str(gap))
+            if not line.startswith(str(hole))
         ]
         days[first] = written(tmp_path / f"BTCUSDT-1m-2024-01-{first}.zip", lines)
     with open_context(settings) as context:
@@ -703,10 +707,10 @@ def test_every_row_is_accounted_for_whatever_is_wrong_with_it(
     (tally,) = done.files
     assert tally.file.rows == 1490
     good = generate_bars("BTCUSDT", "1m", DAY)
-    stored = stored_bars(settings)
-    assert stored.height == tally.stored
+    kept = stored_bars(settings)
+    assert kept.height == tally.stored
     assert (
-        stored.join(good, on=NAMES, how="semi", nulls_equal=True).height >= tally.stored - 200
+        kept.join(good, on=COLUMN_NAMES, how="semi", nulls_equal=True).height >= tally.stored - 200
     )  # "0" may pass the rules
     with open_context(settings) as context:
         assert (
@@ -716,12 +720,12 @@ def test_every_row_is_accounted_for_whatever_is_wrong_with_it(
         )
 
 
-# ------------------------------------------------------------ the command and the plan
+# --------------------------------------------------------------------------------- the command, the
 def test_the_command_works_offline_and_dagster_shows_it(
     settings: Settings, instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
-    """Bars, checks and rollups without a venue; a second import changes nothing; a difference sets
-    the exit code.
+    """Bars, checks and rollups without a venue; a second time changes nothing; what differs is told
+    by the exit code.
     """
     month = window("2024-01-01", "2024-02-01")
     file = written(tmp_path / "BTCUSDT-1m-2024-01.zip", klines(month))
@@ -737,7 +741,7 @@ def test_the_command_works_offline_and_dagster_shows_it(
     }
     key = "binance:BTC-USDT|2024-01-01"
     assert shown["raw/ohlcv_1m"] == shown["rollup/ohlcv_1w"] == {key}
-    assert not shown.get("raw/ohlcv_1h")  # no file has it, and nothing was requested
+    assert not shown.get("raw/ohlcv_1h")  # no file told it, and nobody was asked
     written(file, klines(month, change=cell(8, 5, "123456")))
     again = marketdata("import", str(file))
     assert again.returncode == 1, text_of(again)
@@ -757,7 +761,7 @@ def test_a_mistake_is_one_line(settings: Settings, tmp_path: Path) -> None:
         assert words in str(done.exception)
 
 
-def test_the_plan_names_files_that_cost_less(universe: Universe) -> None:
+def test_the_plan_says_where_files_cost_less(universe: Universe) -> None:
     """Closed months of minutes, from the first Tuesday after them; an hourly month is one request
     and needs no file.
     """
@@ -784,7 +788,7 @@ def test_the_plan_names_files_that_cost_less(universe: Universe) -> None:
         )
 
 
-def test_the_plan_names_what_only_files_have(kraken: Settings) -> None:
+def test_the_plan_says_what_only_files_have(kraken: Settings) -> None:
     """Kraken's API has 720 hours: at the end of March 2nd those since February 1st."""
     market = Market("kraken", "BTC/USD")
     with open_context(kraken) as context:
@@ -798,7 +802,7 @@ def test_the_plan_names_what_only_files_have(kraken: Settings) -> None:
     assert "support.kraken.com" in tasks[0].offers[0].url
 
 
-# ------------------------------------------------------------ real files
+# --------------------------------------------------------------------------------- real files
 @needs_shared
 def test_the_real_archives_are_the_exchanges_bars(universe: Universe) -> None:
     folder = SHARED / "marketdata" / "csv_import"

@@ -1,4 +1,4 @@
-"""Each rule with a row that breaks only it, and accounts that always sum."""
+"""Is it right? Each rule beside a row that breaks just it, and the accounts that always sum."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def judge(
 
 
 def reasons(*args: Any, **kwargs: Any) -> list[str]:
-    """Why the only row is rejected; nothing when it is valid."""
+    """Why the only row is refused; nothing when it is kept."""
     judged = judge(*args, **kwargs)
     assert judged.valid.height + judged.rejected.height == 1
     return judged.rejected["reasons"].str.split(" ").to_list()[0] if judged.rejected.height else []
 
 
-# ------------------------------------------------------------ one row, one rule
+# --------------------------------------------------------------------------------- one row, one rul
 BROKEN: dict[str, list[Row]] = {
     "null": [sent(**{column.name: None}) for column in BAR_COLUMNS if not column.optional],
     "not_a_number": [
@@ -204,7 +204,7 @@ def test_the_grid_of_weeks_is_monday(day: str, on_grid: bool):
     )
 
 
-# ------------------------------------------------------------ numbers stay exact
+# --------------------------------------------------------------------------------- nothing is bent,
 _WRITTEN = st.from_regex(r"[+-]?[0-9]{0,4}(\.[0-9]{0,15})?([eE][+-]?[0-9]{1,2})?", fullmatch=True)
 _NUMERALS = st.text("0123456789.eE+-_ ,", max_size=20) | _WRITTEN
 
@@ -216,7 +216,7 @@ def test_a_number_is_kept_exactly_or_refused(texts: list[str]):
         [sent(taker_buy_volume=text, volume="1e25", quote_volume=None) for text in texts]
     )
     for text, value in zip(
-        valid_texts(texts, judged), judged.valid["taker_buy_volume"], strict=True
+        kept_texts(texts, judged), judged.valid["taker_buy_volume"], strict=True
     ):
         try:
             assert Decimal(text) == value
@@ -224,7 +224,7 @@ def test_a_number_is_kept_exactly_or_refused(texts: list[str]):
             pytest.fail(f"{text!r} became {value}")
 
 
-def valid_texts(texts: list[str], judged: SplitRows) -> list[str]:
+def kept_texts(texts: list[str], judged: SplitRows) -> list[str]:
     """The texts that are not among the rejected ones, in order."""
     refused = Counter(
         json.loads(fields)["taker_buy_volume"] for fields in judged.rejected["fields"]
@@ -307,9 +307,9 @@ def test_every_row_ends_in_one_frame_with_the_reasons_that_python_finds(rows: li
     assert [f - u for f, u in zip(found, unsure, strict=True)] == [v for v in verdicts if v]
     refused = [json.loads(fields) for fields in judged.rejected["fields"]]
     assert refused == [as_text(r) for r, v in zip(rows, verdicts, strict=True) if v]
-    valid = judged.valid.drop("answer").with_columns(pl.col("open_time").dt.epoch("ms"))
-    assert valid.rows() == [as_numbers(r) for r, v in zip(rows, verdicts, strict=True) if not v]
-    assert judged.valid.schema == pl.Schema({"answer": pl.Int64(), **SCHEMA})
+    kept = judged.valid.drop("answer").with_columns(pl.col("open_time").dt.epoch("ms"))
+    assert kept.rows() == [as_numbers(r) for r, v in zip(rows, verdicts, strict=True) if not v]
+    assert judged.valid.schema == pl.Schema({"answer": pl.Int64(), **BAR_SCHEMA})
     assert judged.rejected.schema == pl.Schema(REJECTED_SCHEMA)
 
 
@@ -356,13 +356,13 @@ def test_bars_refused_after_all_keep_their_fields():
     assert (Decimal(fields["quote_volume"]), fields["trades"]) == (1030, None)
 
 
-# ------------------------------------------------------------ several answers
+# --------------------------------------------------------------------------------- several answers
 Vote = tuple[int, int, int]
 """An answer's number, a minute, and which variant of the bar it gives."""
 
 
 def ballots(votes: Iterable[Vote]) -> pl.DataFrame:
-    """Valid rows of several answers."""
+    """Kept rows of several answers."""
     votes = list(votes)
     rows = frame(
         row(START + minute * MINUTE, close=Decimal(90 + variant), trades=None)
@@ -455,7 +455,7 @@ def test_two_bars_without_the_same_values_are_one_bar():
     assert (found.bars.height, found.outvoted.height, found.unresolved.height) == (1, 0, 0)
 
 
-# ------------------------------------------------------------ files and stored bars
+# --------------------------------------------------------------------------------- files and stored
 def numbered(*rows: Row) -> pl.DataFrame:
     """Each row as the only row of its file."""
     return frame(rows).select(pl.Series("answer", range(len(rows)), pl.Int64), pl.all())
@@ -504,7 +504,7 @@ def test_values_that_are_not_given_come_from_the_other_frame():
     assert found.columns == rows.columns
 
 
-# ------------------------------------------------------------ the contract of a frame
+# --------------------------------------------------------------------------------- the contract of
 def clean_bars() -> pl.DataFrame:
     """Three bars as they may be stored."""
     return frame(

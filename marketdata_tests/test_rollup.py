@@ -1,4 +1,4 @@
-"""Rollups equal plain sums of Python decimals, and on real bars what the exchange publishes."""
+"""Rollups equal plain sums of Python decimals, and on real bars what the exchange itself publishes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FOREVER = Window(at("2000-01-01"), at("2100-01-01"))
 VOLUMES = ("volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume")
 
 
-# ------------------------------------------------------------ plain Python
+# --------------------------------------------------------------------------------- the same by plai
 def bucket(moment: datetime, tf: Timeframe) -> datetime:
     """The open time of the coarse bar, by the calendar's own fields."""
     day = moment.replace(hour=0, minute=0)
@@ -85,14 +85,14 @@ def vwap(quote: Decimal | None, volume: Decimal) -> Decimal | None:
         return (quote / volume).quantize(Decimal(1).scaleb(-12), ROUND_HALF_EVEN)
 
 
-def random_bars_with_gaps(
-    seed: int, base: Timeframe, start: datetime, count: int, gaps: float, nulls: float
+def holed(
+    seed: int, base: Timeframe, start: datetime, count: int, holes: float, nulls: float
 ) -> list[Row]:
-    """Random bars on the grid of `base`; a share of `gaps` is missing, volumes may be zero, prices
-    have up to 18 digits.
+    """Random bars on the grid of `base`, with holes; volumes may be zero, prices have up to 18
+    digits.
     """
     dice = Random(seed)
-    opens = [start + i * base.width for i in range(count) if dice.random() >= gaps]
+    opens = [start + i * base.width for i in range(count) if dice.random() >= holes]
     rows = random_rows(seed, opens, 18, nulls)
     for r in rows:
         # the average stays among the prices, as the rules demand, and at times there is no trade at
@@ -103,10 +103,8 @@ def random_bars_with_gaps(
 
 
 FRAMES = st.builds(
-    lambda seed, name, offset, count, gaps, nulls: (
-        random_bars_with_gaps(
-            seed, TIMEFRAMES[name], START + offset * TIMEFRAMES[name].width, count, gaps, nulls
-        ),
+    lambda seed, name, offset, count, holes, nulls: (
+        holed(seed, TIMEFRAMES[name], START + offset * TIMEFRAMES[name].width, count, holes, nulls),
         TIMEFRAMES[name],
     ),
     st.integers(0, 10**6),
@@ -135,7 +133,7 @@ def test_rollups_equal_plain_python(made: tuple[list[Row], Timeframe], edges: tu
 @settings(max_examples=25)
 @given(FRAMES)
 def test_step_by_step_equals_in_one_go(made: tuple[list[Row], Timeframe]):
-    """1m -> 5m -> ... -> 1w gives what 1m -> 1w alone gives, in any order of timeframes."""
+    """1m -> 5m -> ... -> 1w gives what 1m -> 1w alone gives, whatever the order asked for."""
     rows, base = made
     coarser = [tf for tf in reversed(COARSER) if tf.width > base.width]
     together = roll_up(frame(rows), base, coarser, whole=FOREVER)
@@ -155,11 +153,7 @@ assert pl.thread_pool_size() == int(os.environ["POLARS_MAX_THREADS"])
 whole = Window(parse_time("2024-01-01"), parse_time("2024-04-01"))
 opens = pl.datetime_range(whole.start, whole.end, "1m", closed="left", time_zone="UTC", eager=True)
 i = pl.int_range(pl.len())
-columns = [
-    (i * (7919 + n) % 10007 + 1).cast(dtype).alias(name)
-    for n, (name, dtype) in enumerate(SCHEMA.items())
-    if n
-]
+columns = [(i * (7919 + n) % 10007 + 1).cast(dtype).alias(name) for n, (name, dtype) in enumerate(BAR_SCHEMA.items()) if n]
 bars = pl.select(opens.alias("open_time")).with_columns(columns).filter(i % 997 > 40)
 for frame in roll_up(bars, TIMEFRAMES["1m"], list(TIMEFRAMES.values())[1:], whole=whole).values():
     frame.write_parquet(f"{sys.argv[1]}/{frame.height}")
@@ -167,8 +161,8 @@ bars.write_parquet(f"{sys.argv[1]}/bars")
 """
 
 
-def test_rollups_do_not_depend_on_the_number_of_threads(tmp_path: Path):
-    """A quarter of minutes, more than polars gives to one thread, beside DuckDB's own sums."""
+def test_rollups_of_many_bars_are_the_same_for_any_number_of_threads(tmp_path: Path):
+    """A quarter of minutes, more than polars hands to one thread, beside DuckDB's own sums."""
     running = []
     for threads in (1, 2, 8):
         (tmp_path / str(threads)).mkdir()
@@ -190,17 +184,15 @@ def test_rollups_do_not_depend_on_the_number_of_threads(tmp_path: Path):
         assert made[0].equals(made[1])
         assert made[0].equals(made[2])
         found = duckdb.sql(
-            "SELECT first(open ORDER BY open_time), max(high), min(low),"
-            " last(close ORDER BY open_time), sum(volume), sum(quote_volume),"
-            " sum(trades)::BIGINT, sum(taker_buy_volume), sum(taker_buy_quote_volume), count(*)"
-            f" FROM read_parquet('{tmp_path}/8/bars')"
-            f" GROUP BY epoch(open_time)::BIGINT // {hours * 3600}"
+            "SELECT first(open ORDER BY open_time), max(high), min(low), last(close ORDER BY open_time),"
+            " sum(volume), sum(quote_volume), sum(trades)::BIGINT, sum(taker_buy_volume), sum(taker_buy_quote_volume), count(*)"
+            f" FROM read_parquet('{tmp_path}/8/bars') GROUP BY epoch(open_time)::BIGINT // {hours * 3600}"
             f" ORDER BY epoch(open_time)::BIGINT // {hours * 3600}"
         ).fetchall()
         assert made[0].select(*COLUMN_NAMES[1:], "bars_present").rows() == found
 
 
-# ------------------------------------------------------------ by hand
+# --------------------------------------------------------------------------------- by hand
 def test_an_hour_by_hand():
     """Three bars of one hour, none in the next, one in the hour after that."""
     rows = [
@@ -296,8 +288,8 @@ def test_the_average_is_rounded_half_to_even():
         ("2024-01-01T01:00", "2024-01-01T01:00", []),
     ],
 )
-def test_a_bucket_that_was_not_wholly_fetched_is_no_bar(start: str, end: str, hours: list[int]):
-    """All 180 minutes are there, but more may exist."""
+def test_a_bucket_that_was_not_wholly_asked_for_is_no_bar(start: str, end: str, hours: list[int]):
+    """All 180 minutes are there, but who knows whether they are all there are."""
     bars = frame(row(moment) for moment in minutes(180))
     made = roll_up(bars, M1, [H1], whole=Window(at(start), at(end)))[H1]
     assert made["open_time"].dt.hour().to_list() == hours
@@ -309,7 +301,7 @@ def test_nothing_comes_of_nothing():
     assert all(f.is_empty() and f.schema == pl.Schema(ROLLUP_SCHEMA) for f in made.values())
 
 
-# ------------------------------------------------------------ what the exchange publishes
+# --------------------------------------------------------------------------------- what the exchang
 SPANS = {
     "2023-02-01_2023-04-30": ("2023-02-01", "2023-05-01"),
     "2024-01-01_2024-02-29": ("2024-01-01", "2024-03-01"),
@@ -353,7 +345,7 @@ def test_rollups_equal_the_native_bars_in_all_nine_columns(
 
 @needs_shared
 def test_the_halt_of_2023_03_24():
-    """No bar from 12:40 to 13:59: none is invented, and the hour before counts what is missing."""
+    """No bar from 12:40 to 13:59: no bar is made up, and the hour before knows what it lacks."""
     made = rolled("BTCUSDT", "1m", "2023-02-01_2023-04-30", "2023-02-01", "2023-05-01", ["1h"])[H1]
     day = made.filter(pl.col("open_time").dt.date() == at("2023-03-24").date())
     assert [hour for hour in range(24) if hour not in day["open_time"].dt.hour()] == [13]
@@ -366,7 +358,7 @@ def test_the_halt_of_2023_03_24():
 
 
 @needs_shared
-def test_the_only_known_difference_is_a_minute_missing_in_the_dump():
+def test_the_only_known_difference_is_a_minute_that_the_dump_lacks():
     """SOL 2023-02-14 16:39 is in the native 15m and 1h bars and not in the 1m dump."""
     span = "2023-02-01_2023-02-28"
     assert at("2023-02-14T16:39") not in real_bars("SOLUSDT", "1m", span)["open_time"]
