@@ -71,7 +71,7 @@ def ui(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path)
         assert server.poll() is None, said.read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
-        stop(server, patience=60)
+        stop(server, grace_seconds=60)
     assert eventually(lambda: not processes_of(tmp_path)), processes_of(tmp_path)
 
 

@@ -308,7 +308,7 @@ def build_outdated(settings: Settings, timeframe: str = "1m") -> list[Consolidat
         return list(
             context.bind(Consolidator).build(
                 TIMEFRAMES[timeframe],
-                list(context.bind(Consolidator).find_outdated(look=True)),
+                list(context.bind(Consolidator).find_outdated(search_lake=True)),
             )
         )
 
@@ -317,7 +317,9 @@ def reasons(settings: Settings) -> dict[str, str]:
     with open_context(settings) as context:
         return {
             partition.key: late.reason
-            for partition, late in context.bind(Consolidator).find_outdated(look=True).items()
+            for partition, late in context.bind(Consolidator)
+            .find_outdated(search_lake=True)
+            .items()
         }
 
 
@@ -822,7 +824,7 @@ def test_retention_keeps_a_series_without_its_raw_months(settings: Settings):
             for removal in context.bind(Retirer).retire()
             if removal.action == RetirementAction.REMOVED
         } == {("raw/ohlcv_1m", "2023-11")}
-        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        assert context.bind(Consolidator).find_outdated(search_lake=True) == {}
         (kept,) = context.bind(Consolidator).build(M1, [Partition(BTC, month_of(at(NOV)))])
         assert (kept.changed, kept.error, kept.bars.height) == (False, None, 3 * 1440)
         assert "it stays as it is" in str(kept.note)
@@ -840,7 +842,7 @@ def test_retention_keeps_a_series_without_its_raw_months(settings: Settings):
             (TABLE.name, "removed"),
             (reconciled_table(M1).name, "removed"),
         }
-        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        assert context.bind(Consolidator).find_outdated(search_lake=True) == {}
     assert {name.partition("/")[0] for name in lake_files(settings)} == {"raw"}
 
 
@@ -865,18 +867,18 @@ def test_the_ledger_finds_changed_gaps_in_both_databases(settings: Settings):
     build_outdated(settings)
     partition = Partition.parse(f"binance:BTC-USDT|{NOV}")
     with open_context(settings) as context:
-        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        assert context.bind(Consolidator).find_outdated(search_lake=True) == {}
         assert context.ledger.consolidations.no_trade_windows(raw_table(M1), partition) == []
         insert_gap(context.ledger, partition, hour=5, cause=GapCause.HALTED)
-        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        assert context.bind(Consolidator).find_outdated(search_lake=True) == {}
         insert_gap(context.ledger, partition, hour=6, cause=GapCause.NO_TRADE)
-        assert set(context.bind(Consolidator).find_outdated(look=True)) == {
+        assert set(context.bind(Consolidator).find_outdated(search_lake=True)) == {
             Partition(BTC, partition.month)
         }
         list(
             context.bind(Consolidator).build(
                 M1,
-                list(context.bind(Consolidator).find_outdated(look=True)),
+                list(context.bind(Consolidator).find_outdated(search_lake=True)),
             )
         )
         # another gap with as many bars replaces it
@@ -887,7 +889,8 @@ def test_the_ledger_finds_changed_gaps_in_both_databases(settings: Settings):
             end="2023-11-28T07:02:00Z",
         )
         assert [
-            late.reason for late in context.bind(Consolidator).find_outdated(look=True).values()
+            late.reason
+            for late in context.bind(Consolidator).find_outdated(search_lake=True).values()
         ] == ["its venues' bars have changed"]
         assert context.ledger.consolidations.no_trade_windows(raw_table(M1), partition) == [
             window("2023-11-28T07:00", "2023-11-28T07:02")
@@ -906,4 +909,4 @@ def test_a_lake_that_is_not_mounted_is_not_changed(
         open_context(settings) as context,
         pytest.raises(StoreFailed, match=r"4 of 4 objects are not in .* is it mounted"),
     ):
-        context.bind(Consolidator).find_outdated(look=True)
+        context.bind(Consolidator).find_outdated(search_lake=True)

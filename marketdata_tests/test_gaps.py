@@ -469,7 +469,7 @@ def test_a_market_that_leaves_its_venue_is_delisted(
         exchange.admin(op="now", now=f"2024-02-0{day}T00:00:30Z")
         later = at_time(settings, f"2024-02-0{day}T00:00:00Z")
         assert all(done.error is None for done in run_ingest(later))
-        found = explain(later, ask=True)
+        found = explain(later, send_requests=True)
         assert [
             ("final" if one.gap.next_request is None else "not final") for one in found
         ] == kinds

@@ -46,37 +46,46 @@ STAGES = ("read", "fetch", "derive", "prove", "operate")
 """The folders of `flows`; each imports only itself and those before it."""
 
 HOMES: dict[str, tuple[str, ...]] = {
-    "dagster": ("defs/", "definitions.py"),
+    "dagster": ("defs/", "dagster_ext/", "definitions.py"),
     "dagster_duckdb": ("defs/",),
-    "dagster_aws": ("defs/",),
-    "ccxt": ("sources/ccxt_rest.py",),
-    "duckdb": ("lake/",),
-    "deltalake": ("lake/",),
-    "psycopg2": ("lake/",),
-    "boto3": ("lake/",),
-    "botocore": ("lake/",),
+    "dagster_celery": ("dagster_ext/",),
+    "dagster_postgres": ("dagster_ext/",),
+    "celery": ("dagster_ext/",),
+    "ccxt": ("sources/",),
+    "aiohttp": ("sources/",),
+    "duckdb": ("storage/",),
+    "deltalake": ("storage/",),
+    "boto3": ("storage/",),
+    "botocore": ("storage/",),
+    "fsspec": ("storage/",),
+    "sqlalchemy": ("ledger/", "dagster_ext/"),
+    "alembic": ("ledger/migrations/",),
+    "psycopg2": ("ledger/",),
     "pandera": ("quality/",),
-    "yaml": ("settings.py", "cli/processes.py"),
-    "celery": ("defs/celery_runs.py",),
-    "dagster_celery": ("defs/celery_runs.py",),
-    "dagster_postgres": ("defs/event_log_postgres.py",),
+    "pydantic": ("settings/", "defs/"),
+    "yaml": ("settings/", "cli/dagster_home.py"),
     "typer": ("cli/",),
     "rich": ("cli/",),
     "apprise": ("notify.py",),
+    "psutil": ("system.py", "cli/supervisor.py"),
+    "fcntl": ("system.py",),
 }
-WARM_UPS = {("defs/worker.py", "ccxt.async_support")}
+"""The rooms and files that may import a framework."""
+WARM_UPS = {("defs/backfill_worker.py", "ccxt.async_support")}
 """Imported by name and not used: so that the first range does not wait for it."""
 
 CLOCKS = re.compile(r"(^|\.)(datetime\.(now|utcnow|today)|date\.today|time\.(time|time_ns|sleep))$")
 ALLOWED_CLOCKS = {
-    ("settings.py", "datetime.now"): "our clock, unless MARKETDATA_NOW replaces it",
-    ("lake/database.py", "time.time"): "how far the clock that all workers share is ahead of ours",
-    ("lake/objects.py", "datetime.now"): "how old an upload is that nobody finished",
-    ("cli/serve.py", "datetime.now"): "the demo shows the months before today",
-    ("sources/ccxt_rest.py", "datetime.now"): "for venues that tell no time",
+    ("settings/universe.py", "datetime.now"): "our clock, unless MARKETDATA_NOW replaces it",
+    ("settings/parts.py", "datetime.now"): "what MARKETDATA_NOW with a speed counts from",
+    ("ledger/postgres.py", "time.time"): "how far the server's clock is ahead of ours",
+    ("storage/s3.py", "datetime.now"): "how old an unfinished upload is",
+    ("cli/demo.py", "datetime.now"): "the demo shows the months before today",
+    ("sources/ccxt_rest.py", "datetime.now"): "for venues without a clock",
     ("sources/ccxt_rest.py", "time.time"): "when a request was sent, for the fetch log",
-    ("sources/sandbox.py", "time.time_ns"): "the exchange's own clock, unless one comes in by hand",
-    ("sources/guards.py", "time.time"): "the default of a clock that comes in by hand",
+    ("sources/ccxt_errors.py", "time.time"): "a Retry-After may be a date",
+    ("sources/guards.py", "time.time"): "the default of a clock that is a parameter",
+    ("sources/sandbox/server.py", "time.time_ns"): "the exchange's clock, unless it is a parameter",
 }
 
 
