@@ -72,7 +72,7 @@ def find_problems(settings: Settings) -> dict[str, Problem]:
 
 def record_failure(ledger: Ledger, settings: Settings) -> None:
     """Write down that an ingest of BTC failed."""
-    failure = IngestFailure(RAW, BTC, BTC.month, error="it says no", fetches=[], now=settings.now())
+    failure = IngestFailure(RAW, BTC, BTC.month, error="HTTP 403", fetches=[], now=settings.now())
     ledger.partitions.record_failure(failure)
 
 
@@ -194,7 +194,7 @@ def test_three_failures_of_a_market_and_an_open_breaker_are_problems(full_lake: 
     problems = find_problems(full_lake)
     assert set(problems) == {"breaker|binance", "failing|binance:BTC-USDT"}
     assert problems["breaker|binance"].severity == "critical"
-    assert problems["failing|binance:BTC-USDT"].body == "it says no"
+    assert problems["failing|binance:BTC-USDT"].body == "HTTP 403"
     with open_context(full_lake) as context:
         context.ledger.venues.record("binance", True, context.clock())
     assert set(find_problems(full_lake)) == {"failing|binance:BTC-USDT"}
@@ -204,7 +204,7 @@ def test_parked_partitions_and_red_checks_are_problems(full_lake: Settings) -> N
     past = Partition.parse("binance:BTC-USDT|2023-12-01")
     with open_context(full_lake) as context:
         context.ledger.attempts.add([(past, "never fetched")], full_lake.now())
-        context.ledger.attempts.park([(past, "failed: it says no")], full_lake.now())
+        context.ledger.attempts.park([(past, "failed: HTTP 403")], full_lake.now())
         set_check(context.ledger, past, "gaps", CheckFailure(False, "7 bars are missing"))
         set_check(context.ledger, BTC, "gaps", CheckFailure(False, "2 bars are missing"))
         set_check(context.ledger, BTC, "ohlc", CheckFailure(True, "1 bars break a rule"))

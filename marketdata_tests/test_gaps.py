@@ -35,7 +35,7 @@ from marketdata_tests.samples import BTC, dump, frame, row
 from marketdata_tests.steps import at, lake_files, partitions, run_ingest, window
 
 M1, M15, H1 = TIMEFRAMES["1m"], TIMEFRAMES["15m"], TIMEFRAMES["1h"]
-HOLE = window("2023-03-24T12:40", "2023-03-24T14:00")
+HALT = window("2023-03-24T12:40", "2023-03-24T14:00")
 
 
 # --------------------------------------------------------------------------------- sums
@@ -434,7 +434,7 @@ def test_a_reopened_gap_is_fetched_and_then_explained(
             match=r"begins at 2023-03-24T12:41:00Z; the nearest is --start 2023-03-24T12:40:00Z",
         ):
             context.bind(GapExplainer).reopen(BTC, at("2023-03-24T12:41"))
-        opened = context.bind(GapExplainer).reopen(BTC, HOLE.start)
+        opened = context.bind(GapExplainer).reopen(BTC, HALT.start)
         assert [one.gap.bars for one in opened] == [80]
     assert [one.gap.kind for one in explain(settings)] == [UNEXPLAINED, GapCause.HALTED]
     with open_context(settings) as context:
