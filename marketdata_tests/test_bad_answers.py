@@ -1,5 +1,5 @@
-"""Bad answers against a partition that is stored already: each once and then good ones, and each for
-ever.
+"""Bad answers against a partition that is stored already: each once and then good ones, and each
+for ever.
 
 Half of the span is stored; the other half is asked for while the exchange answers badly. Once: the
 partition ends exactly as the truth. For ever: not one stored bar changes, and the error, the gap or
@@ -968,8 +968,8 @@ ROWS_GENERIC = (
 
 @pytest.fixture
 def generic(universe: Universe) -> Iterator[tuple[Settings, list[Bad | None]]]:
-    """A venue that goes through `fetch_ohlcv`, four of ten hours stored, and how it answers about the
-    rest.
+    """A venue that goes through `fetch_ohlcv`, four of ten hours stored, and how it answers about
+    the rest.
     """
     how: list[Any] = [None]
 
@@ -1034,8 +1034,8 @@ def test_fetch_ohlcv(generic: tuple[Settings, list[Bad | None]], fault: Fault) -
 def test_one_answer_from_another_day_stops_nothing(
     generic: tuple[Settings, list[Bad | None]],
 ) -> None:
-    """The first of five pages is answered with bars of two days later; all pages are asked, and all is
-    the truth.
+    """The first of five pages is answered with bars of two days later; all pages are asked, and all
+    is the truth.
     """
     settings, how = generic
     shorter = {
@@ -1057,8 +1057,8 @@ def test_one_answer_from_another_day_stops_nothing(
 
 @ids(BELIEVABLE[1:])
 def test_always_believable_about_earlier_days(stage: Stage, fault: Fault) -> None:
-    """The same when the universe grows to earlier days: the stored bars are then the witnesses on the
-    other side.
+    """The same when the universe grows to earlier days: the stored bars are then the witnesses on
+    the other side.
     """
     earlier = {
         name: venue.model_copy(

@@ -130,8 +130,8 @@ LONG = "12345678.123456789012"
 
 
 def test_json_numbers_keep_every_digit(universe: Universe) -> None:
-    """Venues that send numbers and not text: 20 digits, exponents, whole numbers; a float would have
-    lost them.
+    """Venues that send numbers and not text: 20 digits, exponents, whole numbers; a float would
+    have lost them.
     """
     start = ms("2024-01-01") // 1000
     rows = [
@@ -192,8 +192,8 @@ NOT_GIVEN = ("quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volu
 
 @needs_shared
 def test_kraken(replay: Callable[..., Any], universe: Universe) -> None:
-    """The last 12 hours that Kraken keeps; its own flat bars where nobody traded; mid-minute, so the
-    last one is open.
+    """The last 12 hours that Kraken keeps; its own flat bars where nobody traded; mid-minute, so
+    the last one is open.
     """
     exchange = replay("2023-03-10T12:00:30Z", kraken_rate=0)
     settings = universe(
@@ -672,8 +672,8 @@ def grep(folder: Path, words: Iterable[str]) -> list[tuple[Path, str]]:
 def test_requests_carry_no_key(
     universe: Universe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keys in the environment reach neither the exchange, nor an error, nor a file, on good days and
-    on bad ones.
+    """Keys in the environment reach neither the exchange, nor an error, nor a file, on good days
+    and on bad ones.
     """
     for name, word in CANARIES.items():
         monkeypatch.setenv(name, word)
@@ -726,8 +726,8 @@ def test_a_key_in_base_url_is_refused_and_not_repeated(universe: Universe, url: 
 def test_the_deadline_has_a_seam(
     universe: Universe, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
 ) -> None:
-    """Tests that need a short deadline replace the class that the context opens; this one proves that
-    it is used.
+    """Tests that need a short deadline replace the class that the toolbox opens; this one proves
+    that it is used.
     """
     built: list[Any] = []
 

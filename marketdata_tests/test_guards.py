@@ -92,8 +92,8 @@ Script = Iterable[Exception | None]
 
 
 class FakeVenue:
-    """Answers by script (None is a good answer, and so is all that follows it), and knows when it was
-    asked.
+    """Answers by script (None is a good answer, and so is all that follows it), and knows when it
+    was asked.
     """
 
     page_size = 123
@@ -191,8 +191,8 @@ def test_a_good_answer_costs_one_request_and_no_wait(world: World, ledger: Ledge
 
 
 def test_retries_back_off_exponentially(world: World, ledger: Ledger) -> None:
-    """0.5, 1, 2, 4, 8 seconds at full jitter; then the sixth answer counts, and all six requests are
-    told.
+    """0.5, 1, 2, 4, 8 seconds at full jitter; then the sixth answer counts, and all six requests
+    are told.
     """
     venue = FakeVenue(world, [retry(), Garbled("binance: text"), retry(), retry(), retry()])
     (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
@@ -324,8 +324,8 @@ def test_a_shorter_pause_does_not_end_a_longer_one(world: World, ledger: Ledger)
 
 
 def test_a_ban_beyond_our_patience_is_venue_down(world: World, ledger: Ledger) -> None:
-    """Told at once, with the moment it ends, by whoever asked and by whoever comes later; nobody sends
-    a request.
+    """Told at once, with the moment it ends, by whoever asked and by whoever comes later; nobody
+    sends a request.
     """
     venue = FakeVenue(world, [Wait("binance: HTTP 418", 7200)])
     guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
@@ -349,8 +349,8 @@ def test_a_ban_beyond_our_patience_tells_its_requests(world: World, ledger: Ledg
 def test_a_venue_that_asks_for_patience_for_ever_is_given_up(
     world: World, ledger: Ledger, seconds: float
 ) -> None:
-    """`longest_wait` bounds one request's waiting in all, and a Retry-After of 0 is no invitation to
-    hammer.
+    """`longest_wait` bounds one request's waiting in all, and a Retry-After of 0 is no invitation
+    to hammer.
     """
     venue = FakeVenue(world, for_ever(lambda: Wait("binance: HTTP 429", seconds)))
     (error,) = world.run(
@@ -379,8 +379,8 @@ def test_an_absurd_retry_after_is_an_error_of_ours(
 
 
 class WeighedVenue(FakeVenue):
-    """Binance's count: `weight` a request, so much allowed in each of its minutes, 429 beyond. `meter`
-    is shared.
+    """Binance's count: `weight` a request, so much allowed in each of its minutes, 429 beyond.
+    `meter` is shared.
     """
 
     def __init__(self, world: World, limit: int, weight: int, meter: dict[int, int]) -> None:

@@ -1,5 +1,5 @@
-"""Imports: what a file says is what is stored, what is wrong with it is told by line, and the venue's
-bars stay.
+"""Imports: what a file says is what is stored, what is wrong with it is told by line, and the
+venue's bars stay.
 """
 
 from __future__ import annotations
@@ -649,8 +649,8 @@ def test_files_that_disagree_are_believed_neither(
 def test_days_in_one_go_and_what_lies_between_files_is_not_told(
     sandbox: Any, universe: Universe, tmp_path: Path
 ) -> None:
-    """Three days of which the third is missing: nobody says that it has no bars. A hole inside a day
-    is asked for again.
+    """Three days of which the third is missing: nobody says that it has no bars. A hole inside a
+    day is asked for again.
     """
     settings = universe(sandbox[1], until="2024-01-05", now="2024-01-09")
     hole = ms("2024-01-02T07:00")
@@ -724,8 +724,8 @@ def test_every_row_is_accounted_for_whatever_is_wrong_with_it(
 def test_the_command_works_offline_and_dagster_shows_it(
     settings: Settings, instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
-    """Bars, checks and rollups without a venue; a second time changes nothing; what differs is told by
-    the exit code.
+    """Bars, checks and rollups without a venue; a second time changes nothing; what differs is told
+    by the exit code.
     """
     month = window("2024-01-01", "2024-02-01")
     file = written(tmp_path / "BTCUSDT-1m-2024-01.zip", klines(month))
@@ -762,8 +762,8 @@ def test_a_mistake_is_one_line(settings: Settings, tmp_path: Path) -> None:
 
 
 def test_the_plan_says_where_files_cost_less(universe: Universe) -> None:
-    """Closed months of minutes, from the first Tuesday after them; an hourly month is one request and
-    needs no file.
+    """Closed months of minutes, from the first Tuesday after them; an hourly month is one request
+    and needs no file.
     """
     settings = universe(NOWHERE, since="2024-01-10", now="2024-03-05", extra="reference: [1h]")
     with open_context(settings) as context:

@@ -377,8 +377,8 @@ def test_the_only_known_difference_is_a_minute_that_the_dump_lacks():
 
 @needs_shared
 def test_hours_that_the_exchange_published_roll_up_to_its_four_hours():
-    """In 2020 Binance summed quote volumes as floats: our exact sums differ from its own in the last
-    digit or two.
+    """In 2020 Binance summed quote volumes as floats: our exact sums differ from its own in the
+    last digit or two.
     """
     made = rolled("BTCUSDT", "1h", "2020-02-01_2020-03-31", "2020-02-01", "2020-04-01", ["4h"])[
         TIMEFRAMES["4h"]
@@ -393,8 +393,8 @@ def test_hours_that_the_exchange_published_roll_up_to_its_four_hours():
 @needs_shared
 @pytest.mark.parametrize("symbol", ["BTCUSDT", "ETHUSDT"])
 def test_rollups_equal_the_bars_of_the_api(symbol: str):
-    """The API's own 5m to 1w as floats; its last week reaches beyond the minutes we have, so it is no
-    bar of ours.
+    """The API's own 5m to 1w as floats; its last week reaches beyond the minutes we have, so it is
+    no bar of ours.
     """
     span = "2024-01-01_2024-02-29"
     five, names = list(COLUMN_NAMES[:6]), ["5m", "15m", "1h", "4h", "1d", "1w"]

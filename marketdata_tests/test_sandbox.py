@@ -246,8 +246,8 @@ def test_halts_are_shared_and_holes_are_not() -> None:
 
 
 def test_quiet_stretches_are_flat() -> None:
-    """A minute without volume stands at the last price, even where a page begins in the middle of the
-    stretch.
+    """A minute without volume stands at the last price, even where a page begins in the middle of
+    the stretch.
     """
     rows = pages("SHIBUSDT", ms("2024-03-09"), ms("2024-03-23"))
     quiet = [row for row in rows if row[5] == "0.00000000"]
@@ -429,8 +429,8 @@ def test_exchange_info_knows_its_markets_and_their_listing() -> None:
 
 
 def test_weight_is_counted_by_the_clock_minute() -> None:
-    """429 with Retry-After above the limit, forgotten in the next minute even while the market's clock
-    is frozen.
+    """429 with Retry-After above the limit, forgotten in the next minute even while the market's
+    clock is frozen.
     """
     wall = [ms("2030-01-01T00:00:40.500")]
     with serve_in_thread(

@@ -260,8 +260,8 @@ def _venue_differences(
     start = max(wanted.since, lock.span.start)
     end = min(wanted.until or lock.as_of, lock.as_of, lock.span.end)
     if venue.since > start:
-        wanted, locked = format_time(venue.since), format_time(start)
-        yield f"it wants {name} since {wanted}, and the lock holds it since {locked}"
+        since = format_time(venue.since)
+        yield f"it wants {name} since {since}, and the lock holds it since {format_time(start)}"
     if venue.until and venue.until < end:
-        wanted, locked = format_time(venue.until), format_time(end)
-        yield f"it wants {name} until {wanted}, and the lock holds it until {locked}"
+        until = format_time(venue.until)
+        yield f"it wants {name} until {until}, and the lock holds it until {format_time(end)}"
