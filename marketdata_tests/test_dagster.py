@@ -354,7 +354,7 @@ def test_materialized_from_the_ui_through_the_real_daemon(
             for market in settings.markets:
                 states = context.ledger.partitions.of_market(raw_table(TIMEFRAMES["1m"]), market)
                 assert [state.complete for state in states.values()] == [True, True]
-                assert all(state.rolled == state.digest for state in states.values())
+                assert all(s.rollup_source_digest == s.digest for s in states.values())
     finally:
         group = descendants(server.pid)
         server.send_signal(signal.SIGTERM)
