@@ -15,7 +15,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from marketdata_assets.charts.lines import draw_differences as drawn
+from marketdata_assets.charts.lines import draw_differences
 from marketdata_assets.context import open_context
 from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
@@ -28,7 +28,8 @@ from marketdata_assets.flows.prove.reconcile import check_reconciled
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import COLUMN_NAMES
-from marketdata_assets.model.gap import GapCause
+from marketdata_assets.model.finding import FindingSeverity
+from marketdata_assets.model.gap import GapCause, GapStatus
 from marketdata_assets.model.market import CONSOLIDATED_VENUE, Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import consolidated_table, raw_table, reconciled_table
@@ -125,7 +126,7 @@ def closes(*values: str | None, volume: int = 1) -> pl.DataFrame:
     return frame(row(m, close=v, volume=Decimal(volume)) for m, v in given)
 
 
-def test_basis_points_by_hand():
+def test_basis_points_equal_a_calculation_by_hand():
     found = compare_pair(
         closes("100.25", "101", None, "99", "100"), closes("100", "101", "100", "100", "102"), M1
     )
@@ -157,7 +158,7 @@ def test_basis_points_equal_fractions():
         assert abs(Fraction(found) - exact) <= Fraction(1, 10_000) + abs(exact) / 10**12
 
 
-def test_a_bar_without_trades_is_no_opinion():
+def test_a_bar_without_trades_is_not_compared():
     assert compare_pair(closes("100", volume=0), closes("150"), M1).is_empty()
     assert compare_pair(closes("150"), closes("100", volume=0), M1).is_empty()
 
@@ -198,11 +199,13 @@ def test_the_picture_of_differences_is_small():
         )
         for venue, shift in (("a", 1), ("b", 2))
     }
-    picture = drawn(compare_venues(bars, TIMEFRAMES["1h"]), month_of(START), 25, 100)
+    picture = draw_differences(compare_venues(bars, TIMEFRAMES["1h"]), month_of(START), 25, 100)
     assert picture.startswith("![differences](data:image/svg+xml")
     assert len(picture) < 1000
     assert (
-        drawn(compare_venues({"a": frame([]), "b": frame([])}, M1), month_of(START), 25, 100)
+        draw_differences(
+            compare_venues({"a": frame([]), "b": frame([])}, M1), month_of(START), 25, 100
+        )
         == "no two venues"
     )
 
@@ -305,7 +308,7 @@ def build_outdated(settings: Settings, timeframe: str = "1m") -> list[Consolidat
         return list(
             context.bind(Consolidator).build(
                 TIMEFRAMES[timeframe],
-                list(context.bind(Consolidator).find_outdated(look=True)),
+                list(context.bind(Consolidator).find_outdated(search_lake=True)),
             )
         )
 
@@ -314,7 +317,9 @@ def reasons(settings: Settings) -> dict[str, str]:
     with open_context(settings) as context:
         return {
             partition.key: late.reason
-            for partition, late in context.bind(Consolidator).find_outdated(look=True).items()
+            for partition, late in context.bind(Consolidator)
+            .find_outdated(search_lake=True)
+            .items()
         }
 
 
@@ -336,7 +341,7 @@ MARCH = "consolidated:BTC-USDT|2023-03-01"
 
 
 def true_closes(exchange: Any, end: str) -> list[tuple[datetime, Decimal, str]]:
-    """Return the close of each minute by the exchange: of Coinbase, else of Binance.US.
+    """Return the close of each minute by the exchange's truth: of Coinbase, else of Binance.US.
 
     Binance.US has every minute.
     """
@@ -350,7 +355,8 @@ def true_closes(exchange: Any, end: str) -> list[tuple[datetime, Decimal, str]]:
 def set_gap_causes(settings: Settings, cause: str, which: str) -> int:
     """Write a cause for some gaps into the ledger; return their number."""
     with open_context(settings) as context:
-        return run_sql(context.ledger, f"UPDATE gaps SET cause = :cause WHERE {which}", cause=cause)
+        change = f"UPDATE gaps SET cause = :cause, status = :status WHERE {which}"
+        return run_sql(context.ledger, change, cause=cause, status=GapStatus.EXPLAINED)
 
 
 def no_trade_at_coinbase(settings: Settings) -> list[Window]:
@@ -447,9 +453,12 @@ def test_another_venue_replaces_the_first_one_only_while_it_is_down(
 
 
 @needs_shared
-@pytest.mark.parametrize(("factor", "severity", "red"), [(1.005, "warning", 0), (1.02, "error", 1)])
+@pytest.mark.parametrize(
+    ("factor", "severity", "red"),
+    [(1.005, FindingSeverity.WARNING, 0), (1.02, FindingSeverity.ERROR, 1)],
+)
 def test_a_planted_difference_is_found(
-    replay: Callable[..., Any], write: Make, factor: float, severity: str, red: int
+    replay: Callable[..., Any], write: Make, factor: float, severity: FindingSeverity, red: int
 ) -> None:
     """One close of Binance.US is restated 0.5 or 2 % higher; other minutes are within 25 bp."""
     exchange = replay("2023-03-05T12:00:30Z", kraken_rate=0, coinbase_rate=0)
@@ -647,9 +656,10 @@ def test_the_check_shows_a_difference_and_a_failure_stops_no_other_partition(
     assert len(metadata["rows"].records) == 20
     assert metadata["differences"].startswith("![differences]")
     with open_context(settings) as context:
+        # a lost object is no failure of the partition
         assert {
             key: count for key, (count, _) in context.ledger.partitions.failure_streaks().items()
-        } == {}  # lost is not to blame on anybody
+        } == {}
         state = context.ledger.partitions.get(
             TABLE, Partition.parse(f"consolidated:ETH-USDT|{NOV}")
         )
@@ -808,14 +818,13 @@ def test_retention_keeps_a_series_without_its_raw_months(settings: Settings):
     }
     old = settings.model_copy(update={"retention": {"raw/ohlcv_1m": 5}})
     with open_context(old) as context:
-        rolled = "UPDATE partitions SET rolled = digest WHERE tbl = 'raw/ohlcv_1m'"
-        run_sql(context.ledger, rolled)
+        run_sql(context.ledger, "UPDATE partitions SET rolled = digest WHERE tbl = 'raw/ohlcv_1m'")
         assert {
             (removal.table.name, removal.partition.month_key[:7])
             for removal in context.bind(Retirer).retire()
             if removal.action == RetirementAction.REMOVED
         } == {("raw/ohlcv_1m", "2023-11")}
-        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        assert context.bind(Consolidator).find_outdated(search_lake=True) == {}
         (kept,) = context.bind(Consolidator).build(M1, [Partition(BTC, month_of(at(NOV)))])
         assert (kept.changed, kept.error, kept.bars.height) == (False, None, 3 * 1440)
         assert "it stays as it is" in str(kept.note)
@@ -824,7 +833,8 @@ def test_retention_keeps_a_series_without_its_raw_months(settings: Settings):
         for name, content in lake_files(settings).items()
         if not name.startswith("raw/")
     } == before
-    short = old.model_copy(update={"retention": {TABLE.name: 5, reconciled_table(M1).name: 5}})
+    retention = {TABLE.name: 5, reconciled_table(M1).name: 5}
+    short = old.model_copy(update={"retention": retention})
     with open_context(short) as context:
         assert {
             (removal.table.name, removal.action) for removal in context.bind(Retirer).retire()
@@ -832,17 +842,17 @@ def test_retention_keeps_a_series_without_its_raw_months(settings: Settings):
             (TABLE.name, "removed"),
             (reconciled_table(M1).name, "removed"),
         }
-        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        assert context.bind(Consolidator).find_outdated(search_lake=True) == {}
     assert {name.partition("/")[0] for name in lake_files(settings)} == {"raw"}
 
 
-def insert_gap(ledger: Ledger, partition: Partition, *, hour: int, cause: GapCause) -> None:
-    """Write a gap of two minutes on 2023-11-28 into the ledger."""
+def insert_gap(ledger: Ledger, partition: Partition, hour: int, cause: GapCause) -> None:
+    """Insert a gap of two bars on the 28th of November into the ledger's table."""
     run_sql(
         ledger,
         'INSERT INTO gaps (tbl, market, month, start, "end", bars, reason, answers, evidence,'
-        " cause)"
-        " VALUES ('raw/ohlcv_1m', :market, :month, :start, :end, 2, 'no_bars', 2, '', :cause)",
+        " cause, status) VALUES ('raw/ohlcv_1m', :market, :month, :start, :end, 2, 'no_bars', 2,"
+        " '', :cause, 'explained')",
         market=partition.market.key,
         month=partition.month_key,
         start=f"2023-11-28T{hour:02}:00:00Z",
@@ -857,30 +867,30 @@ def test_the_ledger_finds_changed_gaps_in_both_databases(settings: Settings):
     build_outdated(settings)
     partition = Partition.parse(f"binance:BTC-USDT|{NOV}")
     with open_context(settings) as context:
-        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        assert context.bind(Consolidator).find_outdated(search_lake=True) == {}
         assert context.ledger.consolidations.no_trade_windows(raw_table(M1), partition) == []
         insert_gap(context.ledger, partition, hour=5, cause=GapCause.HALTED)
-        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        assert context.bind(Consolidator).find_outdated(search_lake=True) == {}
         insert_gap(context.ledger, partition, hour=6, cause=GapCause.NO_TRADE)
-        assert set(context.bind(Consolidator).find_outdated(look=True)) == {
+        assert set(context.bind(Consolidator).find_outdated(search_lake=True)) == {
             Partition(BTC, partition.month)
         }
         list(
             context.bind(Consolidator).build(
                 M1,
-                list(context.bind(Consolidator).find_outdated(look=True)),
+                list(context.bind(Consolidator).find_outdated(search_lake=True)),
             )
         )
         # another gap with as many bars replaces it
         run_sql(
             context.ledger,
-            'UPDATE gaps SET start = :start, "end" = :end WHERE cause = :cause',
+            "UPDATE gaps SET start = :start, \"end\" = :end WHERE cause = 'no_trade'",
             start="2023-11-28T07:00:00Z",
             end="2023-11-28T07:02:00Z",
-            cause=GapCause.NO_TRADE,
         )
         assert [
-            late.reason for late in context.bind(Consolidator).find_outdated(look=True).values()
+            late.reason
+            for late in context.bind(Consolidator).find_outdated(search_lake=True).values()
         ] == ["its venues' bars have changed"]
         assert context.ledger.consolidations.no_trade_windows(raw_table(M1), partition) == [
             window("2023-11-28T07:00", "2023-11-28T07:02")
@@ -899,4 +909,4 @@ def test_a_lake_that_is_not_mounted_is_not_changed(
         open_context(settings) as context,
         pytest.raises(StoreFailed, match=r"4 of 4 objects are not in .* is it mounted"),
     ):
-        context.bind(Consolidator).find_outdated(look=True)
+        context.bind(Consolidator).find_outdated(search_lake=True)
