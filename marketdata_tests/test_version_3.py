@@ -98,7 +98,7 @@ def read(name: str, text: str) -> Any:
 
 
 def fields(value: Any, path: str = "") -> dict[str, Any]:
-    """Return every leaf by its place, `[3].proof.requests[0].rows`; an empty list is a leaf, too."""
+    """Return every leaf by its place, `[3].proof.requests[0].rows`; an empty list is one too."""
     if isinstance(value, dict) and value:
         return {
             place: leaf
