@@ -232,7 +232,7 @@ def main() -> None:
                         for m in settings.markets
                         for p in settings.partitions([m], settings.span(m))
                     ],
-                    ask=True,
+                    send_requests=True,
                 )
                 explained = time.perf_counter()
                 found = context.bind(GapExplainer).list_gaps(

@@ -57,7 +57,8 @@ def open_context(
     """Open everything that these settings name, and close it at the end.
 
     `connect` opens the DuckDB file instead of ours (Dagster brings its own resource).
-    With `for_reading`, a state folder that cannot be written is read from a copy. `on_progress` receives the answers of venues, from the thread of the requests.
+    With `for_reading`, a state folder that cannot be written is read from a copy. `on_progress`
+    receives the answers of venues, from the thread of the requests.
     """
     policy = policy or RetryPolicy()
     ledger = Ledger(settings.state, reveal_secret(settings.database), for_reading=for_reading)

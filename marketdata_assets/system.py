@@ -135,14 +135,14 @@ def start_module(
     return child
 
 
-def stop(*processes: subprocess.Popen[str], patience: float = 15.0) -> None:
+def stop(*processes: subprocess.Popen[str], grace_seconds: float = 15.0) -> None:
     """End children of `start_module` and all that stayed in their sessions.
 
-    All are asked at once; after `patience` seconds whatever is left is killed.
+    All are asked at once; after `grace_seconds` seconds whatever is left is killed.
     """
     for process in processes:
         signal_group(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + grace_seconds
     for process in processes:
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))

@@ -14,7 +14,10 @@ from marketdata_assets.context import open_context
 from marketdata_assets.flows.operate.alerts import AlertCenter, run_problem, unknown_runs
 from marketdata_assets.flows.operate.health import HealthInspector
 from marketdata_assets.flows.operate.prune import delete_old_records
+from marketdata_assets.ledger.checks import CheckFailure
 from marketdata_assets.ledger.incidents import Problem
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.records import IngestFailure
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -22,7 +25,6 @@ from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 from marketdata_tests.steps import at, run_derive, run_ingest, serving
-from marketdata_tests.test_missed import at_time
 
 RAW = raw_table(TIMEFRAMES["1m"])
 NOW = "2024-01-10T00:00:00Z"
@@ -44,6 +46,13 @@ def full_lake(settings: Settings) -> Settings:
     return settings
 
 
+def at_time(settings: Settings, now: str) -> Settings:
+    assert settings.clock
+    return settings.model_copy(
+        update={"clock": settings.clock.model_copy(update={"start": at(now)})}
+    )
+
+
 def alert_lines(settings: Settings) -> list[dict[str, str]]:
     file = Path(settings.state, "alerts.jsonl")
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -59,6 +68,18 @@ def update_incidents(
 def find_problems(settings: Settings) -> dict[str, Problem]:
     with open_context(settings) as context:
         return {problem.key: problem for problem in context.bind(AlertCenter).find_problems()}
+
+
+def record_failure(ledger: Ledger, settings: Settings) -> None:
+    """Write down that an ingest of BTC failed."""
+    failure = IngestFailure(RAW, BTC, BTC.month, error="HTTP 403", fetches=[], now=settings.now())
+    ledger.partitions.record_failure(failure)
+
+
+def set_check(
+    ledger: Ledger, partition: Partition, name: str, failure: CheckFailure | None
+) -> None:
+    ledger.checks.set(RAW, partition, name, failure=failure, now=at(NOW))
 
 
 # --------------------------------------------------------------------------------- incidents
@@ -103,19 +124,19 @@ def test_a_channel_that_is_down_gets_alerts_later_and_delays_no_other(settings: 
     with serving(hook) as url:
         secret = SecretStr(url.replace("http://", "json://") + "/secret-token")
         hooked = settings.model_copy(update={"alerts": (secret,)})
-        assert settled(hooked, [WRONG]) == (1, 0)
-        assert settled(hooked, []) == (0, 1)
-        assert [line["event"] for line in lines(settings)] == ["opened", "recovered"]
+        assert update_incidents(hooked, [STALE]) == (1, 0)
+        assert update_incidents(hooked, []) == (0, 1)
+        assert [line["event"] for line in alert_lines(settings)] == ["opened", "recovered"]
         with open_context(hooked) as context:
             ((channel, (waiting, why)),) = context.ledger.incidents.backlogs().items()
         assert (channel, waiting) == ("json-1", 1)  # the second waits behind the first
         assert "secret-token" not in why
         down = False
-        assert settled(hooked, []) == (0, 0)
-    assert [message["title"] for message in told] == ["x is stale", "Recovered: x is stale"]
+        assert update_incidents(hooked, []) == (0, 0)
+    assert [message["title"] for message in received] == ["x is stale", "Recovered: x is stale"]
     with open_context(hooked) as context:
         assert context.ledger.incidents.backlogs() == {}
-    assert len(lines(settings)) == 2
+    assert len(alert_lines(settings)) == 2
 
 
 def test_old_incidents_are_removed_and_open_ones_stay(settings: Settings) -> None:
@@ -124,28 +145,19 @@ def test_old_incidents_are_removed_and_open_ones_stay(settings: Settings) -> Non
     update_incidents(settings, [other])
     later = at_time(settings, "2024-01-30T00:00:00Z")
     with open_context(later) as context:
-        assert (
-            delete_old_records(context.settings, context.ledger, context.clock, days=30)[
-                "incidents"
-            ]
-            == 0
-        )
-        assert (
-            delete_old_records(
-                context.settings, context.ledger, context.clock, days=14, dry_run=True
-            )["incidents"]
-            == 1
-        )
+
+        def delete_incidents(days: float, dry_run: bool = False) -> int:
+            counts = delete_old_records(
+                context.settings, context.ledger, context.clock, days=days, dry_run=dry_run
+            )
+            return counts["incidents"]
+
+        assert delete_incidents(30) == 0
+        assert delete_incidents(14, dry_run=True) == 1
         assert len(context.ledger.incidents.history(9)) == 2
-        assert (
-            delete_old_records(context.settings, context.ledger, context.clock, days=14)[
-                "incidents"
-            ]
-            == 1
-        )
-        assert [incident.problem.key for incident in context.ledger.incidents.history(9)] == [
-            "stale|y"
-        ]
+        assert delete_incidents(14) == 1
+        remaining = context.ledger.incidents.history(9)
+        assert [incident.problem.key for incident in remaining] == ["stale|y"]
 
 
 # --------------------------------------------------------------------------------- problems
@@ -176,28 +188,28 @@ def test_the_limits_of_freshness_come_from_the_universe(
 def test_three_failures_of_a_market_and_an_open_breaker_are_problems(full_lake: Settings) -> None:
     with open_context(full_lake) as context:
         for _ in range(3):
-            context.ledger.fail(RAW, BTC, BTC.month, "it says no", [], full_lake.now())
+            record_failure(context.ledger, full_lake)
         for _ in range(30):
-            context.ledger.venues.record("binance", False, context.policy.clock())
-    wrong = found(filled)
-    assert set(wrong) == {"breaker|binance", "failing|binance:BTC-USDT"}
-    assert wrong["breaker|binance"].severity == "critical"
-    assert wrong["failing|binance:BTC-USDT"].body == "it says no"
-    with open_context(filled) as context:
-        context.ledger.venues.record("binance", True, context.policy.clock())
-    assert set(found(filled)) == {"failing|binance:BTC-USDT"}
+            context.ledger.venues.record("binance", False, context.clock())
+    problems = find_problems(full_lake)
+    assert set(problems) == {"breaker|binance", "failing|binance:BTC-USDT"}
+    assert problems["breaker|binance"].severity == "critical"
+    assert problems["failing|binance:BTC-USDT"].body == "HTTP 403"
+    with open_context(full_lake) as context:
+        context.ledger.venues.record("binance", True, context.clock())
+    assert set(find_problems(full_lake)) == {"failing|binance:BTC-USDT"}
 
 
 def test_parked_partitions_and_red_checks_are_problems(full_lake: Settings) -> None:
     past = Partition.parse("binance:BTC-USDT|2023-12-01")
-    with open_context(filled) as context:
-        context.ledger.attempts.add([(past, "never fetched")], filled.now())
-        context.ledger.attempts.park([(past, "failed: it says no")], filled.now())
-        context.ledger.set_check(RAW, past, "gaps", (False, "7 bars are missing"), filled.now())
-        context.ledger.set_check(RAW, BTC, "gaps", (False, "2 bars are missing"), filled.now())
-        context.ledger.set_check(RAW, BTC, "ohlc", (True, "1 bars break a rule"), filled.now())
-    wrong = found(filled)
-    assert {key: problem.severity for key, problem in wrong.items()} == {
+    with open_context(full_lake) as context:
+        context.ledger.attempts.add([(past, "never fetched")], full_lake.now())
+        context.ledger.attempts.park([(past, "failed: HTTP 403")], full_lake.now())
+        set_check(context.ledger, past, "gaps", CheckFailure(False, "7 bars are missing"))
+        set_check(context.ledger, BTC, "gaps", CheckFailure(False, "2 bars are missing"))
+        set_check(context.ledger, BTC, "ohlc", CheckFailure(True, "1 bars break a rule"))
+    problems = find_problems(full_lake)
+    assert {key: problem.severity for key, problem in problems.items()} == {
         f"parked|{past.key}": "error",
         f"check|raw/ohlcv_1m|gaps|{past.key}": "warning",
         f"check|raw/ohlcv_1m|ohlc|{BTC.key}": "error",
@@ -205,14 +217,12 @@ def test_parked_partitions_and_red_checks_are_problems(full_lake: Settings) -> N
     # gaps of the open month are a problem only when they stay
     with open_context(full_lake) as context:
         for _ in range(2):
-            context.ledger.set_check(
-                RAW, BTC, "gaps", (False, "2 bars are missing"), full_lake.now()
-            )
+            set_check(context.ledger, BTC, "gaps", CheckFailure(False, "2 bars are missing"))
     assert f"check|raw/ohlcv_1m|gaps|{BTC.key}" in find_problems(full_lake)
     with open_context(full_lake) as context:
         for name in ("gaps", "ohlc"):
-            context.ledger.set_check(RAW, BTC, name, None, full_lake.now())
-            context.ledger.set_check(RAW, past, name, None, full_lake.now())
+            set_check(context.ledger, BTC, name, None)
+            set_check(context.ledger, past, name, None)
     assert set(find_problems(full_lake)) == {f"parked|{past.key}"}
 
 
@@ -224,25 +234,25 @@ def statuses(settings: Settings) -> dict[str, tuple[str, list[str]]]:
         }
 
 
-def test_health_of_what_is_whole(filled: Settings) -> None:
-    with open_context(filled) as context:
+def test_a_complete_lake_is_healthy(full_lake: Settings) -> None:
+    with open_context(full_lake) as context:
         context.ledger.heartbeats.record("daemon", at("2024-01-09T23:59"))
-    whole = ("healthy", [])
-    assert statuses(filled) == {
-        "daemon": whole,
-        "binance": whole,
-        "binance:BTC-USDT": whole,
-        "binance:ETH-USDT": whole,
+    healthy = ("healthy", [])
+    assert statuses(full_lake) == {
+        "daemon": healthy,
+        "binance": healthy,
+        "binance:BTC-USDT": healthy,
+        "binance:ETH-USDT": healthy,
     }
 
 
-def test_health_says_why(filled: Settings) -> None:
-    with open_context(filled) as context:
+def test_health_reports_every_reason(full_lake: Settings) -> None:
+    with open_context(full_lake) as context:
         context.ledger.heartbeats.record("daemon", at("2024-01-09T23:00"))
-        context.ledger.venues.record("binance", False, context.policy.clock())
-        context.ledger.fail(RAW, BTC, BTC.month, "it says no", [], filled.now())
-        context.ledger.set_check(RAW, BTC, "ohlc", (True, "1 bars break a rule"), filled.now())
-    found = statuses(at_time(filled, "2024-01-10T00:20:00Z"))
+        context.ledger.venues.record("binance", False, context.clock())
+        record_failure(context.ledger, full_lake)
+        set_check(context.ledger, BTC, "ohlc", CheckFailure(True, "1 bars break a rule"))
+    found = statuses(at_time(full_lake, "2024-01-10T00:20:00Z"))
     assert found["daemon"] == (
         "unhealthy",
         ["its last sensor tick was at 2024-01-09T23:00:00Z: start `marketdata dev`"],

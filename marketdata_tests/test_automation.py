@@ -307,7 +307,7 @@ def test_repair_from_the_launchpad(settings: Settings, instance: dg.DagsterInsta
     with open_context(settings) as context:
         state = context.ledger.partitions.get(raw_table(TIMEFRAMES["1m"]), Partition.parse(DEC))
         assert state
-        assert state.rolled == state.digest
+        assert state.rollup_source_digest == state.digest
         assert context.ledger.attempts.all() == {}
 
 

@@ -1,7 +1,6 @@
-"""Bad answers against a partition that is stored already: each once and then good ones, and each for
-ever.
+"""Bad answers for a partition that is stored: each once before good ones, and each for ever.
 
-Half of the span is stored; the other half is asked for while the exchange answers badly. Once: the
+Half of the span is stored; the other half is requested while the exchange answers badly. Once: the
 partition ends exactly as the truth. For ever: not one stored bar changes, and the error, the gap or
 the quarantine names what came.
 """
@@ -52,7 +51,7 @@ from marketdata_tests.steps import (
 SINCE, HALF, UNTIL = "2024-01-07", "2024-01-08T12:00:00", "2024-01-09T12:00:00"
 WANTED = window(SINCE, UNTIL)
 MINUTE = 60_000
-HOLE = ms("2024-01-09T03:00")
+GAP = ms("2024-01-09T03:00")
 FIRST_PAGE, LAST_PAGE = 0, -1
 
 Rows = list[list[Any]]
@@ -60,11 +59,11 @@ Answer = Rows | web.StreamResponse
 Bad = Callable[[web.Request, Rows], Any]
 
 
-# --------------------------------------------------------------------------------------------- answ
+# ------------------------------------------------------------ answers that are refused
 
 
 def text(body: str | bytes, status: int = 200, **headers: str) -> Bad:
-    """Any body, whatever was asked."""
+    """Any body, whatever was requested."""
     content = body.encode() if isinstance(body, str) else body
 
     def answer(_: web.Request, __: Rows) -> web.Response:
@@ -75,7 +74,10 @@ def text(body: str | bytes, status: int = 200, **headers: str) -> Bad:
     return answer
 
 
-HTML = "<!DOCTYPE html><html><head><title>502 Bad Gateway</title></head><body><h1>Bad Gateway</h1></body></html>"
+HTML = (
+    "<!DOCTYPE html><html><head><title>502 Bad Gateway</title></head>"
+    "<body><h1>Bad Gateway</h1></body></html>"
+)
 
 
 def truncated(_: web.Request, rows: Rows) -> web.Response:
@@ -159,7 +161,7 @@ def error_body(code: int, msg: str, status: int = 200, **headers: str) -> Bad:
     return text(json.dumps({"code": code, "msg": msg}), status, **headers)
 
 
-# ------------------------------------------------------------------------------------------- rows t
+# ------------------------------------------------------------ rows that are too few or broken
 
 
 def each(change: Callable[[list[Any]], Any]) -> Bad:
@@ -208,7 +210,7 @@ def five_minutes(request: web.Request, _: Rows) -> Rows:
     )
 
 
-# -------------------------------------------------------------------------------------- rows that a
+# ------------------------------------------------------------ rows that are added or believable
 
 
 def other_symbol(request: web.Request, _: Rows) -> Rows:
@@ -224,7 +226,7 @@ def other_symbol(request: web.Request, _: Rows) -> Rows:
 
 
 def other_window(request: web.Request, _: Rows) -> Rows:
-    """The same span of another week, as a cache would answer."""
+    """The bars of another week, as a cache would answer."""
     start, end = (int(request.query[name]) - 70 * 86_400_000 for name in ("startTime", "endTime"))
     return generate_klines(
         request.query["symbol"],
@@ -275,17 +277,17 @@ def swapped(row: list[Any]) -> list[Any]:
     return row
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ all faults
 
 
 class Fault(NamedTuple):
-    """A bad answer. `says`: what names it when it comes for ever, in the error or among the
+    """A bad answer. `message`: what names it when it comes for ever, in the error or among the
     reasons.
     """
 
     name: str
     bad: Bad
-    says: str
+    message: str
 
 
 REFUSED_WHOLE = (
@@ -366,7 +368,7 @@ REFUSALS = (
 
 SLOW = (Fault("hang", hang, "deadline"), Fault("slow_drip", drip, "deadline"))
 
-PATIENCE = (
+WAITS = (
     Fault("http_429", error_body(-1003, "Too many requests.", 429, **{"Retry-After": "7"}), "429"),
     Fault("http_429_bare", error_body(-1003, "Too many requests.", 429), "429"),
     Fault("http_418", error_body(-1003, "IP banned.", 418, **{"Retry-After": "120"}), "418"),
@@ -428,7 +430,7 @@ INCOMPLETE = (
     Fault("empty_list", lambda _, __: [], "unanswered"),
     Fault(
         "gap",
-        lambda _, rows: [row for row in rows if not HOLE <= row[0] < HOLE + 30 * MINUTE],
+        lambda _, rows: [row for row in rows if not GAP <= row[0] < GAP + 30 * MINUTE],
         "no_bars",
     ),
     Fault("first_half_missing", lambda _, rows: rows[len(rows) // 2 :], "no_bars|unanswered"),
@@ -458,19 +460,19 @@ BELIEVABLE = (
 """Rows that break no rule; only other answers show that they are wrong."""
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ the stage
 
 
 @dataclass
 class Stage:
-    """A universe whose first half is stored, before an exchange that can be made to answer badly."""
+    """A universe whose first half is stored, and an exchange that can be made to answer badly."""
 
     exchange: SandboxExchange
     settings: Settings
     clock: SkippingClock = field(default_factory=SkippingClock)
 
     def plant(self, bad: Bad, times: int | None = None, page: int | None = None) -> None:
-        """Answer badly so many times (None: for ever), on one page only if told."""
+        """Answer badly so many times (None: for ever), on one page only if `page` is given."""
         left = [times]
         pages = {FIRST_PAGE: ms(HALF) - 3 * MINUTE, LAST_PAGE: ms(HALF) + 995 * MINUTE}
 
@@ -539,13 +541,13 @@ def old_bars(settings: Settings) -> pl.DataFrame:
     return stored_bars(settings).filter(pl.col("open_time") < window(SINCE, HALF).end)
 
 
-# ---------------------------------------------------------------------------------------------- onc
+# ------------------------------------------------------------ once
 
 
 @ids([*REFUSED_WHOLE, *BROKEN_ROW, *MISPLACED, *INCOMPLETE])
 def test_once(stage: Stage, fault: Fault) -> None:
-    """Each page at first badly, then well: the partition is the truth after the same run, and every
-    row accounted for.
+    """Each page is bad at first, then good: after one run the partition is the truth, and every row
+    is accounted for.
     """
     stage.plant(fault.bad, times=2)
     done = stage.ingest()
@@ -556,10 +558,10 @@ def test_once(stage: Stage, fault: Fault) -> None:
     assert stage.requests <= 10
 
 
-@ids([*PATIENCE, *ADDED, *HARMLESS, *BELIEVABLE])
+@ids([*WAITS, *ADDED, *HARMLESS, *BELIEVABLE])
 @pytest.mark.parametrize("page", [FIRST_PAGE, LAST_PAGE], ids=["first", "last"])
 def test_once_on_one_page(stage: Stage, fault: Fault, page: int) -> None:
-    """The other page, and the stored bar beside it, are the witnesses."""
+    """The other page and the adjacent stored bar contradict it."""
     stage.plant(fault.bad, times=1, page=page)
     done = stage.ingest()
     assert done.error is None
@@ -592,9 +594,9 @@ def test_slow_once(stage: Stage, fault: Fault, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("status", "pause"), [(429, 7), (418, 120)])
-def test_nobody_asks_before_the_time_is_up(stage: Stage, status: int, pause: int) -> None:
-    """Nine pages: the first that are in flight are told to wait; by the clock nobody comes back too
-    early.
+def test_no_request_is_sent_before_the_time_is_up(stage: Stage, status: int, pause: int) -> None:
+    """Nine pages: the first ones in flight are answered with a wait; by the clock no request comes
+    too early.
     """
     begun, early = stage.clock.now, [0]
     longer = {
@@ -603,7 +605,7 @@ def test_nobody_asks_before_the_time_is_up(stage: Stage, status: int, pause: int
     }
     settings = stage.settings.model_copy(update={"venues": longer})
 
-    async def patience(request: web.Request, _: Rows) -> web.Response | None:
+    async def wait(request: web.Request, _: Rows) -> web.Response | None:
         if stage.clock.now - begun >= pause or request.query.get("startTime") == "0":
             return None
         early[0] += 1
@@ -611,16 +613,16 @@ def test_nobody_asks_before_the_time_is_up(stage: Stage, status: int, pause: int
             {"code": -1003, "msg": "Slow down."}, status=status, headers={"Retry-After": str(pause)}
         )
 
-    stage.exchange.tamper = patience
+    stage.exchange.tamper = wait
     (done,) = run_ingest(settings, stage.clock.policy())
     assert done.error is None
     assert 1 <= early[0] <= 8
     assert done.retries == early[0]
-    assert done.wait_seconds >= pause
+    assert done.seconds_waited >= pause
     assert_bars(stored_bars(settings), generate_bars("BTCUSDT", "1m", window("2024-01-01", UNTIL)))
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ for ever
 
 
 def always(
@@ -640,13 +642,13 @@ def heals(stage: Stage) -> None:
 
 
 def named(found: str, fault: Fault) -> bool:
-    return any(part in found for part in fault.says.split("|"))
+    return any(part in found for part in fault.message.split("|"))
 
 
 @ids(REFUSED_WHOLE)
 def test_always_refused(stage: Stage, fault: Fault) -> None:
-    """The venue counts as down after six tries a page; the files are the same, and the error says
-    why.
+    """The venue counts as down after six attempts a page; the files are unchanged, and the error
+    says why.
     """
     done, before, _ = always(stage, fault)
     assert lake_files(stage.settings) == before
@@ -679,15 +681,15 @@ def test_always_slow(stage: Stage, fault: Fault, monkeypatch: pytest.MonkeyPatch
     assert named(str(done.error), fault), str(done.error)
 
 
-@ids(PATIENCE)
-def test_always_asked_for_patience(stage: Stage, fault: Fault) -> None:
-    """Fifteen minutes of our patience (policy.longest_wait), and the venue counts as down; never a
-    hammering.
+@ids(WAITS)
+def test_always_answered_with_a_wait(stage: Stage, fault: Fault) -> None:
+    """After fifteen minutes (policy.longest_wait) the venue counts as down; requests never follow
+    each other at once.
     """
     enough = Fault(
         fault.name,
         lambda request, rows: (fault if stage.requests < 100 else REFUSALS[1]).bad(request, rows),
-        fault.says,
+        fault.message,
     )
     done, before, _ = always(stage, enough)
     assert lake_files(stage.settings) == before
@@ -698,9 +700,7 @@ def test_always_asked_for_patience(stage: Stage, fault: Fault) -> None:
 
 @ids([*BROKEN_ROW, *MISPLACED])
 def test_always_broken(stage: Stage, fault: Fault) -> None:
-    """Not a row is believed, the files are the same, and every row stands in quarantine with its
-    reason.
-    """
+    """No row is used, the files are unchanged, and every row is in quarantine with its reason."""
     done, before, _ = always(stage, fault)
     assert lake_files(stage.settings) == before
     assert done.error is None
@@ -717,7 +717,7 @@ HEALED = ("null_open_time", "infinity", "off_grid", "seconds_for_ms", "other_win
 
 @ids([fault for fault in (*BROKEN_ROW, *MISPLACED) if fault.name in HEALED])
 def test_a_bad_day_heals_on_the_next(stage: Stage, fault: Fault) -> None:
-    """What was refused all through one run is asked again in the next, and believed when it is
+    """What was rejected all through one run is requested again in the next, and used when it is
     good.
     """
     always(stage, fault)
@@ -732,7 +732,7 @@ def test_always_one_broken_row(stage: Stage, fault: Fault) -> None:
     def one(request: web.Request, rows: Rows) -> Any:
         return [fault.bad(request, [row])[0] if row[0] == at else row for row in rows]
 
-    done, _, old = always(stage, Fault(fault.name, one, fault.says))
+    done, _, old = always(stage, Fault(fault.name, one, fault.message))
     assert done.error is None
     assert done.account.is_balanced
     good = generate_bars("BTCUSDT", "1m", WANTED)
@@ -806,7 +806,7 @@ def test_always_harmless(stage: Stage, fault: Fault) -> None:
 
 
 def test_always_contradicting_rows(stage: Stage) -> None:
-    """Bars told in two ways in every answer are not stored in either; both ways stand in
+    """Bars of which every answer gives two variants are not stored; both variants are in
     quarantine.
     """
     done, _, old = always(stage, BELIEVABLE[0])
@@ -827,15 +827,13 @@ def test_always_contradicting_rows(stage: Stage) -> None:
 
 @ids(BELIEVABLE[1:])
 def test_always_believable(stage: Stage, fault: Fault) -> None:
-    """Answers that contradict the stored bar at their edge are not believed about the bars beyond
-    it.
-    """
+    """Answers that contradict the stored bar at their edge are not used for the bars beyond it."""
     done, before, _ = always(stage, fault)
     assert lake_files(stage.settings) == before
     assert stage.reasons or done.error
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ what is logged, and memory
 
 
 def test_the_memory_stays_small(stage: Stage) -> None:
@@ -856,9 +854,7 @@ def test_the_memory_stays_small(stage: Stage) -> None:
 
 
 def test_failures_are_logged(stage: Stage) -> None:
-    """Each request that failed stands in the fetch log with its outcome, also when the run went
-    well.
-    """
+    """Each failed request is in the fetch log with its outcome, also when the run succeeded."""
     stage.plant(text(HTML), times=3)
     stage.ingest()
     assert logged_requests(stage.settings)["garbled"] == 3
@@ -871,7 +867,7 @@ def test_answers_with_other_columns_are_logged(stage: Stage) -> None:
     assert logged_requests(stage.settings)["garbled"] == 3
 
 
-def test_answers_with_other_columns_are_told_by_the_name_of_the_venue(stage: Stage) -> None:
+def test_errors_about_other_columns_name_the_venue(stage: Stage) -> None:
     stage.plant(each(lambda row: row[:6]))
     assert str(stage.ingest().error).startswith("binance: ")
 
@@ -885,7 +881,7 @@ def test_a_failed_run_logs_all_its_requests(stage: Stage) -> None:
     assert sum(logged_requests(stage.settings).values()) - before == done.requests == stage.requests
 
 
-# ------------------------------------------------------------------------------- the same through c
+# ------------------------------------------------------------ through fetch_ohlcv
 
 GENERIC = window("2024-01-05", "2024-01-05T10:00")
 KNOWN_END = "2024-01-05T04:00"
@@ -968,9 +964,7 @@ ROWS_GENERIC = (
 
 @pytest.fixture
 def generic(universe: Universe) -> Iterator[tuple[Settings, list[Bad | None]]]:
-    """A venue that goes through `fetch_ohlcv`, four of ten hours stored, and how it answers about the
-    rest.
-    """
+    """A venue of `fetch_ohlcv` with four of ten hours stored, and its answers about the rest."""
     how: list[Any] = [None]
 
     def answer(request: web.Request) -> Any:
@@ -1002,7 +996,7 @@ def generic(universe: Universe) -> Iterator[tuple[Settings, list[Bad | None]]]:
 
 @ids([*WHOLE_GENERIC, *ROWS_GENERIC])
 def test_fetch_ohlcv(generic: tuple[Settings, list[Bad | None]], fault: Fault) -> None:
-    """For ever: the files are the same and it is named. Then each page once badly: the partition is
+    """For ever: the files are unchanged and the fault is named. Each page once: the partition is
     the truth.
     """
     settings, how = generic
@@ -1034,8 +1028,9 @@ def test_fetch_ohlcv(generic: tuple[Settings, list[Bad | None]], fault: Fault) -
 def test_one_answer_from_another_day_stops_nothing(
     generic: tuple[Settings, list[Bad | None]],
 ) -> None:
-    """The first of five pages is answered with bars of two days later; all pages are asked, and all is
-    the truth.
+    """The first of five pages is answered with bars of two days later.
+
+    All pages are requested, and all stored bars are true.
     """
     settings, how = generic
     shorter = {
@@ -1057,9 +1052,7 @@ def test_one_answer_from_another_day_stops_nothing(
 
 @ids(BELIEVABLE[1:])
 def test_always_believable_about_earlier_days(stage: Stage, fault: Fault) -> None:
-    """The same when the universe grows to earlier days: the stored bars are then the witnesses on the
-    other side.
-    """
+    """The universe grows to earlier days: the stored bars are the witnesses on the other side."""
     earlier = {
         name: venue.model_copy(
             update={"since": window("2024-01-05", UNTIL).start, "until": window(SINCE, HALF).end}
@@ -1073,7 +1066,7 @@ def test_always_believable_about_earlier_days(stage: Stage, fault: Fault) -> Non
 
 
 def test_a_retry_after_that_is_no_date(stage: Stage) -> None:
-    """Dates that no calendar holds count as no header at all; the run goes on."""
+    """Dates that no calendar has count as no header at all, and the run continues."""
     for header in (
         "Fri, 31 Dec 9999 23:59:59 -9999",
         "Fri, 31 Dec 99999 23:59:59 GMT",

@@ -71,7 +71,7 @@ def ui(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path)
         assert server.poll() is None, said.read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
-        stop(server, patience=60)
+        stop(server, grace_seconds=60)
     assert eventually(lambda: not processes_of(tmp_path)), processes_of(tmp_path)
 
 
@@ -94,8 +94,8 @@ def processes_of(folder: Path) -> list[str]:
 
 @pytest.fixture
 def page(chromium: str, ui: str, tmp_path: Path) -> Iterator[Page]:
-    """A fresh headless Chromium; what it saw last is kept in `last.png`. Errors of the page's own code
-    are ours.
+    """A fresh headless Chromium; `last.png` shows its last page. Errors of the page's own code are
+    ours.
     """
     errors: list[object] = []
     with sync_playwright() as playwright:
@@ -125,7 +125,7 @@ def open_asset(page: Page, key: str, tab: str) -> None:
 
 
 def open_partition(page: Page, key: str, partition: str) -> None:
-    """A partition's panel on its asset's Partitions tab. The UI brings it up to date only when it is
+    """Open a partition's panel on its asset's Partitions tab. The UI updates it only when it is
     opened.
     """
     page.goto(f"/assets/{key}?view=partitions&partition={quote(partition)}")

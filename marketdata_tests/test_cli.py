@@ -94,21 +94,16 @@ def test_the_main_job(sandbox: tuple[SandboxExchange, str], tmp_path: Path) -> N
     assert json.loads(marketdata("quarantine", "list", "--format", "json").stdout) == []
 
     csv_text = marketdata("bars", "binance:SHIB-USDT", "1m", "--format", "csv").stdout
-    table, expected = (
-        list(csv.DictReader(io.StringIO(csv_text))),
-        generate_bars("SHIBUSDT", "1m", SPAN),
-    )
+    table = list(csv.DictReader(io.StringIO(csv_text)))
+    expected = generate_bars("SHIBUSDT", "1m", SPAN)
     times = expected["open_time"].dt.strftime("%Y-%m-%dT%H:%M:%SZ").to_list()
     assert [row["open_time"] for row in table] == times
     assert [row["open"] for row in table] == [f"{v.normalize():f}" for v in expected["open"]]
     fractions = [row for row in table if "." in row["close"]]
     assert not any(row["close"].endswith(("0", ".")) or "E" in row["volume"] for row in fractions)
 
-    out = tmp_path / "day.parquet"
-    days, arguments = (
-        generate_bars("BTCUSDT", "1d", SPAN),
-        ("bars", "binance:BTC-USDT", "1d", "--format"),
-    )
+    days, out = generate_bars("BTCUSDT", "1d", SPAN), tmp_path / "day.parquet"
+    arguments = ("bars", "binance:BTC-USDT", "1d", "--format")
     assert marketdata(*arguments, "parquet", "--out", str(out)).returncode == 0
     assert pl.read_parquet(out).height == days.height
     as_json = json.loads(marketdata(*arguments, "json").stdout)
@@ -185,7 +180,7 @@ def test_symbol_unknown_to_the_venue(
     universe(sandbox[1], symbols="[BTC/USDC]", since="2024-01-01", until="2024-01-03")
     done = marketdata("backfill")
     assert done.returncode == 2
-    assert "does not know the symbol BTC/USDC; did you mean BTC/USDT?" in text_of(done)
+    assert "has no symbol BTC/USDC; did you mean BTC/USDT?" in text_of(done)
 
 
 def test_venue_down_is_exit_3(universe: Universe) -> None:

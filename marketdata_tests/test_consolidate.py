@@ -15,7 +15,7 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from marketdata_assets.charts.lines import draw_differences as drawn
+from marketdata_assets.charts.lines import draw_differences
 from marketdata_assets.context import open_context
 from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
@@ -24,9 +24,12 @@ from marketdata_assets.defs.tags import KIND, RunKind
 from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.flows.derive.consolidate import ConsolidationResult, Consolidator
 from marketdata_assets.flows.operate.retire import RetirementAction, Retirer
+from marketdata_assets.flows.prove.reconcile import check_reconciled
 from marketdata_assets.flows.read.bars import BarReader
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import COLUMN_NAMES
-from marketdata_assets.model.gap import GapCause
+from marketdata_assets.model.finding import FindingSeverity
+from marketdata_assets.model.gap import GapCause, GapStatus
 from marketdata_assets.model.market import CONSOLIDATED_VENUE, Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import consolidated_table, raw_table, reconciled_table
@@ -46,7 +49,7 @@ from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.transforms.consolidate import consolidate as as_one_series
 from marketdata_assets.transforms.consolidate import find_venue_switches
 from marketdata_tests.conftest import needs_shared
-from marketdata_tests.samples import MINUTE, START, frame, minutes, random_rows, row
+from marketdata_tests.samples import MINUTE, START, frame, minutes, random_rows, row, run_sql
 from marketdata_tests.steps import SkippingClock, at, lake_files, run_ingest, window
 from marketdata_tests.test_automation import tick
 from marketdata_tests.test_cli import marketdata, text_of
@@ -123,7 +126,7 @@ def closes(*values: str | None, volume: int = 1) -> pl.DataFrame:
     return frame(row(m, close=v, volume=Decimal(volume)) for m, v in given)
 
 
-def test_basis_points_by_hand():
+def test_basis_points_equal_a_calculation_by_hand():
     found = compare_pair(
         closes("100.25", "101", None, "99", "100"), closes("100", "101", "100", "100", "102"), M1
     )
@@ -155,7 +158,7 @@ def test_basis_points_equal_fractions():
         assert abs(Fraction(found) - exact) <= Fraction(1, 10_000) + abs(exact) / 10**12
 
 
-def test_a_bar_without_trades_is_no_opinion():
+def test_a_bar_without_trades_is_not_compared():
     assert compare_pair(closes("100", volume=0), closes("150"), M1).is_empty()
     assert compare_pair(closes("150"), closes("100", volume=0), M1).is_empty()
 
@@ -196,11 +199,13 @@ def test_the_picture_of_differences_is_small():
         )
         for venue, shift in (("a", 1), ("b", 2))
     }
-    picture = drawn(compare_venues(bars, TIMEFRAMES["1h"]), month_of(START), 25, 100)
+    picture = draw_differences(compare_venues(bars, TIMEFRAMES["1h"]), month_of(START), 25, 100)
     assert picture.startswith("![differences](data:image/svg+xml")
     assert len(picture) < 1000
     assert (
-        drawn(compare_venues({"a": frame([]), "b": frame([])}, M1), month_of(START), 25, 100)
+        draw_differences(
+            compare_venues({"a": frame([]), "b": frame([])}, M1), month_of(START), 25, 100
+        )
         == "no two venues"
     )
 
@@ -303,7 +308,7 @@ def build_outdated(settings: Settings, timeframe: str = "1m") -> list[Consolidat
         return list(
             context.bind(Consolidator).build(
                 TIMEFRAMES[timeframe],
-                list(context.bind(Consolidator).find_outdated(look=True)),
+                list(context.bind(Consolidator).find_outdated(search_lake=True)),
             )
         )
 
@@ -312,7 +317,9 @@ def reasons(settings: Settings) -> dict[str, str]:
     with open_context(settings) as context:
         return {
             partition.key: late.reason
-            for partition, late in context.bind(Consolidator).find_outdated(look=True).items()
+            for partition, late in context.bind(Consolidator)
+            .find_outdated(search_lake=True)
+            .items()
         }
 
 
@@ -334,7 +341,7 @@ MARCH = "consolidated:BTC-USDT|2023-03-01"
 
 
 def true_closes(exchange: Any, end: str) -> list[tuple[datetime, Decimal, str]]:
-    """Return the close of each minute by the exchange's generate_bars: of Coinbase, else of Binance.US.
+    """Return the close of each minute by the exchange's truth: of Coinbase, else of Binance.US.
 
     Binance.US has every minute.
     """
@@ -347,8 +354,9 @@ def true_closes(exchange: Any, end: str) -> list[tuple[datetime, Decimal, str]]:
 
 def set_gap_causes(settings: Settings, cause: str, which: str) -> int:
     """Write a cause for some gaps into the ledger; return their number."""
-    with open_context(settings) as context, context.ledger.transaction() as db:
-        return int(db.execute(f"UPDATE gaps SET cause = ? WHERE {which}", (cause,)).rowcount)
+    with open_context(settings) as context:
+        change = f"UPDATE gaps SET cause = :cause, status = :status WHERE {which}"
+        return run_sql(context.ledger, change, cause=cause, status=GapStatus.EXPLAINED)
 
 
 def no_trade_at_coinbase(settings: Settings) -> list[Window]:
@@ -445,9 +453,12 @@ def test_another_venue_replaces_the_first_one_only_while_it_is_down(
 
 
 @needs_shared
-@pytest.mark.parametrize(("factor", "severity", "red"), [(1.005, "warning", 0), (1.02, "error", 1)])
+@pytest.mark.parametrize(
+    ("factor", "severity", "red"),
+    [(1.005, FindingSeverity.WARNING, 0), (1.02, FindingSeverity.ERROR, 1)],
+)
 def test_a_planted_difference_is_found(
-    replay: Callable[..., Any], write: Make, factor: float, severity: str, red: int
+    replay: Callable[..., Any], write: Make, factor: float, severity: FindingSeverity, red: int
 ) -> None:
     """One close of Binance.US is restated 0.5 or 2 % higher; other minutes are within 25 bp."""
     exchange = replay("2023-03-05T12:00:30Z", kraken_rate=0, coinbase_rate=0)
@@ -477,15 +488,17 @@ def test_a_planted_difference_is_found(
     run_ingest(settings)
     (done,) = build_outdated(settings)
     with open_context(settings) as context:
-        finding = context.bind(Consolidator).audit_consolidated(M1, done)
+        finding = check_reconciled(settings, context.ledger, M1, result=done)
         assert len(context.ledger.checks.failed()) == red
     assert (finding.passed, finding.blocking, finding.severity) == (False, False, severity)
     assert finding.numbers["compared"] > 100
     assert (finding.numbers["warned"], finding.numbers["failed"]) == (1, red)
-    assert finding.table[0]["open_time"] == format_time(from_ms(bar["t"]))
+    assert finding.rows[0]["open_time"] == format_time(from_ms(bar["t"]))
     spike = -(1 - 1 / factor) * 1e4
-    assert float(finding.table[0]["close_bp"]) == pytest.approx(spike, abs=20)
-    assert finding.shown["coinbaseexchange_binanceus_close_bp_max"] == pytest.approx(-spike, abs=20)
+    assert float(finding.rows[0]["close_bp"]) == pytest.approx(spike, abs=20)
+    assert finding.details["coinbaseexchange_binanceus_close_bp_max"] == pytest.approx(
+        -spike, abs=20
+    )
 
 
 # --------------------------------------------------------------------------------- Dagster
@@ -643,9 +656,10 @@ def test_the_check_shows_a_difference_and_a_failure_stops_no_other_partition(
     assert len(metadata["rows"].records) == 20
     assert metadata["differences"].startswith("![differences]")
     with open_context(settings) as context:
+        # a lost object is no failure of the partition
         assert {
             key: count for key, (count, _) in context.ledger.partitions.failure_streaks().items()
-        } == {}  # lost is not to blame on anybody
+        } == {}
         state = context.ledger.partitions.get(
             TABLE, Partition.parse(f"consolidated:ETH-USDT|{NOV}")
         )
@@ -678,11 +692,12 @@ def test_the_sensor_requests_what_is_not_up_to_date(
     assert not tick(settings, instance, "keep_consolidated").run_requests
 
     # one raw partition changes, one object and one event are lost: only these are requested
-    with open_context(settings) as context, context.ledger.transaction() as db:
-        db.execute(
+    with open_context(settings) as context:
+        run_sql(
+            context.ledger,
             "UPDATE partitions SET digest = 'other' WHERE market = 'binanceus:BTC-USDT'"
-            " AND month = ? AND tbl = 'raw/ohlcv_1m'",
-            (DEC,),
+            " AND month = :month AND tbl = 'raw/ohlcv_1m'",
+            month=DEC,
         )
     (Path(settings.lake) / TABLE.path(Partition.parse(f"consolidated:ETH-USDT|{NOV}"))).unlink()
     instance.wipe_asset_partitions(KEY, [f"consolidated:ETH-USDT|{DEC}"])
@@ -802,15 +817,14 @@ def test_retention_keeps_a_series_without_its_raw_months(settings: Settings):
         if not name.startswith("raw/")
     }
     old = settings.model_copy(update={"retention": {"raw/ohlcv_1m": 5}})
-    with open_context(old) as context, context.ledger.transaction() as db:
-        db.execute("UPDATE partitions SET rolled = digest WHERE tbl = 'raw/ohlcv_1m'")
     with open_context(old) as context:
+        run_sql(context.ledger, "UPDATE partitions SET rolled = digest WHERE tbl = 'raw/ohlcv_1m'")
         assert {
             (removal.table.name, removal.partition.month_key[:7])
             for removal in context.bind(Retirer).retire()
-            if removal.what == RetirementAction.REMOVED
+            if removal.action == RetirementAction.REMOVED
         } == {("raw/ohlcv_1m", "2023-11")}
-        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        assert context.bind(Consolidator).find_outdated(search_lake=True) == {}
         (kept,) = context.bind(Consolidator).build(M1, [Partition(BTC, month_of(at(NOV)))])
         assert (kept.changed, kept.error, kept.bars.height) == (False, None, 3 * 1440)
         assert "it stays as it is" in str(kept.note)
@@ -819,16 +833,32 @@ def test_retention_keeps_a_series_without_its_raw_months(settings: Settings):
         for name, content in lake_files(settings).items()
         if not name.startswith("raw/")
     } == before
-    short = old.model_copy(update={"retention": {TABLE.name: 5, reconciled_table(M1).name: 5}})
+    retention = {TABLE.name: 5, reconciled_table(M1).name: 5}
+    short = old.model_copy(update={"retention": retention})
     with open_context(short) as context:
         assert {
-            (removal.table.name, removal.what) for removal in context.bind(Retirer).retire()
+            (removal.table.name, removal.action) for removal in context.bind(Retirer).retire()
         } == {
             (TABLE.name, "removed"),
             (reconciled_table(M1).name, "removed"),
         }
-        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        assert context.bind(Consolidator).find_outdated(search_lake=True) == {}
     assert {name.partition("/")[0] for name in lake_files(settings)} == {"raw"}
+
+
+def insert_gap(ledger: Ledger, partition: Partition, hour: int, cause: GapCause) -> None:
+    """Insert a gap of two bars on the 28th of November into the ledger's table."""
+    run_sql(
+        ledger,
+        'INSERT INTO gaps (tbl, market, month, start, "end", bars, reason, answers, evidence,'
+        " cause, status) VALUES ('raw/ohlcv_1m', :market, :month, :start, :end, 2, 'no_bars', 2,"
+        " '', :cause, 'explained')",
+        market=partition.market.key,
+        month=partition.month_key,
+        start=f"2023-11-28T{hour:02}:00:00Z",
+        end=f"2023-11-28T{hour:02}:02:00Z",
+        cause=cause,
+    )
 
 
 @pytest.mark.usefixtures("either_database")
@@ -837,38 +867,30 @@ def test_the_ledger_finds_changed_gaps_in_both_databases(settings: Settings):
     build_outdated(settings)
     partition = Partition.parse(f"binance:BTC-USDT|{NOV}")
     with open_context(settings) as context:
-        assert context.bind(Consolidator).find_outdated(look=True) == {}
+        assert context.bind(Consolidator).find_outdated(search_lake=True) == {}
         assert context.ledger.consolidations.no_trade_windows(raw_table(M1), partition) == []
-        columns = 'tbl, market, month, start, "end", bars, reason, answers, evidence, cause'
-        insert = (
-            f"INSERT INTO gaps ({columns})"
-            " VALUES ('raw/ohlcv_1m', ?, ?, ?, ?, 2, 'no_bars', 2, '', ?)"
-        )
-        where = partition.market.key, partition.month_key
-        with context.ledger.transaction() as db:
-            db.execute(insert, (*where, "2023-11-28T05:00:00Z", "2023-11-28T05:02:00Z", "halted"))
-        assert context.bind(Consolidator).find_outdated(look=True) == {}
-        with context.ledger.transaction() as db:
-            db.execute(
-                insert, (*where, "2023-11-28T06:00:00Z", "2023-11-28T06:02:00Z", GapCause.NO_TRADE)
-            )
-        assert set(context.bind(Consolidator).find_outdated(look=True)) == {
+        insert_gap(context.ledger, partition, hour=5, cause=GapCause.HALTED)
+        assert context.bind(Consolidator).find_outdated(search_lake=True) == {}
+        insert_gap(context.ledger, partition, hour=6, cause=GapCause.NO_TRADE)
+        assert set(context.bind(Consolidator).find_outdated(search_lake=True)) == {
             Partition(BTC, partition.month)
         }
         list(
             context.bind(Consolidator).build(
                 M1,
-                list(context.bind(Consolidator).find_outdated(look=True)),
+                list(context.bind(Consolidator).find_outdated(search_lake=True)),
             )
         )
         # another gap with as many bars replaces it
-        with context.ledger.transaction() as db:
-            db.execute(
-                'UPDATE gaps SET start = ?, "end" = ? WHERE cause = ?',
-                ("2023-11-28T07:00:00Z", "2023-11-28T07:02:00Z", GapCause.NO_TRADE),
-            )
+        run_sql(
+            context.ledger,
+            "UPDATE gaps SET start = :start, \"end\" = :end WHERE cause = 'no_trade'",
+            start="2023-11-28T07:00:00Z",
+            end="2023-11-28T07:02:00Z",
+        )
         assert [
-            late.reason for late in context.bind(Consolidator).find_outdated(look=True).values()
+            late.reason
+            for late in context.bind(Consolidator).find_outdated(search_lake=True).values()
         ] == ["its venues' bars have changed"]
         assert context.ledger.consolidations.no_trade_windows(raw_table(M1), partition) == [
             window("2023-11-28T07:00", "2023-11-28T07:02")
@@ -880,13 +902,11 @@ def test_a_lake_that_is_not_mounted_is_not_changed(
 ):
     run_ingest(settings)
     build_outdated(settings)
-    monkeypatch.setattr("marketdata_assets.flows.derive.consolidate.MANY", 3)
+    monkeypatch.setattr("marketdata_assets.model.partition_status.LOST_AT_ONCE", 3)
     for partition in sorted(ALL):
         (Path(settings.lake) / TABLE.path(Partition.parse(partition))).unlink()
     with (
         open_context(settings) as context,
-        pytest.raises(
-            StoreFailed, match=r"4 of 4 consolidated objects are not in .* is it mounted"
-        ),
+        pytest.raises(StoreFailed, match=r"4 of 4 objects are not in .* is it mounted"),
     ):
-        context.bind(Consolidator).find_outdated(look=True)
+        context.bind(Consolidator).find_outdated(search_lake=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -22,10 +22,12 @@ from marketdata_assets.context import Context, open_context
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.fetch.open_partition import IngestResult
-from marketdata_assets.flows.prove.corrections import Correction, corrections
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
+from marketdata_assets.flows.prove.corrections import Correction, list_corrections
 from marketdata_assets.flows.read.as_of import AsOfReader
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.lock import DatasetLocker
+from marketdata_assets.flows.read.verify import DatasetVerifier
 from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import history_table, raw_table
@@ -35,7 +37,7 @@ from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import generate_bars
-from marketdata_assets.sources.sandbox.server import SandboxExchange
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lake import Lake
 from marketdata_assets.storage.lockfile import write_lock
@@ -131,12 +133,19 @@ def assert_reads(
     context: Context, expected: pl.DataFrame, span: Window, moment: datetime | None = None
 ) -> None:
     """Check all timeframes, now or as of a moment, against `expected` and its rollups."""
-    read: Callable[..., pl.DataFrame] = read_bars if moment is None else read_as_of
-    rest = () if moment is None else (moment,)
-    assert_frame_equal(read(context, BTC, MINUTE, span, *rest), expected, check_exact=True)
-    rollups = roll_up(expected, MINUTE, [TIMEFRAMES[name] for name in ROLLUPS], span)
-    for tf, frame in rollups.items():
-        assert_frame_equal(read(context, BTC, tf, span, *rest), frame, check_exact=True)
+    rollups = roll_up(expected, MINUTE, [TIMEFRAMES[name] for name in ROLLUPS], whole=span)
+    for timeframe, frame in {MINUTE: expected, **rollups}.items():
+        if moment is None:
+            found = context.bind(BarReader).read(BTC, timeframe, span)
+        else:
+            found = context.bind(AsOfReader).read(BTC, timeframe, span, moment=moment)
+        assert_frame_equal(found, frame, check_exact=True)
+
+
+def corrections(context: Context, span: Window, since: datetime | None = None) -> list[Correction]:
+    """List the corrections of BTC."""
+    lake = context.storage.lake
+    return list(list_corrections(context.settings, lake, [BTC], window=span, since=since))
 
 
 @pytest.mark.parametrize("rollups", ["duckdb", "parquet"])
@@ -212,27 +221,9 @@ def test_the_report_lists_both_values_and_both_times(stage: Stage) -> None:
     stage.correct([moment], "2")
     stage.ingest("2024-01-07", stage.span)
     with open_context(stage.settings) as context:
-        found = list(corrections(context.settings, context.storage.lake, [BTC], window=stage.span))
-        late = list(
-            corrections(
-                context.settings,
-                context.storage.lake,
-                [BTC],
-                window=stage.span,
-                since=at("2024-01-06T12:00"),
-            )
-        )
-        assert (
-            list(
-                corrections(
-                    context.settings,
-                    context.storage.lake,
-                    [BTC],
-                    window=window("2023-12-30", "2024-01-02"),
-                )
-            )
-            == []
-        )
+        found = corrections(context, stage.span)
+        late = corrections(context, stage.span, since=at("2024-01-06T12:00"))
+        assert corrections(context, window("2023-12-30", "2024-01-02")) == []
     first, second = found
     assert late == [second]
     assert (first.open_time, first.known_at, first.corrected_at) == (
@@ -338,7 +329,7 @@ def test_a_run_that_dies_between_history_and_bars_loses_and_doubles_nothing(
     stage.correct([moment])
     write = Lake.write
 
-    def dies(lake: Lake, table: Any, partition: Partition, frame: pl.DataFrame) -> Any:
+    def write_unless_raw(lake: Lake, table: Any, partition: Partition, frame: pl.DataFrame) -> Any:
         if table == raw_table(MINUTE):
             raise KeyboardInterrupt
         return write(lake, table, partition, frame)
@@ -348,23 +339,18 @@ def test_a_run_that_dies_between_history_and_bars_loses_and_doubles_nothing(
         with pytest.raises(KeyboardInterrupt):
             stage.ingest("2024-01-06", stage.span)
     with open_context(stage.at("2024-01-07")) as context:
-        assert (
-            list(corrections(context.settings, context.storage.lake, [BTC], window=stage.span))
-            == []
-        )
+        assert corrections(context, stage.span) == []
         for moment_ in ("2024-01-05T12:00", "2024-01-06T12:00"):
             assert_reads(context, first, stage.span, at(moment_))
     stage.ingest("2024-01-07", stage.span)
     with open_context(stage.at("2024-01-08")) as context:
-        assert [
-            c.corrected_at
-            for c in corrections(context.settings, context.storage.lake, [BTC], window=stage.span)
-        ] == [at("2024-01-07")]
+        found = corrections(context, stage.span)
+        assert [correction.corrected_at for correction in found] == [at("2024-01-07")]
         assert_reads(context, first, stage.span, at("2024-01-06T12:00"))
         assert_reads(context, stage.current, stage.span)
 
 
-def test_bars_of_a_file_are_ingested_beside_those_of_the_venue(
+def test_bars_of_a_file_are_ingested_next_to_those_of_the_venue(
     universe: Universe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """New bars are stored with their source, different bars are rejected, no request is sent."""
@@ -377,7 +363,7 @@ def test_bars_of_a_file_are_ingested_beside_those_of_the_venue(
     empty = pl.DataFrame(schema=REJECTED_SCHEMA)
     with open_context(settings) as context:
         half = context.bind(PartitionStore).ingest_frame(
-            MINUTE, january, bars.head(720), rejected=empty, source="a.zip"
+            MINUTE, january, bars.head(720), rejected=empty, sources=["a.zip"]
         )
         assert (half.account.stored, half.complete, half.wanted) == (
             720,
@@ -392,7 +378,7 @@ def test_bars_of_a_file_are_ingested_beside_those_of_the_venue(
             .alias("trades")
         )
         done = context.bind(PartitionStore).ingest_frame(
-            MINUTE, january, changed, rejected=empty, source="b.csv"
+            MINUTE, january, changed, rejected=empty, sources=["b.csv"]
         )
         assert (
             done.account.received,
@@ -402,7 +388,7 @@ def test_bars_of_a_file_are_ingested_beside_those_of_the_venue(
         ) == (739, 719, 19, 1)
         assert done.complete
         assert [(gap.bars, gap.reason) for gap in done.gaps] == [(1, "no_bars")]
-        assert "b.csv holds both neighbours" in done.gaps[0].evidence
+        assert "b.csv holds both neighbors" in done.gaps[0].evidence
         stored = context.storage.lake.read(raw_table(MINUTE), january, with_provenance=True)
         assert stored is not None
         assert stored.group_by("source").len().sort("source").rows() == [
@@ -415,7 +401,7 @@ def test_bars_of_a_file_are_ingested_beside_those_of_the_venue(
             check_exact=True,
         )
         again = context.bind(PartitionStore).ingest_frame(
-            MINUTE, january, bars, rejected=empty, source="c.csv"
+            MINUTE, january, bars, rejected=empty, sources=["c.csv"]
         )
         assert (again.account.stored, again.account.identical, again.gaps) == (1, 1439, ())
         assert fingerprint(again.bars) == fingerprint(bars)
@@ -437,10 +423,10 @@ def test_columns_that_are_missing_in_a_file_are_no_disagreement(universe: Univer
     fewer = bars.with_columns(pl.lit(None, BAR_SCHEMA["quote_volume"]).alias("quote_volume"))
     with open_context(settings) as context:
         context.bind(PartitionStore).ingest_frame(
-            MINUTE, january, bars, rejected=empty, source="all.csv"
+            MINUTE, january, bars, rejected=empty, sources=["all.csv"]
         )
         done = context.bind(PartitionStore).ingest_frame(
-            MINUTE, january, fewer, rejected=empty, source="fewer.csv"
+            MINUTE, january, fewer, rejected=empty, sources=["fewer.csv"]
         )
     assert (done.account.identical, done.account.quarantined) == (1440, 0)
     assert_frame_equal(done.bars, bars, check_exact=True)
@@ -452,7 +438,7 @@ def test_bars_without_provenance_count_as_always_known(stage: Stage) -> None:
             bars = context.storage.lake.read(raw_table(MINUTE), partition)
             assert bars is not None
             context.storage.lake.write(raw_table(MINUTE), partition, bars)
-        assert_reads(context, stage.told, stage.span, at("2020-01-01") + timedelta(days=1))
+        assert_reads(context, stage.current, stage.span, at("2020-01-01") + timedelta(days=1))
 
 
 @pytest.mark.parametrize("rollups", ["duckdb", "parquet"])
@@ -474,11 +460,11 @@ def test_a_locked_dataset_is_proved_and_read_after_corrections(
             locks.append(
                 context.bind(DatasetLocker).lock("pinned", stage.settings.markets, stage.span)
             )
-            told.append(stage.told)
+            snapshots.append(stage.current)
     assert len({one.dataset_digest for one in locks}) == 3
     with open_context(stage.at("2024-01-08")) as context:
         for one in locks:
-            found = context.bind(DatasetLocker).verify(one)
+            found = context.bind(DatasetVerifier).verify(one)
             assert (found.proved, found.differences) == (len(one.partitions), [])
             assert bool(found.from_history) == (one is not locks[-1])
     for one, bars in zip(locks, snapshots, strict=True):
@@ -510,8 +496,8 @@ def test_a_change_by_hand_is_not_proved_from_history(stage: Stage) -> None:
         context.storage.lake.write(
             raw_table(MINUTE), partition, bars.with_columns(pl.col("high").alias("close"))
         )
-        found = context.bind(DatasetLocker).verify(one)
-        assert [(d.table, d.what) for d in found.differences] == [("raw/ohlcv_1m", "other content")]
+        found = context.bind(DatasetVerifier).verify(one)
+        assert [(d.table, d.kind) for d in found.differences] == [("raw/ohlcv_1m", "other content")]
 
 
 def test_a_venue_and_a_file_with_other_columns_do_not_contradict_each_other(
@@ -547,7 +533,7 @@ def test_a_venue_and_a_file_with_other_columns_do_not_contradict_each_other(
         (january,) = partitions(settings)
         with open_context(settings, policy=SkippingClock().policy()) as context:
             context.bind(PartitionStore).ingest_frame(
-                MINUTE, january, more.head(600), rejected=empty, source="archive.csv"
+                MINUTE, january, more.head(600), rejected=empty, sources=["archive.csv"]
             )
             (done,) = context.bind(Ingester).ingest(MINUTE, [january], span)
     assert (done.error, done.complete, done.replaced.height) == (None, True, 0)
@@ -560,7 +546,7 @@ def test_a_venue_and_a_file_with_other_columns_do_not_contradict_each_other(
         (january,) = partitions(settings)
         with open_context(settings, policy=SkippingClock().policy()) as context:
             context.bind(PartitionStore).ingest_frame(
-                MINUTE, january, more.head(600), rejected=empty, source="archive.csv"
+                MINUTE, january, more.head(600), rejected=empty, sources=["archive.csv"]
             )
             (done,) = context.bind(Ingester).ingest(MINUTE, [january], span)
     assert (done.error, done.complete, done.replaced.height) == (None, True, 600)

@@ -302,9 +302,11 @@ def test_runs_of_killed_processes_are_ended_and_free_their_slots(
     ).is_claimed
 
 
-BACKFILL = """mutation($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) {
+BACKFILL = """mutation($params: LaunchBackfillParams!) {
+    launchPartitionBackfill(backfillParams: $params) {
     __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }"""
-STATUS = "query($id: String!) { partitionBackfillOrError(backfillId: $id) { ... on PartitionBackfill { status runs { status } } } }"
+STATUS = """query($id: String!) { partitionBackfillOrError(backfillId: $id) {
+    ... on PartitionBackfill { status runs { status } } } }"""
 
 
 def graphql(port: int, query: str, **variables: Any) -> Any:
@@ -354,7 +356,7 @@ def test_materialized_from_the_ui_through_the_real_daemon(
             for market in settings.markets:
                 states = context.ledger.partitions.of_market(raw_table(TIMEFRAMES["1m"]), market)
                 assert [state.complete for state in states.values()] == [True, True]
-                assert all(state.rolled == state.digest for state in states.values())
+                assert all(s.rollup_source_digest == s.digest for s in states.values())
     finally:
         group = descendants(server.pid)
         server.send_signal(signal.SIGTERM)

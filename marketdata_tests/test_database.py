@@ -1,193 +1,35 @@
-"""The ledger's database: versions brought forward, a server that goes away, clocks that differ between
-machines.
-"""
+"""The ledger's database: a server that goes away, poolers, clocks that differ between machines."""
 
 from __future__ import annotations
 
-import sqlite3
+import os
+import random
+import shutil
+import socket
+import subprocess
 import tempfile
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
+import psycopg2
 import pytest
 
 from marketdata_assets.errors import BadInput, MarketDataError, StoreFailed
-from marketdata_assets.ledger import database as database_module
-from marketdata_assets.ledger import schema
-from marketdata_assets.ledger.incidents import IncidentBook
 from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.ledger.postgres import is_shared
 from marketdata_assets.ledger.records import IngestRecord, PartitionState, RowAccount
-from marketdata_assets.model.bar import COLUMN_NAMES
-from marketdata_assets.model.table import raw_table, rollup_table
+from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
-from marketdata_assets.model.window import Window
-from marketdata_assets.storage.parquet import decode
-from marketdata_tests.samples import (
-    BTC,
-    JANUARY,
-    at,
-    frame,
-    kill,
-    minutes,
-    random_rows,
-    start_python,
-)
+from marketdata_tests.samples import BTC, JANUARY, at, read_sql
 
-HERE = Path(__file__).parent
 TABLE = raw_table(TIMEFRAMES["1m"])
-
-
-# --------------------------------------------------------------------------------- versions
-@pytest.fixture(params=[1, 2])
-def old(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A state folder as an earlier release left it."""
-    db = sqlite3.connect(tmp_path / "ledger.db")
-    db.executescript((HERE / f"version_{request.param}" / "ledger.sql").read_text())
-    db.close()
-    return tmp_path
-
-
-def contents(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every row of every table, by column."""
-    db = sqlite3.connect(file)
-    db.row_factory = sqlite3.Row
-    tables = [
-        row["name"]
-        for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
-    ]
-    found = {
-        name: sorted((dict(row) for row in db.execute(f'SELECT * FROM "{name}"')), key=repr)
-        for name in tables
-    }
-    db.close()
-    return found
-
-
-def test_the_version_before_comes_forward_in_place_with_every_row(old: Path):
-    before = contents(old / "ledger.db")
-    ledger = Ledger(old)
-    after = contents(old / "ledger.db")
-    assert after["schema_version"] == [{"version": schema.VERSION}]
-    before.pop("schema_version", None)
-    kept = {
-        table: [
-            {name: row[name] for name in was} for row, was in zip(after[table], rows, strict=True)
-        ]
-        for table, rows in before.items()
-    }
-    assert kept == before
-    assert before["partitions"]
-    assert before["fetches"]
-    state = ledger.partitions.get(TABLE, JANUARY)
-    assert state is not None
-    assert (state.rows, state.complete, state.rolled) == (2800, True, state.digest)
-    assert list(IncidentBook(ledger).open()) == ["k"]
-    assert ledger.venues.paused_until("binance") == 123.5
-
-
-def test_a_refused_row_of_the_version_before_is_known_when_it_comes_again(old: Path):
-    ledger = Ledger(old)
-    again = pl.DataFrame(
-        {
-            "answer": [0, 0],
-            "open_time": [at("2024-01-08"), None],
-            "reasons": ["high_low"] * 2,
-            "fields": ['{"high": "1"}'] * 2,
-        },
-        schema={
-            "answer": pl.Int64,
-            "open_time": pl.Datetime("us", "UTC"),
-            "reasons": pl.String,
-            "fields": pl.String,
-        },
-    )
-    state = ledger.partitions.get(TABLE, JANUARY)
-    assert state is not None
-    ledger.partitions.commit(
-        IngestRecord(
-            TABLE, JANUARY, state, RowAccount(2, 0, 0, 2), [], [], again, [], at("2024-01-11")
-        )
-    )
-    found = ledger.quarantine.rows(BTC, Window(at("2024-01-01"), at("2024-02-01")))
-    assert [(row["open_time"], row["seen"]) for row in found] == [
-        (None, 4),
-        ("2024-01-08T00:00:00Z", 4),
-    ]
-
-
-def test_a_step_that_fails_leaves_the_old_version_whole(old: Path, monkeypatch: pytest.MonkeyPatch):
-    def broken(db: schema.Statements, identity: str) -> None:
-        whole(db, identity)
-        db.execute("SELECT * FROM there_is_no_such_table")
-
-    before, whole = contents(old / "ledger.db"), schema.STEPS[schema.VERSION]
-    with monkeypatch.context() as patched:
-        patched.setitem(schema.STEPS, schema.VERSION, broken)
-        with pytest.raises(StoreFailed, match="there_is_no_such_table"):
-            Ledger(old)
-    assert contents(old / "ledger.db") == before
-    Ledger(old)
-    assert contents(old / "ledger.db")["schema_version"] == [{"version": schema.VERSION}]
-
-
-OPEN = """
-import sys
-from pathlib import Path
-from marketdata_assets.ledger.ledger import Ledger
-sys.stdin.readline()
-print(len(Ledger(Path(sys.argv[1]), sys.argv[2] or None).accounts()))
-"""
-
-
-@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
-def test_processes_that_open_it_at_once_bring_it_forward_once(
-    kind: str, old: Path, request: pytest.FixtureRequest
-):
-    url = request.getfixturevalue("database") if kind == "postgres" else ""
-    others = [start_python(OPEN, str(old), url) for _ in range(3)]
-    said = [other.communicate("go\n") for other in others]
-    assert [out.strip() for out, _ in said] == ["0" if url else "1"] * 3, said
-    for other in others:
-        kill(other)
-
-
-def test_a_newer_version_is_not_touched(tmp_path: Path):
-    with Ledger(tmp_path).transaction() as db:
-        db.execute("UPDATE schema_version SET version = 99")
-    before = contents(tmp_path / "ledger.db")
-    with pytest.raises(
-        BadInput,
-        match=r"ledger\.db was written by a newer release \(version 99, ours is \d+\); upgrade this one",
-    ):
-        Ledger(tmp_path)
-    assert contents(tmp_path / "ledger.db") == before
-
-
-def test_objects_of_the_version_before_are_read():
-    found = decode(
-        (HERE / "version_1" / "rollup_1d.parquet").read_bytes(),
-        rollup_table(TIMEFRAMES["1d"]),
-        "rollup_1d.parquet",
-    )
-    assert found.columns == [column.name for column in rollup_table(TIMEFRAMES["1d"]).columns]
-    assert [(str(row["close"]), row["bars_present"]) for row in found.to_dicts()] == EXPECTED_DAYS
-
-
-EXPECTED_DAYS = [("54002.870000000000", 1440), ("54259.360000000000", 1360)]
-
-
-def test_raw_objects_of_the_version_before_know_no_provenance():
-    content = (HERE / "version_2" / "raw_1m.parquet").read_bytes()
-    found = decode(content, TABLE, "raw_1m.parquet", with_provenance=True)
-    assert found.select(COLUMN_NAMES).equals(
-        frame(random_rows(7, minutes(30, at("2024-01-07")), digits=8))
-    )
-    assert found.columns == [*COLUMN_NAMES, "known_at", "source"]
-    assert found["known_at"].null_count() == found["source"].null_count() == 30
 
 
 # --------------------------------------------------------------------------------- a server that go
@@ -229,7 +71,7 @@ def test_a_restarted_server_is_found_again_and_a_lost_lock_is_noticed(
     with ledger.lock(JANUARY.key, wait=False) as got:
         assert got
     assert ledger.heartbeats.last("without a lock") is None
-    monkeypatch.setattr(database_module, "PATIENCE", 0.0)
+    monkeypatch.setattr("marketdata_assets.ledger.postgres.PATIENCE", 0.0)
     server.stop()
     with pytest.raises(StoreFailed) as told:
         ledger.heartbeats.record("while it is away", at("2024-01-01"))
@@ -240,7 +82,7 @@ def test_a_restarted_server_is_found_again_and_a_lost_lock_is_noticed(
 def test_a_server_that_is_not_there_is_told_without_the_password(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(database_module, "PATIENCE", 0.0)
+    monkeypatch.setattr("marketdata_assets.ledger.postgres.PATIENCE", 0.0)
     with pytest.raises(
         MarketDataError,
         match=r"cannot be read .*refused.*; see to the server, or set another `database:`",
@@ -255,13 +97,141 @@ def test_a_database_that_does_not_exist_is_told_at_once(database: str, tmp_path:
         Ledger(tmp_path, database.replace("/test_", "/nobody_made_"))
 
 
+# --------------------------------------------------------------------------------- poolers
+PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@contextmanager
+def pooler(server: Any, mode: str, **options: Any) -> Iterator[str]:
+    """A PgBouncer before a server, in a pool mode; its URL."""
+    if PGBOUNCER is None:
+        pytest.skip("there is no pgbouncer on this machine (`apt-get install pgbouncer`)")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    data = Path(server.get_uri().partition("host=")[2])
+    settings = {
+        "listen_addr": "127.0.0.1",
+        "listen_port": port,
+        "unix_socket_dir": "",
+        "auth_type": "any",
+        "pool_mode": mode,
+        **options,
+    }
+    lines = [f"{name} = {value}" for name, value in settings.items()]
+    with tempfile.TemporaryDirectory(prefix="marketdata-pgbouncer-") as folder:
+        file = Path(folder, "pgbouncer.ini")
+        target = f"host={data} dbname=postgres user=postgres"
+        file.write_text("\n".join(["[databases]", f"market = {target}", "[pgbouncer]", *lines]))
+        shutil.chown(folder, data.owner())
+        process = subprocess.Popen(
+            [PGBOUNCER, str(file)],
+            user=data.owner() if os.geteuid() == 0 else None,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stderr is not None
+            while "process up" not in process.stderr.readline():
+                assert process.poll() is None
+            yield f"postgresql://postgres@127.0.0.1:{port}/market"
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("mode", ["transaction", "statement"])
+@pytest.mark.parametrize("round_robin", [0, 1])
+def test_a_pooler_that_shares_sessions_is_refused(
+    mode: str, round_robin: int, postgres_server: Any, tmp_path: Path
+):
+    """Whether it hands out the session that became free last, or the one that is free for longest;
+    alone, and with a pool that others have filled.
+    """
+    refusal = (
+        r"postgresql://127\.0\.0\.1/market is a pooler .* let `database:` name the server itself"
+        r", or a pooler in session mode \(pool_mode = session\)"
+    )
+    with pooler(postgres_server, mode, server_round_robin=round_robin) as url:
+        for others in (0, 5):
+            sessions = [psycopg2.connect(url) for _ in range(others)]
+            for session in sessions:
+                session.autocommit = mode == "statement"
+                session.cursor().execute("SELECT pg_sleep(0)")
+            for session in sessions:
+                session.rollback()
+            with pytest.raises(BadInput, match=refusal) as refused:
+                Ledger(tmp_path, url)
+            assert "\n" not in str(refused.value)
+            for session in sessions:
+                session.close()
+
+
+def test_a_pooler_in_session_mode_holds_locks(postgres_server: Any, tmp_path: Path):
+    """In tables of the schema `marketdata`, although it takes no options of a session."""
+    with pooler(postgres_server, "session") as url:
+        ledger, other = Ledger(tmp_path, url), Ledger(tmp_path, url)
+        ledger.heartbeats.record("x", at("2024-01-01"))
+        assert read_sql(other, "SELECT name FROM marketdata.beats WHERE name = 'x'") == [("x",)]
+        with ledger.lock(JANUARY.key) as got, other.lock("another") as another:
+            assert got is another is True
+            with futures.ThreadPoolExecutor() as threads:
+                assert threads.submit(try_lock, other).result() is False
+        assert try_lock(other)
+        ledger.close()
+        other.close()
+
+
+class FakePooler:
+    """Sessions that share server processes between their transactions. `choose` picks one of those
+    that are free, the one that became free last at the end; others take some meanwhile.
+    """
+
+    def __init__(self, processes: int, choose: Callable[[list[int]], int]) -> None:
+        self._free, self._choose = list(range(1, processes + 1)), choose
+
+    def session(self) -> Any:
+        """A client whose pooler gave it a number of its own."""
+        cursor = SimpleNamespace(execute=lambda sql: None, fetchall=lambda: [(self._query(),)])
+        return SimpleNamespace(
+            info=SimpleNamespace(backend_pid=-1),
+            cursor=lambda: nullcontext(cursor),
+            close=lambda: None,
+        )
+
+    def _query(self) -> int:
+        process = self._choose(self._free)
+        self._free.remove(process)
+        self._free.append(process)
+        return process
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5, 50])
+@pytest.mark.parametrize("policy", ["last", "oldest", "any"])
+def test_shared_sessions_are_found_whatever_the_pooler_hands_out(processes: int, policy: str):
+    dice = random.Random(processes)
+    policies = {"last": lambda free: free[-1], "oldest": lambda free: free[0], "any": dice.choice}
+    fake = FakePooler(processes, policies[policy])
+    assert is_shared(fake.session(), fake.session)
+
+
+def test_sessions_of_their_own_are_not_taken_for_shared():
+    first, second = (FakePooler(1, lambda free: free[0]) for _ in range(2))
+    second._free = [2]
+    assert not is_shared(first.session(), second.session)
+
+
+def try_lock(ledger: Ledger) -> bool:
+    with ledger.lock(JANUARY.key, wait=False) as got:
+        return got
+
+
 # --------------------------------------------------------------------------------- clocks
 def test_workers_whose_clocks_differ_share_one_limit(database: str, tmp_path: Path):
     """One worker's clock is 40 s ahead. Each is told moments of its own clock, and all of them keep
     the limit in real time.
     """
     here, ahead = Ledger(tmp_path, database), Ledger(tmp_path, database)
-    ahead._engine._skew = here.skew - 40  # type: ignore[attr-defined]
+    vars(ahead.database)["clock_skew"] = here.clock_skew - 40
     now = 1_700_000_000.0
     sent = []
     for _ in range(90):

@@ -801,10 +801,10 @@ def definitions(settings: Settings) -> dg.Definitions:
     """Return the raw, rolled-up and Delta assets and the maintenance, joined as by
     `build_definitions`.
     """
-    grid, no_progress = market_months(settings), lambda event: None
+    grid = market_months(settings)
     assets = [
-        *(raw_asset(settings, tf, grid, no_progress) for tf in settings.raw_timeframes),
-        rollup_assets(settings, grid, no_progress),
+        *(raw_asset(settings, tf, grid) for tf in settings.raw_timeframes),
+        rollup_assets(settings, grid),
     ]
     job, schedule = delta_job(settings)
     return dg.Definitions(

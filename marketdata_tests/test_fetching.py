@@ -81,7 +81,7 @@ def fetch(
     return asyncio.run(visit())
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ one request through ccxt
 
 
 def test_binance_rows_are_the_texts_that_were_sent(sandbox: Sandbox) -> None:
@@ -130,8 +130,8 @@ LONG = "12345678.123456789012"
 
 
 def test_json_numbers_keep_every_digit(universe: Universe) -> None:
-    """Venues that send numbers and not text: 20 digits, exponents, whole numbers; a float would have
-    lost them.
+    """Venues that send numbers and not text: 20 digits, exponents, whole numbers; a float would
+    have lost them.
     """
     start = ms("2024-01-01") // 1000
     rows = [
@@ -164,7 +164,7 @@ def test_json_numbers_keep_every_digit(universe: Universe) -> None:
     assert done.bars["volume"].to_list() == exact
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ real bars of three venues
 
 
 def replayed(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> pl.DataFrame:
@@ -192,8 +192,8 @@ NOT_GIVEN = ("quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volu
 
 @needs_shared
 def test_kraken(replay: Callable[..., Any], universe: Universe) -> None:
-    """The last 12 hours that Kraken keeps; its own flat bars where nobody traded; mid-minute, so the
-    last one is open.
+    """Kraken returns the newest 12 hours, flat bars without trades included; at mid-minute the last
+    bar is open.
     """
     exchange = replay("2023-03-10T12:00:30Z", kraken_rate=0)
     settings = universe(
@@ -265,15 +265,15 @@ def test_coinbase(replay: Callable[..., Any], universe: Universe) -> None:
         ("reset", {}, Retry),
     ],
 )
-def test_other_venues_tell_their_troubles_in_their_own_ways(
+def test_errors_of_other_venues_are_recognized(
     replay: Callable[..., Any],
     name: str,
     fault: str,
     params: dict[str, Any],
     kind: type[MarketDataError],
 ) -> None:
-    """Kraken says `too many requests` and `busy` with status 200; each is told from bars, and from
-    each other.
+    """Kraken sends `too many requests` and `busy` with status 200; neither is taken for bars or for
+    the other.
     """
     exchange = replay("2023-03-10T12:00:30Z", kraken_rate=0, coinbase_rate=0)
     exchange.admin(fault=fault, match="OHLC|candles", params=params)
@@ -296,7 +296,7 @@ def test_binance_us_keeps_nine_columns(replay: Callable[..., Any]) -> None:
     assert len(rows) == 600
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ the first bars of a market
 
 
 @pytest.mark.parametrize(
@@ -343,12 +343,12 @@ def test_nothing_is_stored_of_a_minute_that_is_still_open(universe: Universe) ->
     )
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ pages
 
 
 @pytest.mark.parametrize("bars", [1, 2, 997, 998, 999, 1000, 1001, 1996, 1997, 2994])
 def test_page_edges(sandbox: Sandbox, universe: Universe, bars: int) -> None:
-    """Every length around one, two and three pages, in a span without holes: all bars, and no more
+    """Spans of one, two and three pages, give or take a bar, without gaps: all bars, and no more
     requests than needed.
     """
     start = at("2024-01-05T13:00")
@@ -374,7 +374,9 @@ def test_a_span_over_two_months(sandbox: Sandbox, universe: Universe) -> None:
 
 
 def test_several_pages_are_in_flight(universe: Universe) -> None:
-    """The exchange answers nobody before four ask at once; never more than eight do."""
+    """The exchange holds every answer until four requests have come; never more than eight are
+    open.
+    """
     inside, peak, four = [0], [0], asyncio.Event()
 
     async def crowd(request: web.Request, rows: Any) -> None:
@@ -416,7 +418,7 @@ def test_a_source_can_be_used_again_after_closing(sandbox: Sandbox) -> None:
     assert asyncio.run(visit()) == [60, 60]
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ errors of the venue
 
 
 def raised(action: Callable[[], object]) -> MarketDataError:
@@ -476,7 +478,7 @@ def test_a_closed_port_is_venue_down(universe: Universe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "kind", "says"),
+    ("status", "body", "kind", "message"),
     [
         (200, "<html><body>It works!</body></html>", Retry, "not JSON"),
         (200, '{"hello": "world"}', MarketDataError, "binance"),
@@ -490,7 +492,7 @@ def test_a_closed_port_is_venue_down(universe: Universe) -> None:
     ],
 )
 def test_a_base_url_that_is_no_exchange(
-    status: int, body: str, kind: type[MarketDataError], says: str
+    status: int, body: str, kind: type[MarketDataError], message: str
 ) -> None:
     """Each kind of foreign server gives one clear error of our tree that names the venue."""
 
@@ -500,13 +502,13 @@ def test_a_base_url_that_is_no_exchange(
     with serving(answer) as url:
         error = raised(lambda: fetch(venue("binance", url), window("2024-01-05", "2024-01-06")))
     assert isinstance(error, kind)
-    assert says in str(error)
+    assert message in str(error)
     assert str(error).startswith("binance")
     assert "127.0.0.1" not in str(error)
 
 
-def test_a_server_that_says_nothing_ends_with_the_deadline() -> None:
-    """The list of markets has a deadline too."""
+def test_a_silent_server_ends_with_the_deadline() -> None:
+    """The list of markets has a deadline, too."""
 
     async def silent(request: web.Request) -> web.Response:
         while request.transport is not None and not request.transport.is_closing():
@@ -537,7 +539,7 @@ TOO_MUCH = {"code": -1003, "msg": "Too many requests."}
     ],
 )
 def test_retry_after_is_read(header: str | None, least: float) -> None:
-    """Seconds as told; a pause of our own where the header is missing or makes no sense."""
+    """The header's seconds; a pause of our own where it is missing or is no number."""
 
     async def answer(_: web.Request) -> web.Response:
         return web.json_response(
@@ -561,8 +563,8 @@ def test_retry_after_is_read(header: str | None, least: float) -> None:
         "null",
     ],
 )
-def test_a_request_for_patience_may_have_any_body(status: int, body: str) -> None:
-    """The status and the header count."""
+def test_a_demanded_wait_may_have_any_body(status: int, body: str) -> None:
+    """Only the status and the header count."""
 
     async def answer(_: web.Request) -> web.Response:
         return web.Response(text=body, status=status, headers={"Retry-After": "33"})
@@ -574,7 +576,7 @@ def test_a_request_for_patience_may_have_any_body(status: int, body: str) -> Non
 
 
 def test_a_failed_start_leaves_no_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """ccxt complains on standard error about each exchange that nobody closed."""
+    """ccxt writes to standard error about each exchange that is not closed."""
 
     async def answer(_: web.Request) -> web.Response:
         return web.Response(text="<html>")
@@ -602,11 +604,11 @@ def test_retry_after_may_be_a_date() -> None:
     assert 200 < error.seconds <= 300
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ certificates
 
 
 def self_signed(folder: Path) -> Path:
-    """A certificate and its key for 127.0.0.1 that no authority knows, in one file."""
+    """A certificate for 127.0.0.1 without an authority, and its key, in one file."""
     x509 = pytest.importorskip("cryptography.x509")
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -633,8 +635,8 @@ def self_signed(folder: Path) -> Path:
     return file
 
 
-def test_a_certificate_that_nobody_signed_is_refused(tmp_path: Path) -> None:
-    """The server answers whoever trusts it, and never sees a request of ours."""
+def test_a_certificate_without_an_authority_is_refused(tmp_path: Path) -> None:
+    """The server would answer any client that trusts it, and never sees a request of ours."""
     file, seen = self_signed(tmp_path), []
 
     async def answer(request: web.Request) -> web.Response:
@@ -653,7 +655,7 @@ def test_a_certificate_that_nobody_signed_is_refused(tmp_path: Path) -> None:
     assert seen == ["/control"]
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ secrets and deadlines
 
 CANARIES = {
     "AWS_SECRET_ACCESS_KEY": "canary-aws-7f3a",
@@ -672,8 +674,8 @@ def grep(folder: Path, words: Iterable[str]) -> list[tuple[Path, str]]:
 def test_requests_carry_no_key(
     universe: Universe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keys in the environment reach neither the exchange, nor an error, nor a file, on good days and
-    on bad ones.
+    """Keys in the environment reach neither the exchange, nor an error, nor a file, on good days
+    and on bad ones.
     """
     for name, word in CANARIES.items():
         monkeypatch.setenv(name, word)
@@ -726,8 +728,8 @@ def test_a_key_in_base_url_is_refused_and_not_repeated(universe: Universe, url: 
 def test_the_deadline_has_a_seam(
     universe: Universe, monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox
 ) -> None:
-    """Tests that need a short deadline replace the class that the context opens; this one proves that
-    it is used.
+    """Tests that need a short deadline replace the class that the toolbox opens; this one proves
+    that it is used.
     """
     built: list[Any] = []
 

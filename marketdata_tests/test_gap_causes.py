@@ -204,8 +204,8 @@ def test_a_gap_is_cut_where_the_others_come_back() -> None:
 
 
 def test_consecutive_empty_bars_are_less_rare_than_independent_ones() -> None:
-    """20 minutes on Kraken's BTC/USDT, where a third of all minutes is empty: no halt, though 0.32^20
-    is one in 10^10.
+    """20 minutes on Kraken's BTC/USDT, where a third of all minutes is empty: no halt, though
+    0.32^20 is one in 10^10.
     """
     kraken = EmptyBarRate(30240, 9796, 5255)
     assert (9796 / 30240) ** 20 < 1e-9 < kraken.chance(20) < 1e-6

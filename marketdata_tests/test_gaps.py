@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.fetch.ingest import Ingester
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.flows.fetch.plan import BackfillPlanner
 from marketdata_assets.flows.operate.backfill import BacklogFinder
-from marketdata_assets.flows.prove.gaps import GapExplainer, ListedGap, words_of
+from marketdata_assets.flows.prove.gaps import GapExplainer, ListedGap
 from marketdata_assets.flows.prove.raw_checks import RawAuditor
 from marketdata_assets.flows.read.coverage import CoverageReporter
-from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
-from marketdata_assets.model.gap import GapCause
+from marketdata_assets.ledger.records import IngestRecord, PartitionState, RowAccount
+from marketdata_assets.model.gap import UNEXPLAINED, Gap, GapCause, GapReason, GapStatus
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
@@ -34,14 +35,14 @@ from marketdata_tests.samples import BTC, dump, frame, row
 from marketdata_tests.steps import at, lake_files, partitions, run_ingest, window
 
 M1, M15, H1 = TIMEFRAMES["1m"], TIMEFRAMES["15m"], TIMEFRAMES["1h"]
-HOLE = window("2023-03-24T12:40", "2023-03-24T14:00")
+HALT = window("2023-03-24T12:40", "2023-03-24T14:00")
 
 
 # --------------------------------------------------------------------------------- sums
-def gap(first: int, end: int, since: datetime, reason: str = "no_bars", cause: str = "") -> Gap:
-    return Gap(
-        Window(since + first * M1.width, since + end * M1.width), end - first, reason, 2, "", cause
-    )
+def gap(window: Window, reason: GapReason, cause: GapCause | None) -> Gap:
+    """Return a gap of 1m bars; a known cause is final."""
+    status = GapStatus.FINAL if cause else GapStatus.OPEN
+    return Gap(window, window.count(M1), reason, 2, "", cause, status)
 
 
 @examples(max_examples=25)
@@ -51,16 +52,14 @@ def test_the_parts_sum_in_any_window(universe: Universe, data: st.DataObject) ->
     settings = universe(
         "http://127.0.0.1:9", since="2024-01-30T22:00", until="2024-02-01T02:00", now="2024-03-01"
     )
-    kinds = [
-        ("present", "", ""),
-        ("no_bars", GapCause.NO_TRADE, GapCause.NO_TRADE),
-        ("no_bars", GapCause.HALTED, GapCause.HALTED),
-        ("unanswered", GapCause.DELISTED, GapCause.DELISTED),
-    ]
-    kinds += [
-        ("no_bars", "", GapCause.MISSING_AT_SOURCE),
-        ("unanswered", GapCause.MISSING_AT_SOURCE, GapCause.MISSING_AT_SOURCE),
-        ("quarantined", "", "quarantined"),
+    kinds: list[tuple[GapReason | None, GapCause | None, str]] = [
+        (None, None, "present"),
+        (GapReason.NO_BARS, GapCause.NO_TRADE, "no_trade"),
+        (GapReason.NO_BARS, GapCause.HALTED, "halted"),
+        (GapReason.UNANSWERED, GapCause.DELISTED, "delisted"),
+        (GapReason.NO_BARS, None, "missing_at_source"),
+        (GapReason.UNANSWERED, GapCause.MISSING_AT_SOURCE, "missing_at_source"),
+        (GapReason.QUARANTINED, None, "quarantined"),
     ]
     truth: dict[datetime, str] = {}
     with open_context(settings) as context:
@@ -79,29 +78,39 @@ def test_the_parts_sum_in_any_window(universe: Universe, data: st.DataObject) ->
                     moment, min(moment + data.draw(st.integers(1, 300)) * M1.width, wanted.end)
                 )
                 opens = [stretch.start + i * M1.width for i in range(stretch.count(M1))]
-                truth |= dict.fromkeys(opens, part or "present")
-                if reason == "present":
+                truth |= dict.fromkeys(opens, part)
+                if reason is None:
                     bars += [row(t) for t in opens]
                 else:
-                    gaps.append(gap(0, len(opens), stretch.start, reason, cause))
+                    gaps.append(gap(stretch, reason, cause))
                 moment = stretch.end
             size, digest = context.storage.lake.write(
                 raw_table(M1), partition, frame(bars) if bars else frame([row(listed)]).clear()
             )
-            state = State(
-                wanted.start, moment, None, False, len(bars), size, digest, None, 1, 0, None
+            state = PartitionState(
+                start=wanted.start,
+                through=moment,
+                newest=None,
+                is_complete=False,
+                rows=len(bars),
+                bytes=size,
+                digest=digest,
+                rollup_source_digest=None,
+                attempts=1,
+                failures=0,
+                error=None,
             )
             context.ledger.partitions.commit(
-                Entry(
+                IngestRecord(
                     raw_table(M1),
                     partition,
                     state,
-                    Account(),
-                    gaps,
-                    [],
-                    pl.DataFrame(schema=REJECTED_SCHEMA),
-                    [],
-                    settings.now(),
+                    account=RowAccount(),
+                    gaps=gaps,
+                    fetches=[],
+                    rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
+                    answers=[],
+                    now=settings.now(),
                 )
             )
         span = settings.span(BTC)
@@ -144,7 +153,7 @@ def summarize(found: list[ListedGap]) -> list[tuple[str, str, str, int, str]]:
             one.table.timeframe.name,
             f"{one.gap.window.start:%H:%M}",
             one.gap.bars,
-            one.kind,
+            one.gap.kind,
         )
         for one in found
     ]
@@ -190,9 +199,9 @@ def test_a_halt_of_a_venue_is_found_in_both_markets(
             for finding in context.bind(RawAuditor).audit(done[0])
             if finding.check == "gaps"
         ]
-    assert [row["cause"] for row in before[0].table] == ["unexplained"]
-    found = explained(settings)
-    assert told(found) == [
+    assert [row["cause"] for row in before[0].rows] == [UNEXPLAINED]
+    found = explain(settings)
+    assert summarize(found) == [
         (s, tf, t, n, GapCause.HALTED)
         for s in ("BTC/USDT", "ETH/USDT")
         for tf, t, n in (("1m", "12:40", 80), ("15m", "12:45", 5))
@@ -209,15 +218,15 @@ def test_a_halt_of_a_venue_is_found_in_both_markets(
     assert all(
         one.gap.next_request is None and one.gap.first_requested == settings.now() for one in found
     )
-    assert days_sum(settings) == 6
+    assert check_days(settings) == 6
     with open_context(settings) as context:
         (halted,) = context.bind(CoverageReporter).report(
             settings.markets[:1], window("2023-03-24T12:30", "2023-03-24T12:50")
         )
         assert (halted.expected, halted.present, halted.halted) == (20, 10, 10)
-        after = audit_gaps(toolbox, done[0])
-        assert [row["cause"] for row in after.table] == [GapCause.HALTED]
-        assert "by chance once in" in str(after.table[0]["evidence"])
+        after = context.bind(RawAuditor).audit_gaps(done[0])
+        assert [row["cause"] for row in after.rows] == [GapCause.HALTED]
+        assert "by chance once in" in str(after.rows[0]["evidence"])
         assert (
             context.bind(BackfillPlanner).plan(partitions(settings))[0].reason
             == "rollups are not up to date"
@@ -249,21 +258,23 @@ def test_maintenance_is_a_halt_and_minutes_without_trades_are_not(
     assert all(done.error is None for done in run_ingest(settings))
     found = explain(settings)
     usd = [one for one in found if one.market.symbol == "BTC/USD"]
-    assert [(one.gap.bars, one.kind) for one in usd if one.gap.bars > 1] == [(277, GapCause.HALTED)]
-    assert {one.kind for one in usd} == {GapCause.HALTED, GapCause.NO_TRADE}
+    assert [(one.gap.bars, one.gap.kind) for one in usd if one.gap.bars > 1] == [
+        (277, GapCause.HALTED)
+    ]
+    assert {one.gap.kind for one in usd} == {GapCause.HALTED, GapCause.NO_TRADE}
     usdt = [
         one
         for one in found
         if one.market.symbol == "BTC/USDT" and one.market.venue == "coinbaseexchange"
     ]
     maintenance = [
-        (f"{one.gap.window.start:%H:%M}", one.gap.bars, one.kind)
+        (f"{one.gap.window.start:%H:%M}", one.gap.bars, one.gap.kind)
         for one in usdt
         if HALT_DAY & one.gap.window
     ]
     assert maintenance == [("17:00", 277, GapCause.HALTED), ("21:37", 5, GapCause.NO_TRADE)]
-    assert {one.kind for one in usdt[:-1]} == {GapCause.HALTED, GapCause.NO_TRADE}
-    halted = next(one for one in usdt if one.kind == GapCause.HALTED).as_dict()["proof"]
+    assert {one.gap.kind for one in usdt[:-1]} == {GapCause.HALTED, GapCause.NO_TRADE}
+    halted = next(one for one in usdt if one.gap.kind == GapCause.HALTED).as_dict()["proof"]
     assert halted["elsewhere"] == {"binance:BTC-USDT": 277}
     assert halted["venue"] == {"coinbaseexchange:BTC-USD": 0}
     assert check_days(settings) == 6
@@ -293,13 +304,13 @@ def test_empty_minutes_of_an_archive_are_no_trade(universe: Universe) -> None:
                 partition,
                 read_archive(name, settings.span(partition.market)),
                 rejected=nothing,
-                source="archive",
+                sources=["archive"],
             )
-    found = explained(settings)
-    assert ("BTC/USD", "1m", "22:01", 12, GapCause.HALTED) in told(found)
+    found = explain(settings)
+    assert ("BTC/USD", "1m", "22:01", 12, GapCause.HALTED) in summarize(found)
     usdt = [one for one in found if one.market.symbol == "BTC/USDT"]
-    assert [one.gap.bars for one in usdt if one.kind == GapCause.HALTED] == [12]
-    assert {one.kind for one in found} <= {GapCause.HALTED, GapCause.NO_TRADE}
+    assert [one.gap.bars for one in usdt if one.gap.kind == GapCause.HALTED] == [12]
+    assert {one.gap.kind for one in found} <= {GapCause.HALTED, GapCause.NO_TRADE}
     assert len(usdt) > 500
     assert check_days(settings) == 6
 
@@ -334,18 +345,18 @@ def test_a_minute_that_the_native_bars_hold_is_missing_at_source(
         extra="reference: [15m, 1h]",
     )
     run_ingest(settings)
-    assert [(one.kind, words_of(one.gap)) for one in explain(settings)] == [
-        ("unexplained", "other markets of the venue have to be fetched first")
+    assert [(one.gap.kind, one.gap.explanation) for one in explain(settings)] == [
+        (UNEXPLAINED, "other markets of the venue have to be fetched first")
     ]
     for timeframe in ("15m", "1h"):
         run_ingest(settings, timeframe=timeframe)
-    (lost,) = explained(settings)
-    assert told([lost]) == [("SOL/USDT", "1m", "16:39", 1, GapCause.MISSING_AT_SOURCE)]
+    (lost,) = explain(settings)
+    assert summarize([lost]) == [("SOL/USDT", "1m", "16:39", 1, GapCause.MISSING_AT_SOURCE)]
     assert lost.gap.next_request is None
     quarter, hour = lost.as_dict()["proof"]["native"]
     assert quarter == (
         "the venue's 15m bar of 2023-02-14T16:30:00Z has volume 94072.85, "
-        "ours in it 89305.35, 1 bars lack"
+        "ours in it 89305.35, 1 bars are missing"
     )
     assert hour.startswith("the venue's 1h bar of 2023-02-14T16:00:00Z has volume ")
     exchange.log()
@@ -393,9 +404,9 @@ def test_a_gap_is_fetched_again_after_growing_pauses(
                 context.ledger.attempts.clear(partitions(now))
             run_ingest(now)
             assert bool([entry for entry in exchange.log() if "klines" in entry["path"]]) is wanted
-    (one,) = explained(now)
-    assert (one.kind, one.gap.answers >= 10, one.gap.first_requested) == (
-        "unexplained",
+    (one,) = explain(now)
+    assert (one.gap.kind, one.gap.answers >= 10, one.gap.first_requested) == (
+        UNEXPLAINED,
         True,
         at("2023-02-15T02:00"),
     )
@@ -416,24 +427,26 @@ def test_a_reopened_gap_is_fetched_and_then_explained(
         now="2023-03-26",
     )
     run_ingest(settings)
-    assert [one.kind for one in explained(settings)] == [GapCause.HALTED, GapCause.HALTED]
-    with open_toolbox(settings) as toolbox:
+    assert [one.gap.kind for one in explain(settings)] == [GapCause.HALTED, GapCause.HALTED]
+    with open_context(settings) as context:
         with pytest.raises(
             BadInput,
             match=r"begins at 2023-03-24T12:41:00Z; the nearest is --start 2023-03-24T12:40:00Z",
         ):
-            reopen(toolbox, BTC, at("2023-03-24T12:41"))
-        assert [one.gap.bars for one in reopen(toolbox, BTC, HOLE.start)] == [80]
-    assert [one.kind for one in explained(settings)] == ["unexplained", GapCause.HALTED]
-    with open_toolbox(settings) as toolbox:
-        assert [task.bars for task in plan(toolbox, partitions(settings))] == [80, 0]
+            context.bind(GapExplainer).reopen(BTC, at("2023-03-24T12:41"))
+        opened = context.bind(GapExplainer).reopen(BTC, HALT.start)
+        assert [one.gap.bars for one in opened] == [80]
+    assert [one.gap.kind for one in explain(settings)] == [UNEXPLAINED, GapCause.HALTED]
+    with open_context(settings) as context:
+        planned = context.bind(BackfillPlanner).plan(partitions(settings))
+        assert [task.bars for task in planned] == [80, 0]
     exchange.log()
     run_ingest(settings)
     assert {entry["query"]["symbol"] for entry in exchange.log() if "klines" in entry["path"]} == {
         "BTCUSDT"
     }
-    (again, _) = explained(settings)
-    assert (again.kind, again.gap.answers) == (GapCause.HALTED, 4)
+    (again, _) = explain(settings)
+    assert (again.gap.kind, again.gap.answers) == (GapCause.HALTED, 4)
 
 
 def test_a_market_that_leaves_its_venue_is_delisted(
@@ -456,11 +469,11 @@ def test_a_market_that_leaves_its_venue_is_delisted(
         exchange.admin(op="now", now=f"2024-02-0{day}T00:00:30Z")
         later = at_time(settings, f"2024-02-0{day}T00:00:00Z")
         assert all(done.error is None for done in run_ingest(later))
-        found = explained(later, ask=True)
+        found = explain(later, send_requests=True)
         assert [
             ("final" if one.gap.next_request is None else "not final") for one in found
         ] == kinds
-        assert [(one.market.symbol, one.kind, one.gap.window) for one in found] == [
+        assert [(one.market.symbol, one.gap.kind, one.gap.window) for one in found] == [
             ("ETH/USDT", GapCause.DELISTED, window("2024-02-02", f"2024-02-0{day}"))
         ]
     with open_context(later) as context:

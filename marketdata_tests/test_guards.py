@@ -75,7 +75,7 @@ class World:
             tasks = [asyncio.ensure_future(w) for w in work]
             while not all(task.done() for task in tasks):
                 for _ in range(5):
-                    await asyncio.sleep(0)  # whoever can go on does
+                    await asyncio.sleep(0)  # everything that can continue does
                 if self._alarms:
                     moment, _, alarm = heapq.heappop(self._alarms)
                     self.now = max(self.now, moment)
@@ -92,8 +92,8 @@ Script = Iterable[Exception | None]
 
 
 class FakeVenue:
-    """Answers by script (None is a good answer, and so is all that follows it), and knows when it was
-    asked.
+    """Answers by script, where None is a good answer and so is all after the script; records when
+    each request came.
     """
 
     page_size = 123
@@ -171,7 +171,7 @@ def outcomes(requests: Iterable[Request]) -> list[str]:
     return [request.outcome for request in requests]
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ retries
 
 
 def test_a_good_answer_costs_one_request_and_no_wait(world: World, ledger: Ledger) -> None:
@@ -191,8 +191,8 @@ def test_a_good_answer_costs_one_request_and_no_wait(world: World, ledger: Ledge
 
 
 def test_retries_back_off_exponentially(world: World, ledger: Ledger) -> None:
-    """0.5, 1, 2, 4, 8 seconds at full jitter; then the sixth answer counts, and all six requests are
-    told.
+    """0.5, 1, 2, 4, 8 seconds at full jitter; then the sixth answer is good, and the page has all
+    six requests.
     """
     venue = FakeVenue(world, [retry(), Garbled("binance: text"), retry(), retry(), retry()])
     (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
@@ -227,10 +227,8 @@ def test_jitter_is_full_by_default() -> None:
     assert max(policy.pauses.pause(40) for _ in range(400)) <= policy.backoff_cap == 20.0
 
 
-def test_gives_up_after_six_tries_and_says_why(world: World, ledger: Ledger) -> None:
-    """The last reason stands in the error, every request is told, and nobody sleeps after the last
-    try.
-    """
+def test_six_failures_end_a_call_with_the_last_reason(world: World, ledger: Ledger) -> None:
+    """The error has the last reason and every request, and no pause follows the last attempt."""
     venue = FakeVenue(world, for_ever(retry))
     (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert type(error) is VenueDown
@@ -245,10 +243,10 @@ def test_gives_up_after_six_tries_and_says_why(world: World, ledger: Ledger) -> 
 @pytest.mark.parametrize(
     "final", [VenueRefused("binance: Invalid symbol."), BadInput("no such symbol")]
 )
-def test_a_final_no_is_not_asked_again(
+def test_a_final_no_is_not_requested_again(
     world: World, ledger: Ledger, final: MarketDataError
 ) -> None:
-    """Neither at once, nor after retries that came before it; the requests so far are told."""
+    """Neither at once, nor after earlier retries; the error has the requests so far."""
     venue = FakeVenue(world, [retry(), final])
     (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert error is final
@@ -272,11 +270,11 @@ def test_clock_and_listing_are_guarded_too(world: World, ledger: Ledger) -> None
     assert [moment - NOON for moment in venue.asked] == [0, 0.5, 0.5, 7.5]
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ waits and pauses
 
 
-def test_retry_after_is_honoured(world: World, ledger: Ledger) -> None:
-    """No request before the time is up; waiting is no failure, however often it is asked for."""
+def test_retry_after_is_obeyed(world: World, ledger: Ledger) -> None:
+    """No request is sent before the time is up; a wait is no failure, however often it comes."""
     pauses = [2.0, 30.0, 1.0, 5.0, 60.0, 3.0, 2.5, 1.0, 1.0, 4.0]
     venue = FakeVenue(world, [Wait("binance: HTTP 429", seconds) for seconds in pauses])
     (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
@@ -287,8 +285,8 @@ def test_retry_after_is_honoured(world: World, ledger: Ledger) -> None:
 
 
 def test_a_pause_holds_for_all_who_share_the_ledger(world: World, tmp_path: Path) -> None:
-    """Eight requests of two instances in flight: after the first 429 nobody asks before the time is
-    up.
+    """Eight requests of two instances in flight: after the first 429 none is sent before the time
+    is up.
     """
     first, second = (FakeVenue(world, takes=0.2) for _ in range(2))
     first._script = iter([Wait("binance: HTTP 429", 45.0)])
@@ -302,10 +300,12 @@ def test_a_pause_holds_for_all_who_share_the_ledger(world: World, tmp_path: Path
         return await fetch(guarded)
 
     found = world.run(*(visitor(guarded, NOON + 0.15 * i) for i in range(4) for guarded in guards))
-    told = NOON + 0.2
+    answered = NOON + 0.2
     assert all(isinstance(answer, BarsPage) for answer in found)
-    assert not [moment for moment in first.asked + second.asked if told < moment < told + 45.0]
-    assert sum(moment >= told + 45.0 for moment in first.asked + second.asked) == 5
+    assert not [
+        moment for moment in first.asked + second.asked if answered < moment < answered + 45.0
+    ]
+    assert sum(moment >= answered + 45.0 for moment in first.asked + second.asked) == 5
 
 
 def test_a_pause_belongs_to_its_venue(world: World, ledger: Ledger) -> None:
@@ -323,9 +323,9 @@ def test_a_shorter_pause_does_not_end_a_longer_one(world: World, ledger: Ledger)
     assert venue.asked == [NOON + 600]
 
 
-def test_a_ban_beyond_our_patience_is_venue_down(world: World, ledger: Ledger) -> None:
-    """Told at once, with the moment it ends, by whoever asked and by whoever comes later; nobody sends
-    a request.
+def test_a_ban_longer_than_the_longest_wait_is_venue_down(world: World, ledger: Ledger) -> None:
+    """The error has the moment it ends, for this call and for later ones; none of them sends a
+    request.
     """
     venue = FakeVenue(world, [Wait("binance: HTTP 418", 7200)])
     guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
@@ -337,7 +337,7 @@ def test_a_ban_beyond_our_patience_is_venue_down(world: World, ledger: Ledger) -
     assert world.now == NOON
 
 
-def test_a_ban_beyond_our_patience_tells_its_requests(world: World, ledger: Ledger) -> None:
+def test_a_ban_keeps_the_requests_that_led_to_it(world: World, ledger: Ledger) -> None:
     """The 503 and the 418 belong in the fetch log."""
     venue = FakeVenue(world, [retry(), Wait("binance: HTTP 418", 7200)])
     (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
@@ -346,11 +346,11 @@ def test_a_ban_beyond_our_patience_tells_its_requests(world: World, ledger: Ledg
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 1.0, 100.0])
-def test_a_venue_that_asks_for_patience_for_ever_is_given_up(
+def test_a_venue_that_demands_waits_for_ever_is_given_up(
     world: World, ledger: Ledger, seconds: float
 ) -> None:
-    """`longest_wait` bounds one request's waiting in all, and a Retry-After of 0 is no invitation to
-    hammer.
+    """`longest_wait` bounds the waits of one request in all, and a Retry-After of 0 does not cause
+    a flood of requests.
     """
     venue = FakeVenue(world, for_ever(lambda: Wait("binance: HTTP 429", seconds)))
     (error,) = world.run(
@@ -375,12 +375,12 @@ def test_an_absurd_retry_after_is_an_error_of_ours(
     assert isinstance(world.run(fetch(guarded))[0], BarsPage)
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ weights
 
 
 class WeighedVenue(FakeVenue):
-    """Binance's count: `weight` a request, so much allowed in each of its minutes, 429 beyond. `meter`
-    is shared.
+    """Binance's count: `weight` a request, so much allowed in each of its minutes, 429 beyond.
+    `meter` is shared.
     """
 
     def __init__(self, world: World, limit: int, weight: int, meter: dict[int, int]) -> None:
@@ -424,7 +424,9 @@ def test_the_weight_limit_is_never_reached(world: World, tmp_path: Path) -> None
 def test_a_nearly_used_up_minute_is_left_alone(
     world: World, ledger: Ledger, used: int, paused: bool
 ) -> None:
-    """At 12:00:20 the next request waits for 12:01 when little is left, and goes at once otherwise."""
+    """At 12:00:20 the next request waits for 12:01 when little weight is left, and is sent at once
+    otherwise.
+    """
     world.now = NOON + 20
     venue = FakeVenue(world)
     venue.weight_limit, venue.used_weight = 6000, used
@@ -435,11 +437,11 @@ def test_a_nearly_used_up_minute_is_left_alone(
     assert venue.asked[1] in (NOON + 20, pytest.approx(NOON + 60, abs=2))
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ the circuit breaker
 
 
 def broken(world: World, ledger: Ledger, script: Script = ()) -> tuple[FakeVenue, GuardedSource]:
-    """A guard whose venue has just failed often enough; what it answers from now on is the script."""
+    """A guard whose venue has just failed often enough; the script has its further answers."""
     venue = FakeVenue(world, itertools.chain((retry() for _ in range(BREAKER_LIMIT)), script))
     guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0))
     for _ in range(BREAKER_LIMIT // 6):
@@ -450,9 +452,7 @@ def broken(world: World, ledger: Ledger, script: Script = ()) -> tuple[FakeVenue
 
 
 def test_the_breaker_fails_fast(world: World, tmp_path: Path) -> None:
-    """After 30 failures in a row no request is sent, by no instance, and the error tells until
-    when.
-    """
+    """After 30 failures in a row no instance sends a request, and the error says until when."""
     venue, guarded = broken(world, Ledger(tmp_path))
     other = FakeVenue(world)
     second = GuardedSource(other, "binance", Ledger(tmp_path), policy=world.policy())
@@ -488,7 +488,7 @@ def test_the_breaker_stops_retries_that_are_under_way(world: World, ledger: Ledg
     assert 30 <= len(venue.asked) < 30 + 8
 
 
-def test_whom_the_breaker_stops_tells_what_happened(world: World, ledger: Ledger) -> None:
+def test_calls_that_the_breaker_stops_have_their_reason(world: World, ledger: Ledger) -> None:
     """The failed requests belong in the fetch log, and the reason in the error a person reads."""
     venue = FakeVenue(world, for_ever(retry), takes=0.1)
     guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0))
@@ -527,7 +527,9 @@ def test_half_open_and_still_down_stays_shut(world: World, ledger: Ledger) -> No
 
 
 def test_the_breaker_stays_open_longer_each_time(world: World, ledger: Ledger) -> None:
-    """Two hours of outage, asked every 5 s: the time between trials grows from 30 s to ten minutes."""
+    """Two hours of outage, a call every 5 s: the time between trials grows from 30 s to ten
+    minutes.
+    """
     venue, guarded = broken(world, ledger, for_ever(retry))
     while world.now < NOON + 7200:
         world.now += 5
@@ -540,7 +542,7 @@ def test_the_breaker_stays_open_longer_each_time(world: World, ledger: Ledger) -
 
 
 def test_a_refusal_is_an_answer(world: World, ledger: Ledger) -> None:
-    """A venue that says no is not down: refusals open no breaker."""
+    """A venue that refuses is not down: refusals open no breaker."""
     venue = FakeVenue(world, for_ever(lambda: VenueRefused("binance: Invalid symbol.")))
     guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
     for _ in range(BREAKER_LIMIT + 5):
@@ -548,7 +550,7 @@ def test_a_refusal_is_an_answer(world: World, ledger: Ledger) -> None:
     assert len(venue.asked) == BREAKER_LIMIT + 5
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ the limiter
 
 
 def busiest(moments: Iterable[float], seconds: float) -> int:
@@ -564,9 +566,7 @@ def busiest(moments: Iterable[float], seconds: float) -> int:
 def crowd(
     world: World, folder: Path, per_minute: int | None, instances: int, workers: int, each: int
 ) -> list[FakeVenue]:
-    """So many instances with so many workers, each of which fetches so often; the venues they
-    asked.
-    """
+    """The venues of so many instances, after each of their workers has fetched so often."""
     venues = [FakeVenue(world, takes=0.02) for _ in range(instances)]
     guards = [
         GuardedSource(
@@ -604,7 +604,7 @@ def test_the_limiter_holds_over_all_instances(
 
 
 def test_the_limiter_holds_after_a_pause(world: World, tmp_path: Path) -> None:
-    """Whoever waited through a pause does not start with the others in one heap when it ends."""
+    """Requests that waited through a pause are not all sent at its end."""
     Ledger(tmp_path).pause("binance", NOON + 120)
     venues = crowd(world, tmp_path, 60, instances=2, workers=8, each=10)
     moments = [moment for venue in venues for moment in venue.asked]
@@ -619,7 +619,7 @@ def test_without_a_limit_nobody_waits(world: World, tmp_path: Path) -> None:
     assert world.now == pytest.approx(NOON + 20 * 0.02)
 
 
-def test_waiting_for_the_limiter_is_told(world: World, ledger: Ledger) -> None:
+def test_waits_for_the_limiter_are_counted(world: World, ledger: Ledger) -> None:
     """Ten at once at 60 a minute: the last one waited about nine seconds."""
     venue = FakeVenue(world)
     guarded = GuardedSource(venue, "binance", ledger, requests_per_minute=60, policy=world.policy())

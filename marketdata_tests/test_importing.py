@@ -1,6 +1,4 @@
-"""Imports: what a file says is what is stored, what is wrong with it is told by line, and the venue's
-bars stay.
-"""
+"""Imports: a file's bars are stored, an error names its line, and the venue's bars stay."""
 
 from __future__ import annotations
 
@@ -24,6 +22,7 @@ from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput
 from marketdata_assets.flows.fetch.import_result import FileTally, ImportResult
 from marketdata_assets.flows.fetch.imports import FileImporter, inspect_files
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.flows.fetch.plan import BackfillPlanner
 from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
 from marketdata_assets.model.market import Market
@@ -52,7 +51,10 @@ from marketdata_tests.test_cli import marketdata, text_of
 
 NOWHERE = "http://127.0.0.1:1"
 DAY = window("2024-01-02", "2024-01-03")
-FUTURES_HEADER = "open_time,open,high,low,close,volume,close_time,quote_volume,count,taker_buy_volume,taker_buy_quote_volume,ignore"
+FUTURES_HEADER = (
+    "open_time,open,high,low,close,volume,close_time,quote_volume,count,"
+    "taker_buy_volume,taker_buy_quote_volume,ignore"
+)
 Change = Callable[[int, list[str]], list[str]]
 
 
@@ -137,8 +139,8 @@ def test_a_daily_archive_gives_its_bars(
 ) -> None:
     done = imported(settings, written(tmp_path / "BTCUSDT-1m-2024-01-02.zip", klines(unit=unit)))
     assert counts(done.files[0]) == {"stored": 1440}
-    facts = done.files[0].facts
-    assert (facts.unit, facts.span, facts.market, facts.missing_bars) == (name, DAY, BTC, 0)
+    file = done.files[0].file
+    assert (file.unit, file.span, file.market, file.missing_bars) == (name, DAY, BTC, 0)
     assert_bars(stored_bars(settings), generate_bars("BTCUSDT", "1m", DAY))
 
 
@@ -167,7 +169,7 @@ def test_spot_and_futures_of_one_name(universe: Universe, tmp_path: Path) -> Non
         match=r"it is binance's BTCUSDT \(USD-margined futures\), and not binance:BTC-USDT;",
     ):
         imported(both, telling, market="binance:BTC-USDT")
-    assert imported(both, telling).files[0].facts.market.symbol == "BTC/USDT:USDT"
+    assert imported(both, telling).files[0].file.market.symbol == "BTC/USDT:USDT"
     assert imported(both, plain, market="binance:BTC-USDT").files[0].stored == 1440
 
 
@@ -185,8 +187,8 @@ def test_a_month_and_its_reference(settings: Settings, tmp_path: Path) -> None:
     assert_bars(stored_bars(settings, timeframe="1h"), generate_bars("BTCUSDT", "1h", month))
     with open_context(settings) as context:
         gaps = context.ledger.gaps.of(raw_table(TIMEFRAMES["1m"]), partitions_of(BTC, month)[0])
-    assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(halt, "unanswered", False)]
-    assert "BTCUSDT-1m-2024-01.zip holds both neighbours" in gaps[0].evidence
+    assert [(gap.bars, gap.reason, gap.is_settled) for gap in gaps] == [(halt, "unanswered", False)]
+    assert "BTCUSDT-1m-2024-01.zip holds both neighbors" in gaps[0].evidence
 
 
 def test_plain_csv_with_a_mapping(settings: Settings, tmp_path: Path) -> None:
@@ -203,7 +205,7 @@ def test_plain_csv_with_a_mapping(settings: Settings, tmp_path: Path) -> None:
     done = imported(
         settings, file, market="binance:BTC-USDT", timeframe=TIMEFRAMES["1m"], columns=mapping
     )
-    assert (counts(done.files[0]), done.files[0].facts.unit) == ({"stored": 1440}, "iso")
+    assert (counts(done.files[0]), done.files[0].file.unit) == ({"stored": 1440}, "iso")
     assert_bars(stored_bars(settings).select(COLUMN_NAMES[:6]), bars.select(COLUMN_NAMES[:6]))
     assert stored_bars(settings)["quote_volume"].null_count() == 1440
 
@@ -274,7 +276,8 @@ def kraken(universe: Universe) -> Settings:
 
 def test_a_kraken_file_has_the_last_word_about_its_holes(kraken: Settings, tmp_path: Path) -> None:
     lines = [
-        f"{ms(f'2024-01-01T{hour:02}:00') // 1000},16500.1,16600,16400.5,16550,1.23456789,{hour + 1}"
+        f"{ms(f'2024-01-01T{hour:02}:00') // 1000},"
+        f"16500.1,16600,16400.5,16550,1.23456789,{hour + 1}"
         for hour in range(24)
         if hour != 5
     ]
@@ -287,7 +290,7 @@ def test_a_kraken_file_has_the_last_word_about_its_holes(kraken: Settings, tmp_p
         gaps = context.ledger.gaps.of(
             raw_table(TIMEFRAMES["1h"]), partitions_of(Market("kraken", "BTC/USD"), DAY)[0]
         )
-    assert [(gap.bars, gap.reason, gap.settled) for gap in gaps] == [(1, "no_bars", True)]
+    assert [(gap.bars, gap.reason, gap.is_settled) for gap in gaps] == [(1, "no_bars", True)]
 
 
 # --------------------------------------------------------------------------------- checksums and ba
@@ -649,8 +652,9 @@ def test_files_that_disagree_are_believed_neither(
 def test_days_in_one_go_and_what_lies_between_files_is_not_told(
     sandbox: Any, universe: Universe, tmp_path: Path
 ) -> None:
-    """Three days of which the third is missing: nobody says that it has no bars. A hole inside a day
-    is asked for again.
+    """The third of some days is missing: no answer says that it has no bars.
+
+    A gap inside a day is requested again.
     """
     settings = universe(sandbox[1], until="2024-01-05", now="2024-01-09")
     hole = ms("2024-01-02T07:00")
@@ -680,7 +684,7 @@ def test_days_in_one_go_and_what_lies_between_files_is_not_told(
         (window("2024-01-02T07:00", "2024-01-02T07:01"), "unanswered")
     ]
     assert state is not None
-    assert not state.complete
+    assert not state.is_complete
     run_ingest(settings)
     assert_bars(
         stored_bars(settings), generate_bars("BTCUSDT", "1m", window("2024-01-01", "2024-01-05"))
@@ -714,8 +718,8 @@ def test_every_row_is_accounted_for_whatever_is_wrong_with_it(
     )  # "0" may pass the rules
     with open_context(settings) as context:
         assert (
-            context.bind(FileImporter)
-            .read_stored(TIMEFRAMES["1m"], partitions_of(BTC, DAY)[0])
+            context.bind(PartitionStore)
+            .read_result(raw_table(TIMEFRAMES["1m"]), partitions_of(BTC, DAY)[0])
             .account.is_balanced
         )
 
@@ -724,8 +728,9 @@ def test_every_row_is_accounted_for_whatever_is_wrong_with_it(
 def test_the_command_works_offline_and_dagster_shows_it(
     settings: Settings, instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
-    """Bars, checks and rollups without a venue; a second time changes nothing; what differs is told by
-    the exit code.
+    """Bars, checks and rollups come without a venue.
+
+    A second import changes nothing, and the exit code shows that values differ.
     """
     month = window("2024-01-01", "2024-02-01")
     file = written(tmp_path / "BTCUSDT-1m-2024-01.zip", klines(month))
@@ -762,8 +767,9 @@ def test_a_mistake_is_one_line(settings: Settings, tmp_path: Path) -> None:
 
 
 def test_the_plan_says_where_files_cost_less(universe: Universe) -> None:
-    """Closed months of minutes, from the first Tuesday after them; an hourly month is one request and
-    needs no file.
+    """Files are offered for closed months of minutes, from the first Tuesday after them.
+
+    An hourly month is one request and needs no file.
     """
     settings = universe(NOWHERE, since="2024-01-10", now="2024-03-05", extra="reference: [1h]")
     with open_context(settings) as context:

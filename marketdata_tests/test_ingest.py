@@ -171,7 +171,7 @@ def test_every_missing_bar_has_its_evidence(two_months: TwoMonths) -> None:
         missing = expected - set(done.bars["open_time"].dt.epoch("ms").to_list())
         in_gaps: set[int] = set()
         for gap in done.gaps:
-            assert (gap.reason, gap.answers >= 2, gap.settled) == ("no_bars", True, True)
+            assert (gap.reason, gap.answers >= 2, gap.is_settled) == ("no_bars", True, True)
             assert "asked [" in gap.evidence
             assert " rows" in gap.evidence
             assert gap.bars == gap.window.count(MINUTE)

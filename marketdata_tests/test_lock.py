@@ -21,7 +21,7 @@ import pytest
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput, Damaged, StoreFailed
 from marketdata_assets.flows.read.lock import DatasetLocker, locked_moment
-from marketdata_assets.flows.read.verify import Verification
+from marketdata_assets.flows.read.verify import DatasetVerifier, Verification
 from marketdata_assets.model.bar import TIME
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw_table, rollup_table
@@ -30,7 +30,7 @@ from marketdata_assets.model.window import Window
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import generate_bars
-from marketdata_assets.sources.sandbox.server import SandboxExchange
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lockfile import LockFile, read_lock, write_lock
 from marketdata_tests.conftest import SANDBOX_NOW
@@ -125,14 +125,14 @@ def lock_dataset(
 
 def verify(settings: Settings, locked: LockFile) -> Verification:
     with open_context(settings) as context:
-        return context.bind(DatasetLocker).verify(locked)
+        return context.bind(DatasetVerifier).verify(locked)
 
 
 def find_differences(settings: Settings, locked: LockFile) -> list[tuple[str, str, str, int, int]]:
     """Return the differences without their messages, after checking that all else is proved."""
     found = verify(settings, locked)
     assert found.proved == len(locked.partitions) - sum(d.locked > 0 for d in found.differences)
-    return [(d.table, d.partition.key, d.what, d.locked, d.stored) for d in found.differences]
+    return [(d.table, d.partition.key, d.kind, d.locked, d.stored) for d in found.differences]
 
 
 def assert_proved(settings: Settings, locked: LockFile) -> None:
@@ -162,8 +162,8 @@ def test_the_lock_describes_what_is_stored(original: Path, locked: LockFile):
         table = Table(pinned.table.partition("/")[0], TIMEFRAMES[pinned.table.rpartition("_")[2]])
         opens = bars_by_path[Path(table.path(pinned.partition))]["open_time"]
         assert (pinned.rows, pinned.first, pinned.last) == (opens.len(), opens.min(), opens.max())
-        assert pinned.open == (pinned.partition.month_key == "2024-01-01")
-    lines = locked.text().splitlines()
+        assert pinned.is_open == (pinned.partition.month_key == "2024-01-01")
+    lines = locked.as_text().splitlines()
     partitions = [line.rstrip(",") for line in lines if line.startswith('{"table"')]
     assert len(partitions) == len(rows) == 2 * 2 * (2 + 8)
     assert partitions == sorted(partitions)
@@ -175,8 +175,8 @@ def test_the_lock_describes_what_is_stored(original: Path, locked: LockFile):
 
 
 def test_the_same_bars_and_moment_give_the_same_bytes(original: Path, locked: LockFile, copy: Copy):
-    assert locked_in(copy()).text() == locked.text()
-    later = locked_in(universe_of(original, now="2024-01-10T07:00:00.5Z"), "other")
+    assert lock_dataset(copy()).as_text() == locked.as_text()
+    later = lock_dataset(universe_of(original, now="2024-01-10T07:00:00.5Z"), "other")
     assert (later.dataset_digest, later.as_of) == (
         locked.dataset_digest,
         at("2024-01-10T07:00:00.5"),
@@ -186,7 +186,7 @@ def test_the_same_bars_and_moment_give_the_same_bytes(original: Path, locked: Lo
 def test_the_lock_holds_no_path_and_no_address(copy: Copy, tmp_path: Path):
     text = lock_dataset(
         copy(base_url="http://127.0.0.1:9/secret", ws_url="ws://127.0.0.1:9/secret")
-    ).text()
+    ).as_text()
     assert not [
         word for word in ("http", "ws:", "secret", "127.0.0.1", str(tmp_path)) if word in text
     ]
@@ -215,7 +215,7 @@ def test_tables_markets_and_months_can_be_chosen(original: Path):
 def test_the_month_in_which_a_universe_ends_is_not_open(original: Path):
     found = lock_dataset(universe_of(original, until="2024-01-06"))
     assert {p.partition.month_key for p in found.partitions} == {"2023-12-01", "2024-01-01"}
-    assert not any(p.open for p in found.partitions)
+    assert not any(p.is_open for p in found.partitions)
 
 
 def test_a_written_lock_is_read_back_and_has_its_moment(locked: LockFile, tmp_path: Path):
@@ -259,7 +259,7 @@ def test_a_copy_is_proved(copy: Copy, locked: LockFile, rollups: str):
     """The lock was written from rollups in Parquet; equal rollups in DuckDB have equal hashes."""
     settings = copy(rollups=rollups)
     assert_proved(settings, locked)
-    assert lock_dataset(settings).text() == locked.text()
+    assert lock_dataset(settings).as_text() == locked.as_text()
 
 
 def test_a_copy_in_s3_is_proved_without_a_ledger(
@@ -272,7 +272,7 @@ def test_a_copy_in_s3_is_proved_without_a_ledger(
         )
     settings = universe_of(tmp_path, lake=f"s3://{bucket}/copy")
     assert_proved(settings, locked)
-    assert lock_dataset(settings).text() == locked.text()
+    assert lock_dataset(settings).as_text() == locked.as_text()
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_an_open_month_can_grow(copy: Copy, locked: LockFile):
         grown = pl.concat([before, bars.filter(pl.col("open_time") > before["open_time"][-1])])
         assert grown.height > before.height + 2000
         context.storage.lake.write(raw_table(M1), JANUARY, grown)
-        proves(settings, locked)
+        assert_proved(settings, locked)
         context.storage.lake.write(
             raw_table(M1),
             JANUARY,
@@ -318,7 +318,7 @@ def test_a_month_after_the_lock_is_no_difference(copy: Copy, locked: LockFile):
         context.storage.lake.write(
             raw_table(M1), february, generate_bars("BTCUSDT", "1m", february.month)
         )
-    proves(settings, locked)
+    assert_proved(settings, locked)
 
 
 # --------------------------------------------------------------------------------- differences
@@ -367,7 +367,7 @@ def test_one_change_is_found(
     assert find_differences(settings, locked) == [
         ("raw/ohlcv_1m", DECEMBER.key, what, rows, 0 if more is None else rows + more)
     ]
-    assert words in verify(settings, locked).differences[0].says
+    assert words in verify(settings, locked).differences[0].message
 
 
 def test_the_first_missing_bar_is_named(copy: Copy, locked: LockFile):
@@ -377,14 +377,14 @@ def test_the_first_missing_bar_is_named(copy: Copy, locked: LockFile):
         hours = context.storage.lake.read(rollup_table(H1), DECEMBER)
         assert hours.height == 12 * 24
         context.storage.lake.write(rollup_table(H1), DECEMBER, hours[:30].vstack(hours[32:]))
-    (found,) = verified(settings, locked).differences
-    assert (found.table, found.what, found.locked, found.stored) == (
+    (found,) = verify(settings, locked).differences
+    assert (found.table, found.kind, found.locked, found.stored) == (
         "rollup/ohlcv_1h",
         "fewer rows",
         288,
         286,
     )
-    assert found.says.endswith("the first bar that lacks opened 2023-12-21T06:00:00Z")
+    assert found.message.endswith("the first missing bar opened 2023-12-21T06:00:00Z")
 
 
 def test_rows_before_the_locked_ones_are_counted_separately(copy: Copy, locked: LockFile):
@@ -393,9 +393,9 @@ def test_rows_before_the_locked_ones_are_counted_separately(copy: Copy, locked: 
         bars = context.storage.lake.read(raw_table(M1), DECEMBER)
         earlier = generate_bars("BTCUSDT", "1m", window("2023-12-19", "2023-12-20"))
         context.storage.lake.write(raw_table(M1), DECEMBER, earlier.vstack(bars))
-    (found,) = verified(settings, locked).differences
-    assert (found.what, found.stored - found.locked) == ("extra rows", earlier.height)
-    assert "the locked bars are unchanged, the others lie before or after them" in found.says
+    (found,) = verify(settings, locked).differences
+    assert (found.kind, found.stored - found.locked) == ("extra rows", earlier.height)
+    assert "the locked bars are unchanged, the others lie before or after them" in found.message
 
 
 def test_a_partition_that_was_not_locked_is_extra(copy: Copy, locked: LockFile):
@@ -497,14 +497,16 @@ def test_bars_that_were_added_or_corrected_since_are_counted(copy: Copy, locked:
             context.storage.lake.write(
                 table, partition, context.storage.lake.read(table, partition)[1:]
             )
-        context.storage.lake.write(raw_table(M1), DECEMBER, told(one_digit(raw_bars), moments))
-        found = context.bind(DatasetLocker).verify(locked)
+        context.storage.lake.write(
+            raw_table(M1), DECEMBER, add_provenance(change_one_digit(raw_bars), moments)
+        )
+        found = context.bind(DatasetVerifier).verify(locked)
     opens = [f"{raw_bars['open_time'][i]:%Y-%m-%dT%H:%M:%SZ}" for i in (60, 90)]
     ending = (
         f"; 3 bars, {opens[0]} .. {opens[1]}, came or were corrected since, "
         "the last ones at 2024-01-11T00:00:00Z"
     )
-    assert [d.says.endswith(ending) for d in found.differences] == [True, True, False]
+    assert [d.message.endswith(ending) for d in found.differences] == [True, True, False]
 
 
 # --------------------------------------------------------------------------------- another universe
@@ -600,7 +602,7 @@ def test_a_file_that_is_no_lock_is_refused(
     locked: LockFile, tmp_path: Path, corrupt: Callable[[str], str], words: str
 ):
     file = tmp_path / "bars.lock.json"
-    file.write_text(corrupt(locked.text()))
+    file.write_text(corrupt(locked.as_text()))
     with pytest.raises(BadInput) as error:
         read_lock(file)
     assert str(error.value).startswith(str(file))
@@ -690,12 +692,14 @@ def test_the_commands_lock_and_verify(
     code, output, _ = command("lock")
     file = tmp_path / "work/universe.lock.json"
     assert code == 0
-    assert "40 partitions, 20 of them of a month that is not over" in told
-    assert told.splitlines()[-1] == locked.dataset_digest == json.loads(file.read_text())["dataset"]
-    code, told, _ = command("verify", "--lock", str(file))
+    assert "40 partitions, 20 of them of a month that is not over" in output
+    assert (
+        output.splitlines()[-1] == locked.dataset_digest == json.loads(file.read_text())["dataset"]
+    )
+    code, output, _ = command("verify", "--lock", str(file))
     assert code == 0
-    assert f"40 of 40 partitions proved, {locked.bars} bars, 0 differ" in " ".join(told.split())
-    assert told.splitlines()[-1] == locked.dataset_digest
+    assert f"40 of 40 partitions proved, {locked.bars} bars, 0 differ" in " ".join(output.split())
+    assert output.splitlines()[-1] == locked.dataset_digest
 
     stored(universe_of(tmp_path)).unlink()
     code, output, _ = command("verify", "--lock", str(file), "--format", "json")

@@ -195,7 +195,7 @@ def test_a_planted_change_is_traced_to_its_minute(
     assert finding.numbers == {"compared": 24, "different": len(plants), "within_tolerance": 0}
     assert not finding.passed
     for shown, outcome, (minute, change, columns, message) in zip(
-        finding.table, unequal(stored_outcomes(settings)), plants.values(), strict=True
+        finding.rows, unequal(stored_outcomes(settings)), plants.values(), strict=True
     ):
         assert shown["open_time"] == f"2024-01-10T{minute[:2]}:00:00Z"
         assert (outcome["open_time"], outcome["outcome"], outcome["columns"]) == (
@@ -230,7 +230,7 @@ def test_a_venue_that_contradicts_its_own_finer_bars_is_named(
     run_ingest(settings, timeframe="1h")
     (quarter,), (hour,) = audit(settings, ("15m", "1h")).values()
     assert quarter.passed
-    (shown,) = hour.table
+    (shown,) = hour.rows
     assert str(shown["cause"]).startswith(
         "the venue's own 15m bars equal ours, so its 1h bar is at odds with them; "
         "high: no 1m bar reaches"
@@ -286,7 +286,7 @@ def test_a_minute_that_is_missing_at_binance_is_found(
     for name in names:
         run_ingest(settings, timeframe=name)
     for findings in audit(settings, names[1:]).values():
-        (shown,) = findings[0].table
+        (shown,) = findings[0].rows
         assert shown["minutes"] == "2023-02-14T16:39:00Z"
         assert (
             "2023-02-14T16:39:00Z is missing "
@@ -357,7 +357,7 @@ def test_krakens_tolerance_covers_most_of_its_bars() -> None:
             kraken(symbol, "1m", "2023-03-01_2023-03-21"),
             ONE,
             [TIMEFRAMES[n] for n in ("5m", "15m", "1h", "12h", "1d")],
-            span,
+            whole=span,
         )
         for timeframe, bars in ours.items():
             native = kraken(symbol, timeframe.name, "2023-01-01_2023-03-31")
@@ -442,7 +442,7 @@ def test_kraken_is_compared_where_its_api_has_minutes(replay: Replay, universe: 
     (five,), (hour,) = audit(settings, ("5m", "1h")).values()
     assert five.numbers == {"compared": 144, "different": 36, "within_tolerance": 2}
     assert hour.numbers == {"compared": 12, "different": 1, "within_tolerance": 3}
-    causes = {str(shown["open_time"]): (shown["cause"], shown["minutes"]) for shown in five.table}
+    causes = {str(shown["open_time"]): (shown["cause"], shown["minutes"]) for shown in five.rows}
     message, idle = causes["2023-03-16T18:25:00Z"]
     assert idle == "2023-03-16T18:25:00Z/2023-03-16T18:28:00Z"
     assert message == (
@@ -582,7 +582,7 @@ def remove_span(bars: pl.DataFrame) -> pl.DataFrame:
 def test_a_bar_of_the_venue_without_ours_is_only_native(complete_day: Settings) -> None:
     alter(complete_day, "1m", remove_span)
     (finding,) = audit(complete_day)["1h"]
-    (shown,) = finding.table
+    (shown,) = finding.rows
     assert (shown["outcome"], shown["minutes"]) == (
         "only_native",
         "2024-01-02T05:00:00Z/2024-01-02T06:00:00Z",
@@ -596,7 +596,7 @@ def test_a_bar_of_the_venue_without_ours_is_only_native(complete_day: Settings) 
 def test_our_bar_without_one_of_the_venue_is_only_ours(complete_day: Settings) -> None:
     alter(complete_day, "1h", remove_span)
     (finding,) = audit(complete_day)["1h"]
-    (shown,) = finding.table
+    (shown,) = finding.rows
     assert (shown["outcome"], shown["minutes"]) == (
         "only_ours",
         "2024-01-02T05:00:00Z/2024-01-02T06:00:00Z",
@@ -608,7 +608,7 @@ def test_a_missing_first_and_last_minute_are_both_named(complete_day: Settings) 
     removed = [SPAN.start, SPAN.end - MINUTE]
     alter(complete_day, "1m", lambda bars: bars.filter(~pl.col("open_time").is_in(removed)))
     (finding,) = audit(complete_day)["1h"]
-    (shown,) = finding.table
+    (shown,) = finding.rows
     assert shown["minutes"] == "2024-01-02T05:00:00Z 2024-01-02T05:59:00Z"
     assert str(shown["cause"]).startswith(
         "2024-01-02T05:00:00Z, 2024-01-02T05:59:00Z are missing "
@@ -638,9 +638,9 @@ def test_a_correction_that_the_native_bar_does_not_include_is_named(complete_day
         revision = old[0].with_columns(
             pl.lit(value).alias(name) for name, value in provenance.items()
         )
-        context.storage.lake.write(table, JANUARY, revision.select(table.typed))
+        context.storage.lake.write(table, JANUARY, revision.select(table.typed_columns))
     (finding,) = audit(complete_day)["1h"]
-    (shown,) = finding.table
+    (shown,) = finding.rows
     assert shown["minutes"] == "2024-01-02T05:07:00Z"
     assert (
         "corrected since: 2024-01-02T05:07:00Z: the venue's own bar still counts the earlier values"
@@ -660,7 +660,7 @@ def test_without_stored_native_bars_nothing_is_judged(sandbox: Any, universe: Un
     (finding,) = audit(settings)["1h"]
     assert finding.passed
     assert finding.numbers["compared"] == 0
-    assert "no bars of the venue's own are stored" in finding.says
+    assert "no bars of the venue's own are stored" in finding.message
     with open_context(settings) as context:
         assert context.storage.lake.list_sizes(parity_table(HOUR)) == {}
 
@@ -698,7 +698,7 @@ def test_the_same_bars_give_the_same_object(complete_day: Settings) -> None:
 def test_only_a_limited_number_of_differences_is_traced(
     complete_day: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("marketdata_assets.flows.prove.parity.TRACED", 2)
+    monkeypatch.setattr("marketdata_assets.flows.prove.parity.MAX_TRACED", 2)
     alter(complete_day, "1h", lambda bars: bars.with_columns(trades=pl.col("trades") + 1))
     (finding,) = audit(complete_day)["1h"]
     assert finding.numbers["different"] == 24
@@ -736,7 +736,7 @@ def test_a_native_bar_that_is_not_the_sum_of_its_finer_bars_is_named(
                 added.cast(BAR_SCHEMA["volume"]).alias("volume")
             ),
         )  # type: ignore[misc]
-    (shown,) = audit(settings, ("15m", "1h"))["1h"][0].table
+    (shown,) = audit(settings, ("15m", "1h"))["1h"][0].rows
     assert shown["cause"] == (
         "15m 2024-01-02T05:15:00Z: no 1m bar is missing, "
         "and no single one explains that ours is less by volume 2; "
@@ -768,7 +768,7 @@ def test_a_week_is_traced_into_the_month_in_which_it_begins(
             raw_table(ONE), november, bars.filter(pl.col("open_time") != at("2023-11-29T03:00"))
         )
     found = audit(settings, ("1d", "1w"))
-    assert [[row["minutes"] for row in finding.table] for finding in found["1d"]] == [
+    assert [[row["minutes"] for row in finding.rows] for finding in found["1d"]] == [
         ["2023-11-29T03:00:00Z"],
         [],
     ]
@@ -793,6 +793,6 @@ def test_a_minute_that_a_rule_rejects_is_named_with_the_rules(
     )
     run_ingest(settings, timeframe="1h")
     run_ingest(settings)
-    shown = audit(settings)["1h"][0].table[0]
+    shown = audit(settings)["1h"][0].rows[0]
     assert shown["minutes"] == "2024-01-10T00:01:00Z"
     assert "2024-01-10T00:01:00Z is missing (refused by a rule: " in str(shown["cause"])

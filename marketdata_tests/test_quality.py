@@ -333,8 +333,8 @@ def as_numbers(r: Row) -> tuple[Any, ...]:
     ],
 )
 def test_no_real_bar_breaks_a_rule(symbol: str, span: str):
-    """Real data of Binance holds no broken bar, the zero-volume minutes before the halt of 2023-03-24
-    included.
+    """Real data of Binance holds no broken bar, the zero-volume minutes before the halt of
+    2023-03-24 included.
     """
     rows = dump("binance_spot", symbol, "1m", span).rename({"count": "trades"}).select(COLUMN_NAMES)
     judged = split_rows(

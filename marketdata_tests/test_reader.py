@@ -23,7 +23,7 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.storage import objects
+from marketdata_assets.storage.s3_client import S3Client
 from marketdata_tests.steps import at, run_derive, run_ingest, window
 
 BTC, ETH = "binance:BTC-USDT", "binance:ETH-USDT"
@@ -149,15 +149,18 @@ def test_reading_lists_no_bucket(
         rollups="parquet",
         lake=f"s3://{bucket}/lake",
     )
+    calls: list[str] = []
+    real = S3Client.call
+
+    def call(self: S3Client, verb: str, *arguments: Any, **options: Any) -> dict[str, Any]:
+        calls.append(verb)
+        return real(self, verb, *arguments, **options)
+
+    monkeypatch.setattr(S3Client, "call", call)
     run_ingest(settings)
     run_derive(settings)
-    calls: list[str] = []
-    real = objects._Bucket._call
-    monkeypatch.setattr(
-        objects._Bucket,
-        "_call",
-        lambda self, verb, *a, **k: (calls.append(verb), real(self, verb, *a, **k))[1],
-    )
+    assert "put_object" in calls
+    calls.clear()
     with open_reader() as reader:
         assert reader.bars(BTC, "1m", "2023-12-31", "2024-01-01").collect().height == 1440
         assert reader.bars(BTC, "1h", "2023-12-31", "2024-01-01").collect().height == 24

@@ -1,5 +1,5 @@
-"""README tells the truth: every path, command and make target it names is there, and its test command
-is what CI runs.
+"""README is true: every path, command and make target it names exists, and its test command is what
+CI runs.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ def test_a_whole_span_needs_nothing(stored: tuple[SandboxExchange, Settings]) ->
 def test_a_repair_finds_corrections_and_writes_a_receipt(
     stored: tuple[SandboxExchange, Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planned without a request; done through Dagster; rows and hashes before and after are those of
-    the bars.
+    """The plan sends no request; Dagster runs it; rows and hashes before and after are those of the
+    bars.
     """
     exchange, settings = stored
     moment = at("2024-01-02T10:59")
@@ -267,8 +267,8 @@ def test_rows_that_must_not_be_stored_are_taken_out_with_an_audit(
     tamper_with(settings, change)
     (step,) = [s for s in call("repair", "--dry-run")["steps"] if s["what"] == "clean"]
     assert (
-        step["why"]
-        == "3 rows stored twice, 2 rows: conflict, 1 rows: negative_volume vwap_outside taker_above_total, 2 rows: overlap"
+        step["why"] == "3 rows stored twice, 2 rows: conflict, "
+        "1 rows: negative_volume vwap_outside taker_above_total, 2 rows: overlap"
     )
     receipt = call("repair")
     assert [c["says"] for c in receipt["cleaned"]] == [step["why"]]
@@ -309,8 +309,8 @@ def test_a_damaged_object_is_set_aside_and_fetched(
 
 # --------------------------------------------------------------------------------- replay
 def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
-    """Refuse these bars of January, as an earlier release with another rule would have; they are not
-    stored then.
+    """Reject these bars of January, as an earlier release with another rule would have; they are
+    not stored then.
     """
     with open_context(settings) as context:
         stored = context.storage.lake.read(raw_table(MINUTE), JANUARY, with_provenance=True)

@@ -69,7 +69,7 @@ def stored(
 def retire_months(settings: Settings, dry_run: bool = False) -> list[tuple[str, str, str]]:
     with open_context(settings) as context:
         return [
-            (r.table.name, r.partition.month_key[:7] if r.partition else "all", r.what)
+            (r.table.name, r.partition.month_key[:7] if r.partition else "all", r.action)
             for r in context.bind(Retirer).retire(dry_run)
         ]
 
@@ -114,8 +114,8 @@ def test_removed_months_are_neither_missing_nor_fetched(stored: Stored):
         assert [c.expected for c in context.bind(CoverageReporter).report(settings.markets)] == [0]
         assert context.bind(BackfillPlanner).plan(partitions(settings)) == []
         assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).blocks == []
-        days, _ = context.bind(CoverageReporter).daily(raw_table(MINUTES))
-        assert set(days[MARKET]) == {None}
+        daily = context.bind(CoverageReporter).daily(raw_table(MINUTES))
+        assert set(daily.shares[MARKET]) == {None}
     assert bars(settings, "1h").height > 0
 
 
@@ -132,9 +132,8 @@ def test_a_month_that_a_run_holds_stays(stored: Stored):
         open_context(settings) as other,
         context.ledger.lock(f"{MARKET}|2023-10-01"),
     ):
-        found = [
-            (r.partition.month_key[:7], r.what) for r in other.bind(Retirer).retire() if r.partition
-        ]
+        retired = other.bind(Retirer).retire()
+        found = [(r.partition.month_key[:7], r.action) for r in retired if r.partition]
     assert found == [("2023-10", "kept"), ("2023-11", "removed")]
 
 

@@ -1,4 +1,4 @@
-"""Rollups equal plain sums of Python decimals, and on real bars what the exchange itself publishes."""
+"""Rollups equal plain sums of Python decimals, and on real bars what the exchange publishes."""
 
 from __future__ import annotations
 
@@ -153,7 +153,11 @@ assert pl.thread_pool_size() == int(os.environ["POLARS_MAX_THREADS"])
 whole = Window(parse_time("2024-01-01"), parse_time("2024-04-01"))
 opens = pl.datetime_range(whole.start, whole.end, "1m", closed="left", time_zone="UTC", eager=True)
 i = pl.int_range(pl.len())
-columns = [(i * (7919 + n) % 10007 + 1).cast(dtype).alias(name) for n, (name, dtype) in enumerate(BAR_SCHEMA.items()) if n]
+columns = [
+    (i * (7919 + n) % 10007 + 1).cast(dtype).alias(name)
+    for n, (name, dtype) in enumerate(BAR_SCHEMA.items())
+    if n
+]
 bars = pl.select(opens.alias("open_time")).with_columns(columns).filter(i % 997 > 40)
 for frame in roll_up(bars, TIMEFRAMES["1m"], list(TIMEFRAMES.values())[1:], whole=whole).values():
     frame.write_parquet(f"{sys.argv[1]}/{frame.height}")
@@ -184,9 +188,11 @@ def test_rollups_of_many_bars_are_the_same_for_any_number_of_threads(tmp_path: P
         assert made[0].equals(made[1])
         assert made[0].equals(made[2])
         found = duckdb.sql(
-            "SELECT first(open ORDER BY open_time), max(high), min(low), last(close ORDER BY open_time),"
-            " sum(volume), sum(quote_volume), sum(trades)::BIGINT, sum(taker_buy_volume), sum(taker_buy_quote_volume), count(*)"
-            f" FROM read_parquet('{tmp_path}/8/bars') GROUP BY epoch(open_time)::BIGINT // {hours * 3600}"
+            "SELECT first(open ORDER BY open_time), max(high), min(low),"
+            " last(close ORDER BY open_time), sum(volume), sum(quote_volume),"
+            " sum(trades)::BIGINT, sum(taker_buy_volume), sum(taker_buy_quote_volume), count(*)"
+            f" FROM read_parquet('{tmp_path}/8/bars')"
+            f" GROUP BY epoch(open_time)::BIGINT // {hours * 3600}"
             f" ORDER BY epoch(open_time)::BIGINT // {hours * 3600}"
         ).fetchall()
         assert made[0].select(*COLUMN_NAMES[1:], "bars_present").rows() == found
@@ -377,9 +383,7 @@ def test_the_only_known_difference_is_a_minute_that_the_dump_lacks():
 
 @needs_shared
 def test_hours_that_the_exchange_published_roll_up_to_its_four_hours():
-    """In 2020 Binance summed quote volumes as floats: our exact sums differ from its own in the last
-    digit or two.
-    """
+    """In 2020 Binance summed quote volumes as floats: our exact sums differ in the last digits."""
     made = rolled("BTCUSDT", "1h", "2020-02-01_2020-03-31", "2020-02-01", "2020-04-01", ["4h"])[
         TIMEFRAMES["4h"]
     ]
@@ -393,8 +397,9 @@ def test_hours_that_the_exchange_published_roll_up_to_its_four_hours():
 @needs_shared
 @pytest.mark.parametrize("symbol", ["BTCUSDT", "ETHUSDT"])
 def test_rollups_equal_the_bars_of_the_api(symbol: str):
-    """The API's own 5m to 1w as floats; its last week reaches beyond the minutes we have, so it is no
-    bar of ours.
+    """The API's own 5m to 1w bars are floats.
+
+    Its last week reaches beyond the minutes we have, so it is no bar of ours.
     """
     span = "2024-01-01_2024-02-29"
     five, names = list(COLUMN_NAMES[:6]), ["5m", "15m", "1h", "4h", "1d", "1w"]

@@ -47,7 +47,7 @@ MONDAY = ms("2024-03-04")
 
 
 def pages(symbol: str, start: int, end: int, interval: str = "1m", now: int = LATER) -> list[Row]:
-    """Every bar that opens in `[start, end)`, page after page as a client would ask."""
+    """Every bar that opens in `[start, end)`, page after page as a client requests them."""
     rows: list[Row] = []
     while page := generate_klines(symbol, interval, start, end=end - 1, limit=1000, now=now):
         assert page[-1][0] >= start
@@ -88,7 +88,7 @@ class Answer(NamedTuple):
     headers: dict[str, str]
 
 
-def ask(url: str, path: str, **query: object) -> Answer:
+def get(url: str, path: str, **query: object) -> Answer:
     """One GET, whatever the status."""
     try:
         with urllib.request.urlopen(f"{url}{path}?{urlencode(query)}", timeout=10) as answer:
@@ -98,12 +98,12 @@ def ask(url: str, path: str, **query: object) -> Answer:
             return Answer(error.code, json.loads(error.read()), dict(error.headers))
 
 
-def ask_klines(url: str, **query: object) -> Answer:
-    """GET klines, of BTCUSDT at 1m unless told otherwise."""
-    return ask(url, "/api/v3/klines", **{"symbol": "BTCUSDT", "interval": "1m", **query})
+def get_klines(url: str, **query: object) -> Answer:
+    """GET klines, of BTCUSDT at 1m unless the query names others."""
+    return get(url, "/api/v3/klines", **{"symbol": "BTCUSDT", "interval": "1m", **query})
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ bars
 
 
 def test_the_data_never_changes() -> None:
@@ -143,7 +143,7 @@ def test_the_data_never_changes() -> None:
 
 
 @pytest.mark.parametrize("symbol", LISTINGS)
-def test_a_minute_is_the_same_in_whatever_range_it_is_asked(symbol: str) -> None:
+def test_a_minute_does_not_depend_on_the_range(symbol: str) -> None:
     """Long, short, shifted, backward and midnight-crossing pages agree row by row."""
     start, end = ms("2024-03-07T20:00"), ms("2024-03-08T08:00")
     rows = {row[0]: row for row in pages(symbol, start, end)}
@@ -189,7 +189,7 @@ def test_every_minute_is_possible(symbol: str) -> None:
 
 
 def test_prices_are_continuous_and_move() -> None:
-    """A minute opens where the one before closed; over years a market wanders by tens of percent."""
+    """A minute opens where the one before closed; over years a market moves by tens of percent."""
     rows = pages("BTCUSDT", ms("2024-03-01"), ms("2024-03-03"))
     assert all(
         after[1] == before[4] for before, after in pairwise(rows) if after[0] - before[0] == MINUTE
@@ -228,8 +228,10 @@ def test_weeks_open_on_monday_and_the_first_may_be_short() -> None:
     assert generate_klines("BTCUSDT", "1m", 0, end=ms("2020-01-01") - 1, limit=10, now=LATER) == []
 
 
-def test_halts_are_shared_and_holes_are_not() -> None:
-    """One halt of 80 minutes on the 8th for all; beside it each symbol misses its own few minutes."""
+def test_halts_are_shared_and_gaps_are_not() -> None:
+    """One halt of 80 minutes on the 8th for all; besides, each symbol misses a few minutes of its
+    own.
+    """
     month = Window(datetime(2024, 3, 1, tzinfo=UTC), datetime(2024, 4, 1, tzinfo=UTC))
     every = set(range(ms("2024-03-01"), ms("2024-04-01"), MINUTE))
     missing = {
@@ -239,15 +241,15 @@ def test_halts_are_shared_and_holes_are_not() -> None:
     }
     halt = set(range(ms("2024-03-08T02:00"), ms("2024-03-08T03:20"), MINUTE))
     assert set.intersection(*missing.values()) == halt
-    holes = {symbol: runs(times - halt) for symbol, times in missing.items()}
-    assert all(len(run) <= 4 for found in holes.values() for run in found)
-    assert sum(map(len, holes.values())) >= 6
-    assert max(map(len, holes.values())) <= 8
+    gaps = {symbol: runs(times - halt) for symbol, times in missing.items()}
+    assert all(len(run) <= 4 for found in gaps.values() for run in found)
+    assert sum(map(len, gaps.values())) >= 6
+    assert max(map(len, gaps.values())) <= 8
 
 
 def test_quiet_stretches_are_flat() -> None:
-    """A minute without volume stands at the last price, even where a page begins in the middle of the
-    stretch.
+    """A minute without volume stands at the last price, even where a page begins in the middle of
+    the stretch.
     """
     rows = pages("SHIBUSDT", ms("2024-03-09"), ms("2024-03-23"))
     quiet = [row for row in rows if row[5] == "0.00000000"]
@@ -297,7 +299,7 @@ def test_an_open_bar_grows_into_its_closed_self() -> None:
 
 
 @pytest.mark.parametrize("interval", TIMEFRAMES)
-def test_truth_is_what_the_wire_says(interval: str) -> None:
+def test_generated_bars_are_what_the_wire_has(interval: str) -> None:
     """In the model's columns, over a window at whose ends no bar opens."""
     window = Window(
         datetime(2024, 3, 3, 13, 7, tzinfo=UTC), datetime(2024, 3, 13, 17, 33, tzinfo=UTC)
@@ -333,18 +335,18 @@ def test_truth_needs_no_clock_and_refuses_strangers() -> None:
         generate_bars("BTCUSDT", "2h", Window(long_ago, soon))
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------ the server
 
 
 def test_endpoints_with_and_without_the_prefix() -> None:
-    """Ping, time and klines under both roots; the log has the bare path, the query and the status."""
+    """Ping, time and klines under both roots; the log has the bare path, query and status."""
     exchange = SandboxExchange(now=lambda: NOW)
     with serve_in_thread(exchange) as url:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/binance", url)
         for root in (url, url.removesuffix("/binance")):
-            assert ask(root, "/api/v3/ping").body == {}
-            assert ask(root, "/api/v3/time").body == {"serverTime": NOW}
-            assert ask_klines(root, limit=2).body == generate_klines(
+            assert get(root, "/api/v3/ping").body == {}
+            assert get(root, "/api/v3/time").body == {"serverTime": NOW}
+            assert get_klines(root, limit=2).body == generate_klines(
                 "BTCUSDT", "1m", None, end=NOW, limit=2, now=NOW
             )
     assert exchange.requests[2:4] == [
@@ -359,22 +361,22 @@ def test_pages_follow_binances_rules() -> None:
     """
     with serve_in_thread(SandboxExchange(now=lambda: NOW)) as url:
         opened = NOW // MINUTE * MINUTE
-        newest = ask_klines(url).body
+        newest = get_klines(url).body
         assert len(newest) == 500
         assert newest[-1][0] == opened
-        assert len(ask_klines(url, limit=5000, startTime=0).body) == 1000
+        assert len(get_klines(url, limit=5000, startTime=0).body) == 1000
         start = ms("2024-03-02T00:00")
-        both = ask_klines(url, startTime=start, endTime=start + 3 * MINUTE).body
+        both = get_klines(url, startTime=start, endTime=start + 3 * MINUTE).body
         assert [row[0] for row in both] == [start + i * MINUTE for i in range(4)]
-        inside = ask_klines(url, startTime=start + 1, endTime=start + 3 * MINUTE - 1).body
+        inside = get_klines(url, startTime=start + 1, endTime=start + 3 * MINUTE - 1).body
         assert [row[0] for row in inside] == [start + MINUTE, start + 2 * MINUTE]
-        assert [r[0] for r in ask_klines(url, endTime=start, limit=2).body] == [
+        assert [r[0] for r in get_klines(url, endTime=start, limit=2).body] == [
             start - MINUTE,
             start,
         ]
-        assert ask_klines(url, startTime=NOW + MINUTE).body == []
-        assert ask_klines(url, startTime=start, endTime=start - 1).body == []
-        halted = ask_klines(url, endTime=ms("2024-03-08T03:19"), limit=1).body
+        assert get_klines(url, startTime=NOW + MINUTE).body == []
+        assert get_klines(url, startTime=start, endTime=start - 1).body == []
+        halted = get_klines(url, endTime=ms("2024-03-08T03:19"), limit=1).body
         assert halted[0][0] == ms("2024-03-08T01:59")
 
 
@@ -398,18 +400,18 @@ def test_errors_are_binances(path: str, query: dict[str, str], status: int, code
     """A code and a message, never a traceback."""
     exchange = SandboxExchange(now=lambda: NOW)
     with serve_in_thread(exchange) as url:
-        answer = ask(url, f"/api/v3/{path}", **query)
+        answer = get(url, f"/api/v3/{path}", **query)
     assert (answer.status, answer.body["code"]) == (status, code)
     assert set(answer.body) == {"code", "msg"}
     assert answer.headers["Content-Type"].startswith("application/json")
     assert exchange.requests == [(f"/api/v3/{path}", query, status)]
 
 
-def test_exchange_info_knows_its_markets_and_their_listing() -> None:
+def test_exchange_info_has_the_listed_markets() -> None:
     """A symbol that is not listed yet is neither named nor served."""
     early = ms("2020-06-01")
     with serve_in_thread(SandboxExchange(now=lambda: early, weight_limit=777)) as url:
-        info = ask(url, "/api/v3/exchangeInfo").body
+        info = get(url, "/api/v3/exchangeInfo").body
         assert {entry["symbol"] for entry in info["symbols"]} == {
             "BTCUSDT",
             "ETHUSDT",
@@ -419,30 +421,30 @@ def test_exchange_info_knows_its_markets_and_their_listing() -> None:
         assert info["rateLimits"][0]["rateLimitType"] == "REQUEST_WEIGHT"
         assert info["rateLimits"][0]["limit"] == 777
         assert info["serverTime"] == early
-        assert ask_klines(url, symbol="SHIBUSDT").body["code"] == -1121
-        two = ask(url, "/api/v3/exchangeInfo", symbols='["ADAUSDT","BTCUSDT"]').body["symbols"]
+        assert get_klines(url, symbol="SHIBUSDT").body["code"] == -1121
+        two = get(url, "/api/v3/exchangeInfo", symbols='["ADAUSDT","BTCUSDT"]').body["symbols"]
         assert [entry["symbol"] for entry in two] == ["ADAUSDT", "BTCUSDT"]
-        one = ask(url, "/api/v3/exchangeInfo", symbol="BTCUSDT").body["symbols"][0]
+        one = get(url, "/api/v3/exchangeInfo", symbol="BTCUSDT").body["symbols"][0]
         filters = {entry["filterType"]: entry for entry in one["filters"]}
         assert filters["PRICE_FILTER"]["tickSize"] == "0.01000000"
         assert filters["LOT_SIZE"]["stepSize"] == "0.00001000"
 
 
 def test_weight_is_counted_by_the_clock_minute() -> None:
-    """429 with Retry-After above the limit, forgotten in the next minute even while the market's clock
-    is frozen.
+    """429 with Retry-After above the limit, forgotten in the next minute even while the market's
+    clock is frozen.
     """
     wall = [ms("2030-01-01T00:00:40.500")]
     with serve_in_thread(
         SandboxExchange(now=lambda: NOW, weight_limit=5, wall=lambda: wall[0])
     ) as url:
-        used = [ask_klines(url, limit=1) for _ in range(3)]
+        used = [get_klines(url, limit=1) for _ in range(3)]
         assert [answer.status for answer in used] == [200, 200, 429]
         assert [answer.headers["X-MBX-USED-WEIGHT-1M"] for answer in used] == ["2", "4", "6"]
         assert used[2].headers["Retry-After"] == "20"
         assert used[2].body["code"] == -1003
         wall[0] = ms("2030-01-01T00:01:00")
-        again = ask_klines(url, limit=1)
+        again = get_klines(url, limit=1)
         assert (again.status, again.headers["X-MBX-USED-WEIGHT-1M"]) == (200, "2")
 
 
@@ -453,13 +455,13 @@ def test_going_on_after_429_is_banned() -> None:
     wall = [ms("2030-01-01T00:00:10")]
     exchange = SandboxExchange(now=lambda: NOW, weight_limit=0, wall=lambda: wall[0])
     with serve_in_thread(exchange) as url:
-        assert [ask(url, "/api/v3/ping").status for _ in range(13)] == [429] * 11 + [418] * 2
+        assert [get(url, "/api/v3/ping").status for _ in range(13)] == [429] * 11 + [418] * 2
         wall[0] += 90_000
-        banned = ask(url, "/api/v3/ping")
+        banned = get(url, "/api/v3/ping")
         assert (banned.status, banned.headers["Retry-After"]) == (418, "30")
         wall[0] += 30_000
         exchange.weight_limit = 10
-        assert ask(url, "/api/v3/ping").status == 200
+        assert get(url, "/api/v3/ping").status == 200
 
 
 def test_tamper_plants_faults() -> None:
@@ -479,15 +481,15 @@ def test_tamper_plants_faults() -> None:
 
     exchange = SandboxExchange(now=lambda: NOW, tamper=tamper)
     with serve_in_thread(exchange) as url:
-        assert ask_klines(url, limit=2).body == generate_klines(
+        assert get_klines(url, limit=2).body == generate_klines(
             "BTCUSDT", "1m", None, end=NOW, limit=2, now=NOW
         )
-        doubled = ask_klines(url, limit=3).body
+        doubled = get_klines(url, limit=3).body
         assert len(doubled) == 4
         assert doubled[0] == doubled[1]
-        assert ask_klines(url, limit=4)[:2] == (502, "bad gateway")
-        assert ask_klines(url, limit=5).status == 503
-        assert ask(url, "/api/v3/time").status == 200
+        assert get_klines(url, limit=4)[:2] == (502, "bad gateway")
+        assert get_klines(url, limit=5).status == 503
+        assert get(url, "/api/v3/time").status == 200
     assert [seen.status for seen in exchange.requests] == [200, 200, 502, 503, 200]
 
 
@@ -495,25 +497,27 @@ def test_the_log_is_bounded() -> None:
     """The newest requests stay."""
     exchange = SandboxExchange(now=lambda: NOW)
     with serve_in_thread(exchange) as url:
-        ask(url, "/api/v3/time")
+        get(url, "/api/v3/time")
         exchange.requests *= LOG_SIZE
-        ask(url, "/api/v3/ping")
+        get(url, "/api/v3/ping")
     assert len(exchange.requests) == LOG_SIZE
     assert exchange.requests[-1].path == "/api/v3/ping"
 
 
-def test_running_stops_and_says_which_port_is_taken() -> None:
-    """After the block nobody answers; a second exchange on the same port is BadInput, not a hang."""
+def test_the_thread_stops_and_a_taken_port_is_named() -> None:
+    """After the block no answer comes; a second exchange on that port is BadInput, and does not
+    hang.
+    """
     with serve_in_thread(SandboxExchange(now=lambda: NOW)) as url:
         port = int(url.split(":")[2].split("/")[0])
         with pytest.raises(BadInput, match=str(port)), serve_in_thread(SandboxExchange(), port):
             pass
     with pytest.raises(urllib.error.URLError):
-        ask(url, "/api/v3/ping")
+        get(url, "/api/v3/ping")
 
 
 def test_serve_ends_on_ctrl_c() -> None:
-    """It tells its URL once it listens, and comes back quietly."""
+    """It prints its URL once it listens, and ends without an error."""
     urls: list[str] = []
 
     def ready(url: str) -> None:

@@ -208,7 +208,7 @@ def test_a_child_that_will_not_end_is_killed_with_its_own(
     child = start_module(["stays"], environment, stdout=subprocess.PIPE)
     assert child.stdout is not None
     own = psutil.Process(int(child.stdout.readline()))
-    stop(child, patience=0.2)
+    stop(child, grace_seconds=0.2)
     child.stdout.close()
     assert child.returncode == -signal.SIGKILL
     wait_until(lambda: not is_running(own), 10, "its own child is dead")

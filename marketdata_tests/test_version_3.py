@@ -1,6 +1,7 @@
-"""What release 14cedaa left behind (ledger of version 3, lake, DuckDB file, lock files) is opened, and read equal, field by field.
+"""What release 14cedaa stored (ledger of version 3, lake, DuckDB file, lock files) is read equal.
 
-`version_3/expected.json` holds what that release itself printed for it. Only the command is used here, no module of ours.
+`version_3/expected.json` holds what that release itself printed for it. These tests use only the
+command, no module of ours.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ FIXTURE = Path(__file__).parent / "version_3"
 COMMAND = (sys.executable, "-m", "marketdata_assets.cli.main")
 """The command `marketdata`, as a process of this interpreter."""
 ROOT = Path(__file__).resolve().parents[1]
-"""The checkout, where this file lies in its folder of tests: its code comes first, wherever an installed package points."""
+"""The checkout: its code comes first, wherever an installed package points."""
 NOW = "2024-01-10T00:00:00Z"
 AT_ONCE = 2
 EXPECTED: dict[str, dict[str, Any]] = json.loads(
@@ -32,11 +33,11 @@ EXPECTED: dict[str, dict[str, Any]] = json.loads(
 )
 
 Answer = tuple[int, str, str]
-"""Exit code, what was printed, and what was said on stderr."""
+"""Exit code, standard output and standard error."""
 
 
 def unpacked(folder: Path) -> Path:
-    """The fixture as the release left it: its universe names the places below the current folder."""
+    """Unpack the fixture; its universe names places below the current folder."""
     shutil.copytree(FIXTURE, folder, dirs_exist_ok=True)
     (folder / "market.duckdb").write_bytes(
         lzma.decompress((folder / "market.duckdb.xz").read_bytes())
@@ -73,16 +74,19 @@ def marketdata(folder: Path, *arguments: str, **more: str) -> Answer:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
-    """What this release answers to each question; the first one alone, as it is the one that brings an older ledger forward."""
+    """Return what this release prints for each question.
+
+    The first one runs alone, as it is the one that brings an older ledger forward.
+    """
     folder = unpacked(tmp_path_factory.mktemp("version_3"))
 
-    def ask(name: str) -> Answer:
-        asked = EXPECTED[name]
-        return marketdata(folder, *asked["arguments"], **asked.get("environment", {}))
+    def run(name: str) -> Answer:
+        question = EXPECTED[name]
+        return marketdata(folder, *question["arguments"], **question.get("environment", {}))
 
     first, *rest = EXPECTED
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return {first: ask(first)} | dict(zip(rest, pool.map(ask, rest), strict=True))
+        return {first: run(first)} | dict(zip(rest, pool.map(run, rest), strict=True))
 
 
 def read(name: str, text: str) -> Any:
@@ -94,7 +98,7 @@ def read(name: str, text: str) -> Any:
 
 
 def fields(value: Any, path: str = "") -> dict[str, Any]:
-    """Every leaf by its place, `[3].proof.requests[0].rows`; an empty list or object is a leaf, too."""
+    """Return every leaf by its place, `[3].proof.requests[0].rows`; an empty list is one too."""
     if isinstance(value, dict) and value:
         return {
             place: leaf
@@ -121,7 +125,8 @@ def test_what_version_3_left_is_read_equal(name: str, answers: dict[str, Answer]
         if found.get(place, "absent") != value
     }
     assert not differ, (
-        f"{len(differ)} of {len(expected)} fields, as (found, expected): {dict(list(differ.items())[:20])}"
+        f"{len(differ)} of {len(expected)} fields, as (found, expected): "
+        f"{dict(list(differ.items())[:20])}"
     )
     assert list(found) == list(expected), (
         f"more than expected, or in another order: {sorted(set(found) - set(expected))[:20]}"

@@ -22,7 +22,7 @@ RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0)
 """Seconds before a restart, after the first, second, ... early exit in a row."""
 _EARLY_EXIT_SECONDS = 20.0
 _CHECK_SECONDS = 0.5
-_ORPHAN_PATIENCE = ((signal.SIGTERM, 5.0), (signal.SIGKILL, 2.0))
+_ORPHAN_GRACE = ((signal.SIGTERM, 5.0), (signal.SIGKILL, 2.0))
 """The signals that end orphans, and the seconds that each is given."""
 
 
@@ -106,20 +106,20 @@ class Supervisor:
     environment: dict[str, str]
     report: Callable[[str], None]
     services: list[Service] = field(default_factory=list)
-    _strangers: set[psutil.Process] = field(default_factory=set)
+    _foreign_children: set[psutil.Process] = field(default_factory=set)
     _descendants: set[psutil.Process] = field(default_factory=set)
 
     def __enter__(self) -> Supervisor:
         """Become the parent of orphans, and note the children that belong to somebody else."""
         adopt_orphans()
-        self._strangers = set(psutil.Process().children(recursive=True))
+        self._foreign_children = set(psutil.Process().children(recursive=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         """End the services, then the orphans."""
         self.find_orphans()  # what is known now is still known when its parent is dead
         stop(*(service.process for service in self.services if service.process is not None))
-        for kind, seconds in _ORPHAN_PATIENCE:
+        for kind, seconds in _ORPHAN_GRACE:
             self._end_orphans(kind, seconds)
 
     def _end_orphans(self, kind: signal.Signals, seconds: float) -> None:
@@ -152,9 +152,9 @@ class Supervisor:
         """Return the living descendants whose parent is dead; reap those that are dead too."""
         own = {service.process.pid for service in self.services if service.process is not None}
         found = set(psutil.Process().children(recursive=True)) | self._descendants
-        parents = {process: _parent_of(process) for process in found - self._strangers}
+        parents = {process: _parent_of(process) for process in found - self._foreign_children}
         self._descendants = {process for process, parent in parents.items() if parent is not None}
-        alive = {process.pid for process in self._descendants | self._strangers}
+        alive = {process.pid for process in self._descendants | self._foreign_children}
         for process, parent in parents.items():
             if parent is None and process.pid not in own:
                 with suppress(psutil.TimeoutExpired):

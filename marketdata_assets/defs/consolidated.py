@@ -156,8 +156,9 @@ def _consolidated_spec(settings: Settings, timeframe: Timeframe) -> dg.AssetSpec
 def _reconciled_description(timeframe: Timeframe) -> str:
     return (
         "Where two venues have a bar of the same time, their closes lie less than "
-        f"{WARN_BASIS_POINTS} basis points apart (warning), or {FAIL_BASIS_POINTS} (error). If red: the table names the "
-        f"minutes; `SELECT * FROM reconciled.ohlcv_{timeframe.name}` returns all of them."
+        f"{WARN_BASIS_POINTS} basis points apart (warning), or {FAIL_BASIS_POINTS} (error). "
+        "If red: the table names the minutes; "
+        f"`SELECT * FROM reconciled.ohlcv_{timeframe.name}` returns all of them."
     )
 
 

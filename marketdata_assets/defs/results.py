@@ -148,6 +148,8 @@ class AssetResults:
 
         The grid of a check counts only results that name the newest materialization.
         """
+        if not self._findings:
+            return
         keys = [partition.key for partition in self._metadata]
         targets = newest_materializations(self._context.instance, self._key, keys)
         for findings in self._findings.values():

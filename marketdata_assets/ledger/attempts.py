@@ -9,10 +9,10 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from marketdata_assets.ledger.book import Book
-from marketdata_assets.ledger.tables import asks
+from marketdata_assets.ledger.tables import backfill_attempts
 from marketdata_assets.model.partition import Partition, PartitionKey
 
-_c = asks.c
+_c = backfill_attempts.c
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class AttemptBook(Book):
             for partition, reason in partitions
         ]
         count = {"attempts": _c.attempts + 1}
-        upsert = self._database.upsert(asks, ("asked_at", "reason"), count)
+        upsert = self._database.upsert(backfill_attempts, ("asked_at", "reason"), count)
         if rows:
             with self._database.transaction() as connection:
                 connection.execute(upsert, rows)
@@ -71,20 +71,20 @@ class AttemptBook(Book):
         ]
         if rows:
             with self._database.transaction() as connection:
-                connection.execute(sa.update(asks).where(is_it), rows)
+                connection.execute(sa.update(backfill_attempts).where(is_it), rows)
 
     def clear(self, partitions: Iterable[Partition]) -> int:
         """Forget the attempts of these, because they are complete or unparked; how many had any."""
         with self._database.transaction() as connection:
             return sum(
-                connection.execute(sa.delete(asks).where(_is_of(partition))).rowcount
+                connection.execute(sa.delete(backfill_attempts).where(_is_of(partition))).rowcount
                 for partition in partitions
             )
 
 
 def take_back(connection: sa.Connection, partition: Partition) -> None:
     """Do not count the last attempt of a partition."""
-    update = sa.update(asks).where(_is_of(partition), _c.attempts > 0)
+    update = sa.update(backfill_attempts).where(_is_of(partition), _c.attempts > 0)
     connection.execute(update.values(attempts=_c.attempts - 1))
 
 

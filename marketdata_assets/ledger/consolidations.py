@@ -88,24 +88,24 @@ class ConsolidationBook(Book):
             for market, month, *state in found
         }
 
-    def record(self, made: ConsolidationRecord) -> None:
-        """Write down that a partition was made and is stored."""
+    def record(self, record: ConsolidationRecord) -> None:
+        """Write down that a partition was built and is stored."""
         values = {
-            "start": made.span.start,
-            "through": made.span.end,
-            "newest": made.newest,
+            "start": record.span.start,
+            "through": record.span.end,
+            "newest": record.newest,
             "complete": True,
-            "rows": made.rows,
-            "bytes": made.bytes,
-            "digest": made.digest,
-            "rolled": made.source_digest,
+            "rows": record.rows,
+            "bytes": record.bytes,
+            "digest": record.digest,
+            "rolled": record.source_digest,
             "error": None,
             "failures": 0,
-            "updated_at": made.now,
+            "updated_at": record.now,
         }
         upsert = self._database.upsert(partitions, values)
         with self._database.transaction() as connection:
-            connection.execute(upsert, key_of(made.table, made.partition) | values)
+            connection.execute(upsert, key_of(record.table, record.partition) | values)
 
     def _no_trade_checksums(self, table: Table, month: str) -> dict[PartitionKey, str]:
         """The place of the bars in the month counts, so that no gap can replace another."""

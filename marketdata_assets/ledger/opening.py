@@ -26,15 +26,14 @@ def open_database(state: Path, url: str | None, *, for_reading: bool) -> Databas
         from marketdata_assets.ledger.postgres import PostgresDatabase
 
         return _prepare_tables(PostgresDatabase(url))
-    if for_reading:
-        from marketdata_assets.ledger.reading_copy import ReadingCopy, is_writable
+    from marketdata_assets.ledger.sqlite import SqliteDatabase, is_writable
 
-        if not is_writable(state):
-            copy = _prepare_tables(ReadingCopy(state))
-            copy.is_read_only = True
-            return copy
-    from marketdata_assets.ledger.sqlite import SqliteDatabase
+    if for_reading and not is_writable(state):
+        from marketdata_assets.ledger.reading_copy import ReadingCopy
 
+        copy = _prepare_tables(ReadingCopy(state))
+        copy.is_read_only = True
+        return copy
     return _prepare_tables(SqliteDatabase(state))
 
 

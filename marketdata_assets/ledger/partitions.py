@@ -71,9 +71,9 @@ class PartitionBook(Book):
         statement = sa.select(*columns, is_rolled_up, _c.error).where(_c.tbl == table.name)
         return {
             PartitionKey(market, month): PartitionSummary(
-                start, through, done == 1, size, rolled == 1, error
+                start, through, done == 1, size, with_rollups == 1, error
             )
-            for market, month, start, through, done, size, rolled, error in (
+            for market, month, start, through, done, size, with_rollups, error in (
                 self._database.plain_rows(statement)
             )
         }

@@ -7,7 +7,6 @@ commits that are still in the WAL.
 from __future__ import annotations
 
 import filecmp
-import os
 import shutil
 import tempfile
 import weakref
@@ -20,15 +19,6 @@ ATTEMPTS = 10
 """So often a file that changes meanwhile is copied again."""
 HEADER = 32
 """Bytes at the beginning of a WAL that change when it starts anew."""
-
-
-def is_writable(state: Path) -> bool:
-    """Whether SQLite can write the file in this folder, or make both."""
-    file = state / FILE
-    if file.exists() and not os.access(file, os.W_OK):
-        return False
-    existing = next(folder for folder in (state, *state.absolute().parents) if folder.exists())
-    return os.access(existing, os.W_OK | os.X_OK)
 
 
 class ReadingCopy(SqliteDatabase):

@@ -21,8 +21,8 @@ class PartitionState:
     """What the ledger holds of one partition.
 
     The window `[start, through)` has been requested, in open times. `newest` is the open time of
-    the last stored bar. `is_complete`: the window reaches the end of what the universe wants, and no
-    gap in it is unsettled. `bytes` is the size of the object (None: there is none), `digest` the
+    the last stored bar. `is_complete`: the window reaches the end of what the universe wants, and
+    no gap in it is unsettled. `bytes` is the size of the object (None: there is none), `digest` the
     hash of its rows, and `rollup_source_digest` the digest of the rows that its rollups were made
     of. `attempts` counts ingests, `failures` those in a row that failed, the last with `error`.
     `completed_at` is when, by our clock, all that will ever be wanted had been requested.

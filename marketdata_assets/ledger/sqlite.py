@@ -6,6 +6,7 @@ lose the newest ones, and never leaves half of one.
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
+from marketdata_assets.errors import StoreFailed
 from marketdata_assets.ledger.database import Database
 from marketdata_assets.system import lock_file
 
@@ -36,7 +38,7 @@ class SqliteDatabase(Database):
     remedy = "mend the folder or set another `state:`"
 
     def __init__(self, state: Path, name: str | None = None) -> None:
-        self._locks = state / "locks"
+        self._state, self._locks = state, state / "locks"
         engine = sa.create_engine(
             sa.URL.create("sqlite", database=str(state / FILE)),
             isolation_level="AUTOCOMMIT",
@@ -50,6 +52,12 @@ class SqliteDatabase(Database):
         except OSError as error:
             raise self.failure("opened", error) from None
 
+    def failure(self, verb: str, error: BaseException) -> StoreFailed:
+        """One line of an error. SQLite's own words for a file that is read-only are many."""
+        if not is_writable(self._state):
+            error = PermissionError("the folder or the file is read-only")
+        return super().failure(verb, error)
+
     def connect(self) -> AbstractContextManager[sa.Connection]:
         """A pooled connection."""
         return self.engine.connect()
@@ -61,6 +69,15 @@ class SqliteDatabase(Database):
     def lock(self, name: str, wait: bool = True) -> AbstractContextManager[bool]:
         """Hold the file of this name."""
         return lock_file(self._locks / name, wait=wait)
+
+
+def is_writable(state: Path) -> bool:
+    """Whether this process may write the file in a folder, or make both."""
+    file = state / FILE
+    if file.exists() and not os.access(file, os.W_OK):
+        return False
+    existing = next(folder for folder in (state, *state.absolute().parents) if folder.is_dir())
+    return os.access(existing, os.W_OK | os.X_OK)
 
 
 def _set_pragmas(connection: Connection, record: Any) -> None:

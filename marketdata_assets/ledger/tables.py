@@ -197,7 +197,7 @@ fetches = sa.Table(
 )
 sa.Index("fetches_by_market", fetches.c.market, fetches.c.asked_at)
 
-asks = sa.Table(
+backfill_attempts = sa.Table(
     "asks",
     metadata,
     _text("market", **_KEY),

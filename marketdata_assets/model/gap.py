@@ -75,7 +75,7 @@ class Gap:
 
     @property
     def is_settled(self) -> bool:
-        """Whether its meaning is known, or it was requested often enough to wait between requests."""
+        """Whether its meaning is known, or it was requested often enough to wait now."""
         return (
             self.reason == GapReason.NO_BARS
             or self.cause is not None

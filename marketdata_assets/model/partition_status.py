@@ -1,4 +1,4 @@
-"""The one rule that says whether a stored partition needs work, and the guard against a lost disk."""
+"""The one rule of what a partition needs, and the guard against a lost disk."""
 
 from __future__ import annotations
 

@@ -92,9 +92,9 @@ class ResolvedFiles(NamedTuple):
 def resolve_files(rows: pl.DataFrame) -> ResolvedFiles:
     """Choose one bar per open_time among the rows of several files.
 
-    `rows` has the columns `answer` and `model.bar.COLUMN_NAMES`. Files do not outvote each other: where
-    two differ, neither is used; a value that one of them does not give is no difference. Of rows
-    that agree, the one with the lowest `answer` is chosen.
+    `rows` has the columns `answer` and `model.bar.COLUMN_NAMES`. Files do not outvote each other:
+    where two differ, neither is used; a value that one of them does not give is no difference. Of
+    rows that agree, the one with the lowest `answer` is chosen.
     """
     repeated = rows["open_time"].is_duplicated()
     if not repeated.any():

@@ -77,9 +77,9 @@ class _TradedBars(NamedTuple):
 def find_anomalies(bars: pl.DataFrame, timeframe: Timeframe, span: Window) -> list[Anomaly]:
     """Return the anomalies that begin in `span`, by start.
 
-    `bars` (model.bar.BAR_SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last bar
-    of all is only judged by rules that do not need the next one. A price belongs to one anomaly:
-    the first of the rules about prices that finds a bar has it.
+    `bars` (model.bar.BAR_SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last
+    bar of all is only judged by rules that do not need the next one. A price belongs to one
+    anomaly: the first of the rules about prices that finds a bar has it.
     """
     traded = _TradedBars(_measure(bars.filter(pl.col("volume") > 0), timeframe), timeframe)
 

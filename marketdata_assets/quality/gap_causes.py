@@ -67,8 +67,8 @@ class NativeBar(NamedTuple):
             f"volume {format_number(self.volume)}, ours in it {format_number(self.stored_volume)}"
         )
         return (
-            f"the venue's {self.timeframe.name} bar of {format_time(self.open_time)} has {volumes}, "
-            f"{self.missing_bars} bars are missing"
+            f"the venue's {self.timeframe.name} bar of {format_time(self.open_time)} has "
+            f"{volumes}, {self.missing_bars} bars are missing"
         )
 
 

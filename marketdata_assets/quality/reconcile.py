@@ -20,8 +20,8 @@ BASIS_POINTS = 10_000
 def compare_venues(bars: Mapping[str, pl.DataFrame], timeframe: Timeframe) -> pl.DataFrame:
     """Compare every pair of venues at every open time where both traded.
 
-    `bars` (model.bar.BAR_SCHEMA, sorted) by venue, the preferred one first; each is compared with all
-    that come after it. Returns model.bar.RECONCILED_SCHEMA, sorted by open time.
+    `bars` (model.bar.BAR_SCHEMA, sorted) by venue, the preferred one first; each is compared with
+    all that come after it. Returns model.bar.RECONCILED_SCHEMA, sorted by open time.
     """
     pairs = [
         compare_pair(bars[venue], bars[other], timeframe).with_columns(

@@ -188,7 +188,8 @@ class _DifferingBar:
         (bar,), (name, amount) = shares, next(iter(amounts.items()))
         return DifferenceCause(
             f"{format_time(bar['open_time'])} differs by one share in every column: {name} "
-            f"{format_number(bar[name])}, by the venue's own bar {format_number(bar[name] - amount)}",
+            f"{format_number(bar[name])}, by the venue's own bar "
+            f"{format_number(bar[name] - amount)}",
             self._windows([bar]),
         )
 
@@ -204,7 +205,8 @@ class _DifferingBar:
         beyond = [bar for bar in self.bars if sign * (bar[name] - theirs) > 0]
         which = format_list(
             [
-                f"{format_time(bar['open_time'])} reaches {format_number(bar[name])}{_idle_note(bar)}"
+                f"{format_time(bar['open_time'])} reaches {format_number(bar[name])}"
+                f"{_idle_note(bar)}"
                 for bar in beyond
             ],
             "bars",
@@ -220,8 +222,8 @@ class _DifferingBar:
         else:
             bar, edge, verb = self.bars[-1], self.window.end - self.base.width, "closes"
         message = (
-            f"{name}: {format_time(bar['open_time'])} {verb} at {format_number(bar[name])}{_idle_note(bar)}, "
-            f"the venue's own bar at {format_number(theirs)}"
+            f"{name}: {format_time(bar['open_time'])} {verb} at {format_number(bar[name])}"
+            f"{_idle_note(bar)}, the venue's own bar at {format_number(theirs)}"
         )
         traded = next((other for other in self.bars if other["volume"]), bar)
         if name == "open" and traded is not bar and traded["open"] == theirs:

@@ -197,10 +197,10 @@ def _compose(text: str, place: str) -> yaml.Node:
 
 
 def _read_pairs(
-    node: yaml.Node, place: str, *, quiet: bool = False
+    node: yaml.Node, place: str, *, hide_keys: bool = False
 ) -> dict[str, tuple[yaml.Node, yaml.Node]]:
     """The key and value nodes of a mapping, by the keys' text. Raises BadInput for a key that is
-    written twice; a `quiet` one does not repeat it, as it may be a secret.
+    written twice; with `hide_keys` it does not repeat it, as it may be a secret.
     """
     if not isinstance(node, yaml.MappingNode):
         raise BadInput(f"{place} line {_line_of(node)}: {_LINES}")
@@ -210,7 +210,7 @@ def _read_pairs(
         if not name:
             raise BadInput(f"{place} line {_line_of(key)}: one value is expected here")
         if name in found:
-            shown = "a key" if quiet else repr(name[:100])
+            shown = "a key" if hide_keys else repr(name[:100])
             raise BadInput(f"{place} line {_line_of(key)}: {shown} is written twice; keep one")
         found[name] = key, value
     return found
@@ -231,7 +231,7 @@ def _read_values(key: str, entry: UniverseEntry) -> Any:
                 " aliases included; write fewer"
             )
         if isinstance(node, yaml.MappingNode):
-            pairs = _read_pairs(node, entry.place, quiet=key in SECRET_KEYS)
+            pairs = _read_pairs(node, entry.place, hide_keys=key in SECRET_KEYS)
             return {name: read(value, depth + 1) for name, (_, value) in pairs.items()}
         if isinstance(node, yaml.SequenceNode):
             return [read(value, depth + 1) for value in node.value]

@@ -122,7 +122,8 @@ class Venue(StrictModel):
         """Refuse an end before the beginning, and the base as its own reference."""
         if self.until is not None and self.until <= self.since:
             raise fault(
-                f"until {format_time(self.until)} is not after since {format_time(self.since)}; swap them",
+                f"until {format_time(self.until)} is not after since {format_time(self.since)}; "
+                "swap them",
                 at=("until",),
             )
         if self.base in self.reference:

@@ -34,9 +34,9 @@ class Request:
 class BarsPage:
     """The bars of one request, after the answer's form was checked.
 
-    `rows` has the columns of `model.bar.COLUMN_NAMES`, as sent: `open_time` in integer milliseconds,
-    numbers as text, null for what the venue does not give. `window` holds the open times
-    that were requested, end exclusive.
+    `rows` has the columns of `model.bar.COLUMN_NAMES`, as sent: `open_time` in integer
+    milliseconds, numbers as text, null for what the venue does not give. `window` holds the open
+    times that were requested, end exclusive.
     """
 
     rows: pl.DataFrame

@@ -21,7 +21,7 @@ REQUESTS_IN_FLIGHT = 8
 
 
 class VenueClient:
-    """One venue: its guarded source, its free request slots, and the newest reading of its clock."""
+    """One venue: its guarded source, its free request slots, the newest reading of its clock."""
 
     def __init__(self, source: Source, on_progress: ProgressCallback) -> None:
         self.source, self.on_progress = source, on_progress

@@ -15,10 +15,10 @@ def consolidate(
 ) -> pl.DataFrame:
     """Return the bars of all venues as one series, with a column `venue`.
 
-    `bars` by venue, the preferred one first (model.bar.BAR_SCHEMA, sorted). `no_trade_windows` holds
-    the open times at which a venue was up and nobody traded there: where that venue would have been
-    chosen, there is no bar. Any other missing bar means that the venue was down, and the next one
-    is chosen.
+    `bars` by venue, the preferred one first (model.bar.BAR_SCHEMA, sorted). `no_trade_windows`
+    holds the open times at which a venue was up and nobody traded there: where that venue would
+    have been chosen, there is no bar. Any other missing bar means that the venue was down, and the
+    next one is chosen.
     """
     found = pl.DataFrame(schema={column.name: column.dtype for column in CONSOLIDATED_COLUMNS})
     decided = list[Sequence[Window]]()

@@ -69,8 +69,8 @@ def roll_up(
 ) -> dict[Timeframe, pl.DataFrame]:
     """Return the bars of every timeframe (model.bar.ROLLUP_SCHEMA), made from those of `base`.
 
-    `bars` has model.bar.BAR_SCHEMA, sorted, of one market. `whole` is the window that was fetched: a
-    bar that reaches beyond it is not complete, and is left out. `vwap` is rounded to 12 decimals,
+    `bars` has model.bar.BAR_SCHEMA, sorted, of one market. `whole` is the window that was fetched:
+    a bar that reaches beyond it is not complete, and is left out. `vwap` is rounded to 12 decimals,
     half to even. Raises OverflowError for a sum of more than 38 digits.
     """
     if bars.is_empty() or not timeframes:

@@ -94,13 +94,13 @@ class Consolidator:
 
     def find_outdated(
         self,
-        look: bool,
+        search_lake: bool,
         busy: Collection[str] = (),
         shown: Mapping[Table, Collection[str]] | None = None,
     ) -> dict[Partition, OutdatedConsolidation]:
         """Return the partitions that are lost or whose raw bars have changed since they were built.
 
-        `look`: whether the lake is searched for lost objects. `busy`: the Dagster keys of
+        `search_lake`: whether the lake is searched for lost objects. `busy`: the Dagster keys of
         partitions that a run works on; `shown`: the keys that Dagster shows as materialized, by
         table. Raises StoreFailed when most of the lake is lost.
         """
@@ -108,7 +108,7 @@ class Consolidator:
         for timeframe in self.settings.consolidated_timeframes:
             table, ledger = consolidated_table(timeframe), self.ledger.consolidations
             sources, states = ledger.sources(raw_table(timeframe)), ledger.states(table)
-            sizes = self.lake.list_sizes(table) if look else None
+            sizes = self.lake.list_sizes(table) if search_lake else None
             stored += len(states)
             for partition in self._wanted(table):
                 if partition.key in busy:
@@ -116,7 +116,7 @@ class Consolidator:
                 key = partition.stored_key
                 digest = self._source_digest(partition, sources)
                 size = sizes.get(key) if sizes is not None else None
-                reason = digest and _reason(states.get(key), digest, size, look=look)
+                reason = digest and _reason(states.get(key), digest, size, search_lake=search_lake)
                 if (
                     not reason
                     and digest
@@ -137,7 +137,7 @@ class Consolidator:
         months = {(partition.market, partition.month) for partition in partitions}
         return [
             PlannedPartition(partition, 0, 0, reason=outdated.reason)
-            for partition, outdated in self.find_outdated(look=True).items()
+            for partition, outdated in self.find_outdated(search_lake=True).items()
             if any(
                 (m, partition.month) in months for m in self.settings.consolidate[partition.market]
             )
@@ -218,10 +218,10 @@ class Consolidator:
 
     def _wanted(self, table: Table) -> Iterator[Partition]:
         """Return every partition of a consolidated table that its retention keeps."""
-        settings, kept = self.settings, self.settings.kept_since(table.name)
+        settings, oldest = self.settings, self.settings.kept_since(table.name)
         markets = [m for m in settings.consolidate if settings.base(m) == table.timeframe]
         window = Window(settings.since, settings.now())
-        return (p for p in settings.partitions(markets, window) if p.month.start >= kept)
+        return (p for p in settings.partitions(markets, window) if p.month.start >= oldest)
 
     def _source_digest(self, partition: Partition, sources: _Sources) -> str | None:
         """Return a digest of what a partition is built from; None when it cannot be built.
@@ -245,11 +245,11 @@ def _is_retired(sources: _Sources, markets: Sequence[Market], month: str) -> boo
 
 
 def _reason(
-    state: ConsolidationState | None, digest: str, size: int | None, *, look: bool
+    state: ConsolidationState | None, digest: str, size: int | None, *, search_lake: bool
 ) -> str | None:
     """Return why a partition has to be built; None when it is up to date."""
     if state is None or state.source_digest is None or state.bytes is None:
         return "never made"
     if state.source_digest != digest:
         return "its venues' bars have changed"
-    return LOST_REASON if look and size != state.bytes else None
+    return LOST_REASON if search_lake and size != state.bytes else None

@@ -37,7 +37,12 @@ from marketdata_assets.quality.agreement import (
     compare_with_stored,
     resolve_files,
 )
-from marketdata_assets.quality.split import add_request_columns, reject_bars, split_rows
+from marketdata_assets.quality.split import (
+    SplitRows,
+    add_request_columns,
+    reject_bars,
+    split_rows,
+)
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.archive.options import ImportOptions
 from marketdata_assets.sources.archive.reading import ArchiveFile, find_files, read_file
@@ -193,15 +198,7 @@ class FileImporter:
         """Apply the rules to the rows of one partition, store them, and count their fate."""
         timeframe = files[0].tally.file.timeframe
         sources = [tally.file.path.name for tally, _ in files]
-        judged = [
-            split_rows(
-                add_request_columns(rows, answer, tally.file.span),
-                timeframe,
-                closed_before=self.settings.now(),
-                columns=tally.file.columns,
-            )
-            for answer, (tally, rows) in enumerate(files)
-        ]
+        judged = [self._judge(tally.file, rows, i) for i, (tally, rows) in enumerate(files)]
         resolved = resolve_files(pl.concat(each.valid for each in judged))
         broken = pl.concat(each.rejected for each in judged)
         if dry_run:
@@ -229,6 +226,14 @@ class FileImporter:
                 *between_files(market, timeframe, resolved.conflicts, sources=sources),
             ]
             result.differences += found[:room]
+
+    def _judge(self, file: ArchiveFile, rows: pl.DataFrame, answer: int) -> SplitRows:
+        return split_rows(
+            add_request_columns(rows, answer, file.span),
+            file.timeframe,
+            closed_before=self.settings.now(),
+            columns=file.columns,
+        )
 
 
 def _count_rows(
@@ -269,8 +274,8 @@ def _raise_if_unwanted(settings: Settings, file: ArchiveFile) -> None:
     last, now = file.rows_window.end - timeframe.width, settings.now()
     if last > now:
         raise BadInput(
-            f"{file.path}: its bars go until {format_time(last)}, and it is now {format_time(now)}; is open_time "
-            "in another unit?"
+            f"{file.path}: its bars go until {format_time(last)}, and it is now "
+            f"{format_time(now)}; is open_time in another unit?"
         )
 
 

@@ -29,9 +29,9 @@ class IngestResult:
     """One partition after an ingest.
 
     `wanted` is the window of open times that the universe asks for, up to the venue's clock. `bars`
-    are all stored bars of it (model.bar.COLUMN_NAMES), `replaced` the revisions that moved to the history
-    now. After a failure `error` is set and everything stored is as it was before. `comparison` says
-    what became of bars that did not come from the venue's API.
+    are all stored bars of it (model.bar.COLUMN_NAMES), `replaced` the revisions that moved to the
+    history now. After a failure `error` is set and everything stored is as it was before.
+    `comparison` says what became of bars that did not come from the venue's API.
     """
 
     partition: Partition

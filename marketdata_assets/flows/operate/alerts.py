@@ -44,7 +44,7 @@ class AlertCenter:
     lake: Lake
 
     def find_problems(self) -> list[Problem]:
-        """Return open breakers, stale markets, repeated failures, parked partitions, failed checks."""
+        """Return open breakers, stale markets, failures, parked partitions and failed checks."""
         return [
             *self._open_breakers(),
             *self._stale_markets(),
@@ -122,8 +122,10 @@ class AlertCenter:
                     continue
                 if self.ledger.partitions.get(table, partition):
                     minutes = found.lag // MINUTE
-                    behind = f"newest bar ended at {format_time(found.through)}, {minutes} minutes behind"
-                    stale[found.market.key].append(f"{table.name}: {behind}")
+                    ended = f"newest bar ended at {format_time(found.through)}"
+                    stale[found.market.key].append(
+                        f"{table.name}: {ended}, {minutes} minutes behind"
+                    )
         for key, tables in stale.items():
             body = f"{'; '.join(tables)}. See `marketdata health` and the venue's status page."
             yield Problem(f"stale|{key}", AlertSeverity.ERROR, f"{key} is stale", body)

@@ -73,7 +73,7 @@ class Pipeline:
         """
         ingester = Ingester(self.settings, self.ledger, self.storage.lake, venues=self.venues)
         results = ingester.ingest(timeframe, partitions, again)
-        yield from self._audit(timeframe, partitions, results, ask=True)
+        yield from self._audit(timeframe, partitions, results, send_requests=True)
 
     def audit_stored(
         self, timeframe: Timeframe, partitions: Sequence[Partition]
@@ -82,7 +82,7 @@ class Pipeline:
         results = (
             self._store.read_result(raw_table(timeframe), partition) for partition in partitions
         )
-        yield from self._audit(timeframe, partitions, results, ask=False)
+        yield from self._audit(timeframe, partitions, results, send_requests=False)
 
     def roll_up(self, partitions: Sequence[Partition]) -> Iterator[AuditedRollup]:
         """Build and audit the rollups; a partition with a failed blocking check is left out."""
@@ -112,7 +112,7 @@ class Pipeline:
         partitions: Sequence[Partition],
         results: Iterator[IngestResult],
         *,
-        ask: bool,
+        send_requests: bool,
     ) -> Iterator[AuditedIngest | RevisedFinding]:
         auditor = RawAuditor(self.settings, self.ledger, self.storage.lake)
         unexplained = []
@@ -122,7 +122,7 @@ class Pipeline:
             if not failed and any(gap.cause is None for gap in result.gaps):
                 unexplained.append(replace(result, bars=result.bars.select("open_time")))
         explainer = GapExplainer(self.settings, self.ledger, self.storage.lake, venues=self.venues)
-        explained = explainer.explain(partitions, ask=ask)
+        explained = explainer.explain(partitions, send_requests=send_requests)
         for result in unexplained:
             if (raw_table(timeframe), result.partition) in explained:
                 finding = auditor.audit_gaps(result)

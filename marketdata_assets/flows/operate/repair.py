@@ -237,12 +237,12 @@ def repair_partitions(
     for rolled_up in pipeline.roll_up(partitions):
         on_result(rolled_up)
     after = repairer.read_contents(partitions)
-    asked = {
+    wanted = {
         **describe_request(partitions, request.window),
         "again": request.again,
         "run": request.run_id,
     }
-    receipt = repairer.write_receipt(asked, before, after, fetched=fetched, cleaned=cleaned)
+    receipt = repairer.write_receipt(wanted, before, after, fetched=fetched, cleaned=cleaned)
     return RepairResult(receipt, unparked)
 
 

@@ -37,7 +37,8 @@ class RetirementAction(StrEnum):
 class Retirement(NamedTuple):
     """What happened to one month of one table, or would in a dry run.
 
-    `message` is why, or where to. Without a partition, all old bars of a table in the warehouse are meant.
+    `message` is why, or where to. Without a partition, it is all old bars of a table in the
+    warehouse.
     """
 
     table: Table

@@ -66,12 +66,12 @@ class GapExplainer:
     venues: VenueClients
 
     def explain(
-        self, partitions: Collection[Partition], ask: bool = False
+        self, partitions: Collection[Partition], send_requests: bool = False
     ) -> set[tuple[Table, Partition]]:
         """Look for the causes of gaps without a final one; return the partitions that changed.
 
         All markets and tables of the venues in these months are looked at, as each shows more about
-        the others. `ask`: a venue may be asked whether it still lists a market. Objects are read
+        the others. `send_requests`: of a venue, whether it still lists a market. Objects are read
         only of months with such gaps. A partition that a run works on is left to that run.
         """
         changed = set()
@@ -87,14 +87,18 @@ class GapExplainer:
                 for market in self.settings.venues[venue].markets
             ]
             table = raw_table(timeframe)
-            changed |= {(table, partition) for partition in self._explain(table, every, ask)}
+            changed |= {
+                (table, partition) for partition in self._explain(table, every, send_requests)
+            }
         return changed
 
     def explain_new(self, markets: Collection[Market]) -> None:
         """Look for the causes of gaps that were never looked at; sends no request."""
         for timeframe in self.settings.raw_timeframes:
             new = self.ledger.gaps.unexamined(raw_table(timeframe))
-            self._explain(raw_table(timeframe), [p for p in new if p.market in markets], ask=False)
+            self._explain(
+                raw_table(timeframe), [p for p in new if p.market in markets], send_requests=False
+            )
 
     def list_gaps(
         self, markets: Collection[Market], window: Window, kind: str | None = None
@@ -131,20 +135,24 @@ class GapExplainer:
             for gap in self.ledger.gaps.between(table, market, window):
                 yield ListedGap(table, market, gap)
 
-    def _explain(self, table: Table, partitions: Iterable[Partition], ask: bool) -> set[Partition]:
+    def _explain(
+        self, table: Table, partitions: Iterable[Partition], send_requests: bool
+    ) -> set[Partition]:
         by_month: dict[tuple[str, Window], list[Partition]] = defaultdict(list)
         for partition in partitions:
             by_month[partition.market.venue, partition.month].append(partition)
         changed = set()
-        for (venue, window), chosen in by_month.items():
+        for (venue, window), of_month in by_month.items():
             month = VenueMonth(self.settings, self.ledger, table, venue=venue, month=window)
-            for partition in chosen:
+            for partition in of_month:
                 with suppress(Damaged):  # the next ingest moves the object out of the way
-                    if self._explain_partition(month, partition, ask):
+                    if self._explain_partition(month, partition, send_requests):
                         changed.add(partition)
         return changed
 
-    def _explain_partition(self, month: VenueMonth, partition: Partition, ask: bool) -> bool:
+    def _explain_partition(
+        self, month: VenueMonth, partition: Partition, send_requests: bool
+    ) -> bool:
         """Explain the gaps of one partition; return whether a cause has changed."""
         if not any(gap.needs_cause for gap in month.gaps(partition.market)):
             return False
@@ -153,7 +161,7 @@ class GapExplainer:
                 return False
             gaps = self.ledger.gaps.of(month.table, partition)
             old = [gap for gap in gaps if gap.needs_cause or gap.cause == GapCause.DELISTED]
-            venues = self.venues if ask else None
+            venues = self.venues if send_requests else None
             investigation = GapInvestigation(month, partition, self.lake, venues=venues)
             new = [gap for gap in old if not gap.needs_cause]
             # the longest first: what turns out to be a halt is left out of the rates of others

@@ -86,7 +86,7 @@ class ParityChecker:
     def _drop_unanswered(
         self, partition: Partition, timeframe: Timeframe, compared: pl.DataFrame
     ) -> pl.DataFrame:
-        """Leave out bars of one side in an unanswered gap of the other: the check `gaps` shows them."""
+        """Leave out bars of one side in an unanswered gap of the other; `gaps` checks them."""
         base = self.settings.venues[partition.market.venue].base
         sides = ((ParityOutcome.ONLY_NATIVE, base), (ParityOutcome.ONLY_OURS, timeframe))
         opens, ends = pl.col("open_time"), pl.col("open_time") + timeframe.width

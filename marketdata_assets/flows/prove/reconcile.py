@@ -26,7 +26,7 @@ RECONCILED = "reconciled"
 def check_reconciled(
     settings: Settings, ledger: Ledger, timeframe: Timeframe, *, result: ConsolidationResult
 ) -> Finding:
-    """Compare two venues' closes: a warning from WARN_BASIS_POINTS basis points on, an error from FAIL_BASIS_POINTS on.
+    """Compare two venues' closes: WARN_BASIS_POINTS is a warning, FAIL_BASIS_POINTS an error.
 
     Neither stops anything. Only an error is recorded in the ledger as failed: real markets reach
     warnings on volatile days.

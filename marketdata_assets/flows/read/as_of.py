@@ -85,8 +85,8 @@ class AsOfReader:
         if isinstance(first, datetime) and first > moment:
             market = partitions[0].market
             raise BadInput(
-                f"nothing of {market.key} in these months was known at {format_time(moment)}; the first of "
-                f"it was fetched at {format_time(first)}"
+                f"nothing of {market.key} in these months was known at {format_time(moment)}; "
+                f"the first of it was fetched at {format_time(first)}"
             )
 
     def _read_raw(self, partition: Partition, base: Timeframe, moment: datetime) -> pl.DataFrame:

@@ -179,8 +179,8 @@ class DatasetVerifier:
             return []
         last = max(known_at for _, known_at in found)
         return [
-            f"{len(found)} bars, {format_time(found[0][0])} .. {format_time(found[-1][0])}, came or were corrected "
-            f"since, the last ones at {format_time(last)}"
+            f"{len(found)} bars, {format_time(found[0][0])} .. {format_time(found[-1][0])}, "
+            f"came or were corrected since, the last ones at {format_time(last)}"
         ]
 
 
@@ -260,6 +260,8 @@ def _venue_differences(
     start = max(wanted.since, lock.span.start)
     end = min(wanted.until or lock.as_of, lock.as_of, lock.span.end)
     if venue.since > start:
-        yield f"it wants {name} since {format_time(venue.since)}, and the lock holds it since {format_time(start)}"
+        since = format_time(venue.since)
+        yield f"it wants {name} since {since}, and the lock holds it since {format_time(start)}"
     if venue.until and venue.until < end:
-        yield f"it wants {name} until {format_time(venue.until)}, and the lock holds it until {format_time(end)}"
+        until = format_time(venue.until)
+        yield f"it wants {name} until {until}, and the lock holds it until {format_time(end)}"

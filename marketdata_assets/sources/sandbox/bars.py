@@ -97,7 +97,7 @@ def _find_stretch(minute: pl.Series, key: str, *, percent: int, longest: int) ->
 
 
 def _open_prices(listing: Listing, minute: pl.Series) -> tuple[pl.Series, pl.Series]:
-    """Return the opening price in ticks of each of the consecutive minutes, and if it has no trade."""
+    """Return the opening price in ticks of each consecutive minute, and if it has no trade."""
     no_trade = _find_stretch(
         minute,
         f"{listing.symbol} quiet",

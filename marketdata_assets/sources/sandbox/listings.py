@@ -14,8 +14,8 @@ class Listing:
 
     `price`: its middle price in ticks of 10^-`tick` quote; `volume`: its mean volume a minute in
     steps of 10^-`step` base; `trades`: its mean number of trades. `tick + step` is at most 8, so
-    that price times amount is exact in Binance's 8 decimals. `no_trade_percent` and `gap_percent` of
-    all days have one such stretch. No minute before `listed_at`, a whole one, exists.
+    that price times amount is exact in Binance's 8 decimals. `no_trade_percent` and `gap_percent`
+    of all days have one such stretch. No minute before `listed_at`, a whole one, exists.
     """
 
     base: str
