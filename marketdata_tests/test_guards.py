@@ -104,7 +104,7 @@ class FakeVenue:
     def __init__(self, world: World, script: Script = (), takes: float = 0.0) -> None:
         self.world, self.takes = world, takes
         self._script: Iterator[Exception | None] = iter(script)
-        self.asked: list[float] = []
+        self.request_times: list[float] = []
         self.closed = False
 
     async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> BarsPage:
@@ -123,8 +123,8 @@ class FakeVenue:
         self.closed = True
 
     async def _answer(self) -> Request:
-        assert len(self.asked) < MANY, "asked without end"
-        self.asked.append(self.world.now)
+        assert len(self.request_times) < MANY, "asked without end"
+        self.request_times.append(self.world.now)
         if self.takes:
             await self.world.until(self.world.now + self.takes)
         error = next(self._script, None)
@@ -133,7 +133,7 @@ class FakeVenue:
                 error.requests = (
                     Request(
                         "bars",
-                        self.asked[-1],
+                        self.request_times[-1],
                         0.1,
                         type(error).__name__.lower(),
                         500,
@@ -142,7 +142,7 @@ class FakeVenue:
                     ),
                 )
             raise error
-        return Request("bars", self.asked[-1], 0.1, "answered", 200, 1)
+        return Request("bars", self.request_times[-1], 0.1, "answered", 200, 1)
 
 
 def for_ever(make: Callable[[], Exception]) -> Script:
@@ -197,7 +197,7 @@ def test_retries_back_off_exponentially(world: World, ledger: Ledger) -> None:
     venue = FakeVenue(world, [retry(), Garbled("binance: text"), retry(), retry(), retry()])
     (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert world.slept == [0.5, 1.0, 2.0, 4.0, 8.0]
-    assert [moment - NOON for moment in venue.asked] == [0, 0.5, 1.5, 3.5, 7.5, 15.5]
+    assert [moment - NOON for moment in venue.request_times] == [0, 0.5, 1.5, 3.5, 7.5, 15.5]
     assert outcomes(fetched.requests) == ["retry", "garbled", "retry", "retry", "retry", "answered"]
 
 
@@ -235,7 +235,7 @@ def test_six_failures_end_a_call_with_the_last_reason(world: World, ledger: Ledg
     assert error.exit_code == 3
     assert "502" in str(error)
     assert "6" in str(error)
-    assert len(venue.asked) == 6
+    assert len(venue.request_times) == 6
     assert outcomes(error.requests) == ["retry"] * 6
     assert len(world.slept) == 5
 
@@ -250,7 +250,7 @@ def test_a_final_no_is_not_requested_again(
     venue = FakeVenue(world, [retry(), final])
     (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert error is final
-    assert len(venue.asked) == 2
+    assert len(venue.request_times) == 2
     assert outcomes(error.requests) == ["retry", type(final).__name__.lower()]
 
 
@@ -259,7 +259,7 @@ def test_a_bug_is_not_retried(world: World, ledger: Ledger) -> None:
     venue = FakeVenue(world, [ZeroDivisionError()])
     (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
     assert type(error) is ZeroDivisionError
-    assert len(venue.asked) == 1
+    assert len(venue.request_times) == 1
 
 
 def test_clock_and_listing_are_guarded_too(world: World, ledger: Ledger) -> None:
@@ -267,7 +267,7 @@ def test_clock_and_listing_are_guarded_too(world: World, ledger: Ledger) -> None
     guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
     assert world.run(guarded.now()) == [START]
     assert world.run(guarded.first_open(MARKET, MINUTE)) == [START]
-    assert [moment - NOON for moment in venue.asked] == [0, 0.5, 0.5, 7.5]
+    assert [moment - NOON for moment in venue.request_times] == [0, 0.5, 0.5, 7.5]
 
 
 # ------------------------------------------------------------ waits and pauses
@@ -278,7 +278,7 @@ def test_retry_after_is_obeyed(world: World, ledger: Ledger) -> None:
     pauses = [2.0, 30.0, 1.0, 5.0, 60.0, 3.0, 2.5, 1.0, 1.0, 4.0]
     venue = FakeVenue(world, [Wait("binance: HTTP 429", seconds) for seconds in pauses])
     (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
-    gaps = [later - sooner for sooner, later in itertools.pairwise(venue.asked)]
+    gaps = [later - sooner for sooner, later in itertools.pairwise(venue.request_times)]
     assert all(gap >= pause for gap, pause in zip(gaps, pauses, strict=True))
     assert fetched.wait_seconds == sum(pauses) == world.now - NOON
     assert outcomes(fetched.requests) == ["wait"] * 10 + ["answered"]
@@ -303,16 +303,20 @@ def test_a_pause_holds_for_all_who_share_the_ledger(world: World, tmp_path: Path
     answered = NOON + 0.2
     assert all(isinstance(answer, BarsPage) for answer in found)
     assert not [
-        moment for moment in first.asked + second.asked if answered < moment < answered + 45.0
+        moment
+        for moment in first.request_times + second.request_times
+        if answered < moment < answered + 45.0
     ]
-    assert sum(moment >= answered + 45.0 for moment in first.asked + second.asked) == 5
+    assert (
+        sum(moment >= answered + 45.0 for moment in first.request_times + second.request_times) == 5
+    )
 
 
 def test_a_pause_belongs_to_its_venue(world: World, ledger: Ledger) -> None:
     ledger.venues.pause("binance", NOON + 600)
     venue = FakeVenue(world)
     world.run(fetch(GuardedSource(venue, "kraken", ledger, policy=world.policy())))
-    assert venue.asked == [NOON]
+    assert venue.request_times == [NOON]
 
 
 def test_a_shorter_pause_does_not_end_a_longer_one(world: World, ledger: Ledger) -> None:
@@ -320,7 +324,7 @@ def test_a_shorter_pause_does_not_end_a_longer_one(world: World, ledger: Ledger)
     ledger.venues.pause("binance", NOON + 5)
     venue = FakeVenue(world)
     world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
-    assert venue.asked == [NOON + 600]
+    assert venue.request_times == [NOON + 600]
 
 
 def test_a_ban_longer_than_the_longest_wait_is_venue_down(world: World, ledger: Ledger) -> None:
@@ -333,7 +337,7 @@ def test_a_ban_longer_than_the_longest_wait_is_venue_down(world: World, ledger: 
         (error,) = world.run(fetch(guarded))
         assert type(error) is VenueDown
         assert "2024-03-01T14:00:00Z" in str(error)
-    assert venue.asked == [NOON]
+    assert venue.request_times == [NOON]
     assert world.now == NOON
 
 
@@ -359,7 +363,7 @@ def test_a_venue_that_demands_waits_for_ever_is_given_up(
     assert type(error) is VenueDown
     assert "429" in str(error)
     assert world.now - NOON <= 1000
-    assert len(venue.asked) <= 100
+    assert len(venue.request_times) <= 100
 
 
 @pytest.mark.parametrize("seconds", [1e12, float("inf")])
@@ -433,8 +437,8 @@ def test_a_nearly_used_up_minute_is_left_alone(
     guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
     world.run(fetch(guarded))
     world.run(fetch(guarded))
-    assert (venue.asked[1] >= NOON + 60) is paused
-    assert venue.asked[1] in (NOON + 20, pytest.approx(NOON + 60, abs=2))
+    assert (venue.request_times[1] >= NOON + 60) is paused
+    assert venue.request_times[1] in (NOON + 20, pytest.approx(NOON + 60, abs=2))
 
 
 # ------------------------------------------------------------ the circuit breaker
@@ -446,8 +450,8 @@ def broken(world: World, ledger: Ledger, script: Script = ()) -> tuple[FakeVenue
     guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0))
     for _ in range(BREAKER_LIMIT // 6):
         world.run(fetch(guarded))
-    assert len(venue.asked) == BREAKER_LIMIT == 30
-    venue.asked.clear()
+    assert len(venue.request_times) == BREAKER_LIMIT == 30
+    venue.request_times.clear()
     return venue, guarded
 
 
@@ -461,10 +465,10 @@ def test_the_breaker_fails_fast(world: World, tmp_path: Path) -> None:
     ):
         assert type(error) is VenueDown
         assert "2024-03-01T12:00:30Z" in str(error)
-    assert venue.asked == other.asked == []
+    assert venue.request_times == other.request_times == []
     third = FakeVenue(world)
     world.run(fetch(GuardedSource(third, "kraken", Ledger(tmp_path), policy=world.policy())))
-    assert third.asked == [NOON]
+    assert third.request_times == [NOON]
 
 
 def test_a_success_starts_the_count_anew(world: World, ledger: Ledger) -> None:
@@ -476,7 +480,7 @@ def test_a_success_starts_the_count_anew(world: World, ledger: Ledger) -> None:
         isinstance(fetched, BarsPage)
         for fetched in world.run(fetch(guarded)) + world.run(fetch(guarded))
     )
-    assert len(venue.asked) == 60
+    assert len(venue.request_times) == 60
 
 
 def test_the_breaker_stops_retries_that_are_under_way(world: World, ledger: Ledger) -> None:
@@ -485,7 +489,7 @@ def test_the_breaker_stops_retries_that_are_under_way(world: World, ledger: Ledg
     guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0))
     found = world.run(*(fetch(guarded) for _ in range(8)))
     assert all(type(error) is VenueDown for error in found)
-    assert 30 <= len(venue.asked) < 30 + 8
+    assert 30 <= len(venue.request_times) < 30 + 8
 
 
 def test_calls_that_the_breaker_stops_have_their_reason(world: World, ledger: Ledger) -> None:
@@ -493,7 +497,7 @@ def test_calls_that_the_breaker_stops_have_their_reason(world: World, ledger: Le
     venue = FakeVenue(world, for_ever(retry), takes=0.1)
     guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0))
     found = world.run(*(fetch(guarded) for _ in range(8)))
-    assert sum(len(error.requests) for error in found) == len(venue.asked)
+    assert sum(len(error.requests) for error in found) == len(venue.request_times)
     assert all("502" in str(error) for error in found)
 
 
@@ -503,11 +507,11 @@ def test_half_open_lets_one_through_and_its_success_closes(world: World, ledger:
     venue.takes = 1.0
     world.now = NOON + BREAKER_FIRST - 0.1
     assert type(world.run(fetch(guarded))[0]) is VenueDown
-    assert venue.asked == []
+    assert venue.request_times == []
     world.now = NOON + BREAKER_FIRST + 0.1
     found = world.run(*(fetch(guarded) for _ in range(4)))
     assert sorted(type(answer).__name__ for answer in found) == ["BarsPage"] + ["VenueDown"] * 3
-    assert len(venue.asked) == 1
+    assert len(venue.request_times) == 1
     assert all(
         isinstance(fetched, BarsPage) for fetched in world.run(*(fetch(guarded) for _ in range(4)))
     )
@@ -520,10 +524,10 @@ def test_half_open_and_still_down_stays_shut(world: World, ledger: Ledger) -> No
     venue, guarded = broken(world, ledger, for_ever(retry))
     world.now = NOON + BREAKER_FIRST + 1
     assert type(world.run(fetch(guarded))[0]) is VenueDown
-    assert len(venue.asked) == 1
+    assert len(venue.request_times) == 1
     world.now += BREAKER_FIRST - 1
     assert type(world.run(fetch(guarded))[0]) is VenueDown
-    assert len(venue.asked) == 1
+    assert len(venue.request_times) == 1
 
 
 def test_the_breaker_stays_open_longer_each_time(world: World, ledger: Ledger) -> None:
@@ -534,7 +538,7 @@ def test_the_breaker_stays_open_longer_each_time(world: World, ledger: Ledger) -
     while world.now < NOON + 7200:
         world.now += 5
         world.run(fetch(guarded))
-    gaps = [later - sooner for sooner, later in itertools.pairwise(venue.asked)]
+    gaps = [later - sooner for sooner, later in itertools.pairwise(venue.request_times)]
     assert all(longer >= shorter for shorter, longer in itertools.pairwise(gaps[:6]))
     assert gaps[0] <= 2 * BREAKER_FIRST + 10
     assert max(gaps) == pytest.approx(BREAKER_LONGEST, abs=10)
@@ -547,7 +551,7 @@ def test_a_refusal_is_an_answer(world: World, ledger: Ledger) -> None:
     guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
     for _ in range(BREAKER_LIMIT + 5):
         assert type(world.run(fetch(guarded))[0]) is VenueRefused
-    assert len(venue.asked) == BREAKER_LIMIT + 5
+    assert len(venue.request_times) == BREAKER_LIMIT + 5
 
 
 # ------------------------------------------------------------ the limiter
@@ -595,19 +599,19 @@ def test_the_limiter_holds_over_all_instances(
     venues = crowd(
         world, tmp_path, per_minute, instances=2, workers=4, each=max(4, per_minute * 3 // 8)
     )
-    moments = [moment for venue in venues for moment in venue.asked]
+    moments = [moment for venue in venues for moment in venue.request_times]
     assert busiest(moments, 60) <= per_minute
     assert busiest(moments, 1) <= max(1, per_minute / 60 * 2 + 1)
     minutes = (max(moments) - NOON) / 60
     assert len(moments) >= 0.99 * (per_minute - 1) * minutes
-    assert all(venue.asked for venue in venues)
+    assert all(venue.request_times for venue in venues)
 
 
 def test_the_limiter_holds_after_a_pause(world: World, tmp_path: Path) -> None:
     """Requests that waited through a pause are not all sent at its end."""
     Ledger(tmp_path).pause("binance", NOON + 120)
     venues = crowd(world, tmp_path, 60, instances=2, workers=8, each=10)
-    moments = [moment for venue in venues for moment in venue.asked]
+    moments = [moment for venue in venues for moment in venue.request_times]
     assert min(moments) >= NOON + 120
     assert busiest(moments, 1) <= 3
     assert busiest(moments, 60) <= 60
@@ -628,7 +632,7 @@ def test_waits_for_the_limiter_are_counted(world: World, ledger: Ledger) -> None
         [i * 60 / 59 for i in range(10)]
     )
     assert [fetched.wait_seconds for fetched in found] == pytest.approx(
-        [moment - NOON for moment in venue.asked]
+        [moment - NOON for moment in venue.request_times]
     )
 
 
