@@ -25,6 +25,46 @@ from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.guards import RetryPolicy
 from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 
+SERVER_FIXTURES = {"sandbox", "replay", "postgres_server", "s3_server"}
+"""A test that uses one of these is marked `server`."""
+STARTS = {"socket.bind": "a server", "subprocess.Popen": "a process"}
+"""Python's names of the events by which a test shows that it must be marked `server`."""
+_started: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without the tests that are marked `server`, note what the others start."""
+
+    def note_start(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in STARTS:
+            _started.append(STARTS[event])
+
+    if config.option.markexpr == "not server":
+        sys.addaudithook(note_start)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.server)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[Any]:
+    """Fail a test that starts a server or a process and is not marked."""
+    result = yield
+    if _started:
+        pytest.fail(f"the test starts {_started[0]}: mark it with `pytest.mark.server`")
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    _started.clear()
+    return (yield)
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 needs_shared = pytest.mark.skipif(
@@ -71,7 +111,7 @@ def database(postgres_server: Any) -> str:
     return str(postgres_server.get_uri(database=name))
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.server)])
 def either_database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the test twice: with the ledger in SQLite and with the ledger in PostgreSQL."""
     if request.param == "postgres":

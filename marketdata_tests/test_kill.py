@@ -106,7 +106,7 @@ def test_kill_at_random_moments(
     with open_context(settings) as context:
         assert all(
             row["received"] == row["stored"] + row["identical"] + row["quarantined"]
-            for row in context.ledger.accounts()
+            for row in context.ledger.partitions.accounts()
         )
         assert all(
             c.not_fetched == 0 for c in context.bind(CoverageReporter).report(settings.markets)

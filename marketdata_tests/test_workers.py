@@ -233,7 +233,7 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(
         shared = contents(context)
         assert all(
             account["received"] == account["stored"] + account["identical"]
-            for account in context.ledger.accounts()
+            for account in context.ledger.partitions.accounts()
         )
     alone = settings_of(
         fleet,
