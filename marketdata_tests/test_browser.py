@@ -1,4 +1,4 @@
-"""The Dagster UI as a person meets it: a real Chromium clicks in what `marketdata dev` serves."""
+"""The Dagster UI: a real Chromium clicks in the pages that `marketdata dev` serves."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ SWITCHES = [
     "--lang=en-US",  # without it the page stays blank
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # nothing leaves this machine
 ]
-PATIENCE = 120_000  # ms for one thing to appear, on a loaded machine
-expect.set_options(timeout=PATIENCE)
+TIMEOUT_MS = 120_000  # ms for one thing to appear, on a loaded machine
+expect.set_options(timeout=TIMEOUT_MS)
 
 RAW = "raw/ohlcv_1m"
 SINCE, END = "2023-12-31", "2024-01-01"
@@ -46,29 +46,29 @@ ROWS = generate_bars("BTCUSDT", "1m", Window(parse_time(SINCE), parse_time(END))
 
 @pytest.fixture
 def chromium() -> str:
-    """The browser's path; `make test` installs it where it can."""
+    """Return the path of a browser; `make test` installs one where it can."""
     found = [path for path in map(shutil.which, BROWSERS) if path]
     return found[0] if found else pytest.skip(f"none of {', '.join(BROWSERS)} is on PATH")
 
 
 @pytest.fixture
 def ui(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path) -> Iterator[str]:
-    """The address of `marketdata dev` over two markets and two months. Afterwards no process of the
-    test is left.
+    """Serve two markets and two months by `marketdata dev`; yield the address.
 
-    It is three o'clock, and the exchange's clock stands at midnight: a feed that has died.
+    It is three o'clock, and the exchange's clock stands at midnight: a dead feed. Afterwards no
+    process of the test lives.
     """
     universe(sandbox[1], symbols="[BTC/USDT, ETH/USDT]", since=SINCE, now="2024-01-10T03:00:00Z")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = ["marketdata_assets.cli.main", "dev", "--port", str(port)]
-    said = tmp_path / "dev.log"
-    with said.open("w") as log:
+    output = tmp_path / "dev.log"
+    with output.open("w") as log:
         server = start_module(command, dict(os.environ), stdout=log, stderr=log)
     try:
-        assert eventually(lambda: "UI ready" in said.read_text() or server.poll() is not None)
-        assert server.poll() is None, said.read_text()
+        assert eventually(lambda: "UI ready" in output.read_text() or server.poll() is not None)
+        assert server.poll() is None, output.read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
         stop(server, grace_seconds=60)
@@ -76,12 +76,12 @@ def ui(sandbox: tuple[SandboxExchange, str], universe: Universe, tmp_path: Path)
 
 
 def eventually(is_so: Callable[[], bool]) -> bool:
-    """Whether it becomes so within our patience."""
-    return any(is_so() or threading.Event().wait(0.1) for _ in range(PATIENCE // 100))
+    """Whether a condition becomes true before the timeout."""
+    return any(is_so() or threading.Event().wait(0.1) for _ in range(TIMEOUT_MS // 100))
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Command lines of all living processes that were started with this folder's universe."""
+    """Return the command lines of all processes that were started with this folder's universe."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -106,9 +106,9 @@ def page(chromium: str, ui: str, tmp_path: Path) -> Iterator[Page]:
             locale="en-US",
             viewport={"width": 1500, "height": 950},
             base_url=ui,
-            timeout=PATIENCE,
+            timeout=TIMEOUT_MS,
         )
-        context.set_default_timeout(PATIENCE)
+        context.set_default_timeout(TIMEOUT_MS)
         context.on("weberror", lambda event: errors.append(event.error))
         page = context.pages[0]
         yield page
@@ -118,7 +118,7 @@ def page(chromium: str, ui: str, tmp_path: Path) -> Iterator[Page]:
 
 
 def open_asset(page: Page, key: str, tab: str) -> None:
-    """An asset's page at one of its tabs."""
+    """Open a tab of an asset's page."""
     page.goto(f"/assets/{key}")
     page.get_by_role("tablist").first.get_by_role("tab", name=tab, exact=True).click()
     page.wait_for_url(f"**/assets/{key}?view={tab.lower()}*")
@@ -133,13 +133,13 @@ def open_partition(page: Page, key: str, partition: str) -> None:
 
 
 def open_check(page: Page, key: str, check: str) -> Locator:
-    """A check on its asset's Checks tab; its latest result."""
+    """Open a check on its asset's Checks tab; return its latest result."""
     page.goto(f"/assets/{key}?view=checks&checkDetail={check}")
     return page.get_by_text("Evaluation result", exact=True).locator("xpath=..")
 
 
 def materialize(page: Page, key: str, market: str, month: str) -> None:
-    """Launch one partition from the asset's page, and watch its run until it has succeeded."""
+    """Launch one partition from its asset's page, and wait until the run has succeeded."""
     open_asset(page, key, "Partitions")
     page.get_by_role("button", name="Materialize…").click()
     dialog = page.get_by_role("dialog").filter(has_text="Launch runs to materialize")
@@ -183,7 +183,7 @@ def test_a_partition_is_materialized_by_clicking(page: Page) -> None:
 
 
 def test_a_stale_market_is_red(page: Page) -> None:
-    """Without a run of its own: the sensor looks at the newest bars."""
+    """A sensor evaluates the newest bars; no run is needed."""
     materialize(page, RAW, MARKET, MONTH)
     expect(open_check(page, RAW, "freshness")).to_contain_text("Failed")
     expect(page.get_by_role("row", name=re.compile(f"^{MARKET} stale 2024-01-"))).to_be_visible()
@@ -199,7 +199,7 @@ def test_the_checks_of_a_partition_are_shown_as_passed(page: Page) -> None:
             ).first
         ).to_be_visible()
     for check in RAW_CHECKS:
-        open_check(page, RAW, check)  # its overview may wait for the next run, when two ran at once
+        open_check(page, RAW, check)  # the overview may be one run behind, when two ran at once
         page.get_by_role("tablist").filter(has_text="Execution history").get_by_role(
             "tab", name="Partitions"
         ).click()

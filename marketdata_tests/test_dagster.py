@@ -1,6 +1,4 @@
-"""Dagster's door: what the UI shows, range runs with results per partition, the guard, and the real
-daemon.
-"""
+"""The definitions in Dagster: the catalog, range runs and their results, and the real daemon."""
 
 from __future__ import annotations
 
@@ -20,9 +18,10 @@ import pytest
 
 from marketdata_assets.cli.dagster_home import dagster_environment
 from marketdata_assets.context import open_context
-from marketdata_assets.dagster_ext.runs import end_dead_runs
+from marketdata_assets.dagster_ext.runs import PROCESS_TAG, end_dead_runs
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
+from marketdata_assets.model.events import Event, PartitionFailed
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -90,7 +89,7 @@ def check_results(
 def checked_partitions(
     settings: Settings, instance: dg.DagsterInstance, key: dg.AssetKey, check: str
 ) -> dict[str, set[str]]:
-    """What the check's grid in the UI shows: partition keys by outcome."""
+    """Return the partition keys by outcome, as the grid of the check shows them."""
     name, grid = (
         dg.AssetCheckKey(key, check),
         build_definitions(settings).get_repository_def().asset_graph.get(key).partitions_def,
@@ -102,7 +101,7 @@ def checked_partitions(
     }
 
 
-def test_what_the_catalog_shows(settings: Settings) -> None:
+def test_the_catalog_describes_every_asset(settings: Settings) -> None:
     graph = build_definitions(settings).get_repository_def().asset_graph
     names = {key.to_user_string() for key in graph.get_all_asset_keys()}
     assert names == {"raw/ohlcv_1m", "raw/ohlcv_1h", *(f"rollup/ohlcv_{tf}" for tf in ROLLUPS)}
@@ -129,7 +128,7 @@ def test_what_the_catalog_shows(settings: Settings) -> None:
     assert set(graph.get(HOUR).pools or ()) == {"warehouse"}
 
 
-def test_range_run_gives_every_partition_its_own_results(
+def test_a_range_run_gives_every_partition_its_own_results(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
     assert run(settings, instance, BTC_NOV, ETH_DEC).success
@@ -180,13 +179,13 @@ def settings_lake(settings: Settings) -> Path:
     return Path(settings.lake)
 
 
-def test_guard_against_silently_smaller_ranges(
+def test_a_run_over_fewer_partitions_than_its_range_fails(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
     swapped = run(settings, instance, BTC_DEC, ETH_NOV)
     assert not swapped.success
     assert instance.get_materialized_partitions(RAW) == set()
-    # what a job backfill of Dagster sends: the range of four partitions, and the tags of the first
+    # a job's backfill sends the range of four partitions with the tags of the first one
     first = {
         "dagster/partition/market": "binance:BTC-USDT",
         "dagster/partition/month": "2023-11-01",
@@ -206,9 +205,9 @@ def test_one_failing_market_leaves_the_others_materialized(
     )
     for name, value in dagster_environment(settings).items():
         monkeypatch.setenv(name, value)
-    heard: list[dict[str, Any]] = []
+    events: list[Event] = []
     with dg.DagsterInstance.get() as instance:
-        job = build_definitions(settings, heard.append).resolve_job_def(INGEST)
+        job = build_definitions(settings, events.append).resolve_job_def(INGEST)
         tags = {RANGE_START: BTC_NOV, RANGE_END: "binance:NOPE-USDT|2023-12-01"}
         result = job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
         assert not result.success
@@ -222,15 +221,15 @@ def test_one_failing_market_leaves_the_others_materialized(
             BTC_NOV,
             BTC_DEC,
         }
-    failed = [event for event in heard if "failed" in event]
-    assert {event["failed"] for event in failed} == {
+    failures = [event for event in events if isinstance(event, PartitionFailed)]
+    assert {failure.partition for failure in failures} == {
         "binance:NOPE-USDT|2023-11-01",
         "binance:NOPE-USDT|2023-12-01",
     }
-    assert all("did you mean" in event["says"] and event["exit_code"] == 2 for event in failed)
+    assert all("did you mean" in f.message and f.exit_code == 2 for f in failures)
 
 
-def test_a_red_blocking_check_keeps_the_rollups_away(
+def test_a_partition_with_a_failed_blocking_check_is_not_rolled_up(
     settings: Settings, instance: dg.DagsterInstance
 ) -> None:
     assert run(settings, instance, BTC_NOV, BTC_NOV).success
@@ -247,7 +246,7 @@ def test_a_red_blocking_check_keeps_the_rollups_away(
     assert check_results(instance, RAW, "duplicates")[BTC_NOV] is True
     assert checked_partitions(settings, instance, RAW, "ohlc")["FAILED"] == {BTC_NOV}
     assert latest(instance, HOUR, BTC_NOV) == before
-    result = run(settings, instance, BTC_NOV, ETH_NOV)  # beside a partition that is well
+    result = run(settings, instance, BTC_NOV, ETH_NOV)  # with a partition that passes
     assert not result.success
     assert latest(instance, HOUR, BTC_NOV) == before
     assert instance.get_materialized_partitions(HOUR) == {BTC_NOV, ETH_NOV}
@@ -281,11 +280,11 @@ def test_runs_of_killed_processes_are_ended_and_free_their_slots(
     job = build_definitions(settings).resolve_job_def(INGEST)
     gone = process_id(os.getpid()).replace(f":{os.getpid()}:", ":1:")
     dead = instance.create_run_for_job(
-        job, tags={"marketdata/process": gone}, status=dg.DagsterRunStatus.STARTED
+        job, tags={PROCESS_TAG: gone}, status=dg.DagsterRunStatus.STARTED
     )
     mine = process_id(os.getpid())
     living = instance.create_run_for_job(
-        job, tags={"marketdata/process": mine}, status=dg.DagsterRunStatus.STARTED
+        job, tags={PROCESS_TAG: mine}, status=dg.DagsterRunStatus.STARTED
     )
     instance.event_log_storage.set_concurrency_slots("warehouse", 1)
     assert instance.event_log_storage.claim_concurrency_slot(
@@ -322,17 +321,18 @@ def graphql(port: int, query: str, **variables: Any) -> Any:
 def test_materialized_from_the_ui_through_the_real_daemon(
     settings: Settings, tmp_path: Path
 ) -> None:
-    """What the asset page's button sends: a backfill of four partitions, run by the daemon of
-    `marketdata dev`.
+    """The daemon of `marketdata dev` runs what the button of an asset's page sends.
+
+    That is a backfill of four partitions.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    workplace = tmp_path / "workplace"
-    workplace.mkdir()
+    folder = tmp_path / "folder"
+    folder.mkdir()
     command = [sys.executable, "-m", "marketdata_assets.cli.main", "dev", "--port", str(port)]
     server = subprocess.Popen(
-        command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     try:
         assert server.stdout is not None
@@ -355,13 +355,13 @@ def test_materialized_from_the_ui_through_the_real_daemon(
         with open_context(settings) as context:
             for market in settings.markets:
                 states = context.ledger.partitions.of_market(raw_table(TIMEFRAMES["1m"]), market)
-                assert [state.complete for state in states.values()] == [True, True]
+                assert [state.is_complete for state in states.values()] == [True, True]
                 assert all(s.rollup_source_digest == s.digest for s in states.values())
     finally:
         group = descendants(server.pid)
         server.send_signal(signal.SIGTERM)
         server.communicate(timeout=60)
-    assert list(workplace.iterdir()) == []
+    assert list(folder.iterdir()) == []
     for pid in group:
         for _ in range(100):
             if not Path(f"/proc/{pid}").exists():

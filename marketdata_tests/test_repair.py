@@ -1,6 +1,4 @@
-"""Repair with a receipt: planned, done, proved; clean-up of what must not be stored; replay of what
-should have been.
-"""
+"""Repairs and their receipts, the removal of invalid stored rows, and the replay of quarantine."""
 
 from __future__ import annotations
 
@@ -63,7 +61,7 @@ TRUTH = generate_bars("BTCUSDT", "1m", SPAN)
 def stored(
     sandbox: tuple[SandboxExchange, str], universe: Universe
 ) -> tuple[SandboxExchange, Settings]:
-    """Four days over the turn of a month, fetched and rolled up."""
+    """Fetch and roll up four days over the turn of a month."""
     exchange, url = sandbox
     settings = universe(url, since="2023-12-30", until="2024-01-03", now="2024-01-05")
     run_ingest(settings)
@@ -73,7 +71,7 @@ def stored(
 
 
 def call(*arguments: str, code: int = 0) -> Any:
-    """The JSON that a command prints."""
+    """Run a command and return the JSON that it prints."""
     result = CliRunner().invoke(app, [*arguments, "--format", "json"])
     if isinstance(result.exception, MarketDataError):
         raise result.exception
@@ -82,14 +80,14 @@ def call(*arguments: str, code: int = 0) -> Any:
 
 
 def tamper_with(settings: Settings, change: Any) -> None:
-    """Let somebody else write into January's raw object."""
+    """Replace January's raw object as a foreign program could."""
     with open_context(settings) as context:
         bars = context.storage.lake.read(raw_table(MINUTE), JANUARY, with_provenance=True)
         assert bars is not None
         context.storage.lake.write(raw_table(MINUTE), JANUARY, change(bars))
 
 
-def test_a_whole_span_needs_nothing(stored: tuple[SandboxExchange, Settings]) -> None:
+def test_a_complete_span_needs_no_repair(stored: tuple[SandboxExchange, Settings]) -> None:
     exchange, _ = stored
     assert call("repair", "--dry-run") == {"requests": 0, "minutes": 0, "steps": []}
     assert exchange.requests == []
@@ -164,14 +162,14 @@ def test_a_repair_finds_corrections_and_writes_a_receipt(
 @pytest.mark.parametrize(
     ("name", "found"), [("ask_again_every_night", 1), ("ask_again_every_month", 2)]
 )
-def test_by_night_and_by_month_the_venue_is_asked_again(
+def test_a_refetch_schedule_finds_the_corrections_of_its_days(
     sandbox: tuple[SandboxExchange, str],
     universe: Universe,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     found: int,
 ) -> None:
-    """The schedules' own runs find what was corrected in their days, and nothing before."""
+    """The run that a schedule requests finds the corrections of its days and none before."""
     exchange, url = sandbox
     run_ingest(universe(url, since="2023-12-30", until="2024-01-03", now="2024-01-03T00:30"))
     corrected = {
@@ -200,7 +198,7 @@ def test_by_night_and_by_month_the_venue_is_asked_again(
     assert len(call("corrections")) == found
 
 
-def test_a_repair_that_fails_says_so_and_keeps_what_is_there(
+def test_a_repair_that_fails_reports_it_and_keeps_the_stored_bars(
     stored: tuple[SandboxExchange, Settings],
 ) -> None:
     exchange, settings = stored
@@ -222,16 +220,12 @@ def test_a_repair_that_fails_says_so_and_keeps_what_is_there(
         ]
 
     exchange.tamper = tamper
-    receipt = call_failing("repair", "--start", "2024-01-01")
+    receipt = call("repair", "--start", "2024-01-01", code=1)
     assert "contradict the stored bars" in receipt["failed"][0]["says"]
     assert_frame_equal(stored_bars(settings), TRUTH, check_exact=True)
 
 
-def call_failing(*arguments: str) -> Any:
-    return call(*arguments, code=1)
-
-
-def test_bad_words(stored: tuple[SandboxExchange, Settings]) -> None:
+def test_bad_arguments_are_refused(stored: tuple[SandboxExchange, Settings]) -> None:
     with pytest.raises(BadInput, match="there is no receipt 99"):
         call("receipts", "99")
     with pytest.raises(BadInput, match="is not in"):
@@ -241,11 +235,12 @@ def test_bad_words(stored: tuple[SandboxExchange, Settings]) -> None:
 
 
 # --------------------------------------------------------------------------------- clean-up
-def test_rows_that_must_not_be_stored_are_taken_out_with_an_audit(
+def test_invalid_stored_rows_are_removed_and_audited(
     stored: tuple[SandboxExchange, Settings],
 ) -> None:
-    """Twice the same: once. Two that differ: none, until the venue is asked. Of another month, or
-    against a rule: out.
+    """Of identical rows one stays, of different ones none until the venue is requested again.
+
+    Rows of another month and rows that break a rule are removed.
     """
     _, settings = stored
     disputed, broken = at("2024-01-01T05:00"), at("2024-01-01T06:00")
@@ -294,7 +289,7 @@ def test_clean_rows_stay_as_they_are() -> None:
     assert_frame_equal(cleaned.bars, bars, check_exact=True)
 
 
-def test_a_damaged_object_is_set_aside_and_fetched(
+def test_a_damaged_object_is_quarantined_and_fetched_again(
     stored: tuple[SandboxExchange, Settings],
 ) -> None:
     _, settings = stored
@@ -317,7 +312,7 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
         state = context.ledger.partitions.get(raw_table(MINUTE), JANUARY)
         assert stored is not None
         assert state is not None
-        lies = context.storage.lake.write(
+        written = context.storage.lake.write(
             raw_table(MINUTE), JANUARY, stored.join(bars, on="open_time", how="anti")
         )
         fields = pl.struct(
@@ -334,7 +329,7 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
             Gap(Window(t, t + MINUTE.width), 1, GapReason.QUARANTINED, 3, "")
             for t in sorted(set(bars["open_time"]))
         ]
-        kept = replace(state, bytes=lies.bytes, digest=lies.digest)
+        kept = replace(state, bytes=written.bytes, digest=written.digest)
         entry = IngestRecord(
             raw_table(MINUTE),
             JANUARY,
@@ -349,10 +344,10 @@ def quarantine(settings: Settings, bars: pl.DataFrame, reasons: str) -> None:
         context.ledger.partitions.commit(entry)
 
 
-def test_rows_that_a_mended_rule_takes_are_replayed(
+def test_rows_that_pass_the_rules_of_today_are_replayed(
     stored: tuple[SandboxExchange, Settings],
 ) -> None:
-    """They are stored, rolled up, marked, and told in a receipt; no request is made."""
+    """They are stored, rolled up, marked and counted in a receipt; no request is made."""
     exchange, settings = stored
     bars = TRUTH.filter(
         pl.col("open_time").is_between(at("2024-01-01T05:00"), at("2024-01-01T05:02"))
@@ -375,7 +370,7 @@ def test_rows_that_a_mended_rule_takes_are_replayed(
     assert [r["kind"] for r in call("receipts")] == ["replay"]
 
 
-def test_rows_that_still_break_a_rule_or_contradict_each_other_stay_refused(
+def test_rows_that_break_a_rule_or_contradict_each_other_stay_in_quarantine(
     stored: tuple[SandboxExchange, Settings],
 ) -> None:
     _, settings = stored
@@ -397,7 +392,7 @@ def test_rows_that_still_break_a_rule_or_contradict_each_other_stay_refused(
     assert stored_bars(settings).height == TRUTH.height - 3
 
 
-def test_a_repair_plans_for_every_table(
+def test_a_repair_is_planned_for_every_table(
     sandbox: tuple[SandboxExchange, str], universe: Universe
 ) -> None:
     _, url = sandbox
