@@ -150,8 +150,8 @@ def test_planted_in_bars_of_the_sandbox(name: str) -> None:
 def test_planted_in_real_bars(name: str) -> None:
     """A quiet Sunday of Binance, and a minute in which the market ran after Silvergate and SVB."""
     bars = real_bars("ETHUSDT", "1m", "2023-02-01_2023-04-30")
-    quiet = bars.filter(pl.col("open_time").is_between(at("2023-02-11"), at("2023-02-14")))
-    judge_error(name, quiet, SPOT)
+    calm = bars.filter(pl.col("open_time").is_between(at("2023-02-11"), at("2023-02-14")))
+    judge_error(name, calm, SPOT)
 
 
 def test_every_rule_has_an_error_and_every_error_a_rule() -> None:

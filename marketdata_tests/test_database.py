@@ -73,9 +73,9 @@ def test_a_restarted_server_is_found_again_and_a_lost_lock_is_noticed(
     assert ledger.heartbeats.last("without a lock") is None
     monkeypatch.setattr("marketdata_assets.ledger.postgres.PATIENCE", 0.0)
     server.stop()
-    with pytest.raises(StoreFailed) as told:
+    with pytest.raises(StoreFailed) as caught:
         ledger.heartbeats.record("while it is away", at("2024-01-01"))
-    assert told.value.exit_code == 3
+    assert caught.value.exit_code == 3
 
 
 @pytest.mark.parametrize("place", ["127.0.0.1:1/market", "127.0.0.1:1/"])
@@ -86,10 +86,10 @@ def test_a_server_that_is_not_there_is_told_without_the_password(
     with pytest.raises(
         MarketDataError,
         match=r"cannot be read .*refused.*; see to the server, or set another `database:`",
-    ) as told:
+    ) as caught:
         Ledger(tmp_path, f"postgresql://desk:hunter2@{place}")
-    assert "hunter2" not in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_database_that_does_not_exist_is_told_at_once(database: str, tmp_path: Path):

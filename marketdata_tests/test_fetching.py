@@ -216,8 +216,8 @@ def test_kraken(replay: Callable[..., Any], universe: Universe) -> None:
     ]
     assert_bars(bars.join(real, on="open_time", how="semi"), real)
     assert 500 < real.height <= 600
-    quiet = bars.join(real, on="open_time", how="anti")
-    assert quiet.filter((pl.col("volume") != 0) | (pl.col("open") != pl.col("close"))).is_empty()
+    no_trade = bars.join(real, on="open_time", how="anti")
+    assert no_trade.filter((pl.col("volume") != 0) | (pl.col("open") != pl.col("close"))).is_empty()
     assert bars.select(pl.col(NOT_GIVEN).null_count()).row(0) == (600,) * 4
 
 

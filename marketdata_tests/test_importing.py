@@ -296,7 +296,7 @@ def test_a_kraken_file_has_the_last_word_about_its_holes(kraken: Settings, tmp_p
 # --------------------------------------------------------------------------------- checksums and ba
 def test_a_checksum_is_verified_when_it_is_there(settings: Settings, tmp_path: Path) -> None:
     file = written(tmp_path / "BTCUSDT-1m-2024-01-02.zip", klines())
-    beside = tmp_path / "BTCUSDT-1m-2024-01-02.zip.CHECKSUM"
+    checksum = tmp_path / "BTCUSDT-1m-2024-01-02.zip.CHECKSUM"
     for text, words in [
         ("0" * 64 + "  BTCUSDT-1m-2024-01-02.zip\n", "its sha256 is"),
         (
@@ -306,14 +306,14 @@ def test_a_checksum_is_verified_when_it_is_there(settings: Settings, tmp_path: P
         ("<html>\n", "it is not `sha256  name`"),
         ("", "it is not `sha256  name`"),
     ]:
-        beside.write_text(text)
+        checksum.write_text(text)
         with pytest.raises(BadInput, match=words):
             imported(settings, file)
     assert lake_files(settings) == {}
-    beside.write_text(
+    checksum.write_text(
         hashlib.sha256(file.read_bytes()).hexdigest() + "  BTCUSDT-1m-2024-01-02.zip\n"
     )
-    assert counts(imported(settings, file, beside).files[0]) == {"stored": 1440}
+    assert counts(imported(settings, file, checksum).files[0]) == {"stored": 1440}
 
 
 def cell(place: int, at: int, text: str) -> Change:
@@ -422,12 +422,12 @@ BAD: dict[str, tuple[str, Callable[[], list[str]], str]] = {
 def test_bad_input_is_told_with_its_line_and_nothing_is_stored(
     settings: Settings, tmp_path: Path, what: str
 ) -> None:
-    name, lines, says = BAD[what]
+    name, lines, message = BAD[what]
     good = written(
         tmp_path / "BTCUSDT-1m-2024-01-05.csv", klines(window("2024-01-05", "2024-01-06"))
     )
     bad = written(tmp_path / name, lines(), ends="" if what == "half a line" else "\n")
-    with pytest.raises(BadInput, match=says):
+    with pytest.raises(BadInput, match=message):
         imported(settings, bad, *([] if what == "before the universe" else [good]))
     assert lake_files(settings) == {}
     assert quarantined(settings) == []
@@ -449,7 +449,7 @@ def test_a_zip_that_is_damaged(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
     file = written(tmp_path / "BTCUSDT-1m-2024-01-02.zip", klines())
-    content, says = bytearray(file.read_bytes()), "damaged or cannot be read"
+    content, message = bytearray(file.read_bytes()), "damaged or cannot be read"
     if harm == "flipped":
         content[len(content) // 2] ^= 255
     elif harm == "cut":
@@ -459,15 +459,15 @@ def test_a_zip_that_is_damaged(
     elif harm == "two members":
         with zipfile.ZipFile(file, "a") as packed:
             packed.writestr("another.csv", "1,2")
-        content, says = (
+        content, message = (
             bytearray(file.read_bytes()),
             "one .csv is expected in it, and it holds BTCUSDT-1m-2024-01-02.csv, another.csv",
         )
     else:
         monkeypatch.setattr(csv_table, "MAX_BYTES", 1000)
-        says = "unpacks to more than"
+        message = "unpacks to more than"
     file.write_bytes(content)
-    with pytest.raises(BadInput, match=says):
+    with pytest.raises(BadInput, match=message):
         imported(settings, file)
     assert lake_files(settings) == {}
 
@@ -632,20 +632,22 @@ def test_files_that_disagree_are_believed_neither(
         NAME: {"identical": 1439, "conflict": 1},
         month.name: {"stored": 1439, "conflict": 1, "unwanted": outside},
     }
-    told = generate_bars("BTCUSDT", "1m", DAY)
-    assert_bars(stored_bars(settings), told.filter(pl.col("open_time") != at("2024-01-02T01:00")))
+    expected = generate_bars("BTCUSDT", "1m", DAY)
+    assert_bars(
+        stored_bars(settings), expected.filter(pl.col("open_time") != at("2024-01-02T01:00"))
+    )
     assert {
         (row["source"], row["reasons"], row["fields"]["trades"]) for row in quarantined(settings)
     } == {
         (NAME, "conflict", "123456"),
-        (month.name, "conflict", str(told["trades"][60])),
+        (month.name, "conflict", str(expected["trades"][60])),
     }
     assert [(d.of, d.value, d.other, d.other_value) for d in done.differences] == [
-        (month.name, str(told["trades"][60]), NAME, "123456")
+        (month.name, str(expected["trades"][60]), NAME, "123456")
     ]
     before = len(bar_requests(sandbox[0]))
     run_ingest(settings)
-    assert_bars(stored_bars(settings), told)
+    assert_bars(stored_bars(settings), expected)
     assert 0 < len(bar_requests(sandbox[0])) - before <= 2
 
 

@@ -188,14 +188,14 @@ def test_a_write_replaces_the_whole_object_and_no_other(place: Place):
     place.lake.write(TABLE, other, bars(3))
     place.lake.write(TABLE, JANUARY, bars(4, 500))
     place.lake.write(TABLE, JANUARY, bars(5, 3))
-    made = roll_up(bars(6), TIMEFRAMES["1m"], [TIMEFRAMES["1h"]], whole=JANUARY.month)[
+    rolled_up = roll_up(bars(6), TIMEFRAMES["1m"], [TIMEFRAMES["1h"]], whole=JANUARY.month)[
         TIMEFRAMES["1h"]
     ]
-    place.lake.write(hourly, JANUARY, made)
+    place.lake.write(hourly, JANUARY, rolled_up)
     assert place.lake.read(TABLE, JANUARY).equals(bars(5, 3))
     assert place.lake.read(TABLE, FEBRUARY).equals(bars(2))
     assert place.lake.read(TABLE, other).equals(bars(3))
-    assert place.lake.read(hourly, JANUARY).equals(made)
+    assert place.lake.read(hourly, JANUARY).equals(rolled_up)
     assert len(place.names()) == 4
 
 

@@ -1,6 +1,4 @@
-"""The ledger: what all processes share of a venue, and what each partition's ingest wrote down, whole
-or not at all.
-"""
+"""The ledger: what all processes share of a venue, and what an ingest writes, whole or not at all."""
 
 from __future__ import annotations
 
@@ -122,8 +120,8 @@ def test_no_minute_ever_sees_more_than_the_limit(
 
 
 def test_the_limit_is_the_only_bottleneck(ledger: Ledger):
-    """At Binance's 3000 a minute, 1003 requests in a row (a million bars) take what the limit dictates
-    and at most 15 % more.
+    """At Binance's 3000 a minute, 1003 requests in a row (a million bars) take what the limit
+    dictates and at most 15 % more.
     """
     sent = queue(ledger, "binance", 3000, [T0] * 1003)
     assert sent[-1] - T0 <= 1.15 * 1003 / 3000 * 60
@@ -261,7 +259,8 @@ import sys
 from pathlib import Path
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition
-with Ledger(Path(sys.argv[1]), sys.argv[2] or None).lock("binance:BTC-USDT|2024-01-01", wait=True) as got:
+ledger = Ledger(Path(sys.argv[1]), sys.argv[2] or None)
+with ledger.lock("binance:BTC-USDT|2024-01-01", wait=True) as got:
     print(got, flush=True)
     sys.stdin.readline()
 """
@@ -665,7 +664,8 @@ def blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]
 def test_a_file_that_somebody_holds_is_told(blocked: Ledger, act: Callable[[Ledger], Any]):
     with pytest.raises(
         StoreFailed,
-        match=r"ledger\.db cannot be written \(database is locked\); mend the folder or set another `state:`",
+        match=r"ledger\.db cannot be written \(database is locked\); "
+        r"mend the folder or set another `state:`",
     ):
         act(blocked)
 
@@ -679,9 +679,9 @@ def test_places_that_cannot_be_are_told(tmp_path: Path):
     for name in ("file/state", "folder", "text"):
         with pytest.raises(
             StoreFailed, match=r"ledger\.db cannot be .*; mend the folder or set another `state:`"
-        ) as told:
+        ) as caught:
             Ledger(tmp_path / name)
-        assert told.value.exit_code == 3
+        assert caught.value.exit_code == 3
 
 
 def test_a_lock_that_cannot_be_made_is_told(tmp_path: Path):

@@ -340,20 +340,20 @@ def test_thousands_of_partitions_are_wiped_together(home: Home) -> None:
 def graphql(instance: dg.DagsterInstance) -> Iterator[Callable[..., Any]]:
     """Answer as the web server does."""
     origin = LoadableTargetOrigin(module_name="marketdata_assets.definitions")
-    quiet = warnings.catch_warnings(
+    no_warnings = warnings.catch_warnings(
         action="ignore", category=DeprecationWarning
     )  # Dagster's own, about its own
-    with quiet, in_process_test_workspace(instance, origin) as context:
+    with no_warnings, in_process_test_workspace(instance, origin) as context:
         schema = create_schema()
 
-        def ask(query: str, **variables: Any) -> Any:
+        def query_ui(query: str, **variables: Any) -> Any:
             answer = asyncio.run(
                 schema.execute_async(query, context_value=context, variable_values=variables)
             )
             assert answer.errors is None
             return answer.data
 
-        yield ask
+        yield query_ui
 
 
 def test_the_buttons_mutation_wipes_a_range(home: Home) -> None:
@@ -363,16 +363,16 @@ def test_the_buttons_mutation_wipes_a_range(home: Home) -> None:
             __typename ... on UnsupportedOperationError { message } } }"""
     grid = """query { assetNodeOrError(assetKey: {path: ["rollup", "ohlcv_1h"]}) {
         ... on AssetNode { partitionStats { numMaterialized numFailed } } } }"""
-    with graphql(instance) as ask:
-        assert ask(grid)["assetNodeOrError"]["partitionStats"] == {
+    with graphql(instance) as query_ui:
+        assert query_ui(grid)["assetNodeOrError"]["partitionStats"] == {
             "numMaterialized": 2,
             "numFailed": 1,
         }
         span = {"start": ETH_NOV, "end": ETH_DEC}
         asked = [{"assetKey": {"path": ["rollup", "ohlcv_1h"]}, "partitions": {"range": span}}]
-        assert ask(wipe, wiped=asked)["wipeAssets"] == {"__typename": "AssetWipeSuccess"}
-    with graphql(instance) as ask:
-        assert ask(grid)["assetNodeOrError"]["partitionStats"] == {
+        assert query_ui(wipe, wiped=asked)["wipeAssets"] == {"__typename": "AssetWipeSuccess"}
+    with graphql(instance) as query_ui:
+        assert query_ui(grid)["assetNodeOrError"]["partitionStats"] == {
             "numMaterialized": 1,
             "numFailed": 0,
         }
@@ -498,10 +498,10 @@ PAGE = """query($id: ID!) { runOrError(runId: $id) { ... on Run {
 def test_the_page_of_a_pruned_run_shows_what_the_index_keeps(home: Home) -> None:
     _, instance = home
     first = instance.get_runs()[-1].run_id
-    with graphql(instance) as ask:
-        before = ask(PAGE, id=first)["runOrError"]
+    with graphql(instance) as query_ui:
+        before = query_ui(PAGE, id=first)["runOrError"]
         prune(home)
-        after = ask(PAGE, id=first)
+        after = query_ui(PAGE, id=first)
     assert len(after["logsForRun"]["events"]) == len(
         after["runOrError"]["eventConnection"]["events"]
     )

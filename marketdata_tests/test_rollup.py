@@ -86,13 +86,13 @@ def vwap(quote: Decimal | None, volume: Decimal) -> Decimal | None:
 
 
 def holed(
-    seed: int, base: Timeframe, start: datetime, count: int, holes: float, nulls: float
+    seed: int, base: Timeframe, start: datetime, count: int, gap_share: float, nulls: float
 ) -> list[Row]:
     """Random bars on the grid of `base`, with holes; volumes may be zero, prices have up to 18
     digits.
     """
     dice = Random(seed)
-    opens = [start + i * base.width for i in range(count) if dice.random() >= holes]
+    opens = [start + i * base.width for i in range(count) if dice.random() >= gap_share]
     rows = random_rows(seed, opens, 18, nulls)
     for r in rows:
         # the average stays among the prices, as the rules demand, and at times there is no trade at
@@ -103,8 +103,10 @@ def holed(
 
 
 FRAMES = st.builds(
-    lambda seed, name, offset, count, holes, nulls: (
-        holed(seed, TIMEFRAMES[name], START + offset * TIMEFRAMES[name].width, count, holes, nulls),
+    lambda seed, name, offset, count, gap_share, nulls: (
+        holed(
+            seed, TIMEFRAMES[name], START + offset * TIMEFRAMES[name].width, count, gap_share, nulls
+        ),
         TIMEFRAMES[name],
     ),
     st.integers(0, 10**6),
@@ -119,8 +121,8 @@ EDGES = st.tuples(st.integers(-500, 500), st.integers(0, 900))
 
 @settings(max_examples=60)
 @given(FRAMES, EDGES)
-def test_rollups_equal_plain_python(made: tuple[list[Row], Timeframe], edges: tuple[int, int]):
-    rows, base = made
+def test_rollups_equal_plain_python(found: tuple[list[Row], Timeframe], edges: tuple[int, int]):
+    rows, base = found
     start = START + edges[0] * base.width + timedelta(seconds=edges[0] % 2)
     whole = Window(start, start + edges[1] * base.width)
     coarser = [tf for tf in COARSER if tf.width > base.width]
@@ -132,9 +134,9 @@ def test_rollups_equal_plain_python(made: tuple[list[Row], Timeframe], edges: tu
 
 @settings(max_examples=25)
 @given(FRAMES)
-def test_step_by_step_equals_in_one_go(made: tuple[list[Row], Timeframe]):
+def test_step_by_step_equals_in_one_go(found: tuple[list[Row], Timeframe]):
     """1m -> 5m -> ... -> 1w gives what 1m -> 1w alone gives, whatever the order asked for."""
-    rows, base = made
+    rows, base = found
     coarser = [tf for tf in reversed(COARSER) if tf.width > base.width]
     together = roll_up(frame(rows), base, coarser, whole=FOREVER)
     assert list(together) == coarser
@@ -181,12 +183,12 @@ def test_rollups_of_many_bars_are_the_same_for_any_number_of_threads(tmp_path: P
         (("", ""), 0)
     ] * 3
     for hours in (1, 4, 24):
-        made = [
+        by_threads = [
             pl.read_parquet(tmp_path / str(threads) / str(91 * 24 // hours))
             for threads in (1, 2, 8)
         ]
-        assert made[0].equals(made[1])
-        assert made[0].equals(made[2])
+        assert by_threads[0].equals(by_threads[1])
+        assert by_threads[0].equals(by_threads[2])
         found = duckdb.sql(
             "SELECT first(open ORDER BY open_time), max(high), min(low),"
             " last(close ORDER BY open_time), sum(volume), sum(quote_volume),"
@@ -195,7 +197,7 @@ def test_rollups_of_many_bars_are_the_same_for_any_number_of_threads(tmp_path: P
             f" GROUP BY epoch(open_time)::BIGINT // {hours * 3600}"
             f" ORDER BY epoch(open_time)::BIGINT // {hours * 3600}"
         ).fetchall()
-        assert made[0].select(*COLUMN_NAMES[1:], "bars_present").rows() == found
+        assert by_threads[0].select(*COLUMN_NAMES[1:], "bars_present").rows() == found
 
 
 # --------------------------------------------------------------------------------- by hand
@@ -268,13 +270,13 @@ def test_one_missing_value_makes_the_sum_unknown_and_no_other(name: str):
 
 
 def test_a_bucket_without_trades_has_no_vwap():
-    quiet = dict.fromkeys(
+    no_trade = dict.fromkeys(
         ("volume", "quote_volume", "taker_buy_volume", "taker_buy_quote_volume"), Decimal(0)
     )
-    made = roll_up(frame(row(moment, **quiet) for moment in minutes(60)), M1, [H1], whole=FOREVER)[
-        H1
-    ]
-    assert (made["volume"][0], made["vwap"][0]) == (0, None)
+    found = roll_up(
+        frame(row(moment, **no_trade) for moment in minutes(60)), M1, [H1], whole=FOREVER
+    )[H1]
+    assert (found["volume"][0], found["vwap"][0]) == (0, None)
 
 
 def test_the_average_is_rounded_half_to_even():
@@ -297,14 +299,14 @@ def test_the_average_is_rounded_half_to_even():
 def test_a_bucket_that_was_not_wholly_asked_for_is_no_bar(start: str, end: str, hours: list[int]):
     """All 180 minutes are there, but who knows whether they are all there are."""
     bars = frame(row(moment) for moment in minutes(180))
-    made = roll_up(bars, M1, [H1], whole=Window(at(start), at(end)))[H1]
-    assert made["open_time"].dt.hour().to_list() == hours
+    found = roll_up(bars, M1, [H1], whole=Window(at(start), at(end)))[H1]
+    assert found["open_time"].dt.hour().to_list() == hours
 
 
 def test_nothing_comes_of_nothing():
-    made = roll_up(empty_bars(), M1, COARSER, whole=FOREVER)
-    assert list(made) == COARSER
-    assert all(f.is_empty() and f.schema == pl.Schema(ROLLUP_SCHEMA) for f in made.values())
+    found = roll_up(empty_bars(), M1, COARSER, whole=FOREVER)
+    assert list(found) == COARSER
+    assert all(f.is_empty() and f.schema == pl.Schema(ROLLUP_SCHEMA) for f in found.values())
 
 
 # --------------------------------------------------------------------------------- what the exchang
@@ -314,7 +316,7 @@ SPANS = {
 }
 
 
-def rolled(
+def roll_up_real_bars(
     symbol: str, base: str, span: str, start: str, end: str, names: Sequence[str]
 ) -> dict[Timeframe, pl.DataFrame]:
     """Real bars of one file, rolled up."""
@@ -342,18 +344,20 @@ def test_rollups_equal_the_native_bars_in_all_nine_columns(
     """Every native bar of the dumps, in order and digit for digit, and not one bar more: 2023-03-24
     with its halt as well.
     """
-    made = rolled(symbol, "1m", span, *SPANS[span], names)
+    found = roll_up_real_bars(symbol, "1m", span, *SPANS[span], names)
     for name in names:
         native = real_bars(symbol, name, span)
         assert native.height > 50
-        assert made[TIMEFRAMES[name]].select(COLUMN_NAMES).equals(native), name
+        assert found[TIMEFRAMES[name]].select(COLUMN_NAMES).equals(native), name
 
 
 @needs_shared
 def test_the_halt_of_2023_03_24():
     """No bar from 12:40 to 13:59: no bar is made up, and the hour before knows what it lacks."""
-    made = rolled("BTCUSDT", "1m", "2023-02-01_2023-04-30", "2023-02-01", "2023-05-01", ["1h"])[H1]
-    day = made.filter(pl.col("open_time").dt.date() == at("2023-03-24").date())
+    found = roll_up_real_bars(
+        "BTCUSDT", "1m", "2023-02-01_2023-04-30", "2023-02-01", "2023-05-01", ["1h"]
+    )[H1]
+    day = found.filter(pl.col("open_time").dt.date() == at("2023-03-24").date())
     assert [hour for hour in range(24) if hour not in day["open_time"].dt.hour()] == [13]
     assert day.filter(pl.col("open_time").dt.hour().is_between(11, 14))[
         "bars_present"
@@ -368,9 +372,9 @@ def test_the_only_known_difference_is_a_minute_that_the_dump_lacks():
     """SOL 2023-02-14 16:39 is in the native 15m and 1h bars and not in the 1m dump."""
     span = "2023-02-01_2023-02-28"
     assert at("2023-02-14T16:39") not in real_bars("SOLUSDT", "1m", span)["open_time"]
-    made = rolled("SOLUSDT", "1m", span, "2023-02-01", "2023-03-01", ["15m", "1h"])
+    found = roll_up_real_bars("SOLUSDT", "1m", span, "2023-02-01", "2023-03-01", ["15m", "1h"])
     for name, opened, present in (("15m", "2023-02-14T16:30", 14), ("1h", "2023-02-14T16:00", 59)):
-        native, ours = real_bars("SOLUSDT", name, span), made[TIMEFRAMES[name]]
+        native, ours = real_bars("SOLUSDT", name, span), found[TIMEFRAMES[name]]
         assert ours["open_time"].equals(native["open_time"])
         other = ours.join(native, on=COLUMN_NAMES, how="anti")
         assert other["open_time"].to_list() == [at(opened)]
@@ -384,14 +388,14 @@ def test_the_only_known_difference_is_a_minute_that_the_dump_lacks():
 @needs_shared
 def test_hours_that_the_exchange_published_roll_up_to_its_four_hours():
     """In 2020 Binance summed quote volumes as floats: our exact sums differ in the last digits."""
-    made = rolled("BTCUSDT", "1h", "2020-02-01_2020-03-31", "2020-02-01", "2020-04-01", ["4h"])[
-        TIMEFRAMES["4h"]
-    ]
+    found = roll_up_real_bars(
+        "BTCUSDT", "1h", "2020-02-01_2020-03-31", "2020-02-01", "2020-04-01", ["4h"]
+    )[TIMEFRAMES["4h"]]
     native = real_bars("BTCUSDT", "4h", "2020-02-01_2020-03-31")
     summed_as_floats = ("quote_volume", "taker_buy_quote_volume")
-    assert made.select(COLUMN_NAMES).drop(summed_as_floats).equals(native.drop(summed_as_floats))
+    assert found.select(COLUMN_NAMES).drop(summed_as_floats).equals(native.drop(summed_as_floats))
     for name in summed_as_floats:
-        assert 0 < (made[name] - native[name]).abs().max() <= Decimal("0.00000005")
+        assert 0 < (found[name] - native[name]).abs().max() <= Decimal("0.00000005")
 
 
 @needs_shared
@@ -403,7 +407,7 @@ def test_rollups_equal_the_bars_of_the_api(symbol: str):
     """
     span = "2024-01-01_2024-02-29"
     five, names = list(COLUMN_NAMES[:6]), ["5m", "15m", "1h", "4h", "1d", "1w"]
-    made = rolled(symbol, "1m", span, *SPANS[span], names)
+    found = roll_up_real_bars(symbol, "1m", span, *SPANS[span], names)
     for name in names:
         native = dump("binance_spot_native_ohlcv", symbol, name, span)
         opens = (
@@ -412,7 +416,7 @@ def test_rollups_equal_the_bars_of_the_api(symbol: str):
             .cast(BAR_SCHEMA["open_time"])
         )
         native = native.select(opens, *five[1:])
-        ours = made[TIMEFRAMES[name]].select(
+        ours = found[TIMEFRAMES[name]].select(
             "open_time", *(pl.col(n).cast(pl.Float64) for n in five[1:])
         )
         beyond = native[ours.height :]["open_time"].to_list()

@@ -62,7 +62,7 @@ def two_weeks(symbol: str) -> list[Row]:
     return pages(symbol, MONDAY, MONDAY + 14 * DAY)
 
 
-def merged(rows: list[Row], open_time: int, width: int) -> Row:
+def merge_rows(rows: list[Row], open_time: int, width: int) -> Row:
     """One coarse row from its 1m rows, by plain decimals."""
     column = list(zip(*rows, strict=True))
     total = {i: f"{sum(map(Decimal, column[i])):.8f}" for i in (5, 7, 9, 10)}
@@ -208,7 +208,7 @@ def test_coarse_bars_are_the_sum_of_their_minutes(symbol: str, interval: str) ->
     """Against plain Python over two weeks with a halt; and no bar where no minute is."""
     start, width = MONDAY, TIMEFRAMES[interval].minutes * MINUTE
     grouped = groupby(two_weeks(symbol), key=lambda row: start + (row[0] - start) // width * width)
-    expected = [merged(list(rows), time, width) for time, rows in grouped]
+    expected = [merge_rows(list(rows), time, width) for time, rows in grouped]
     assert pages(symbol, start, start + 14 * DAY, interval) == expected
     assert len(expected) == 14 * DAY // width - {"5m": 16, "15m": 5, "30m": 2, "1h": 1}.get(
         interval, 0
@@ -218,7 +218,7 @@ def test_coarse_bars_are_the_sum_of_their_minutes(symbol: str, interval: str) ->
 def test_weeks_open_on_monday_and_the_first_may_be_short() -> None:
     """SHIB is listed on Monday 2021-05-10 at 11:30, BTC on Wednesday 2020-01-01."""
     first = generate_klines("SHIBUSDT", "1w", 0, end=LATER, limit=1, now=LATER)[0]
-    assert first == merged(pages("SHIBUSDT", 0, ms("2021-05-17")), ms("2021-05-10"), 7 * DAY)
+    assert first == merge_rows(pages("SHIBUSDT", 0, ms("2021-05-17")), ms("2021-05-10"), 7 * DAY)
     assert generate_klines("SHIBUSDT", "1m", 0, end=LATER, limit=1, now=LATER)[0][0] == ms(
         "2021-05-10T11:30"
     )
@@ -252,17 +252,17 @@ def test_quiet_stretches_are_flat() -> None:
     the stretch.
     """
     rows = pages("SHIBUSDT", ms("2024-03-09"), ms("2024-03-23"))
-    quiet = [row for row in rows if row[5] == "0.00000000"]
-    assert 3 <= len(runs(row[0] for row in quiet)) <= 14
-    assert max(map(len, runs(row[0] for row in quiet))) <= 12
+    no_trade = [row for row in rows if row[5] == "0.00000000"]
+    assert 3 <= len(runs(row[0] for row in no_trade)) <= 14
+    assert max(map(len, runs(row[0] for row in no_trade))) <= 12
     assert all(
-        len(set(row[1:5])) == 1 and {row[7], row[9], row[10]} == {"0.00000000"} for row in quiet
+        len(set(row[1:5])) == 1 and {row[7], row[9], row[10]} == {"0.00000000"} for row in no_trade
     )
     closes = {row[0]: row[4] for row in rows}
-    assert all(closes.get(row[0] - MINUTE, row[4]) == row[4] for row in quiet)
+    assert all(closes.get(row[0] - MINUTE, row[4]) == row[4] for row in no_trade)
     assert all(
         generate_klines("SHIBUSDT", "1m", row[0], end=row[0], limit=1, now=LATER) == [row]
-        for row in quiet
+        for row in no_trade
     )
 
 
@@ -294,7 +294,7 @@ def test_an_open_bar_grows_into_its_closed_self() -> None:
         "BTCUSDT", "1m", ms("2024-03-20T12:00"), end=LATER, limit=100, now=NOW
     )
     assert generate_klines("BTCUSDT", "1h", None, end=LATER, limit=1, now=NOW) == [
-        merged(minutes, ms("2024-03-20T12:00"), 60 * MINUTE)
+        merge_rows(minutes, ms("2024-03-20T12:00"), 60 * MINUTE)
     ]
 
 

@@ -575,12 +575,12 @@ REFUSED: dict[str, tuple[str, int, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_mistake_names_file_line_and_fix(load: Any, tmp_path: Path, case: str):
-    text, line, says = REFUSED[case]
+    text, line, reason = REFUSED[case]
     with pytest.raises(BadInput) as refused:
         load(text, NOW="2024-06-01")
     message = str(refused.value)
     assert message.startswith(f"{tmp_path / 'universe.yaml'} line {line}: ")
-    assert says in message
+    assert reason in message
     assert "\n" not in message
     assert refused.value.exit_code == 2
 
@@ -590,7 +590,7 @@ def test_the_same_universe_without_a_mistake_is_taken(load: Any):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "reason"),
     [
         (None, "there is no universe file; write one or name it in MARKETDATA_UNIVERSE"),
         ("", "it is empty"),
@@ -603,15 +603,17 @@ def test_the_same_universe_without_a_mistake_is_taken(load: Any):
         ("a: \x07\n", "not valid YAML"),
     ],
 )
-def test_a_file_that_says_nothing_is_named(load: Any, tmp_path: Path, text: str | None, says: str):
+def test_a_file_that_says_nothing_is_named(
+    load: Any, tmp_path: Path, text: str | None, reason: str
+):
     with pytest.raises(BadInput) as refused:
         load(text)
-    assert str(refused.value).startswith(f"{tmp_path / 'universe.yaml'}: {says}")
+    assert str(refused.value).startswith(f"{tmp_path / 'universe.yaml'}: {reason}")
     assert refused.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "reason"),
     [
         (None, "it cannot be read (Is a directory)"),
         (b"\xff\xfe\x00", "it cannot be read as text; save it as UTF-8"),
@@ -622,12 +624,12 @@ def test_a_file_that_says_nothing_is_named(load: Any, tmp_path: Path, text: str 
         (b"lake: " + b"{a: " * 2**17, "more than 20 lists are inside each other"),
     ],
 )
-def test_a_file_that_is_no_universe_is_named(tmp_path: Path, content: bytes | None, says: str):
+def test_a_file_that_is_no_universe_is_named(tmp_path: Path, content: bytes | None, reason: str):
     file = tmp_path / "universe.yaml"
     file.mkdir() if content is None else file.write_bytes(content)
     with pytest.raises(BadInput) as refused:
         load_settings({"MARKETDATA_UNIVERSE": str(file)})
-    assert str(refused.value) == f"{file}: {says}"
+    assert str(refused.value) == f"{file}: {reason}"
     assert refused.value.exit_code == 2
 
 
@@ -684,7 +686,7 @@ def test_many_mistakes_are_one_line_and_quick(load: Any, text: str):
 
 
 @pytest.mark.parametrize(
-    ("text", "variables", "says"),
+    ("text", "variables", "reason"),
     [
         # both wrong: the file first, by its lines, then the variables in the order of the keys
         (
@@ -711,17 +713,17 @@ def test_many_mistakes_are_one_line_and_quick(load: Any, text: str):
     ],
 )
 def test_the_first_of_several_mistakes_is_named(
-    load: Any, text: str, variables: dict[str, str], says: str
+    load: Any, text: str, variables: dict[str, str], reason: str
 ):
     for _ in range(3):
         with pytest.raises(BadInput) as refused:
             load(text, **variables)
-        assert says in str(refused.value)
+        assert reason in str(refused.value)
         assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("variable", "text", "says"),
+    ("variable", "text", "reason"),
     [
         (
             "ROLLUPS",
@@ -790,10 +792,12 @@ def test_the_first_of_several_mistakes_is_named(
         ),
     ],
 )
-def test_a_mistake_in_a_variable_names_the_variable(load: Any, variable: str, text: str, says: str):
+def test_a_mistake_in_a_variable_names_the_variable(
+    load: Any, variable: str, text: str, reason: str
+):
     with pytest.raises(BadInput) as refused:
         load(SMALL, **{variable: text})
-    assert str(refused.value).startswith(says)
+    assert str(refused.value).startswith(reason)
 
 
 @pytest.mark.parametrize(
