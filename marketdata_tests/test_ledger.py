@@ -1,4 +1,4 @@
-"""The ledger: what all processes share of a venue, and what an ingest writes, whole or not at all."""
+"""The ledger: what all processes share of a venue, and what an ingest writes, in full or never."""
 
 from __future__ import annotations
 
