@@ -242,15 +242,10 @@ def test_a_fleet_survives_the_death_of_a_worker_and_restarts_of_its_servers(
         MARKETDATA_STATE=str(tmp_path / "alone"),
         MARKETDATA_DATABASE="",
     )
-    alone_settings = Settings(
-        **{
-            **{f: getattr(alone, f) for f in alone.__slots__ if not f.startswith("_")},
-            "database": None,
-        }
-    )
-    run_ingest(alone_settings)
-    run_derive(alone_settings)
-    with open_context(alone_settings) as context:
+    alone = alone.model_copy(update={"database": None})
+    run_ingest(alone)
+    run_derive(alone)
+    with open_context(alone) as context:
         truth = contents(context)
     assert shared == truth
     assert len(truth) == 16

@@ -41,7 +41,7 @@ from marketdata_assets.system import process_id, signal_group
 
 CHECK_SECONDS = 10.0
 """How often a process is compared with the status of its run."""
-_PATIENCE = ((signal.SIGTERM, 8.0), (signal.SIGKILL, 2.0))
+_GRACE = ((signal.SIGTERM, 8.0), (signal.SIGKILL, 2.0))
 """The signals that end what is left when the daemon ends, and the seconds that each is given."""
 # The process waits until its tag is written. When the daemon is killed in between, the process ends
 # without having done anything.
@@ -165,7 +165,7 @@ class ProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass):
     def dispose(self) -> None:
         """End the processes that this daemon started, and wait until they have reported that."""
         watches = list(self._children.items())
-        for kind, seconds in _PATIENCE:
+        for kind, seconds in _GRACE:
             for thread, process in watches:
                 if thread.is_alive():
                     process.send_signal(kind)
