@@ -139,9 +139,9 @@ def at_time(settings: Settings, now: str) -> Settings:
     )
 
 
-def explain(settings: Settings, ask: bool = False) -> list[ListedGap]:
+def explain(settings: Settings, send_requests: bool = False) -> list[ListedGap]:
     with open_context(settings, policy=IMPATIENT) as context:
-        context.bind(GapExplainer).explain(partitions(settings), ask)
+        context.bind(GapExplainer).explain(partitions(settings), send_requests)
         every = Window(settings.since, settings.now())
         return context.bind(GapExplainer).list_gaps(settings.markets, every)
 
