@@ -185,7 +185,7 @@ def is_complete(settings: Settings, end: datetime) -> bool:
             if (
                 len(states) < months
                 or max(s.through for s in states) < end
-                or not all(s.rolled for s in states)
+                or not all(s.rollup_source_digest for s in states)
             ):
                 return False
     return True

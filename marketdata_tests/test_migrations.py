@@ -168,7 +168,7 @@ def schema_differences(ledger: Ledger) -> list[Any]:
 
     SQLite has one type for all integers, and the first releases left out NOT NULL in primary keys.
     """
-    with ledger.database.connect() as connection:
+    with ledger.database.engine.connect() as connection:
         is_sqlite = connection.dialect.name == "sqlite"
         context = MigrationContext.configure(connection, opts={"compare_type": not is_sqlite})
         found = compare_metadata(context, metadata)

@@ -247,7 +247,7 @@ def test_a_file_that_changes_while_it_is_copied_is_copied_again(
         real(source, target)
         copied.append(source.name)
         if len(copied) == 1:
-            with writer.database.connect() as connection:
+            with writer.database.engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
             writer.heartbeats.record("meanwhile", at("2024-01-02"))
 
@@ -268,7 +268,7 @@ def test_a_file_that_never_rests_is_one_line(tmp_path: Path, monkeypatch: pytest
     def copy(source: Path, target: Path) -> None:
         real(source, target)
         run_sql(writer, "INSERT INTO beats VALUES (:name, 'x')", name=os.urandom(4).hex())
-        with writer.database.connect() as connection:
+        with writer.database.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
     monkeypatch.setattr("shutil.copyfile", copy)
