@@ -83,6 +83,7 @@ def fill(settings: Settings, instance: dg.DagsterInstance) -> list[Partition]:
             None,
             None,
             "",
+            None,
         )
         for p in partitions
     ]
