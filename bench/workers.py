@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from marketdata_tests.dagster_ext.test_workers import PER_MINUTE, Fleet, Redis
 from marketdata_tests.processes import find_free_port
-from marketdata_tests.test_workers import PER_MINUTE, Fleet, Redis
 
 
 class Bench(Fleet):

@@ -22,9 +22,9 @@ from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
+from marketdata_tests.defs.test_dagster import check_results
+from marketdata_tests.flows.operate.test_missed import at_time, file_of
 from marketdata_tests.steps import at
-from marketdata_tests.test_dagster import check_results
-from marketdata_tests.test_missed import at_time, file_of
 
 RAW, HOUR, WEEK = (
     dg.AssetKey(path.split("/")) for path in ("raw/ohlcv_1m", "rollup/ohlcv_1h", "rollup/ohlcv_1w")

@@ -40,7 +40,7 @@ from marketdata_tests.samples import (
     start_python,
 )
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 TABLE = raw_table(TIMEFRAMES["1m"])
 
 

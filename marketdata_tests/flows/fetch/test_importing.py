@@ -34,6 +34,7 @@ from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.archive import csv_table
 from marketdata_assets.sources.archive.options import ImportOptions, parse_columns
 from marketdata_assets.sources.sandbox.bars import generate_bars
+from marketdata_tests.cli.test_cli import marketdata, text_of
 from marketdata_tests.conftest import SHARED, Universe, needs_shared
 from marketdata_tests.samples import BTC, outcomes, real_bars
 from marketdata_tests.steps import (
@@ -47,7 +48,6 @@ from marketdata_tests.steps import (
     stored_bars,
     window,
 )
-from marketdata_tests.test_cli import marketdata, text_of
 
 NOWHERE = "http://127.0.0.1:1"
 DAY = window("2024-01-02", "2024-01-03")

@@ -391,7 +391,7 @@ def leaf_commands(group: Any, path: str = "marketdata") -> Iterator[tuple[str, A
 def test_every_command_and_option_has_help_and_a_row_in_readme() -> None:
     commands = dict(leaf_commands(get_command(app)))
     assert len(commands) > 20
-    table = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    table = (Path(__file__).resolve().parents[2] / "README.md").read_text()
     rows = set(re.findall(r"^\| `(marketdata(?: [a-z]+)+)", table, re.M))
     assert rows == set(commands)
     texts = {path: command.help for path, command in commands.items()}

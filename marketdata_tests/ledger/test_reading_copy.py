@@ -23,7 +23,7 @@ from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.sqlite import is_writable
 from marketdata_tests.samples import at, read_sql, run_sql, start_python
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 EXPECTED = json.loads((HERE / "version_3" / "expected.json").read_text())
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -680,7 +680,7 @@ def test_a_partition_is_locked_against_other_processes(universe: Universe) -> No
         first.start()
         command = [sys.executable, "-W", "error", "-c", OTHER]
         with subprocess.Popen(
-            command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
+            command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True
         ) as second:
             assert second.stdout is not None
             assert second.stdout.readline() == "started\n"

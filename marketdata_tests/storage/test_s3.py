@@ -47,6 +47,7 @@ from marketdata_assets.storage.objects import open_object_store
 from marketdata_assets.storage.parquet import encode
 from marketdata_assets.storage.s3_client import MAX_ATTEMPTS
 from marketdata_tests.conftest import SANDBOX_NOW, universe
+from marketdata_tests.flows.fetch.test_ingest import everything_is_true, exchange_at
 from marketdata_tests.s3_proxy import (
     PASSING,
     Ending,
@@ -59,6 +60,7 @@ from marketdata_tests.s3_proxy import (
 )
 from marketdata_tests.samples import FEBRUARY, JANUARY, frame, kill, minutes, row, start_python
 from marketdata_tests.samples import random_bars as bars
+from marketdata_tests.sources.test_fetching import self_signed
 from marketdata_tests.steps import (
     assert_bars,
     at,
@@ -69,8 +71,6 @@ from marketdata_tests.steps import (
     run_ingest,
     window,
 )
-from marketdata_tests.test_fetching import self_signed
-from marketdata_tests.test_ingest import everything_is_true, exchange_at
 
 NAMED = os.environ.get("MARKETDATA_TEST_S3_ENDPOINT")
 M1 = TIMEFRAMES["1m"]

@@ -48,12 +48,12 @@ from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_assets.transforms.consolidate import consolidate as as_one_series
 from marketdata_assets.transforms.consolidate import find_venue_switches
+from marketdata_tests.cli.test_cli import marketdata, text_of
 from marketdata_tests.conftest import needs_shared
+from marketdata_tests.defs.test_automation import tick
+from marketdata_tests.defs.test_dagster import check_results, checked_partitions, latest
 from marketdata_tests.samples import MINUTE, START, frame, minutes, random_rows, row, run_sql
 from marketdata_tests.steps import SkippingClock, at, lake_files, run_ingest, window
-from marketdata_tests.test_automation import tick
-from marketdata_tests.test_cli import marketdata, text_of
-from marketdata_tests.test_dagster import check_results, checked_partitions, latest
 
 M1 = TIMEFRAMES["1m"]
 TABLE = consolidated_table(M1)

@@ -17,7 +17,7 @@ from marketdata_assets.cli.main import app
 from marketdata_assets.errors import BadInput
 from marketdata_assets.settings.load import load_settings
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = json.loads((ROOT / "data/universe.schema.json").read_text(encoding="utf-8"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = next(b for b in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "venues:" in b)
