@@ -31,8 +31,9 @@ import polars as pl
 from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, PRICES
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, month_of
-from marketdata_assets.quality import anomalies as rules
-from marketdata_assets.quality.anomalies import CONTEXT, RULES, find_anomalies
+from marketdata_assets.quality import anomalies
+from marketdata_assets.quality.anomalies import CONTEXT, find_anomalies
+from marketdata_assets.quality.anomaly_rules import RULES
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -112,12 +113,12 @@ def halve_limits() -> Iterator[None]:
             for name, rule in original.items()
         }
     )
-    rules.GAP_TIMES /= 2
+    anomalies.GAP_TIMES /= 2
     try:
         yield
     finally:
         RULES.update(original)
-        rules.GAP_TIMES *= 2
+        anomalies.GAP_TIMES *= 2
 
 
 def z_score(bars: pl.DataFrame) -> pl.Series:

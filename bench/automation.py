@@ -83,11 +83,12 @@ def fill(settings: Settings, instance: dg.DagsterInstance) -> list[Partition]:
             None,
             None,
             "",
+            None,
         )
         for p in partitions
     ]
     with sqlite3.connect(settings.state / "ledger.db") as ledger:
-        ledger.executemany(f"INSERT INTO partitions VALUES ({', '.join('?' * 16)})", rows)
+        ledger.executemany(f"INSERT INTO partitions VALUES ({', '.join('?' * 17)})", rows)
     for shown in (table, rollup_table(settings.rollup_timeframes[0])):
         copy_events(instance, shown, partitions)
     return partitions

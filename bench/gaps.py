@@ -28,10 +28,10 @@ import polars as pl
 from marketdata_assets.context import Context, open_context
 from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.fetch.partition_store import PartitionStore
-from marketdata_assets.flows.prove import gaps as flow
 from marketdata_assets.flows.prove.gaps import GapExplainer, ListedGap
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
+from marketdata_assets.model.gap import GAP_KINDS
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -125,7 +125,7 @@ def ingest_all(context: Context, from_archive: bool) -> None:
                 partitions[0],
                 read_archive(ARCHIVE[market.key]),
                 rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
-                source="archive",
+                sources=["archive"],
             )
         for timeframe in settings.venues[market.venue].fetched_timeframes:
             for done in context.bind(Ingester).ingest(timeframe, partitions):
@@ -176,7 +176,7 @@ def parts_by_minute(
     for one in found:
         if one.market == market and one.table.timeframe == MINUTE:
             for i in range(one.gap.bars):
-                parts[one.gap.window.start + i * MINUTE.width].append(one.gap.part)
+                parts[one.gap.window.start + i * MINUTE.width].append(one.gap.coverage_part)
     return parts
 
 
@@ -186,18 +186,18 @@ def describe_march(found: Sequence[ListedGap]) -> Iterable[str]:
     short: dict[tuple[str, str], list[ListedGap]] = {}
     for one in found:
         if one.gap.window & window:
-            if one.gap.bars >= 10 or one.kind not in ("no_trade",):
+            if one.gap.bars >= 10 or one.gap.kind not in ("no_trade",):
                 gap, place = one.gap, f"{one.market.key} {one.table.timeframe.name}"
                 span = f"{gap.window.start:%m-%d %H:%M} | {gap.window.end:%m-%d %H:%M}"
-                message = flow.words_of(gap)
-                yield f"| {place} | {span} | {gap.bars} | {one.kind} | {message} |"
+                message = gap.explanation
+                yield f"| {place} | {span} | {gap.bars} | {one.gap.kind} | {message} |"
             else:
-                short.setdefault((one.market.key, one.kind), []).append(one)
+                short.setdefault((one.market.key, one.gap.kind), []).append(one)
     for (market, kind), several in short.items():
         bars = sum(one.gap.bars for one in several)
         first, last = several[0].gap.window.start, several[-1].gap.window.end
         span = f"{first:%m-%d %H:%M} | {last:%m-%d %H:%M}"
-        message = flow.words_of(several[0].gap)
+        message = several[0].gap.explanation
         yield f"| {market} | {span} | {bars} in {len(several)} gaps | {kind} | {message} |"
 
 
@@ -248,16 +248,16 @@ def main() -> None:
                     causes[name, market.key] = Counter()
                 for one in found:
                     causes[name, one.market.key].update(
-                        {one.kind: 1, f"{one.kind} bars": one.gap.bars}
+                        {one.gap.kind: 1, f"{one.gap.kind} bars": one.gap.bars}
                     )
     print()
-    for (name, market), counts in causes.items():
+    for (name, key), counts in causes.items():
         kinds = [
             f"{kind} {counts[kind]} ({counts[f'{kind} bars']} bars)"
-            for kind in flow.KINDS
+            for kind in GAP_KINDS
             if counts[kind]
         ]
-        print(f"| {name} | {market} | {', '.join(kinds) or 'no gap'} |")
+        print(f"| {name} | {key} | {', '.join(kinds) or 'no gap'} |")
 
 
 if __name__ == "__main__":

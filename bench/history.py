@@ -121,7 +121,7 @@ def measure(case: Case, month: Month, lake: Lake) -> dict[str, float]:
     for table, content in objects.items():
         columns = frames[table].columns if case.provenance else list(table.schema)
         provenance = case.provenance and table.layer == "raw"
-        assert decode(content, table, "bench", provenance=provenance).equals(
+        assert decode(content, table, name="bench", with_provenance=provenance).equals(
             frames[table].select(columns)
         )
     return {
@@ -133,7 +133,7 @@ def measure(case: Case, month: Month, lake: Lake) -> dict[str, float]:
         ),
         "read": measure_cpu(
             lambda: [
-                lake.read(t, partition, provenance=case.provenance and t.layer == "raw")
+                lake.read(t, partition, with_provenance=case.provenance and t.layer == "raw")
                 for t in frames
             ]
         ),

@@ -30,7 +30,7 @@ from marketdata_assets.flows.fetch.imports import FileImporter, inspect_files
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import parse_time
 from marketdata_assets.settings.load import load_settings
-from marketdata_assets.sources.archive import Told
+from marketdata_assets.sources.archive.options import ImportOptions
 
 FIRST, DAY_MS = parse_time("2022-01-01"), 86_400_000
 UNIVERSE = """venues:
@@ -94,12 +94,12 @@ def import_files_into(place: Path, files: list[Path], fresh: bool) -> int:
     settings = load_settings(
         {"MARKETDATA_UNIVERSE": str(place / "universe.yaml"), "MARKETDATA_NOW": "2030-01-01"}
     )
-    description = Told(settings.markets[0], TIMEFRAMES["1m"])
+    stated = ImportOptions(settings.markets[0], TIMEFRAMES["1m"])
     with open_context(settings) as context:
         done = context.bind(FileImporter).import_files(
-            inspect_files(context.settings, files, description), description
+            inspect_files(context.settings, files, stated), stated
         )
-    assert all(tally.balanced for tally in done.files)
+    assert all(tally.is_balanced for tally in done.files)
     assert not done.disputed
     return sum(tally.stored for tally in done.files)
 

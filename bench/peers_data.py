@@ -185,8 +185,9 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
     """Write raw bars with the ledger entries that an ingest leaves, and build the rollups."""
     from marketdata_assets.context import open_context
     from marketdata_assets.flows.derive.rollup import RollupBuilder
-    from marketdata_assets.ledger.ledger import Account, Entry, Gap, State
-    from marketdata_assets.model.intervals import holes
+    from marketdata_assets.ledger.records import IngestRecord, PartitionState, RowAccount
+    from marketdata_assets.model.gap import Gap, GapReason
+    from marketdata_assets.model.intervals import find_gaps
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import partitions_of
     from marketdata_assets.model.table import raw_table
@@ -204,32 +205,35 @@ def _write_ours(place: Path, rollups: str, quick: bool) -> None:
                     pl.col("open_time").is_between(month.start, month.end, closed="left")
                 )
                 size, digest = context.storage.lake.write(table, partition, frame)
-                state = State(
+                state = PartitionState(
                     start=month.start,
                     through=month.end,
                     newest=frame["open_time"][-1],
-                    complete=True,
+                    is_complete=True,
                     rows=frame.height,
                     bytes=size,
                     digest=digest,
-                    rolled=None,
+                    rollup_source_digest=None,
                     attempts=1,
                     failures=0,
                     error=None,
                 )
-                absent = holes(frame["open_time"], table.timeframe, month)
-                gaps = [Gap(w, w.count(table.timeframe), "no_bars", 2, "synthetic") for w in absent]
+                absent = find_gaps(frame["open_time"], table.timeframe, month)
+                gaps = [
+                    Gap(w, w.count(table.timeframe), GapReason.NO_BARS, 2, "synthetic")
+                    for w in absent
+                ]
                 context.ledger.partitions.commit(
-                    Entry(
+                    IngestRecord(
                         table,
                         partition,
                         state,
-                        Account(frame.height, frame.height),
-                        gaps,
-                        (),
-                        nothing,
-                        (),
-                        END,
+                        account=RowAccount(received=frame.height, stored=frame.height),
+                        gaps=gaps,
+                        fetches=(),
+                        rejected=nothing,
+                        answers=(),
+                        now=END,
                     )
                 )
             for _ in context.bind(RollupBuilder).build(partitions):

@@ -161,7 +161,7 @@ def rollup_ours(folder: Path, quick: bool) -> Operations:
         for bars, window in jobs:
             roll_up(bars, TIMEFRAMES["1m"], targets, whole=window)
 
-    year = roll_up(first, TIMEFRAMES["1m"], targets, Window(START, END))
+    year = roll_up(first, TIMEFRAMES["1m"], targets, whole=Window(START, END))
     return {"run": run, "exact": lambda: exact_days(year[TIMEFRAMES["1d"]], first)}
 
 
@@ -610,9 +610,9 @@ def replace_ours(folder: Path, rollups: str) -> Operations:
     """Store corrected bars as an ingest does, then derive: nine tables, the ledger, the week."""
     from marketdata_assets.context import open_context
     from marketdata_assets.flows.derive.rollup import RollupBuilder
-    from marketdata_assets.flows.fetch import ingest
-    from marketdata_assets.flows.fetch.collect import Collected
-    from marketdata_assets.ledger.ledger import Account
+    from marketdata_assets.flows.fetch.answers import FetchResult
+    from marketdata_assets.flows.fetch.partition_store import PartitionStore
+    from marketdata_assets.ledger.records import RowAccount
     from marketdata_assets.model.market import Market
     from marketdata_assets.model.partition import Partition
     from marketdata_assets.model.table import raw_table, rollup_table
@@ -624,6 +624,7 @@ def replace_ours(folder: Path, rollups: str) -> Operations:
     partition, table = Partition(market, month_of(CORRECTED)), raw_table(TIMEFRAMES["1m"])
     context_manager = open_context(universe)
     context = context_manager.__enter__()
+    store = context.bind(PartitionStore)
     day = context.storage.lake.read(table, partition).filter(
         pl.col("open_time").is_between(CORRECTED, CORRECTED + DAY, closed="left")
     )
@@ -633,13 +634,10 @@ def replace_ours(folder: Path, rollups: str) -> Operations:
 
     def run() -> None:
         turns.reverse()
-        prepared = ingest._prepare(context, table, partition)
-        account, end = Account(day.height, day.height), prepared.wanted.end
-        ingest._store(
-            context,
-            prepared,
-            Collected(turns[0], gaps=tuple(prepared.gaps), account=account, through=end),
-        )
+        before = store.open(table, partition)
+        account = RowAccount(received=day.height, stored=day.height)
+        gaps, through = tuple(before.gaps), before.wanted.end
+        store.save(before, FetchResult(turns[0], gaps=gaps, account=account, through=through))
         for _ in context.bind(RollupBuilder).build([partition]):
             pass
 

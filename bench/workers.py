@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from marketdata_tests.test_workers import PER_MINUTE, Fleet, Redis, free_port
+from marketdata_tests.dagster_ext.test_workers import PER_MINUTE, Fleet, Redis
+from marketdata_tests.processes import find_free_port
 
 
 class Bench(Fleet):
@@ -33,8 +34,8 @@ class Bench(Fleet):
         super().__init__(*arguments)
         self.months, self.latency = months, latency
 
-    async def _seen(self, *_: Any) -> None:
-        self.asked.append(time.time())
+    async def _note_request(self, *_: Any) -> None:
+        self.request_times.append(time.time())
         await asyncio.sleep(self.latency)
 
     def universe(self, url: str) -> str:
@@ -62,7 +63,7 @@ def run(workers: int, months: int, latency: float, kills: int = 0) -> dict[str, 
 
     from marketdata_assets.sources.sandbox.server import serve_in_thread
 
-    port, no_output = free_port(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    port, no_output = find_free_port(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     moto = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], **no_output
     )
@@ -88,15 +89,15 @@ def run(workers: int, months: int, latency: float, kills: int = 0) -> dict[str, 
                 fleet.start(name, "worker", "--processes", "1")
             fleet.start("daemon", "daemon")
             killed = 0
-            wait(lambda: fleet.asked, 120)
-            while fleet.done() < 2 * months:
+            wait(lambda: fleet.request_times, 120)
+            while fleet.count_done() < 2 * months:
                 time.sleep(0.2)
-                if killed < kills and time.time() - fleet.asked[0] > 6 * (killed + 1):
+                if killed < kills and time.time() - fleet.request_times[0] > 6 * (killed + 1):
                     name = names[killed % workers]
                     fleet.kill(name)
                     fleet.start(name, "worker", "--processes", "1")
                     killed += 1
-            seconds = time.time() - fleet.asked[0]
+            seconds = time.time() - fleet.request_times[0]
             for name in list(fleet.processes):
                 fleet.kill(name)
             attempts = dict(
@@ -106,7 +107,8 @@ def run(workers: int, months: int, latency: float, kills: int = 0) -> dict[str, 
             )
             run_counts = dict(fleet.rows("SELECT status, count(*) FROM runs GROUP BY 1"))
             print(
-                f"{workers} workers: {seconds:.1f} s, {len(fleet.asked)} requests, {killed} killed",
+                f"{workers} workers: {seconds:.1f} s, {len(fleet.request_times)} requests, "
+                f"{killed} killed",
                 flush=True,
             )
             print(f"ingests per partition: {attempts}; runs: {run_counts}", flush=True)

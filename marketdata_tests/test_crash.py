@@ -122,7 +122,7 @@ class Stack:
         """Wait for a process with these words that is none of the old ones."""
         wait_until(lambda: set(self.processes(words)) - set(old), seconds, f"a new {words}")
 
-    def ask(self, query: str, **variables: Any) -> Any:
+    def query_ui(self, query: str, **variables: Any) -> Any:
         body = json.dumps({"query": query, "variables": variables}).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/graphql", body, {"Content-Type": "application/json"}
@@ -146,15 +146,15 @@ class Stack:
             {"key": f"dagster/asset_partition_range_{end}", "value": partition}
             for end in ("start", "end")
         ]
-        launched = self.ask(LAUNCH, selector=selector, tags=tags)["launchRun"]
+        launched = self.query_ui(LAUNCH, selector=selector, tags=tags)["launchRun"]
         return launched["run"]["runId"] if launched["__typename"] == "LaunchRunSuccess" else ""
 
     def reload(self) -> bool:
-        entry = self.ask(RELOAD)["reloadRepositoryLocation"]
+        entry = self.query_ui(RELOAD)["reloadRepositoryLocation"]
         return bool(entry["locationOrLoadError"]["__typename"] == "RepositoryLocation")
 
     def run(self, run_id: str) -> dict[str, Any]:
-        return self.ask(RUN, id=run_id)["runOrError"]
+        return self.query_ui(RUN, id=run_id)["runOrError"]
 
     def wait_for_status(self, run_id: str, status: str, seconds: float = 60.0) -> list[str]:
         """Wait for that status; return the messages of the run's events."""
@@ -273,7 +273,7 @@ def test_runs_outlive_the_code_server_and_the_daemon(stack: Stack) -> None:
     daemon = stack.kill(DAEMON)
     stack.wait_for_new(DAEMON, daemon, 30)
     assert {process, other_process} <= set(stack.processes("execute_run"))
-    answer = stack.ask(TERMINATE, id=second)["terminateRun"]
+    answer = stack.query_ui(TERMINATE, id=second)["terminateRun"]
     assert answer["__typename"] == "TerminateRunSuccess"
     stack.wait_for_status(second, "CANCELED", TICKS)
     wait_until(lambda: not other_process.is_running(), TICKS, "the process has ended")
@@ -292,7 +292,7 @@ def test_a_code_server_that_lost_its_own_child_is_replaced_and_reloads(stack: St
     universe.write_text(written.replace("ETH/USDT]", "ETH/USDT, SOL/USDT]"))
     wait_until(stack.reload, 60, "the UI can reload")
     universe.write_text(written)
-    assert "binance:SOL-USDT|2024-01-01" in stack.ask(KEYS)["assetNodes"][0]["partitionKeys"]
+    assert "binance:SOL-USDT|2024-01-01" in stack.query_ui(KEYS)["assetNodes"][0]["partitionKeys"]
 
 
 def test_a_second_one_on_the_same_state_is_refused(stack: Stack) -> None:

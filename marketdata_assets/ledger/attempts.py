@@ -35,7 +35,7 @@ class AttemptBook(Book):
     def all(self) -> dict[PartitionKey, BackfillAttempt]:
         """Every partition that was tried and is not complete, by market key and month key."""
         statement = sa.select(
-            _c.market, _c.month, _c.attempts, _c.asked_at, _c.parked_at, _c.reason
+            _c.market, _c.month, _c.attempts, _c.attempted_at, _c.parked_at, _c.reason
         )
         return {
             PartitionKey(market, month): BackfillAttempt(
@@ -50,11 +50,11 @@ class AttemptBook(Book):
         """Count one more attempt for each partition, with its reason."""
         rows = [
             {"market": partition.market.key, "month": partition.month_key, "attempts": 1}
-            | {"asked_at": now, "reason": reason}
+            | {"attempted_at": now, "reason": reason}
             for partition, reason in partitions
         ]
         count = {"attempts": _c.attempts + 1}
-        upsert = self._database.upsert(backfill_attempts, ("asked_at", "reason"), count)
+        upsert = self._database.upsert(backfill_attempts, ("attempted_at", "reason"), count)
         if rows:
             with self._database.transaction() as connection:
                 connection.execute(upsert, rows)

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import sqlalchemy as sa
 
 from marketdata_assets.ledger.book import Book, about, is_about, key_of
-from marketdata_assets.ledger.tables import red_checks
+from marketdata_assets.ledger.tables import failed_checks
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
 
-_c = red_checks.c
-_IS_IT = sa.and_(is_about(red_checks), _c.name == sa.bindparam("its_name"))
+_c = failed_checks.c
+_IS_IT = sa.and_(is_about(failed_checks), _c.name == sa.bindparam("its_name"))
 _FIND = sa.select(_c.name).where(_IS_IT)
-_DELETE = sa.delete(red_checks).where(_IS_IT)
+_DELETE = sa.delete(failed_checks).where(_IS_IT)
 
 
 class CheckFailure(NamedTuple):
@@ -62,18 +62,27 @@ class CheckBook(Book):
             **key_of(table, partition),
             "name": name,
             "blocking": failure.blocking,
-            "says": failure.message,
+            "message": failure.message,
             "times": 1,
             "since": now,
         }
         count = {"times": _c.times + 1}
         with self._database.transaction() as connection:
-            upsert = self._database.upsert(red_checks, ("blocking", "says"), count)
+            upsert = self._database.upsert(failed_checks, ("blocking", "message"), count)
             connection.execute(upsert, row)
 
     def failed(self) -> list[FailedCheck]:
         """Every check that fails, by table, market, month and name."""
-        columns = (_c.tbl, _c.market, _c.month, _c.name, _c.blocking, _c.says, _c.times, _c.since)
+        columns = (
+            _c.tbl,
+            _c.market,
+            _c.month,
+            _c.name,
+            _c.blocking,
+            _c.message,
+            _c.times,
+            _c.since,
+        )
         statement = sa.select(*columns).order_by(_c.tbl, _c.market, _c.month, _c.name)
         return [
             FailedCheck(table, Partition.parse(f"{market}|{month}"), *check)

@@ -81,7 +81,7 @@ class ConsolidationBook(Book):
 
     def states(self, table: Table) -> dict[PartitionKey, ConsolidationState]:
         """Every consolidated partition."""
-        columns = (_c.market, _c.month, _c.bytes, _c.digest, _c.rolled)
+        columns = (_c.market, _c.month, _c.bytes, _c.digest, _c.rollup_source_digest)
         found = self._database.plain_rows(sa.select(*columns).where(_c.tbl == table.name))
         return {
             PartitionKey(market, month): ConsolidationState(*state)
@@ -98,7 +98,7 @@ class ConsolidationBook(Book):
             "rows": record.rows,
             "bytes": record.bytes,
             "digest": record.digest,
-            "rolled": record.source_digest,
+            "rollup_source_digest": record.source_digest,
             "error": None,
             "failures": 0,
             "updated_at": record.now,

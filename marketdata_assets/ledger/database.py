@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     Insert = postgresql.Insert | sqlite.Insert
 
 Rows = Sequence["sa.Row[*tuple[Any, ...]]"]
+Values = Mapping[str, Any] | None
+Sent = tuple[sa.Connection, "sa.CursorResult[*tuple[Any, ...]]"]
+"""A connection, and the result of the statement that was sent on it first."""
 
 
 class Database(ABC):
@@ -30,7 +33,7 @@ class Database(ABC):
     of a database that cannot be written: then `transaction` raises.
     """
 
-    begin: str
+    begin: sa.Executable
     """The statement that begins a transaction."""
     remedy: str
     """What a person does when the database fails."""
@@ -44,8 +47,8 @@ class Database(ABC):
         return 0.0
 
     @abstractmethod
-    def connect(self) -> AbstractContextManager[sa.Connection]:
-        """This thread's connection where it holds a lock, else a pooled one."""
+    def send(self, statement: sa.Executable, values: Values = None) -> AbstractContextManager[Sent]:
+        """Execute a statement on the connection that holds this thread's locks, or a pooled one."""
 
     @abstractmethod
     def insert(self, table: sa.Table) -> Insert:
@@ -63,8 +66,7 @@ class Database(ABC):
         """A connection whose statements take effect together, or not at all."""
         if self.is_read_only:
             raise StoreFailed(f"{self.name} cannot be written (it is read-only); {self.remedy}")
-        with self.translate_errors("written"), self.connect() as connection:
-            connection.exec_driver_sql(self.begin)
+        with self.translate_errors("written"), self.send(self.begin) as (connection, _):
             try:
                 yield connection
                 connection.exec_driver_sql("COMMIT")
@@ -73,16 +75,15 @@ class Database(ABC):
                     connection.exec_driver_sql("ROLLBACK")
                 raise
 
-    def rows(self, statement: sa.Executable, values: Mapping[str, Any] | None = None) -> Rows:
+    def rows(self, statement: sa.Executable, values: Values = None) -> Rows:
         """What a query with these parameters finds."""
-        with self.translate_errors("read"), self.connect() as connection:
-            return connection.execute(statement, values).all()
+        with self.translate_errors("read"), self.send(statement, values) as (_, result):
+            return result.all()
 
     def plain_rows(self, statement: sa.Executable) -> list[tuple[Any, ...]]:
         """What a query finds, with values as they are stored; for tens of thousands of rows."""
-        with self.translate_errors("read"), self.connect() as connection:
-            cursor = connection.execute(statement).cursor
-            return list(cursor.fetchall()) if cursor else []
+        with self.translate_errors("read"), self.send(statement) as (_, result):
+            return list(result.cursor.fetchall()) if result.cursor else []
 
     def upsert(
         self,

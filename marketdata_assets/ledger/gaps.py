@@ -27,7 +27,7 @@ from marketdata_assets.model.window import Window, format_time
 _c = gaps.c
 _GAP = (
     *(_c.start, _c.end, _c.bars, _c.reason, _c.answers, _c.evidence),
-    *(_c.cause, _c.status, _c.proof, _c.first_asked, _c.last_asked, _c.next_ask),
+    *(_c.cause, _c.status, _c.proof, _c.first_requested, _c.last_requested, _c.next_request),
 )
 _NO_CAUSE = ""
 """Stored where no cause is known."""
@@ -74,8 +74,8 @@ class GapBook(Book):
 
     def due(self, table: Table, now: datetime) -> set[PartitionKey]:
         """Market key and month key of the partitions with a gap that is to be requested again."""
-        is_due = _c.next_ask <= now.replace(microsecond=0)
-        where = sa.and_(_c.tbl == table.name, _c.next_ask.is_not(None), is_due)
+        is_due = _c.next_request <= now.replace(microsecond=0)
+        where = sa.and_(_c.tbl == table.name, _c.next_request.is_not(None), is_due)
         statement = sa.select(_c.market, _c.month).where(where).distinct()
         return {PartitionKey(*key) for key in self._database.plain_rows(statement)}
 
@@ -102,7 +102,7 @@ class GapBook(Book):
             status=GapStatus.REOPENED,
             cause=_NO_CAUSE,
             proof={"reopened": format_time(now)},
-            next_ask=now.replace(microsecond=0),
+            next_request=now.replace(microsecond=0),
         )
         is_it = sa.and_(_c.tbl == table.name, _c.market == market.key, _c.start == gap.window.start)
         with self._database.transaction() as connection:
@@ -130,7 +130,7 @@ def write_gaps(
 ) -> None:
     """Insert gaps of the partition with this key, or replace those that begin at the same time."""
     rows = {gap.window.start: {**key, **_values(gap)} for gap in new}
-    replaced = [column.name for column in _c if not column.primary_key]
+    replaced = [column.key for column in _c if not column.primary_key]
     if rows:
         connection.execute(database.upsert(gaps, replaced), list(rows.values()))
 
@@ -158,7 +158,7 @@ def _values(gap: Gap) -> dict[str, Any]:
         "cause": gap.cause or _NO_CAUSE,
         "status": gap.status,
         "proof": gap.proof,
-        "first_asked": gap.first_requested,
-        "last_asked": gap.last_requested,
-        "next_ask": gap.next_request,
+        "first_requested": gap.first_requested,
+        "last_requested": gap.last_requested,
+        "next_request": gap.next_request,
     }

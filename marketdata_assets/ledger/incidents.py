@@ -11,9 +11,9 @@ import sqlalchemy as sa
 
 from marketdata_assets.ledger.book import Book
 from marketdata_assets.ledger.database import Database
-from marketdata_assets.ledger.tables import incidents, letters
+from marketdata_assets.ledger.tables import incidents, notifications
 
-_c, _l = incidents.c, letters.c
+_c, _n = incidents.c, notifications.c
 _INCIDENT = (_c.id, _c.key, _c.severity, _c.title, _c.body, _c.opened_at, _c.recovered_at)
 
 
@@ -100,14 +100,14 @@ class IncidentBook(Book):
                 for channel in channels
             ]
             if rows:
-                connection.execute(sa.insert(letters), rows)
+                connection.execute(sa.insert(notifications), rows)
 
     def pending(self, channel: str) -> list[Notification]:
         """What a channel has not sent yet, in order."""
-        statement = sa.select(_l.id, _l.event, _l.tries, *_INCIDENT).join_from(
-            letters, incidents, _c.id == _l.incident
+        statement = sa.select(_n.id, _n.event, _n.tries, *_INCIDENT).join_from(
+            notifications, incidents, _c.id == _n.incident
         )
-        unsent = statement.where(_l.channel == channel, _l.sent_at.is_(None)).order_by(_l.id)
+        unsent = statement.where(_n.channel == channel, _n.sent_at.is_(None)).order_by(_n.id)
         return [
             Notification(number, IncidentEvent(event), _incident(*incident), tries)
             for number, event, tries, *incident in self._database.rows(unsent)
@@ -119,22 +119,22 @@ class IncidentBook(Book):
 
     def mark_failed(self, notification: Notification, error: str) -> None:
         """Remember that a notification could not be sent; it stays pending."""
-        self._update(notification, tries=_l.tries + 1, error=error)
+        self._update(notification, tries=_n.tries + 1, error=error)
 
     def backlogs(self) -> dict[str, Backlog]:
         """The channels that failed to send, by name."""
-        is_waiting = sa.and_(_l.sent_at.is_(None), _l.tries > 0)
+        is_waiting = sa.and_(_n.sent_at.is_(None), _n.tries > 0)
         counted = (
             sa.select(
-                _l.channel, sa.func.count().label("waiting"), sa.func.min(_l.id).label("first")
+                _n.channel, sa.func.count().label("waiting"), sa.func.min(_n.id).label("first")
             )
             .where(is_waiting)
-            .group_by(_l.channel)
+            .group_by(_n.channel)
             .subquery()
         )
-        error = sa.func.coalesce(_l.error, "")
-        statement = sa.select(_l.channel, counted.c.waiting, error).join_from(
-            letters, counted, _l.id == counted.c.first
+        error = sa.func.coalesce(_n.error, "")
+        statement = sa.select(_n.channel, counted.c.waiting, error).join_from(
+            notifications, counted, _n.id == counted.c.first
         )
         return {channel: Backlog(*backlog) for channel, *backlog in self._database.rows(statement)}
 
@@ -147,11 +147,11 @@ class IncidentBook(Book):
         if dry_run:
             return len(self._database.rows(old))
         with self._database.transaction() as connection:
-            connection.execute(sa.delete(letters).where(_l.incident.in_(old)))
+            connection.execute(sa.delete(notifications).where(_n.incident.in_(old)))
             return connection.execute(sa.delete(incidents).where(_c.recovered_at < moment)).rowcount
 
     def _update(self, notification: Notification, **values: Any) -> None:
-        update = sa.update(letters).where(_l.id == notification.id)
+        update = sa.update(notifications).where(_n.id == notification.id)
         with self._database.transaction() as connection:
             connection.execute(update.values(**values))
 

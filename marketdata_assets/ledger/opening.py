@@ -38,7 +38,7 @@ def open_database(state: Path, url: str | None, *, for_reading: bool) -> Databas
 
 
 def _prepare_tables(database: Database) -> Database:
-    with database.translate_errors("read"), database.connect() as connection:
+    with database.translate_errors("read"), database.send(sa.select(1)) as (connection, _):
         if _read_version(connection, database.name) == VERSION:
             return database
     # another process may be doing it: whoever comes second finds it done

@@ -30,21 +30,7 @@ from marketdata_assets.model.table import Table
 from marketdata_assets.model.window import Window, month_of, parse_time
 
 _c = partitions.c
-_STATE = (
-    _c.start,
-    _c.through,
-    _c.newest,
-    _c.complete,
-    _c.rows,
-    _c.bytes,
-    _c.digest,
-    _c.rolled,
-    _c.attempts,
-    _c.failures,
-    _c.error,
-    _c.whole_at,
-)
-"""The columns of a PartitionState, in its order."""
+_STATE = [_c[field.name] for field in fields(PartitionState)]
 _IS_IT = is_about(partitions)
 _GET = sa.select(*_STATE).where(_IS_IT)
 _GET_ACCOUNT = sa.select(_c.account).where(_IS_IT)
@@ -66,7 +52,9 @@ class PartitionBook(Book):
 
     def summaries(self, table: Table) -> dict[PartitionKey, PartitionSummary]:
         """Every partition of a table, by market key and month key."""
-        is_rolled_up = sa.and_(_c.rolled.is_not(None), _c.rolled == _c.digest)
+        is_rolled_up = sa.and_(
+            _c.rollup_source_digest.is_not(None), _c.rollup_source_digest == _c.digest
+        )
         columns = (_c.market, _c.month, _c.start, _c.through, _c.complete, _c.bytes)
         statement = sa.select(*columns, is_rolled_up, _c.error).where(_c.tbl == table.name)
         return {
@@ -130,7 +118,7 @@ class PartitionBook(Book):
     def commit(self, record: IngestRecord) -> None:
         """Write down one ingest, whole or not at all."""
         table, partition = record.table, record.partition
-        values = _columns(record.state) | {
+        values = asdict(record.state) | {
             "account": asdict(record.account),
             "updated_at": record.now,
         }
@@ -167,11 +155,14 @@ class PartitionBook(Book):
 
     def set_rollup_source(self, table: Table, partition: Partition, digest: str) -> None:
         """Remember the digest of the raw rows that the rollups of a partition were made of."""
-        self._update(_IS_IT, about(table, partition) | {"rolled": digest})
+        self._update(_IS_IT, about(table, partition) | {"rollup_source_digest": digest})
 
     def clear_rollup_sources(self) -> None:
         """Have all rollups made again, because the warehouse file is gone."""
-        self._update(_c.rolled.is_not(None) & _c.tbl.like("raw/%"), {"rolled": None})
+        self._update(
+            _c.rollup_source_digest.is_not(None) & _c.tbl.like("raw/%"),
+            {"rollup_source_digest": None},
+        )
 
     def mark_retired(self, table: Table, partition: Partition) -> None:
         """Remember that retention has removed the object; all else about the partition stays."""
@@ -183,9 +174,3 @@ class PartitionBook(Book):
 
     def _rows(self, *columns: sa.ColumnElement[Any], where: sa.ColumnElement[bool]) -> Rows:
         return self._database.rows(sa.select(*columns).where(where))
-
-
-def _columns(state: PartitionState) -> dict[str, Any]:
-    """A state by the names of its columns."""
-    names = zip(_STATE, fields(state), strict=True)
-    return {column.name: getattr(state, field.name) for column, field in names}

@@ -26,7 +26,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.ledger.database import Database
+from marketdata_assets.ledger.database import Database, Sent, Values
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Session
@@ -37,6 +37,11 @@ PROBES = 20
 """How often two sessions behind a pooler are compared before each counts as its client's own."""
 FINAL = ("authentication failed", "does not exist", "no pg_hba.conf", "permission denied")
 """Signs of errors that waiting does not mend."""
+_KEY = sa.bindparam("key", type_=sa.BigInteger)
+_LOCK, _UNLOCK = (
+    sa.select(function(_KEY))
+    for function in (sa.func.pg_try_advisory_lock, sa.func.pg_advisory_unlock)
+)
 
 
 class PostgresDatabase(Database):
@@ -44,7 +49,7 @@ class PostgresDatabase(Database):
     shares sessions.
     """
 
-    begin = "BEGIN"
+    begin = sa.text("BEGIN")
     remedy = "see to the server, or set another `database:`"
 
     def __init__(self, url: str) -> None:
@@ -53,7 +58,6 @@ class PostgresDatabase(Database):
             "postgresql+psycopg2://",
             creator=self._connect,
             isolation_level="AUTOCOMMIT",
-            pool_pre_ping=True,
             max_overflow=-1,
             executemany_mode="values_plus_batch",
             use_native_hstore=False,
@@ -78,16 +82,32 @@ class PostgresDatabase(Database):
 
     # ----------------------------------------------------------------------------- sessions
     @contextmanager
-    def connect(self) -> Iterator[sa.Connection]:
-        """The session that holds this thread's locks, or a pooled one."""
+    def send(self, statement: sa.Executable, values: Values = None) -> Iterator[Sent]:
+        """Execute a statement in the session that holds this thread's locks, or a pooled one."""
         if self._held.connection is None:
-            with self._open() as connection:
-                yield connection
+            connection, result = self._send_pooled(statement, values)
+            with connection:
+                yield connection, result
         else:
-            yield self._held.unbroken()
+            connection = self._held.unbroken()
+            yield connection, connection.execute(statement, values)
+
+    def _send_pooled(self, statement: sa.Executable, values: Values = None) -> Sent:
+        """A session may have broken while it was idle: the pool then makes all its sessions anew,
+        and the statement is sent once more.
+        """
+        connection = self._open()
+        try:
+            return connection, connection.execute(statement, values)
+        except sa.exc.DBAPIError as error:
+            connection.close()
+            if not error.connection_invalidated:
+                raise
+        connection = self._open()
+        return connection, connection.execute(statement, values)
 
     def _open(self) -> sa.Connection:
-        """A pooled session that answers; a server that is starting again is waited for."""
+        """A pooled session; a server that is starting again is waited for."""
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -133,17 +153,16 @@ class PostgresDatabase(Database):
 
     def _try_lock(self, key: int) -> bool:
         with self.translate_errors("locked"):
-            is_first = self._held.connection is None
-            connection = self._open() if is_first else self._held.unbroken()
-            is_held = False
-            try:
-                is_held = bool(connection.scalar(sa.select(sa.func.pg_try_advisory_lock(key))))
-            finally:
-                if is_first and not is_held:
-                    connection.close()
+            if self._held.connection is None:
+                connection, result = self._send_pooled(_LOCK, {"key": key})
+            else:
+                connection = self._held.unbroken()
+                result = connection.execute(_LOCK, {"key": key})
+            is_held = bool(result.scalar())
         if is_held:
-            self._held.connection = connection
-            self._held.count += 1
+            self._held.connection, self._held.count = connection, self._held.count + 1
+        elif self._held.connection is None:
+            connection.close()
         return is_held
 
 
@@ -168,7 +187,7 @@ class _Held(threading.local):
             return
         if not connection.invalidated:
             try:
-                connection.scalar(sa.select(sa.func.pg_advisory_unlock(key)))
+                connection.execute(_UNLOCK, {"key": key})
             except sa.exc.SQLAlchemyError:
                 connection.invalidate()
         if not self.count:
@@ -183,14 +202,17 @@ def is_shared(session: Session, connect: Callable[[], Session]) -> bool:
     gives, no pooler stands between: a pooler sends a number of its own, by which it knows the
     client. Behind a pooler, a second session is opened. Poolers hand out the process that became
     free last, or the one that is free for longest: in transaction mode, either both sessions meet
-    in one process, or the first one changes its process from query to query.
+    in one process, or the first one changes its process from one query to the next.
     """
     own = _process(session)
     if session.info.backend_pid == own:
         return False
     other = connect()
     try:
-        return any(_process(other) == own or _process(session) != own for _ in range(PROBES))
+        for _ in range(PROBES):
+            if _process(other) == own or {_process(session), _process(session)} != {own}:
+                return True
+        return False
     finally:
         other.close()
 

@@ -13,7 +13,7 @@ from marketdata_assets.ledger.tables import receipts
 from marketdata_assets.model.window import format_time
 
 _c = receipts.c
-_RECEIPT = (_c.id, _c.kind, _c["at"], _c.says, _c.body)
+_RECEIPT = (_c.id, _c.kind, _c["at"], _c.message, _c.body)
 
 
 class Receipt(NamedTuple):
@@ -44,7 +44,7 @@ class ReceiptBook(Book):
     def add(self, kind: str, at: datetime, *, message: str, body: Mapping[str, Any]) -> Receipt:
         """Write a receipt."""
         insert = sa.insert(receipts).returning(_c.id)
-        row = {"kind": kind, "at": at, "says": message, "body": dict(body)}
+        row = {"kind": kind, "at": at, "message": message, "body": dict(body)}
         with self._database.transaction() as connection:
             number: int = connection.execute(insert, row).scalar_one()
         return Receipt(number, kind, at, message, dict(body))

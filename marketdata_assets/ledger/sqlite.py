@@ -7,7 +7,8 @@ lose the newest ones, and never leaves half of one.
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.ledger.database import Database
+from marketdata_assets.ledger.database import Database, Sent, Values
 from marketdata_assets.system import lock_file
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class SqliteDatabase(Database):
     where it is a copy.
     """
 
-    begin = "BEGIN IMMEDIATE"
+    begin = sa.text("BEGIN IMMEDIATE")
     remedy = "mend the folder or set another `state:`"
 
     def __init__(self, state: Path, name: str | None = None) -> None:
@@ -58,9 +59,11 @@ class SqliteDatabase(Database):
             error = PermissionError("the folder or the file is read-only")
         return super().failure(verb, error)
 
-    def connect(self) -> AbstractContextManager[sa.Connection]:
-        """A pooled connection."""
-        return self.engine.connect()
+    @contextmanager
+    def send(self, statement: sa.Executable, values: Values = None) -> Iterator[Sent]:
+        """Execute a statement on a pooled connection."""
+        with self.engine.connect() as connection:
+            yield connection, connection.execute(statement, values)
 
     def insert(self, table: sa.Table) -> sqlite.Insert:
         """SQLite's INSERT."""

@@ -1,8 +1,8 @@
 """The tables of the ledger, for SQLite and PostgreSQL alike.
 
 A column or a table is added here, together with a new VERSION and a script in `migrations/versions`
-that brings a ledger of the version before to it. Stored names and values are a contract: older
-columns keep theirs, whatever the code calls them.
+that brings a ledger of the version before to it. Stored names and values are a contract: where the
+code calls a table or a column otherwise, the first argument is the stored name.
 """
 
 from __future__ import annotations
@@ -123,13 +123,13 @@ partitions = sa.Table(
     _count("rows"),
     Column("bytes", sa.BigInteger),
     Column("digest", Text),
-    Column("rolled", Text),
+    Column("rolled", Text, key="rollup_source_digest"),
     _count("attempts", **_ZERO),
     _count("failures", **_ZERO),
     Column("error", Text),
     Column("account", JsonText),
     _moment("updated_at"),
-    Column("whole_at", Moment),
+    Column("whole_at", Moment, key="completed_at"),
 )
 
 gaps = sa.Table(
@@ -146,16 +146,16 @@ gaps = sa.Table(
     _text("evidence"),
     _text("cause", server_default=""),
     Column("proof", JsonText, nullable=False, server_default="{}"),
-    Column("first_asked", Moment),
-    Column("last_asked", Moment),
-    Column("next_ask", Moment),
+    Column("first_asked", Moment, key="first_requested"),
+    Column("last_asked", Moment, key="last_requested"),
+    Column("next_ask", Moment, key="next_request"),
     _text("status", server_default="open"),
 )
-_is_waiting = gaps.c.next_ask.is_not(None)
+_is_waiting = gaps.c.next_request.is_not(None)
 sa.Index(
     "gaps_to_ask",
     gaps.c.tbl,
-    gaps.c.next_ask,
+    gaps.c.next_request,
     sqlite_where=_is_waiting,
     postgresql_where=_is_waiting,
 )
@@ -203,12 +203,12 @@ backfill_attempts = sa.Table(
     _text("market", **_KEY),
     _text("month", **_KEY),
     _count("attempts"),
-    _moment("asked_at"),
+    _moment("asked_at", key="attempted_at"),
     Column("parked_at", Moment),
     _text("reason"),
 )
 
-red_checks = sa.Table(
+failed_checks = sa.Table(
     "red_checks",
     metadata,
     _text("tbl", **_KEY),
@@ -216,12 +216,12 @@ red_checks = sa.Table(
     _text("month", **_KEY),
     _text("name", **_KEY),
     Column("blocking", Flag, nullable=False),
-    _text("says"),
+    _text("says", key="message"),
     _count("times", server_default=sa.text("1")),
     _moment("since"),
 )
 
-beats = sa.Table("beats", metadata, _text("name", **_KEY), _moment("at"))
+heartbeats = sa.Table("beats", metadata, _text("name", **_KEY), _moment("at"))
 
 incidents = sa.Table(
     "incidents",
@@ -243,7 +243,7 @@ sa.Index(
     postgresql_where=_is_open,
 )
 
-letters = sa.Table(
+notifications = sa.Table(
     "letters",
     metadata,
     _id(),
@@ -282,6 +282,6 @@ receipts = sa.Table(
     _id(),
     _text("kind"),
     _moment("at"),
-    _text("says"),
+    _text("says", key="message"),
     Column("body", JsonText, nullable=False),
 )

@@ -63,14 +63,13 @@ class VenueBook(Book):
         interval = 60 / max(requests_per_minute - burst, requests_per_minute / 2)
         values = {"shared_now": now + self._skew, "interval": interval}
         with self._database.transaction() as connection:
-            self._add(connection, venue)
-            next_at: float = connection.execute(_RESERVE, _its(venue) | values).scalar_one()
-        return next_at - burst * interval - self._skew
+            (next_at,) = self._change(connection, _RESERVE, _its(venue) | values)
+        return float(next_at) - burst * interval - self._skew
 
     def pause(self, venue: str, until: float) -> None:
         """Send no request before `until`; a pause never becomes shorter."""
         with self._database.transaction() as connection:
-            self._add(connection, venue)
+            connection.execute(self._insert, {"venue": venue})
             connection.execute(_PAUSE, _its(venue) | {"until": until + self._skew})
 
     def paused_until(self, venue: str) -> float:
@@ -82,11 +81,10 @@ class VenueBook(Book):
         if ok and self.health(venue).failures == 0:
             return
         with self._database.transaction() as connection:
-            self._add(connection, venue)
             if ok:
                 connection.execute(_UPDATE, _its(venue) | _CLOSED)
             else:
-                _count_failure(connection, venue, now + self._skew)
+                self._count_failure(connection, venue, now + self._skew)
 
     def broken_until(self, venue: str, now: float) -> float:
         """Until when the breaker lets no request through; 0 where it lets this caller's through.
@@ -119,18 +117,24 @@ class VenueBook(Book):
     def _insert(self) -> sa.Insert:
         return self._database.insert(venues).on_conflict_do_nothing()
 
-    def _add(self, connection: sa.Connection, venue: str) -> None:
-        connection.execute(self._insert, {"venue": venue})
+    def _change(
+        self, connection: sa.Connection, update: sa.Executable, values: dict[str, Any]
+    ) -> sa.Row[*tuple[Any, ...]]:
+        """The row that an UPDATE returns; a venue without a row gets one first."""
+        found = connection.execute(update, values).first()
+        if found is None:
+            connection.execute(self._insert, {"venue": values["its_venue"]})
+            found = connection.execute(update, values).one()
+        return found
+
+    def _count_failure(self, connection: sa.Connection, venue: str, now: float) -> None:
+        """Open the breaker at the limit, and again when a request fails after its time was over."""
+        failures, opened, until = self._change(connection, _COUNT_FAILURE, _its(venue))
+        if failures == BREAKER_LIMIT or (failures > BREAKER_LIMIT and until <= now):
+            seconds = min(BREAKER_LONGEST, BREAKER_FIRST * 2.0**opened)
+            values = {"opened": opened + 1, "broken_until": now + seconds}
+            connection.execute(_UPDATE, _its(venue) | values)
 
 
 def _its(venue: str) -> dict[str, Any]:
     return {"its_venue": venue}
-
-
-def _count_failure(connection: sa.Connection, venue: str, now: float) -> None:
-    """Open the breaker at the limit, and again when a request fails after its time was over."""
-    failures, opened, until = connection.execute(_COUNT_FAILURE, _its(venue)).one()
-    if failures == BREAKER_LIMIT or (failures > BREAKER_LIMIT and until <= now):
-        seconds = min(BREAKER_LONGEST, BREAKER_FIRST * 2.0**opened)
-        values = {"opened": opened + 1, "broken_until": now + seconds}
-        connection.execute(_UPDATE, _its(venue) | values)
