@@ -33,6 +33,8 @@ from marketdata_assets.system import is_alive
 from marketdata_tests.conftest import SANDBOX_NOW
 from marketdata_tests.processes import find_free_port, kill, processes_with, wait_until
 
+pytestmark = pytest.mark.server
+
 BTC_DEC, BTC, ETH = (
     "binance:BTC-USDT|2023-12-01",
     "binance:BTC-USDT|2024-01-01",

@@ -35,6 +35,8 @@ from marketdata_assets.notify import (
 )
 from marketdata_tests.steps import at, serving
 
+pytestmark = pytest.mark.server
+
 CANARY = "CANARY7e57"
 STALE = Message(
     incident="stale|raw/ohlcv_1m|binance:BTC-USDT",

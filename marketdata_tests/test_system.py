@@ -21,6 +21,8 @@ from marketdata_assets.errors import StoreFailed
 from marketdata_assets.system import is_alive, lock_file, process_id, start_module, stop
 from marketdata_tests.processes import is_running, kill, processes_with, wait_until
 
+pytestmark = pytest.mark.server
+
 ON_LINUX = sys.platform == "linux"
 linux_only = pytest.mark.skipif(not ON_LINUX, reason="needs what only Linux has")
 WITHOUT_LINUX = """

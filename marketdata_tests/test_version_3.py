@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.server
+
 FIXTURE = Path(__file__).parent / "version_3"
 COMMAND = (sys.executable, "-m", "marketdata_assets.cli.main")
 """The command `marketdata`, as a process of this interpreter."""

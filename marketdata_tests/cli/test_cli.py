@@ -31,6 +31,8 @@ from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
 
+pytestmark = pytest.mark.server
+
 SPAN = Window(parse_time("2023-12-01"), parse_time("2024-01-10"))
 
 

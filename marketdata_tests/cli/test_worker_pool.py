@@ -15,6 +15,8 @@ from marketdata_assets.model.events import CheckNotPassed, PartitionFailed, Rang
 from marketdata_assets.model.partition import Partition
 from marketdata_tests.conftest import Universe
 
+pytestmark = pytest.mark.server
+
 WORKER = """
 import json, sys
 

@@ -44,6 +44,8 @@ from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_tests.conftest import SANDBOX_NOW
 
+pytestmark = pytest.mark.server
+
 RAW, HOUR = dg.AssetKey(["raw", "ohlcv_1m"]), dg.AssetKey(["rollup", "ohlcv_1h"])
 OHLC, COMPLETE = dg.AssetCheckKey(RAW, "ohlc"), dg.AssetCheckKey(HOUR, "complete")
 BTC_NOV, BTC_DEC = "binance:BTC-USDT|2023-11-01", "binance:BTC-USDT|2023-12-01"

@@ -37,6 +37,8 @@ from marketdata_tests.conftest import SANDBOX_NOW
 from marketdata_tests.processes import descendants, find_free_port, kill, wait_until
 from marketdata_tests.steps import run_derive, run_ingest
 
+pytestmark = pytest.mark.server
+
 PER_MINUTE = 1500
 UNIVERSE = """
 venues:

@@ -72,6 +72,8 @@ from marketdata_tests.steps import (
     window,
 )
 
+pytestmark = pytest.mark.server
+
 NAMED = os.environ.get("MARKETDATA_TEST_S3_ENDPOINT")
 M1 = TIMEFRAMES["1m"]
 TABLE = raw_table(M1)

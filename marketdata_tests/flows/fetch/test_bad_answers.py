@@ -48,6 +48,8 @@ from marketdata_tests.steps import (
     window,
 )
 
+pytestmark = pytest.mark.server
+
 SINCE, HALF, UNTIL = "2024-01-07", "2024-01-08T12:00:00", "2024-01-09T12:00:00"
 WANTED = window(SINCE, UNTIL)
 MINUTE = 60_000

@@ -52,6 +52,8 @@ from marketdata_tests.steps import (
     window,
 )
 
+pytestmark = pytest.mark.server
+
 MINUTE = TIMEFRAMES["1m"]
 BTC = Market("binance", "BTC/USDT")
 MONTHS = window("2024-01-01", "2024-03-01")

@@ -57,6 +57,8 @@ from marketdata_tests.steps import (
     window,
 )
 
+pytestmark = pytest.mark.server
+
 MINUTE = TIMEFRAMES["1m"]
 ROLLUPS = ("5m", "1h", "1d")
 

@@ -37,6 +37,8 @@ from marketdata_tests.conftest import SANDBOX_NOW
 from marketdata_tests.samples import frame, minutes, row
 from marketdata_tests.steps import at, run_derive, run_ingest, window
 
+pytestmark = pytest.mark.server
+
 NOW = "2024-01-10T00:00:00Z"
 M1, H1 = TIMEFRAMES["1m"], TIMEFRAMES["1h"]
 BTC = "binance:BTC-USDT"
