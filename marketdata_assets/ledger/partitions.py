@@ -55,7 +55,7 @@ class PartitionBook(Book):
         is_rolled_up = sa.and_(
             _c.rollup_source_digest.is_not(None), _c.rollup_source_digest == _c.digest
         )
-        columns = (_c.market, _c.month, _c.start, _c.through, _c.complete, _c.bytes)
+        columns = (_c.market, _c.month, _c.start, _c.through, _c.is_complete, _c.bytes)
         statement = sa.select(*columns, is_rolled_up, _c.error).where(_c.tbl == table.name)
         return {
             PartitionKey(market, month): PartitionSummary(
@@ -138,7 +138,7 @@ class PartitionBook(Book):
             **key_of(table, partition),
             "start": start,
             "through": start,
-            "complete": False,
+            "is_complete": False,
             "rows": 0,
             "attempts": 1,
             "failures": count,

@@ -119,7 +119,7 @@ partitions = sa.Table(
     _moment("start"),
     _moment("through"),
     Column("newest", Moment),
-    Column("complete", Flag, nullable=False),
+    Column("complete", Flag, key="is_complete", nullable=False),
     _count("rows"),
     Column("bytes", sa.BigInteger),
     Column("digest", Text),
