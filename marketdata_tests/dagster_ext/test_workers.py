@@ -281,7 +281,7 @@ def contents(context: Any) -> dict[tuple[str, ...], str]:
     objects = [
         (table, Partition.parse("|".join(key)))
         for table in tables
-        for key in context.storage.lake.sizes(table)
+        for key in context.storage.lake.list_sizes(table)
     ]
     return {
         (table.name, partition.key): fingerprint(context.storage.lake.read(table, partition))
