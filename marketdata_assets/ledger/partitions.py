@@ -123,10 +123,10 @@ class PartitionBook(Book):
             "updated_at": record.now,
         }
         with self._database.transaction() as connection:
-            numbers = log_fetches(connection, table, partition.market, record.fetches)
+            numbers = log_fetches(connection, table, partition.market, requests=record.fetches)
             delete_gaps(connection, about(table, partition))
-            write_gaps(self._database, connection, key_of(table, partition), record.gaps)
-            quarantine_rows(self._database, connection, record, numbers)
+            write_gaps(self._database, connection, key_of(table, partition), new=record.gaps)
+            quarantine_rows(self._database, connection, record, fetch_ids=numbers)
             upsert = self._database.upsert(partitions, values)
             connection.execute(upsert, key_of(table, partition) | values)
 
@@ -147,7 +147,7 @@ class PartitionBook(Book):
         }
         counts = {"attempts": _c.attempts + 1, "failures": _c.failures + count}
         with self._database.transaction() as connection:
-            log_fetches(connection, table, partition.market, failure.fetches)
+            log_fetches(connection, table, partition.market, requests=failure.fetches)
             if failure.is_excused:
                 take_back(connection, partition)
             upsert = self._database.upsert(partitions, ("error", "updated_at"), counts)

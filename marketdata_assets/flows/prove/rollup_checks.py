@@ -56,7 +56,7 @@ class RollupAuditor:
         if timeframe in self.settings.venues[partition.market.venue].reference:
             findings.append(self._check_matches_native(result, timeframe))
         return record_findings(
-            self.settings, self.ledger, rollup_table(timeframe), partition, findings
+            self.settings, self.ledger, rollup_table(timeframe), partition, findings=findings
         )
 
     def _check_complete(
