@@ -13,6 +13,7 @@ from marketdata_assets.defs.specs import asset_key
 from marketdata_assets.flows.operate.freshness import MarketFreshness, market_freshness
 from marketdata_assets.flows.prove.anomalies import ANOMALIES
 from marketdata_assets.flows.prove.raw_checks import BLOCKING_CHECKS, RAW_CHECKS
+from marketdata_assets.flows.prove.rollup_checks import MATCHES_NATIVE, ROLLUP_CHECKS
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.table import Table
 from marketdata_assets.model.timeframe import MINUTE
@@ -22,31 +23,23 @@ from marketdata_assets.settings.universe import Settings
 FRESHNESS, COVERAGE = "freshness", "coverage"
 MARKETS_SHOWN = 200
 """How many markets the table of `freshness` has, the latest first."""
-_COMPLETE = (
-    "Every bar that is made of fewer base bars than it could hold is explained by evidence of the "
-    "venue's. If red: materialize the raw partition again."
-)
-_MATCHES_NATIVE = (
-    "Our rollup equals the venue's own bar in every column that the venue gives. If red: the table "
-    "names the bars, both values, and the base bars behind the difference; "
-    "`parity.ohlcv_<timeframe>` has the outcome of every bar."
-)
-
 MarketCheck = Callable[[Context, Table], dg.AssetCheckResult]
 
 
 def check_specs(
     settings: Settings, table: Table, grid: dg.MultiPartitionsDefinition
 ) -> list[dg.AssetCheckSpec]:
-    """Return the checks that a run of a table's asset does per partition."""
+    """Return the checks that a run of a table's asset does per partition.
+
+    Anomalies are found in base bars only, and only what a venue gives as a reference is compared.
+    """
     venues, timeframe = settings.venues.values(), table.timeframe
     if table.layer == "raw":
-        is_base = any(timeframe == venue.base for venue in venues)
-        descriptions = {n: d for n, d in RAW_CHECKS.items() if n != ANOMALIES or is_base}
+        checks, special = RAW_CHECKS, ANOMALIES
+        has_special = any(timeframe == venue.base for venue in venues)
     else:
-        descriptions = {"complete": _COMPLETE}
-        if any(timeframe in venue.reference for venue in venues):
-            descriptions["matches_native"] = _MATCHES_NATIVE
+        checks, special = ROLLUP_CHECKS, MATCHES_NATIVE
+        has_special = any(timeframe in venue.reference for venue in venues)
     return [
         dg.AssetCheckSpec(
             name,
@@ -55,7 +48,8 @@ def check_specs(
             blocking=name in BLOCKING_CHECKS,
             partitions_def=grid,
         )
-        for name, description in descriptions.items()
+        for name, description in checks.items()
+        if name != special or has_special
     ]
 
 

@@ -86,8 +86,7 @@ def prune_job(settings: Settings) -> ScheduledJob:
     @dg.job(
         name="prune",
         description=(
-            "Deletes logs that nobody needs any more. Materializations and results of checks stay "
-            "for ever."
+            "Deletes logs that nobody needs any more. Materializations and results of checks stay."
         ),
     )
     def job() -> None:

@@ -93,19 +93,19 @@ class AnomalyBook(Book):
             return known
         with self._database.transaction() as connection:
             key = {"tbl": table.name, "market": market.key}
-            _insert(self._database, connection, [key | _values(a) for a in new], now)
+            _insert(self._database, connection, [key | _values(a) for a in new], now=now)
             for record, anomaly in again:
                 _update(connection, record.id, **_values(anomaly))
                 if record.note == GONE:
-                    _mark(connection, record.id, AnomalyState.OPEN, None, now)
+                    _mark(connection, record.id, AnomalyState.OPEN, note=None, now=now)
             for record in gone:
-                _mark(connection, record.id, AnomalyState.RESOLVED, GONE, now)
+                _mark(connection, record.id, AnomalyState.RESOLVED, note=GONE, now=now)
         return self._begun(table, market, judged)
 
     def mark(self, id: int, state: AnomalyState, *, note: str | None, now: datetime) -> None:
         """Set the state of one that a person judged."""
         with self._database.transaction() as connection:
-            _mark(connection, id, state, note, now)
+            _mark(connection, id, state, note=note, now=now)
 
     def _begun(self, table: Table, market: Market, window: Window) -> list[AnomalyRecord]:
         found = self.find(window, market, table)
@@ -113,7 +113,7 @@ class AnomalyBook(Book):
 
 
 def _insert(
-    database: Database, connection: sa.Connection, rows: list[dict[str, Any]], now: datetime
+    database: Database, connection: sa.Connection, rows: list[dict[str, Any]], *, now: datetime
 ) -> None:
     new = {"state": AnomalyState.OPEN, "found_at": now, "changed_at": now}
     insert = database.insert(anomalies).on_conflict_do_nothing()
@@ -126,7 +126,7 @@ def _update(connection: sa.Connection, id: int, **values: Any) -> None:
 
 
 def _mark(
-    connection: sa.Connection, id: int, state: AnomalyState, note: str | None, now: datetime
+    connection: sa.Connection, id: int, state: AnomalyState, *, note: str | None, now: datetime
 ) -> None:
     _update(connection, id, state=state, note=note, changed_at=now)
 

@@ -94,7 +94,7 @@ class ConsolidationBook(Book):
             "start": record.span.start,
             "through": record.span.end,
             "newest": record.newest,
-            "complete": True,
+            "is_complete": True,
             "rows": record.rows,
             "bytes": record.bytes,
             "digest": record.digest,

@@ -87,7 +87,7 @@ def to_log(requests: Iterable[_Request], window: Window) -> list[LoggedFetch]:
 
 
 def log_fetches(
-    connection: sa.Connection, table: Table, market: Market, requests: Sequence[LoggedFetch]
+    connection: sa.Connection, table: Table, market: Market, *, requests: Sequence[LoggedFetch]
 ) -> list[int]:
     """Add rows to the fetch log; their numbers, in order."""
     rows = [

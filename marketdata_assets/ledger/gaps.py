@@ -117,7 +117,7 @@ class GapBook(Book):
         with self._database.transaction() as connection:
             if rows:
                 connection.execute(_DELETE.where(is_old), rows)
-            write_gaps(self._database, connection, key_of(table, partition), new)
+            write_gaps(self._database, connection, key_of(table, partition), new=new)
 
 
 def delete_gaps(connection: sa.Connection, values: Mapping[str, str]) -> None:
@@ -126,7 +126,7 @@ def delete_gaps(connection: sa.Connection, values: Mapping[str, str]) -> None:
 
 
 def write_gaps(
-    database: Database, connection: sa.Connection, key: Mapping[str, str], new: Iterable[Gap]
+    database: Database, connection: sa.Connection, key: Mapping[str, str], *, new: Iterable[Gap]
 ) -> None:
     """Insert gaps of the partition with this key, or replace those that begin at the same time."""
     rows = {gap.window.start: {**key, **_values(gap)} for gap in new}

@@ -88,7 +88,7 @@ class IncidentBook(Book):
         at all.
         """
         with self._database.transaction() as connection:
-            began = _open(self._database, connection, opened, now)
+            began = _open(self._database, connection, opened, now=now)
             ended = _close(connection, recovered, now)
             events = [
                 *((number, IncidentEvent.OPENED) for number in began),
@@ -157,7 +157,7 @@ class IncidentBook(Book):
 
 
 def _open(
-    database: Database, connection: sa.Connection, problems: Iterable[Problem], now: datetime
+    database: Database, connection: sa.Connection, problems: Iterable[Problem], *, now: datetime
 ) -> list[int]:
     """Insert an incident for each problem that has no open one; their numbers."""
     insert = database.insert(incidents).on_conflict_do_nothing().returning(_c.id)

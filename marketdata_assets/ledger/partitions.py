@@ -55,7 +55,7 @@ class PartitionBook(Book):
         is_rolled_up = sa.and_(
             _c.rollup_source_digest.is_not(None), _c.rollup_source_digest == _c.digest
         )
-        columns = (_c.market, _c.month, _c.start, _c.through, _c.complete, _c.bytes)
+        columns = (_c.market, _c.month, _c.start, _c.through, _c.is_complete, _c.bytes)
         statement = sa.select(*columns, is_rolled_up, _c.error).where(_c.tbl == table.name)
         return {
             PartitionKey(market, month): PartitionSummary(
@@ -123,10 +123,10 @@ class PartitionBook(Book):
             "updated_at": record.now,
         }
         with self._database.transaction() as connection:
-            numbers = log_fetches(connection, table, partition.market, record.fetches)
+            numbers = log_fetches(connection, table, partition.market, requests=record.fetches)
             delete_gaps(connection, about(table, partition))
-            write_gaps(self._database, connection, key_of(table, partition), record.gaps)
-            quarantine_rows(self._database, connection, record, numbers)
+            write_gaps(self._database, connection, key_of(table, partition), new=record.gaps)
+            quarantine_rows(self._database, connection, record, fetch_ids=numbers)
             upsert = self._database.upsert(partitions, values)
             connection.execute(upsert, key_of(table, partition) | values)
 
@@ -138,7 +138,7 @@ class PartitionBook(Book):
             **key_of(table, partition),
             "start": start,
             "through": start,
-            "complete": False,
+            "is_complete": False,
             "rows": 0,
             "attempts": 1,
             "failures": count,
@@ -147,7 +147,7 @@ class PartitionBook(Book):
         }
         counts = {"attempts": _c.attempts + 1, "failures": _c.failures + count}
         with self._database.transaction() as connection:
-            log_fetches(connection, table, partition.market, failure.fetches)
+            log_fetches(connection, table, partition.market, requests=failure.fetches)
             if failure.is_excused:
                 take_back(connection, partition)
             upsert = self._database.upsert(partitions, ("error", "updated_at"), counts)

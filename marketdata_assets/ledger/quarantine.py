@@ -77,7 +77,7 @@ class QuarantineBook(Book):
 
 
 def quarantine_rows(
-    database: Database, connection: sa.Connection, record: IngestRecord, fetch_ids: Sequence[int]
+    database: Database, connection: sa.Connection, record: IngestRecord, *, fetch_ids: Sequence[int]
 ) -> None:
     """Write down the rejected rows of an ingest; a row that is there already is counted."""
     rows: dict[str, dict[str, Any]] = {}

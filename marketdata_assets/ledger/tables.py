@@ -90,6 +90,15 @@ def _id() -> Column[int]:
     return Column("id", number, sa.Identity(always=False), primary_key=True)
 
 
+def _create_index(table: sa.Table, statement: str) -> None:
+    """Create an index of some rows with its table. As `sa.Index`, it would import both dialects."""
+
+    def create(target: sa.Table, connection: sa.Connection, **options: Any) -> None:
+        connection.exec_driver_sql(statement)
+
+    sa.event.listen(table, "after_create", create)
+
+
 _ZERO = {"server_default": sa.text("0")}
 _KEY = {"primary_key": True}
 
@@ -119,7 +128,7 @@ partitions = sa.Table(
     _moment("start"),
     _moment("through"),
     Column("newest", Moment),
-    Column("complete", Flag, nullable=False),
+    Column("complete", Flag, key="is_complete", nullable=False),
     _count("rows"),
     Column("bytes", sa.BigInteger),
     Column("digest", Text),
@@ -151,14 +160,7 @@ gaps = sa.Table(
     Column("next_ask", Moment, key="next_request"),
     _text("status", server_default="open"),
 )
-_is_waiting = gaps.c.next_request.is_not(None)
-sa.Index(
-    "gaps_to_ask",
-    gaps.c.tbl,
-    gaps.c.next_request,
-    sqlite_where=_is_waiting,
-    postgresql_where=_is_waiting,
-)
+_create_index(gaps, "CREATE INDEX gaps_to_ask ON gaps (tbl, next_ask) WHERE next_ask IS NOT NULL")
 
 quarantine = sa.Table(
     "quarantine",
@@ -234,13 +236,8 @@ incidents = sa.Table(
     _moment("opened_at"),
     Column("recovered_at", Moment),
 )
-_is_open = incidents.c.recovered_at.is_(None)
-sa.Index(
-    "incidents_open",
-    incidents.c.key,
-    unique=True,
-    sqlite_where=_is_open,
-    postgresql_where=_is_open,
+_create_index(
+    incidents, "CREATE UNIQUE INDEX incidents_open ON incidents (key) WHERE recovered_at IS NULL"
 )
 
 notifications = sa.Table(

@@ -128,22 +128,6 @@ def find_gaps(opens: pl.Series, timeframe: Timeframe, window: Window) -> list[Wi
     ]
 
 
-def subtract_bars(
-    windows: Iterable[Window], opens: pl.Series, timeframe: Timeframe
-) -> list[list[Window]]:
-    """Return, for each window, the parts that still hold no bar.
-
-    `opens` holds the bars' open times, sorted. Windows that hold none of them cost little.
-    """
-    moments = opens.to_list()
-    return [
-        [window]
-        if bisect_left(moments, window.start) == bisect_left(moments, window.end)
-        else find_gaps(opens, timeframe, window)
-        for window in windows
-    ]
-
-
 def group_consecutive(opens: Iterable[datetime], timeframe: Timeframe) -> list[Window]:
     """Return the fewest windows that hold just these open times."""
     return coalesce_windows(Window(moment, moment + timeframe.width) for moment in opens)

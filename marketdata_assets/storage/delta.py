@@ -23,6 +23,7 @@ from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.model.bar import Column
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
+from marketdata_assets.retry import Backoff, retry
 from marketdata_assets.storage.delta_maintenance import (
     DeltaMaintenance,
     commit_properties,
@@ -122,16 +123,23 @@ class DeltaTables:
         """
         from deltalake.exceptions import CommitFailedError
 
-        for tried in range(MAX_ATTEMPTS):
-            try:
-                with self._translate_errors(table):
-                    return attempt(self._load(table))
-            except CommitFailedError:
-                self._pause(random.uniform(0.2, 1) * min(2.0, 0.05 * 2**tried))
-        raise StoreFailed(
-            f"{self.uri(table)}: other writers were faster {MAX_ATTEMPTS} times; "
-            "run it again when they have finished"
-        )
+        def attempt_with_newest() -> T:
+            with self._translate_errors(table):
+                return attempt(self._load(table))
+
+        backoff = Backoff(0.05, 2.0, jitter=lambda: random.uniform(0.2, 1))
+        try:
+            return retry(
+                attempt_with_newest,
+                should_retry=lambda error: isinstance(error, CommitFailedError),
+                pauses=backoff.pauses(MAX_ATTEMPTS - 1),
+                sleep=self._pause,
+            )
+        except CommitFailedError:
+            raise StoreFailed(
+                f"{self.uri(table)}: other writers were faster {MAX_ATTEMPTS} times; "
+                "run it again when they have finished"
+            ) from None
 
     def _load(self, table: Table) -> DeltaTable | None:
         """Return the table at its newest version, or None where it does not exist. Raises

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from marketdata_assets.errors import StoreFailed
+from marketdata_assets.retry import retry
 
 MAX_ATTEMPTS = 5
 CONNECT_TIMEOUT_SECONDS = 10
@@ -90,18 +91,19 @@ class S3Client:
         """
         from botocore.exceptions import BotoCoreError, ClientError
 
-        for attempt in range(MAX_ATTEMPTS):
-            try:
-                return self._request(verb, **kwargs)
-            except ClientError as error:
-                code = str(error.response.get("Error", {}).get("Code"))
-                raise S3RefusedError(self._message(path, code), code) from None
-            except _incomplete_answers() as error:  # botocore repeats everything else by itself
-                if attempt + 1 == MAX_ATTEMPTS:
-                    raise StoreFailed(self._message(path, type(error).__name__)) from None
-            except (BotoCoreError, ValueError) as error:
-                raise StoreFailed(self._message(path, type(error).__name__)) from None
-        raise AssertionError  # the last attempt has returned or raised
+        try:
+            return retry(
+                lambda: self._request(verb, **kwargs),
+                # botocore repeats everything else by itself
+                should_retry=lambda error: isinstance(error, _incomplete_answers()),
+                pauses=[0.0] * (MAX_ATTEMPTS - 1),
+                sleep=lambda _: None,
+            )
+        except ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code"))
+            raise S3RefusedError(self._message(path, code), code) from None
+        except (*_incomplete_answers(), BotoCoreError, ValueError) as error:
+            raise StoreFailed(self._message(path, type(error).__name__)) from None
 
     def set_storage_class(self, path: str, storage_class: str) -> None:
         """Copy an object onto itself, into another storage class."""

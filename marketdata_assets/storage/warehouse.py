@@ -5,7 +5,7 @@ Transactions are short, and a process that finds the file in use waits for it.
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import datetime
@@ -19,6 +19,7 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.model.table import Table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
+from marketdata_assets.retry import pauses_until, retry
 
 if TYPE_CHECKING:
     import duckdb
@@ -139,19 +140,21 @@ class Warehouse:
         """Open the file, again and again while it is in use."""
         import duckdb
 
-        deadline = time.monotonic() + self._wait_seconds
-        while True:
-            try:
-                return open_file()
-            except duckdb.Error as error:
-                if not any(part in str(error) for part in _FILE_IN_USE):
-                    raise
-                if time.monotonic() > deadline:
-                    raise StoreFailed(
-                        f"{self.path}: another process holds it; close that process "
-                        "or set another `duckdb:`"
-                    ) from None
-                _pause()
+        def is_in_use(error: Exception) -> bool:
+            return isinstance(error, duckdb.Error) and any(s in str(error) for s in _FILE_IN_USE)
+
+        pauses = pauses_until(self._wait_seconds, every=0.05)
+        try:
+            return retry(
+                open_file, should_retry=is_in_use, pauses=pauses, sleep=threading.Event().wait
+            )
+        except duckdb.Error as error:
+            if not is_in_use(error):
+                raise
+            raise StoreFailed(
+                f"{self.path}: another process holds it; close that process "
+                "or set another `duckdb:`"
+            ) from None
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
@@ -224,12 +227,6 @@ class _MarketRows:
         self._connection.execute(
             f"CREATE TABLE IF NOT EXISTS {quoted_name(self._table)} (market VARCHAR, {columns})"
         )
-
-
-def _pause() -> None:
-    import threading
-
-    threading.Event().wait(0.05)
 
 
 def _has_table(connection: duckdb.DuckDBPyConnection, table: Table) -> bool:

@@ -22,7 +22,6 @@ from marketdata_assets.model.intervals import (
     group_consecutive,
     opens_inside,
     pack_windows,
-    subtract_bars,
     subtract_window,
     subtract_windows,
 )
@@ -82,13 +81,6 @@ def test_gaps_are_what_no_bar_fills(
     window = Window(whole.start - before * tf.width, whole.end - after * tf.width)
     found = find_gaps(opens_of(tf, there), tf, window)
     assert found == windows_of(tf, blocks(set(range(*span)) - there))
-
-
-@given(GRIDS, PLACES, st.lists(SPANS, max_size=6))
-def test_bars_are_subtracted_from_each_window(tf: Timeframe, there: set[int], spans: list[Span]):
-    spans = [span for span in spans if span[0] < span[1]]
-    found = subtract_bars(windows_of(tf, spans), opens_of(tf, there), tf)
-    assert found == [windows_of(tf, blocks(set(range(*span)) - there)) for span in spans]
 
 
 @given(GRIDS, SPANS, st.lists(SPANS, max_size=8))

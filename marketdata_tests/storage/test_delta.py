@@ -701,16 +701,16 @@ def published(
 ) -> Settings:
     """Fetch and roll up two markets, four days over two months; `delta:` publishes 1m and 1h."""
     rollups = getattr(request, "param", "parquet")
-    small_universe = universe(
+    settings_with_data = universe(
         sandbox[1],
         symbols="[BTC/USDT, ETH/USDT]",
         since="2023-11-29",
         until="2023-12-03",
         rollups=rollups,
     )
-    run_ingest(small_universe)
-    run_derive(small_universe)
-    return small_universe
+    run_ingest(settings_with_data)
+    run_derive(settings_with_data)
+    return settings_with_data
 
 
 def all_stored(tables: DeltaTables, market: Market, table: Table = TABLE) -> pl.DataFrame:
@@ -911,8 +911,8 @@ def test_a_timeframe_without_bars_is_refused(monkeypatch: pytest.MonkeyPatch, un
     ):
         delta_assets(hourly, market_months(hourly))
     monkeypatch.delenv("MARKETDATA_DELTA")
-    no_delta = universe("http://127.0.0.1:1")
-    assert delta_assets(no_delta, market_months(no_delta)) == []
+    unpublished = universe("http://127.0.0.1:1")
+    assert delta_assets(unpublished, market_months(unpublished)) == []
 
 
 def test_columns_of_a_table():

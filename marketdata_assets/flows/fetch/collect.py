@@ -46,7 +46,7 @@ contradicts most of them is rejected.
 
 
 async def collect(
-    settings: Settings, ledger: Ledger, client: VenueClient, span: FetchSpan
+    settings: Settings, ledger: Ledger, client: VenueClient, *, span: FetchSpan
 ) -> FetchResult:
     """Fetch the bars of a span that are neither stored nor covered by a waiting gap.
 
@@ -58,7 +58,7 @@ async def collect(
     if not span.again and not missing_windows(opens, timeframe, wanted, gaps=span.gaps, now=now):
         return FetchResult(gaps=tuple(span.gaps), through=wanted.end)
     closed_before = await client.now(wanted.end + timeframe.width)
-    first_bar = await _find_first_bar(settings, ledger, client, span)
+    first_bar = await _find_first_bar(settings, ledger, client, span=span)
     start = max(wanted.start, first_bar or wanted.start)
     end = max(wanted.start, min(wanted.end, timeframe.floor(closed_before)))
     window = Window(start, end)
@@ -88,7 +88,7 @@ async def _is_delisted(ledger: Ledger, client: VenueClient, span: FetchSpan) -> 
 
 
 async def _find_first_bar(
-    settings: Settings, ledger: Ledger, client: VenueClient, span: FetchSpan
+    settings: Settings, ledger: Ledger, client: VenueClient, *, span: FetchSpan
 ) -> datetime | None:
     """Return the market's first bar on the span's grid, once two answers agree on it."""
     first_bar, stored = ledger.markets.first_bar(span.market), span.stored

@@ -217,7 +217,13 @@ class FileImporter:
             )
             assert ingested.comparison is not None, "frames are compared with what is stored"
             comparison = ingested.comparison
-        _count_rows(files, comparison, broken, resolved.repeats, resolved.conflicts)
+        _count_rows(
+            files,
+            comparison,
+            broken,
+            repeated=resolved.repeats,
+            conflicting=resolved.conflicts,
+        )
         room = MAX_DIFFERENCES - len(result.differences)
         if room > 0:
             market = partition.market
@@ -240,8 +246,9 @@ def _count_rows(
     files: Sequence[_FileRows],
     comparison: StoredComparison,
     broken: pl.DataFrame,
+    *,
     repeated: pl.DataFrame,
-    disputed: pl.DataFrame,
+    conflicting: pl.DataFrame,
 ) -> None:
     """Add what became of the rows to the tally of their file, the column `answer`."""
     # a repeated row shares the fate of the row that it repeats
@@ -253,7 +260,7 @@ def _count_rows(
         "identical": (comparison.identical, of_repeated.new),
         "refused": (broken,),
         "disagree": (comparison.different, of_repeated.identical, of_repeated.different),
-        "conflict": (disputed,),
+        "conflict": (conflicting,),
     }
     for name, frames in counts.items():
         answers = pl.concat(frame["answer"] for frame in frames)

@@ -91,7 +91,7 @@ class Ingester:
                 again=again & before.wanted if again else None,
             )
             client = self.venues.client(partition.market.venue)
-            work = collect(self.settings, self.ledger, client, span)
+            work = collect(self.settings, self.ledger, client, span=span)
             return _Started(before, self.venues.submit(work), lock.pop_all())
 
     def _finish(self, started: _Started) -> IngestResult:

@@ -286,7 +286,9 @@ def _compare_frame(
     broken = rejected["open_time"].drop_nulls().dt.truncate(timeframe.every).to_list()
     quarantined = group_consecutive(broken, timeframe)
     for window in new:
-        gaps += _gaps_of_sources(window, quarantined, timeframe, sources, settles_gaps)
+        gaps += _gaps_of_sources(
+            window, quarantined, timeframe, sources=sources, settles_gaps=settles_gaps
+        )
     settled = [gap.window for gap in gaps if gap.is_settled]
     missing = subtract_windows(find_gaps(opens, timeframe, before.wanted), settled)
     fetched = FetchResult(
@@ -308,6 +310,7 @@ def _gaps_of_sources(
     window: Window,
     quarantined: Sequence[Window],
     timeframe: Timeframe,
+    *,
     sources: Sequence[str],
     settles_gaps: bool,
 ) -> list[Gap]:

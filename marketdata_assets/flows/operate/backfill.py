@@ -120,7 +120,12 @@ class BacklogFinder:
         for venue in self.settings.venues.values():
             tables = [
                 _RawTable(
-                    self.ledger, self.storage, raw_table(tf), shown.get(raw_table(tf)), due, now
+                    self.ledger,
+                    self.storage,
+                    raw_table(tf),
+                    shown=shown.get(raw_table(tf)),
+                    search=due,
+                    now=now,
                 )
                 for tf in venue.fetched_timeframes
             ]
@@ -275,6 +280,7 @@ class _RawTable:
         ledger: Ledger,
         storage: BarStorage,
         table: Table,
+        *,
         shown: Collection[str] | None,
         search: bool,
         now: datetime,

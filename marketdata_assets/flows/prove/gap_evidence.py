@@ -60,7 +60,9 @@ class GapInvestigation:
         others = (market for market in month.markets if market != partition.market)
         self._others = {market.key: month.market(market) for market in others}
         self._other_venues = dict(month.other_venues(partition.market))
-        natives = _native_bars(self._settings, lake, self._table, partition, self._bars)
+        natives = _native_bars(
+            self._settings, lake, self._table, partition=partition, bars=self._bars
+        )
         self._natives = list(natives)
         self._requests = _RequestLog(self._ledger, self._table, partition)
 
@@ -199,7 +201,7 @@ def _silent_windows(window: Window, others: Sequence[MarketMonth]) -> Iterator[S
 
 
 def _native_bars(
-    settings: Settings, lake: Lake, table: Table, partition: Partition, bars: pl.DataFrame
+    settings: Settings, lake: Lake, table: Table, *, partition: Partition, bars: pl.DataFrame
 ) -> Iterator[NativeBar]:
     """Yield the venue's coarser bars in which ours are missing.
 

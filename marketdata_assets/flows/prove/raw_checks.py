@@ -77,7 +77,11 @@ class RawAuditor:
         if result.timeframe == self.settings.venues[result.partition.market.venue].base:
             findings.append(self._check_anomalies(result))
         return record_findings(
-            self.settings, self.ledger, raw_table(result.timeframe), result.partition, findings
+            self.settings,
+            self.ledger,
+            raw_table(result.timeframe),
+            result.partition,
+            findings=findings,
         )
 
     def audit_gaps(self, result: IngestResult) -> Finding:
@@ -85,7 +89,7 @@ class RawAuditor:
         table = raw_table(result.timeframe)
         gaps = tuple(self.ledger.gaps.of(table, result.partition))
         finding = _check_gaps(replace(result, gaps=gaps))
-        record_findings(self.settings, self.ledger, table, result.partition, [finding])
+        record_findings(self.settings, self.ledger, table, result.partition, findings=[finding])
         return finding
 
     def _check_anomalies(self, result: IngestResult) -> Finding:
@@ -108,6 +112,7 @@ def record_findings(
     ledger: Ledger,
     table: Table,
     partition: Partition,
+    *,
     findings: list[Finding],
 ) -> list[Finding]:
     """Record in the ledger which findings failed; return them all."""

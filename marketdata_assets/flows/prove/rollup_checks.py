@@ -24,6 +24,19 @@ from marketdata_assets.quality.parity import DIFFERENCES, ParityOutcome
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.lake import Lake
 
+COMPLETE, MATCHES_NATIVE = "complete", "matches_native"
+ROLLUP_CHECKS: dict[str, str] = {
+    COMPLETE: (
+        "Every bar that is made of fewer base bars than it could hold is explained by evidence of "
+        "the venue's. If red: materialize the raw partition again."
+    ),
+    MATCHES_NATIVE: (
+        "Our rollup equals the venue's own bar in every column that the venue gives. If red: the "
+        "table names the bars, both values, and the base bars behind the difference; "
+        "`parity.ohlcv_<timeframe>` has the outcome of every bar."
+    ),
+}
+"""The description of each check by its name."""
 _ABSENT: dict[str, pl.DataType] = {"open_time": TIME, "absent": pl.Int64()}
 
 
@@ -43,7 +56,7 @@ class RollupAuditor:
         if timeframe in self.settings.venues[partition.market.venue].reference:
             findings.append(self._check_matches_native(result, timeframe))
         return record_findings(
-            self.settings, self.ledger, rollup_table(timeframe), partition, findings
+            self.settings, self.ledger, rollup_table(timeframe), partition, findings=findings
         )
 
     def _check_complete(
@@ -65,7 +78,7 @@ class RollupAuditor:
             ).iter_rows()
         ]
         return Finding(
-            "complete",
+            COMPLETE,
             passed=not rows,
             message=(
                 f"{short.height} bars are made of fewer base bars than they could hold, "
@@ -107,7 +120,7 @@ class RollupAuditor:
             message = "no bars of the venue's own are stored to compare"
         rows = differing.head(ROWS_SHOWN).iter_rows(named=True)
         return Finding(
-            "matches_native",
+            MATCHES_NATIVE,
             passed=differing.is_empty(),
             message=message,
             numbers={

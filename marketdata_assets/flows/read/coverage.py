@@ -82,7 +82,9 @@ class CoverageReporter:
             source = raw_table(venue.base if is_rollup else table.timeframe)
             if source.timeframe not in venue.fetched_timeframes:
                 continue
-            days = _DailyShares(settings, self.ledger, self.lake, source, needs_rollup=is_rollup)
+            days = _DailyShares(
+                settings, self.ledger, self.lake, source=source, needs_rollup=is_rollup
+            )
             for market in venue.markets:
                 span = settings.span(market)
                 before = (span.start.date() - settings.since.date()).days
@@ -155,7 +157,7 @@ class _DailyShares:
     """One raw table as ledger and lake have it, read at once for all partitions."""
 
     def __init__(
-        self, settings: Settings, ledger: Ledger, lake: Lake, source: Table, *, needs_rollup: bool
+        self, settings: Settings, ledger: Ledger, lake: Lake, *, source: Table, needs_rollup: bool
     ) -> None:
         self._settings, self._timeframe = settings, source.timeframe
         self._needs_rollup = needs_rollup

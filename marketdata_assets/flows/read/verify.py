@@ -229,7 +229,7 @@ def _raise_if_not_wanted(settings: Settings, lock: LockFile) -> None:
     found = [
         difference
         for name, wanted in lock.venues.items()
-        for difference in _venue_differences(settings, lock, name, wanted)
+        for difference in _venue_differences(settings, lock, name, wanted=wanted)
     ]
     if found:
         more = len(found) - _DIFFERENCES_SHOWN
@@ -240,7 +240,7 @@ def _raise_if_not_wanted(settings: Settings, lock: LockFile) -> None:
 
 
 def _venue_differences(
-    settings: Settings, lock: LockFile, name: str, wanted: WantedVenue
+    settings: Settings, lock: LockFile, name: str, *, wanted: WantedVenue
 ) -> Iterator[str]:
     venue = settings.venues.get(name)
     if venue is None:
