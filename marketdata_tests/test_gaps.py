@@ -334,7 +334,7 @@ def test_a_minute_that_the_venue_lost(
     quarter, hour = lost.as_dict()["proof"]["native"]
     assert (
         quarter
-        == "the venue's 15m bar of 2023-02-14T16:30:00Z has volume 94072.85, ours in it 89305.35, 1 bars lack"
+        == "the venue's 15m bar of 2023-02-14T16:30:00Z has volume 94072.85, ours in it 89305.35, 1 bars are missing"
     )
     assert hour.startswith("the venue's 1h bar of 2023-02-14T16:00:00Z has volume ")
     exchange.log()
