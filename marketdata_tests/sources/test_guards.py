@@ -176,7 +176,7 @@ def outcomes(requests: Iterable[Request]) -> list[str]:
 
 def test_a_good_answer_costs_one_request_and_no_wait(world: World, ledger: Ledger) -> None:
     venue = FakeVenue(world)
-    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
+    guarded = GuardedSource(venue, "binance", ledger.venues, policy=world.policy())
     (fetched,) = world.run(fetch(guarded))
     assert fetched.window == WINDOW
     assert fetched.rows.height == 1
@@ -195,7 +195,9 @@ def test_retries_back_off_exponentially(world: World, ledger: Ledger) -> None:
     six requests.
     """
     venue = FakeVenue(world, [retry(), Garbled("binance: text"), retry(), retry(), retry()])
-    (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
+    (fetched,) = world.run(
+        fetch(GuardedSource(venue, "binance", ledger.venues, policy=world.policy()))
+    )
     assert world.slept == [0.5, 1.0, 2.0, 4.0, 8.0]
     assert [moment - NOON for moment in venue.request_times] == [0, 0.5, 1.5, 3.5, 7.5, 15.5]
     assert outcomes(fetched.requests) == ["retry", "garbled", "retry", "retry", "retry", "answered"]
@@ -211,7 +213,7 @@ def test_backoff_is_capped_and_jittered(world: World, ledger: Ledger) -> None:
         world.slept.clear()
         venue = FakeVenue(world, [retry() for _ in range(5)])
         policy = world.policy(jitter, backoff_cap=3.0)
-        world.run(fetch(GuardedSource(venue, "binance", ledger, policy=policy)))
+        world.run(fetch(GuardedSource(venue, "binance", ledger.venues, policy=policy)))
         assert world.slept == expected
 
 
@@ -230,7 +232,9 @@ def test_jitter_is_full_by_default() -> None:
 def test_six_failures_end_a_call_with_the_last_reason(world: World, ledger: Ledger) -> None:
     """The error has the last reason and every request, and no pause follows the last attempt."""
     venue = FakeVenue(world, for_ever(retry))
-    (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
+    (error,) = world.run(
+        fetch(GuardedSource(venue, "binance", ledger.venues, policy=world.policy()))
+    )
     assert type(error) is VenueDown
     assert error.exit_code == 3
     assert "502" in str(error)
@@ -248,7 +252,9 @@ def test_a_final_no_is_not_requested_again(
 ) -> None:
     """Neither at once, nor after earlier retries; the error has the requests so far."""
     venue = FakeVenue(world, [retry(), final])
-    (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
+    (error,) = world.run(
+        fetch(GuardedSource(venue, "binance", ledger.venues, policy=world.policy()))
+    )
     assert error is final
     assert len(venue.request_times) == 2
     assert outcomes(error.requests) == ["retry", type(final).__name__.lower()]
@@ -257,14 +263,16 @@ def test_a_final_no_is_not_requested_again(
 def test_a_bug_is_not_retried(world: World, ledger: Ledger) -> None:
     """Only errors of our tree are the venue's; all others come up as they are."""
     venue = FakeVenue(world, [ZeroDivisionError()])
-    (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
+    (error,) = world.run(
+        fetch(GuardedSource(venue, "binance", ledger.venues, policy=world.policy()))
+    )
     assert type(error) is ZeroDivisionError
     assert len(venue.request_times) == 1
 
 
 def test_clock_and_listing_are_guarded_too(world: World, ledger: Ledger) -> None:
     venue = FakeVenue(world, [retry(), None, Wait("binance: slow down", 7)])
-    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
+    guarded = GuardedSource(venue, "binance", ledger.venues, policy=world.policy())
     assert world.run(guarded.now()) == [START]
     assert world.run(guarded.first_open(MARKET, MINUTE)) == [START]
     assert [moment - NOON for moment in venue.request_times] == [0, 0.5, 0.5, 7.5]
@@ -277,7 +285,9 @@ def test_retry_after_is_obeyed(world: World, ledger: Ledger) -> None:
     """No request is sent before the time is up; a wait is no failure, however often it comes."""
     pauses = [2.0, 30.0, 1.0, 5.0, 60.0, 3.0, 2.5, 1.0, 1.0, 4.0]
     venue = FakeVenue(world, [Wait("binance: HTTP 429", seconds) for seconds in pauses])
-    (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
+    (fetched,) = world.run(
+        fetch(GuardedSource(venue, "binance", ledger.venues, policy=world.policy()))
+    )
     gaps = [later - sooner for sooner, later in itertools.pairwise(venue.request_times)]
     assert all(gap >= pause for gap, pause in zip(gaps, pauses, strict=True))
     assert fetched.wait_seconds == sum(pauses) == world.now - NOON
@@ -291,7 +301,7 @@ def test_a_pause_holds_for_all_who_share_the_ledger(world: World, tmp_path: Path
     first, second = (FakeVenue(world, takes=0.2) for _ in range(2))
     first._script = iter([Wait("binance: HTTP 429", 45.0)])
     guards = [
-        GuardedSource(venue, "binance", Ledger(tmp_path), policy=world.policy())
+        GuardedSource(venue, "binance", Ledger(tmp_path).venues, policy=world.policy())
         for venue in (first, second)
     ]
 
@@ -315,7 +325,7 @@ def test_a_pause_holds_for_all_who_share_the_ledger(world: World, tmp_path: Path
 def test_a_pause_belongs_to_its_venue(world: World, ledger: Ledger) -> None:
     ledger.venues.pause("binance", NOON + 600)
     venue = FakeVenue(world)
-    world.run(fetch(GuardedSource(venue, "kraken", ledger, policy=world.policy())))
+    world.run(fetch(GuardedSource(venue, "kraken", ledger.venues, policy=world.policy())))
     assert venue.request_times == [NOON]
 
 
@@ -323,7 +333,7 @@ def test_a_shorter_pause_does_not_end_a_longer_one(world: World, ledger: Ledger)
     ledger.venues.pause("binance", NOON + 600)
     ledger.venues.pause("binance", NOON + 5)
     venue = FakeVenue(world)
-    world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
+    world.run(fetch(GuardedSource(venue, "binance", ledger.venues, policy=world.policy())))
     assert venue.request_times == [NOON + 600]
 
 
@@ -332,7 +342,7 @@ def test_a_ban_longer_than_the_longest_wait_is_venue_down(world: World, ledger: 
     request.
     """
     venue = FakeVenue(world, [Wait("binance: HTTP 418", 7200)])
-    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
+    guarded = GuardedSource(venue, "binance", ledger.venues, policy=world.policy())
     for _ in range(3):
         (error,) = world.run(fetch(guarded))
         assert type(error) is VenueDown
@@ -344,7 +354,9 @@ def test_a_ban_longer_than_the_longest_wait_is_venue_down(world: World, ledger: 
 def test_a_ban_keeps_the_requests_that_led_to_it(world: World, ledger: Ledger) -> None:
     """The 503 and the 418 belong in the fetch log."""
     venue = FakeVenue(world, [retry(), Wait("binance: HTTP 418", 7200)])
-    (error,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
+    (error,) = world.run(
+        fetch(GuardedSource(venue, "binance", ledger.venues, policy=world.policy()))
+    )
     assert type(error) is VenueDown
     assert outcomes(error.requests) == ["retry", "wait"]
 
@@ -358,7 +370,7 @@ def test_a_venue_that_demands_waits_for_ever_is_given_up(
     """
     venue = FakeVenue(world, for_ever(lambda: Wait("binance: HTTP 429", seconds)))
     (error,) = world.run(
-        fetch(GuardedSource(venue, "binance", ledger, policy=world.policy(longest_wait=900)))
+        fetch(GuardedSource(venue, "binance", ledger.venues, policy=world.policy(longest_wait=900)))
     )
     assert type(error) is VenueDown
     assert "429" in str(error)
@@ -372,7 +384,7 @@ def test_an_absurd_retry_after_is_an_error_of_ours(
 ) -> None:
     """One mad header must not stop a venue for good."""
     venue = FakeVenue(world, [Wait("binance: HTTP 429", seconds)])
-    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
+    guarded = GuardedSource(venue, "binance", ledger.venues, policy=world.policy())
     (error,) = world.run(fetch(guarded))
     assert type(error) is VenueDown
     world.now += 7 * 86400
@@ -410,7 +422,8 @@ def test_the_weight_limit_is_never_reached(world: World, tmp_path: Path) -> None
     meter: dict[int, int] = {}
     venues = [WeighedVenue(world, 1200, 2, meter) for _ in range(2)]
     guards = [
-        GuardedSource(venue, "binance", Ledger(tmp_path), policy=world.policy()) for venue in venues
+        GuardedSource(venue, "binance", Ledger(tmp_path).venues, policy=world.policy())
+        for venue in venues
     ]
 
     async def worker(guarded: GuardedSource) -> None:
@@ -434,7 +447,7 @@ def test_a_nearly_used_up_minute_is_left_alone(
     world.now = NOON + 20
     venue = FakeVenue(world)
     venue.weight_limit, venue.used_weight = 6000, used
-    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
+    guarded = GuardedSource(venue, "binance", ledger.venues, policy=world.policy())
     world.run(fetch(guarded))
     world.run(fetch(guarded))
     assert (venue.request_times[1] >= NOON + 60) is paused
@@ -447,7 +460,7 @@ def test_a_nearly_used_up_minute_is_left_alone(
 def broken(world: World, ledger: Ledger, script: Script = ()) -> tuple[FakeVenue, GuardedSource]:
     """A guard whose venue has just failed often enough; the script has its further answers."""
     venue = FakeVenue(world, itertools.chain((retry() for _ in range(BREAKER_LIMIT)), script))
-    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0))
+    guarded = GuardedSource(venue, "binance", ledger.venues, policy=world.policy(0.0))
     for _ in range(BREAKER_LIMIT // 6):
         world.run(fetch(guarded))
     assert len(venue.request_times) == BREAKER_LIMIT == 30
@@ -459,7 +472,7 @@ def test_the_breaker_fails_fast(world: World, tmp_path: Path) -> None:
     """After 30 failures in a row no instance sends a request, and the error says until when."""
     venue, guarded = broken(world, Ledger(tmp_path))
     other = FakeVenue(world)
-    second = GuardedSource(other, "binance", Ledger(tmp_path), policy=world.policy())
+    second = GuardedSource(other, "binance", Ledger(tmp_path).venues, policy=world.policy())
     for error in world.run(
         fetch(guarded), fetch(second), guarded.now(), second.first_open(MARKET, MINUTE)
     ):
@@ -467,7 +480,7 @@ def test_the_breaker_fails_fast(world: World, tmp_path: Path) -> None:
         assert "2024-03-01T12:00:30Z" in str(error)
     assert venue.request_times == other.request_times == []
     third = FakeVenue(world)
-    world.run(fetch(GuardedSource(third, "kraken", Ledger(tmp_path), policy=world.policy())))
+    world.run(fetch(GuardedSource(third, "kraken", Ledger(tmp_path).venues, policy=world.policy())))
     assert third.request_times == [NOON]
 
 
@@ -475,7 +488,7 @@ def test_a_success_starts_the_count_anew(world: World, ledger: Ledger) -> None:
     """29 failures, one success, 29 failures: still closed."""
     run = [retry() for _ in range(29)]
     venue = FakeVenue(world, [*run, None, *run, None])
-    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0, attempts=100))
+    guarded = GuardedSource(venue, "binance", ledger.venues, policy=world.policy(0.0, attempts=100))
     assert all(
         isinstance(fetched, BarsPage)
         for fetched in world.run(fetch(guarded)) + world.run(fetch(guarded))
@@ -486,7 +499,7 @@ def test_a_success_starts_the_count_anew(world: World, ledger: Ledger) -> None:
 def test_the_breaker_stops_retries_that_are_under_way(world: World, ledger: Ledger) -> None:
     """Eight at once against a dead venue: about 30 requests in all and not 48."""
     venue = FakeVenue(world, for_ever(retry), takes=0.1)
-    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0))
+    guarded = GuardedSource(venue, "binance", ledger.venues, policy=world.policy(0.0))
     found = world.run(*(fetch(guarded) for _ in range(8)))
     assert all(type(error) is VenueDown for error in found)
     assert 30 <= len(venue.request_times) < 30 + 8
@@ -495,7 +508,7 @@ def test_the_breaker_stops_retries_that_are_under_way(world: World, ledger: Ledg
 def test_calls_that_the_breaker_stops_have_their_reason(world: World, ledger: Ledger) -> None:
     """The failed requests belong in the fetch log, and the reason in the error a person reads."""
     venue = FakeVenue(world, for_ever(retry), takes=0.1)
-    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy(0.0))
+    guarded = GuardedSource(venue, "binance", ledger.venues, policy=world.policy(0.0))
     found = world.run(*(fetch(guarded) for _ in range(8)))
     assert sum(len(error.requests) for error in found) == len(venue.request_times)
     assert all("502" in str(error) for error in found)
@@ -548,7 +561,7 @@ def test_the_breaker_stays_open_longer_each_time(world: World, ledger: Ledger) -
 def test_a_refusal_is_an_answer(world: World, ledger: Ledger) -> None:
     """A venue that refuses is not down: refusals open no breaker."""
     venue = FakeVenue(world, for_ever(lambda: VenueRefused("binance: Invalid symbol.")))
-    guarded = GuardedSource(venue, "binance", ledger, policy=world.policy())
+    guarded = GuardedSource(venue, "binance", ledger.venues, policy=world.policy())
     for _ in range(BREAKER_LIMIT + 5):
         assert type(world.run(fetch(guarded))[0]) is VenueRefused
     assert len(venue.request_times) == BREAKER_LIMIT + 5
@@ -576,7 +589,7 @@ def crowd(
         GuardedSource(
             venue,
             "binance",
-            Ledger(folder),
+            Ledger(folder).venues,
             requests_per_minute=per_minute,
             policy=world.policy(),
         )
@@ -609,7 +622,7 @@ def test_the_limiter_holds_over_all_instances(
 
 def test_the_limiter_holds_after_a_pause(world: World, tmp_path: Path) -> None:
     """Requests that waited through a pause are not all sent at its end."""
-    Ledger(tmp_path).pause("binance", NOON + 120)
+    Ledger(tmp_path).venues.pause("binance", NOON + 120)
     venues = crowd(world, tmp_path, 60, instances=2, workers=8, each=10)
     moments = [moment for venue in venues for moment in venue.request_times]
     assert min(moments) >= NOON + 120
@@ -626,7 +639,9 @@ def test_without_a_limit_nobody_waits(world: World, tmp_path: Path) -> None:
 def test_waits_for_the_limiter_are_counted(world: World, ledger: Ledger) -> None:
     """Ten at once at 60 a minute: the last one waited about nine seconds."""
     venue = FakeVenue(world)
-    guarded = GuardedSource(venue, "binance", ledger, requests_per_minute=60, policy=world.policy())
+    guarded = GuardedSource(
+        venue, "binance", ledger.venues, requests_per_minute=60, policy=world.policy()
+    )
     found = world.run(*(fetch(guarded) for _ in range(10)))
     assert [fetched.wait_seconds for fetched in found] == pytest.approx(
         [i * 60 / 59 for i in range(10)]
@@ -659,7 +674,9 @@ def test_places_are_unique_among_threads(tmp_path: Path) -> None:
 def test_facts_are_frozen(world: World, ledger: Ledger) -> None:
     """The guard adds to the facts of the source and changes none of them."""
     venue = FakeVenue(world)
-    (fetched,) = world.run(fetch(GuardedSource(venue, "binance", ledger, policy=world.policy())))
+    (fetched,) = world.run(
+        fetch(GuardedSource(venue, "binance", ledger.venues, policy=world.policy()))
+    )
     assert replace(fetched, requests=(), wait_seconds=0.0).rows.equals(
         pl.DataFrame({"open_time": [1]})
     )
