@@ -53,7 +53,7 @@ class PostgresDatabase(Database):
     remedy = "see to the server, or set another `database:`"
 
     def __init__(self, url: str) -> None:
-        self._url, self._held, self._is_checked = url, _Held(), False
+        self._url, self._local, self._is_checked = url, threading.local(), False
         engine = sa.create_engine(
             "postgresql+psycopg2://",
             creator=self._connect,
@@ -84,27 +84,35 @@ class PostgresDatabase(Database):
     @contextmanager
     def send(self, statement: sa.Executable, values: Values = None) -> Iterator[Sent]:
         """Execute a statement in the session that holds this thread's locks, or a pooled one."""
-        if self._held.connection is None:
-            connection, result = self._send_pooled(statement, values)
-            with connection:
-                yield connection, result
-        else:
-            connection = self._held.unbroken()
+        locked = self._locked
+        if locked:
+            connection = locked.unbroken()
             yield connection, connection.execute(statement, values)
+            return
+        connection, result = self._send_pooled(statement, values)
+        with connection:
+            yield connection, result
 
-    def _send_pooled(self, statement: sa.Executable, values: Values = None) -> Sent:
+    @property
+    def _locked(self) -> _LockedSession | None:
+        """The session that holds this thread's locks."""
+        found: _LockedSession | None = getattr(self._local, "locked", None)
+        return found if found and found.locks else None
+
+    def _send_pooled(
+        self, statement: sa.Executable, values: Values = None, *, attempts: int = 2
+    ) -> Sent:
         """A session may have broken while it was idle: the pool then makes all its sessions anew,
         and the statement is sent once more.
         """
         connection = self._open()
         try:
             return connection, connection.execute(statement, values)
-        except sa.exc.DBAPIError as error:
+        except BaseException as error:
             connection.close()
-            if not error.connection_invalidated:
+            if attempts == 1 or not getattr(error, "connection_invalidated", False):
                 raise
-        connection = self._open()
-        return connection, connection.execute(statement, values)
+            return self._send_pooled(statement, values, attempts=attempts - 1)
 
     def _open(self) -> sa.Connection:
         """A pooled session; a server that is starting again is waited for."""
@@ -143,56 +151,56 @@ class PostgresDatabase(Database):
     def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Hold the advisory lock of a name in this thread's session."""
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
-        while not (is_held := self._try_lock(key)) and wait:
+        while not (locked := self._try_lock(key)) and wait:
             _pause(0.1)
         try:
-            yield is_held
+            yield locked is not None
         finally:
-            if is_held:
-                self._held.release(key)
+            if locked:
+                locked.release(key)
 
-    def _try_lock(self, key: int) -> bool:
+    def _try_lock(self, key: int) -> _LockedSession | None:
+        """The session, if it holds the lock now."""
         with self.translate_errors("locked"):
-            if self._held.connection is None:
-                connection, result = self._send_pooled(_LOCK, {"key": key})
-            else:
-                connection = self._held.unbroken()
-                result = connection.execute(_LOCK, {"key": key})
-            is_held = bool(result.scalar())
-        if is_held:
-            self._held.connection, self._held.count = connection, self._held.count + 1
-        elif self._held.connection is None:
-            connection.close()
-        return is_held
+            locked = self._locked
+            if locked:
+                return locked if locked.try_lock(key) else None
+            connection, result = self._send_pooled(_LOCK, {"key": key})
+            if not result.scalar():
+                connection.close()
+                return None
+            locked = self._local.locked = _LockedSession(connection)
+            return locked
 
 
-class _Held(threading.local):
-    """The session that holds a thread's locks, and how many these are."""
+class _LockedSession:
+    """A session that holds a number of locks, one to begin with."""
 
-    connection: sa.Connection | None = None
-    count = 0
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection, self.locks = connection, 1
 
     def unbroken(self) -> sa.Connection:
         """The session, as long as it has its locks. SQLAlchemy would replace a broken one."""
-        connection = self.connection
-        if connection is None or connection.invalidated:
+        if self._connection.invalidated:
             lost = psycopg2.OperationalError("the connection broke, and its locks have ended")
             raise sa.exc.OperationalError("", None, lost)
-        return connection
+        return self._connection
+
+    def try_lock(self, key: int) -> bool:
+        """Take one more lock, if it is free."""
+        is_held = bool(self.unbroken().scalar(_LOCK, {"key": key}))
+        self.locks += is_held
+        return is_held
 
     def release(self, key: int) -> None:
         """End a lock; with a broken session it has ended already."""
-        connection, self.count = self.connection, self.count - 1
-        if connection is None:
-            return
-        if not connection.invalidated:
-            try:
-                connection.execute(_UNLOCK, {"key": key})
-            except sa.exc.SQLAlchemyError:
-                connection.invalidate()
-        if not self.count:
-            self.connection = None
-            connection.close()
+        self.locks -= 1
+        try:
+            self.unbroken().scalar(_UNLOCK, {"key": key})
+        except sa.exc.SQLAlchemyError:
+            self._connection.invalidate()
+        if not self.locks:
+            self._connection.close()
 
 
 def is_shared(session: Session, connect: Callable[[], Session]) -> bool:
