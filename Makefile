@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 APT := $(if $(filter-out 0,$(shell id -u)),sudo -n) env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: demo test browser dev lint lock clean
+.PHONY: demo test quick browser dev lint lock clean
 
 demo: $(READY)  ## the main job on the sandbox exchange, then the UI (UI=0: exit after the summary)
 	$(BIN)/marketdata demo $(if $(filter 0,$(UI)),--no-ui,)
 
 test: $(READY) lint browser  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+quick: $(READY) lint  ## lint, types and the tests that start no server
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not server"
 
 browser:  ## Chromium for the tests that click in the UI; they are skipped where it cannot be installed
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
