@@ -145,5 +145,5 @@ def open_reader(universe: str | Path | None = None) -> Iterator[Reader]:
     Raises BadInput for a mistake in the universe, StoreFailed for a state that cannot be opened.
     """
     environment = {**os.environ, PREFIX + "UNIVERSE": str(universe)} if universe else None
-    with open_context(load_settings(environment)) as context:
+    with open_context(load_settings(environment), for_reading=True) as context:
         yield Reader(context)

@@ -84,7 +84,7 @@ def anomalies(
     if changes:
         _set_state(*changes[0], note)
         return
-    with load_context() as context:
+    with load_context(for_reading=True) as context:
         markets = {context.bind(BarReader).find_market(key) for key in market or []}
         found = [
             record

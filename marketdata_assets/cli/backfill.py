@@ -34,7 +34,7 @@ def plan(
     """Print what a backfill would do: partitions, requests and minutes. Nothing is requested."""
     from marketdata_assets.flows.fetch.plan import BackfillPlanner, minutes_needed
 
-    with load_context() as context:
+    with load_context(for_reading=True) as context:
         settings = context.settings
         partitions = select_partitions(settings, market, start=start, end=end)
         planned = context.bind(BackfillPlanner).plan(partitions)

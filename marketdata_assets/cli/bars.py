@@ -75,7 +75,7 @@ def bars(
     from marketdata_assets.flows.read.bars import BarReader
 
     check_bar_format(format, file)
-    with load_context() as context:
+    with load_context(for_reading=True) as context:
         reader = context.bind(BarReader)
         found, window = reader.find_market(market), select_window(context.settings, start, end)
         if as_of is None:
@@ -100,7 +100,7 @@ def sql(
     from marketdata_assets.storage.views import run_query
 
     check_bar_format(format, file)
-    with load_context() as context:
+    with load_context(for_reading=True) as context:
         settings, window = context.settings, select_window(context.settings, start, end)
         views = open_sql_views(
             settings, context.ledger, context.storage, keys=market, window=window
@@ -122,7 +122,7 @@ def coverage(
     from marketdata_assets.flows.prove.gaps import GapExplainer
     from marketdata_assets.flows.read.coverage import CoverageReporter
 
-    with load_context() as context:
+    with load_context(for_reading=True) as context:
         window = select_window(context.settings, start, end) if start or end else None
         markets = select_markets(context.settings, market)
         context.bind(GapExplainer).explain_new(markets)

@@ -54,7 +54,7 @@ def gaps(
     """
     from marketdata_assets.flows.prove.gaps import GapExplainer
 
-    with load_context() as context:
+    with load_context(for_reading=not reopen) as context:
         settings, explainer = context.settings, context.bind(GapExplainer)
         if reopen:
             if not market or len(market) > 1 or not start:

@@ -52,7 +52,7 @@ def lock(
     from marketdata_assets.flows.read.lock import DatasetLocker
     from marketdata_assets.storage.lockfile import write_lock
 
-    with load_context() as context, _show_progress("lock") as on_progress:
+    with load_context(for_reading=True) as context, _show_progress("lock") as on_progress:
         settings = context.settings
         name = name or Path(settings.source).stem
         markets, window = select_markets(settings, market), select_window(settings, start, end)
@@ -81,7 +81,7 @@ def verify(
     from marketdata_assets.storage.lockfile import read_lock
 
     lock = read_lock(file)
-    with load_context() as context, _show_progress("verify") as on_progress:
+    with load_context(for_reading=True) as context, _show_progress("verify") as on_progress:
         found = context.bind(DatasetVerifier).verify(lock, on_progress)
     rows = [difference.as_dict() for difference in found.differences]
     show(rows, format, document=found.as_dict(), closing=_summarize(found))

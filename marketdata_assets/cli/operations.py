@@ -26,7 +26,7 @@ def health(format: Format = ListFormat.TABLE) -> None:
     """
     from marketdata_assets.flows.operate.health import HealthInspector, HealthStatus
 
-    with load_context() as context:
+    with load_context(for_reading=True) as context:
         found = context.bind(HealthInspector).inspect()
     show([health.as_dict() for health in found], format, cells={"reasons": "; ".join})
     is_healthy = all(health.status == HealthStatus.HEALTHY for health in found)
@@ -42,7 +42,7 @@ def alerts(
     format: Format = ListFormat.TABLE,
 ) -> None:
     """List incidents, with the times when they opened and recovered, and alerts not sent yet."""
-    with load_context() as context:
+    with load_context(for_reading=True) as context:
         incidents = context.ledger.incidents
         backlogs = incidents.backlogs()
         newest = incidents.history(limit)
@@ -84,7 +84,7 @@ def parked(
     format: Format = ListFormat.TABLE,
 ) -> None:
     """List partitions that the sensor `backfill_missed` has given up, with the last reason."""
-    with load_context() as context:
+    with load_context(for_reading=not unpark) as context:
         attempts = context.ledger.attempts
         partitions = set(select_partitions(context.settings, market, start=start, end=end))
         found = [a for a in attempts.all().values() if a.parked_at and a.partition in partitions]

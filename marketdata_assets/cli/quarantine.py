@@ -31,7 +31,7 @@ def list_rows(
     format: Format = ListFormat.TABLE,
 ) -> None:
     """List rejected rows: the fields as sent, the rules they break, and the request behind them."""
-    with load_context() as context:
+    with load_context(for_reading=True) as context:
         settings, window = context.settings, select_window(context.settings, start, end)
         only_market = settings.market(market) if market else None
         rows = context.ledger.quarantine.rows(only_market, window, limit)

@@ -127,7 +127,7 @@ def receipts(
     format: Format = ListFormat.TABLE,
 ) -> None:
     """List what repairs, imports and replays did, the newest first, or print one receipt."""
-    with load_context() as context:
+    with load_context(for_reading=True) as context:
         if number is not None:
             receipt = context.ledger.receipts.find(number)
             if receipt is None:
@@ -161,7 +161,7 @@ def corrections(
     """List corrected bars: what they were, what they became, by how much, and since when."""
     from marketdata_assets.flows.prove.corrections import list_corrections
 
-    with load_context() as context:
+    with load_context(for_reading=True) as context:
         settings = context.settings
         markets, window = select_markets(settings, market), select_window(settings, start, end)
         found = list_corrections(settings, context.lake, markets, window=window, since=since)

@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def load_context() -> Iterator[Context]:
+def load_context(*, for_reading: bool = False) -> Iterator[Context]:
     """Open the universe that the environment names, and close it at the end.
+
+    A command that only reads works `for_reading`, also where the state folder cannot be written.
 
     Raises BadInput for a mistake in the universe, StoreFailed for a store that cannot be opened.
     """
     from marketdata_assets.context import open_context
     from marketdata_assets.settings.load import load_settings
 
-    with open_context(load_settings()) as context:
+    with open_context(load_settings(), for_reading=for_reading) as context:
         yield context
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ConnectionFactory = Callable[[], AbstractContextManager["duckdb.DuckDBPyConnection"]]
+_pause = threading.Event().wait
 _FILE_IN_USE = (
     "Could not set lock",
     "different configuration than existing connections",
@@ -145,9 +146,7 @@ class Warehouse:
 
         pauses = pauses_until(self._wait_seconds, every=0.05)
         try:
-            return retry(
-                open_file, should_retry=is_in_use, pauses=pauses, sleep=threading.Event().wait
-            )
+            return retry(open_file, should_retry=is_in_use, pauses=pauses, sleep=_pause)
         except duckdb.Error as error:
             if not is_in_use(error):
                 raise

@@ -428,7 +428,7 @@ def test_objects_of_the_version_before_are_read():
     found = decode(
         (HERE / "version_1" / "rollup_1d.parquet").read_bytes(),
         rollup_table(TIMEFRAMES["1d"]),
-        "rollup_1d.parquet",
+        name="rollup_1d.parquet",
     )
     assert found.columns == [column.name for column in rollup_table(TIMEFRAMES["1d"]).columns]
     assert [(str(row["close"]), row["bars_present"]) for row in found.to_dicts()] == EXPECTED_DAYS

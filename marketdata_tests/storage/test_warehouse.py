@@ -361,7 +361,7 @@ def test_a_writer_that_waits_gets_its_turn(
     """The file is closed while the writer waits for the third time."""
     pauses = []
 
-    def pause() -> None:
+    def pause(seconds: float) -> None:
         pauses.append(holder.poll())
         if len(pauses) == 3:
             holder.communicate("close\n")
