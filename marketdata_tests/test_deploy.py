@@ -186,6 +186,7 @@ def test_kustomization_names_every_manifest() -> None:
     assert KUSTOMIZATION["generatorOptions"] == {"disableNameSuffixHash": True}
 
 
+@pytest.mark.server
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is absent")
 def test_kustomize_agrees(tmp_path: Path) -> None:
     """Another image in environment.env reaches every container; the rest is as rendered here."""

@@ -29,6 +29,8 @@ from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_tests.samples import BTC, JANUARY, at, read_sql
 
+pytestmark = pytest.mark.server
+
 TABLE = raw_table(TIMEFRAMES["1m"])
 
 

@@ -51,6 +51,8 @@ from marketdata_tests.samples import (
     start_python,
 )
 
+pytestmark = pytest.mark.server
+
 TABLE = raw_table(TIMEFRAMES["1m"])
 NOW = at("2024-02-01T12:00")
 T0 = 1_700_000_000.0

@@ -40,6 +40,8 @@ from marketdata_tests.samples import (
     start_python,
 )
 
+pytestmark = pytest.mark.server
+
 HERE = Path(__file__).parents[1]
 TABLE = raw_table(TIMEFRAMES["1m"])
 

@@ -23,6 +23,8 @@ from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.sqlite import is_writable
 from marketdata_tests.samples import at, read_sql, run_sql, start_python
 
+pytestmark = pytest.mark.server
+
 HERE = Path(__file__).parents[1]
 EXPECTED = json.loads((HERE / "version_3" / "expected.json").read_text())
 Run = Callable[..., subprocess.CompletedProcess[str]]

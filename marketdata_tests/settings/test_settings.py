@@ -888,6 +888,7 @@ def test_pydantic_s_own_error_repeats_no_secret():
     assert CANARY not in repr(refused.value)
 
 
+@pytest.mark.server
 def test_nothing_is_read_from_the_environment_at_import():
     code = (
         "import os, sys\n"

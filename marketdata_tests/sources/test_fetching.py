@@ -46,6 +46,8 @@ from marketdata_tests.steps import (
     window,
 )
 
+pytestmark = pytest.mark.server
+
 BTC = Market("binance", "BTC/USDT")
 MINUTE = TIMEFRAMES["1m"]
 TAKEN = ("open", "high", "low", "close", "volume")

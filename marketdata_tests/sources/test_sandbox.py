@@ -32,6 +32,8 @@ from marketdata_assets.sources.sandbox.server import (
     serve_until_interrupted,
 )
 
+pytestmark = pytest.mark.server
+
 Row = list[Any]
 MINUTE, DAY = 60_000, 86_400_000
 

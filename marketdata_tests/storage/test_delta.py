@@ -59,6 +59,8 @@ from marketdata_tests.samples import (
 from marketdata_tests.samples import random_bars as bars
 from marketdata_tests.steps import at, partitions, run_derive, run_ingest, window
 
+pytestmark = pytest.mark.server
+
 TABLE = raw_table(TIMEFRAMES["1m"])
 WEEKS = rollup_table(TIMEFRAMES["1w"])
 OTHER = Partition(ETH, JANUARY.month)

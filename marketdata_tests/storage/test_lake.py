@@ -51,6 +51,8 @@ from marketdata_tests.samples import (
 )
 from marketdata_tests.samples import random_bars as bars
 
+pytestmark = pytest.mark.server
+
 TABLE = raw_table(TIMEFRAMES["1m"])
 PATH = "raw/ohlcv_1m/market=binance%3ABTC-USDT/month=2024-01/data.parquet"
 

@@ -37,6 +37,8 @@ from marketdata_tests.samples import (
     start_python,
 )
 
+pytestmark = pytest.mark.server
+
 H1, D1 = TIMEFRAMES["1h"], TIMEFRAMES["1d"]
 MONTH = JANUARY.month
 ALWAYS = Window(START - timedelta(days=400), START + timedelta(days=400))

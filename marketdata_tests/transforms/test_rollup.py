@@ -167,6 +167,7 @@ bars.write_parquet(f"{sys.argv[1]}/bars")
 """
 
 
+@pytest.mark.server
 def test_rollups_of_many_bars_are_the_same_for_any_number_of_threads(tmp_path: Path):
     """A quarter of minutes, more than polars hands to one thread, beside DuckDB's own sums."""
     running = []

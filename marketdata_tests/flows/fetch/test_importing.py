@@ -727,6 +727,7 @@ def test_every_row_is_accounted_for_whatever_is_wrong_with_it(
 
 
 # --------------------------------------------------------------------------------- the command, the
+@pytest.mark.server
 def test_the_command_works_offline_and_dagster_shows_it(
     settings: Settings, instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
