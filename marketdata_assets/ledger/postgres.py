@@ -6,7 +6,7 @@ nothing more is written under them.
 
 A pooler in transaction mode gives every transaction another session, and so breaks these locks. It
 is found when the ledger is opened, and refused. Rows with leases would hold behind such a pooler,
-but a lease outlives its process, and a process that stops for longer than its lease goes on to
+but a lease outlives its process, and a process that stops for longer than its lease continues to
 write without a lock. PostgreSQL ends a lock with its session, at once and never before.
 """
 

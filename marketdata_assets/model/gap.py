@@ -17,7 +17,7 @@ class GapReason(StrEnum):
     """What the answers said about a gap."""
 
     NO_BARS = "no_bars"
-    """Two answers delivered both neighbours and nothing between them."""
+    """Two answers delivered both neighbors and nothing between them."""
     QUARANTINED = "quarantined"
     """The venue delivered rows that break a rule."""
     UNANSWERED = "unanswered"

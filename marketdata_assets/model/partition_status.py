@@ -9,7 +9,7 @@ from marketdata_assets.errors import StoreFailed
 
 LOST_REASON = "its object is not in the lake any more"
 LOST_AT_ONCE = 100
-"""Up to this many lost objects are believed to be lost, whatever their share is."""
+"""Up to this many lost objects count as lost, whatever their share is."""
 
 
 class PartitionStatus(StrEnum):

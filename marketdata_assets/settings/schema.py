@@ -22,7 +22,7 @@ def universe_schema() -> dict[str, Any]:
 
 
 class UniverseSchema(GenerateJsonSchema):
-    """Adds what stands in docstrings, and leaves out null: a key that is not wanted is absent."""
+    """Adds the docstrings of fields, and leaves out null: a key that is not wanted is absent."""
 
     def model_schema(self, schema: ModelSchema) -> JsonSchemaValue:
         """A model with the descriptions of its fields."""
