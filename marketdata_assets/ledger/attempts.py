@@ -38,9 +38,7 @@ class AttemptBook(Book):
             _c.market, _c.month, _c.attempts, _c.attempted_at, _c.parked_at, _c.reason
         )
         return {
-            PartitionKey(market, month): BackfillAttempt(
-                Partition.parse(f"{market}|{month}"), *attempt
-            )
+            (market, month): BackfillAttempt(Partition.parse(f"{market}|{month}"), *attempt)
             for market, month, *attempt in (
                 self._database.rows(statement.order_by(_c.market, _c.month))
             )

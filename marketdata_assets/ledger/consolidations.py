@@ -67,9 +67,10 @@ class ConsolidationBook(Book):
             _c.tbl == table.name, _c.digest.is_not(None), *_in_month(_c.month, month)
         )
         return {
-            key: SourcePartition(digest, bool(is_stored), checksums.get(key, ""))
-            for market, month_key, digest, is_stored in self._database.plain_rows(statement)
-            for key in (PartitionKey(market, month_key),)
+            (market, key): SourcePartition(
+                digest, bool(is_stored), checksums.get((market, key), "")
+            )
+            for market, key, digest, is_stored in self._database.plain_rows(statement)
         }
 
     def no_trade_windows(self, table: Table, partition: Partition) -> list[Window]:
@@ -83,10 +84,7 @@ class ConsolidationBook(Book):
         """Every consolidated partition."""
         columns = (_c.market, _c.month, _c.bytes, _c.digest, _c.rollup_source_digest)
         found = self._database.plain_rows(sa.select(*columns).where(_c.tbl == table.name))
-        return {
-            PartitionKey(market, month): ConsolidationState(*state)
-            for market, month, *state in found
-        }
+        return {(market, month): ConsolidationState(*state) for market, month, *state in found}
 
     def record(self, record: ConsolidationRecord) -> None:
         """Write down that a partition was built and is stored."""
@@ -120,7 +118,7 @@ class ConsolidationBook(Book):
         )
         found = self._database.plain_rows(statement.group_by(_g.market, _g.month))
         return {
-            PartitionKey(market, key): " ".join(str(int(number)) for number in numbers)
+            (market, key): " ".join(str(int(number)) for number in numbers)
             for market, key, *numbers in found
         }
 

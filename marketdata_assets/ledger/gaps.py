@@ -77,7 +77,7 @@ class GapBook(Book):
         is_due = _c.next_request <= now.replace(microsecond=0)
         where = sa.and_(_c.tbl == table.name, _c.next_request.is_not(None), is_due)
         statement = sa.select(_c.market, _c.month).where(where).distinct()
-        return {PartitionKey(*key) for key in self._database.plain_rows(statement)}
+        return {(market, month) for market, month in self._database.plain_rows(statement)}
 
     def unsettled(self, table: Table) -> dict[PartitionKey, list[Window]]:
         """The windows of the gaps that are not settled, by market key and month key."""
@@ -86,7 +86,7 @@ class GapBook(Book):
         for market, month, start, end in self._database.rows(
             sa.select(_c.market, _c.month, _c.start, _c.end).where(where)
         ):
-            found[PartitionKey(market, month)].append(Window(start, end))
+            found[market, month].append(Window(start, end))
         return dict(found)
 
     def open_bars(self) -> dict[str, int]:

@@ -58,7 +58,7 @@ class PartitionBook(Book):
         columns = (_c.market, _c.month, _c.start, _c.through, _c.is_complete, _c.bytes)
         statement = sa.select(*columns, is_rolled_up, _c.error).where(_c.tbl == table.name)
         return {
-            PartitionKey(market, month): PartitionSummary(
+            (market, month): PartitionSummary(
                 start, through, done == 1, size, with_rollups == 1, error
             )
             for market, month, start, through, done, size, with_rollups, error in (

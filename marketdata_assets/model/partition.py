@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
+from typing import TypeAlias
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.market import Market
@@ -14,13 +14,11 @@ from marketdata_assets.model.window import Window, month_of, parse_time
 _LAST_YEAR = 9998  # the end of a later month exceeds what datetime can hold
 
 
-class PartitionKey(NamedTuple):
-    """The two texts that name a partition in the ledger and in the lake: `binance:BTC-USDT` and
-    `2024-03-01`. Equal to a plain tuple of both.
-    """
-
-    market: str
-    month: str
+PartitionKey: TypeAlias = tuple[str, str]
+"""The market key and the month key of a partition, as the ledger and the lake have them:
+`("binance:BTC-USDT", "2024-03-01")`. A plain tuple: the garbage collector stops tracking those of
+text, and there is one per partition in every tick of a sensor.
+"""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -43,7 +41,7 @@ class Partition:
     @property
     def stored_key(self) -> PartitionKey:
         """The market key and the month key, as the ledger stores them."""
-        return PartitionKey(self.market.key, self.month_key)
+        return self.market.key, self.month_key
 
     @classmethod
     def parse(cls, key: str) -> Partition:
@@ -58,7 +56,7 @@ class Partition:
         return cls(market, month_of(start))
 
     @classmethod
-    def from_stored_key(cls, key: tuple[str, str]) -> Partition:
+    def from_stored_key(cls, key: PartitionKey) -> Partition:
         """Return the partition of a market key and a month key. Raises BadInput."""
         return cls.parse("|".join(key))
 

@@ -128,7 +128,7 @@ def market_folder(market: Market) -> str:
 
 def parse_folders(market_folder: str, month_folder: str) -> PartitionKey:
     """Return the market key and the month key of two Hive folders: the inverse of `Table.path`."""
-    return PartitionKey(_unescape(market_folder), month_folder.partition("=")[2] + "-01")
+    return _unescape(market_folder), month_folder.partition("=")[2] + "-01"
 
 
 @lru_cache(maxsize=4096)

@@ -232,15 +232,13 @@ class Consolidator:
         has_source = any((market.key, month) in sources for market in markets)
         if not has_source or _is_retired(sources, markets, month):
             return None
-        parts = [
-            (market.key, *sources.get(PartitionKey(market.key, month), ())) for market in markets
-        ]
+        parts = [(market.key, *sources.get((market.key, month), ())) for market in markets]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _is_retired(sources: _Sources, markets: Sequence[Market], month: str) -> bool:
     """Return whether retention has removed raw bars of a month."""
-    of_month = (sources.get(PartitionKey(market.key, month)) for market in markets)
+    of_month = (sources.get((market.key, month)) for market in markets)
     return any(source is not None and not source.is_stored for source in of_month)
 
 

@@ -133,7 +133,7 @@ class BacklogFinder:
             for market in venue.markets:
                 has_rollups = bool(self.settings.rollup_timeframes_of(market))
                 for month, windows in months:
-                    key = PartitionKey(market.key, month)
+                    key = (market.key, month)
                     reasons = (
                         table.reason(key, window, plan)
                         for table, window in zip(tables, windows, strict=True)
@@ -206,7 +206,7 @@ class BacklogFinder:
             for key, summary in self.ledger.partitions.summaries(raw_table(base)).items()
             if summary.is_rolled_up and key[1] >= kept and key not in stored
         )
-        lost = {PartitionKey(*key) for key in rolled_up if self._is_rolled_up(key[0], timeframe)}
+        lost = {key for key in rolled_up if self._is_rolled_up(key[0], timeframe)}
         if lost:
             plan.lost[table] = [Partition.from_stored_key(key) for key in lost]
         return lost
@@ -262,7 +262,7 @@ class BacklogFinder:
             return "are under way"
         if attempt and attempt.parked_at:
             return PARKED
-        venue = key.market.partition(":")[0]
+        venue = key[0].partition(":")[0]
         if venue in broken:
             return f"wait for {venue}, whose circuit breaker is open"
         if attempt and timedelta(0) <= now - attempt.attempted_at < cooldown(
