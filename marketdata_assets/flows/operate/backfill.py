@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 
 from marketdata_assets.flows.fetch.open_partition import wanted_window
 from marketdata_assets.flows.operate.blocks import Block, count_reasons, plan_blocks
+from marketdata_assets.flows.read.table_status import TableStatus
 from marketdata_assets.ledger.attempts import BackfillAttempt
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.partition import Partition, PartitionKey, partitions_of
@@ -21,7 +22,6 @@ from marketdata_assets.model.partition_status import (
     LOST_REASON,
     PartitionStatus,
     ensure_lake_mounted,
-    partition_status,
     status_reason,
 )
 from marketdata_assets.model.table import Table, raw_table, rollup_table
@@ -119,15 +119,8 @@ class BacklogFinder:
         lost_rollups = self._find_lost_rollups(plan, due)
         for venue in self.settings.venues.values():
             tables = [
-                _RawTable(
-                    self.ledger,
-                    self.storage,
-                    raw_table(tf),
-                    shown=shown.get(raw_table(tf)),
-                    search=due,
-                    now=now,
-                )
-                for tf in venue.fetched_timeframes
+                self._read_table(raw_table(timeframe), shown, due, now=now)
+                for timeframe in venue.fetched_timeframes
             ]
             months = list(self._closed_months(venue, now))
             for market in venue.markets:
@@ -146,6 +139,15 @@ class BacklogFinder:
                             reason = ROLLUPS_OUTDATED
                     if reason is not None:
                         yield key, reason
+
+    def _read_table(
+        self, table: Table, shown: Mapping[Table, Collection[str]], search: bool, *, now: datetime
+    ) -> _RawTable:
+        due = self.ledger.gaps.due(table, now)
+        status = TableStatus(
+            self.ledger, self.storage.lake, table, search_lake=search, with_gaps=due
+        )
+        return _RawTable(table, status, shown.get(table))
 
     def _closed_months(
         self, venue: Venue, now: datetime
@@ -273,30 +275,15 @@ class BacklogFinder:
 
 
 class _RawTable:
-    """One raw table as ledger and lake have it, read at once for all partitions."""
+    """The status of a raw table's partitions, and which of them Dagster shows."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        storage: BarStorage,
-        table: Table,
-        *,
-        shown: Collection[str] | None,
-        search: bool,
-        now: datetime,
-    ) -> None:
-        self.summaries = ledger.partitions.summaries(table)
-        self._table, self._shown = table, shown
-        self._sizes = storage.lake.list_sizes(table) if search else None
-        self._due = ledger.gaps.due(table, now)
+    def __init__(self, table: Table, status: TableStatus, shown: Collection[str] | None) -> None:
+        self._table, self._status, self._shown = table, status, shown
+        self.summaries = status.summaries
 
     def reason(self, key: PartitionKey, wanted: tuple[str, str], plan: BackfillPlan) -> str | None:
         """Return why this partition needs a run; None when it needs none. `wanted` is ISO text."""
-        summary = self.summaries.get(key)
-        size = summary.bytes if summary else None
-        if self._sizes is not None:
-            size = self._sizes.get(key)
-        status = partition_status(summary, size, wanted, has_due_gap=key in self._due)
+        status, summary = self._status.of(key, wanted), self.summaries.get(key)
         if status == PartitionStatus.LOST:
             plan.lost[self._table].append(Partition.from_stored_key(key))
             return LOST_REASON

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, time, timedelta
 
+from marketdata_assets.flows.read.table_status import TableStatus
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.records import PartitionState
 from marketdata_assets.model.intervals import count_bars
@@ -89,7 +90,7 @@ class CoverageReporter:
                 span = settings.span(market)
                 before = (span.start.date() - settings.since.date()).days
                 months = partitions_of(market, span)
-                wanted = (share for partition in months for share in days.of(partition))
+                wanted = (share for partition in months for share in days.of(partition, span))
                 shares[market.key] = [*[None] * before, *wanted]
         return DailyCoverage(shares, settings.since.date())
 
@@ -154,33 +155,26 @@ class CoverageReporter:
 
 
 class _DailyShares:
-    """One raw table as ledger and lake have it, read at once for all partitions."""
+    """The shares of the days of one raw table, or of the rollups that are made of it."""
 
     def __init__(
         self, settings: Settings, ledger: Ledger, lake: Lake, *, source: Table, needs_rollup: bool
     ) -> None:
-        self._settings, self._timeframe = settings, source.timeframe
-        self._needs_rollup = needs_rollup
-        self._summaries = ledger.partitions.summaries(source)
-        # in S3, `backfill_missed` searches for lost objects from time to time
-        self._sizes = lake.list_sizes(source) if lake.is_local else None
+        self._timeframe, self._needs_rollup = source.timeframe, needs_rollup
         self._unsettled = ledger.gaps.unsettled(source)
-
-    def of(self, partition: Partition) -> Iterator[float | None]:
-        """Yield the share of each day of a month that the universe wants."""
-        span, key = self._settings.span(partition.market), partition.stored_key
-        # bars that have closed since then may be on their way
-        settled = self._settings.now() - self._settings.limits(self._timeframe).warn
-        wanted = partition.month & span & Window(span.start, settled)
-        summary = self._summaries.get(key)
-        size = summary.bytes if summary else None
-        if self._sizes is not None:
-            size = self._sizes.get(key)
-        bounds, has_gap = (
-            (format_time(wanted.start), format_time(wanted.end)),
-            key in self._unsettled,
+        # in S3, `backfill_missed` searches for lost objects from time to time
+        self._status = TableStatus(
+            ledger, lake, source, search_lake=lake.is_local, with_gaps=self._unsettled
         )
-        status = partition_status(summary, size, bounds, has_due_gap=has_gap)
+        # bars that have closed since then may be on their way
+        self._settled = settings.now() - settings.limits(source.timeframe).warn
+
+    def of(self, partition: Partition, span: Window) -> Iterator[float | None]:
+        """Yield the share of each day of a month inside the span wanted of its market."""
+        key = partition.stored_key
+        wanted = partition.month & span & Window(span.start, self._settled)
+        summary = self._status.summaries.get(key)
+        status = self._status.of(key, (format_time(wanted.start), format_time(wanted.end)))
         is_usable = summary and (summary.is_rolled_up or not self._needs_rollup)
         if status == PartitionStatus.WHOLE and is_usable:
             yield from [1.0] * (-(-(wanted.end - wanted.start) // DAY))
