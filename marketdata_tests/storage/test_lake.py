@@ -153,8 +153,8 @@ def test_sizes_of_a_whole_table_at_once(place: Place):
     del stored[partitions[-1].stored_key]
     sizes = place.lake.list_sizes(TABLE)
     assert sizes == stored
-    assert {key.market for key in sizes} == {"binance:BTC-USDT", "kraken:X-Y_Y"}
-    assert {key.month for key in sizes} == {"2024-01-01", "2024-02-01", "2024-03-01"}
+    assert {market for market, _ in sizes} == {"binance:BTC-USDT", "kraken:X-Y_Y"}
+    assert {month for _, month in sizes} == {"2024-01-01", "2024-02-01", "2024-03-01"}
 
 
 @settings(max_examples=20)
