@@ -21,7 +21,7 @@ from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
-from marketdata_tests.conftest import Universe
+from marketdata_tests.conftest import IMPATIENT, Universe
 from marketdata_tests.defs.test_dagster import check_results
 from marketdata_tests.flows.operate.test_missed import at_time, file_of
 from marketdata_tests.steps import at
@@ -246,8 +246,9 @@ def test_coverage_is_red_when_an_object_is_lost(
 
 
 def test_a_failed_run_is_one_incident_until_a_run_succeeds(
-    settings: Settings, instance: dg.DagsterInstance, universe: Universe
+    settings: Settings, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("marketdata_assets.context.RetryPolicy", lambda: IMPATIENT)
     unreachable = {
         name: venue.model_copy(update={"base_url": "http://127.0.0.1:9"})
         for name, venue in settings.venues.items()

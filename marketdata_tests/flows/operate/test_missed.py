@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,24 @@ def settings(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settin
     )
 
 
+@pytest.fixture(scope="module")
+def stored_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("full_lake") / "copy"
+
+
 @pytest.fixture
-def full_lake(settings: Settings) -> Settings:
-    """Fetch and roll up everything, and leave no gap that would be fetched again."""
+def full_lake(settings: Settings, tmp_path: Path, stored_once: Path) -> Settings:
+    """Fetch and roll up everything, and leave no gap that would be fetched again.
+
+    The first test does it, and the others copy what it stored.
+    """
+    if stored_once.exists():
+        shutil.copytree(stored_once, tmp_path, dirs_exist_ok=True)
+        return settings
     run_ingest(settings)
     mark_gaps_final(settings)
     run_derive(settings)
+    shutil.copytree(tmp_path, stored_once, ignore=shutil.ignore_patterns("universe.yaml"))
     return settings
 
 
