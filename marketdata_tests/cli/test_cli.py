@@ -30,6 +30,7 @@ from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
+from marketdata_tests.steps import run_derive, run_ingest
 
 pytestmark = pytest.mark.server
 
@@ -410,14 +411,38 @@ def test_help_lists_every_command_and_exits_with_0() -> None:
     assert marketdata().returncode == 2
 
 
-def test_commands_without_dagster_import_neither_dagster_nor_ccxt() -> None:
+_LIBRARIES = (
+    *("aiohttp", "alembic", "apprise", "boto3", "ccxt", "dagster", "deltalake", "duckdb", "numpy"),
+    *("pandas", "pandera", "polars", "pyarrow", "pydantic", "sqlalchemy", "yaml"),
+)
+_ALWAYS = {"polars", "pydantic", "sqlalchemy", "yaml"}
+_READING = _ALWAYS | {"numpy", "pyarrow"}
+"""A command that opens objects; coverage opens those of months that are fetched in part."""
+
+
+def test_every_command_imports_only_what_it_needs(stored: Settings) -> None:
+    """A new name in this table makes a command start slower: see `python -X importtime`."""
+    run_ingest(stored)
+    run_derive(stored)
+    needed = {
+        "--help": set(),
+        "coverage": _READING,
+        "gaps": _ALWAYS,
+        "health": _ALWAYS,
+        "alerts": _ALWAYS,
+        "plan": _ALWAYS,
+        "quarantine list": _ALWAYS,
+        "bars binance:BTC-USDT 1m": _READING,
+        "bars binance:BTC-USDT 1h": _READING | {"duckdb"},
+    }
     code = (
-        "import sys, marketdata_assets.cli.main;"
-        "slow = {'polars', 'pydantic', 'sqlalchemy', 'yaml'} & set(sys.modules);"
-        "import marketdata_assets.flows.read.bars, marketdata_assets.flows.fetch.plan;"
-        "import marketdata_assets.context;"
-        "heavy = {'dagster', 'ccxt', 'pandera', 'pyarrow', 'duckdb', 'boto3', 'aiohttp'};"
-        "print(sorted(slow | heavy & set(sys.modules)))"
+        "import sys, marketdata_assets.cli.main as cli\n"
+        "try: cli.main()\n"
+        f"finally: print(*({set(_LIBRARIES)} & set(sys.modules)), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout == "[]\n"
+    imported = {}
+    for command in needed:
+        line = [sys.executable, "-c", code, *command.split()]
+        done = subprocess.run(line, check=False, capture_output=True, text=True)
+        imported[command] = set(done.stderr.splitlines()[-1].split())
+    assert imported == needed
