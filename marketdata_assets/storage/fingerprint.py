@@ -17,21 +17,25 @@ def fingerprint(frame: pl.DataFrame) -> str:
     the empty text.
     """
     digest = hashlib.sha256(f"{frame.height}\n".encode())
+    no_nulls = bytes(frame.height)
     for column in frame:
         digest.update(f"{column.name} {column.dtype}\n".encode())
-        digest.update(column.is_null().cast(pl.UInt8).to_numpy().tobytes())
+        if column.null_count():
+            digest.update(column.is_null().cast(pl.UInt8).to_numpy().tobytes())
+            values = column if column.dtype.is_decimal() else column.to_physical()
+            column = values.fill_null("" if column.dtype == pl.String else 0)
+        else:
+            digest.update(no_nulls)
         if column.dtype == pl.String:
-            text = column.fill_null("")
-            digest.update(text.str.len_bytes().cast(pl.UInt32).to_numpy().tobytes())
-            digest.update("".join(text).encode())
+            digest.update(column.str.len_bytes().cast(pl.UInt32).to_numpy().tobytes())
+            digest.update("".join(column).encode())
         else:
             digest.update(_value_bytes(column))
     return digest.hexdigest()
 
 
 def _value_bytes(column: pl.Series) -> memoryview:
-    values = column if column.dtype.is_decimal() else column.to_physical()
-    array = values.fill_null(0).rechunk().to_arrow()
+    array = column.rechunk().to_arrow()
     width = array.type.bit_width // 8
     start, end = array.offset * width, (array.offset + len(array)) * width
     return memoryview(array.buffers()[1])[start:end]

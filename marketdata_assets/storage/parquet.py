@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import math
 from datetime import datetime
 from typing import Any
 
 import polars as pl
 
 from marketdata_assets.errors import Damaged
-from marketdata_assets.model.bar import DECIMAL, PROVENANCE_COLUMNS, SCALE
+from marketdata_assets.model.bar import DECIMAL, PROVENANCE_COLUMNS
 from marketdata_assets.model.table import Table
 
 OBJECT_VERSION, VERSION_KEY = 3, "marketdata_version"
@@ -19,7 +18,6 @@ objects of version 2 hold no provenance. Every version is read.
 """
 ROWS_PER_GROUP = 10_080
 """A week of minutes: reading one day reads a fourth of a month, for 2 % more bytes."""
-_INTEGER_DIGITS = 18
 _SLOWLY_CHANGING = ("open_time", "open", "high", "low", "close", "known_at", "replaced_at")
 
 
@@ -31,16 +29,23 @@ def encode(frame: pl.DataFrame) -> bytes:
     other numbers are grouped by significance, so that zstd finds the high ones alike. Numbers of
     more than 18 digits stay as they are.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    slim = frame.with_columns(_narrow(column) for column in frame if column.dtype == DECIMAL)
-    encodings = {
-        name: "DELTA_BINARY_PACKED" if name in _SLOWLY_CHANGING else "BYTE_STREAM_SPLIT"
-        for name, dtype in slim.schema.items()
-        if _is_packed(dtype)
-    }
-    texts = [name for name, dtype in slim.schema.items() if dtype == pl.String]
-    table = slim.to_arrow()
+    from marketdata_assets.storage.narrow import DIGITS, narrow_decimals
+
+    arrays = [
+        narrow_decimals(column) if column.dtype == DECIMAL else column.rechunk().to_arrow()
+        for column in frame
+    ]
+    table = pa.Table.from_arrays(arrays, names=frame.columns)
+    encodings, texts = {}, []
+    for field in table.schema:
+        if pa.types.is_large_string(field.type) or pa.types.is_string(field.type):
+            texts.append(field.name)
+        elif not pa.types.is_decimal(field.type) or field.type.precision <= DIGITS:
+            is_slow = field.name in _SLOWLY_CHANGING
+            encodings[field.name] = "DELTA_BINARY_PACKED" if is_slow else "BYTE_STREAM_SPLIT"
     sink = io.BytesIO()
     with pq.ParquetWriter(
         sink,
@@ -111,29 +116,3 @@ def _groups(file: Any, since: datetime) -> list[int]:
         if statistics is None or not statistics.has_min_max or statistics.max >= since:
             found.append(index)
     return found
-
-
-def _is_packed(dtype: pl.DataType) -> bool:
-    if isinstance(dtype, pl.Decimal):
-        return dtype.precision <= _INTEGER_DIGITS
-    return dtype.is_integer() or isinstance(dtype, pl.Datetime)
-
-
-def _narrow(column: pl.Series) -> pl.Series:
-    """Return decimals at the smallest scale that holds all their digits, in 18 digits; unchanged
-    where these do not suffice.
-
-    A sample of the values suggests the scale, and all of them prove it. A column that is too wide
-    keeps its scale, because DuckDB's union of objects takes 38 digits from a wide column and would
-    cut decimals of the others.
-    """
-    sample = column.gather_every(max(1, len(column) // 32)).drop_nulls().to_physical().to_list()
-    divisor = math.gcd(*sample)
-    first = next(scale for scale in range(SCALE + 1) if divisor % 10 ** (SCALE - scale) == 0)
-    for scale in range(first, SCALE + 1):
-        narrow = column.cast(pl.Decimal(_INTEGER_DIGITS, scale), strict=False)
-        if narrow.null_count() > column.null_count():  # too wide, at any larger scale as well
-            return column
-        if narrow.cast(DECIMAL).equals(column):
-            return narrow
-    return column

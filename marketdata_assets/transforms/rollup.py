@@ -13,19 +13,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 
-from marketdata_assets.model.bar import DECIMAL, ROLLUP_SCHEMA, SCALE, TIME
+from marketdata_assets.model.bar import DECIMAL, ROLLUP_SCHEMA, TIME
+from marketdata_assets.model.int128 import Array, Int128, read_int128, to_decimals
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
 from marketdata_assets.model.window import Window
 
-_DIGITS = 10**38
 _HALF, _LOW = np.uint64(32), np.uint64(2**32 - 1)
-
-Array = Any
 
 
 class _Level(NamedTuple):
@@ -55,13 +53,6 @@ class _Buckets(NamedTuple):
     """Where each timeframe ends among the wanted buckets; begins with 0."""
     most: int
     """The number of bars of the largest bucket."""
-
-
-class _Int128(NamedTuple):
-    """Whole numbers: high * 2**64 + low. `high` is None where it is zero throughout."""
-
-    low: Array
-    high: Array | None = None
 
 
 def roll_up(
@@ -148,7 +139,7 @@ def _to_us(span: timedelta) -> int:
 def _roll_up_column(column: pl.Series, levels: list[_Level], buckets: _Buckets) -> pl.Series:
     """Return one column of all buckets."""
     nulls = column.is_null().cast(pl.UInt64).to_numpy() if column.null_count() else None
-    numbers = _to_int128(column if nulls is None else column.fill_null(0))
+    numbers = read_int128(column if nulls is None else column.fill_null(0))
     if column.name in ("open", "close"):
         values = _take(numbers, buckets.first if column.name == "open" else buckets.last)
     elif column.name in ("high", "low"):
@@ -156,7 +147,7 @@ def _roll_up_column(column: pl.Series, levels: list[_Level], buckets: _Buckets) 
     else:
         values = _sum_buckets(numbers, buckets)
     is_decimal = column.dtype == DECIMAL
-    found = _to_decimals(values) if is_decimal else pl.Series(values.low.view(np.int64))
+    found = to_decimals(values) if is_decimal else pl.Series(values.low.view(np.int64))
     if nulls is None:
         return found
     # null as soon as one bar's value is: no venue ever gave the sum of the others
@@ -164,8 +155,8 @@ def _roll_up_column(column: pl.Series, levels: list[_Level], buckets: _Buckets) 
     return pl.select(pl.when(is_given).then(found)).to_series()
 
 
-def _take(numbers: _Int128, rows: Array) -> _Int128:
-    return _Int128(numbers.low[rows], None if numbers.high is None else numbers.high[rows])
+def _take(numbers: Int128, rows: Array) -> Int128:
+    return Int128(numbers.low[rows], None if numbers.high is None else numbers.high[rows])
 
 
 def _sum_between(values: Array, buckets: _Buckets) -> Array:
@@ -178,27 +169,25 @@ def _sum_between(values: Array, buckets: _Buckets) -> Array:
     return running[buckets.last + 1] - running[buckets.first]
 
 
-def _sum_buckets(numbers: _Int128, buckets: _Buckets) -> _Int128:
+def _sum_buckets(numbers: Int128, buckets: _Buckets) -> Int128:
     """Return the sum of each bucket.
 
     Where 64 bits might not hold it, it is made from halves of 32 bits, which do not overflow.
     """
     if numbers.high is None and int(numbers.low.max()) * buckets.most < 2**64:
-        return _Int128(_sum_between(numbers.low, buckets))
+        return Int128(_sum_between(numbers.low, buckets))
     right, left = (
         _sum_between(numbers.low & _LOW, buckets),
         _sum_between(numbers.low >> _HALF, buckets),
     )
     low = (left << _HALF) + right
     high = (left >> _HALF) + (low < right)
-    return _Int128(
-        low, high if numbers.high is None else high + _sum_between(numbers.high, buckets)
-    )
+    return Int128(low, high if numbers.high is None else high + _sum_between(numbers.high, buckets))
 
 
 def _find_extremes(
-    numbers: _Int128, levels: list[_Level], buckets: _Buckets, *, highest: bool
-) -> _Int128:
+    numbers: Int128, levels: list[_Level], buckets: _Buckets, *, highest: bool
+) -> Int128:
     """Return the highest or lowest number of each bucket."""
     reduce, neutral = (np.maximum, 0) if highest else (np.minimum, 2**64 - 1)
     by_level = [numbers]
@@ -207,48 +196,18 @@ def _find_extremes(
         by_level.append(_reduce(finer, level.starts, reduce=reduce, neutral=np.uint64(neutral)))
     wanted = [_take(found, cut) for found, cut in zip(by_level[1:], buckets.cuts, strict=True)]
     high = None if numbers.high is None else np.concatenate([part.high for part in wanted])
-    return _Int128(np.concatenate([part.low for part in wanted]), high)
+    return Int128(np.concatenate([part.low for part in wanted]), high)
 
 
-def _reduce(numbers: _Int128, starts: Array, *, reduce: np.ufunc, neutral: np.uint64) -> _Int128:
+def _reduce(numbers: Int128, starts: Array, *, reduce: np.ufunc, neutral: np.uint64) -> Int128:
     """Return the extreme of each stretch that begins at `starts`.
 
     The high halves decide, then the low halves of those that share the extreme high half.
     """
     if numbers.high is None:
-        return _Int128(reduce.reduceat(numbers.low, starts))
+        return Int128(reduce.reduceat(numbers.low, starts))
     signed = numbers.high.view(np.int64)
     high = reduce.reduceat(signed, starts)
     is_extreme = signed == np.repeat(high, np.diff(starts, append=signed.size))
     low = reduce.reduceat(np.where(is_extreme, numbers.low, neutral), starts)
-    return _Int128(low, high.view(np.uint64))
-
-
-# --------------------------------------------------------------------------------- 64 and 128 bits
-def _to_int128(column: pl.Series) -> _Int128:
-    if column.dtype != DECIMAL:
-        return _Int128(column.to_numpy().view(np.uint64))
-    array = column.rechunk().to_arrow()
-    halves = np.frombuffer(array.buffers()[1], np.uint64).reshape(-1, 2)[
-        array.offset : array.offset + len(array)
-    ]
-    high = halves[:, 1]
-    return _Int128(
-        np.ascontiguousarray(halves[:, 0]), np.ascontiguousarray(high) if high.any() else None
-    )
-
-
-def _to_decimals(numbers: _Int128) -> pl.Series:
-    import pyarrow as pa
-
-    halves = np.zeros((numbers.low.size, 2), np.uint64)
-    halves[:, 0] = numbers.low
-    if numbers.high is not None:
-        halves[:, 1] = numbers.high
-        if numbers.high.size and int(np.abs(numbers.high.view(np.int64)).max()) >= _DIGITS >> 64:
-            raise OverflowError("a sum has more than 38 digits")
-    return pl.Series(
-        pa.Decimal128Array.from_buffers(
-            pa.decimal128(38, SCALE), numbers.low.size, [None, pa.py_buffer(halves)]
-        )
-    )
+    return Int128(low, high.view(np.uint64))
