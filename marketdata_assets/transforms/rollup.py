@@ -10,7 +10,7 @@ of two running sums of halves of 32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from marketdata_assets.model.int128 import Array, Int128, read_int128, to_decima
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
 from marketdata_assets.model.window import Window
 
+_RESOLUTION = timedelta(microseconds=1)
 _HALF, _LOW = np.uint64(32), np.uint64(2**32 - 1)
 
 
@@ -56,19 +57,26 @@ class _Buckets(NamedTuple):
 
 
 def roll_up(
-    bars: pl.DataFrame, base: Timeframe, timeframes: Sequence[Timeframe], *, whole: Window
+    bars: pl.DataFrame,
+    base: Timeframe,
+    timeframes: Sequence[Timeframe],
+    *,
+    whole: Window,
+    owned: Mapping[Timeframe, Window] | None = None,
 ) -> dict[Timeframe, pl.DataFrame]:
     """Return the bars of every timeframe (model.bar.ROLLUP_SCHEMA), made from those of `base`.
 
     `bars` has model.bar.BAR_SCHEMA, sorted, of one market. `whole` is the window that was fetched:
-    a bar that reaches beyond it is not complete, and is left out. `vwap` is rounded to 12 decimals,
+    a bar that reaches beyond it is not complete, and is left out, as are bars that open outside the
+    `owned` window of their timeframe. `vwap` is rounded to 12 decimals,
     half to even. Raises OverflowError for a sum of more than 38 digits.
     """
     if bars.is_empty() or not timeframes:
         return {tf: pl.DataFrame(schema=ROLLUP_SCHEMA) for tf in timeframes}
     ordered = sorted(timeframes, key=lambda tf: tf.width)
     levels = _build_levels(bars["open_time"], [base, *ordered])
-    buckets = _select_buckets(levels, ordered, whole, bars=bars.height)
+    wanted = {tf: _wanted_opens(tf, whole, owned[tf] if owned else whole) for tf in ordered}
+    buckets = _select_buckets(levels, wanted, bars=bars.height)
     columns = {
         name: _roll_up_column(bars[name], levels, buckets)
         for name in bars.columns
@@ -109,20 +117,27 @@ def _build_levels(opens: pl.Series, timeframes: Sequence[Timeframe]) -> list[_Le
     return levels
 
 
+def _wanted_opens(timeframe: Timeframe, whole: Window, owned: Window) -> Window:
+    """Return the open times of the bars that lie wholly inside `whole` and open inside `owned`."""
+    begin = max(timeframe.ceil(whole.start), owned.start)
+    last = whole.end - timeframe.width
+    return Window(begin, max(begin, min(last + _RESOLUTION, owned.end)))
+
+
 def _select_buckets(
-    levels: list[_Level], timeframes: Sequence[Timeframe], whole: Window, *, bars: int
+    levels: list[_Level], wanted: Mapping[Timeframe, Window], *, bars: int
 ) -> _Buckets:
-    """Return the buckets that lie wholly inside the window. `bars`: the number of bars."""
+    """Return the buckets that open inside the windows. `bars`: the number of bars."""
     cuts, lasts = [], []
-    for level, tf in zip(levels[1:], timeframes, strict=True):
-        begin, end = _to_us(tf.ceil(whole.start) - EPOCH), _to_us(whole.end - tf.width - EPOCH) + 1
-        cuts.append(slice(*np.searchsorted(level.labels, [begin, max(begin, end)])))
+    for level, opens in zip(levels[1:], wanted.values(), strict=True):
+        bounds = [_to_us(opens.start - EPOCH), _to_us(opens.end - EPOCH)]
+        cuts.append(slice(*np.searchsorted(level.labels, bounds)))
         lasts.append(np.append(level.first[1:], bars)[cuts[-1]] - 1)
-    wanted = list(zip(levels[1:], cuts, strict=True))
-    first = np.concatenate([level.first[cut] for level, cut in wanted])
+    chosen = list(zip(levels[1:], cuts, strict=True))
+    first = np.concatenate([level.first[cut] for level, cut in chosen])
     last = np.concatenate(lasts)
     return _Buckets(
-        np.concatenate([level.labels[cut] for level, cut in wanted]),
+        np.concatenate([level.labels[cut] for level, cut in chosen]),
         first,
         last=last,
         cuts=tuple(cuts),
@@ -132,7 +147,7 @@ def _select_buckets(
 
 
 def _to_us(span: timedelta) -> int:
-    return span // timedelta(microseconds=1)
+    return span // _RESOLUTION
 
 
 # --------------------------------------------------------------------------------- columns

@@ -1,24 +1,29 @@
-"""Roll up the stored bars of a partition to all coarser timeframes in one step from one read."""
+"""Roll up the stored bars of a partition to all coarser timeframes in one step from one read.
+
+While the objects of one partition are written, the next one is read and rolled up.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import NamedTuple
 
 import polars as pl
 
+from marketdata_assets.errors import MarketDataError
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.records import PartitionState
 from marketdata_assets.model.bar import empty_bars
-from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.partition import Partition, adjacent_partition
-from marketdata_assets.model.table import raw_table, rollup_table
+from marketdata_assets.model.table import Table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import WAREHOUSE_LOCK, BarStorage
+from marketdata_assets.storage.lake import Lake
 from marketdata_assets.transforms.rollup import roll_up
 
 CONCURRENT_WRITES = 4
@@ -39,6 +44,41 @@ class RollupResult:
     requested: Window
 
 
+class _PendingRollup(NamedTuple):
+    """The rollups of one partition while they are written.
+
+    `source` is the digest of the raw rows that all of its rollups are made of; None when only some
+    are built.
+    """
+
+    result: RollupResult
+    changed: Future[dict[Timeframe, int]]
+    source: str | None = None
+
+
+class _RawBars:
+    """Reads the raw bars of partitions; the last object that was read is kept for the next one."""
+
+    def __init__(self, lake: Lake) -> None:
+        self._lake = lake
+        self._partition: Partition | None = None
+        self._bars: pl.DataFrame | None = None
+
+    def read(self, table: Table, partition: Partition) -> pl.DataFrame:
+        """Return the bars of a partition; none where there is no object."""
+        self._partition, self._bars = partition, self._lake.read(table, partition)
+        return empty_bars() if self._bars is None else self._bars
+
+    def read_since(
+        self, table: Table, partition: Partition, first: datetime
+    ) -> pl.DataFrame | None:
+        """Return the bars of a partition that open at or after a moment; None without object."""
+        bars = self._bars
+        if partition != self._partition:
+            bars = self._lake.read(table, partition, since=first)
+        return None if bars is None else bars[bars["open_time"].search_sorted(first) :]
+
+
 @dataclass(frozen=True, slots=True)
 class RollupBuilder:
     """Builds rollups from stored raw bars; only rows that differ are written."""
@@ -53,12 +93,43 @@ class RollupBuilder:
         A bar that begins in one month and ends in the next one belongs to the next one: it is built
         again when that month was rolled up before.
         """
-        for partition in partitions:
-            yield self._build(partition, self._timeframes(partition))
+        raw = _RawBars(self.storage.lake)
+        with ThreadPoolExecutor(1) as writer:  # one thread writes in the order of the partitions
+            before: list[_PendingRollup] = []
+            for partition in partitions:
+                started = self._start_both(writer, raw, partition)
+                if before:
+                    yield self._finish(before)
+                before = started
+            if before:
+                yield self._finish(before)
+
+    def _start_both(
+        self, writer: Executor, raw: _RawBars, partition: Partition
+    ) -> list[_PendingRollup]:
+        """Start a partition, and the one after it where its first bars begin in this one."""
+        try:
+            started = [self._start(writer, raw, partition, timeframes=self._timeframes(partition))]
             following = adjacent_partition(partition, +1)
             state = self._state(following)
             if state is not None and state.rollup_source_digest is not None:
-                self._build(following, self._straddling_timeframes(following))
+                straddling = self._straddling_timeframes(following)
+                started.append(self._start(writer, raw, following, timeframes=straddling))
+        except MarketDataError as error:  # raised when the partitions before are finished
+            failed: Future[dict[Timeframe, int]] = Future()
+            failed.set_exception(error)
+            return [_PendingRollup(_nothing(partition), failed)]
+        return started
+
+    def _finish(self, started: Sequence[_PendingRollup]) -> RollupResult:
+        """Wait until everything is written; return the result of the first partition."""
+        results = []
+        for result, changed, source in started:
+            results.append(replace(result, changed=changed.result()))
+            if source is not None:
+                table = raw_table(self.settings.venues[result.partition.market.venue].base)
+                self.ledger.partitions.set_rollup_source(table, result.partition, source)
+        return results[0]
 
     def _timeframes(self, partition: Partition) -> list[Timeframe]:
         """Return the timeframes of the market whose retention keeps this month."""
@@ -71,27 +142,36 @@ class RollupBuilder:
         start = partition.month.start
         return [tf for tf in self._timeframes(partition) if partition.open_times(tf).start < start]
 
-    def _build(self, partition: Partition, timeframes: Sequence[Timeframe]) -> RollupResult:
+    def _start(
+        self,
+        writer: Executor,
+        raw: _RawBars,
+        partition: Partition,
+        *,
+        timeframes: Sequence[Timeframe],
+    ) -> _PendingRollup:
+        """Read and roll up a partition, and begin to write it."""
         base = self.settings.venues[partition.market.venue].base
         state = self._state(partition)
         if state is None or state.bytes is None or not timeframes:
-            start = partition.month.start
-            return RollupResult(partition, {}, changed={}, requested=Window(start, start))
-        bars = self.storage.lake.read(raw_table(base), partition)
-        earlier, start_earlier = self._end_of_month_before(partition, base)
-        joined = pl.concat([earlier, empty_bars() if bars is None else bars])
+            nothing: Future[dict[Timeframe, int]] = Future()
+            nothing.set_result({})
+            return _PendingRollup(_nothing(partition), nothing)
+        earlier, start_earlier = self._end_of_month_before(raw, partition, base)
+        joined = pl.concat([earlier, raw.read(raw_table(base), partition)])
         window = Window(start_earlier or state.start, state.through)
         requested = requested_window(joined["open_time"], base, window)
-        frames = roll_up(joined, base, timeframes, whole=requested)
         owned = {tf: partition.open_times(tf) for tf in timeframes}
-        frames = {tf: frame.filter(opens_inside(owned[tf])) for tf, frame in frames.items()}
-        changed = self._write(partition, frames, owned)
-        if len(timeframes) == len(self._timeframes(partition)) and state.digest:
-            self.ledger.partitions.set_rollup_source(raw_table(base), partition, state.digest)
-        return RollupResult(partition, frames, changed=changed, requested=requested)
+        frames = roll_up(joined, base, timeframes, whole=requested, owned=owned)
+        is_all = len(timeframes) == len(self._timeframes(partition))
+        return _PendingRollup(
+            RollupResult(partition, frames, changed={}, requested=requested),
+            writer.submit(self._write, partition, frames, owned),
+            state.digest if is_all else None,
+        )
 
     def _end_of_month_before(
-        self, partition: Partition, base: Timeframe
+        self, raw: _RawBars, partition: Partition, base: Timeframe
     ) -> tuple[pl.DataFrame, datetime | None]:
         """Return the last bars of the month before, and since when they were requested."""
         month, earlier = partition.month.start, adjacent_partition(partition, -1)
@@ -100,10 +180,8 @@ class RollupBuilder:
         state = self._state(earlier)
         if first >= month or state is None or state.through < month:
             return empty_bars(), None
-        bars = self.storage.lake.read(raw_table(base), earlier, since=first)
-        if bars is None:
-            return empty_bars(), None
-        return bars.filter(pl.col("open_time") >= first), max(first, state.start)
+        bars = raw.read_since(raw_table(base), earlier, first)
+        return (empty_bars(), None) if bars is None else (bars, max(first, state.start))
 
     def _state(self, partition: Partition) -> PartitionState | None:
         base = self.settings.venues[partition.market.venue].base
@@ -131,6 +209,11 @@ class RollupBuilder:
                 tf: frames[tf].height * changed
                 for tf, changed in zip(frames, has_changed, strict=True)
             }
+
+
+def _nothing(partition: Partition) -> RollupResult:
+    start = partition.month.start
+    return RollupResult(partition, {}, changed={}, requested=Window(start, start))
 
 
 def requested_window(opens: pl.Series, base: Timeframe, requested: Window) -> Window:
