@@ -22,8 +22,7 @@ from marketdata_assets.context import Context, open_context
 from marketdata_assets.flows.read.as_of import AsOfReader
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.sql import open_sql_views
-from marketdata_assets.model.market import CONSOLIDATED_VENUE
-from marketdata_assets.model.timeframe import Timeframe, parse_timeframe
+from marketdata_assets.model.timeframe import parse_timeframe
 from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.load import PREFIX, load_settings
 from marketdata_assets.storage.views import run_query
@@ -69,21 +68,23 @@ class Reader:
         column `venue`. With `as_of`, a moment of our clock (inclusive), the bars are those that
         were known then, and they are read at once. Raises ValueError for an empty list.
         """
-        tf, window, moment = (
-            parse_timeframe(timeframe_),
-            self._window(start, end),
-            _parse_moment(as_of),
-        )
-        if isinstance(market, str):
-            return self._scan(market, tf, window, moment=moment)
-        if not market:
+        keys = [market] if isinstance(market, str) else market
+        if not keys:
             raise ValueError("name at least one market; reader.markets has all of them")
-        frames = [
-            self._scan(key, tf, window, moment=moment).select(pl.lit(key).alias("market"), pl.all())
-            for key in market
-        ]
-        has_venue = any(key.startswith(CONSOLIDATED_VENUE) for key in market)
-        return pl.concat(frames, how="diagonal" if has_venue else "vertical")
+        reader = self._context.bind(BarReader)
+        markets = [reader.find_market(key) for key in keys]
+        timeframe, window = parse_timeframe(timeframe_), self._window(start, end)
+        with_market = not isinstance(market, str)
+        moment = _parse_moment(as_of)
+        if moment is None:
+            return reader.scan(markets, timeframe, window, with_market=with_market)
+        past = self._context.bind(AsOfReader)
+        frames = []
+        for key, each in zip(keys, markets, strict=True):
+            bars = past.read(each, timeframe, window, moment=moment).lazy()
+            named = [pl.lit(key).alias("market")] if with_market else []
+            frames.append(bars.select(*named, pl.all()))
+        return pl.concat(frames)
 
     def newest(self, timeframe_: str) -> pl.DataFrame:
         """Return `market`, `open_time`: the newest stored bar of every market of the universe.
@@ -118,16 +119,6 @@ class Reader:
             keys=markets,
             window=self._window(start, end),
         )
-
-    def _scan(
-        self, key: str, timeframe_: Timeframe, window: Window, *, moment: datetime | None
-    ) -> pl.LazyFrame:
-        reader = self._context.bind(BarReader)
-        market = reader.find_market(key)
-        if moment is None:
-            return reader.scan(market, timeframe_, window)
-        as_of_reader = self._context.bind(AsOfReader)
-        return as_of_reader.read(market, timeframe_, window, moment=moment).lazy()
 
     def _window(self, start: Moment, end: Moment) -> Window:
         settings = self._context.settings

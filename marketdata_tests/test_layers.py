@@ -80,6 +80,7 @@ ALLOWED_CLOCKS = {
     ("settings/universe.py", "datetime.now"): "our clock, unless MARKETDATA_NOW replaces it",
     ("settings/parts.py", "datetime.now"): "what MARKETDATA_NOW with a speed counts from",
     ("ledger/postgres.py", "time.time"): "how far the server's clock is ahead of ours",
+    ("storage/cache.py", "time.time_ns"): "whether a file has just changed",
     ("storage/s3.py", "datetime.now"): "how old an unfinished upload is",
     ("cli/demo.py", "datetime.now"): "the demo shows the months before today",
     ("sources/ccxt_rest.py", "datetime.now"): "for venues without a clock",

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import polars as pl
 
+from marketdata_assets.model.bar import TIME
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 
@@ -103,6 +104,15 @@ def fold_neighbors(items: Iterable[T], join: Callable[[T, T], T | None]) -> list
 def opens_inside(window: Window) -> pl.Expr:
     """Return an expression that is true where the column `open_time` lies in the window."""
     return pl.col("open_time").is_between(window.start, window.end, closed="left")
+
+
+def slice_inside(bars: pl.DataFrame, window: Window) -> pl.DataFrame:
+    """Return the bars that open inside the window. `bars` is sorted by `open_time`."""
+    opens = bars["open_time"]
+    if opens.is_empty() or (opens[0] >= window.start and opens[-1] < window.end):
+        return bars
+    first, end = opens.search_sorted(pl.Series([window.start, window.end], dtype=TIME))
+    return bars[first:end]
 
 
 def find_gaps(opens: pl.Series, timeframe: Timeframe, window: Window) -> list[Window]:

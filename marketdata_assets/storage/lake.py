@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from datetime import datetime
-from functools import lru_cache
-from itertools import groupby
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
+from polars.io.plugins import register_io_source
 
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.model.bar import PROVENANCE_COLUMNS
+from marketdata_assets.model.intervals import opens_inside, slice_inside
+from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.table import StoredObject, Table
+from marketdata_assets.model.window import Window
+from marketdata_assets.storage.cache import FrameCache, Stamp, file_stamp
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.objects import open_object_store
 from marketdata_assets.storage.parquet import decode, encode
 from marketdata_assets.storage.s3_client import polars_storage_options
+
+_ROWS_AT_ONCE = 100_000
+"""Partitions are passed to Polars together up to so many rows: each batch costs some 0.3 ms."""
 
 
 class Lake:
@@ -32,15 +38,15 @@ class Lake:
         self._hot = open_object_store(location)
         self._cold = open_object_store(cold_location) if cold_location else None
         self._stores = [self._hot, self._cold] if self._cold else [self._hot]
+        self._locations = [place for place in (location, cold_location) if place]
+        self._cache = FrameCache()
 
     @property
     def is_local(self) -> bool:
         """Whether both locations are on disks, where a listing costs little and a write needs no
         network.
         """
-        return not any(
-            location.startswith("s3://") for location in (self.location, self.cold_location or "")
-        )
+        return not any(location.startswith("s3://") for location in self._locations)
 
     def write(self, table: Table, partition: Partition, frame: pl.DataFrame) -> StoredObject:
         """Replace a partition's object. Equal rows always become equal bytes."""
@@ -64,46 +70,102 @@ class Lake:
         table: Table,
         partition: Partition,
         *,
-        since: datetime | None = None,
+        inside: Window | None = None,
+        columns: Collection[str] | None = None,
         with_provenance: bool = False,
     ) -> pl.DataFrame | None:
         """Return the partition's rows, sorted by open_time; None where there is no object.
 
-        `since`: rows that open before that moment may be left out. `with_provenance`: with the
-        columns of model.bar.PROVENANCE_COLUMNS. Raises Damaged.
+        `inside`: rows that open outside this window may be left out. `columns`: only these of the
+        table's. `with_provenance`: with the columns of model.bar.PROVENANCE_COLUMNS. Raises
+        Damaged.
         """
         path = table.path(partition)
         content = self._read(path)
         if content is None:
             return None
-        name = f"{self.location}/{path}"
-        return decode(content, table, name=name, since=since, with_provenance=with_provenance)
+        return decode(
+            content,
+            table,
+            name=f"{self.location}/{path}",
+            inside=inside,
+            columns=columns,
+            with_provenance=with_provenance,
+        )
 
     def _read(self, path: str) -> bytes | None:
         contents = (store.read(path) for store in self._stores)
         return next((content for content in contents if content is not None), None)
 
+    def read_inside(
+        self,
+        table: Table,
+        partition: Partition,
+        window: Window,
+        columns: Collection[str] | None = None,
+    ) -> pl.DataFrame | None:
+        """Return the partition's rows that open inside the window; None where there is no object.
+
+        An object on a disk that is read a second time is kept in memory until it changes; then more
+        than these columns may be returned. `columns` contains `open_time`. Raises Damaged.
+        """
+        path = table.path(partition)
+        stamp = self._stamp(path)
+        bars = self._cache.get(path, stamp) if stamp else None
+        if bars is None and stamp and self._cache.is_known(path, stamp):
+            bars = self.read(table, partition)
+            if bars is not None:
+                self._cache.put(path, stamp, bars)
+        elif bars is None:
+            bars = self.read(table, partition, inside=window, columns=columns)
+        return None if bars is None else slice_inside(bars, window)
+
+    def _stamp(self, path: str) -> Stamp | None:
+        """Return what changes with an object on a disk; None in S3 and where there is none."""
+        if not self.is_local:
+            return None
+        stamps = (file_stamp(f"{place}/{path}") for place in self._locations)
+        return next((stamp for stamp in stamps if stamp), None)
+
     def scan(
-        self, table: Table, partitions: Sequence[Partition], *, all_exist: bool = False
-    ) -> list[pl.LazyFrame]:
-        """Return the rows of these partitions in the table's types, in order. They are read when
-        the frames are collected; a partition without an object is left out.
+        self,
+        table: Table,
+        partitions: Sequence[Partition],
+        window: Window,
+        *,
+        all_exist: bool = False,
+        with_market: bool = False,
+    ) -> pl.LazyFrame:
+        """Return the rows of these partitions that open inside the window, in the table's types and
+        in the order of the partitions. They are read when the frame is collected; a partition
+        without an object is left out.
 
         `all_exist`: the caller knows that all objects exist, so that S3 need not be asked.
+        `with_market`: with the market's key as the first column. From a disk, collecting raises
+        Damaged.
         """
-        uris = self.find_uris(table, partitions, all_exist=all_exist)
-        # one scan of many files needs files of one schema, and months of one market mostly have it
-        return [_scan(table, list(group)) for _, group in groupby(uris, key=_schema_of)]
+        schema = {"market": pl.String(), **table.schema} if with_market else table.schema
+        if self.is_local:
+            reading = _Reading(self, table, partitions, window=window, names=[*schema])
+            return register_io_source(reading, schema=schema)
+        frames = [pl.LazyFrame(schema=schema)]
+        for partition, uri in self.find_uris(table, partitions, all_exist=all_exist).items():
+            frame = pl.scan_parquet(
+                uri, hive_partitioning=False, storage_options=polars_storage_options()
+            )
+            bars = frame.select(table.typed_columns).filter(opens_inside(window))
+            frames.append(bars.with_columns(market=pl.lit(partition.market.key)).select(*schema))
+        return pl.concat(frames)
 
     def find_uris(
         self, table: Table, partitions: Sequence[Partition], *, all_exist: bool = False
-    ) -> list[str]:
-        """Return the URIs of these partitions' objects, those that exist, in order."""
-        paths = [table.path(partition) for partition in partitions]
+    ) -> dict[Partition, str]:
+        """Return the URIs of these partitions' objects, of those that exist, in order."""
+        paths = {partition: table.path(partition) for partition in partitions}
         uris: dict[str, str] = {}
         for store in reversed(self._stores):
-            uris |= store.find_uris(paths, all_exist=all_exist and self._cold is None)
-        return [uris[path] for path in paths if path in uris]
+            uris |= store.find_uris([*paths.values()], all_exist=all_exist and self._cold is None)
+        return {partition: uris[path] for partition, path in paths.items() if path in uris}
 
     def size(self, table: Table, partition: Partition) -> int | None:
         """Return the object's size in bytes; None where there is no object."""
@@ -164,22 +226,53 @@ class Lake:
         return self._hot.list_storage_classes(table.name)
 
 
-def _scan(table: Table, uris: list[str]) -> pl.LazyFrame:
-    options = polars_storage_options() if uris[0].startswith("s3://") else None
-    frame = pl.scan_parquet(uris, hive_partitioning=False, storage_options=options)
-    return frame.select(table.typed_columns)
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Reads partitions one after the other when Polars collects them."""
+
+    lake: Lake
+    table: Table
+    partitions: Sequence[Partition]
+    window: Window
+    names: Sequence[str]
+
+    def __call__(self, *wanted: Any) -> Iterator[pl.DataFrame]:
+        """Yield the rows of the partitions. Polars passes the columns that it wants, a predicate on
+        rows, a number of rows, each of them or None, and the size of a batch.
+        """
+        columns, predicate, limit, _ = wanted
+        for bars in self._batches(columns, predicate):
+            part = bars if predicate is None else bars.filter(predicate)
+            if limit is not None:
+                part = part.head(limit)
+                limit -= part.height
+            yield part if columns is None else part.select(columns)
+
+    def _batches(
+        self, columns: Sequence[str] | None, predicate: pl.Expr | None
+    ) -> Iterator[pl.DataFrame]:
+        needed = None
+        if columns is not None:
+            tested = [] if predicate is None else predicate.meta.root_names()
+            needed = {"open_time", *columns, *tested}
+        parts, rows = [], 0
+        for partition in self.partitions:
+            bars = self.lake.read_inside(self.table, partition, self.window, needed)
+            if bars is None:
+                continue
+            if "market" in self.names:
+                bars = with_market_column(bars, partition.market)
+            parts.append(bars)
+            rows += bars.height
+            if rows >= _ROWS_AT_ONCE:
+                yield pl.concat(parts)
+                parts, rows = [], 0
+        if parts:
+            yield pl.concat(parts)
 
 
-def _schema_of(uri: str) -> object:
-    """Return what the files of one scan have in common: their schema where reading it costs no
-    request, else the URI, so that each is scanned alone.
-    """
-    if uri.startswith("s3://"):
-        return uri
-    return _read_schema(uri, os.stat(uri).st_mtime_ns)  # noqa: PTH116 - on the path of every read
-
-
-@lru_cache(maxsize=65536)
-def _read_schema(uri: str, modified: int) -> object:
-    """Read the schema of a file; `modified` is part of the cache's key."""
-    return tuple(pl.read_parquet_schema(uri).items())
+def with_market_column(bars: pl.DataFrame, market: Market) -> pl.DataFrame:
+    """Return the bars with the market's key as the first column, `market`."""
+    return bars.clone().insert_column(
+        0, pl.Series("market", [market.key]).new_from_index(0, bars.height)
+    )

@@ -6,20 +6,23 @@ Transactions are short, and a process that finds the file in use waits for it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import polars as pl
 
 from marketdata_assets.errors import StoreFailed
+from marketdata_assets.model.intervals import slice_inside
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.table import Table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.retry import pauses_until, retry
+from marketdata_assets.storage.cache import FrameCache, file_stamp
 
 if TYPE_CHECKING:
     import duckdb
@@ -48,6 +51,7 @@ class Warehouse:
         self.path = path
         self._connect = connect or self._open
         self._wait_seconds = wait_seconds
+        self._cache = FrameCache()
 
     @property
     def exists(self) -> bool:
@@ -83,10 +87,45 @@ class Warehouse:
         """Return the bars of a market that open inside the window, sorted; none where the table
         does not exist yet.
         """
-        if not self.exists:
-            return pl.DataFrame(schema=table.schema)
-        with self._translate_errors(), self._open(read_only=True) as connection:
-            return _MarketRows(connection, table, market).read(window)
+        return self.read_markets(table, [market], window)[0]
+
+    def read_markets(
+        self, table: Table, markets: Sequence[Market], window: Window
+    ) -> list[pl.DataFrame]:
+        """Return what `read` returns of each market, from one connection.
+
+        Years of a market that are read a second time are kept in memory until the file changes.
+        """
+        if not self.exists or not window:
+            return [pl.DataFrame(schema=table.schema) for _ in markets]
+        with self._translate_errors(), ExitStack() as stack:
+            connect = cache(lambda: stack.enter_context(self._open(read_only=True)))
+            return [self._read_kept(table, market, window, connect=connect) for market in markets]
+
+    def _read_kept(
+        self,
+        table: Table,
+        market: Market,
+        window: Window,
+        *,
+        connect: Callable[[], duckdb.DuckDBPyConnection],
+    ) -> pl.DataFrame:
+        stamp = file_stamp(self.path, f"{self.path}.wal")
+        last = window.end - timedelta(microseconds=1)
+        years = [(table.key, market.key, y) for y in range(window.start.year, last.year + 1)]
+        kept = {year: self._cache.get(year, stamp) if stamp else None for year in years}
+        missing = [year for year, frame in kept.items() if frame is None]
+        if missing:
+            known = [stamp is not None and self._cache.is_known(year, stamp) for year in missing]
+            rows = _MarketRows(connect(), table, market)
+            if stamp is None or not all(known):
+                return rows.read(window)
+            for year in missing:
+                kept[year] = bars = rows.read(_whole_year(year[-1]))
+                self._cache.put(year, stamp, bars)
+        return slice_inside(
+            pl.concat(frame for frame in kept.values() if frame is not None), window
+        )
 
     @contextmanager
     def keep_open(self) -> Iterator[None]:
@@ -226,6 +265,10 @@ class _MarketRows:
         self._connection.execute(
             f"CREATE TABLE IF NOT EXISTS {quoted_name(self._table)} (market VARCHAR, {columns})"
         )
+
+
+def _whole_year(year: int) -> Window:
+    return Window(datetime(year, 1, 1, tzinfo=UTC), datetime(year + 1, 1, 1, tzinfo=UTC))
 
 
 def _has_table(connection: duckdb.DuckDBPyConnection, table: Table) -> bool:

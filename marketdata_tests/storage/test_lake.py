@@ -32,7 +32,7 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import market_folder, raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
-from marketdata_assets.model.window import month_of
+from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lake import Lake
 from marketdata_assets.storage.parquet import decode, encode
@@ -43,6 +43,7 @@ from marketdata_tests.samples import (
     DECIMALS,
     FEBRUARY,
     JANUARY,
+    at,
     frame,
     kill,
     minutes,
@@ -273,6 +274,60 @@ def test_a_flipped_bit_is_reported_or_changes_nothing():
         else:
             assert bit >= 8 * footer or found.equals(bars())
     assert reported > 500
+
+
+def make_older(file: Path) -> None:
+    """Give a file the time of an hour ago, so that it has not just changed."""
+    hour_ago = file.stat().st_mtime - 3600
+    os.utime(file, (hour_ago, hour_ago))
+
+
+def test_an_object_on_a_disk_that_is_read_again_is_kept_until_it_changes(tmp_path: Path):
+    lake, file = Lake(str(tmp_path)), tmp_path / PATH
+    lake.write(TABLE, JANUARY, bars())
+    make_older(file)
+    window = Window(at("2024-01-01"), at("2024-01-01T00:30"))
+    expected = bars().filter(pl.col("open_time") < window.end)
+    for _ in range(2):
+        assert lake.read_inside(TABLE, JANUARY, window).equals(expected)
+    before = file.stat()
+    file.write_bytes(b"x" * before.st_size)  # in place, and with the time of before
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert lake.read_inside(TABLE, JANUARY, window).equals(expected)
+    assert lake.scan(TABLE, [JANUARY], JANUARY.month).collect().equals(bars())
+    os.utime(file)
+    with pytest.raises(Damaged, match="is damaged"):
+        lake.read_inside(TABLE, JANUARY, window)
+    with pytest.raises(Damaged, match="is damaged"):
+        lake.scan(TABLE, [JANUARY], JANUARY.month).collect()
+    lake.write(TABLE, JANUARY, bars(7))
+    assert lake.read_inside(TABLE, JANUARY, JANUARY.month).equals(bars(7))
+    lake.delete(TABLE, JANUARY)
+    assert lake.read_inside(TABLE, JANUARY, window) is None
+
+
+def test_a_scan_reads_what_is_asked_of_it(place: Place):
+    """Columns, rows and their number in every order, also with the markets in front."""
+    other = Partition(Market("binance", "ETH/USDT"), JANUARY.month)
+    written = {JANUARY: bars(1), other: bars(2)}
+    for partition, frame_ in written.items():
+        place.lake.write(TABLE, partition, frame_)
+    every = pl.concat(
+        frame_.select(pl.lit(partition.market.key).alias("market"), pl.all())
+        for partition, frame_ in written.items()
+    )
+    partitions = [JANUARY, FEBRUARY, other]
+    found = place.lake.scan(TABLE, partitions, JANUARY.month, with_market=True)
+    large = pl.col("volume") > every["volume"].median()
+    for change in (
+        lambda frame_: frame_,
+        lambda frame_: frame_.head(130),
+        lambda frame_: frame_.filter(large).select("close", "market"),
+        lambda frame_: frame_.filter(large).head(3).select("trades"),
+        lambda frame_: frame_.select("market").unique(maintain_order=True),
+        lambda frame_: frame_.select(pl.len()),
+    ):
+        assert change(found).collect().equals(change(every))
 
 
 def test_columns_are_bound_by_name(place: Place):

@@ -39,6 +39,7 @@ from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.storage import s3, s3_client
@@ -254,7 +255,8 @@ def test_a_lake_on_each_server(store: Store):
         ("binance:BTC-USDT", "2024-02-01"),
     }
     assert lake.list_storage_classes(TABLE) == {PATH: "STANDARD", TABLE.path(FEBRUARY): "STANDARD"}
-    assert [frame.collect().height for frame in lake.scan(TABLE, [JANUARY, FEBRUARY])] == [100, 100]
+    window = Window(JANUARY.month.start, FEBRUARY.month.end)
+    assert lake.scan(TABLE, [JANUARY, FEBRUARY], window).collect().height == 200
     assert lake.quarantine_object(TABLE, JANUARY).endswith(PATH + ".damaged")
     lake.delete(TABLE, FEBRUARY)
     store.lake().delete(TABLE, FEBRUARY)

@@ -72,7 +72,36 @@ def get(warehouse: Warehouse, market: Any = BTC, window: Window = ALWAYS) -> pl.
     return warehouse.read(rollup_table(H1), market, window)
 
 
+def make_older(file: Path) -> None:
+    """Give a file the time of an hour ago, so that it has not just changed."""
+    hour_ago = file.stat().st_mtime - 3600
+    os.utime(file, (hour_ago, hour_ago))
+
+
 # ---------------------------------------------------------------- exactly these bars
+def test_years_that_are_read_again_are_kept_until_the_file_changes(warehouse: Warehouse):
+    around_new_year = hours(1, 48, start=-24)
+    put(warehouse, around_new_year, window=ALWAYS)
+    put(warehouse, hours(2), ETH)
+    make_older(warehouse.path)
+    window = Window(START - 5 * H1.width, START + 7 * H1.width)
+    expected = around_new_year[19:31]
+    for _ in range(3):
+        assert get(warehouse, window=window).equals(expected)
+    with warehouse_of_another(warehouse) as other:  # it holds the file, and nobody waits for it
+        assert get(warehouse, window=window).equals(expected)
+        assert get(warehouse, window=Window(START, START)).is_empty()
+        other.execute('DELETE FROM "rollup"."ohlcv_1h" WHERE market = ?', [BTC.key])
+    assert get(warehouse, window=window).is_empty()
+    assert get(warehouse, ETH).equals(hours(2))
+
+
+@contextmanager
+def warehouse_of_another(warehouse: Warehouse) -> Iterator[Any]:
+    with duckdb.connect(str(warehouse.path)) as connection:
+        yield connection
+
+
 def test_a_missing_file_is_empty(warehouse: Warehouse):
     assert not warehouse.exists
     assert get(warehouse).equals(pl.DataFrame(schema=ROLLUP_SCHEMA))

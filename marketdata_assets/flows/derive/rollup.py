@@ -75,7 +75,7 @@ class _RawBars:
         """Return the bars of a partition that open at or after a moment; None without object."""
         bars = self._bars
         if partition != self._partition:
-            bars = self._lake.read(table, partition, since=first)
+            bars = self._lake.read(table, partition, inside=Window(first, partition.month.end))
         return None if bars is None else bars[bars["open_time"].search_sorted(first) :]
 
 

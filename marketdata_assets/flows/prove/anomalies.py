@@ -120,7 +120,7 @@ def _read_inside(
     if state is None or state.bytes is None:
         return empty_bars()
     try:
-        bars = lake.read(table, partition, since=window.start)
+        bars = lake.read(table, partition, inside=window)
     except Damaged:
         return empty_bars()
     return empty_bars() if bars is None else bars.filter(opens_inside(window))

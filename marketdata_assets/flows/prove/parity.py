@@ -139,7 +139,8 @@ class ParityChecker:
         first, months = partition.open_times(timeframe).start, [partition]
         if first < partition.month.start:
             months.insert(0, adjacent_partition(partition, -1))
-        read = (self.lake.read(raw_table(base), month, since=first) for month in months)
+        inside = Window(first, partition.month.end)
+        read = (self.lake.read(raw_table(base), month, inside=inside) for month in months)
         bars = pl.concat([empty_bars(), *(frame for frame in read if frame is not None)])
         read = (self.lake.read(history_table(base), month) for month in months)
         no_history = pl.DataFrame(schema=history_table(base).schema)

@@ -12,7 +12,7 @@ import polars as pl
 from marketdata_assets.errors import BadInput
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import TIME
-from marketdata_assets.model.intervals import enclosing_window, opens_inside
+from marketdata_assets.model.intervals import enclosing_window
 from marketdata_assets.model.market import CONSOLIDATED_VENUE, Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, consolidated_table, raw_table, rollup_table
@@ -20,6 +20,7 @@ from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
+from marketdata_assets.storage.lake import with_market_column
 
 
 class StoredTimeframes(NamedTuple):
@@ -82,26 +83,46 @@ class BarReader:
             return self.storage.warehouse.read(table, market, window)
         wanted = Window(window.start, window.end + timeframe.width)
         partitions = partitions_of(market, self._stored_span(market) & wanted)
-        read = (self.storage.lake.read(table, partition) for partition in partitions)
-        frames = [frame for frame in read if frame is not None]
-        if not frames:
-            return pl.DataFrame(schema=table.schema)
-        return pl.concat(frames).filter(opens_inside(window))
+        lake, empty = self.storage.lake, pl.DataFrame(schema=table.schema)
+        read = (lake.read_inside(table, partition, window) for partition in partitions)
+        return pl.concat([empty, *(frame for frame in read if frame is not None)])
 
-    def scan(self, market: Market, timeframe: Timeframe, window: Window) -> pl.LazyFrame:
-        """Return the bars that `read` returns; files are read when the frame is collected."""
-        table = self.table_of(market, timeframe)
+    def scan(
+        self,
+        markets: Sequence[Market],
+        timeframe: Timeframe,
+        window: Window,
+        *,
+        with_market: bool = False,
+    ) -> pl.LazyFrame:
+        """Return the bars that open inside the window, of one market after the other.
+
+        Files are read when the frame is collected. `with_market`: with the market's key as the
+        first column. A consolidated market has a column `venue`, null for others beside it.
+        """
+        by_table: dict[Table, list[Market]] = {}
+        for market in markets:
+            by_table.setdefault(self.table_of(market, timeframe), []).append(market)
+        if len(by_table) > 1:
+            every = [self.scan([m], timeframe, window, with_market=with_market) for m in markets]
+            has_venue = any(table.layer == "consolidated" for table in by_table)
+            return pl.concat(every, how="diagonal" if has_venue else "vertical")
+        ((table, _),) = by_table.items()
         if self.storage.in_warehouse(table):
-            return self.storage.warehouse.read(table, market, window).lazy()
-        partitions = partitions_of(market, Window(window.start, window.end + timeframe.width))
+            frames = self.storage.warehouse.read_markets(table, markets, window)
+            if with_market:
+                frames = [with_market_column(f, m) for f, m in zip(frames, markets, strict=True)]
+            return pl.concat(frames).lazy()
+        wanted = Window(window.start, window.end + timeframe.width)
+        partitions = [p for market in markets for p in partitions_of(market, wanted)]
         is_known = False
         if not self.storage.lake.is_local:  # asking the store what is there would take a listing
-            stored = self._stored_months(table, market)
-            is_known = bool(stored)
-            partitions = [p for p in partitions if p.month_key in stored or not is_known]
-        frames = self.storage.lake.scan(table, partitions, all_exist=is_known)
-        empty = [pl.LazyFrame(schema=table.schema)]
-        return pl.concat([frame.filter(opens_inside(window)) for frame in frames or empty])
+            stored = {market: self._stored_months(table, market) for market in markets}
+            is_known = all(stored.values())
+            partitions = [p for p in partitions if not is_known or p.month_key in stored[p.market]]
+        return self.storage.lake.scan(
+            table, partitions, window, all_exist=is_known, with_market=with_market
+        )
 
     def newest(self, markets: Sequence[Market], timeframe: Timeframe) -> pl.DataFrame:
         """Return `market`, `open_time`: the newest stored bar of each market, null for none.
@@ -124,7 +145,7 @@ class BarReader:
         months = sorted(self.ledger.partitions.of_market(raw_table(base), market), reverse=True)
         for month in months[:2]:  # a week ends in the month after it began
             window = Partition.parse(f"{market.key}|{month}").open_times(table.timeframe)
-            bars = self.scan(market, table.timeframe, window)
+            bars = self.scan([market], table.timeframe, window)
             newest: datetime | None = bars.select(pl.col("open_time").max()).collect().item()
             if newest is not None:
                 return newest

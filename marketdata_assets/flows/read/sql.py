@@ -72,4 +72,5 @@ def _files(lake: Lake, table: Table, markets: Sequence[Market], *, window: Windo
     stored = lake.list_sizes(table)
     wanted = Window(window.start, window.end + table.timeframe.width)
     months = [p for market in markets for p in partitions_of(market, wanted)]
-    return lake.find_uris(table, [p for p in months if p.stored_key in stored], all_exist=True)
+    wanted_months = [p for p in months if p.stored_key in stored]
+    return [*lake.find_uris(table, wanted_months, all_exist=True).values()]
