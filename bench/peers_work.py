@@ -1155,8 +1155,7 @@ def dagster_ours(folder: Path, months_a_run: int) -> Operations:
                     context.bind(RawAuditor).audit(done)
             with open_context(universe) as context:
                 for derived in context.bind(RollupBuilder).build(part):
-                    for tf in universe.timeframes:
-                        context.bind(RollupAuditor).audit(derived, tf)
+                    context.bind(RollupAuditor).audit(derived)
 
     return {
         "job": run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
 
 _c = failed_checks.c
-_IS_IT = sa.and_(is_about(failed_checks), _c.name == sa.bindparam("its_name"))
-_FIND = sa.select(_c.name).where(_IS_IT)
-_DELETE = sa.delete(failed_checks).where(_IS_IT)
+_IS_ABOUT = is_about(failed_checks)
+_FIND = sa.select(_c.name).where(_IS_ABOUT)
+_DELETE = sa.delete(failed_checks).where(_IS_ABOUT, _c.name == sa.bindparam("its_name"))
 
 
 class CheckFailure(NamedTuple):
@@ -46,30 +47,35 @@ class CheckBook(Book):
         self,
         table: Table,
         partition: Partition,
-        name: str,
+        failures: Mapping[str, CheckFailure | None],
         *,
-        failure: CheckFailure | None,
         now: datetime,
     ) -> None:
-        """Write down that a check of a partition fails, or passes (None)."""
-        if failure is None:
-            key = about(table, partition) | {"its_name": name}
-            if self._database.rows(_FIND, key):
-                with self._database.transaction() as connection:
-                    connection.execute(_DELETE, key)
+        """Write down which checks of a partition fail, and which pass (None), by their names."""
+        key = about(table, partition)
+        failed_before = {name for (name,) in self._database.rows(_FIND, key)}
+        passes = [n for n, failure in failures.items() if not failure and n in failed_before]
+        rows = [
+            {
+                **key_of(table, partition),
+                "name": name,
+                "blocking": failure.blocking,
+                "message": failure.message,
+                "times": 1,
+                "since": now,
+            }
+            for name, failure in failures.items()
+            if failure
+        ]
+        if not passes and not rows:
             return
-        row = {
-            **key_of(table, partition),
-            "name": name,
-            "blocking": failure.blocking,
-            "message": failure.message,
-            "times": 1,
-            "since": now,
-        }
         count = {"times": _c.times + 1}
+        upsert = self._database.upsert(failed_checks, ("blocking", "message"), count)
         with self._database.transaction() as connection:
-            upsert = self._database.upsert(failed_checks, ("blocking", "message"), count)
-            connection.execute(upsert, row)
+            for name in passes:
+                connection.execute(_DELETE, key | {"its_name": name})
+            for row in rows:
+                connection.execute(upsert, row)
 
     def failed(self) -> list[FailedCheck]:
         """Every check that fails, by table, market, month and name."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 
 from marketdata_assets.ledger.book import Book
 from marketdata_assets.ledger.tables import venues
+from marketdata_assets.model.venue_health import VenueHealth
 
 BREAKER_LIMIT = 30
 """So many failures in a row open the breaker."""
@@ -32,16 +33,6 @@ _COUNT_FAILURE = _UPDATE.values(failures=_c.failures + 1).returning(
 )
 _CLOSED = {"failures": 0, "opened": 0, "broken_until": 0}
 _HEALTH = sa.select(_c.failures, _c.broken_until, _c.paused_until).where(_IS_IT)
-
-
-class VenueHealth(NamedTuple):
-    """A venue's failures in a row, and until when its breaker and its pause let no request through
-    (our clock, seconds since 1970; 0: they let all through).
-    """
-
-    failures: int
-    broken_until: float
-    paused_until: float
 
 
 class VenueBook(Book):
@@ -71,10 +62,6 @@ class VenueBook(Book):
         with self._database.transaction() as connection:
             connection.execute(self._insert, {"venue": venue})
             connection.execute(_PAUSE, _its(venue) | {"until": until + self._skew})
-
-    def paused_until(self, venue: str) -> float:
-        """The end of the pause, 0 where there was none."""
-        return self.health(venue).paused_until
 
     def record(self, venue: str, ok: bool, now: float) -> None:
         """Count failures in a row; at BREAKER_LIMIT the breaker opens. A success closes it."""

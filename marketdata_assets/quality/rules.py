@@ -30,11 +30,15 @@ _VWAP_SLACK = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A name, what the rule refuses, and the expression that is true for a broken row."""
+    """A name, what the rule refuses, and the expression that is true for a broken row.
+
+    `is_about_text`: it looks at how a value was written, which typed values cannot break.
+    """
 
     name: str
     description: str
     broken: pl.Expr
+    is_about_text: bool = False
 
 
 def build_rules(
@@ -69,11 +73,13 @@ def _value_rules(columns: Sequence[str]) -> tuple[Rule, ...]:
             "not_a_number",
             "NaN, infinite, text that is no number, or no moment",
             _any(_is_unreadable(name) for name in COLUMN_NAMES),
+            is_about_text=True,
         ),
         Rule(
             "too_precise",
             f"more than {SCALE} decimals",
             _any(_is_too_precise(name) for name in _TEXTS),
+            is_about_text=True,
         ),
         Rule(
             "non_positive_price",

@@ -77,6 +77,26 @@ def split_rows(
     )
 
 
+def reject_stored(
+    bars: pl.DataFrame, timeframe: Timeframe, requested: Window, *, closed_before: datetime
+) -> pl.DataFrame:
+    """Return the bars (model.bar.BAR_SCHEMA) that break a rule, as REJECTED_SCHEMA, `answer` 0.
+
+    One pass over the typed values decides whether any does; only then are they written as texts
+    for all rules and the reasons.
+    """
+    asked = add_request_columns(bars, 0, requested)
+    typed = asked.with_columns(pl.col(name).alias(SENT + name) for name in REQUIRED)
+    rules = [rule for rule in build_rules(timeframe, closed_before) if not rule.is_about_text]
+    if not typed.select(pl.any_horizontal(rule.broken.any() for rule in rules)).item():
+        return pl.DataFrame(schema=REJECTED_SCHEMA)
+    texts = [name for name in COLUMN_NAMES if name not in ("open_time", "trades")]
+    sent = asked.with_columns(
+        pl.col("open_time").dt.epoch("ms"), *(pl.col(name).cast(pl.String) for name in texts)
+    )
+    return split_rows(sent, timeframe, closed_before=closed_before).rejected
+
+
 def add_request_columns(rows: pl.DataFrame, answer: int, requested: Window) -> pl.DataFrame:
     """Return rows with the number of their answer and the window that it was requested for."""
     return rows.with_columns(
@@ -84,6 +104,23 @@ def add_request_columns(rows: pl.DataFrame, answer: int, requested: Window) -> p
         pl.lit(requested.start, TIME).alias(REQUESTED_START),
         pl.lit(requested.end, TIME).alias(REQUESTED_END),
     )
+
+
+def concat_answers(pages: Sequence[tuple[pl.DataFrame, Window]], first: int) -> pl.DataFrame:
+    """Return the rows of answers, each with the window that it was requested for, as
+    `add_request_columns` returns them. The answers are numbered from `first` on.
+    """
+    asked = pl.DataFrame(
+        {
+            "answer": range(first, first + len(pages)),
+            REQUESTED_START: [window.start for _, window in pages],
+            REQUESTED_END: [window.end for _, window in pages],
+        },
+        schema={"answer": pl.Int64(), REQUESTED_START: TIME, REQUESTED_END: TIME},
+    )
+    counts = pl.Series([rows.height for rows, _ in pages])
+    every = pl.concat([rows for rows, _ in pages])
+    return every.hstack(asked.select(pl.all().repeat_by(counts).explode()))
 
 
 def reject_bars(bars: pl.DataFrame, reason: str) -> pl.DataFrame:

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from marketdata_assets.errors import MarketDataError, Retry, VenueDown, Wait
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.venue_health import VenueHealth
 from marketdata_assets.model.window import Window, format_time, from_ms
 from marketdata_assets.retry import Backoff
 from marketdata_assets.sources.base import BarsPage, Request, Source
@@ -38,8 +39,8 @@ class VenueState(Protocol):
         """Hold back all requests until this moment; a later one that is set already stays."""
         ...
 
-    def paused_until(self, venue: str) -> float:
-        """Return until when requests are held back; 0 where they are not."""
+    def health(self, venue: str) -> VenueHealth:
+        """Return what is held against the venue; reading changes nothing."""
         ...
 
     def record(self, venue: str, ok: bool, now: float) -> None:
@@ -167,14 +168,14 @@ class GuardedSource:
         failures, waits, wait_left = 0, 0, policy.longest_wait
         while True:
             try:
-                log.wait_seconds += await self._wait_for_turn(last)
+                has_failed = await self._wait_for_turn(log, last)
                 value = await operation()
             except Wait as error:
                 log.failed_requests.extend(error.requests)
                 last, waits = str(error), waits + 1
                 wait_left -= self._pause_venue(error, waits)
                 if wait_left < 0 or waits > policy.waits:
-                    until = _moment(self._state.paused_until(self._venue))
+                    until = _moment(self._state.health(self._venue).paused_until)
                     raise log.venue_down(
                         f"{error}; requests are held back until {until}, which is too long to wait"
                     ) from None
@@ -189,37 +190,40 @@ class GuardedSource:
                 error.requests = (*log.failed_requests, *error.requests)
                 raise
             else:
-                self._state.record(self._venue, True, policy.clock())
-                self._pause_before_weight_limit()
+                self._note_success(has_failed)
                 return value
 
-    async def _wait_for_turn(self, last: str) -> float:
-        """Wait for every pause of the venue, then for the limiter; return the seconds waited.
+    async def _wait_for_turn(self, log: _CallLog, last: str) -> bool:
+        """Wait for every pause of the venue, then for the limiter; return whether the venue's last
+        request failed.
 
         `last` is the last error, for the message of VenueDown. The place in the queue is taken only
         when no pause is left: places from before a pause would all be used at its end.
         """
         clock, begun = self._policy.clock, self._policy.clock()
         because = f" (last error: {last})" if last else ""
-        broken = self._state.broken_until(self._venue, begun)
-        if broken:
+        health = self._state.health(self._venue)
+        if health.broken_until and (broken := self._state.broken_until(self._venue, begun)):
             raise VenueDown(
                 f"{self._venue} failed too often; its circuit breaker stays open until "
                 f"{_moment(broken)}{because}"
             )
         while True:
-            if (until := self._state.paused_until(self._venue)) > clock():
+            if (until := health.paused_until) > clock():
                 if until - clock() > self._policy.longest_wait:
                     raise VenueDown(
                         f"{self._venue} accepts no request before {_moment(until)}{because}"
                     )
                 await self._policy.sleep(until - clock())
+                health = self._state.health(self._venue)
                 continue
             turn = self._state.reserve(self._venue, clock(), self._limit)
             if turn > clock():
                 await self._policy.sleep(turn - clock())
-            if self._state.paused_until(self._venue) <= clock():
-                return clock() - begun
+                health = self._state.health(self._venue)
+            if health.paused_until <= clock():
+                log.wait_seconds += clock() - begun
+                return health.failures > 0
 
     def _pause_venue(self, error: Wait, waits: int) -> float:
         """Hold back all processes for as long as the answer demands; return the seconds.
@@ -231,11 +235,12 @@ class GuardedSource:
         self._state.pause(self._venue, self._policy.clock() + seconds)
         return seconds
 
-    def _pause_before_weight_limit(self) -> None:
-        """Hold back all processes until the next minute when the venue's count nears its limit.
-
-        So no request provokes HTTP 429.
+    def _note_success(self, has_failed: bool) -> None:
+        """End the venue's failures in a row. Hold back all processes until the next minute when its
+        count of weights nears the limit, so that no request provokes HTTP 429.
         """
+        if has_failed:
+            self._state.record(self._venue, True, self._policy.clock())
         used, limit = self._source.used_weight, self._source.weight_limit
         if not used or not limit:
             return

@@ -245,8 +245,8 @@ def test_workers_whose_clocks_differ_share_one_limit(database: str, tmp_path: Pa
     )
     assert sorted(sent) == pytest.approx(sent, abs=0.01)
     ahead.venues.pause("binance", now + 40 + 100)
-    assert here.venues.paused_until("binance") == pytest.approx(now + 100, abs=0.01)
-    assert ahead.venues.paused_until("binance") == pytest.approx(now + 140, abs=0.01)
+    assert here.venues.health("binance").paused_until == pytest.approx(now + 100, abs=0.01)
+    assert ahead.venues.health("binance").paused_until == pytest.approx(now + 140, abs=0.01)
 
 
 def test_a_state_is_the_same_in_both(database: str, tmp_path: Path):

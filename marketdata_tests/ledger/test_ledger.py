@@ -186,11 +186,11 @@ def test_all_processes_of_an_instance_stand_in_one_queue(
 
 # --------------------------------------------------------------------------------- pauses and the b
 def test_a_pause_holds_for_everybody_and_never_shrinks(ledger: Ledger, another: Open):
-    assert ledger.venues.paused_until("binance") == 0
+    assert ledger.venues.health("binance").paused_until == 0
     ledger.venues.pause("binance", T0 + 60)
     ledger.venues.pause("binance", T0 + 10)
-    assert another().venues.paused_until("binance") == pytest.approx(T0 + 60, abs=0.5)
-    assert ledger.venues.paused_until("kraken") == 0
+    assert another().venues.health("binance").paused_until == pytest.approx(T0 + 60, abs=0.5)
+    assert ledger.venues.health("kraken").paused_until == 0
 
 
 def fail(ledger: Ledger, times: int, now: float = T0) -> None:

@@ -202,7 +202,7 @@ def test_what_the_first_versions_held_is_read(version: int, tmp_path: Path):
     assert (state.rows, state.is_complete) == (2800, True)
     assert state.rollup_source_digest == state.digest
     assert list(ledger.incidents.open()) == ["k"]
-    assert ledger.venues.paused_until("binance") == 123.5
+    assert ledger.venues.health("binance").paused_until == 123.5
     (gap,) = ledger.gaps.of(TABLE, JANUARY)
     assert (gap.cause, gap.status, gap.proof) == (None, GapStatus.OPEN, {})
 

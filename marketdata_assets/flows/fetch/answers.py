@@ -35,7 +35,7 @@ from marketdata_assets.quality.agreement import (
 from marketdata_assets.quality.gap_causes import next_request_at
 from marketdata_assets.quality.split import (
     REJECTED_SCHEMA,
-    add_request_columns,
+    concat_answers,
     reject_bars,
     split_rows,
 )
@@ -83,8 +83,9 @@ class FetchResult:
 
 def remaining_gaps(gaps: Iterable[Gap], opens: pl.Series, timeframe: Timeframe) -> list[Gap]:
     """Return the gaps without the bars that exist now; `opens` are their open times, sorted."""
-    moments, remaining = opens.to_list(), []
-    for gap in gaps:
+    known, remaining = list(gaps), []
+    moments = opens.to_list() if known else []
+    for gap in known:
         first, end = (bisect_left(moments, t) for t in (gap.window.start, gap.window.end))
         if first == end:
             remaining.append(gap)
@@ -127,10 +128,9 @@ class Answers:
         """Apply the rules to new answers; neighbors beyond the window are used, but not counted."""
         first = len(self.fetched)
         self.fetched.extend(fetched)
-        frames = [add_request_columns(f.rows, first + i, f.window) for i, f in enumerate(fetched)]
         timeframe = self.span.timeframe
         valid, rejected = split_rows(
-            pl.concat(frames),
+            concat_answers([(page.rows, page.window) for page in fetched], first),
             timeframe,
             closed_before=self.closed_before,
             columns=self.columns,

@@ -98,9 +98,7 @@ class Pipeline:
         builder = RollupBuilder(self.settings, self.ledger, self.storage)
         auditor = RollupAuditor(self.settings, self.ledger, self.storage.lake)
         for result in builder.build([p for p in partitions if p not in failed]):
-            timeframes = self.settings.rollup_timeframes
-            findings = {tf: auditor.audit(result, tf) for tf in timeframes}
-            yield AuditedRollup(result.partition, result, findings)
+            yield AuditedRollup(result.partition, result, auditor.audit(result))
 
     @property
     def _store(self) -> PartitionStore:

@@ -93,7 +93,7 @@ def set_anomaly_state(
     failure = None
     if any(map(needs_attention, records)):
         failure = CheckFailure(blocking=False, message=summarize(records))
-    ledger.checks.set(record.table, partition, ANOMALIES, failure=failure, now=now)
+    ledger.checks.set(record.table, partition, {ANOMALIES: failure}, now=now)
     return record
 
 

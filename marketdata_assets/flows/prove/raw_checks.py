@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-import polars as pl
-
 from marketdata_assets.flows.fetch.open_partition import IngestResult
 from marketdata_assets.flows.prove.anomalies import (
     ANOMALIES,
@@ -19,14 +17,13 @@ from marketdata_assets.ledger.checks import CheckFailure
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.records import RowAccount
 from marketdata_assets.model.anomaly import AnomalyState
-from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.finding import ROWS_SHOWN, Finding, Row
 from marketdata_assets.model.gap import UNEXPLAINED, GapReason
 from marketdata_assets.model.intervals import count_bars, find_gaps, subtract_windows
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw_table
 from marketdata_assets.model.window import Window, format_time
-from marketdata_assets.quality.split import add_request_columns, split_rows
+from marketdata_assets.quality.split import reject_stored
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.lake import Lake
 
@@ -116,22 +113,16 @@ def record_findings(
     findings: list[Finding],
 ) -> list[Finding]:
     """Record in the ledger which findings failed; return them all."""
-    for finding in findings:
-        failure = None
-        if not finding.passed:
-            failure = CheckFailure(finding.blocking, finding.message)
-        ledger.checks.set(table, partition, finding.check, failure=failure, now=settings.now())
+    failures = {
+        f.check: None if f.passed else CheckFailure(f.blocking, f.message) for f in findings
+    }
+    ledger.checks.set(table, partition, failures, now=settings.now())
     return findings
 
 
 def _check_ohlc(result: IngestResult) -> Finding:
-    texts = [name for name in COLUMN_NAMES if name not in ("open_time", "trades")]
-    sent = result.bars.with_columns(
-        pl.col("open_time").dt.epoch("ms"), *(pl.col(name).cast(pl.String) for name in texts)
-    )
-    end = result.wanted.end
-    requested = add_request_columns(sent, 0, result.wanted)
-    rejected = split_rows(requested, result.timeframe, closed_before=end).rejected
+    wanted = result.wanted
+    rejected = reject_stored(result.bars, result.timeframe, wanted, closed_before=wanted.end)
     rows: list[Row] = [
         {"open_time": format_time(open_time), "reasons": reasons, "fields": fields}
         for _, open_time, reasons, fields in rejected.iter_rows()

@@ -49,13 +49,9 @@ def check_reconciled(
         severity=FindingSeverity.ERROR if failed else FindingSeverity.WARNING,
         details={name: value for o in found for name, value in _numbers(o).items()},
     )
-    ledger.checks.set(
-        consolidated_table(timeframe),
-        result.partition,
-        RECONCILED,
-        failure=CheckFailure(False, message) if failed else None,
-        now=settings.now(),
-    )
+    failure = CheckFailure(False, message) if failed else None
+    table = consolidated_table(timeframe)
+    ledger.checks.set(table, result.partition, {RECONCILED: failure}, now=settings.now())
     return finding
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -40,6 +42,14 @@ ROLLUP_CHECKS: dict[str, str] = {
 _ABSENT: dict[str, pl.DataType] = {"open_time": TIME, "absent": pl.Int64()}
 
 
+class _Absences(NamedTuple):
+    """What the ledger says of base bars that the venue never had, and of the market's first bar."""
+
+    base: Timeframe
+    windows: Sequence[Window]
+    first_bar: datetime | None
+
+
 @dataclass(frozen=True, slots=True)
 class RollupAuditor:
     """Computes the checks of rolled-up partitions and records in the ledger which failed."""
@@ -48,26 +58,35 @@ class RollupAuditor:
     ledger: Ledger
     lake: Lake
 
-    def audit(self, result: RollupResult, timeframe: Timeframe) -> list[Finding]:
-        """Return `complete`, and `matches_native` where the venue's own bars are a reference."""
-        partition = result.partition
-        frame = result.frames.get(timeframe, pl.DataFrame(schema=ROLLUP_SCHEMA))
-        findings = [self._check_complete(partition, timeframe, frame)]
-        if timeframe in self.settings.venues[partition.market.venue].reference:
-            findings.append(self._check_matches_native(result, timeframe))
-        return record_findings(
-            self.settings, self.ledger, rollup_table(timeframe), partition, findings=findings
-        )
+    def audit(self, result: RollupResult) -> dict[Timeframe, list[Finding]]:
+        """Return the findings of every timeframe of the universe: `complete`, and `matches_native`
+        where the venue's own bars are a reference.
+        """
+        partition, found = result.partition, {}
+        read_absences = cache(lambda: self._absences(partition))
+        for timeframe in self.settings.rollup_timeframes:
+            frame = result.frames.get(timeframe, pl.DataFrame(schema=ROLLUP_SCHEMA))
+            findings = [self._check_complete(timeframe, frame, read_absences)]
+            if timeframe in self.settings.venues[partition.market.venue].reference:
+                findings.append(self._check_matches_native(result, timeframe))
+            table = rollup_table(timeframe)
+            found[timeframe] = record_findings(
+                self.settings, self.ledger, table, partition, findings=findings
+            )
+        return found
 
     def _check_complete(
-        self, partition: Partition, timeframe: Timeframe, frame: pl.DataFrame
+        self,
+        timeframe: Timeframe,
+        frame: pl.DataFrame,
+        read_absences: Callable[[], _Absences],
     ) -> Finding:
         """Find bars with fewer base bars than a full one that the venue's gaps do not explain."""
         present, expected = pl.col("bars_present"), pl.col("bars_expected")
         short = frame.filter(present < expected)
         absent = pl.DataFrame(schema=_ABSENT)
         if short.height:
-            absent = self._count_absent_bars(partition, timeframe)
+            absent = _count_absent_bars(read_absences(), timeframe)
         unexplained = short.join(absent, on="open_time", how="left").filter(
             present + pl.col("absent").fill_null(0) < expected
         )
@@ -88,23 +107,12 @@ class RollupAuditor:
             rows=rows[:ROWS_SHOWN],
         )
 
-    def _count_absent_bars(self, partition: Partition, timeframe: Timeframe) -> pl.DataFrame:
-        """Return, by open_time, how many base bars the venue never had, by the ledger."""
+    def _absences(self, partition: Partition) -> _Absences:
         base = self.settings.venues[partition.market.venue].base
         months = (adjacent_partition(partition, -1), partition)
         gaps = [gap for month in months for gap in self.ledger.gaps.of(raw_table(base), month)]
         windows = [g.window for g in gaps if g.cause or g.reason == GapReason.NO_BARS]
-        first_bar = self.ledger.markets.first_bar(partition.market)
-        if first_bar:
-            windows.append(Window(timeframe.floor(first_bar), base.floor(first_bar)))
-        absent: Counter[datetime] = Counter()
-        for window in windows:
-            moment = window.start
-            while moment < window.end:
-                absent[timeframe.floor(moment)] += 1
-                moment += base.width
-        columns = {"open_time": list(absent), "absent": list(absent.values())}
-        return pl.DataFrame(columns, schema=_ABSENT)
+        return _Absences(base, windows, self.ledger.markets.first_bar(partition.market))
 
     def _check_matches_native(self, result: RollupResult, timeframe: Timeframe) -> Finding:
         """Compare our rollup with the venue's own bars; name the bars that cause a difference."""
@@ -130,6 +138,21 @@ class RollupAuditor:
             },
             rows=[_difference_row(row) for row in rows],
         )
+
+
+def _count_absent_bars(known: _Absences, timeframe: Timeframe) -> pl.DataFrame:
+    """Return, by open_time, how many base bars the venue never had."""
+    base, windows, first_bar = known
+    if first_bar:
+        windows = [*windows, Window(timeframe.floor(first_bar), base.floor(first_bar))]
+    absent: Counter[datetime] = Counter()
+    for window in windows:
+        moment = window.start
+        while moment < window.end:
+            absent[timeframe.floor(moment)] += 1
+            moment += base.width
+    columns = {"open_time": list(absent), "absent": list(absent.values())}
+    return pl.DataFrame(columns, schema=_ABSENT)
 
 
 def _difference_row(row: dict[str, Any]) -> Row:

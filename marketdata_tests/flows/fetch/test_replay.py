@@ -157,11 +157,8 @@ def test_a_month_of_two_markets_equals_the_exchange(
             assert [finding.check for finding in findings] == list(RAW_CHECKS)
             assert all(finding.passed for finding in findings)
         for one in derived:
-            findings = [
-                finding
-                for timeframe in one.frames
-                for finding in context.bind(RollupAuditor).audit(one, timeframe)
-            ]
+            audited = context.bind(RollupAuditor).audit(one)
+            findings = [finding for found in audited.values() for finding in found]
             assert all(finding.passed for finding in findings)
             (native,) = [
                 finding.numbers for finding in findings if finding.check == "matches_native"

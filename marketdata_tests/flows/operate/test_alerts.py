@@ -79,7 +79,7 @@ def record_failure(ledger: Ledger, settings: Settings) -> None:
 def set_check(
     ledger: Ledger, partition: Partition, name: str, failure: CheckFailure | None
 ) -> None:
-    ledger.checks.set(RAW, partition, name, failure=failure, now=at(NOW))
+    ledger.checks.set(RAW, partition, {name: failure}, now=at(NOW))
 
 
 # --------------------------------------------------------------------------------- incidents

@@ -41,12 +41,9 @@ def audit(settings: Settings, timeframes: Sequence[str] = ("1h",)) -> dict[str, 
     found: dict[str, list[Finding]] = {name: [] for name in timeframes}
     with open_context(settings, policy=SkippingClock().policy()) as context:
         for derived in context.bind(RollupBuilder).build(partitions(settings)):
+            findings = context.bind(RollupAuditor).audit(derived)
             for name in timeframes:
-                (finding,) = [
-                    f
-                    for f in context.bind(RollupAuditor).audit(derived, TIMEFRAMES[name])
-                    if f.check == "matches_native"
-                ]
+                (finding,) = [f for f in findings[TIMEFRAMES[name]] if f.check == "matches_native"]
                 found[name].append(finding)
     return found
 
