@@ -62,17 +62,17 @@ class Axes:
 
     first: int
     end: int
-    low: Fraction
-    high: Fraction
+    low: Decimal
+    high: Decimal
     right: float
 
     def x(self, minute: float) -> float:
         """Return the horizontal place of a minute."""
         return LEFT + (minute - self.first) / (self.end - self.first) * (self.right - LEFT)
 
-    def y(self, price: Decimal | Fraction) -> float:
+    def y(self, price: Decimal) -> float:
         """Return the vertical place of a price."""
-        return TOP + float((self.high - Fraction(price)) / (self.high - self.low)) * (BOTTOM - TOP)
+        return TOP + float((self.high - price) / (self.high - self.low)) * (BOTTOM - TOP)
 
 
 def draw_candles(bars: pl.DataFrame) -> str:
@@ -92,12 +92,12 @@ def draw_candles(bars: pl.DataFrame) -> str:
     assert isinstance(low, Decimal)
     assert isinstance(high, Decimal)
     prices = _price_labels(low, high)
-    labels = [Fraction(text) for text in prices]
+    labels = [Decimal(text) for text in prices]
     axes = Axes(
         first=candles["minute"][0],
         end=candles["minute"][-1] + CANDLE_MINUTES[width],
-        low=min(Fraction(low), labels[0]),
-        high=max(Fraction(high), labels[-1]),
+        low=min(low, labels[0]),
+        high=max(high, labels[-1]),
         right=WIDTH - 12 - max(34.0, *map(estimate_width, prices)),
     )
     gaps = _gap_path(bars["minute"], bar_minutes, axes)
@@ -222,7 +222,7 @@ def _draw_grid(prices: Sequence[str], minutes: int, axes: Axes) -> str:
     """Draw lines and labels of both axes."""
     lines, texts, right = "", "", format_px(axes.right)
     for text in prices:
-        y = format_px(axes.y(Fraction(text)))
+        y = format_px(axes.y(Decimal(text)))
         lines += f"M{LEFT},{y}H{right}"
         texts += (
             f"<text x='{format_px(axes.right + 6)}' y='{format_px(float(y) + 4)}'>{text}</text>"

@@ -40,6 +40,8 @@ class PooledSqliteEventLogStorage(PartitionWipingMixin, SqliteEventLogStorage):
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
         self._engines: OrderedDict[str, Engine] = OrderedDict()
+        self._existing: set[str] = set()
+        """Tables and columns of the index that were found; none of them is ever dropped."""
         super().__init__(base_dir, inst_data)
         self._pruned_runs = create_engine(
             self.conn_string_for_shard(INDEX_SHARD_NAME),
@@ -83,6 +85,19 @@ class PooledSqliteEventLogStorage(PartitionWipingMixin, SqliteEventLogStorage):
                 self._engines.popitem(last=False)[1].dispose()
         self._engines.move_to_end(shard)
         return self._engines[shard]
+
+    def has_table(self, table_name: str) -> bool:
+        """Return whether the index has a table; Dagster asks at every event."""
+        if table_name not in self._existing and super().has_table(table_name):
+            self._existing.add(table_name)
+        return table_name in self._existing
+
+    def _has_asset_key_col_on_connection(self, conn: Connection, column_name: str) -> bool:
+        name = f"asset_keys.{column_name}"
+        if name not in self._existing:
+            if super()._has_asset_key_col_on_connection(conn, column_name):
+                self._existing.add(name)
+        return name in self._existing
 
     def run_connection(self, run_id: str | None = None) -> AbstractContextManager[Connection]:
         """Return a connection to the run's file, or, without one, to its events in the index."""
