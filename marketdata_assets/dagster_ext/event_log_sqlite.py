@@ -94,9 +94,9 @@ class PooledSqliteEventLogStorage(PartitionWipingMixin, SqliteEventLogStorage):
 
     def _has_asset_key_col_on_connection(self, conn: Connection, column_name: str) -> bool:
         name = f"asset_keys.{column_name}"
-        if name not in self._existing:
-            if super()._has_asset_key_col_on_connection(conn, column_name):
-                self._existing.add(name)
+        has_column = super()._has_asset_key_col_on_connection
+        if name not in self._existing and has_column(conn, column_name):
+            self._existing.add(name)
         return name in self._existing
 
     def run_connection(self, run_id: str | None = None) -> AbstractContextManager[Connection]:
