@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 APT := $(if $(filter-out 0,$(shell id -u)),sudo -n) env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: demo test quick browser dev lint lock clean
+.PHONY: demo test quick browser bench dev lint lock clean
 
 demo: $(READY)  ## the main job on the sandbox exchange, then the UI (UI=0: exit after the summary)
 	$(BIN)/marketdata demo $(if $(filter 0,$(UI)),--no-ui,)
@@ -21,6 +21,9 @@ browser:  ## Chromium for the tests that click in the UI; they are skipped where
 	$(APT) --version >/dev/null 2>&1 && $(APT) -qq update && \
 	$(APT) -qq install -y --no-install-recommends chromium fonts-liberation >/dev/null || \
 	echo "There is no Chromium, and apt-get cannot install it here: the tests that need a browser are skipped."
+
+bench: $(READY)  ## ours beside the peers; says which ratios became worse (never in CI)
+	$(BIN)/python bench/peers.py --rounds 1 --compare
 
 dev: $(READY)  ## UI and daemon on your universe
 	$(BIN)/marketdata dev

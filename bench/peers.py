@@ -1,14 +1,16 @@
 """Measures our package and the alternatives of a trading desk on the same bars: Markdown tables.
 
     python bench/peers.py [--only rollup,bytes,pipeline,replace,queries,fetch,dagster]
-        [--rounds 3] [--quick] [--out FILE]
+        [--rounds 3] [--quick] [--out FILE] [--save] [--compare]
 
 The peers (pandas, DuckDB, Polars, Delta Lake, Iceberg, ArcticDB, ccxt, freqtrade) and our package
 are installed, pinned, into two virtual environments in the user's cache folder (MARKETDATA_BENCH
 names another one), and the data is created there once. Every measurement is a separate process. The
 contenders take turns, and the tables show medians over all turns. No bench asserts a time. The
 bench checks whether the digits are kept, and the table shows it: a speed that loses a digit does
-not count. `--quick` uses two markets instead of twenty.
+not count. `--quick` uses two markets instead of twenty. `--save` stores the ratios in
+bench/results.json and writes docs/performance.md; `--compare` (`make bench`) says which ratios are
+worse than the stored ones, and ends with 1 if any is.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from results import regressions, save
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(
@@ -282,7 +286,7 @@ def table(section: str, results: dict[str, Found | str], bars: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -292,38 +296,55 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="two markets instead of twenty")
     parser.add_argument("--out", type=Path, help="a file to which the tables are appended")
+    parser.add_argument("--save", action="store_true", help="store the ratios, write the docs")
+    parser.add_argument("--compare", action="store_true", help="compare with the stored ratios")
     options = parser.parse_args()
-    sections = options.only.split(",")
-    if unknown := set(sections) - set(SECTIONS):
+    options.only = options.only.split(",")
+    if unknown := set(options.only) - set(SECTIONS):
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
-    prepared = run_in_venv(
-        "main", "-c", f"from peers_data import prepare; print(prepare({options.quick}))"
-    )
+    return options
+
+
+def prepare(quick: bool) -> tuple[Path, int]:
+    """Create the data once; return its folder and the number of bars."""
+    prepared = run_in_venv("main", "-c", f"from peers_data import prepare; print(prepare({quick}))")
     if prepared.returncode:
         raise SystemExit(prepared.stderr)
     folder = Path(prepared.stdout.strip().splitlines()[-1])
     for abandoned in folder.glob("scratch-*"):  # turns that were stopped leave these
         shutil.rmtree(abandoned, ignore_errors=True)
-    bars = int(
-        run_in_venv(
-            "main", "-c", f"from peers_data import count; print(count({str(folder)!r}))"
-        ).stdout
-    )
-    everyone = contenders(sections)
-    for section in sections:
-        mine = [c for c in everyone if c[0] == section]
-        turns: dict[str, list[Found | str]] = {name: [] for _, name, _ in mine}
-        for _ in range(1 if section == "bytes" else options.rounds):
-            for _, name, venv in mine:
-                print(f"{section}: {name}", file=sys.stderr, flush=True)
-                turns[name].append(
-                    run_turn(section, name, venv, folder, options.rounds, options.quick)
-                )
-        text = table(section, {name: combine_turns(t) for name, t in turns.items()}, bars)
-        print(text, flush=True)
+    code = f"from peers_data import count; print(count({str(folder)!r}))"
+    return folder, int(run_in_venv("main", "-c", code).stdout)
+
+
+def run_section(
+    section: str, everyone: list[tuple[str, str, str]], folder: Path, options: argparse.Namespace
+) -> dict[str, Found | str]:
+    mine = [c for c in everyone if c[0] == section]
+    turns: dict[str, list[Found | str]] = {name: [] for _, name, _ in mine}
+    for _ in range(1 if section == "bytes" else options.rounds):
+        for _, name, venv in mine:
+            print(f"{section}: {name}", file=sys.stderr, flush=True)
+            turns[name].append(run_turn(section, name, venv, folder, options.rounds, options.quick))
+    return {name: combine_turns(t) for name, t in turns.items()}
+
+
+def main() -> None:
+    options = parse_options()
+    folder, bars = prepare(options.quick)
+    everyone = contenders(options.only)
+    results, tables = {}, {}
+    for section in options.only:
+        results[section] = run_section(section, everyone, folder, options)
+        tables[section] = table(section, results[section], bars)
+        print(tables[section], flush=True)
         if options.out:
             with options.out.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+                file.write(tables[section] + "\n")
+    if options.save:
+        save(tables, results)
+    if options.compare and (worse := regressions(results)):
+        raise SystemExit("\n".join(worse))
 
 
 if __name__ == "__main__":

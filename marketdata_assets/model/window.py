@@ -31,6 +31,11 @@ def to_ms(moment: datetime) -> int:
     return (moment - EPOCH) // timedelta(milliseconds=1)
 
 
+def to_us(moment: datetime) -> int:
+    """Return the microseconds since 1970 UTC."""
+    return (moment - EPOCH) // timedelta(microseconds=1)
+
+
 def from_ms(ms: int) -> datetime:
     """Return the UTC moment of milliseconds since 1970."""
     return EPOCH + timedelta(milliseconds=ms)

@@ -260,6 +260,8 @@ class _Reading:
             bars = self.lake.read_inside(self.table, partition, self.window, needed)
             if bars is None:
                 continue
+            if needed is not None:  # an object that is kept has all columns
+                bars = bars.select(name for name in self.table.schema if name in needed)
             if "market" in self.names:
                 bars = with_market_column(bars, partition.market)
             parts.append(bars)

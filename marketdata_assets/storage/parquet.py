@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection
-from datetime import timedelta
 from typing import Any
 
 import polars as pl
@@ -12,7 +11,7 @@ import polars as pl
 from marketdata_assets.errors import Damaged
 from marketdata_assets.model.bar import DECIMAL, PROVENANCE_COLUMNS
 from marketdata_assets.model.table import Table
-from marketdata_assets.model.window import Window
+from marketdata_assets.model.window import Window, to_us
 
 OBJECT_VERSION, VERSION_KEY = 3, "marketdata_version"
 """The version of new objects. Objects without the key are of version 1 and encoded otherwise; raw
@@ -20,7 +19,7 @@ objects of version 2 hold no provenance. Every version is read.
 """
 ROWS_PER_GROUP = 10_080
 """A week of minutes: reading one day reads a fourth of a month, for 2 % more bytes."""
-_TICK = timedelta(microseconds=1)
+_UNIT = "timeUnit=microseconds"
 _SLOWLY_CHANGING = ("open_time", "open", "high", "low", "close", "known_at", "replaced_at")
 
 
@@ -119,6 +118,16 @@ def _groups(file: Any, window: Window) -> list[int]:
         group = file.metadata.row_group(index)
         columns = (group.column(number) for number in range(group.num_columns))
         known = next((c.statistics for c in columns if c.path_in_schema == "open_time"), None)
-        if known is None or not known.has_min_max or window & Window(known.min, known.max + _TICK):
+        if known is None or _may_touch(known, window):
             found.append(index)
     return found
+
+
+def _may_touch(known: Any, window: Window) -> bool:
+    """Return whether statistics of open times allow one inside the window.
+
+    They are read as raw numbers, because pyarrow imports pandas to make moments of them.
+    """
+    if not known.has_min_max or _UNIT not in str(known.logical_type):
+        return True
+    return bool(known.min_raw < to_us(window.end) and known.max_raw >= to_us(window.start))

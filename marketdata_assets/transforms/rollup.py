@@ -20,8 +20,8 @@ import polars as pl
 
 from marketdata_assets.model.bar import DECIMAL, ROLLUP_SCHEMA, TIME
 from marketdata_assets.model.int128 import Array, Int128, read_int128, to_decimals
-from marketdata_assets.model.timeframe import EPOCH, Timeframe
-from marketdata_assets.model.window import Window
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import Window, to_us
 
 _RESOLUTION = timedelta(microseconds=1)
 _HALF, _LOW = np.uint64(32), np.uint64(2**32 - 1)
@@ -107,7 +107,7 @@ def _build_levels(opens: pl.Series, timeframes: Sequence[Timeframe]) -> list[_Le
     levels = [_Level(0, opens.to_physical().to_numpy(), starts=None, first=None)]
     for i, tf in enumerate(timeframes[1:], 1):
         parent = max(j for j in range(i) if not tf.width % timeframes[j].width)
-        width, origin = _to_us(tf.width), _to_us(tf.origin - EPOCH)
+        width, origin = tf.width // _RESOLUTION, to_us(tf.origin)
         number = (levels[parent].labels - origin) // width
         starts = np.flatnonzero(number[1:] != number[:-1]) + 1
         starts = np.concatenate([[0], starts])
@@ -130,7 +130,7 @@ def _select_buckets(
     """Return the buckets that open inside the windows. `bars`: the number of bars."""
     cuts, lasts = [], []
     for level, opens in zip(levels[1:], wanted.values(), strict=True):
-        bounds = [_to_us(opens.start - EPOCH), _to_us(opens.end - EPOCH)]
+        bounds = [to_us(opens.start), to_us(opens.end)]
         cuts.append(slice(*np.searchsorted(level.labels, bounds)))
         lasts.append(np.append(level.first[1:], bars)[cuts[-1]] - 1)
     chosen = list(zip(levels[1:], cuts, strict=True))
@@ -144,10 +144,6 @@ def _select_buckets(
         ends=(0, *accumulate(cut.stop - cut.start for cut in cuts)),
         most=int((last - first).max(initial=0)) + 1,
     )
-
-
-def _to_us(span: timedelta) -> int:
-    return span // _RESOLUTION
 
 
 # --------------------------------------------------------------------------------- columns

@@ -307,11 +307,17 @@ def test_an_object_on_a_disk_that_is_read_again_is_kept_until_it_changes(tmp_pat
 
 
 def test_a_scan_reads_what_is_asked_of_it(place: Place):
-    """Columns, rows and their number in every order, also with the markets in front."""
+    """Columns, rows and their number in every order, also with the markets in front, whether an
+    object is kept in memory or not.
+    """
     other = Partition(Market("binance", "ETH/USDT"), JANUARY.month)
     written = {JANUARY: bars(1), other: bars(2)}
     for partition, frame_ in written.items():
         place.lake.write(TABLE, partition, frame_)
+    if place.base:
+        make_older(place.base / PATH)
+    for _ in range(2):
+        place.lake.read_inside(TABLE, JANUARY, JANUARY.month)
     every = pl.concat(
         frame_.select(pl.lit(partition.market.key).alias("market"), pl.all())
         for partition, frame_ in written.items()
