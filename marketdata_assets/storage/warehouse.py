@@ -215,21 +215,30 @@ class _MarketRows:
         self._connection, self._table, self._market = connection, table, market
 
     def read(self, window: Window) -> pl.DataFrame:
-        if not _has_table(self._connection, self._table):
-            return pl.DataFrame(schema=self._table.schema)
+        """Return the bars that open inside the window, sorted; none where there is no table."""
+        stored = self._read(window)
+        return pl.DataFrame(schema=self._table.schema) if stored is None else stored
+
+    def _read(self, window: Window) -> pl.DataFrame | None:
+        import duckdb
+
         columns = ", ".join(f'"{column.name}"' for column in self._table.columns)
-        rows = self._connection.sql(
-            f"SELECT {columns} FROM {quoted_name(self._table)} "
-            "WHERE market = ? AND open_time >= ? AND open_time < ? ORDER BY open_time",
-            params=[self._market.key, window.start, window.end],
-        )
+        try:
+            rows = self._connection.sql(
+                f"SELECT {columns} FROM {quoted_name(self._table)} "
+                "WHERE market = ? AND open_time >= ? AND open_time < ? ORDER BY open_time",
+                params=[self._market.key, window.start, window.end],
+            )
+        except duckdb.CatalogException:  # there is no such table
+            return None
         return pl.DataFrame(rows.to_arrow_table()).select(self._table.typed_columns)
 
     def replace(self, window: Window, frame: pl.DataFrame) -> int:
         """Make the window hold exactly these bars. Return how many rows changed."""
-        frame = frame.select(self._table.typed_columns)
-        self._create_table()
-        stored = self.read(window)
+        frame, stored = frame.select(self._table.typed_columns), self._read(window)
+        if stored is None:
+            self._create_table()
+            stored = frame.clear()
         if stored.equals(frame):
             return 0
         stale = stored.join(frame, on=frame.columns, how="anti", nulls_equal=True)
