@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from decimal import Decimal
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -19,7 +22,10 @@ from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import raw_table
+from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
+from marketdata_assets.storage.parquet import encode, to_arrow, with_absent
 from marketdata_tests.conftest import SHARED
 
 # examples have no deadline, because a busy machine is no defect; examples that share a fixture use
@@ -88,9 +94,9 @@ def frame(rows: Iterable[Row]) -> pl.DataFrame:
 
 
 def random_rows(
-    seed: int, opens: Iterable[datetime], digits: int = 12, nulls: float = 0.0
+    seed: int, opens: Iterable[datetime], digits: int = 12, scale: int = 12, nulls: float = 0.0
 ) -> list[Row]:
-    """Return bars with random numbers of up to `digits` digits, at random scales.
+    """Return bars with random numbers of up to `digits` digits, up to `scale` behind the point.
 
     `nulls` is the share of the optional values that is null.
     """
@@ -98,7 +104,7 @@ def random_rows(
 
     def number() -> Decimal:
         return Decimal(dice.randrange(1, 10 ** dice.randint(1, digits))).scaleb(
-            -dice.randint(0, 12)
+            -dice.randint(0, scale)
         )
 
     def given(value: Any) -> Any:
@@ -124,8 +130,38 @@ def minutes(count: int, start: datetime = START) -> list[datetime]:
 
 
 def random_bars(seed: int = 1, count: int = 100) -> pl.DataFrame:
-    """Return random bars in which a fifth of the optional values is null."""
-    return frame(random_rows(seed, minutes(count), nulls=0.2))
+    """Return random bars whose numbers fit into 18 digits, eight of them behind the point; a fifth
+    of the optional values is null.
+    """
+    return frame(random_rows(seed, minutes(count), digits=10, scale=8, nulls=0.2))
+
+
+def raw_object(bars: pl.DataFrame) -> bytes:
+    """Return the object of raw bars in a table whose columns were never widened."""
+    whole = with_absent(bars, raw_table(TIMEFRAMES["1m"]).stored_columns)
+    return encode(to_arrow(whole, {}))
+
+
+def earlier_object(content: bytes) -> bytes:
+    """Return an object as releases before 0.2 wrote it: each column of decimals has the smallest
+    scale that holds its digits, in 18 digits, or 38 digits with twelve behind the point.
+    """
+    table, sink = pq.read_table(io.BytesIO(content)), io.BytesIO()
+    for index, field in enumerate(table.schema):
+        if pa.types.is_decimal(field.type):
+            kinds = [pa.decimal128(18, scale) for scale in range(13)] + [pa.decimal128(38, 12)]
+            kind = next(kind for kind in kinds if _fits(table.column(index), kind))
+            table = table.set_column(index, field.name, table.column(index).cast(kind))
+    pq.write_table(table, sink, store_decimal_as_integer=True, compression="zstd")
+    return sink.getvalue()
+
+
+def _fits(column: Any, kind: Any) -> bool:
+    try:
+        column.cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 DECIMALS = st.builds(

@@ -1,4 +1,4 @@
-"""`marketdata health`, `alerts`, `parked`, `prune` and `retire`: the state of the platform."""
+"""`marketdata health`, `alerts`, `parked`, `prune`, `retire`, `rewrite`: care for the platform."""
 
 from __future__ import annotations
 
@@ -137,3 +137,22 @@ def retire(dry_run: DryRun = False, format: Format = ListFormat.TABLE) -> None:
         rows = [retirement.as_dict() for retirement in context.bind(Retirer).retire(dry_run)]
     closing = f"{len(rows)} months" + (", nothing was changed" if dry_run else "")
     show(rows, format, closing=closing)
+
+
+@commands.command()
+def rewrite(format: Format = ListFormat.TABLE) -> None:
+    """Give all objects of each table of the lake the same columns and types.
+
+    Objects of earlier releases each have types of their own. Nothing is requested, and all digits
+    stay.
+    """
+    from marketdata_assets.model.table import every_table
+
+    rows, total = [], 0
+    with load_context() as context:
+        for table in every_table():
+            if objects := len(context.lake.list_sizes(table)):
+                rewritten = context.lake.rewrite(table)
+                rows.append({"table": table.name, "objects": objects, "rewritten": rewritten})
+                total += rewritten
+    show(rows, format, closing=f"{total} objects rewritten")

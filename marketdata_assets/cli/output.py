@@ -137,9 +137,9 @@ def write_bars(bars: pl.DataFrame, format: BarFormat, file: Path | None) -> None
 
 def _encode(bars: pl.DataFrame, format: BarFormat) -> bytes:
     if format == BarFormat.PARQUET:
-        from marketdata_assets.storage.parquet import encode
+        from marketdata_assets.storage.parquet import encode, to_arrow
 
-        return encode(bars)
+        return encode(to_arrow(bars, {}))
     texts = format_values(bars)
     if format == BarFormat.CSV:
         return texts.write_csv().encode()

@@ -164,6 +164,10 @@ class PartitionBook(Book):
             {"rollup_source_digest": None},
         )
 
+    def set_size(self, table: Table, partition: Partition, size: int) -> None:
+        """Remember the size in bytes of an object that was written again with the same rows."""
+        self._update(_IS_IT & _c.bytes.is_not(None), about(table, partition) | {"bytes": size})
+
     def mark_retired(self, table: Table, partition: Partition) -> None:
         """Remember that retention has removed the object; all else about the partition stays."""
         self._update(_IS_IT, about(table, partition) | {"bytes": None})

@@ -7,6 +7,7 @@ lose the newest ones, and never leaves half of one.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -84,5 +85,16 @@ def is_writable(state: Path) -> bool:
 
 
 def _set_pragmas(connection: Connection, record: Any) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
+    from sqlite3 import SQLITE_BUSY, OperationalError
+
+    deadline = time.monotonic() + TIMEOUT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except OperationalError as error:
+            # SQLite itself does not wait for another process that does the same to a new file
+            if error.sqlite_errorcode != SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
     connection.execute("PRAGMA synchronous=NORMAL")

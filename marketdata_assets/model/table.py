@@ -14,13 +14,14 @@ from marketdata_assets.model.bar import (
     CONSOLIDATED_COLUMNS,
     HISTORY_COLUMNS,
     PARITY_COLUMNS,
+    PROVENANCE_COLUMNS,
     RECONCILED_COLUMNS,
     ROLLUP_COLUMNS,
     Column,
 )
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, PartitionKey
-from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 
 OBJECT_NAME = "data.parquet"
 """The file name of every object of the lake; its folders name table, market and month."""
@@ -72,6 +73,11 @@ class Table:
         return LAYER_COLUMNS[self.layer]
 
     @property
+    def stored_columns(self) -> tuple[Column, ...]:
+        """The columns of its objects, in order."""
+        return self.columns + PROVENANCE_COLUMNS * (self.layer == "raw")
+
+    @property
     def schema(self) -> dict[str, pl.DataType]:
         """The type of each column, in order."""
         return {column.name: column.dtype for column in self.columns}
@@ -87,6 +93,11 @@ class Table:
         """The object of a partition, in Hive folders that DuckDB, Polars and pandas understand."""
         month = partition.month_key[:7]
         return f"{self.name}/{market_folder(partition.market)}/month={month}/{OBJECT_NAME}"
+
+
+def every_table() -> list[Table]:
+    """Return each layer at each timeframe, whether a universe has it or not."""
+    return [Table(layer, timeframe) for layer in LAYER_COLUMNS for timeframe in TIMEFRAMES.values()]
 
 
 def raw_table(timeframe: Timeframe) -> Table:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from marketdata_assets.errors import StoreFailed
+from marketdata_assets.errors import BadInput, Damaged, StoreFailed
 from marketdata_assets.model.bar import PROVENANCE_COLUMNS
 from marketdata_assets.model.intervals import opens_inside, slice_inside
 from marketdata_assets.model.market import Market
@@ -17,9 +17,23 @@ from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.table import StoredObject, Table
 from marketdata_assets.model.window import Window
 from marketdata_assets.storage.cache import FrameCache, Stamp, file_stamp
+from marketdata_assets.storage.column_types import (
+    NO_TYPES,
+    ColumnTypes,
+    DecimalType,
+    TooNarrowError,
+    types_path,
+)
 from marketdata_assets.storage.fingerprint import fingerprint
-from marketdata_assets.storage.objects import open_object_store
-from marketdata_assets.storage.parquet import decode, encode
+from marketdata_assets.storage.objects import ObjectStore, open_object_store
+from marketdata_assets.storage.parquet import (
+    decimal_types,
+    decode,
+    encode,
+    has_columns,
+    to_arrow,
+    with_absent,
+)
 from marketdata_assets.storage.s3_client import polars_storage_options
 
 _ROWS_AT_ONCE = 100_000
@@ -30,11 +44,19 @@ class Lake:
     """Frames in and out of objects.
 
     New objects are written to the hot location. Older ones may be in a second, cold location; an
-    object in the hot location is the newer one.
+    object in the hot location is the newer one. `on_resized` receives an object that was written
+    again with the same rows, and its size in bytes.
     """
 
-    def __init__(self, location: str, cold_location: str | None = None) -> None:
+    def __init__(
+        self,
+        location: str,
+        cold_location: str | None = None,
+        on_resized: Callable[[Table, Partition, int], None] = lambda *resized: None,
+    ) -> None:
         self.location, self.cold_location = location, cold_location
+        self._on_resized = on_resized
+        self._types: dict[Table, ColumnTypes] = {}
         self._hot = open_object_store(location)
         self._cold = open_object_store(cold_location) if cold_location else None
         self._stores = [self._hot, self._cold] if self._cold else [self._hot]
@@ -49,21 +71,107 @@ class Lake:
         return not any(location.startswith("s3://") for location in self._locations)
 
     def write(self, table: Table, partition: Partition, frame: pl.DataFrame) -> StoredObject:
-        """Replace a partition's object. Equal rows always become equal bytes."""
-        content = encode(frame)
-        self._hot.write(table.path(partition), content)
+        """Replace a partition's object. Equal rows become equal bytes while the table's types stay
+        as they are.
+        """
+        while (size := self._try_to_write(table, partition, frame)) is None:
+            pass
         provenance = [column.name for column in PROVENANCE_COLUMNS]
-        return StoredObject(len(content), fingerprint(frame.drop(provenance, strict=False)))
+        return StoredObject(size, fingerprint(frame.drop(provenance, strict=False)))
 
     def write_if_changed(self, table: Table, partition: Partition, frame: pl.DataFrame) -> bool:
-        """Replace a partition's object unless it holds these rows. Return whether it was
-        replaced.
+        """Replace a partition's object unless it holds these rows in the table's types. Return
+        whether it was replaced.
         """
-        content, path = encode(frame), table.path(partition)
-        changed = self._read(path) != content
-        if changed:
-            self._hot.write(path, content)
-        return changed
+        stored = self._read(table.path(partition))
+        while (size := self._try_to_write(table, partition, frame, stored)) is None:
+            pass
+        return size > 0
+
+    def _try_to_write(
+        self, table: Table, partition: Partition, frame: pl.DataFrame, stored: bytes | None = None
+    ) -> int | None:
+        """Replace a partition's object, and return its size in bytes; 0 where `stored` equals it.
+
+        Return None where the table's types changed meanwhile, and widen them first where they do
+        not hold the frame.
+        """
+        types = self._types[table] = self._types.get(table) or self._read_types(table)
+        frame = with_absent(frame, table.stored_columns)
+        arranged = to_arrow(frame, types.written)
+        needed = decimal_types(arranged.schema)
+        if types.written != types.everywhere:
+            needed = decimal_types(to_arrow(frame, types.everywhere).schema)
+        if not types.hold_everywhere(needed):
+            self.rewrite(table, needed)
+            return None
+        content, held = encode(arranged), {types_path(table): types.content}
+        if content == stored:
+            return 0
+        if self._hot.write_while(held, table.path(partition), content):
+            return len(content)
+        self._types.pop(table, None)
+        return None
+
+    def _read_types(self, table: Table) -> ColumnTypes:
+        path = types_path(table)
+        return ColumnTypes.parse(self._hot.read(path), f"{self.location}/{path}")
+
+    def rewrite(self, table: Table, needed: Mapping[str, DecimalType] = NO_TYPES) -> int:
+        """Give all objects of a table the same columns and types, which hold values of the types
+        `needed`. Return how many were rewritten.
+
+        The types are recorded first, so that other writers' new objects have them, too. Damaged
+        objects stay as they are.
+        """
+        types = self._record_types(table, lambda recorded: recorded.widened(needed))
+        rewritten = 0
+        for store in self._stores:  # objects are moved from the first to the second
+            for key in [key for key, _ in store.list_sizes(table.name)]:
+                try:
+                    partition = Partition.from_stored_key(key)
+                    rewritten += self._rewrite_object(store, table, partition, types)
+                except TooNarrowError as error:  # of an object that an earlier release wrote
+                    return rewritten + self.rewrite(table, error.needed)
+                except (Damaged, BadInput):
+                    continue
+        self._record_types(table, lambda recorded: recorded.rewritten(types.written))
+        return rewritten
+
+    def _rewrite_object(
+        self, store: ObjectStore, table: Table, partition: Partition, types: ColumnTypes
+    ) -> bool:
+        """Write an object again unless it has the table's columns and these types; return whether
+        it was written. Raises Damaged, TooNarrowError.
+        """
+        path, columns = table.path(partition), table.stored_columns
+        expected = types.of(columns)
+        while (content := store.read(path)) is not None and not has_columns(
+            content, [column.name for column in columns], expected
+        ):
+            bars = decode(content, table, name=path, with_provenance=table.layer == "raw")
+            arranged = to_arrow(bars, types.written)
+            if (needed := decimal_types(arranged.schema)) != expected:
+                raise TooNarrowError(needed)
+            rewritten = encode(arranged)
+            if store.write_while({path: content}, path, rewritten):
+                self._on_resized(table, partition, len(rewritten))
+                return True
+        return False
+
+    def _record_types(
+        self, table: Table, change: Callable[[ColumnTypes], ColumnTypes]
+    ) -> ColumnTypes:
+        """Replace the types of a table by others, which other writers may do at the same time."""
+        path = types_path(table)
+        while True:
+            types = self._read_types(table)
+            changed = change(types)
+            if changed == types or self._hot.write_while(
+                {path: types.content}, path, changed.to_json()
+            ):
+                self._types.pop(table, None)
+                return changed
 
     def read(
         self,
@@ -193,7 +301,7 @@ class Lake:
         size in bytes, or 0 where the hot location holds no object.
         """
         assert self._cold is not None, "the lake has a cold location"
-        path = table.path(partition)
+        path, types = table.path(partition), self._read_types(table)
         content = self._hot.read(path)
         if content is None:
             return 0
@@ -205,6 +313,8 @@ class Lake:
                 f"the object stays in {self.location}"
             )
         self._hot.delete(path)
+        if self._read_types(table) != types:
+            self.rewrite(table)
         return len(content)
 
     def quarantine_object(self, table: Table, partition: Partition) -> str:

@@ -4,10 +4,11 @@ completely or not at all.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,13 @@ class ObjectStore(Protocol):
     def write(self, path: str, content: bytes) -> None:
         """Replace the whole object. A store that can detect it refuses to replace an object that
         another writer has changed since it was read here.
+        """
+        ...
+
+    def write_while(self, held: Mapping[str, bytes | None], path: str, content: bytes) -> bool:
+        """Replace the whole object while these objects hold these contents; None: do not exist.
+
+        Return False where one of them was changed, in S3 perhaps while this object was written.
         """
         ...
 
@@ -92,6 +100,9 @@ class _FolderObjects:
             raise self._failure("read", path, error) from None
 
     def write(self, path: str, content: bytes) -> None:
+        self.write_while({}, path, content)
+
+    def write_while(self, held: Mapping[str, bytes | None], path: str, content: bytes) -> bool:
         target = self._root / path
         temporary = self._temporary / f"{os.getpid()}-{secrets.token_hex(6)}"
         try:
@@ -101,12 +112,18 @@ class _FolderObjects:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(target)
-            _sync_folder(target.parent)
+            with _locked(self._root):
+                is_held = all(self.read(other) == expected for other, expected in held.items())
+                if is_held:
+                    temporary.replace(target)
+            if is_held:
+                _sync_folder(target.parent)
+            return is_held
         except OSError as error:
+            raise self._failure("written", path, error) from None
+        finally:
             with suppress(OSError):
                 temporary.unlink()
-            raise self._failure("written", path, error) from None
 
     def size(self, path: str) -> int | None:
         try:
@@ -179,6 +196,18 @@ def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against the other writers; not where the file system has no locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(handle)
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from marketdata_assets.errors import Damaged
-from marketdata_assets.model.bar import DECIMAL, PROVENANCE_COLUMNS
+from marketdata_assets.model.bar import DECIMAL, PROVENANCE_COLUMNS, Column
 from marketdata_assets.model.table import Table
 from marketdata_assets.model.window import Window, to_us
+from marketdata_assets.storage.column_types import NARROW, DecimalType, first_type
 
-OBJECT_VERSION, VERSION_KEY = 3, "marketdata_version"
-"""The version of new objects. Objects without the key are of version 1 and encoded otherwise; raw
-objects of version 2 hold no provenance. Every version is read.
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OBJECT_VERSION, VERSION_KEY = 4, "marketdata_version"
+"""The version of new objects. Those of versions 1 to 3 each have the decimal scale of their digits;
+those without the key are of version 1, and raw ones of version 2 hold no provenance. Every version
+is read.
 """
 ROWS_PER_GROUP = 10_080
 """A week of minutes: reading one day reads a fourth of a month, for 2 % more bytes."""
@@ -23,29 +28,55 @@ _UNIT = "timeUnit=microseconds"
 _SLOWLY_CHANGING = ("open_time", "open", "high", "low", "close", "known_at", "replaced_at")
 
 
-def encode(frame: pl.DataFrame) -> bytes:
-    """Write a frame as Parquet: a row group for each week of minutes, zstd, and each decimal column
-    as integers at the smallest scale that holds its digits.
+def with_absent(frame: pl.DataFrame, columns: Sequence[Column]) -> pl.DataFrame:
+    """Return the frame with these columns, those that it does not have null."""
+    absent = [c for c in columns if c.name not in frame.columns]
+    return frame.with_columns(pl.lit(None, c.dtype).alias(c.name) for c in absent)
+
+
+def to_arrow(frame: pl.DataFrame, types: Mapping[str, DecimalType]) -> pa.Table:
+    """Return a frame with the types of its object. Decimals have these types, by default
+    column_types.first_type, or wider ones where a value needs it.
+    """
+    import pyarrow as pa
+
+    from marketdata_assets.storage.decimals import store_decimals
+
+    arrays = [
+        store_decimals(column, types.get(column.name, first_type(column.name)))
+        if column.dtype == DECIMAL
+        else column.rechunk().to_arrow()
+        for column in frame
+    ]
+    return pa.Table.from_arrays(arrays, names=frame.columns)
+
+
+def decimal_types(schema: pa.Schema) -> dict[str, DecimalType]:
+    """Return the type of each decimal column, by name."""
+    import pyarrow as pa
+
+    return {
+        field.name: DecimalType(field.type.precision, field.type.scale)
+        for field in schema
+        if pa.types.is_decimal(field.type)
+    }
+
+
+def encode(table: pa.Table) -> bytes:
+    """Write a frame of `to_arrow` as Parquet: a row group for each week of minutes, zstd.
 
     Times and prices change little from row to row, so their differences are packed. The bytes of
-    other numbers are grouped by significance, so that zstd finds the high ones alike. Numbers of
-    more than 18 digits stay as they are.
+    other numbers are grouped by significance, so that zstd finds the high ones alike. Decimals of
+    more than 64 bits are stored plainly: DuckDB and Polars read them in no other way.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from marketdata_assets.storage.narrow import DIGITS, narrow_decimals
-
-    arrays = [
-        narrow_decimals(column) if column.dtype == DECIMAL else column.rechunk().to_arrow()
-        for column in frame
-    ]
-    table = pa.Table.from_arrays(arrays, names=frame.columns)
     encodings, texts = {}, []
     for field in table.schema:
         if pa.types.is_large_string(field.type) or pa.types.is_string(field.type):
             texts.append(field.name)
-        elif not pa.types.is_decimal(field.type) or field.type.precision <= DIGITS:
+        elif not pa.types.is_decimal(field.type) or field.type.precision <= NARROW.precision:
             is_slow = field.name in _SLOWLY_CHANGING
             encodings[field.name] = "DELTA_BINARY_PACKED" if is_slow else "BYTE_STREAM_SPLIT"
     sink = io.BytesIO()
@@ -65,6 +96,24 @@ def encode(frame: pl.DataFrame) -> bytes:
         writer.write_table(table, ROWS_PER_GROUP)
         writer.add_key_value_metadata({VERSION_KEY: str(OBJECT_VERSION)})
     return sink.getvalue()
+
+
+def has_columns(content: bytes, names: list[str], types: Mapping[str, DecimalType]) -> bool:
+    """Return whether an object is of this version and has these columns and types of decimals."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(io.BytesIO(content))
+    except (pa.ArrowException, OSError, ValueError):
+        return False
+    version = (file.metadata.metadata or {}).get(VERSION_KEY.encode())
+    found = file.schema_arrow
+    return (
+        version == str(OBJECT_VERSION).encode()
+        and found.names == names
+        and decimal_types(found) == types
+    )
 
 
 def decode(
@@ -93,12 +142,8 @@ def decode(
         stored = [column.name for column in wanted if column.name in file.schema_arrow.names]
         groups = range(file.metadata.num_row_groups) if inside is None else _groups(file, inside)
         frame = pl.DataFrame(file.read_row_groups(groups, columns=stored))
-        absent = [
-            pl.lit(None, column.dtype).alias(column.name)
-            for column in PROVENANCE_COLUMNS
-            if with_provenance and column.name not in stored
-        ]
-        return frame.with_columns(absent).select(pl.col(c.name).cast(c.dtype) for c in wanted)
+        frame = with_absent(frame, PROVENANCE_COLUMNS if with_provenance else ())
+        return frame.select(pl.col(c.name).cast(c.dtype) for c in wanted)
     except (
         pl.exceptions.PolarsError,
         pl.exceptions.PanicException,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -29,6 +29,10 @@ version), or that supports no conditions.
 """
 
 
+class _ChangedMeanwhileError(StoreFailed):
+    """Another writer has changed an object since it was read here."""
+
+
 class S3Objects:
     """A prefix in S3: one PUT replaces an object completely.
 
@@ -51,6 +55,16 @@ class S3Objects:
     def write(self, path: str, content: bytes) -> None:
         """Replace the object. Raises StoreFailed where another writer has changed it."""
         self._change("put_object", path, content)
+
+    def write_while(self, held: Mapping[str, bytes | None], path: str, content: bytes) -> bool:
+        """Replace the object; return whether these objects hold these contents afterwards, too."""
+        try:
+            self.write(path, content)
+        except _ChangedMeanwhileError:
+            if path not in held:
+                raise
+            return False
+        return all(self.read(other) == held[other] for other in held.keys() - {path})
 
     def delete(self, path: str) -> None:
         """Remove the object. Raises StoreFailed where another writer has changed it."""
@@ -90,7 +104,7 @@ class S3Objects:
                     return
                 if self._versions[path] != version or refusal.code in _BUSY:
                     self._versions[path] = version  # the other writer's content was not used here
-                    raise StoreFailed(
+                    raise _ChangedMeanwhileError(
                         f"{self._client.uri(path)} was changed by another writer meanwhile; "
                         "the next run reads it again"
                     ) from None

@@ -85,7 +85,8 @@ class S3Client:
     def call(self, verb: str, path: str, **kwargs: Any) -> dict[str, Any]:
         """Make one request (`verb` is a method of boto's client; `path` names it in errors).
 
-        An answer that breaks off is requested again, MAX_ATTEMPTS times in all. Where the answer
+        An answer that breaks off, or that says what is missing in a text that cannot be read, is
+        requested again, MAX_ATTEMPTS times in all. Where the answer
         has a body, it is complete under `Content`. Raises S3RefusedError where the server answers
         with an error, else StoreFailed.
         """
@@ -95,12 +96,14 @@ class S3Client:
             return retry(
                 lambda: self._request(verb, **kwargs),
                 # botocore repeats everything else by itself
-                should_retry=lambda error: isinstance(error, _incomplete_answers()),
+                should_retry=lambda error: (
+                    isinstance(error, _incomplete_answers()) or _error_code(error) == "404"
+                ),
                 pauses=[0.0] * (MAX_ATTEMPTS - 1),
                 sleep=lambda _: None,
             )
         except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code"))
+            code = str(_error_code(error))
             raise S3RefusedError(self._message(path, code), code) from None
         except (*_incomplete_answers(), BotoCoreError, ValueError) as error:
             raise StoreFailed(self._message(path, type(error).__name__)) from None
@@ -134,6 +137,13 @@ class S3Client:
     def _message(self, path: str, code: str) -> str:
         advice = _ADVICE.get(code, "check the bucket, AWS_ENDPOINT_URL and the AWS keys")
         return f"{self.uri(path)}: {code}; {advice}"
+
+
+def _error_code(error: Exception) -> str | None:
+    """Return the code of an error answer; its status where its text cannot be read."""
+    response = getattr(error, "response", None) or {}
+    code: str | None = response.get("Error", {}).get("Code")
+    return code
 
 
 def create_client() -> Any:

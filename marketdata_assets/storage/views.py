@@ -69,8 +69,8 @@ def _list_warehouse_tables(connection: Connection) -> list[tuple[str, str]]:
 def _create_view(connection: Connection, table: Table, uris: Sequence[str]) -> None:
     """Create the view of one table.
 
-    Each object has the decimal scale that its digits need. `union_by_name` makes DuckDB find the
-    widest of them, where it would otherwise round to the first.
+    Each object of an earlier release has the decimal scale of its digits. `union_by_name` makes
+    DuckDB find the widest of them, where it would otherwise round to the first.
     """
     schema, name = table.key
     columns = ", ".join(f'"{c.name}"::{duckdb_type(c.dtype)} AS "{c.name}"' for c in table.columns)

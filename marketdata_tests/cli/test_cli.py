@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from typer.main import get_command
 
@@ -25,11 +26,14 @@ from marketdata_assets.cli.main import app
 from marketdata_assets.context import open_context
 from marketdata_assets.flows.operate.alerts import AlertCenter
 from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import every_table
 from marketdata_assets.model.window import Window, parse_time
+from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
+from marketdata_tests.samples import earlier_object
 from marketdata_tests.steps import run_derive, run_ingest
 
 pytestmark = pytest.mark.server
@@ -114,6 +118,42 @@ def test_the_main_job(sandbox: tuple[SandboxExchange, str], tmp_path: Path) -> N
 
     names = {"lake", "state", "market.duckdb", "universe.yaml", "day.parquet"}
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.usefixtures("backfilled")
+def test_a_lake_of_an_earlier_release_is_rewritten_by_one_command(
+    sandbox: tuple[SandboxExchange, str], tmp_path: Path
+) -> None:
+    """No bar changes, nothing is requested, and the ledger knows the new objects."""
+    settings = load_settings()
+    with open_context(settings) as context:
+        for table in every_table():
+            for key in context.lake.list_sizes(table):
+                partition = Partition.from_stored_key(key)
+                file = tmp_path / "lake" / table.path(partition)
+                file.write_bytes(earlier_object(file.read_bytes()))
+                context.ledger.partitions.set_size(table, partition, file.stat().st_size)
+    for types in (tmp_path / "lake").rglob("*.json"):
+        types.unlink()
+    old, before = lake_digests(tmp_path / "lake"), bar_requests(sandbox[0])
+    arguments = ("bars", "binance:SHIB-USDT", "1m", "--format", "csv")
+    bars = marketdata(*arguments).stdout
+    done = marketdata("rewrite", "--format", "json")
+    assert done.returncode == 0, text_of(done)
+    found = {row["table"]: (row["objects"], row["rewritten"]) for row in json.loads(done.stdout)}
+    assert found.keys() == {"raw/ohlcv_1m", "raw/ohlcv_1h", "parity/ohlcv_1h"}
+    assert all(rewritten >= objects == 4 for objects, rewritten in found.values())
+    new = lake_digests(tmp_path / "lake")
+    assert new.keys() == old.keys()
+    assert not set(new.values()) & set(old.values())
+    for table_folder in found:
+        files = (tmp_path / "lake" / table_folder).rglob("*.parquet")
+        assert len({str(pq.read_schema(file)) for file in files}) == 1
+    assert marketdata(*arguments).stdout == bars
+    again = marketdata("backfill")
+    assert "nothing to do" in text_of(again)
+    assert (again.returncode, bar_requests(sandbox[0]) - before) == (0, 0)
+    assert "0 objects rewritten" in text_of(marketdata("rewrite"))
 
 
 @pytest.fixture

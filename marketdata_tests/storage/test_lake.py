@@ -17,25 +17,22 @@ from random import Random
 from typing import Any
 
 import boto3
-import duckdb
-import pandas as pd
 import polars as pl
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from marketdata_assets.errors import Damaged, StoreFailed
-from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, DECIMAL, empty_bars
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, empty_bars
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import market_folder, raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
-from marketdata_assets.model.window import Window, month_of
+from marketdata_assets.model.window import Window
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lake import Lake
-from marketdata_assets.storage.parquet import decode, encode
+from marketdata_assets.storage.parquet import decode
 from marketdata_assets.storage.s3_client import MAX_ATTEMPTS
 from marketdata_assets.transforms.rollup import roll_up
 from marketdata_tests.samples import (
@@ -47,6 +44,7 @@ from marketdata_tests.samples import (
     frame,
     kill,
     minutes,
+    raw_object,
     row,
     start_python,
 )
@@ -222,10 +220,10 @@ def changed_object(change: Any) -> bytes:
         b"",
         b"hello, this is text\n" * 20,
         b"PAR1" + b"\x00" * 50 + b"PAR1",
-        encode(bars())[:-1],
-        encode(bars())[: len(encode(bars())) // 2],
-        encode(bars())[:100],
-        b"x" * 500 + encode(bars())[500:],
+        raw_object(bars())[:-1],
+        raw_object(bars())[: len(raw_object(bars())) // 2],
+        raw_object(bars())[:100],
+        b"x" * 500 + raw_object(bars())[500:],
         changed_object(lambda frame: frame.drop("close")),
         changed_object(lambda frame: frame.rename({"volume": "amount"})),
         changed_object(lambda frame: frame.with_columns(pl.lit("much").alias("volume"))),
@@ -261,7 +259,7 @@ def test_a_flipped_bit_is_reported_or_changes_nothing():
     """Checksums protect the pages. A footer with a flipped bit may hold any nonsense, and never
     raises another kind of error.
     """
-    content = encode(bars())
+    content = raw_object(bars())
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     reported = 0
     for bit in range(0, 8 * len(content), 53):
@@ -348,92 +346,7 @@ def test_columns_are_bound_by_name(place: Place):
     assert place.lake.read(TABLE, JANUARY).equals(bars())
 
 
-# ---------------------------------------------------------------- other readers
-def by_duckdb(folder: Path) -> pl.DataFrame:
-    return duckdb.sql(
-        f"SELECT * FROM read_parquet('{folder}/**/*.parquet', union_by_name=true)"
-    ).pl()
-
-
-def by_polars(folder: Path) -> pl.DataFrame:
-    objects = [
-        pl.scan_parquet(file, hive_partitioning=True) for file in sorted(folder.rglob("*.parquet"))
-    ]
-    return pl.concat(objects, how="vertical_relaxed").collect()
-
-
-def by_pandas(folder: Path) -> pl.DataFrame:
-    found = pd.read_parquet(folder)
-    assert isinstance(found["volume"].iloc[0], Decimal)
-    return pl.DataFrame(
-        {name: found[name].tolist() for name in ("market", "month", "volume")},
-        schema_overrides={"volume": DECIMAL},
-    )
-
-
-READERS = pytest.mark.parametrize("read", [by_duckdb, by_polars, by_pandas])
-
-
-def volumes(found: pl.DataFrame) -> dict[tuple[str, str], list[Decimal]]:
-    """The volumes by market and month, sorted."""
-    months = pl.col("month").cast(pl.String).str.head(7)
-    groups = found.group_by("market", months).agg(pl.col("volume").cast(DECIMAL).sort())
-    return {(str(market), month): volume for market, month, volume in groups.iter_rows()}
-
-
-@READERS
-def test_every_reader_finds_markets_and_months(tmp_path: Path, read: Any):
-    """Two months of one market and one of a contract, in one scan: each bar has its own market."""
-    lake, contract = Lake(str(tmp_path)), Market("binance", "BTC/USDT:USDT")
-    written = {JANUARY: "1.25", FEBRUARY: "22.75", Partition(contract, JANUARY.month): "333.01"}
-    for partition, volume in written.items():
-        lake.write(
-            TABLE,
-            partition,
-            frame(
-                [
-                    row(moment, volume=Decimal(volume))
-                    for moment in minutes(3, partition.month.start)
-                ]
-            ),
-        )
-    expected = {
-        (p.market.key, p.month_key[:7]): [Decimal(volume)] * 3 for p, volume in written.items()
-    }
-    assert volumes(read(tmp_path / "raw/ohlcv_1m")) == expected
-
-
-@pytest.mark.parametrize("read", [by_duckdb, by_polars])
-def test_every_reader_reads_months_of_different_digits_exactly(tmp_path: Path, read: Any):
-    """Each object has the scale that its digits need. With the options of README.md, DuckDB and
-    Polars take the wider scale for all.
-    """
-    lake = Lake(str(tmp_path))
-    lake.write(TABLE, JANUARY, frame([row(JANUARY.month.start, volume=Decimal("1.25"))]))
-    lake.write(TABLE, FEBRUARY, frame([row(FEBRUARY.month.start, volume=Decimal("1.12345"))]))
-    found = volumes(read(tmp_path / "raw/ohlcv_1m"))
-    assert found == {
-        (BTC.key, "2024-01"): [Decimal("1.25")],
-        (BTC.key, "2024-02"): [Decimal("1.12345")],
-    }
-
-
-@pytest.mark.parametrize("read", [by_duckdb, by_polars])
-@pytest.mark.parametrize(
-    "wide", ["12345678901234567890123456.5", "12345678901234567890123456", "1234567.123456789012"]
-)
-def test_every_reader_reads_narrow_and_wide_numbers_exactly(tmp_path: Path, read: Any, wide: str):
-    """Sixteen digits before the point, twelve after it, and twenty-six before it: no reader may cut
-    a digit.
-    """
-    lake, month, written = Lake(str(tmp_path)), JANUARY.month, {}
-    for text in ("1234567890123456.25", "1.123456789012", wide):
-        lake.write(TABLE, Partition(BTC, month), frame([row(month.start, volume=Decimal(text))]))
-        written[BTC.key, f"{month.start:%Y-%m}"] = [Decimal(text)]
-        month = month_of(month.end)
-    assert volumes(read(tmp_path / "raw/ohlcv_1m")) == written
-
-
+# ---------------------------------------------------------------- objects
 def test_the_folder_of_a_market():
     assert market_folder(BTC) == "market=binance%3ABTC-USDT"
     assert (
@@ -443,50 +356,15 @@ def test_the_folder_of_a_market():
     assert TABLE.path(JANUARY) == PATH
 
 
-def test_decimals_are_stored_as_small_integers():
-    """At the scale that the digits need, as delta-packed INT64; wider ones with 38 digits."""
-    sample = frame(
-        [
-            row(m, close=Decimal("100.25"), volume=Decimal("123456789012345678901.5"))
-            for m in minutes(1000)
-        ]
-    )
-    file = pq.ParquetFile(io.BytesIO(encode(sample)))
-    kinds = {file.schema.column(i).name: file.schema.column(i) for i in range(len(COLUMN_NAMES))}
-    assert (kinds["close"].physical_type, str(kinds["close"].logical_type)) == (
-        "INT64",
-        "Decimal(precision=18, scale=2)",
-    )
-    assert (kinds["open"].physical_type, str(kinds["open"].logical_type)) == (
-        "INT64",
-        "Decimal(precision=18, scale=0)",
-    )
-    assert (kinds["volume"].physical_type, str(kinds["volume"].logical_type)) == (
-        "FIXED_LEN_BYTE_ARRAY",
-        "Decimal(precision=38, scale=12)",
-    )
-    assert file.num_row_groups == 1
-    chunk = file.metadata.row_group(0).column(COLUMN_NAMES.index("close"))
-    assert (chunk.compression, "DELTA_BINARY_PACKED" in chunk.encodings) == ("ZSTD", True)
-
-
-@pytest.mark.parametrize("digits", [17, 18, 19, 20])
-def test_the_widest_integers_fit(digits: int):
-    """At the edge of 18 digits nothing overflows."""
-    values = [Decimal("9" * digits).scaleb(-4), Decimal(1).scaleb(-4)]
-    sample = frame([row(m, volume=v) for m, v in zip(minutes(2), values, strict=True)])
-    assert pl.read_parquet(encode(sample))["volume"].cast(DECIMAL).to_list() == values
-
-
 HASHES = """
 import hashlib, os, sys
 import polars as pl
-from marketdata_assets.storage.parquet import encode
+from marketdata_tests.samples import raw_object
 assert pl.thread_pool_size() == int(os.environ["POLARS_MAX_THREADS"])
 whole = pl.read_parquet(sys.argv[1])
 pieces = pl.concat([whole[i : i + 333] for i in range(0, whole.height, 333)], rechunk=False)
 frames = (whole, pieces, whole.reverse().sort("open_time"))
-print(*(hashlib.sha256(encode(frame)).hexdigest() for frame in frames))
+print(*(hashlib.sha256(raw_object(frame)).hexdigest() for frame in frames))
 """
 
 
@@ -595,10 +473,8 @@ def test_files_of_dead_writers_are_removed_and_those_of_living_ones_stay(
     assert lake.remove_abandoned_uploads() == 0
     assert len(files(tmp_path / "lake")) == 2
     kill(writer)
-    assert (
-        fingerprint(pl.read_parquet((tmp_path / "lake" / PATH).read_bytes()).cast(BAR_SCHEMA))
-        == before.digest
-    )
+    stored = pl.read_parquet((tmp_path / "lake" / PATH).read_bytes()).select(COLUMN_NAMES)
+    assert fingerprint(stored.cast(BAR_SCHEMA)) == before.digest
     assert lake.remove_abandoned_uploads() == 1
     assert files(tmp_path / "lake") == [PATH]
     assert lake.read(TABLE, JANUARY).equals(bars(1))
@@ -635,13 +511,10 @@ def test_an_impossible_folder_is_reported(tmp_path: Path):
     """The lake lies below a regular file, because permissions do not stop root."""
     (tmp_path / "file").write_text("x")
     lake = Lake(str(tmp_path / "file/lake"))
-    for act, verb in (
-        (lambda: lake.write(TABLE, JANUARY, bars()), "written"),
-        (lambda: lake.read(TABLE, JANUARY), "read"),
-    ):
+    for act in (lambda: lake.write(TABLE, JANUARY, bars()), lambda: lake.read(TABLE, JANUARY)):
         with pytest.raises(
             StoreFailed,
-            match=rf"file/lake/{PATH} cannot be {verb}: Not a directory; mend the folder",
+            match=r"file/lake/\S+/ohlcv_1m\S+ cannot be read: Not a directory; mend the folder",
         ):
             act()
     assert lake.size(TABLE, JANUARY) is None
@@ -668,7 +541,7 @@ def test_a_missing_bucket_is_reported(s3: str):
     for act in acts:
         with pytest.raises(
             StoreFailed,
-            match=r"^s3://missing/prefix/raw/.*: NoSuchBucket; there is no such bucket; make it",
+            match=r"^s3://missing/prefix/\S*raw/.*: NoSuchBucket; there is no such bucket; make it",
         ):
             act()
 
