@@ -29,7 +29,7 @@ from marketdata_assets.model.table import Table, history_table, raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import month_of
 from marketdata_assets.storage.lake import Lake
-from marketdata_assets.storage.parquet import decode, encode
+from marketdata_assets.storage.parquet import decode, encode, to_arrow
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "marketdata" / "binance_spot"
 M1 = TIMEFRAMES["1m"]
@@ -117,7 +117,7 @@ def measure(case: Case, month: Month, lake: Lake) -> dict[str, float]:
     """Return bytes and CPU seconds of one month."""
     partition, bars = month
     frames = case.frames(bars)
-    objects = {table: encode(frame) for table, frame in frames.items()}
+    objects = {table: encode(to_arrow(frame, {})) for table, frame in frames.items()}
     for table, content in objects.items():
         columns = frames[table].columns if case.provenance else list(table.schema)
         provenance = case.provenance and table.layer == "raw"
@@ -127,7 +127,7 @@ def measure(case: Case, month: Month, lake: Lake) -> dict[str, float]:
     return {
         "bars": bars.height,
         "bytes": sum(map(len, objects.values())),
-        "encode": measure_cpu(lambda: [encode(frame) for frame in frames.values()]),
+        "encode": measure_cpu(lambda: [encode(to_arrow(frame, {})) for frame in frames.values()]),
         "write": measure_cpu(
             lambda: [lake.write(table, partition, frame) for table, frame in frames.items()]
         ),

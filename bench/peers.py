@@ -223,7 +223,7 @@ SECTIONS = {
     ),
     "bytes": Section(
         "Bytes per bar, nine real columns",
-        "at most 0.65 of zstd floats, every digit kept",
+        "at most zstd floats' bytes, every digit kept",
         ("BTC", "x ours", "digits", "SOL", "x ours", "digits", "values per bar"),
         _bytes,
     ),

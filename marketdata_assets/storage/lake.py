@@ -153,9 +153,9 @@ class Lake:
             arranged = to_arrow(bars, types.written)
             if (needed := decimal_types(arranged.schema)) != expected:
                 raise TooNarrowError(needed)
-            rewritten = encode(arranged)
-            if store.write_while({path: content}, path, rewritten):
-                self._on_resized(table, partition, len(rewritten))
+            if store.write_while({path: content}, path, encode(arranged)):
+                if size := self.size(table, partition):  # of the hot object, where both exist
+                    self._on_resized(table, partition, size)
                 return True
         return False
 

@@ -146,7 +146,8 @@ class _FolderObjects:
 
     def delete(self, path: str) -> None:
         try:
-            (self._root / path).unlink(missing_ok=True)
+            with _locked(self._root):
+                (self._root / path).unlink(missing_ok=True)
             for folder in (self._root / path).parents[:2]:
                 folder.rmdir()  # the month, then the market, until one holds something else
         except OSError as error:
