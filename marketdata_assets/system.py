@@ -63,6 +63,20 @@ def lock_file(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield is_held
 
 
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder against everybody else who does so; against nobody where its file system has no
+    locks. Raises OSError where it cannot be opened.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _not_lockable(path: Path, error: OSError) -> StoreFailed:
     return StoreFailed(
         f"{path} cannot be locked ({error}); mend the folder or set another `state:`"

@@ -7,7 +7,7 @@ lose the newest ones, and never leaves half of one.
 from __future__ import annotations
 
 import os
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from sqlalchemy.dialects import sqlite
 
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.ledger.database import Database, Sent, Values
+from marketdata_assets.retry import pauses_until, retry
 from marketdata_assets.system import lock_file
 
 if TYPE_CHECKING:
@@ -85,16 +86,12 @@ def is_writable(state: Path) -> bool:
 
 
 def _set_pragmas(connection: Connection, record: Any) -> None:
-    from sqlite3 import SQLITE_BUSY, OperationalError
+    from sqlite3 import SQLITE_BUSY
 
-    deadline = time.monotonic() + TIMEOUT
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            break
-        except OperationalError as error:
-            # SQLite itself does not wait for another process that does the same to a new file
-            if error.sqlite_errorcode != SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
+    retry(  # SQLite itself does not wait for another process that does this to a new file
+        lambda: connection.execute("PRAGMA journal_mode=WAL"),
+        should_retry=lambda error: getattr(error, "sqlite_errorcode", None) == SQLITE_BUSY,
+        pauses=pauses_until(TIMEOUT, every=0.01),
+        sleep=threading.Event().wait,
+    )
     connection.execute("PRAGMA synchronous=NORMAL")

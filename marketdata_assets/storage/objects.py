@@ -4,11 +4,10 @@ completely or not at all.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from marketdata_assets.errors import StoreFailed
 from marketdata_assets.model.partition import PartitionKey
 from marketdata_assets.model.table import OBJECT_NAME, parse_folders
 from marketdata_assets.storage.s3 import S3Objects
+from marketdata_assets.system import lock_folder
 
 
 class ObjectStore(Protocol):
@@ -112,7 +112,7 @@ class _FolderObjects:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            with _locked(self._root):
+            with lock_folder(self._root):
                 is_held = all(self.read(other) == expected for other, expected in held.items())
                 if is_held:
                     temporary.replace(target)
@@ -146,7 +146,7 @@ class _FolderObjects:
 
     def delete(self, path: str) -> None:
         try:
-            with _locked(self._root):
+            with lock_folder(self._root):
                 (self._root / path).unlink(missing_ok=True)
             for folder in (self._root / path).parents[:2]:
                 folder.rmdir()  # the month, then the market, until one holds something else
@@ -197,18 +197,6 @@ def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against the other writers; not where the file system has no locks."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
     finally:
         os.close(handle)
 

@@ -93,7 +93,7 @@ def holed(
     """
     dice = Random(seed)
     opens = [start + i * base.width for i in range(count) if dice.random() >= gap_share]
-    rows = random_rows(seed, opens, 18, nulls)
+    rows = random_rows(seed, opens, 18, nulls=nulls)
     for r in rows:
         # the average stays among the prices, as the rules demand, and at times there is no trade at
         # all
