@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from marketdata_assets.errors import Damaged
 from marketdata_assets.model.bar import DECIMAL, SCALE, Column
-from marketdata_assets.model.table import Table
 
 
 class DecimalType(NamedTuple):
@@ -30,14 +29,6 @@ DECIMAL_TYPES = (NARROW, DecimalType(38, 8), WIDE)
 _TYPE_OF = {(kind.precision, kind.scale): kind for kind in DECIMAL_TYPES}
 _ALWAYS_WIDE = ("vwap",)
 """Quotients, which have digits without end."""
-
-
-class TooNarrowError(Exception):
-    """The values of an object need these types."""
-
-    def __init__(self, needed: Mapping[str, DecimalType]) -> None:
-        super().__init__(needed)
-        self.needed = needed
 
 
 NO_TYPES: Mapping[str, DecimalType] = {}
@@ -73,13 +64,11 @@ class ColumnTypes(NamedTuple):
     def of(self, columns: Sequence[Column]) -> dict[str, DecimalType]:
         """Return the types of the decimals among these columns in new objects."""
         names = [column.name for column in columns if column.dtype == DECIMAL]
-        return {name: self.written.get(name, first_type(name)) for name in names}
+        return {name: type_of(name, self.written) for name in names}
 
     def hold_everywhere(self, needed: Mapping[str, DecimalType]) -> bool:
         """Return whether values of these types may be written now."""
-        return all(
-            self.everywhere.get(name, first_type(name)) >= kind for name, kind in needed.items()
-        )
+        return all(type_of(name, self.everywhere) >= kind for name, kind in needed.items())
 
     def widened(self, needed: Mapping[str, DecimalType]) -> ColumnTypes:
         """Return the types where new objects hold values of these types, too."""
@@ -95,17 +84,17 @@ class ColumnTypes(NamedTuple):
         return json.dumps(parts, indent=2).encode()
 
 
-def types_path(table: Table) -> str:
-    """Return the path of the file with a table's types, relative to the lake."""
-    return f".types/{table.name}.json"
-
-
 def first_type(name: str) -> DecimalType:
     """Return the type of a column that was never widened."""
     return WIDE if name in _ALWAYS_WIDE else NARROW
 
 
+def type_of(name: str, types: Mapping[str, DecimalType]) -> DecimalType:
+    """Return a column's type among the types of a table."""
+    return types.get(name, first_type(name))
+
+
 def _widest(*types: Mapping[str, DecimalType]) -> dict[str, DecimalType]:
     names = sorted({name for each in types for name in each})
-    widest = {name: max(each.get(name, first_type(name)) for each in types) for name in names}
+    widest = {name: max(type_of(name, each) for each in types) for name in names}
     return {name: kind for name, kind in widest.items() if kind != first_type(name)}

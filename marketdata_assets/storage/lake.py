@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from marketdata_assets.errors import BadInput, Damaged, StoreFailed
+from marketdata_assets.errors import StoreFailed
 from marketdata_assets.model.bar import PROVENANCE_COLUMNS
 from marketdata_assets.model.intervals import opens_inside, slice_inside
 from marketdata_assets.model.market import Market
@@ -17,24 +17,17 @@ from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.table import StoredObject, Table
 from marketdata_assets.model.window import Window
 from marketdata_assets.storage.cache import FrameCache, Stamp, file_stamp
-from marketdata_assets.storage.column_types import (
-    NO_TYPES,
-    ColumnTypes,
-    DecimalType,
-    TooNarrowError,
-    types_path,
-)
 from marketdata_assets.storage.fingerprint import fingerprint
-from marketdata_assets.storage.objects import ObjectStore, open_object_store
+from marketdata_assets.storage.objects import open_object_store
 from marketdata_assets.storage.parquet import (
     decimal_types,
     decode,
     encode,
-    has_columns,
     to_arrow,
     with_absent,
 )
 from marketdata_assets.storage.s3_client import polars_storage_options
+from marketdata_assets.storage.table_types import TableTypes, types_path
 
 _ROWS_AT_ONCE = 100_000
 """Partitions are passed to Polars together up to so many rows: each batch costs some 0.3 ms."""
@@ -55,11 +48,10 @@ class Lake:
         on_resized: Callable[[Table, Partition, int], None] = lambda *resized: None,
     ) -> None:
         self.location, self.cold_location = location, cold_location
-        self._on_resized = on_resized
-        self._types: dict[Table, ColumnTypes] = {}
         self._hot = open_object_store(location)
         self._cold = open_object_store(cold_location) if cold_location else None
         self._stores = [self._hot, self._cold] if self._cold else [self._hot]
+        self._types = TableTypes(location, self._stores, on_resized)
         self._locations = [place for place in (location, cold_location) if place]
         self._cache = FrameCache()
 
@@ -74,8 +66,7 @@ class Lake:
         """Replace a partition's object. Equal rows become equal bytes while the table's types stay
         as they are.
         """
-        while (size := self._try_to_write(table, partition, frame)) is None:
-            pass
+        size = self._write(table, partition, frame)
         provenance = [column.name for column in PROVENANCE_COLUMNS]
         return StoredObject(size, fingerprint(frame.drop(provenance, strict=False)))
 
@@ -83,95 +74,37 @@ class Lake:
         """Replace a partition's object unless it holds these rows in the table's types. Return
         whether it was replaced.
         """
-        stored = self._read(table.path(partition))
-        while (size := self._try_to_write(table, partition, frame, stored)) is None:
-            pass
-        return size > 0
+        return self._write(table, partition, frame, self._read(table.path(partition))) > 0
 
-    def _try_to_write(
+    def _write(
         self, table: Table, partition: Partition, frame: pl.DataFrame, stored: bytes | None = None
-    ) -> int | None:
+    ) -> int:
         """Replace a partition's object, and return its size in bytes; 0 where `stored` equals it.
 
-        Return None where the table's types changed meanwhile, and widen them first where they do
-        not hold the frame.
+        The table's types are widened first where they do not hold the frame.
         """
-        types = self._types[table] = self._types.get(table) or self._read_types(table)
-        frame = with_absent(frame, table.stored_columns)
-        arranged = to_arrow(frame, types.written)
-        needed = decimal_types(arranged.schema)
-        if types.written != types.everywhere:
-            needed = decimal_types(to_arrow(frame, types.everywhere).schema)
-        if not types.hold_everywhere(needed):
-            self.rewrite(table, needed)
-            return None
-        content, held = encode(arranged), {types_path(table): types.content}
-        if content == stored:
-            return 0
-        if self._hot.write_while(held, table.path(partition), content):
-            return len(content)
-        self._types.pop(table, None)
-        return None
-
-    def _read_types(self, table: Table) -> ColumnTypes:
-        path = types_path(table)
-        return ColumnTypes.parse(self._hot.read(path), f"{self.location}/{path}")
-
-    def rewrite(self, table: Table, needed: Mapping[str, DecimalType] = NO_TYPES) -> int:
-        """Give all objects of a table the same columns and types, which hold values of the types
-        `needed`. Return how many were rewritten.
-
-        The types are recorded first, so that other writers' new objects have them, too. Damaged
-        objects stay as they are.
-        """
-        types = self._record_types(table, lambda recorded: recorded.widened(needed))
-        rewritten = 0
-        for store in self._stores:  # objects are moved from the first to the second
-            for key in [key for key, _ in store.list_sizes(table.name)]:
-                try:
-                    partition = Partition.from_stored_key(key)
-                    rewritten += self._rewrite_object(store, table, partition, types)
-                except TooNarrowError as error:  # of an object that an earlier release wrote
-                    return rewritten + self.rewrite(table, error.needed)
-                except (Damaged, BadInput):
-                    continue
-        self._record_types(table, lambda recorded: recorded.rewritten(types.written))
-        return rewritten
-
-    def _rewrite_object(
-        self, store: ObjectStore, table: Table, partition: Partition, types: ColumnTypes
-    ) -> bool:
-        """Write an object again unless it has the table's columns and these types; return whether
-        it was written. Raises Damaged, TooNarrowError.
-        """
-        path, columns = table.path(partition), table.stored_columns
-        expected = types.of(columns)
-        while (content := store.read(path)) is not None and not has_columns(
-            content, [column.name for column in columns], expected
-        ):
-            bars = decode(content, table, name=path, with_provenance=table.layer == "raw")
-            arranged = to_arrow(bars, types.written)
-            if (needed := decimal_types(arranged.schema)) != expected:
-                raise TooNarrowError(needed)
-            if store.write_while({path: content}, path, encode(arranged)):
-                if size := self.size(table, partition):  # of the hot object, where both exist
-                    self._on_resized(table, partition, size)
-                return True
-        return False
-
-    def _record_types(
-        self, table: Table, change: Callable[[ColumnTypes], ColumnTypes]
-    ) -> ColumnTypes:
-        """Replace the types of a table by others, which other writers may do at the same time."""
-        path = types_path(table)
+        path, frame = table.path(partition), with_absent(frame, table.stored_columns)
         while True:
-            types = self._read_types(table)
-            changed = change(types)
-            if changed == types or self._hot.write_while(
-                {path: types.content}, path, changed.to_json()
-            ):
-                self._types.pop(table, None)
-                return changed
+            types = self._types.get(table)
+            arranged = to_arrow(frame, types.written)
+            needed = decimal_types(arranged.schema)
+            if types.written != types.everywhere:
+                needed = decimal_types(to_arrow(frame, types.everywhere).schema)
+            if not types.hold_everywhere(needed):
+                self._types.rewrite(table, needed)
+                continue
+            content = encode(arranged)
+            if content == stored:
+                return 0
+            if self._hot.write_while({types_path(table): types.content}, path, content):
+                return len(content)
+            self._types.forget(table)
+
+    def rewrite(self, table: Table) -> int:
+        """Give all objects of a table the same columns and types; return how many were rewritten.
+        Damaged objects stay as they are.
+        """
+        return self._types.rewrite(table)
 
     def read(
         self,
@@ -301,7 +234,7 @@ class Lake:
         size in bytes, or 0 where the hot location holds no object.
         """
         assert self._cold is not None, "the lake has a cold location"
-        path, types = table.path(partition), self._read_types(table)
+        path, types = table.path(partition), self._types.read(table)
         content = self._hot.read(path)
         if content is None:
             return 0
@@ -313,7 +246,7 @@ class Lake:
                 f"the object stays in {self.location}"
             )
         self._hot.delete(path)
-        if self._read_types(table) != types:
+        if self._types.read(table) != types:
             self.rewrite(table)
         return len(content)
 

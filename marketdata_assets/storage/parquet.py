@@ -12,7 +12,7 @@ from marketdata_assets.errors import Damaged
 from marketdata_assets.model.bar import DECIMAL, PROVENANCE_COLUMNS, Column
 from marketdata_assets.model.table import Table
 from marketdata_assets.model.window import Window, to_us
-from marketdata_assets.storage.column_types import NARROW, DecimalType, first_type
+from marketdata_assets.storage.column_types import NARROW, DecimalType, type_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,19 +31,20 @@ _SLOWLY_CHANGING = ("open_time", "open", "high", "low", "close", "known_at", "re
 def with_absent(frame: pl.DataFrame, columns: Sequence[Column]) -> pl.DataFrame:
     """Return the frame with these columns, those that it does not have null."""
     absent = [c for c in columns if c.name not in frame.columns]
-    return frame.with_columns(pl.lit(None, c.dtype).alias(c.name) for c in absent)
+    nulls = [pl.lit(None, c.dtype).alias(c.name) for c in absent]
+    return frame.with_columns(nulls) if nulls else frame
 
 
 def to_arrow(frame: pl.DataFrame, types: Mapping[str, DecimalType]) -> pa.Table:
     """Return a frame with the types of its object. Decimals have these types, by default
-    column_types.first_type, or wider ones where a value needs it.
+    those of column_types.first_type, or wider ones where a value needs it.
     """
     import pyarrow as pa
 
     from marketdata_assets.storage.decimals import store_decimals
 
     arrays = [
-        store_decimals(column, types.get(column.name, first_type(column.name)))
+        store_decimals(column, type_of(column.name, types))
         if column.dtype == DECIMAL
         else column.rechunk().to_arrow()
         for column in frame

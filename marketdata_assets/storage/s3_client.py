@@ -86,9 +86,9 @@ class S3Client:
         """Make one request (`verb` is a method of boto's client; `path` names it in errors).
 
         An answer that breaks off, or that says what is missing in a text that cannot be read, is
-        requested again, MAX_ATTEMPTS times in all. Where the answer
-        has a body, it is complete under `Content`. Raises S3RefusedError where the server answers
-        with an error, else StoreFailed.
+        requested again, MAX_ATTEMPTS times in all. Where the answer has a body, it is complete
+        under `Content`. Raises S3RefusedError where the server answers with an error, else
+        StoreFailed.
         """
         from botocore.exceptions import BotoCoreError, ClientError
 

@@ -1,0 +1,115 @@
+"""The types of each table in one lake: where they are recorded, and how all objects get them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from marketdata_assets.errors import BadInput, Damaged
+from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import Table
+from marketdata_assets.storage.column_types import NO_TYPES, ColumnTypes, DecimalType
+from marketdata_assets.storage.objects import ObjectStore
+from marketdata_assets.storage.parquet import (
+    decimal_types,
+    decode,
+    encode,
+    has_columns,
+    to_arrow,
+)
+
+
+class TooNarrowError(Exception):
+    """The values of an object need these types."""
+
+    def __init__(self, needed: Mapping[str, DecimalType]) -> None:
+        super().__init__(needed)
+        self.needed = needed
+
+
+def types_path(table: Table) -> str:
+    """Return the path of the file with a table's types, relative to the lake."""
+    return f".types/{table.name}.json"
+
+
+class TableTypes:
+    """The types of the tables of a lake, in the first of its stores; an object there is the newer
+    one. `on_resized` receives an object that was written again, and its size in bytes.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        stores: Sequence[ObjectStore],
+        on_resized: Callable[[Table, Partition, int], None],
+    ) -> None:
+        self._location, self._stores, self._on_resized = location, stores, on_resized
+        self._known: dict[Table, ColumnTypes] = {}
+
+    def get(self, table: Table) -> ColumnTypes:
+        """Return the types as they were read last; another writer may have changed them since."""
+        types = self._known[table] = self._known.get(table) or self.read(table)
+        return types
+
+    def forget(self, table: Table) -> None:
+        """Have `get` read the types again."""
+        self._known.pop(table, None)
+
+    def read(self, table: Table) -> ColumnTypes:
+        """Return the types that are recorded. Raises Damaged."""
+        path = types_path(table)
+        return ColumnTypes.parse(self._stores[0].read(path), f"{self._location}/{path}")
+
+    def rewrite(self, table: Table, needed: Mapping[str, DecimalType] = NO_TYPES) -> int:
+        """Give all objects of a table the same columns and types, which hold values of the types
+        `needed`. Return how many were rewritten.
+
+        The types are recorded first, so that other writers' new objects have them, too. Damaged
+        objects stay as they are.
+        """
+        types = self._record(table, lambda recorded: recorded.widened(needed))
+        rewritten = 0
+        for store in self._stores:  # objects are moved from the first to the second
+            for key in [key for key, _ in store.list_sizes(table.name)]:
+                try:
+                    partition = Partition.from_stored_key(key)
+                    rewritten += self._rewrite_object(store, table, partition, types)
+                except TooNarrowError as error:  # of an object that an earlier release wrote
+                    return rewritten + self.rewrite(table, error.needed)
+                except (Damaged, BadInput):
+                    continue
+        self._record(table, lambda recorded: recorded.rewritten(types.written))
+        return rewritten
+
+    def _rewrite_object(
+        self, store: ObjectStore, table: Table, partition: Partition, types: ColumnTypes
+    ) -> bool:
+        """Write an object again unless it has the table's columns and these types; return whether
+        it was written. Raises Damaged, TooNarrowError.
+        """
+        path, columns = table.path(partition), table.stored_columns
+        expected = types.of(columns)
+        while (content := store.read(path)) is not None and not has_columns(
+            content, [column.name for column in columns], expected
+        ):
+            bars = decode(content, table, name=path, with_provenance=table.layer == "raw")
+            arranged = to_arrow(bars, types.written)
+            if (needed := decimal_types(arranged.schema)) != expected:
+                raise TooNarrowError(needed)
+            if store.write_while({path: content}, path, encode(arranged)):
+                sizes = (place.size(path) for place in self._stores)  # the first one is read
+                if size := next(filter(None, sizes), None):
+                    self._on_resized(table, partition, size)
+                return True
+        return False
+
+    def _record(self, table: Table, change: Callable[[ColumnTypes], ColumnTypes]) -> ColumnTypes:
+        """Replace the types of a table by others, which other writers may do at the same time."""
+        path = types_path(table)
+        while True:
+            types = self.read(table)
+            changed = change(types)
+            if changed == types or self._stores[0].write_while(
+                {path: types.content}, path, changed.to_json()
+            ):
+                self.forget(table)
+                return changed
