@@ -18,10 +18,10 @@ from marketdata_assets.storage.parquet import (
 )
 
 
-class TooNarrowError(Exception):
-    """The values of an object need these types."""
+class _BeginAgainError(Exception):
+    """All objects have to be visited again, with the recorded types widened to hold these ones."""
 
-    def __init__(self, needed: Mapping[str, DecimalType]) -> None:
+    def __init__(self, needed: Mapping[str, DecimalType] = NO_TYPES) -> None:
         super().__init__(needed)
         self.needed = needed
 
@@ -73,7 +73,7 @@ class TableTypes:
                 try:
                     partition = Partition.from_stored_key(key)
                     rewritten += self._rewrite_object(store, table, partition, types)
-                except TooNarrowError as error:  # of an object that an earlier release wrote
+                except _BeginAgainError as error:
                     return rewritten + self.rewrite(table, error.needed)
                 except (Damaged, BadInput):
                     continue
@@ -84,9 +84,13 @@ class TableTypes:
         self, store: ObjectStore, table: Table, partition: Partition, types: ColumnTypes
     ) -> bool:
         """Write an object again unless it has the table's columns and these types; return whether
-        it was written. Raises Damaged, TooNarrowError.
+        it was written. Raises Damaged.
+
+        Raises _BeginAgainError where another writer has changed the types, who may have rewritten
+        this object before, and where an object of an earlier release does not fit.
         """
         path, columns = table.path(partition), table.stored_columns
+        recorded = {types_path(table): types.content} if store is self._stores[0] else {}
         expected = types.of(columns)
         while (content := store.read(path)) is not None and not has_columns(
             content, [column.name for column in columns], expected
@@ -94,8 +98,11 @@ class TableTypes:
             bars = decode(content, table, name=path, with_provenance=table.layer == "raw")
             arranged = to_arrow(bars, types.written)
             if (needed := decimal_types(arranged.schema)) != expected:
-                raise TooNarrowError(needed)
-            if store.write_while({path: content}, path, encode(arranged)):
+                raise _BeginAgainError(needed)
+            is_written = store.write_while({path: content, **recorded}, path, encode(arranged))
+            if self.read(table) != types:
+                raise _BeginAgainError
+            if is_written:
                 sizes = (place.size(path) for place in self._stores)  # the first one is read
                 if size := next(filter(None, sizes), None):
                     self._on_resized(table, partition, size)
@@ -105,11 +112,12 @@ class TableTypes:
     def _record(self, table: Table, change: Callable[[ColumnTypes], ColumnTypes]) -> ColumnTypes:
         """Replace the types of a table by others, which other writers may do at the same time."""
         path = types_path(table)
+        self.forget(table)
         while True:
             types = self.read(table)
             changed = change(types)
-            if changed == types or self._stores[0].write_while(
-                {path: types.content}, path, changed.to_json()
-            ):
-                self.forget(table)
-                return changed
+            if changed == types:
+                return types
+            content = changed.to_json()
+            if self._stores[0].write_while({path: types.content}, path, content):
+                return changed._replace(content=content)

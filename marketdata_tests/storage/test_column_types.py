@@ -21,7 +21,7 @@ from marketdata_assets.errors import Damaged
 from marketdata_assets.model.bar import COLUMN_NAMES, DECIMAL
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.model.table import market_folder, raw_table, rollup_table
+from marketdata_assets.model.table import Table, market_folder, raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import month_of
 from marketdata_assets.storage.fingerprint import fingerprint
@@ -179,6 +179,26 @@ def test_other_writers_learn_of_new_types_at_their_next_write(tmp_path: Path) ->
     narrow.write(TABLE, FEBRUARY, random_bars(2))
     assert len(schemas(tmp_path)) == 1
     assert len(objects(tmp_path)) == 3
+
+
+def test_a_widening_that_a_wider_one_overtakes_takes_nothing_back(tmp_path: Path) -> None:
+    """Another writer widens the column further after the first of two objects is rewritten."""
+    wider, overtaken = Lake(str(tmp_path)), []
+    third = Partition(OTHER.market, FEBRUARY.month)
+
+    def overtake(table: Table, partition: Partition, size: int) -> None:
+        if not overtaken:
+            overtaken.append(partition)
+            wider.write(TABLE, third, with_volume(third, "0.123456789012"))
+
+    lake = Lake(str(tmp_path), on_resized=overtake)
+    for partition in (JANUARY, FEBRUARY):
+        lake.write(TABLE, partition, with_volume(partition, "1.5"))
+    lake.write(TABLE, OTHER, with_volume(OTHER, HUGE))
+    assert len(schemas(tmp_path)) == 1
+    expected = 3 * (2 * Decimal("1.5") + HUGE + Decimal("0.123456789012"))
+    for files in permutations(objects(tmp_path)):
+        assert by_duckdb([*files])["volume"].cast(DECIMAL).sum() == expected
 
 
 def test_many_writers_at_once_leave_one_type(tmp_path: Path) -> None:
