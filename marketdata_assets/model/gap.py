@@ -20,6 +20,8 @@ class GapReason(StrEnum):
     """Two answers delivered both neighbors and nothing between them."""
     QUARANTINED = "quarantined"
     """The venue delivered rows that break a rule."""
+    NOT_SERVED = "not_served"
+    """The venue serves bars only from a later moment on, as an answer showed."""
     UNANSWERED = "unanswered"
     """No answer has settled yet whether bars exist."""
 

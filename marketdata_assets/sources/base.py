@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import polars as pl
 
@@ -49,22 +49,22 @@ class BarsPage:
     """Seconds spent waiting for the venue's limits."""
 
 
+class MarketTraits(NamedTuple):
+    """How the venue serves the bars of one market."""
+
+    page_size: int
+    """The number of bars that one request can return."""
+    columns: tuple[str, ...]
+    """The columns of a bar that the venue always gives: null in one of them breaks a rule."""
+    skips_gaps: bool
+    """Whether the venue counts rows and not time: a request may span more than a page."""
+
+
 class Source(Protocol):
     """A venue as one object. Every method sends real requests; all errors are from `errors`."""
 
-    @property
-    def page_size(self) -> int:
-        """The number of bars that one request can return."""
-        ...
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns of a bar that the venue always gives: null in one of them breaks a rule."""
-        ...
-
-    @property
-    def skips_gaps(self) -> bool:
-        """Whether the venue counts rows and not time: a request may span more than a page."""
+    def traits(self, market: Market) -> MarketTraits:
+        """Return how the market's bars are served, as far as is known; sends no request."""
         ...
 
     @property
@@ -84,8 +84,11 @@ class Source(Protocol):
         """
         ...
 
-    async def now(self) -> datetime:
-        """Return the venue's own clock, UTC."""
+    async def now(self, market: Market) -> datetime:
+        """Return the venue's own clock, UTC: every bar that ends at or before it is closed.
+
+        Where the venue tells no time, the market's newest bar shows how late it is at the least.
+        """
         ...
 
     async def first_open(self, market: Market, timeframe: Timeframe) -> datetime | None:

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 import aiohttp
@@ -24,6 +25,8 @@ from marketdata_assets.sources.ccxt_transport import HttpAnswer
 
 DEFAULT_PAUSE = 10.0
 """Seconds to wait where an answer demands a wait and names no time."""
+PASSING_REFUSALS = (403, 451)
+"""HTTP statuses by which a firewall or a country block refuses requests that need no key."""
 
 
 @contextmanager
@@ -61,14 +64,18 @@ def _translate_ccxt(venue: str, error: Exception, answer: HttpAnswer) -> MarketD
         return Wait(f"{venue}: HTTP {answer.status}, wait {seconds:g} s", seconds)
     if isinstance(error, ccxt.RequestTimeout):
         return Retry(f"{venue}: no complete answer came within the deadline")
-    if isinstance(error, ccxt.OperationFailed) and answer.status in (403, 404, 405):
+    if answer.status in PASSING_REFUSALS:
+        return Retry(
+            f"{venue}: HTTP {answer.status}, the venue or a firewall before it refuses requests "
+            "from this address: a country block, too many requests, or a wrong base_url"
+        )
+    if isinstance(error, ccxt.OperationFailed) and answer.status in (404, 405):
         return VenueRefused(
             f"{venue}: HTTP {answer.status}, the address does not serve this API; check base_url"
         )
-    if isinstance(
-        error,
-        ccxt.BadRequest | ccxt.AuthenticationError | ccxt.NotSupported | ccxt.ArgumentsRequired,
-    ):
+    final = (ccxt.BadRequest, ccxt.AuthenticationError, ccxt.NotSupported, ccxt.ArgumentsRequired)
+    is_refusal = answer.status == 400 and not isinstance(error, ccxt.OperationFailed)
+    if isinstance(error, final) or is_refusal:
         return VenueRefused(f"{venue}: {_describe(error, answer)}")
     return Retry(f"{venue}: {_describe(error, answer)}")
 
@@ -82,14 +89,22 @@ def _describe(error: Exception, answer: HttpAnswer) -> str:
     return f"HTTP {answer.status}, {message.group(1) if message else type(error).__name__}"
 
 
+def read_date(header: str) -> datetime | None:
+    """Return the moment of a Date header, UTC; None for any other text."""
+    try:
+        return parsedate_to_datetime(header).astimezone(UTC)
+    except (ValueError, TypeError):
+        return None
+
+
 def _retry_after(answer: HttpAnswer) -> float:
     """Return the header's seconds, or those until its date; DEFAULT_PAUSE for any other text."""
     header = answer.headers.get("retry-after", "")
     try:
         seconds = float(header)
     except ValueError:
-        try:
-            seconds = parsedate_to_datetime(header).timestamp() - time.time()
-        except ValueError:
+        date = read_date(header)
+        if date is None:
             return DEFAULT_PAUSE
+        seconds = date.timestamp() - time.time()
     return max(0.0, seconds) if math.isfinite(seconds) else DEFAULT_PAUSE

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import polars as pl
 
-from marketdata_assets.errors import Garbled
+from marketdata_assets.errors import Garbled, VenueRefused
 from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import to_ms
@@ -39,6 +40,9 @@ _KLINE_COLUMNS = (
 )
 _CLOSE_TIME, _KLINE_WIDTH = 6, 12
 _DTYPES = {int: pl.Int64(), str: pl.String()}
+_CLOSED = ("1", "true")
+_PRICE_MARGIN = 1.1
+"""How far a page's average price may lie beyond its prices, as a factor: venues round volumes."""
 _FIRST_MS = 10**11
 """Milliseconds of 1973: a smaller open time is not in milliseconds, and another rule finds it."""
 
@@ -59,10 +63,16 @@ def read_klines(rows: Any, timeframe: Timeframe) -> pl.DataFrame:
     return pl.DataFrame(series)
 
 
-def read_ohlcv(rows: list[list[Any]]) -> pl.DataFrame:
-    """Return ccxt's bars of six columns as `BarsPage.rows`; the other columns are null.
+def read_ohlcv(
+    rows: list[list[Any]],
+    row_keys: Mapping[str, int | str] | None = None,
+    contract_size: Decimal = Decimal(1),
+) -> pl.DataFrame:
+    """Return ccxt's bars as `BarsPage.rows`, without those that the venue calls open.
 
-    Raises Garbled.
+    A row holds ccxt's six values and, as a seventh, the venue's own row, of which `row_keys` takes
+    further columns (`BarsEndpoint.row_keys`). Other columns are null. A volume counts contracts of
+    `contract_size` in base currency. Raises Garbled.
     """
     width = len(OHLCV_COLUMNS)
     if any(len(row) < width for row in rows):
@@ -70,14 +80,73 @@ def read_ohlcv(rows: list[list[Any]]) -> pl.DataFrame:
     columns = list(zip(*(row[:width] for row in rows), strict=True)) or [()] * width
     series = {"open_time": _series("open_time", columns[0], int)}
     for name, values in zip(OHLCV_COLUMNS[1:], columns[1:], strict=True):
-        texts = [None if value is None else str(value) for value in values]
-        series[name] = pl.Series(name, texts, dtype=pl.String)
+        series[name] = _as_texts(name, values)
+    own = {name: _own_values(rows, key, name) for name, key in (row_keys or {}).items()}
+    closed = own.pop("closed", None)
+    series |= {name: _as_texts(name, values) for name, values in own.items()}
+    if contract_size != 1:
+        series["volume"] = _times(series["volume"], contract_size)
+    if "trades" in series:
+        series["trades"] = series["trades"].cast(pl.Int64())
     absent = {
         name: pl.lit(None, pl.Int64() if name == "trades" else pl.String())
         for name in COLUMN_NAMES
         if name not in series
     }
-    return pl.DataFrame(series).with_columns(**absent).select(COLUMN_NAMES)
+    bars = pl.DataFrame(series).with_columns(**absent).select(COLUMN_NAMES)
+    if closed is None:
+        return bars
+    return bars.filter(
+        pl.Series([str(flag).lower() in _CLOSED for flag in closed], dtype=pl.Boolean)
+    )
+
+
+def check_volume_unit(bars: pl.DataFrame, symbol: str) -> None:
+    """Refuse bars whose quote volume a volume is not the price: it counts something else.
+
+    Needs both volumes; bars without trades prove nothing. Raises VenueRefused.
+    """
+    numbers = bars.select(
+        pl.col("low", "high", "volume", "quote_volume").cast(pl.Float64(), strict=False)
+    ).filter((pl.col("volume") > 0) & (pl.col("quote_volume") > 0) & (pl.col("low") > 0))
+    if numbers.is_empty():
+        return
+    low, high = float(numbers["low"].min()), float(numbers["high"].max())  # type: ignore[arg-type]
+    paid = float(numbers["quote_volume"].sum()) / float(numbers["volume"].sum())
+    if not low / _PRICE_MARGIN <= paid <= high * _PRICE_MARGIN:
+        raise VenueRefused(
+            f"the volumes of {symbol} do not count its base currency: by them one unit was paid "
+            f"with {paid:.6g}, and the prices lie between {low:.6g} and {high:.6g}; nothing of "
+            "the answer is stored"
+        )
+
+
+def _own_values(rows: list[list[Any]], key: int | str, name: str) -> list[Any]:
+    """Return one column of the venue's own rows; older rows may lack those that ccxt does not
+    read.
+    """
+    try:
+        return [row[len(OHLCV_COLUMNS)][key] for row in rows]
+    except (IndexError, KeyError, TypeError):
+        if name in OHLCV_COLUMNS:
+            raise Garbled(f"a bar has no column {key!r}, which is its {name}") from None
+        return [True if name == "closed" else None] * len(rows)
+
+
+def _as_texts(name: str, values: Sequence[Any]) -> pl.Series:
+    texts = [None if value is None else str(value) for value in values]
+    return pl.Series(name, texts, dtype=pl.String)
+
+
+def _times(numbers: pl.Series, factor: Decimal) -> pl.Series:
+    """Return numbers as text, times a factor, exactly."""
+    try:
+        products = [
+            None if text is None else format(Decimal(text) * factor, "f") for text in numbers
+        ]
+    except ArithmeticError:
+        raise Garbled(f"column {numbers.name} holds something else than numbers") from None
+    return pl.Series(numbers.name, products, dtype=pl.String)
 
 
 def _series(name: str, values: Sequence[Any], kind: type) -> pl.Series:

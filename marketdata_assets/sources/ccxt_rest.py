@@ -6,7 +6,6 @@ ccxt signs, routes and maps errors. Raw klines keep all nine values of a bar, cc
 from __future__ import annotations
 
 import asyncio
-import difflib
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -15,30 +14,43 @@ from typing import Any, TypeVar
 import aiohttp
 import polars as pl
 
-from marketdata_assets.errors import BadInput, MarketDataError
+from marketdata_assets.errors import Garbled, MarketDataError
 from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.timeframe import EPOCH, Timeframe
 from marketdata_assets.model.window import Window, from_ms, to_ms
 from marketdata_assets.settings.parts import Venue
-from marketdata_assets.sources.base import BarsPage, Request
-from marketdata_assets.sources.ccxt_errors import translate_errors
-from marketdata_assets.sources.ccxt_frames import OHLCV_COLUMNS, read_klines, read_ohlcv
+from marketdata_assets.sources.base import BarsPage, MarketTraits, Request
+from marketdata_assets.sources.ccxt_errors import read_date, translate_errors
+from marketdata_assets.sources.ccxt_exchange import (
+    contract_size,
+    create_exchange,
+    find_market,
+    listed_at,
+    stated_page_size,
+)
+from marketdata_assets.sources.ccxt_frames import (
+    OHLCV_COLUMNS,
+    check_volume_unit,
+    read_klines,
+    read_ohlcv,
+)
 from marketdata_assets.sources.ccxt_transport import (
     CURRENT_ANSWER,
     HttpAnswer,
     LimitedResponse,
-    StrictAnswers,
-    StrictAnswersAsText,
-    replace_host,
 )
-from marketdata_assets.venues.facts import BarsEndpoint, MarketType, market_type
+from marketdata_assets.venues.facts import DEFAULT_PAGE_SIZE
 from marketdata_assets.venues.registry import facts_of
 
 T = TypeVar("T")
 
 DEADLINE = 15.0
 """Seconds within which the whole answer of one request must come."""
+DATE_MARGIN = timedelta(minutes=10)
+"""How far a venue without a clock may lag behind the Date of its answers."""
+NEWEST_BARS = 60
+"""Bars that are requested for the newest one, which shows how late a venue without a clock is."""
 
 
 class CcxtSource:
@@ -50,71 +62,99 @@ class CcxtSource:
 
     def __init__(self, venue: Venue, deadline: float = DEADLINE) -> None:
         self._venue, self._deadline = venue, deadline
+        self._facts = facts_of(venue.name)
         self._exchange: Any = None
         self._session: aiohttp.ClientSession | None = None
         self._loading = asyncio.Lock()
-        self._types = {market_type(symbol) for symbol in venue.symbols}
-        self._endpoint = _endpoint_of(venue, self._types)
-        self._page: int | None = self._endpoint.page_size if self._has_klines else None
         self._used_weight = 0
+        self._answered_at: datetime | None = None
 
-    @property
-    def page_size(self) -> int:
-        """The raw endpoint's number of bars a request, or what ccxt states for the venue."""
-        return self._page or self._endpoint.page_size
+    def traits(self, market: Market) -> MarketTraits:
+        """Return how the market's bars are served.
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns of a bar that are never null."""
-        return COLUMN_NAMES if self._has_klines else OHLCV_COLUMNS
-
-    @property
-    def skips_gaps(self) -> bool:
-        """Whether one request sees both sides of any gap: klines are counted from startTime on."""
-        return self._has_klines
+        The page is the facts' number, else ccxt's once its markets are loaded. Klines are counted
+        from startTime on, so one request sees both sides of any gap.
+        """
+        endpoint = self._facts.endpoint(market.symbol)
+        page = endpoint.page_size
+        if page is None and self._exchange is not None:
+            page = stated_page_size(self._exchange, market)
+        has_klines = endpoint.klines_method is not None
+        return MarketTraits(
+            page_size=page or DEFAULT_PAGE_SIZE,
+            columns=COLUMN_NAMES if has_klines else OHLCV_COLUMNS,
+            skips_gaps=has_klines,
+        )
 
     @property
     def weight_limit(self) -> int | None:
         """The request weight that the venue allows in a minute; None: it counts no weights."""
-        return self._endpoint.weight_per_minute if self._has_klines else None
+        limits = (self._facts.endpoint(s).weight_per_minute for s in self._venue.symbols)
+        return min((limit for limit in limits if limit), default=None)
 
     @property
     def used_weight(self) -> int:
         """The weight of this minute, by the venue's own count in its last answer."""
         return self._used_weight
 
-    async def now(self) -> datetime:
-        """Return the venue's server time; our clock less a minute where it has none."""
+    async def now(self, market: Market) -> datetime:
+        """Return the venue's server time.
 
-        async def request(exchange: Any) -> datetime:
-            if not exchange.has["fetchTime"]:
-                return datetime.now(UTC) - timedelta(minutes=1)
-            return from_ms(int(await exchange.fetch_time()))
+        A venue that tells none is as late as its newest bar of the market, or as the Date of that
+        answer less `DATE_MARGIN`: a Date may be that of a cache or a proxy in front of the venue.
+        """
+        if (await self._open_exchange()).has["fetchTime"] is True:
 
-        return (await self._request("time", request))[0]
+            async def request(exchange: Any) -> datetime:
+                return from_ms(int(await exchange.fetch_time()))
+
+            return (await self._request("time", request))[0]
+        width = self._venue.base.width
+        ours = self._venue.base.floor(datetime.now(UTC))
+        bars = min(self.traits(market).page_size, NEWEST_BARS)
+        page = await self.fetch(market, self._venue.base, Window(ours - bars * width, ours + width))
+        newest = page.rows["open_time"].max()
+        if self._answered_at is None and not isinstance(newest, int):
+            raise Garbled(f"{self._venue.name}: the answer has neither a bar nor a Date")
+        by_date = self._answered_at - DATE_MARGIN if self._answered_at else EPOCH
+        return max(by_date, from_ms(newest)) if isinstance(newest, int) else by_date
 
     async def first_open(self, market: Market, timeframe: Timeframe) -> datetime | None:
-        """Return the open time of the first bar ever, where klines count rows; else None."""
-        if not self._has_klines:
+        """Return the open time of the first bar ever, as this answer has it.
+
+        Where klines count rows, the first one; else the first bar around the moment at which the
+        venue says that it listed the market. None where neither is known.
+        """
+        if self._has_klines(market):
+            rows, _ = await self._request_klines(market, timeframe, {"startTime": 0, "limit": 1})
+            opens = rows["open_time"].to_list()
+            return from_ms(opens[0]) if opens and opens[0] is not None else None
+        listed = listed_at(await self._open_exchange(), market)
+        if listed is None:
             return None
-        rows, _ = await self._request_klines(market, timeframe, {"startTime": 0, "limit": 1})
-        opens = rows["open_time"].to_list()
-        return from_ms(opens[0]) if opens and opens[0] is not None else None
+        half = max(1, self.traits(market).page_size // 2 - 1) * timeframe.width
+        middle = timeframe.floor(listed)
+        page = await self.fetch(market, timeframe, Window(middle - half, middle + half))
+        first = page.rows["open_time"].min()
+        return from_ms(first) if isinstance(first, int) and from_ms(first) >= middle else None
 
     async def fetch(self, market: Market, timeframe: Timeframe, window: Window) -> BarsPage:
         """Send one request for the bars that open inside `window` (end exclusive)."""
         start, end = to_ms(window.start), to_ms(window.end)
-        if self._has_klines:
-            params = {"startTime": start, "endTime": end - 1, "limit": self._endpoint.page_size}
+        endpoint = self._facts.endpoint(market.symbol)
+        if endpoint.klines_method:
+            params = {"startTime": start, "endTime": end - 1, "limit": endpoint.page_size or 0}
             rows, sent = await self._request_klines(market, timeframe, params)
             return BarsPage(rows, window, requests=(sent,))
         limit = window.count(timeframe)
 
         async def request(exchange: Any) -> pl.DataFrame:
-            self._symbol_id(exchange, market)
-            return read_ohlcv(
-                await exchange.fetch_ohlcv(market.symbol, timeframe.name, start, limit)
-            )
+            find_market(exchange, market)
+            size = contract_size(exchange, market, endpoint)
+            found = await exchange.fetch_ohlcv(market.symbol, timeframe.name, start, limit)
+            bars = read_ohlcv(found, endpoint.row_keys, size)
+            check_volume_unit(bars, market.symbol)
+            return bars
 
         answer, sent = await self._request("bars", request)
         # fetch_ohlcv has no end and some venues no start: other pages hold what lies outside
@@ -142,16 +182,15 @@ class CcxtSource:
             await session.close()
 
     # --------------------------------------------------------------------------------- requests
-    @property
-    def _has_klines(self) -> bool:
-        return self._endpoint.klines_method is not None
+    def _has_klines(self, market: Market) -> bool:
+        return self._facts.endpoint(market.symbol).klines_method is not None
 
     async def _request_klines(
         self, market: Market, timeframe: Timeframe, params: dict[str, int]
     ) -> tuple[pl.DataFrame, Request]:
         async def request(exchange: Any) -> pl.DataFrame:
-            symbol = self._symbol_id(exchange, market)
-            method = getattr(exchange, str(self._endpoint.klines_method))
+            symbol = find_market(exchange, market)["id"]
+            method = getattr(exchange, str(self._facts.endpoint(market.symbol).klines_method))
             rows = await method({"symbol": symbol, "interval": timeframe.name, **params})
             return read_klines(rows, timeframe)
 
@@ -193,6 +232,7 @@ class CcxtSource:
             CURRENT_ANSWER.reset(token)
             weight = answer.headers.get("x-mbx-used-weight-1m", "")
             self._used_weight = int(weight) if weight.isdecimal() else 0
+            self._answered_at = read_date(answer.headers.get("date", ""))
         rows = value.height if isinstance(value, pl.DataFrame) else None
         return value, request("answered", rows=rows)
 
@@ -200,60 +240,13 @@ class CcxtSource:
     async def _open_exchange(self) -> Any:
         async with self._loading:
             if self._exchange is None:
-                exchange = self._create_exchange()
+                if self._session is None:
+                    self._session = aiohttp.ClientSession(response_class=LimitedResponse)
+                exchange = create_exchange(self._venue, self._session, self._deadline)
                 try:
-                    await self._log_request("markets", lambda: self._load_markets(exchange))
+                    await self._log_request("markets", exchange.load_markets)
                 except BaseException:
                     exchange.session = None  # it is ours: ccxt would warn that it is not closed
                     raise
                 self._exchange = exchange
         return self._exchange
-
-    async def _load_markets(self, exchange: Any) -> None:
-        await exchange.load_markets()
-        if self._page is None:
-            features = (exchange.features or {}).get("spot") or {}
-            limit = (features.get("fetchOHLCV") or {}).get("limit")
-            self._page = int(limit or self._endpoint.page_size)
-
-    def _create_exchange(self) -> Any:
-        import ccxt.async_support as ccxt  # costs seconds: only a process that fetches pays
-
-        base = getattr(ccxt, self._venue.name)
-        strict = StrictAnswers if self._has_klines else StrictAnswersAsText
-        exchange_class = type(f"Strict{self._venue.name}", (strict, base), {})
-        if self._session is None:
-            self._session = aiohttp.ClientSession(response_class=LimitedResponse)
-        types = {MarketType.SPOT} if self._types <= {MarketType.SPOT} else set(MarketType)
-        exchange = exchange_class(
-            {
-                "session": self._session,
-                "enableRateLimit": False,  # the limiter is ours, shared by all processes
-                "timeout": int(self._deadline * 1000),
-                "number": str,
-                "options": {
-                    # plain texts in ccxt's order: it accepts no subclass of str
-                    "fetchMarkets": {"types": [t.value for t in MarketType if t in types]},
-                    "fetchCurrencies": False,
-                },
-            }
-        )
-        if self._venue.base_url:
-            exchange.urls["api"] = replace_host(
-                exchange.urls["api"], self._venue.base_url, exchange.urls.get("hostname", "")
-            )
-        return exchange
-
-    def _symbol_id(self, exchange: Any, market: Market) -> str:
-        """Return the venue's own id of a market; raises BadInput with the nearest symbol."""
-        found = exchange.markets.get(market.symbol)
-        if found is None:
-            near = difflib.get_close_matches(market.symbol, exchange.symbols, n=1, cutoff=0.3)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise BadInput(f"{market.venue} has no symbol {market.symbol}{hint}")
-        return str(found["id"])
-
-
-def _endpoint_of(venue: Venue, types: set[MarketType]) -> BarsEndpoint:
-    """Return the endpoint for symbols that are all of one type; `fetch_ohlcv` for a mixture."""
-    return facts_of(venue.name).endpoint(venue.symbols[0]) if len(types) == 1 else BarsEndpoint()

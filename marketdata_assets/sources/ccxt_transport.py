@@ -81,10 +81,13 @@ class StrictAnswers:
         return value
 
     def parse_ohlcvs(self, ohlcvs: Any, market: Any = None, *_: Any) -> list[list[Any]]:
-        """Return every bar of a list, unsorted and unfiltered. Raises Garbled for no list."""
+        """Return every bar of a list, unsorted and unfiltered, with the venue's own row behind
+        ccxt's six values. Raises Garbled for no list.
+        """
         if not isinstance(ohlcvs, list):
             raise Garbled("the answer holds no list of bars")
-        return [self.parse_ohlcv(row, market) for row in ohlcvs]  # type: ignore[attr-defined]
+        parse = self.parse_ohlcv  # type: ignore[attr-defined]
+        return [[*parse(row, market), row] for row in ohlcvs]
 
 
 class StrictAnswersAsText(StrictAnswers):

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Mapping
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import datetime
 from typing import Any, TypeVar
 
 from marketdata_assets.model.events import ProgressCallback, no_progress
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.window import Window, from_ms
 from marketdata_assets.settings.parts import Venue
-from marketdata_assets.sources.base import Source
+from marketdata_assets.sources.base import BarsPage, MarketTraits, Source
 from marketdata_assets.sources.guards import GuardedSource, RetryPolicy, VenueState
 
 T = TypeVar("T")
 
 REQUESTS_IN_FLIGHT = 8
 """How many requests one process has under way at one venue."""
+MIN_PAGE = 10
+"""Fewer bars than this are no page."""
 
 
 class VenueClient:
@@ -27,12 +33,43 @@ class VenueClient:
         self.source, self.on_progress = source, on_progress
         self.slots = asyncio.Semaphore(REQUESTS_IN_FLIGHT)
         self._clock: datetime | None = None
+        self._page_sizes: dict[Market, int] = {}
 
-    async def now(self, at_least: datetime) -> datetime:
-        """Return the venue's own clock, UTC; it is read again unless the last reading suffices."""
+    def traits(self, market: Market) -> MarketTraits:
+        """Return how the market's bars are served, with the page that its answers really had."""
+        traits = self.source.traits(market)
+        page = min(traits.page_size, self._page_sizes.get(market, traits.page_size))
+        return traits._replace(page_size=page)
+
+    def learn_page_size(
+        self, market: Market, timeframe: Timeframe, pages: Sequence[BarsPage]
+    ) -> None:
+        """Take the number of bars at which at least two of these answers were cut for a page."""
+        cuts = Counter(filter(None, (_cut_at(page, timeframe) for page in pages)))
+        for bars, answers in cuts.items():
+            if answers > 1 and bars < self.traits(market).page_size:
+                self._page_sizes[market] = bars
+
+    async def now(self, market: Market, at_least: datetime) -> datetime:
+        """Return the venue's own clock, UTC; it is read again unless the last reading suffices.
+
+        The market matters where the venue tells no time (`Source.now`).
+        """
         if self._clock is None or self._clock < at_least:
-            self._clock = await self.source.now()
+            now = await self.source.now(market)
+            self._clock = now if self._clock is None else max(now, self._clock)
         return self._clock
+
+
+def _cut_at(page: BarsPage, timeframe: Timeframe) -> int | None:
+    """Return the number of bars of an answer that holds one end of its window and not the other."""
+    opens = page.rows["open_time"].drop_nulls().unique()
+    if opens.len() < MIN_PAGE:
+        return None
+    first, last = from_ms(opens.min()), from_ms(opens.max())  # type: ignore[arg-type]
+    at_start, at_end = first == page.window.start, last == page.window.end - timeframe.width
+    is_whole = Window(first, last + timeframe.width).count(timeframe) == opens.len()
+    return opens.len() if is_whole and at_start != at_end else None
 
 
 class VenueClients:

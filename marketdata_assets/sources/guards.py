@@ -20,7 +20,7 @@ from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.venue_health import VenueHealth
 from marketdata_assets.model.window import Window, format_time, from_ms
 from marketdata_assets.retry import Backoff
-from marketdata_assets.sources.base import BarsPage, Request, Source
+from marketdata_assets.sources.base import BarsPage, MarketTraits, Request, Source
 
 T = TypeVar("T")
 
@@ -111,20 +111,9 @@ class GuardedSource:
         self._source, self._venue, self._state = source, venue, state
         self._limit, self._policy = requests_per_minute, policy or RetryPolicy()
 
-    @property
-    def page_size(self) -> int:
-        """The number of bars that one request can return."""
-        return self._source.page_size
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns of a bar that the venue always gives."""
-        return self._source.columns
-
-    @property
-    def skips_gaps(self) -> bool:
-        """Whether the venue counts rows and not time."""
-        return self._source.skips_gaps
+    def traits(self, market: Market) -> MarketTraits:
+        """Return how the market's bars are served; sends no request."""
+        return self._source.traits(market)
 
     @property
     def weight_limit(self) -> int | None:
@@ -147,9 +136,9 @@ class GuardedSource:
             page, requests=(*log.failed_requests, *page.requests), wait_seconds=log.wait_seconds
         )
 
-    async def now(self) -> datetime:
+    async def now(self, market: Market) -> datetime:
         """Return the venue's own clock, UTC."""
-        return await self._call(self._source.now, _CallLog())
+        return await self._call(lambda: self._source.now(market), _CallLog())
 
     async def first_open(self, market: Market, timeframe: Timeframe) -> datetime | None:
         """Return the open time of the market's first bar; None where the venue does not say."""

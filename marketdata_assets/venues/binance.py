@@ -12,6 +12,7 @@ from marketdata_assets.venues.facts import (
     MarketType,
     Tolerance,
     VenueFacts,
+    list_types,
     parse_halts,
 )
 
@@ -29,6 +30,8 @@ LINEAR_ENDPOINT = BarsEndpoint(
     klines_method="fapiPublicGetKlines",
     weight_per_minute=2400,
 )
+# ccxt 4.5.90, parse_ohlcv: column 5 counts contracts of some USD, column 7 the base currency
+INVERSE_ENDPOINT = BarsEndpoint(page_size=500, requests_per_minute=1200, row_keys={"trades": 8})
 
 KLINES_FORMAT = ArchiveFormat(
     name="binance",
@@ -103,7 +106,12 @@ FLOATING_POINT_SUM = Tolerance(
 
 FACTS = VenueFacts(
     venue="binance",
-    endpoints={MarketType.SPOT: SPOT_ENDPOINT, MarketType.LINEAR: LINEAR_ENDPOINT},
+    endpoints={
+        MarketType.SPOT: SPOT_ENDPOINT,
+        MarketType.LINEAR: LINEAR_ENDPOINT,
+        MarketType.INVERSE: INVERSE_ENDPOINT,
+    },
+    markets_option=list_types(spot=["spot"], linear=["linear"], inverse=["inverse"]),
     archive=ARCHIVE,
     halts=HALTS,
     tolerances={

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from marketdata_assets.model.window import Window, parse_time
 
@@ -20,6 +20,8 @@ class MarketType(StrEnum):
     """A contract that is settled in its quote currency: `BTC/USDT:USDT`."""
     INVERSE = "inverse"
     """A contract that is settled in another currency: `BTC/USD:BTC`."""
+    OPTION = "option"
+    """`BTC/USD:BTC-240329-60000-C`."""
 
 
 def market_type(symbol: str) -> MarketType:
@@ -27,22 +29,46 @@ def market_type(symbol: str) -> MarketType:
     quote, _, contract = symbol.partition("/")[2].partition(":")
     if not contract:
         return MarketType.SPOT
-    settled = contract.partition("-")[0]
+    settled, *terms = contract.split("-")
+    if len(terms) > 1:
+        return MarketType.OPTION
     return MarketType.LINEAR if settled == quote else MarketType.INVERSE
+
+
+class VolumeUnit(StrEnum):
+    """What ccxt's volume of a bar counts. A bar of ours counts the base currency."""
+
+    BASE = "base"
+    CONTRACTS = "contracts"
+    """Contracts of `contractSize` each, which is an amount of base currency: linear ones only.
+    Those of an inverse market are an amount of quote currency, from which no volume follows.
+    """
+
+
+DEFAULT_PAGE_SIZE = 300
+"""Bars that a request returns at most, where neither the facts nor ccxt state a number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BarsEndpoint:
     """How a venue's API serves the bars of one market type."""
 
-    page_size: int = 300
-    """Bars that one request returns at most, where ccxt does not state the venue's number."""
+    page_size: int | None = None
+    """Bars that one request really returns at most; None: as many as ccxt states."""
     requests_per_minute: int = 60
     """Requests for bars that the venue lets through in a minute, for estimates."""
     klines_method: str | None = None
     """ccxt's method for raw klines in Binance's format; None: bars come through `fetch_ohlcv`."""
     weight_per_minute: int | None = None
     """Request weight that the venue allows in a minute; None: it counts no weights."""
+    newest_bars_only: int | None = None
+    """The API returns only so many of the newest bars, whatever is requested; None: all bars."""
+    volume_unit: VolumeUnit | None = VolumeUnit.BASE
+    """What ccxt's volume counts, or that of `row_keys`; None: not known, so nothing is fetched."""
+    row_keys: Mapping[str, int | str] = field(default_factory=dict)
+    """By column of a bar: its key in the venue's own row, where that says more than ccxt's bar.
+    `closed` is the venue's flag of a closed bar, true for 1, "1", True and "true".
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +116,19 @@ class Archive:
         return names.get(base, base) + names.get(quote, quote) + (f"_{expiry}" if expiry else "")
 
 
+def list_types(**words: Sequence[str]) -> Callable[[Collection[MarketType]], dict[str, list[str]]]:
+    """Return a `markets_option` for a venue whose option is a list `types` of its own words.
+
+    The keywords are market types; a type without one is not narrowed down.
+    """
+
+    def option(types: Collection[MarketType]) -> dict[str, list[str]]:
+        wanted = (word for kind in MarketType if kind in types for word in words.get(kind, ()))
+        return {"types": list(dict.fromkeys(wanted))}
+
+    return option
+
+
 class Halt(NamedTuple):
     """A halt of all markets of a venue, as somebody reported it. The bars have to confirm it.
 
@@ -132,9 +171,19 @@ class VenueFacts:
     venue: str
     """ccxt's id."""
     endpoints: Mapping[MarketType, BarsEndpoint] = field(default_factory=dict)
-    """By market type, where `BarsEndpoint`'s defaults do not hold."""
-    newest_bars_only: int | None = None
-    """The API returns only so many of the newest bars, whatever is requested; None: all bars."""
+    """By market type. Without one, spot bars are ccxt's, and bars of contracts are not fetched,
+    because the unit of their volume is not known.
+    """
+    markets_option: Callable[[Collection[MarketType]], Any] | None = None
+    """ccxt's option `fetchMarkets` of this venue that lists these types only; None: what ccxt lists
+    by itself.
+    """
+    market_lists: Mapping[MarketType, str] = field(default_factory=dict)
+    """By market type: ccxt's method that lists it, for a venue without such an option. Those of
+    other types are not called.
+    """
+    repairs: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    """By ccxt's method of a request: what its answer needs before ccxt can read it."""
     archive: Archive | None = None
     """The files in which it publishes bars; None: none that we can read."""
     halts: tuple[Halt, ...] = ()
@@ -145,7 +194,9 @@ class VenueFacts:
 
     def endpoint(self, symbol: str) -> BarsEndpoint:
         """Return how the bars of a unified symbol are requested."""
-        return self.endpoints.get(market_type(symbol), BarsEndpoint())
+        kind = market_type(symbol)
+        unit = VolumeUnit.BASE if kind is MarketType.SPOT else None
+        return self.endpoints.get(kind) or BarsEndpoint(volume_unit=unit)
 
     def halts_in(self, window: Window) -> list[Halt]:
         """Return the known halts that share a moment with the window."""

@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-from marketdata_assets.venues.facts import Archive, ArchiveFormat, Tolerance, VenueFacts
+from marketdata_assets.venues.facts import (
+    Archive,
+    ArchiveFormat,
+    BarsEndpoint,
+    MarketType,
+    Tolerance,
+    VenueFacts,
+)
 
 OHLCVT_FORMAT = ArchiveFormat(
     name="kraken",
@@ -28,8 +35,11 @@ _MEASURED_ON = "archives, 5m to 1d beside 1m of BTC/USD and BTC/USDT, 2023-03-01
 
 FACTS = VenueFacts(
     venue="kraken",
-    # docs.kraken.com, Get OHLC Data (2026-11): the 720 most recent bars, whatever `since` says
-    newest_bars_only=720,
+    # docs.kraken.com, Get OHLC Data (2026-11): the 720 most recent bars, whatever `since` says;
+    # column 7 is the number of trades
+    endpoints={
+        MarketType.SPOT: BarsEndpoint(page_size=720, newest_bars_only=720, row_keys={"trades": 7})
+    },
     archive=ARCHIVE,
     tolerances={
         "trades": Tolerance(

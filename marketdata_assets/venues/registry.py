@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from marketdata_assets.venues import binance, binanceus, binanceusdm, kraken
+from dataclasses import replace
+
+from marketdata_assets.venues import (
+    binance,
+    binanceus,
+    binanceusdm,
+    bitget,
+    bybit,
+    gate,
+    hyperliquid,
+    kraken,
+    kucoin,
+    kucoinfutures,
+    mexc,
+    okx,
+)
 from marketdata_assets.venues.facts import ArchiveFormat, VenueFacts
 
 VENUES: dict[str, VenueFacts] = {
-    facts.venue: facts
-    for facts in (binance.FACTS, binanceus.FACTS, binanceusdm.FACTS, kraken.FACTS)
+    module.FACTS.venue: module.FACTS
+    for module in (
+        *(binance, binanceus, binanceusdm, bitget, bybit, gate, hyperliquid, kraken, kucoin),
+        *(kucoinfutures, mexc, okx),
+    )
 }
 """By ccxt's id."""
+SAME_API = {
+    **dict.fromkeys(("myokx", "okxus"), "okx"),
+    **dict.fromkeys(("bybiteu", "bybitid"), "bybit"),
+    "gateeu": "gate",
+}
+"""By the id of a venue that ccxt derives from another one: the other one, whose facts hold."""
 ARCHIVE_FORMATS: tuple[ArchiveFormat, ...] = tuple(
     dict.fromkeys(facts.archive.format for facts in VENUES.values() if facts.archive)
 )
@@ -18,4 +42,6 @@ ARCHIVE_FORMATS: tuple[ArchiveFormat, ...] = tuple(
 
 def facts_of(venue: str) -> VenueFacts:
     """Return what is known of a venue (ccxt's id); the defaults for one without a file."""
+    if venue in SAME_API:
+        return replace(VENUES[SAME_API[venue]], venue=venue)
     return VENUES.get(venue) or VenueFacts(venue=venue)

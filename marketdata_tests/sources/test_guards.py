@@ -34,7 +34,7 @@ from marketdata_assets.ledger.venues import BREAKER_FIRST, BREAKER_LIMIT, BREAKE
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window
-from marketdata_assets.sources.base import BarsPage, Request
+from marketdata_assets.sources.base import BarsPage, MarketTraits, Request
 from marketdata_assets.sources.guards import GuardedSource, RetryPolicy
 
 MARKET = Market("binance", "BTC/USDT")
@@ -96,8 +96,6 @@ class FakeVenue:
     each request came.
     """
 
-    page_size = 123
-    skips_gaps = True
     weight_limit: int | None = None
     used_weight = 0
 
@@ -111,7 +109,10 @@ class FakeVenue:
         request = await self._answer()
         return BarsPage(pl.DataFrame({"open_time": [1]}), window, requests=(request,))
 
-    async def now(self) -> datetime:
+    def traits(self, market: Market) -> MarketTraits:
+        return MarketTraits(page_size=123, columns=("open",), skips_gaps=True)
+
+    async def now(self, market: Market) -> datetime:
         await self._answer()
         return START
 
@@ -185,7 +186,7 @@ def test_a_good_answer_costs_one_request_and_no_wait(world: World, ledger: Ledge
         0.0,
         [],
     )
-    assert (guarded.page_size, guarded.skips_gaps) == (123, True)
+    assert guarded.traits(MARKET) == (123, ("open",), True)
     world.run(guarded.close())
     assert venue.closed
 
@@ -273,7 +274,7 @@ def test_a_bug_is_not_retried(world: World, ledger: Ledger) -> None:
 def test_clock_and_listing_are_guarded_too(world: World, ledger: Ledger) -> None:
     venue = FakeVenue(world, [retry(), None, Wait("binance: slow down", 7)])
     guarded = GuardedSource(venue, "binance", ledger.venues, policy=world.policy())
-    assert world.run(guarded.now()) == [START]
+    assert world.run(guarded.now(MARKET)) == [START]
     assert world.run(guarded.first_open(MARKET, MINUTE)) == [START]
     assert [moment - NOON for moment in venue.request_times] == [0, 0.5, 0.5, 7.5]
 
@@ -474,7 +475,7 @@ def test_the_breaker_fails_fast(world: World, tmp_path: Path) -> None:
     other = FakeVenue(world)
     second = GuardedSource(other, "binance", Ledger(tmp_path).venues, policy=world.policy())
     for error in world.run(
-        fetch(guarded), fetch(second), guarded.now(), second.first_open(MARKET, MINUTE)
+        fetch(guarded), fetch(second), guarded.now(MARKET), second.first_open(MARKET, MINUTE)
     ):
         assert type(error) is VenueDown
         assert "2024-03-01T12:00:30Z" in str(error)

@@ -41,9 +41,9 @@ def test_a_venue_without_a_file_has_the_defaults():
     facts = facts_of("coinbaseexchange")
     assert facts == VenueFacts(venue="coinbaseexchange")
     endpoint = facts.endpoint("BTC/USD")
-    assert (endpoint.page_size, endpoint.requests_per_minute) == (300, 60)
+    assert (endpoint.page_size, endpoint.requests_per_minute) == (None, 60)
     assert (endpoint.klines_method, endpoint.weight_per_minute) == (None, None)
-    assert (facts.newest_bars_only, facts.archive, facts.halts) == (None, None, ())
+    assert (endpoint.newest_bars_only, facts.archive, facts.halts) == (None, None, ())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ nothing between them. Everything here is a pure decision on answers that have co
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -16,7 +16,7 @@ import polars as pl
 from marketdata_assets.errors import VenueRefused
 from marketdata_assets.ledger.fetches import to_log
 from marketdata_assets.ledger.records import LoggedFetch, RowAccount
-from marketdata_assets.model.bar import COLUMN_NAMES, empty_bars
+from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, empty_bars
 from marketdata_assets.model.gap import PROMPT_ATTEMPTS, Gap, GapReason, GapStatus
 from marketdata_assets.model.intervals import (
     find_gaps,
@@ -95,6 +95,12 @@ def remaining_gaps(gaps: Iterable[Gap], opens: pl.Series, timeframe: Timeframe) 
     return remaining
 
 
+def clip_gaps(gaps: Iterable[Gap], start: datetime, timeframe: Timeframe) -> list[Gap]:
+    """Return the gaps without what opens before `start`."""
+    kept = ((gap, gap.window & Window(start, gap.window.end)) for gap in gaps)
+    return [replace(gap, window=w, bars=w.count(timeframe)) for gap, w in kept if w]
+
+
 def missing_windows(
     opens: pl.Series, timeframe: Timeframe, window: Window, *, gaps: Iterable[Gap], now: datetime
 ) -> list[Window]:
@@ -119,13 +125,24 @@ class Answers:
     now: datetime
     columns: tuple[str, ...]
     fetched: list[BarsPage] = field(default_factory=list)
+    refused: dict[Window, VenueRefused] = field(default_factory=dict)
+    """What the venue refused to answer because of its window."""
+    served_from: datetime = EPOCH
+    """The first open time that the venue serves, as far as its answers show."""
+    served_evidence: str = ""
     received: int = 0
-    _valid: list[pl.DataFrame] = field(default_factory=list)
-    _rejected: list[pl.DataFrame] = field(default_factory=list)
+    _valid: list[pl.DataFrame] = field(
+        default_factory=lambda: [pl.DataFrame(schema={"answer": pl.Int64(), **BAR_SCHEMA})]
+    )
+    _rejected: list[pl.DataFrame] = field(
+        default_factory=lambda: [pl.DataFrame(schema=REJECTED_SCHEMA)]
+    )
     _extents: list[tuple[datetime, datetime]] = field(default_factory=list)
 
     def add(self, fetched: Sequence[BarsPage]) -> None:
         """Apply the rules to new answers; neighbors beyond the window are used, but not counted."""
+        if not fetched:
+            return
         first = len(self.fetched)
         self.fetched.extend(fetched)
         timeframe = self.span.timeframe
@@ -169,6 +186,28 @@ class Answers:
     def count_confirmations(self, window: Window) -> int:
         """Return how many answers delivered both neighbors of a window and nothing between them."""
         return sum(a < window.start and b >= window.end for a, b in self._extents)
+
+    def first_delivered(self) -> datetime | None:
+        """Return the open time of the first bar that was delivered and keeps every rule."""
+        return min((first for first, _ in self._extents), default=None)
+
+    def count_empty_before(self, moment: datetime) -> int:
+        """Return how many answers would hold the bar before `moment`, and hold none before it."""
+        first = self.first_delivered()
+        if first is None or first < moment:
+            return 0
+        return sum(f.window.start < moment <= f.window.end for f in self.fetched)
+
+    def set_served_from(self, moment: datetime, evidence: str) -> None:
+        """Note that the venue serves nothing that opens before `moment`, and what shows it."""
+        if moment > self.served_from:
+            self.served_from = moment
+            known = self.served_evidence
+            self.served_evidence = f"{known}; {evidence}" if known else evidence
+
+    def start_at(self, moment: datetime) -> None:
+        """Leave out what opens before `moment`: the market was not listed then."""
+        self.window = Window(max(self.window.start, moment), self.window.end)
 
     def build_result(self, resolved: ResolvedAnswers) -> FetchResult:
         """Return what to store. Raises VenueRefused when most stored bars are contradicted."""
@@ -253,19 +292,31 @@ class Answers:
             gaps += [
                 self._gap(w, GapReason.QUARANTINED, 1) for w in subtract_window(window, absent)
             ]
-            gaps += [self._absent_gap(w) for w in absent]
+            gaps += [gap for w in absent for gap in self._absent_gaps(w)]
         return sorted(gaps, key=lambda gap: gap.window)
 
     def _waiting_gaps(self, opens: pl.Series) -> list[Gap]:
         """Return the known gaps that wait, without the bars that answers brought all the same."""
         waiting = [gap for gap in self.span.gaps if not gap.is_due(self.now)]
-        return remaining_gaps(waiting, opens, self.span.timeframe)
+        return clip_gaps(
+            remaining_gaps(waiting, opens, self.span.timeframe),
+            self.window.start,
+            self.span.timeframe,
+        )
 
-    def _absent_gap(self, window: Window) -> Gap:
-        confirmations = self.count_confirmations(window)
-        if confirmations > 1:
-            return self._gap(window, GapReason.NO_BARS, confirmations)
-        return self._gap(window, GapReason.UNANSWERED, 1)
+    def _absent_gaps(self, window: Window) -> Iterator[Gap]:
+        """Yield the part that the venue does not serve, and the rest."""
+        unserved = window & Window(EPOCH, self.served_from)
+        if unserved:
+            gap = self._gap(unserved, GapReason.NOT_SERVED, 1)
+            yield replace(
+                gap, evidence="; ".join(filter(None, (self.served_evidence, gap.evidence)))
+            )
+        for rest in subtract_window(window, [unserved]):
+            confirmations = self.count_confirmations(rest)
+            is_absent = confirmations > 1
+            reason = GapReason.NO_BARS if is_absent else GapReason.UNANSWERED
+            yield self._gap(rest, reason, confirmations if is_absent else 1)
 
     def _gap(self, window: Window, reason: GapReason, answers: int) -> Gap:
         """Return a gap that continues what is known of it; it is requested at growing distance."""
@@ -278,7 +329,8 @@ class Answers:
         now = self.now.replace(microsecond=0)
         first = min((gap.first_requested for gap in before if gap.first_requested), default=now)
         is_same = (g for g in before if g.window == window and g.status != GapStatus.REOPENED)
-        prompt = reason != GapReason.NO_BARS and answers < PROMPT_ATTEMPTS
+        is_answered = reason in (GapReason.NO_BARS, GapReason.NOT_SERVED)
+        prompt = not is_answered and answers < PROMPT_ATTEMPTS
         return Gap(
             window,
             window.count(self.span.timeframe),
@@ -297,6 +349,8 @@ class Answers:
         for fetched in self.fetched:
             fetches += to_log(fetched.requests, fetched.window)
             answers.append(len(fetches) - 1)
+        for window, error in self.refused.items():
+            fetches += to_log(error.requests, window)
         return tuple(fetches), tuple(answers)
 
 

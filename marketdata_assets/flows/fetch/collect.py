@@ -10,15 +10,16 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 
 from marketdata_assets.errors import BadInput, MarketDataError, VenueRefused
 from marketdata_assets.flows.fetch.answers import (
     Answers,
     FetchResult,
     FetchSpan,
+    clip_gaps,
     missing_windows,
 )
+from marketdata_assets.flows.fetch.first_bar import find_first_bar, settle_beginning
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.events import BarsReceived
 from marketdata_assets.model.intervals import (
@@ -26,12 +27,13 @@ from marketdata_assets.model.intervals import (
     pack_windows,
     subtract_window,
 )
-from marketdata_assets.model.timeframe import EPOCH, MINUTE
+from marketdata_assets.model.timeframe import MINUTE
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.agreement import ResolvedAnswers
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.base import BarsPage, Request
+from marketdata_assets.sources.base import BarsPage, MarketTraits, Request
 from marketdata_assets.sources.clients import VenueClient
+from marketdata_assets.venues.registry import facts_of
 
 ROUNDS = 7
 """How often the pages of one span are requested at most."""
@@ -39,6 +41,8 @@ REQUESTS_DISPUTED, REQUESTS_MISSING = 4, 2
 """How often one window is requested while answers contradict each other, and while bars are
 missing.
 """
+NEWEST_BARS = 10
+"""Bars that show whether a venue refuses only old ones."""
 NEIGHBORS = 3
 """How many stored bars on each side of a new span are requested again at least: an answer that
 contradicts most of them is rejected.
@@ -57,8 +61,9 @@ async def collect(
     now = settings.now()
     if not span.again and not missing_windows(opens, timeframe, wanted, gaps=span.gaps, now=now):
         return FetchResult(gaps=tuple(span.gaps), through=wanted.end)
-    closed_before = await client.now(wanted.end + timeframe.width)
-    first_bar = await _find_first_bar(settings, ledger, client, span=span)
+    closed_before = await client.now(span.market, wanted.end + timeframe.width)
+    base = settings.venues[span.market.venue].base
+    first_bar = await find_first_bar(ledger, client, span, base=base)
     start = max(wanted.start, first_bar or wanted.start)
     end = max(wanted.start, min(wanted.end, timeframe.floor(closed_before)))
     window = Window(start, end)
@@ -66,16 +71,20 @@ async def collect(
     again = span.again & window if span.again else None
     windows = [*missing, *([again] if again else [])]
     if not windows:
-        return FetchResult(gaps=tuple(span.gaps), through=window.end)
-    answers = Answers(span, window, closed_before, now, client.source.columns)
+        return FetchResult(gaps=tuple(clip_gaps(span.gaps, start, timeframe)), through=end)
+    traits = client.traits(span.market)
+    answers = Answers(span, window, closed_before, now, traits.columns)
     session = FetchSession(client, answers)
     recent = session.last_stored(missing, settings.corrections.run_minutes)
     try:
-        return await session.run([*windows, *recent])
+        resolved = await session.run([*windows, *recent])
     except (BadInput, VenueRefused) as error:
         if not await _is_delisted(ledger, client, span):
             raise
         return answers.build_unanswered(error.requests)
+    if not traits.skips_gaps:
+        await settle_beginning(ledger, client, answers, base=base)
+    return answers.build_result(resolved)
 
 
 async def _is_delisted(ledger: Ledger, client: VenueClient, span: FetchSpan) -> bool:
@@ -87,34 +96,16 @@ async def _is_delisted(ledger: Ledger, client: VenueClient, span: FetchSpan) -> 
         return False
 
 
-async def _find_first_bar(
-    settings: Settings, ledger: Ledger, client: VenueClient, *, span: FetchSpan
-) -> datetime | None:
-    """Return the market's first bar on the span's grid, once two answers agree on it."""
-    first_bar, stored = ledger.markets.first_bar(span.market), span.stored
-    if first_bar is None and (stored.is_empty() or stored["open_time"][0] > span.wanted.start):
-        base = settings.venues[span.market.venue].base
-        one, two = [await client.source.first_open(span.market, base) for _ in range(2)]
-        if one is not None and one == two:
-            ledger.markets.set_first_bar(
-                span.market, one, f"first bar of {base.name}, in two answers"
-            )
-            first_bar = one
-    return span.timeframe.floor(first_bar) if first_bar else None
-
-
 @dataclass(slots=True)
 class FetchSession:
     """Requests the pages of one span, round by round."""
 
     client: VenueClient
     answers: Answers
-    served_from: datetime = EPOCH
-    """The first open time that the venue still serves."""
     requests: Counter[Window] = field(default_factory=Counter)
     """How often each window was requested."""
 
-    async def run(self, windows: list[Window]) -> FetchResult:
+    async def run(self, windows: list[Window]) -> ResolvedAnswers:
         """Request the windows until their answers agree, at most ROUNDS times."""
         queue = await self._served_pages(self._pages(windows))
         for _ in range(ROUNDS):
@@ -123,7 +114,11 @@ class FetchSession:
             queue = self.windows_to_refetch(resolved)
             if not queue:
                 break
-        return self.answers.build_result(resolved)
+        return resolved
+
+    @property
+    def _traits(self) -> MarketTraits:
+        return self.client.traits(self.answers.span.market)
 
     def last_stored(self, missing: Sequence[Window], minutes: int) -> list[Window]:
         """Return the last stored bars, which venues correct, if one page holds them as well."""
@@ -133,7 +128,7 @@ class FetchSession:
         begin = missing[-1].start
         tail = Window(begin - minutes * MINUTE, begin) & window
         bars = Window(tail.start, window.end).count(self.answers.span.timeframe)
-        fits = bars <= self.client.source.page_size - 2
+        fits = bars <= self._traits.page_size - 2
         return [tail] if tail and fits and stored["open_time"][-1] >= tail.start else []
 
     def windows_to_refetch(self, resolved: ResolvedAnswers) -> list[Window]:
@@ -144,7 +139,7 @@ class FetchSession:
         explained = [
             *self.answers.confirmed_rejections(),
             *group_consecutive(disputed, timeframe),
-            Window(self.answers.window.start, self.served_from),
+            Window(self.answers.window.start, self.answers.served_from),
         ]
         unconfirmed = [
             self._with_neighbors(part)
@@ -160,7 +155,7 @@ class FetchSession:
     def _pages(self, windows: list[Window]) -> list[Window]:
         """Return pages over the windows and the stored bars around them."""
         timeframe = self.answers.span.timeframe
-        size = max(1, self.client.source.page_size - 2)
+        size = max(1, self._traits.page_size - 2)
         back = (NEIGHBORS - 1) * timeframe.width
         wide = (Window(w.start - back, w.end + back) & self.answers.window for w in windows)
         joined = pack_windows(wide, timeframe, max_bars=size)
@@ -169,15 +164,21 @@ class FetchSession:
 
     async def _served_pages(self, pages: list[Window]) -> list[Window]:
         """Return the pages that the venue can answer: some keep only their newest bars."""
-        if self.client.source.skips_gaps or len(pages) < 3:
+        if self._traits.skips_gaps or len(pages) < 3:
             return pages
         await self._request(pages[:1])
-        if self.answers.fetched[0].first_available is None:
+        first = self.answers.fetched[0] if self.answers.fetched else None
+        if first is not None and first.first_available is None:
             return pages[1:]
-        await self._request(pages[:1])
-        start = self.answers.window.start
-        self.served_from = min(answer.first_available or start for answer in self.answers.fetched)
-        return [page for page in pages if page.end > self.served_from] or pages[-1:]
+        if first is not None:
+            await self._request(pages[:1])
+            available = [answer.first_available for answer in self.answers.fetched]
+            start = self.answers.window.start
+            self.answers.set_served_from(
+                min(moment or start for moment in available),
+                "the venue answered with later bars",
+            )
+        return [page for page in pages if page.end > self.answers.served_from] or pages[-1:]
 
     def _with_neighbors(self, window: Window) -> Window:
         """Return the window with one bar more on both sides, as far as the venue's clock allows."""
@@ -189,11 +190,11 @@ class FetchSession:
 
     def _join(self, windows: list[Window]) -> list[Window]:
         """Return the windows in as few requests as the venue allows."""
-        source, timeframe = self.client.source, self.answers.span.timeframe
-        joined = pack_windows(windows, timeframe, max_bars=source.page_size)
-        if source.skips_gaps:
+        traits, timeframe = self._traits, self.answers.span.timeframe
+        joined = pack_windows(windows, timeframe, max_bars=traits.page_size)
+        if traits.skips_gaps:
             return joined
-        return [page for window in joined for page in window.pages(timeframe, source.page_size)]
+        return [page for window in joined for page in window.pages(timeframe, traits.page_size)]
 
     async def _request(self, windows: list[Window]) -> None:
         self.requests.update(windows)
@@ -204,17 +205,64 @@ class FetchSession:
             earlier = (r for answer in self.answers.fetched for r in answer.requests)
             error.requests = (*earlier, *await _cancel(tasks))
             raise
-        self.answers.add(fetched)
+        answered = [page for page in fetched if isinstance(page, BarsPage)]
+        if len(answered) < len(windows):
+            answered += await self._find_horizon()
+        self.client.learn_page_size(self.answers.span.market, self.answers.span.timeframe, answered)
+        self.answers.add(answered)
 
-    async def _request_one(self, window: Window) -> BarsPage:
+    async def _request_one(self, window: Window) -> BarsPage | None:
+        """Return the answer; None where the venue refused it, which `answers` then knows."""
         span = self.answers.span
         async with self.client.slots:
-            fetched = await self.client.source.fetch(span.market, span.timeframe, window)
+            try:
+                fetched = await self.client.source.fetch(span.market, span.timeframe, window)
+            except VenueRefused as error:
+                if self._traits.skips_gaps:
+                    raise
+                self.answers.refused[window] = error
+                return None
         self.client.on_progress(BarsReceived(fetched.rows.height, len(fetched.requests)))
         return fetched
 
+    async def _find_horizon(self) -> list[BarsPage]:
+        """Find out from where on the venue answers, where it refused windows as too old.
 
-async def _cancel(tasks: Sequence[asyncio.Task[BarsPage]]) -> list[Request]:
+        Returns the answers that it took. Raises VenueRefused where it is no matter of age: newer
+        bars are refused as well.
+        """
+        answers, timeframe = self.answers, self.answers.span.timeframe
+        refused, error = max(answers.refused.items(), key=lambda item: item[0].end)
+        last = timeframe.floor(answers.closed_before)
+        first = max(refused.start + timeframe.width, last - NEWEST_BARS * timeframe.width)
+        newest = Window(first, last)
+        found = await self._request_one(newest) if newest else None
+        if found is None or any(page.window.end <= refused.start for page in answers.fetched):
+            raise error
+        pages = []
+        market = answers.span.market
+        known = facts_of(market.venue).endpoint(market.symbol).newest_bars_only
+        low, high = refused.start, refused.end
+        guess = last - (known - 1) * timeframe.width if known else None
+        if guess and guess >= high:
+            low = high
+        while low < high:
+            middle = low + (high - low) // timeframe.width // 2 * timeframe.width
+            start = guess if guess and low <= guess < high else middle
+            guess = None
+            page = await self._request_one(Window(start, refused.end))
+            if page is None:
+                low = start + timeframe.width
+            else:
+                pages.append(page)
+                high = start
+                if start != middle:
+                    break
+        self.answers.set_served_from(high, f"the venue refused what is older: {error}")
+        return pages
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[BarsPage | None]]) -> list[Request]:
     """Cancel what still runs; return the requests of what has ended, for the fetch log."""
     for task in tasks:
         task.cancel()

@@ -22,6 +22,7 @@ from marketdata_assets.settings.parts import Venue
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.archive.names import month_file_url
 from marketdata_assets.storage.bars import BarStorage
+from marketdata_assets.venues.facts import DEFAULT_PAGE_SIZE
 from marketdata_assets.venues.registry import facts_of
 
 OVERLAP = 2
@@ -124,8 +125,9 @@ class BackfillPlanner:
         archive = facts.archive
         if archive is None:
             return None
-        if facts.newest_bars_only and archive.overview_url:
-            oldest = timeframe.floor(now) - facts.newest_bars_only * timeframe.width
+        newest = facts.endpoint(market.symbol).newest_bars_only
+        if newest and archive.overview_url:
+            oldest = timeframe.floor(now) - newest * timeframe.width
             wanted = wanted_window(self.settings, timeframe, partition)
             unserved = wanted & Window(partition.month.start, oldest)
             count = min(bars, unserved.count(timeframe))
@@ -161,7 +163,8 @@ def requests_per_minute(venue: Venue) -> int:
 
 def new_bars_per_request(market: Market) -> int:
     """Return about how many new bars a request brings; its neighbors bring the others as well."""
-    return facts_of(market.venue).endpoint(market.symbol).page_size - OVERLAP
+    endpoint = facts_of(market.venue).endpoint(market.symbol)
+    return (endpoint.page_size or DEFAULT_PAGE_SIZE) - OVERLAP
 
 
 def _reason(state: PartitionState | None) -> str:

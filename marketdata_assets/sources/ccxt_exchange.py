@@ -1,0 +1,130 @@
+"""One ccxt exchange of a venue: made, told which markets to list, and asked about them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import aiohttp
+
+from marketdata_assets.errors import BadInput
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.window import from_ms
+from marketdata_assets.settings.parts import Venue
+from marketdata_assets.sources.ccxt_transport import (
+    StrictAnswers,
+    StrictAnswersAsText,
+    replace_host,
+)
+from marketdata_assets.venues.facts import BarsEndpoint, MarketType, VolumeUnit, market_type
+from marketdata_assets.venues.registry import facts_of
+
+
+def create_exchange(venue: Venue, session: aiohttp.ClientSession, deadline: float) -> Any:
+    """Return ccxt's asynchronous client for the symbols of a venue; `deadline` is in seconds."""
+    import ccxt.async_support as ccxt  # costs seconds: only a process that fetches pays
+
+    facts, types = facts_of(venue.name), {market_type(symbol) for symbol in venue.symbols}
+    has_klines = all(facts.endpoint(symbol).klines_method for symbol in venue.symbols)
+    strict = StrictAnswers if has_klines else StrictAnswersAsText
+    exchange_class = type(f"Strict{venue.name}", (strict, getattr(ccxt, venue.name)), {})
+    exchange = exchange_class(
+        {
+            "session": session,
+            "enableRateLimit": False,  # the limiter is ours, shared by all processes
+            "timeout": int(deadline * 1000),
+            "number": str,
+        }
+    )
+    exchange.has["fetchCurrencies"] = False  # requests that say nothing of bars
+    if facts.markets_option:
+        exchange.options["fetchMarkets"] = {
+            **_as_options(exchange.options.get("fetchMarkets")),
+            **facts.markets_option(types),
+        }
+    unwanted = {name for kind, name in facts.market_lists.items() if kind not in types}
+    for name in unwanted - {facts.market_lists.get(kind) for kind in types}:
+        setattr(exchange, name, _list_nothing)
+    for name, repair in facts.repairs.items():
+        setattr(exchange, name, _repaired(getattr(exchange, name), repair))
+    if venue.base_url:
+        exchange.urls["api"] = replace_host(
+            exchange.urls["api"], venue.base_url, exchange.urls.get("hostname", "")
+        )
+    return exchange
+
+
+def find_market(exchange: Any, market: Market) -> dict[str, Any]:
+    """Return ccxt's description of a market.
+
+    Raises BadInput with the nearest symbol of the same type.
+    """
+    found = exchange.markets.get(market.symbol)
+    if found is None:
+        kind = market_type(market.symbol)
+        symbols = [symbol for symbol in exchange.symbols if market_type(symbol) is kind]
+        near = difflib.get_close_matches(market.symbol, symbols, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise BadInput(f"{market.venue} has no symbol {market.symbol}{hint}")
+    return dict(found)
+
+
+def stated_page_size(exchange: Any, market: Market) -> int | None:
+    """Return how many bars a request returns, as ccxt states it; None where it does not."""
+    if market.symbol not in exchange.markets:
+        return None
+    limit = exchange.feature_value(market.symbol, "fetchOHLCV", "limit")
+    return int(limit) if limit else None
+
+
+def listed_at(exchange: Any, market: Market) -> datetime | None:
+    """Return since when the venue says that it lists a market; None where it does not say."""
+    created = find_market(exchange, market).get("created")
+    return from_ms(int(created)) if created and int(created) > 0 else None
+
+
+def contract_size(exchange: Any, market: Market, endpoint: BarsEndpoint) -> Decimal:
+    """Return how much base currency one unit of a market's volume is.
+
+    Raises BadInput where that is not known: nothing is stored whose unit is a guess.
+    """
+    unit = endpoint.volume_unit
+    if unit is VolumeUnit.BASE:
+        return Decimal(1)
+    found = find_market(exchange, market)
+    if unit is VolumeUnit.CONTRACTS and market_type(market.symbol) is MarketType.LINEAR:
+        try:
+            size = Decimal(str(found.get("contractSize")))
+        except InvalidOperation:
+            size = Decimal(0)
+        if size.is_finite() and size > 0:
+            return size
+        raise BadInput(
+            f"{market.venue} does not say how much {found['base']} a contract of {market.symbol} "
+            "is, so its volumes cannot be stored; remove the symbol"
+        )
+    raise BadInput(
+        f"it is not known whether {market.venue} counts the volume of {market.symbol} in "
+        f"{found['base']} or in contracts, so nothing of it is stored; remove the symbol, or add "
+        f"the fact to marketdata_assets/venues/{market.venue}.py"
+    )
+
+
+async def _list_nothing(*_: Any) -> list[Any]:
+    return []
+
+
+def _repaired(
+    request: Callable[..., Awaitable[Any]], repair: Callable[[Any], Any]
+) -> Callable[..., Awaitable[Any]]:
+    async def repaired(*arguments: Any) -> Any:
+        return repair(await request(*arguments))
+
+    return repaired
+
+
+def _as_options(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {}

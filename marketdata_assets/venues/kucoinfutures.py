@@ -1,0 +1,12 @@
+"""KuCoin's perpetuals under ccxt's own id for them."""
+
+from __future__ import annotations
+
+from marketdata_assets.venues.facts import MarketType, VenueFacts
+from marketdata_assets.venues.kucoin import LINEAR_ENDPOINT, REPAIRS
+
+FACTS = VenueFacts(
+    venue="kucoinfutures",
+    endpoints={MarketType.LINEAR: LINEAR_ENDPOINT},
+    repairs=REPAIRS,
+)

@@ -1,0 +1,1 @@
+"""Venues on loopback that speak their own wire formats, one file each."""
