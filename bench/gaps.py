@@ -176,7 +176,7 @@ def parts_by_minute(
     for one in found:
         if one.market == market and one.table.timeframe == MINUTE:
             for i in range(one.gap.bars):
-                parts[one.gap.window.start + i * MINUTE.width].append(one.gap.coverage_part)
+                parts[one.gap.window.start + i * MINUTE.width].append(one.gap.kind)
     return parts
 
 

@@ -30,6 +30,7 @@ _GAP = (
     *(_c.cause, _c.status, _c.proof, _c.first_requested, _c.last_requested, _c.next_request),
 )
 _NO_CAUSE = ""
+_ANSWERED = (GapReason.NO_BARS, GapReason.NOT_SERVED)
 """Stored where no cause is known."""
 _IS_ABOUT = is_about(gaps)
 _OF = sa.select(*_GAP).where(_IS_ABOUT).order_by(_c.start)
@@ -81,7 +82,7 @@ class GapBook(Book):
 
     def unsettled(self, table: Table) -> dict[PartitionKey, list[Window]]:
         """The windows of the gaps that are not settled, by market key and month key."""
-        where = sa.and_(_c.tbl == table.name, _c.reason != GapReason.NO_BARS, _is_unsettled())
+        where = sa.and_(_c.tbl == table.name, _c.reason.not_in(_ANSWERED), _is_unsettled())
         found: dict[PartitionKey, list[Window]] = defaultdict(list)
         for market, month, start, end in self._database.rows(
             sa.select(_c.market, _c.month, _c.start, _c.end).where(where)

@@ -78,11 +78,8 @@ class Gap:
     @property
     def is_settled(self) -> bool:
         """Whether its meaning is known, or it was requested often enough to wait now."""
-        return (
-            self.reason == GapReason.NO_BARS
-            or self.cause is not None
-            or self.answers >= PROMPT_ATTEMPTS
-        )
+        is_answered = self.reason in (GapReason.NO_BARS, GapReason.NOT_SERVED)
+        return is_answered or self.cause is not None or self.answers >= PROMPT_ATTEMPTS
 
     @property
     def needs_cause(self) -> bool:
@@ -91,20 +88,15 @@ class Gap:
         return searched and self.reason != GapReason.QUARANTINED
 
     @property
-    def coverage_part(self) -> str:
-        """The part of the coverage that counts its bars."""
-        if self.reason == GapReason.QUARANTINED:
-            return GapReason.QUARANTINED
-        return self.cause or GapCause.MISSING_AT_SOURCE
-
-    @property
     def explanation(self) -> str:
         """Why it is what it is; before a cause was looked for, what the answers delivered."""
         return str(self.proof.get("words") or self.evidence)
 
     @property
     def kind(self) -> str:
-        """Its cause as people filter by it: `quarantined`, a cause, or `unexplained`."""
+        """The part of the coverage that counts its bars, and what people filter by:
+        `quarantined`, a cause, or `unexplained`.
+        """
         if self.reason == GapReason.QUARANTINED:
             return GapReason.QUARANTINED
         return self.cause or UNEXPLAINED

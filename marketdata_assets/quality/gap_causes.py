@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
-from decimal import Decimal
 from typing import NamedTuple
 
-from marketdata_assets.model.bar import format_number
 from marketdata_assets.model.gap import GapCause
-from marketdata_assets.model.intervals import align_inside, fold_neighbors, subtract_window
-from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, format_time
-from marketdata_assets.venues.facts import Halt
+from marketdata_assets.model.intervals import (
+    align_inside,
+    coalesce_windows,
+    fold_neighbors,
+    subtract_window,
+)
+from marketdata_assets.model.window import Window
+from marketdata_assets.quality.evidence import (
+    EmptyBarRates,
+    GapEvidence,
+    NativeBar,
+    highest_chance,
+)
 
 MAX_CHANCE = 1e-6
 """Silence of all markets that is less likely than this by chance is a halt."""
-MAX_CHANCE_ALONE = 1e-9
-"""For a venue with one market and no other evidence; and a pause that is less likely than this is
-not explained by a market's habit of having no trades."""
+MAX_CHANCE_OF_PAUSE = 1e-9
+"""A pause that is less likely than this is not explained by a market's habit of having no trades.
+"""
+REPORT_MARGIN = timedelta(hours=1)
+"""How far beyond its reported window a halt may reach: reports are approximate."""
 MIN_EMPTY_BARS = 3
 """So many other open times without a bar show that the venue sends no bar without trades."""
 MAX_MESSAGE = 200
@@ -36,121 +44,6 @@ def next_request_at(first_requested: datetime, now: datetime) -> datetime:
     return (now + pause).replace(microsecond=0)
 
 
-# --------------------------------------------------------------------------------- the evidence
-class Neighbor(NamedTuple):
-    """The bar next to a gap."""
-
-    open_time: datetime
-    close: Decimal
-    volume: Decimal
-
-
-class NativeBar(NamedTuple):
-    """A coarser bar of the venue over part of a gap, and the stored base bars inside it.
-
-    `stored_volume` is the sum of their volumes, `missing_bars` how many are not stored.
-    """
-
-    timeframe: Timeframe
-    open_time: datetime
-    volume: Decimal
-    stored_volume: Decimal
-    missing_bars: int
-
-    @property
-    def window(self) -> Window:
-        """The open times that it covers."""
-        return Window(self.open_time, self.open_time + self.timeframe.width)
-
-    def __str__(self) -> str:
-        volumes = (
-            f"volume {format_number(self.volume)}, ours in it {format_number(self.stored_volume)}"
-        )
-        return (
-            f"the venue's {self.timeframe.name} bar of {format_time(self.open_time)} has "
-            f"{volumes}, {self.missing_bars} bars are missing"
-        )
-
-
-class EmptyBarRate(NamedTuple):
-    """How often a market has no bar in a span, the gap in question apart.
-
-    `empty` of `bars` open times have none, in `stretches` of consecutive ones.
-    """
-
-    bars: int
-    empty: int
-    stretches: int
-
-    def chance(self, length: int) -> float:
-        """Return how likely a stretch of `length` empty bars begins at any one open time.
-
-        Empty bars follow each other more often than independent ones would.
-        """
-        begins = (self.empty + 1) / (self.bars + 2)
-        continues = min(1.0, (self.empty - self.stretches + 0.5) / (self.empty + 1))
-        return float(begins * continues ** (length - 1))
-
-
-EmptyBarRates = tuple[EmptyBarRate, ...]
-"""One market's rates in spans of different length around a gap, the widest first."""
-
-
-def highest_chance(rates: EmptyBarRates, length: int) -> float:
-    """Return the chance in the span in which the market has the most empty bars."""
-    return max(rate.chance(length) for rate in rates)
-
-
-class SilentWindow(NamedTuple):
-    """Part of a gap in which no other known market of the venue has a bar; one rate for each."""
-
-    window: Window
-    others: tuple[EmptyBarRates, ...]
-
-
-class FinerGap(NamedTuple):
-    """A gap of the base timeframe, with its cause."""
-
-    window: Window
-    cause: GapCause
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GapEvidence:
-    """All that is known about one gap of a market."""
-
-    window: Window
-    timeframe: Timeframe
-    is_confirmed_absent: bool
-    """Two answers delivered the bars on both sides of it and none between."""
-    answers: int
-    """Answers, or runs, that ended in the gap's reason."""
-    empty_bar_rates: EmptyBarRates
-    silent_windows: tuple[SilentWindow, ...] = ()
-    """Disjoint."""
-    finer_gaps: tuple[FinerGap, ...] = ()
-    """For a gap of a coarser table: why base bars are missing in it."""
-    native_bars: tuple[NativeBar, ...] = ()
-    """Of timeframes whose bars equal the sums of ours wherever ours are complete."""
-    other_markets: Mapping[str, int] = field(default_factory=dict)
-    """By key of each other market of the venue: how many of the gap's bars it has."""
-    is_fetch_pending: bool = False
-    """Some of the other markets are not fetched yet."""
-    traded_elsewhere: str | None = None
-    """The key of another venue's market of that asset which traded meanwhile."""
-    halts: tuple[Halt, ...] = ()
-    """The reported halts that share a moment with it."""
-    before: Neighbor | None = None
-    after: Neighbor | None = None
-    bars_without_volume: int = 0
-    """Stored bars of the partition whose volume is zero."""
-    is_trailing: bool = False
-    """No bar of the market is stored after it."""
-    is_listed: bool | None = None
-    """Whether the venue still lists the market; None: the list was not requested."""
-
-
-# --------------------------------------------------------------------------------- the causes
 class GapPart(NamedTuple):
     """Part of a gap: its cause (None: not known), whether that is final, and why."""
 
@@ -167,7 +60,7 @@ def classify_gap(evidence: GapEvidence) -> list[GapPart]:
     """
     found: list[GapPart] = []
     rest = [evidence.window]
-    for find in (_find_missing_at_source,) if evidence.is_fetch_pending else _FINDERS:
+    for find in _FINDERS_AT_ONCE if evidence.is_fetch_pending else _FINDERS:
         parts = [part for window in rest for part in find(evidence, window)]
         cuts = [part.window for part in parts]
         rest = [left for window in rest for left in subtract_window(window, cuts)]
@@ -175,6 +68,17 @@ def classify_gap(evidence: GapEvidence) -> list[GapPart]:
     unknown = _unknown_message(evidence)
     found += [GapPart(window, None, is_final=False, message=unknown) for window in rest]
     return fold_neighbors(sorted(found, key=lambda part: part.window), _join_parts)
+
+
+def _find_unserved(evidence: GapEvidence, window: Window) -> list[GapPart]:
+    """The venue serves only later bars, as its answers or its documentation show."""
+    if evidence.horizon is None:
+        return []
+    is_final = evidence.answers > 1 and not evidence.has_archive
+    message = f"beyond what the venue serves: {evidence.horizon}"
+    if evidence.has_archive:
+        message += "; its files may hold the bars"
+    return [GapPart(window, GapCause.MISSING_AT_SOURCE, is_final=is_final, message=message)]
 
 
 def _find_missing_at_source(evidence: GapEvidence, window: Window) -> list[GapPart]:
@@ -195,7 +99,12 @@ def _find_no_trade_by_native(evidence: GapEvidence, window: Window) -> list[GapP
     """The venue's own coarser bar is the sum of our bars: the others hold no trade."""
     equal = [native for native in evidence.native_bars if native.volume == native.stored_volume]
     return [
-        GapPart(part, GapCause.NO_TRADE, is_final=True, message=str(native))
+        GapPart(
+            part,
+            GapCause.NO_TRADE,
+            is_final=evidence.is_confirmed_absent,
+            message=str(native),
+        )
         for part, native in _parts_by_native(window, equal)
     ]
 
@@ -231,15 +140,34 @@ def _find_by_finer_gaps(evidence: GapEvidence, window: Window) -> list[GapPart]:
 
 
 def _find_halts(evidence: GapEvidence, window: Window) -> list[GapPart]:
-    """All markets of the venue are silent at once, and that is no coincidence."""
+    """The market is silent, which is no coincidence, and so says a second witness: every other
+    market of the venue, or somebody who reported the halt.
+    """
     if not evidence.is_confirmed_absent:
         return []
-    parts = [(silent.window & window, silent.others) for silent in evidence.silent_windows]
+    parts = [
+        (part, silent.others)
+        for silent in evidence.silent_windows
+        for part in _witnessed_parts(evidence, silent.window & window, silent.others)
+    ]
     return [
         GapPart(part, GapCause.HALTED, is_final=True, message=message)
         for part, others in parts
         if part and (message := _halt_message(evidence, part, others))
     ]
+
+
+def _witnessed_parts(
+    evidence: GapEvidence, window: Window, others: tuple[EmptyBarRates, ...]
+) -> list[Window]:
+    """Return the parts of a silent window that a second witness confirms."""
+    if others:
+        return [window]
+    reports = [
+        Window(halt.window.start - REPORT_MARGIN, halt.window.end + REPORT_MARGIN)
+        for halt in evidence.halts
+    ]
+    return [window & report for report in coalesce_windows(reports)]
 
 
 def _halt_message(
@@ -251,8 +179,7 @@ def _halt_message(
     for rates in others:
         chance *= highest_chance(rates, bars)
     reported = [halt for halt in evidence.halts if halt.window & window]
-    has_witness = bool(others or reported or evidence.traded_elsewhere)
-    if chance >= (MAX_CHANCE if has_witness else MAX_CHANCE_ALONE):
+    if chance >= MAX_CHANCE:
         return None
     who = (
         f"none of the venue's {len(others) + 1} markets has a bar"
@@ -274,7 +201,7 @@ def _find_omitted_bars(evidence: GapEvidence, window: Window) -> list[GapPart]:
     if not evidence.is_confirmed_absent or widest.empty < MIN_EMPTY_BARS or sends_empty_bars:
         return []
     chance = highest_chance(evidence.empty_bar_rates, bars)
-    if chance < MAX_CHANCE_ALONE:
+    if chance < MAX_CHANCE_OF_PAUSE:
         return []
     message = (
         f"the venue sends no bar without trades: {widest.empty} of the month's {widest.bars} other "
@@ -305,8 +232,11 @@ def _find_delisting(evidence: GapEvidence, window: Window) -> list[GapPart]:
     return [GapPart(window, GapCause.DELISTED, is_final=is_final, message=message)]
 
 
-_FINDERS: tuple[Callable[[GapEvidence, Window], list[GapPart]], ...] = (
-    _find_missing_at_source,
+_Finder = Callable[[GapEvidence, Window], list[GapPart]]
+_FINDERS_AT_ONCE: tuple[_Finder, ...] = (_find_unserved, _find_missing_at_source)
+"""What other markets and timeframes, which may still have to be fetched, cannot change."""
+_FINDERS: tuple[_Finder, ...] = (
+    *_FINDERS_AT_ONCE,
     _find_by_finer_gaps,
     _find_halts,
     _find_no_trade_by_native,

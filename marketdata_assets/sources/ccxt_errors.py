@@ -59,7 +59,8 @@ def _translate_ccxt(venue: str, error: Exception, answer: HttpAnswer) -> MarketD
     """Return the error of our tree that a ccxt error means; Retry for all that may pass."""
     from ccxt.base import errors as ccxt
 
-    if isinstance(error, ccxt.DDoSProtection | ccxt.RateLimitExceeded):
+    is_limit = isinstance(error, ccxt.DDoSProtection | ccxt.RateLimitExceeded)
+    if is_limit or answer.status in (418, 429):
         seconds = _retry_after(answer)
         return Wait(f"{venue}: HTTP {answer.status}, wait {seconds:g} s", seconds)
     if isinstance(error, ccxt.RequestTimeout):
@@ -74,8 +75,8 @@ def _translate_ccxt(venue: str, error: Exception, answer: HttpAnswer) -> MarketD
             f"{venue}: HTTP {answer.status}, the address does not serve this API; check base_url"
         )
     final = (ccxt.BadRequest, ccxt.AuthenticationError, ccxt.NotSupported, ccxt.ArgumentsRequired)
-    is_refusal = answer.status == 400 and not isinstance(error, ccxt.OperationFailed)
-    if isinstance(error, final) or is_refusal:
+    passing = (ccxt.OnMaintenance, ccxt.RequestTimeout)
+    if isinstance(error, final) or (answer.status == 400 and not isinstance(error, passing)):
         return VenueRefused(f"{venue}: {_describe(error, answer)}")
     return Retry(f"{venue}: {_describe(error, answer)}")
 

@@ -49,6 +49,8 @@ DEADLINE = 15.0
 """Seconds within which the whole answer of one request must come."""
 DATE_MARGIN = timedelta(minutes=10)
 """How far a venue without a clock may lag behind the Date of its answers."""
+END_OF_TIME = to_ms(datetime.max.replace(tzinfo=UTC))
+"""The last moment that can be one."""
 NEWEST_BARS = 60
 """Bars that are requested for the newest one, which shows how late a venue without a clock is."""
 
@@ -160,7 +162,8 @@ class CcxtSource:
         # fetch_ohlcv has no end and some venues no start: other pages hold what lies outside
         opens = pl.col("open_time")
         rows = answer.filter(opens.is_null() | opens.is_between(start, end, closed="left"))
-        later = answer.filter(opens >= end)["open_time"].min() if rows.is_empty() else None
+        is_later = opens.is_between(end, END_OF_TIME)
+        later = answer.filter(is_later)["open_time"].min() if rows.is_empty() else None
         first_available = from_ms(later) if isinstance(later, int) else None
         return BarsPage(rows, window, first_available=first_available, requests=(sent,))
 

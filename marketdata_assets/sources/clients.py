@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from marketdata_assets.model.events import ProgressCallback, no_progress
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, from_ms
+from marketdata_assets.model.window import Window, to_ms
 from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.base import BarsPage, MarketTraits, Source
 from marketdata_assets.sources.guards import GuardedSource, RetryPolicy, VenueState
@@ -34,21 +34,27 @@ class VenueClient:
         self.slots = asyncio.Semaphore(REQUESTS_IN_FLIGHT)
         self._clock: datetime | None = None
         self._page_sizes: dict[Market, int] = {}
+        self._cuts: defaultdict[tuple[Market, int], set[Window]] = defaultdict(set)
 
     def traits(self, market: Market) -> MarketTraits:
         """Return how the market's bars are served, with the page that its answers really had."""
         traits = self.source.traits(market)
-        page = min(traits.page_size, self._page_sizes.get(market, traits.page_size))
-        return traits._replace(page_size=page)
+        page = self._page_sizes.get(market)
+        if page is None or page >= traits.page_size:
+            return traits
+        return traits._replace(page_size=page, skips_gaps=False)
 
     def learn_page_size(
         self, market: Market, timeframe: Timeframe, pages: Sequence[BarsPage]
     ) -> None:
-        """Take the number of bars at which at least two of these answers were cut for a page."""
-        cuts = Counter(filter(None, (_cut_at(page, timeframe) for page in pages)))
-        for bars, answers in cuts.items():
-            if answers > 1 and bars < self.traits(market).page_size:
-                self._page_sizes[market] = bars
+        """Take the number of bars at which the answers for two windows were cut for a page."""
+        for page in pages:
+            bars = _cut_at(page, timeframe)
+            if bars:
+                windows = self._cuts[market, bars]
+                windows.add(page.window)
+                if len(windows) > 1 and bars < self.traits(market).page_size:
+                    self._page_sizes[market] = bars
 
     async def now(self, market: Market, at_least: datetime) -> datetime:
         """Return the venue's own clock, UTC; it is read again unless the last reading suffices.
@@ -63,12 +69,14 @@ class VenueClient:
 
 def _cut_at(page: BarsPage, timeframe: Timeframe) -> int | None:
     """Return the number of bars of an answer that holds one end of its window and not the other."""
-    opens = page.rows["open_time"].drop_nulls().unique()
+    opens = page.rows["open_time"].drop_nulls().unique().sort()
     if opens.len() < MIN_PAGE:
         return None
-    first, last = from_ms(opens.min()), from_ms(opens.max())  # type: ignore[arg-type]
-    at_start, at_end = first == page.window.start, last == page.window.end - timeframe.width
-    is_whole = Window(first, last + timeframe.width).count(timeframe) == opens.len()
+    width = timeframe.width // timedelta(milliseconds=1)
+    first, last = opens[0], opens[-1]
+    at_start = first == to_ms(page.window.start)
+    at_end = last == to_ms(page.window.end) - width
+    is_whole = last - first == (opens.len() - 1) * width
     return opens.len() if is_whole and at_start != at_end else None
 
 

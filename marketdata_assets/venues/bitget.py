@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from marketdata_assets.venues.facts import BarsEndpoint, MarketType, VenueFacts, list_types
 
-# bitget.com/api-doc, Get History Candlestick Data (2026-11): 200 bars (recent ones 1000). Columns of
-# spot: 5 base, 6 USDT, 7 quote currency; of contracts: 5 base, 6 quote currency
+# bitget.com/api-doc, Get History Candlestick Data (2026-11): 200 bars (recent ones 1000). Columns:
+# 5 base; of spot 6 USDT, 7 quote currency; of contracts 6 quote currency
 FACTS = VenueFacts(
     venue="bitget",
     endpoints={

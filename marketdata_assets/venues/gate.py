@@ -10,8 +10,8 @@ from marketdata_assets.venues.facts import (
     list_types,
 )
 
-# gate.com/docs/developers/apiv4, Market K-line chart (2026-11): at most 1000 bars, none that is more
-# than 10,000 bars old. Columns: 1 quote currency, 6 base currency, 7 whether it is closed
+# gate.com/docs/developers/apiv4, Market K-line chart (2026-11): at most 1000 bars, none more than
+# 10,000 bars old. Columns: 1 quote currency, 6 base currency, 7 whether it is closed
 _SPOT = BarsEndpoint(
     page_size=1000,
     requests_per_minute=600,

@@ -1,1 +1,24 @@
 """Venues on loopback that speak their own wire formats, one file each."""
+
+from __future__ import annotations
+
+from marketdata_tests.fake_venues.binance import Binance, Binanceus
+from marketdata_tests.fake_venues.bitget import Bitget
+from marketdata_tests.fake_venues.bybit import Bybit
+from marketdata_tests.fake_venues.coinbase import Coinbase, Coinbaseexchange
+from marketdata_tests.fake_venues.frame import FakeVenue
+from marketdata_tests.fake_venues.gate import Gate
+from marketdata_tests.fake_venues.hyperliquid import Hyperliquid
+from marketdata_tests.fake_venues.kraken import Kraken
+from marketdata_tests.fake_venues.kucoin import Kucoin
+from marketdata_tests.fake_venues.mexc import Mexc
+from marketdata_tests.fake_venues.okx import Okx
+
+VENUES: dict[str, type[FakeVenue]] = {
+    venue.name: venue
+    for venue in (
+        *(Binance, Binanceus, Bitget, Bybit, Coinbase, Coinbaseexchange, Gate, Hyperliquid),
+        *(Kraken, Kucoin, Mexc, Okx),
+    )
+}
+"""By ccxt's id."""

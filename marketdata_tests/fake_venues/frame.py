@@ -8,11 +8,12 @@ and holds for every venue.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
 from aiohttp import web
@@ -36,6 +37,16 @@ class FakeBar(NamedTuple):
     quote: Decimal
     trades: int
     closed: bool
+    width: int
+
+
+DAILY = {"1d", "1D", "1Dutc", "1day", "D", "1440", "86400", "ONE_DAY", "1DAY", "24h", "days"}
+"""What venues call the timeframe of a day; every other one is a minute here."""
+
+
+def width_of(interval: str) -> int:
+    """Return the milliseconds of a bar by the venue's name of its timeframe."""
+    return DAY if interval in DAILY else MINUTE
 
 
 def true_bar(t: int, *, now: int | None = None, width: int = MINUTE) -> FakeBar:
@@ -45,10 +56,10 @@ def true_bar(t: int, *, now: int | None = None, width: int = MINUTE) -> FakeBar:
     h, low = max(o, c) + Decimal("1.25"), min(o, c) - Decimal("1.75")
     is_closed = now is None or t + width <= now
     v = Decimal(2 * (k % 53) + 2) / 1000 / (1 if is_closed else 2)
-    return FakeBar(t, o, h, low, c, v, v * c, k % 7 + 1, is_closed)
+    return FakeBar(t, o, h, low, c, v, v * c, k % 7 + 1, is_closed, width)
 
 
-class Refusal(Exception):  # noqa: N818
+class Refusal(Exception):
     """An answer that is no success, as the venue writes it."""
 
     def __init__(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
@@ -62,7 +73,7 @@ class FakeVenue:
 
     now: int
     """The venue's clock."""
-    listed: int = 0
+    listed: int = 1_577_836_800_000
     """No market has a bar that opens before."""
     silent: frozenset[int] = frozenset()
     """Minutes without a trade, of which no bar is sent."""
@@ -90,6 +101,8 @@ class FakeVenue:
     """The symbol of its perpetual; None: it has none here."""
     max_page: ClassVar[int]
     """Bars an answer holds at most, by its documentation."""
+    counts_rows: ClassVar[bool] = False
+    """It counts rows from the start of a request on, without a horizon."""
     too_old: ClassVar[tuple[int, Any]] = (400, {"message": "too long ago"})
     """Status and body of its refusal of old bars, where its documentation has one."""
     unknown_market: ClassVar[tuple[int, Any]] = (400, {"message": "no such market"})
@@ -105,32 +118,34 @@ class FakeVenue:
         limit: int,
         *,
         keep: str = "oldest",
-        width: int = MINUTE,
+        interval: str = "1m",
     ) -> list[FakeBar]:
         """Return the bars with `first <= t <= last`, oldest first; of too many, those at one end.
 
-        The one that is open now is among them.
+        The one that is open now is among them. Daily bars are served without a horizon.
         """
+        width = width_of(interval)
         number, self.bar_requests = self.bar_requests, self.bar_requests + 1
         if refusal := self.fault(number):
             raise refusal
         if self.is_gone:
             raise Refusal(*self.unknown_market)
-        first, last = first - self.overlap * MINUTE, last + self.overlap * MINUTE
-        if first < self.serves_from:
+        first, last = first - self.overlap * width, last + self.overlap * width
+        serves_from = self.serves_from if width == MINUTE else 0
+        if first < serves_from:
             if self.horizon == "refused":
                 raise Refusal(*self.too_old)
             if self.horizon == "later":
-                first, last = self.serves_from, max(last, self.now)
-        start = -(-max(first, self.serves_from) // width) * width
+                first, last = serves_from, max(last, self.now)
+        start = -(-max(first, serves_from, self.listed // width * width) // width) * width
         end = min(last, self.now) // width * width
-        found = [
-            true_bar(t, now=self.now, width=width)
-            for t in range(start, end + 1, width)
-            if t >= self.listed - width + MINUTE and t not in self.silent
-        ]
         size = min(limit, self.max_page, self.page or self.max_page) + 2 * self.overlap
-        return found[:size] if keep == "oldest" else found[-size:]
+        times: Iterable[int] = range(start, end + 1, width)
+        if keep == "newest":
+            times = reversed(range(start, end + 1, width))
+        traded = (t for t in times if t not in self.silent)
+        found = [true_bar(t, now=self.now, width=width) for t in islice(traded, size)]
+        return found if keep == "oldest" else found[::-1]
 
     def rows(self, bars: list[FakeBar], *, newest_first: bool = False) -> list[FakeBar]:
         """Return bars in the order in which the venue sends them."""

@@ -4,19 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from marketdata_tests.fake_venues.frame import MINUTE, FakeVenue, Refusal, text
+from marketdata_tests.fake_venues.frame import FakeVenue, Refusal, text, width_of
 
 INVALID = {"label": "INVALID_PARAM_VALUE"}
 PAIR = {
-    **{"id": "BTC_USDT", "base": "BTC", "quote": "USDT", "fee": "0.2", "type": "normal"},
-    **{"min_base_amount": "0.00001", "min_quote_amount": "3", "amount_precision": 6},
-    **{"precision": 1, "trade_status": "tradable", "sell_start": 0, "buy_start": 0},
+    "id": "BTC_USDT",
+    "base": "BTC",
+    "quote": "USDT",
+    "fee": "0.2",
+    "type": "normal",
+    "min_base_amount": "0.00001",
+    "min_quote_amount": "3",
+    "amount_precision": 6,
+    "precision": 1,
+    "trade_status": "tradable",
+    "sell_start": 0,
+    "buy_start": 0,
 }
 CONTRACT = {
-    **{"name": "BTC_USDT", "type": "direct", "quanto_multiplier": "0.0001", "in_delisting": False},
-    **{"leverage_min": "1", "leverage_max": "100", "order_price_round": "0.1"},
-    **{"order_size_min": 1, "order_size_max": 1000000, "create_time": 0, "status": "trading"},
-    **{"maker_fee_rate": "-0.0001", "taker_fee_rate": "0.00075", "mark_type": "index"},
+    "name": "BTC_USDT",
+    "type": "direct",
+    "quanto_multiplier": "0.0001",
+    "in_delisting": False,
+    "leverage_min": "1",
+    "leverage_max": "100",
+    "order_price_round": "0.1",
+    "order_size_min": 1,
+    "order_size_max": 1000000,
+    "create_time": 0,
+    "status": "trading",
+    "maker_fee_rate": "-0.0001",
+    "taker_fee_rate": "0.00075",
+    "mark_type": "index",
 }
 
 
@@ -41,9 +60,9 @@ class Gate(FakeVenue):
     def _candles(self, query: dict[str, str], *, is_spot: bool) -> list[Any]:
         first, last = int(query["from"]) * 1000, int(query["to"]) * 1000
         page = 1000 if is_spot else 2000
-        if (last - first) // MINUTE + 1 > page:
+        if (last - first) // width_of(query["interval"]) + 1 > page:
             raise Refusal(400, {**INVALID, "message": "Too many data points requested"})
-        bars = self.rows(self.bars(first, last, page))
+        bars = self.rows(self.bars(first, last, page, interval=query["interval"]))
         if is_spot:
             return [
                 [
@@ -54,8 +73,13 @@ class Gate(FakeVenue):
             ]
         return [
             {
-                **{"t": bar.t // 1000, "v": int(bar.v * 10000), "sum": text(bar.quote)},
-                **{"o": text(bar.o), "h": text(bar.h), "l": text(bar.l), "c": text(bar.c)},
+                "t": bar.t // 1000,
+                "v": int(bar.v * 10000),
+                "sum": text(bar.quote),
+                "o": text(bar.o),
+                "h": text(bar.h),
+                "l": text(bar.l),
+                "c": text(bar.c),
             }
             for bar in bars
         ]

@@ -7,16 +7,41 @@ from typing import Any
 from marketdata_tests.fake_venues.frame import FakeVenue, text
 
 SPOT = {
-    **{"instId": "BTC-USDT", "instType": "SPOT", "baseCcy": "BTC", "quoteCcy": "USDT"},
-    **{"settleCcy": "", "state": "live", "tickSz": "0.1", "lotSz": "0.00000001", "minSz": "0.001"},
-    **{"ctVal": "", "ctType": "", "ctValCcy": "", "expTime": "", "listTime": "", "uly": ""},
-    **{"optType": "", "stk": "", "lever": "10", "alias": "", "category": "1", "instFamily": ""},
+    "instId": "BTC-USDT",
+    "instType": "SPOT",
+    "baseCcy": "BTC",
+    "quoteCcy": "USDT",
+    "settleCcy": "",
+    "state": "live",
+    "tickSz": "0.1",
+    "lotSz": "0.00000001",
+    "minSz": "0.001",
+    "ctVal": "",
+    "ctType": "",
+    "ctValCcy": "",
+    "expTime": "",
+    "listTime": "",
+    "uly": "",
+    "optType": "",
+    "stk": "",
+    "lever": "10",
+    "alias": "",
+    "category": "1",
+    "instFamily": "",
 }
 SWAP = {
     **SPOT,
-    **{"instId": "BTC-USDT-SWAP", "instType": "SWAP", "baseCcy": "", "quoteCcy": ""},
-    **{"settleCcy": "USDT", "ctVal": "0.01", "ctMult": "1", "ctType": "linear"},
-    **{"ctValCcy": "BTC", "uly": "BTC-USDT", "instFamily": "BTC-USDT"},
+    "instId": "BTC-USDT-SWAP",
+    "instType": "SWAP",
+    "baseCcy": "",
+    "quoteCcy": "",
+    "settleCcy": "USDT",
+    "ctVal": "0.01",
+    "ctMult": "1",
+    "ctType": "linear",
+    "ctValCcy": "BTC",
+    "uly": "BTC-USDT",
+    "instFamily": "BTC-USDT",
 }
 
 
@@ -37,7 +62,7 @@ class Okx(FakeVenue):
     def _candles(self, query: dict[str, str]) -> list[list[str]]:
         after, before = int(query.get("after", self.now + 1)), int(query.get("before", 0))
         limit = int(query.get("limit", 100))
-        bars = self.bars(before + 1, after - 1, limit, keep="newest")
+        bars = self.bars(before + 1, after - 1, limit, keep="newest", interval=query["bar"])
         is_swap = query["instId"].endswith("SWAP")
         return [
             [

@@ -15,7 +15,7 @@ from marketdata_assets.model.gap import GapCause
 from marketdata_assets.model.intervals import subtract_window
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
-from marketdata_assets.quality.gap_causes import (
+from marketdata_assets.quality.evidence import (
     EmptyBarRate,
     EmptyBarRates,
     FinerGap,
@@ -23,9 +23,8 @@ from marketdata_assets.quality.gap_causes import (
     NativeBar,
     Neighbor,
     SilentWindow,
-    classify_gap,
-    next_request_at,
 )
+from marketdata_assets.quality.gap_causes import classify_gap, next_request_at
 from marketdata_assets.venues.facts import Halt
 from marketdata_tests.steps import at, window
 
@@ -90,7 +89,19 @@ CASES: dict[str, tuple[GapEvidence, list[tuple[GapCause | None, bool]]]] = {
         [(None, False)],
     ),
     "the report alone": (evidence(halts=REPORTED, other_markets=ELSE), [(None, False)]),
-    "one market for 80 minutes": (evidence(silent_windows=silent()), [(HALTED, True)]),
+    "one market for 80 minutes": (evidence(silent_windows=silent()), [(None, False)]),
+    "not served any more": (
+        evidence(is_confirmed_absent=False, horizon="the venue refused what is older"),
+        [(MISSING, True)],
+    ),
+    "not served any more, but there are files": (
+        evidence(is_confirmed_absent=False, horizon="the newest 720 bars only", has_archive=True),
+        [(MISSING, False)],
+    ),
+    "not served any more, others are not fetched yet": (
+        evidence(is_confirmed_absent=False, horizon="it was refused", is_fetch_pending=True),
+        [(MISSING, True)],
+    ),
     "one market for a minute": (
         evidence(SHORT, silent_windows=silent(gap=SHORT)),
         [(None, False)],
@@ -102,7 +113,7 @@ CASES: dict[str, tuple[GapEvidence, list[tuple[GapCause | None, bool]]]] = {
     ),
     "one market for ten minutes, and another venue traded": (
         evidence(TEN, silent_windows=silent(gap=TEN), traded_elsewhere="kraken:BTC-USD"),
-        [(HALTED, True)],
+        [(None, False)],
     ),
     "one market for a minute, reported": (
         evidence(SHORT, silent_windows=silent(gap=SHORT), halts=REPORTED),

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import cast
 
 import polars as pl
 
@@ -127,9 +128,13 @@ class Answers:
     fetched: list[BarsPage] = field(default_factory=list)
     refused: dict[Window, VenueRefused] = field(default_factory=dict)
     """What the venue refused to answer because of its window."""
+    probes: list[BarsPage] = field(default_factory=list)
+    """Answers about bars outside of the span; only the fetch log keeps them."""
     served_from: datetime = EPOCH
     """The first open time that the venue serves, as far as its answers show."""
     served_evidence: str = ""
+    silent_until: datetime = EPOCH
+    """The venue answered with bars from then on for whatever was requested before."""
     received: int = 0
     _valid: list[pl.DataFrame] = field(
         default_factory=lambda: [pl.DataFrame(schema={"answer": pl.Int64(), **BAR_SCHEMA})]
@@ -191,12 +196,19 @@ class Answers:
         """Return the open time of the first bar that was delivered and keeps every rule."""
         return min((first for first, _ in self._extents), default=None)
 
+    def first_delivered_in(self, window: Window) -> datetime | None:
+        """Return the open time of the first such bar in the window; None where it holds none."""
+        opens = pl.concat(self._valid)["open_time"]
+        inside = opens.filter(opens.is_between(window.start, window.end, closed="left"))
+        return cast(datetime | None, inside.min())
+
     def count_empty_before(self, moment: datetime) -> int:
         """Return how many answers would hold the bar before `moment`, and hold none before it."""
         first = self.first_delivered()
         if first is None or first < moment:
             return 0
-        return sum(f.window.start < moment <= f.window.end for f in self.fetched)
+        ends = ((f.window.start, f.first_available or f.window.end) for f in self.fetched)
+        return sum(start < moment <= end for start, end in ends)
 
     def set_served_from(self, moment: datetime, evidence: str) -> None:
         """Note that the venue serves nothing that opens before `moment`, and what shows it."""
@@ -349,6 +361,8 @@ class Answers:
         for fetched in self.fetched:
             fetches += to_log(fetched.requests, fetched.window)
             answers.append(len(fetches) - 1)
+        for page in self.probes:
+            fetches += to_log(page.requests, page.window)
         for window, error in self.refused.items():
             fetches += to_log(error.requests, window)
         return tuple(fetches), tuple(answers)

@@ -10,6 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from marketdata_assets.errors import BadInput, MarketDataError, VenueRefused
 from marketdata_assets.flows.fetch.answers import (
@@ -110,6 +111,7 @@ class FetchSession:
         queue = await self._served_pages(self._pages(windows))
         for _ in range(ROUNDS):
             await self._request(queue)
+            await self._settle_refusals()
             resolved = self.answers.resolve()
             queue = self.windows_to_refetch(resolved)
             if not queue:
@@ -140,6 +142,7 @@ class FetchSession:
             *self.answers.confirmed_rejections(),
             *group_consecutive(disputed, timeframe),
             Window(self.answers.window.start, self.answers.served_from),
+            Window(self.answers.window.start, self.answers.silent_until),
         ]
         unconfirmed = [
             self._with_neighbors(part)
@@ -163,22 +166,74 @@ class FetchSession:
         return [self._with_neighbors(page) for page in pages]
 
     async def _served_pages(self, pages: list[Window]) -> list[Window]:
-        """Return the pages that the venue can answer: some keep only their newest bars."""
-        if self._traits.skips_gaps or len(pages) < 3:
-            return pages
-        await self._request(pages[:1])
-        first = self.answers.fetched[0] if self.answers.fetched else None
-        if first is not None and first.first_available is None:
-            return pages[1:]
-        if first is not None:
-            await self._request(pages[:1])
-            available = [answer.first_available for answer in self.answers.fetched]
-            start = self.answers.window.start
-            self.answers.set_served_from(
-                min(moment or start for moment in available),
-                "the venue answered with later bars",
-            )
-        return [page for page in pages if page.end > self.answers.served_from] or pages[-1:]
+        """Return the pages that have still to be requested: some venues keep only newer bars.
+
+        Where the oldest page is refused, or answered with later bars as is a page before it, the
+        first one that is served is searched by halves, beginning where it may lie.
+        """
+        if self._traits.skips_gaps or await self._serves(pages[0]):
+            return [page for page in pages if not self.requests[page]]
+        is_refused = pages[0] in self.answers.refused
+        if not is_refused and (older := await self._probe(_before(pages[0]))) and older.rows.height:
+            return pages[1:]  # the market was silent
+        low, high = 0, len(pages)
+        hint = self._known_horizon() or self._later_bar(pages[0])
+        near = next((i for i, page in enumerate(pages) if hint and page.end > hint), high - 1)
+        probes = [near - 1, near]
+        while high - low > 1:
+            middle = probes.pop(0) if probes else (low + high) // 2
+            if low < middle < high:
+                low, high = (low, middle) if await self._serves(pages[middle]) else (middle, high)
+        if pages[low] not in self.answers.refused:
+            first = self.answers.first_delivered_in(pages[high]) if high < len(pages) else None
+            if first is None or first == pages[high].start:
+                first = await self._first_served(pages[low])
+            self.answers.silent_until = first
+        return [page for page in pages[high:] if not self.requests[page]]
+
+    async def _first_served(self, page: Window) -> datetime:
+        """Return from where on the venue answers for the rest of a page that it does not serve.
+
+        The end of the page where it serves none of it.
+        """
+        width = self.answers.span.timeframe.width
+        low, high, known = page.start, page.end, self._known_horizon()
+        if known and known >= high:
+            return high
+        if known and low < known and await self._serves(Window(known, high)):
+            return known
+        while low < high:
+            middle = low + (high - low) // width // 2 * width
+            if await self._serves(Window(middle, page.end)):
+                high = middle
+            else:
+                low = middle + width
+        return high
+
+    async def _probe(self, window: Window) -> BarsPage | None:
+        """Return what the venue answers for bars outside of the span, which are not kept."""
+        page = await self._request_one(window)
+        self.answers.probes.extend([page] if page else [])
+        return page
+
+    async def _serves(self, page: Window) -> bool:
+        """Request a page; return whether the venue answers for it at all."""
+        await self._request([page])
+        if page in self.answers.refused:
+            return False
+        return self.answers.fetched[-1].first_available is None
+
+    def _later_bar(self, page: Window) -> datetime | None:
+        """Return the first bar that the venue sent instead of a page."""
+        sent = [a.first_available for a in self.answers.fetched if a.window == page]
+        return sent[-1] if sent else None
+
+    def _known_horizon(self) -> datetime | None:
+        """Return the first bar that the venue serves by what is known of it."""
+        market, timeframe = self.answers.span.market, self.answers.span.timeframe
+        newest = facts_of(market.venue).endpoint(market.symbol).newest_bars_only
+        last = timeframe.floor(self.answers.closed_before)
+        return last - (newest - 1) * timeframe.width if newest else None
 
     def _with_neighbors(self, window: Window) -> Window:
         """Return the window with one bar more on both sides, as far as the venue's clock allows."""
@@ -205,9 +260,7 @@ class FetchSession:
             earlier = (r for answer in self.answers.fetched for r in answer.requests)
             error.requests = (*earlier, *await _cancel(tasks))
             raise
-        answered = [page for page in fetched if isinstance(page, BarsPage)]
-        if len(answered) < len(windows):
-            answered += await self._find_horizon()
+        answered = [page for page in fetched if page]
         self.client.learn_page_size(self.answers.span.market, self.answers.span.timeframe, answered)
         self.answers.add(answered)
 
@@ -225,41 +278,31 @@ class FetchSession:
         self.client.on_progress(BarsReceived(fetched.rows.height, len(fetched.requests)))
         return fetched
 
-    async def _find_horizon(self) -> list[BarsPage]:
-        """Find out from where on the venue answers, where it refused windows as too old.
+    async def _settle_refusals(self) -> None:
+        """Find out from which bar on the venue answers, where it refused windows as too old.
 
-        Returns the answers that it took. Raises VenueRefused where it is no matter of age: newer
-        bars are refused as well.
+        Raises VenueRefused where it is no matter of age: newer bars are refused as well.
         """
         answers, timeframe = self.answers, self.answers.span.timeframe
-        refused, error = max(answers.refused.items(), key=lambda item: item[0].end)
-        last = timeframe.floor(answers.closed_before)
+        refused = max(
+            (window for window in answers.refused if window.end > answers.served_from),
+            key=lambda window: window.end,
+            default=None,
+        )
+        if refused is None:
+            return
+        error, last = answers.refused[refused], timeframe.floor(answers.closed_before)
         first = max(refused.start + timeframe.width, last - NEWEST_BARS * timeframe.width)
-        newest = Window(first, last)
-        found = await self._request_one(newest) if newest else None
-        if found is None or any(page.window.end <= refused.start for page in answers.fetched):
+        newest = await self._probe(Window(first, last)) if first < last else None
+        if newest is None or any(page.window.end <= refused.start for page in answers.fetched):
             raise error
-        pages = []
-        market = answers.span.market
-        known = facts_of(market.venue).endpoint(market.symbol).newest_bars_only
-        low, high = refused.start, refused.end
-        guess = last - (known - 1) * timeframe.width if known else None
-        if guess and guess >= high:
-            low = high
-        while low < high:
-            middle = low + (high - low) // timeframe.width // 2 * timeframe.width
-            start = guess if guess and low <= guess < high else middle
-            guess = None
-            page = await self._request_one(Window(start, refused.end))
-            if page is None:
-                low = start + timeframe.width
-            else:
-                pages.append(page)
-                high = start
-                if start != middle:
-                    break
-        self.answers.set_served_from(high, f"the venue refused what is older: {error}")
-        return pages
+        first = await self._first_served(refused)
+        answers.set_served_from(first, f"the venue refused what is older: {error}")
+
+
+def _before(window: Window) -> Window:
+    """Return the window of the same length that ends where this one begins."""
+    return Window(window.start - (window.end - window.start), window.start)
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[BarsPage | None]]) -> list[Request]:

@@ -21,14 +21,14 @@ from marketdata_assets.model.intervals import opens_inside
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table, raw_table
 from marketdata_assets.model.window import Window, format_time
-from marketdata_assets.quality.gap_causes import (
+from marketdata_assets.quality.evidence import (
     FinerGap,
     GapEvidence,
-    GapPart,
     NativeBar,
     Neighbor,
     SilentWindow,
 )
+from marketdata_assets.quality.gap_causes import GapPart
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.clients import VenueClients
 from marketdata_assets.storage.lake import Lake
@@ -79,6 +79,8 @@ class GapInvestigation:
             window=window,
             timeframe=self._table.timeframe,
             is_confirmed_absent=is_confirmed_absent(gap, self._own.state),
+            horizon=gap.evidence if gap.reason == GapReason.NOT_SERVED else None,
+            has_archive=facts_of(self.month.venue).archive is not None,
             answers=gap.answers,
             empty_bar_rates=self._own.empty_bar_rates(window),
             silent_windows=tuple(_silent_windows(window, list(covering.values()))),

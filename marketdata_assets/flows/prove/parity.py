@@ -43,6 +43,7 @@ _ABSENCE_REASONS = {
     GapCause.HALTED: "the venue was halted",
     GapCause.DELISTED: "the market had ended",
     GapReason.NO_BARS: _MISSING,
+    GapReason.NOT_SERVED: "the venue does not serve bars from then any more",
     GapReason.UNANSWERED: "not answered yet",
 }
 """By a gap's cause; by the reason where no cause is known yet."""
@@ -86,7 +87,9 @@ class ParityChecker:
     def _drop_unanswered(
         self, partition: Partition, timeframe: Timeframe, compared: pl.DataFrame
     ) -> pl.DataFrame:
-        """Leave out bars of one side in an unanswered gap of the other; `gaps` checks them."""
+        """Leave out bars of one side where the other was not answered or is not served; `gaps`
+        checks them.
+        """
         base = self.settings.venues[partition.market.venue].base
         sides = ((ParityOutcome.ONLY_NATIVE, base), (ParityOutcome.ONLY_OURS, timeframe))
         opens, ends = pl.col("open_time"), pl.col("open_time") + timeframe.width
@@ -95,7 +98,7 @@ class ParityChecker:
             if compared.filter(is_alone).is_empty():
                 continue
             for gap in self.ledger.gaps.of(raw_table(other), partition):
-                if gap.reason == GapReason.UNANSWERED:
+                if gap.reason in (GapReason.UNANSWERED, GapReason.NOT_SERVED):
                     is_inside = (opens >= gap.window.start) & (ends <= gap.window.end)
                     compared = compared.filter(~(is_alone & is_inside))
         return compared

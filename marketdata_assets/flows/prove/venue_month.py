@@ -17,7 +17,7 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
 from marketdata_assets.model.window import Window
-from marketdata_assets.quality.gap_causes import EmptyBarRate, EmptyBarRates
+from marketdata_assets.quality.evidence import EmptyBarRate, EmptyBarRates
 from marketdata_assets.settings.universe import Settings
 
 AROUND = timedelta(hours=12)

@@ -38,6 +38,7 @@ class Coverage:
     not_listed: int = 0
     delisted: int = 0
     missing_at_source: int = 0
+    unexplained: int = 0
     not_fetched: int = 0
 
     def as_dict(self) -> dict[str, str | int]:
@@ -137,8 +138,7 @@ class CoverageReporter:
             remaining -= present
             for gap in self.ledger.gaps.between(table, partition.market, wanted):
                 bars = min(remaining, (gap.window & wanted).count(table.timeframe))
-                part = gap.coverage_part
-                setattr(coverage, part, getattr(coverage, part) + bars)
+                setattr(coverage, gap.kind, getattr(coverage, gap.kind) + bars)
                 remaining -= bars
         coverage.not_fetched += remaining
 

@@ -347,6 +347,8 @@ REFUSED_WHOLE = (
     Fault("no_close_time", each(put(CLOSE_TIME, None)), "column close_time|close times"),
     Fault("wrong_timeframe", five_minutes, "not 1m bars"),
     Fault("micros_for_ms", each(moved(lambda t: t * 1000)), "not 1m bars"),
+    Fault("http_403", text(HTML, 403, **{"Content-Type": "text/html"}), "HTTP 403"),
+    Fault("http_451", error_body(0, "Service unavailable.", 451), "HTTP 451"),
     Fault("http_500", error_body(-1000, "An unknown error occurred.", 500), "HTTP 500"),
     Fault("http_502_html", text(HTML, 502, **{"Content-Type": "text/html"}), "HTTP 502"),
     Fault("http_503", error_body(-1008, "Server is currently overloaded.", 503), "HTTP 503"),
@@ -362,7 +364,6 @@ REFUSALS = (
         error_body(-2015, "Invalid API-key, IP, or permissions for action.", 401),
         "Invalid API-key|HTTP 401",
     ),
-    Fault("http_403", text(HTML, 403, **{"Content-Type": "text/html"}), "HTTP 403"),
     Fault("http_404", text("not here", 404), "HTTP 404"),
     Fault("http_400_symbol", error_body(-1121, "Invalid symbol.", 400), "Invalid symbol"),
 )

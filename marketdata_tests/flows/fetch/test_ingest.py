@@ -188,7 +188,7 @@ def test_coverage_sums_and_counts_correctly(two_months: TwoMonths) -> None:
         report_coverage(two_months.settings), ("BTCUSDT", "ADAUSDT"), strict=True
     ):
         present = generate_bars(symbol, "1m", MONTHS).height
-        assert (found.expected, found.present, found.missing_at_source) == (
+        assert (found.expected, found.present, found.unexplained) == (
             60 * 1440,
             present,
             60 * 1440 - present,
@@ -306,7 +306,7 @@ def test_refreshes_across_a_halt_and_a_month_end(
             found = run_ingest(settings)
             run_derive(settings)
             assert all(done.error is None and done.account.is_balanced for done in found)
-            assert report_coverage(settings)[0].missing_at_source <= 80
+            assert report_coverage(settings)[0].unexplained <= 80
         assert all(done.complete for done in found)
         everything_is_true(settings, window(since, until))
 
@@ -418,7 +418,7 @@ def test_before_the_listing_nothing_is_expected(universe: Universe) -> None:
         present = generate_bars("SHIBUSDT", "1m", span).height
         early = (at("2021-05-10T11:30") - at("2021-04-01")) // timedelta(minutes=1)
         assert (found.present, found.not_listed, found.not_fetched) == (present, early, 0)
-        assert found.missing_at_source == 61 * 1440 - present - early
+        assert found.unexplained == 61 * 1440 - present - early
         for timeframe in (MINUTE, *settings.rollup_timeframes_of(settings.markets[0])):
             bars = read(
                 settings, settings.markets[0], timeframe, window("2021-04-01", "2021-06-01")
@@ -503,7 +503,7 @@ def test_an_unanswered_gap_is_fetched_in_three_runs(universe: Universe) -> None:
         assert all(1 <= n <= 4 for n in request_counts[:3])
         assert request_counts[3:] == [0, 0]
         (one,) = report_coverage(settings)
-        assert (one.present, one.missing_at_source, one.not_fetched) == (1200, 240, 0)
+        assert (one.present, one.unexplained, one.not_fetched) == (1200, 240, 0)
         assert plan_tasks(settings)[0].reason == "rollups are not up to date"
 
 
@@ -819,7 +819,7 @@ def test_coverage_counts_only_the_wanted_span(universe: Universe, since: str, un
         there = window("2024-01-05", "2024-01-09") & window(since, until)
         present = generate_bars("BTCUSDT", "1m", there).height
         assert found.expected == window(since, until).count(MINUTE)
-        assert (found.present, found.missing_at_source) == (present, there.count(MINUTE) - present)
+        assert (found.present, found.unexplained) == (present, there.count(MINUTE) - present)
         assert found.not_fetched == found.expected - there.count(MINUTE)
 
 
@@ -891,7 +891,7 @@ def test_a_base_of_1h_fetches_no_minutes(universe: Universe, rollups: str) -> No
             )
         (found,) = report_coverage(settings)
         hours = generate_bars("BTCUSDT", "1h", window("2024-01-01", "2024-02-01")).height
-        assert (found.expected, found.present, found.missing_at_source) == (
+        assert (found.expected, found.present, found.unexplained) == (
             31 * 1440,
             hours * 60,
             (31 * 24 - hours) * 60,

@@ -165,7 +165,7 @@ def test_a_month_of_two_markets_equals_the_exchange(
             ]
             assert native == {"compared": 31 * 24, "different": 0, "within_tolerance": 0}
         for found in context.bind(CoverageReporter).report(settings.markets):
-            assert (found.expected, found.present, found.missing_at_source, found.not_fetched) == (
+            assert (found.expected, found.present, found.unexplained, found.not_fetched) == (
                 44640,
                 44640,
                 0,

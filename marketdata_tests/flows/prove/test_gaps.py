@@ -57,7 +57,8 @@ def test_the_parts_sum_in_any_window(universe: Universe, data: st.DataObject) ->
         (GapReason.NO_BARS, GapCause.NO_TRADE, "no_trade"),
         (GapReason.NO_BARS, GapCause.HALTED, "halted"),
         (GapReason.UNANSWERED, GapCause.DELISTED, "delisted"),
-        (GapReason.NO_BARS, None, "missing_at_source"),
+        (GapReason.NO_BARS, None, "unexplained"),
+        (GapReason.NOT_SERVED, GapCause.MISSING_AT_SOURCE, "missing_at_source"),
         (GapReason.UNANSWERED, GapCause.MISSING_AT_SOURCE, "missing_at_source"),
         (GapReason.QUARANTINED, None, "quarantined"),
     ]
@@ -478,7 +479,7 @@ def test_a_market_that_leaves_its_venue_is_delisted(
         ]
     with open_context(later) as context:
         btc, eth = context.bind(CoverageReporter).report(later.markets)
-    assert (btc.present, eth.present, eth.delisted, eth.missing_at_source) == (
+    assert (btc.present, eth.present, eth.delisted, eth.unexplained) == (
         4 * 1440,
         1440,
         3 * 1440,
