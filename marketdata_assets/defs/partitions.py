@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
@@ -19,15 +19,15 @@ RANGE_END = "dagster/asset_partition_range_end"
 def market_months(settings: Settings) -> dg.MultiPartitionsDefinition:
     """Return the grid: every market by every month since the universe's first day.
 
-    The month that is open now belongs to it. It grows by itself with the machine's clock, unless
-    all venues have an end or MARKETDATA_NOW is set.
+    The month that is open by our clock belongs to it. It grows by itself with the machine's clock,
+    to the last month that a venue wants; where MARKETDATA_NOW is set, it is what that clock says.
     """
     start = month_of(settings.since).start
     end = _grid_end(settings)
     months = dg.MonthlyPartitionsDefinition(
         start_date=start.strftime("%Y-%m-%d"),
         end_date=end.strftime("%Y-%m-%d") if end else None,
-        end_offset=0 if end else 1,
+        end_offset=_months_ahead(settings, end),
     )
     return dg.MultiPartitionsDefinition(
         {
@@ -39,14 +39,24 @@ def market_months(settings: Settings) -> dg.MultiPartitionsDefinition:
 
 def _grid_end(settings: Settings) -> datetime | None:
     """Return the end of the last month, exclusive; None for a grid that grows by itself."""
-    untils = [venue.until for venue in settings.venues.values() if venue.until]
-    all_end = len(untils) == len(settings.venues)
-    if not all_end and settings.clock is None:
-        return None
-    last = max(untils, default=settings.now()) if all_end else settings.now()
-    if not all_end and settings.clock and settings.clock.speed:
-        last = month_of(last).end + timedelta(days=1)  # a replay may reach the next month
-    return month_of(last - timedelta(microseconds=1)).end
+    untils = [venue.until for venue in settings.venues.values()]
+    last = max((until for until in untils if until), default=None) if all(untils) else None
+    if settings.clock:
+        now = settings.now()
+        if settings.clock.speed:
+            now = month_of(now).end + timedelta(days=1)  # a replay may reach the next month
+        last = min(last or now, now)
+    return month_of(last - timedelta(microseconds=1)).end if last else None
+
+
+def _months_ahead(settings: Settings, end: datetime | None) -> int:
+    """Return how many months the grid may reach beyond the last one that Dagster's clock, which is
+    the machine's, has ended: the open one, or as many as a clock of our own is ahead.
+    """
+    if end is None or settings.clock is None:
+        return 1
+    real = datetime.now(UTC)
+    return max(1, (end.year - real.year) * 12 + end.month - real.month)
 
 
 def partitions_of_run(context: dg.AssetExecutionContext) -> list[Partition]:

@@ -47,6 +47,13 @@ class FetchBook(Book):
             )
         ]
 
+    def last_error(self, venue: str) -> str | None:
+        """The error of a venue's newest request that failed; None where none did."""
+        is_its = _c.market.startswith(f"{venue}:", autoescape=True)
+        failed = sa.select(_c.error).where(is_its, _c.error.is_not(None))
+        newest = failed.order_by(_c.id.desc()).limit(1)
+        return next((row.error for row in self._database.rows(newest)), None)
+
     def delete_before(self, moment: float, dry_run: bool = False) -> int:
         """Delete the rows from before a moment, but for those that quarantined rows name; how many.
 

@@ -5,12 +5,17 @@ REST path.
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from marketdata_assets.errors import BadInput
 
-_ASSET = r"[A-Za-z0-9][A-Za-z0-9.$]*"
-_SYMBOL = re.compile(rf"{_ASSET}/{_ASSET}(:{_ASSET}(-[A-Za-z0-9-]+)?)?")
+_LETTER = r"(?:[^\W\d_]|[0-9])"
+_ASSET = rf"(?:{_LETTER}|\$)(?:{_LETTER}|[.$+!&@])*"
+_BASE = rf"{_ASSET}(?:-{_ASSET})*"
+_SYMBOL = re.compile(rf"{_BASE}/{_ASSET}(:{_ASSET}(-[A-Za-z0-9.-]+)?)?")
+MAX_CHARACTERS, MAX_BYTES = 64, 70
+"""The longest symbol, in UTF-8 as well: a folder's name holds three characters for a byte."""
 _VENUE = re.compile(r"[a-z][a-z0-9]*")
 CONSOLIDATED_VENUE = "consolidated"
 """Takes the venue's place in a market whose bars come from several venues."""
@@ -30,22 +35,30 @@ class Market:
     def __post_init__(self) -> None:
         if not _VENUE.fullmatch(self.venue):
             raise BadInput(f"venue {self.venue[:100]!r} is not a ccxt id such as binance or kraken")
-        if len(self.symbol) > 64 or not _SYMBOL.fullmatch(self.symbol):
+        symbol = self.symbol
+        is_long = len(symbol) > MAX_CHARACTERS or len(symbol.encode(errors="replace")) > MAX_BYTES
+        is_composed = unicodedata.is_normalized("NFKC", symbol)
+        if is_long or not is_composed or not _SYMBOL.fullmatch(symbol):
             raise BadInput(
-                f"symbol {self.symbol[:100]!r} is not a unified symbol "
-                "such as BTC/USDT or BTC/USDT:USDT"
+                f"symbol {symbol[:100]!r} is not a unified symbol such as BTC/USDT or BTC/USDT:USDT"
             )
 
     @property
     def key(self) -> str:
-        """`binance:BTC-USDT`; `/` becomes `-`, and the `:` of a contract symbol becomes `_`."""
+        """`binance:BTC-USDT`; `/` becomes `-`, and the `:` of a contract symbol becomes `_`.
+
+        The last `-` before the first `_` is the slash: `hyperliquid:XYZ-TSLA-USDC_USDC`.
+        """
         return f"{self.venue}:{self.symbol.replace('/', '-').replace(':', '_')}"
 
     @classmethod
     def parse(cls, key: str) -> Market:
         """Return the market of a key, the exact inverse of `key`. Raises BadInput."""
         venue, _, name = key.partition(":")
-        market = cls(venue, name.replace("-", "/", 1).replace("_", ":", 1)) if "-" in name else None
+        pair, contract, settled = name.partition("_")
+        base, slash, quote = pair.rpartition("-")
+        symbol = f"{base}/{quote}" + (f":{settled}" if contract else "")
+        market = cls(venue, symbol) if slash else None
         if market is None or market.key != key:
             raise BadInput(f"market {key[:100]!r} is not written like binance:BTC-USDT")
         return market

@@ -40,7 +40,7 @@ KLINES_FORMAT = ArchiveFormat(
         *("trades", "taker_buy_volume", "taker_buy_quote_volume", "ignore"),
     ),
     file_name=re.compile(
-        r"((?P<kind>UMFUT|CMFUT)-)?(?P<id>[A-Z0-9_]+)-(?P<timeframe>\d+(s|m|h|d|w|mo))"
+        r"((?P<kind>UMFUT|CMFUT)-)?(?P<id>\w+)-(?P<timeframe>\d+(s|m|h|d|w|mo))"
         r"-(?P<date>\d{4}-\d\d(-\d\d)?)"
     ),
     spot_has_header=False,  # its futures files have one

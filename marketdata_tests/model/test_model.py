@@ -69,6 +69,13 @@ HOSTILE = [
     "₿/USDT",
     "BTC/ＵＳＤＴ",
     "BTC/١٢٣",
+    "BTC/US\u200bDT",
+    "BTC/\u202eTDSU",
+    "e\u0301/USDT",
+    "BTC/US-DT",
+    "A_B/USDT",
+    "BTC USD/USDT",
+    "币" * 30 + "/USDT",
     "A" * 300 + "/USDT",
     "BTC/" + "U" * 300,
 ]
@@ -82,6 +89,13 @@ HOSTILE = [
         ("BTC/USDT:USDT-250328", "binance:BTC-USDT_USDT-250328"),
         ("BTC/USD:BTC-250328-50000-C", "binance:BTC-USD_BTC-250328-50000-C"),
         ("1000SATS/USDT", "binance:1000SATS-USDT"),
+        ("币安人生/USDT", "binance:币安人生-USDT"),
+        ("人生K线/USDT:USDT", "binance:人生K线-USDT_USDT"),
+        ("XYZ-TSLA/USDC:USDC", "binance:XYZ-TSLA-USDC_USDC"),
+        ("BTC2X-FLI/USDT", "binance:BTC2X-FLI-USDT"),
+        ("$PAC/USDT", "binance:$PAC-USDT"),
+        ("C+CHARGE/USDT", "binance:C+CHARGE-USDT"),
+        ("BTC/USDC:USDC-260327-0.5-P", "binance:BTC-USDC_USDC-260327-0.5-P"),
     ],
 )
 def test_a_key_by_hand(symbol: str, key: str):

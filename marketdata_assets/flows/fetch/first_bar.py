@@ -89,6 +89,8 @@ async def _has_daily_bars_before(
     window = Window(day - timedelta(days=DAYS_BEFORE), day)
     try:
         page = await client.source.fetch(answers.span.market, DAILY, window)
+    except VenueRefused:
+        return False
     except MarketDataError:
         return None
     return page.rows.height > 0

@@ -94,11 +94,13 @@ class HealthInspector:
 
     def _inspect_venue(self, name: str) -> Health:
         health, state, now = Health("venue", name), self.ledger.venues.health(name), self.clock()
+        error = self.ledger.fetches.last_error(name) if state.failures else None
+        why = f", the last one with: {error}" if error else ""
         if state.broken_until > 0:
             message = f"its circuit breaker is open after {state.failures} failed requests in a row"
-            health.add(HealthStatus.UNHEALTHY, message)
+            health.add(HealthStatus.UNHEALTHY, message + why)
         elif state.failures:
-            health.add(HealthStatus.DEGRADED, f"its last {state.failures} requests failed")
+            health.add(HealthStatus.DEGRADED, f"its last {state.failures} requests failed{why}")
         if state.paused_until > now:
             seconds = state.paused_until - now
             message = f"it asked for {seconds:.0f} seconds without requests"
