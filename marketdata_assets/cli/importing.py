@@ -18,7 +18,7 @@ from marketdata_assets.model.timeframe import parse_timeframe as parse_timeframe
 
 if TYPE_CHECKING:
     from marketdata_assets.context import Context
-    from marketdata_assets.flows.fetch.import_result import ImportResult
+    from marketdata_assets.flows.fetch.import_result import FileTally, ImportResult
     from marketdata_assets.settings.universe import Settings
     from marketdata_assets.sources.archive.options import ImportOptions
 
@@ -47,7 +47,10 @@ def _parse_columns(text: str) -> dict[str, str]:
 
 _Files = Annotated[
     list[Path],
-    typer.Argument(metavar="FILE...", help="Archives (.zip), CSV files, or folders of them."),
+    typer.Argument(
+        metavar="FILE...",
+        help="Archives (.zip), CSV files, packed (.gz, .bz2, .zst) or not, or folders of them.",
+    ),
 ]
 _Market = Annotated[
     str | None,
@@ -71,7 +74,7 @@ _Columns = Annotated[
         parser=_parse_columns,
         metavar="COLUMNS",
         help="The columns of a plain CSV, as open_time=ts,open=o,...: names in its header, or "
-        "places counted from 1.",
+        "places counted from 1; open_time=Date+Time where it is two.",
     ),
 ]
 _Unit = Annotated[
@@ -85,6 +88,54 @@ _Unit = Annotated[
 ]
 
 
+def _parse_delimiter(text: str) -> str:
+    from marketdata_assets.sources.archive.options import parse_delimiter
+
+    return parse_delimiter(text)
+
+
+def _parse_decimal(text: str) -> str:
+    from marketdata_assets.sources.archive.options import parse_decimal
+
+    return parse_decimal(text)
+
+
+def _parse_time_zone(text: str) -> str:
+    from marketdata_assets.sources.archive.options import parse_time_zone
+
+    return parse_time_zone(text)
+
+
+_Delimiter = Annotated[
+    str,
+    typer.Option(
+        "--delimiter",
+        parser=_parse_delimiter,
+        metavar="CHARACTER",
+        help="What stands between the cells: a character such as ';', or tab.",
+    ),
+]
+_Decimal = Annotated[
+    str,
+    typer.Option(
+        "--decimal",
+        parser=_parse_decimal,
+        metavar="CHARACTER",
+        help="What stands before the fraction of a number: '.' or ','.",
+    ),
+]
+_TimeZone = Annotated[
+    str,
+    typer.Option(
+        "--time-zone",
+        parser=_parse_time_zone,
+        metavar="ZONE",
+        help="The zone of times that name none, such as EST (which has no summer time) or "
+        "Europe/Berlin.",
+    ),
+]
+
+
 @commands.command("import")
 def import_files(
     files: _Files,
@@ -93,6 +144,9 @@ def import_files(
     timeframe: _Timeframe = None,
     columns: _Columns = None,
     unit: _Unit = None,
+    delimiter: _Delimiter = ",",
+    decimal: _Decimal = ".",
+    time_zone: _TimeZone = "UTC",
     dry_run: DryRun = False,
     format: Format = ListFormat.TABLE,
 ) -> None:
@@ -105,7 +159,15 @@ def import_files(
     with load_context() as context:
         settings = context.settings
         only_market = settings.market(market) if market else None
-        options = ImportOptions(only_market, timeframe, columns, unit)
+        options = ImportOptions(
+            only_market,
+            timeframe,
+            columns,
+            unit=unit,
+            delimiter=delimiter,
+            decimal=decimal,
+            time_zone=time_zone,
+        )
         result = _import(context, files, options, dry_run=dry_run)
         ranges = [] if dry_run else _ranges_to_check(context, result)
     code = _check_and_roll_up(settings, ranges)
@@ -165,10 +227,16 @@ def _check_and_roll_up(settings: Settings, ranges: Sequence[RangeRequest]) -> in
     return outcome.exit_code
 
 
+def _reasons_line(tally: FileTally) -> str:
+    reasons = ", ".join(f"{count} {name}" for name, count in tally.reasons.most_common())
+    return f"{tally.file.path.name}: refused for {reasons}; the first one: {tally.example}"
+
+
 def _show_result(result: ImportResult, format: ListFormat, dry_run: bool) -> None:
     rows: list[dict[str, Any]] = [tally.as_dict() for tally in result.files]
     differences: list[dict[str, Any]] = [each._asdict() for each in result.differences]
     closing = [result.message + (", nothing was stored" if dry_run else "")]
+    closing += [_reasons_line(tally) for tally in result.files if tally.reasons]
     if any(row["lacking"] for row in rows):
         closing.append(
             "`lacking` bars are in no row of their file; `marketdata plan` counts what is still "

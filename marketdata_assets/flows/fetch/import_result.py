@@ -29,6 +29,10 @@ class FileTally:
     disagree: int = 0
     conflict: int = 0
     unwanted: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why rows were refused: the names of the rules that they broke, and how many did."""
+    example: str = ""
+    """One refused row."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -49,6 +53,8 @@ class FileTally:
             "rows": self.file.rows,
             **self.counts,
             "lacking": self.file.missing_bars,
+            "reasons": dict(self.reasons.most_common()),
+            "example": self.example,
             "format": self.file.format,
             "unit": self.file.unit,
             "sha256": self.file.sha256,

@@ -267,6 +267,10 @@ def _count_rows(
         for answer, count in answers.value_counts().iter_rows():
             tally = files[answer].tally
             setattr(tally, name, getattr(tally, name) + count)
+    for answer, reasons, fields in broken.select("answer", "reasons", "fields").iter_rows():
+        tally = files[answer].tally
+        tally.reasons.update(reasons.split())
+        tally.example = tally.example or fields
 
 
 def _raise_if_unwanted(settings: Settings, file: ArchiveFile) -> None:

@@ -64,7 +64,8 @@ def _layout_of_format(table: CsvTable, first: list[str], known: ArchiveFormat) -
 def _layout_of_header(table: CsvTable, first: list[str]) -> Layout:
     """Return the layout of a header that names the columns as bars do."""
     has_header = len(first) > 1 and not _is_number(first[1])
-    names = {name: name for name in COLUMN_NAMES if name in first}
+    written = [_normalize(cell) for cell in first]
+    names = {name: name for name in COLUMN_NAMES if name in written}
     if not has_header or not set(REQUIRED) <= set(names):
         raise BadInput(
             f"{table.path}: say which columns it has with --columns open_time=...,open=...,high=..."
@@ -74,29 +75,49 @@ def _layout_of_header(table: CsvTable, first: list[str]) -> Layout:
 
 def _map_columns(table: CsvTable, first: list[str], columns: Mapping[str, str]) -> Layout:
     """Return the places of mapped columns: by their names in the header, or by their numbers."""
-    if not all(theirs.isdecimal() for theirs in columns.values()):
-        for theirs in columns.values():
-            if first.count(theirs) != 1:
-                raise BadInput(
-                    f"{table.path} line 1: there is no single column {theirs!r} in "
-                    f"{', '.join(first)}"
-                )
-        places = {ours: first.index(theirs) for ours, theirs in columns.items()}
-        return Layout(PLAIN_FORMAT, places, has_header=True)
-    places = {ours: int(theirs) - 1 for ours, theirs in columns.items()}
-    if not all(0 <= place < len(first) for place in places.values()):
-        raise BadInput(
-            f"{table.path}: it has columns 1 to {len(first)}, and --columns names another"
-        )
-    return Layout(PLAIN_FORMAT, places, has_header=not _is_number(first[places["open"]]))
+    parts = {ours: _split_name(first, theirs) for ours, theirs in columns.items()}
+    for ours, theirs in parts.items():
+        if len(theirs) > 1 and ours != "open_time":
+            raise BadInput(f"--columns {ours}={'+'.join(theirs)}: only open_time has two columns")
+    if not all(name.isdecimal() for theirs in parts.values() for name in theirs):
+        found = {o: [_place_of(table, first, name) for name in t] for o, t in parts.items()}
+        has_header = True
+    else:
+        found = {ours: [int(name) - 1 for name in theirs] for ours, theirs in parts.items()}
+        if not all(0 <= place < len(first) for places in found.values() for place in places):
+            raise BadInput(
+                f"{table.path}: it has columns 1 to {len(first)}, and --columns names another"
+            )
+        has_header = not _is_number(first[found["open"][0]])
+    places = {
+        ours: where[0] if len(where) == 1 else table.join_columns(where)
+        for ours, where in found.items()
+    }
+    return Layout(PLAIN_FORMAT, places, has_header)
+
+
+def _split_name(first: list[str], theirs: str) -> list[str]:
+    """Return the names in `Date+Time`; a column may itself have a `+` in its name."""
+    return [theirs] if theirs in first else [part.strip() for part in theirs.split("+")]
+
+
+def _place_of(table: CsvTable, first: list[str], name: str) -> int:
+    """Return the place of a name in the header, as it is written or but for case and brackets."""
+    if first.count(name) == 1:
+        return first.index(name)
+    written = [_normalize(cell) for cell in first]
+    if written.count(_normalize(name)) == 1:
+        return written.index(_normalize(name))
+    raise BadInput(f"{table.path} line 1: there is no single column {name!r} in {', '.join(first)}")
 
 
 def _is_number(text: str) -> bool:
     try:
-        return bool(text) and float(text) == float(text)
+        number = float(text.replace(",", "."))
+        return number == number
     except ValueError:
         return False
 
 
 def _normalize(cell: str) -> str:
-    return cell.lower().replace(" ", "_")
+    return cell.strip("<> ").lower().replace(" ", "_")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,10 +16,11 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, from_ms, to_ms
 from marketdata_assets.sources.archive.columns import Layout, find_layout
-from marketdata_assets.sources.archive.csv_table import CsvTable, unzip, verify_checksum
+from marketdata_assets.sources.archive.csv_table import CsvTable
 from marketdata_assets.sources.archive.names import find_market, find_timeframe, parse_file_name
 from marketdata_assets.sources.archive.options import ImportOptions
 from marketdata_assets.sources.archive.times import check_lengths, check_spacing, read_times
+from marketdata_assets.sources.archive.unpacking import SUFFIXES, unpack, verify_checksum
 from marketdata_assets.venues.registry import facts_of
 
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -54,7 +53,7 @@ class ArchiveFile:
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the files, and all zips and CSVs below the folders, each once, sorted by name.
+    """Return the files, and all CSVs below the folders, packed or not, each once, by name.
 
     Checksum files are left out. Raises BadInput for a folder without such files.
     """
@@ -62,13 +61,15 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         inside = _files_below(path) if path.is_dir() else [path]
         if not inside:
-            raise BadInput(f"{path}: there is no .zip and no .csv file below this folder")
+            raise BadInput(
+                f"{path}: there is no file below this folder that ends in {', '.join(SUFFIXES)}"
+            )
         found |= {p.resolve() for p in inside if p.suffix != ".CHECKSUM"}
     return sorted(found)
 
 
 def _files_below(folder: Path) -> list[Path]:
-    return [p for p in folder.rglob("*") if p.suffix.lower() in (".zip", ".csv") and p.is_file()]
+    return [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
 
 
 def read_file(
@@ -85,18 +86,17 @@ def read_file(
         raise BadInput(f"{path}: it cannot be read ({error.strerror})") from None
     sha256 = hashlib.sha256(raw).hexdigest()
     verify_checksum(path, sha256)
-    is_zip = zipfile.is_zipfile(io.BytesIO(raw)) or path.suffix.lower() == ".zip"
-    content, inner = unzip(path, raw) if is_zip else (raw, None)
+    content, inner = unpack(path, raw)
     name = parse_file_name(path, inner)
     if options.columns and name and not name.format.is_distinctive:
         name = None  # the columns are stated, and a file of another source may have such a name
-    table = CsvTable(path, content.removeprefix(_UTF8_MARK))
+    table = CsvTable(path, content.removeprefix(_UTF8_MARK), options.delimiter)
     layout = find_layout(table, name, options)
     if table.cells.height == int(layout.has_header):
         raise BadInput(f"{path}: it holds no rows")
     market = find_market(path, name, options, markets=markets, has_header=layout.has_header)
     timeframe = find_timeframe(path, name, options)
-    rows, unit = _read_rows(table, layout, timeframe, unit=options.unit)
+    rows, unit = _read_rows(table, layout, timeframe, options=options)
     rows_window = _window_of(table, rows["open_time"], timeframe)
     span = (name and name.window) or rows_window
     return ArchiveFile(
@@ -121,26 +121,50 @@ def _is_final(market: Market, layout: Layout) -> bool:
 
 
 def _read_rows(
-    table: CsvTable, layout: Layout, timeframe: Timeframe, *, unit: str | None
+    table: CsvTable, layout: Layout, timeframe: Timeframe, *, options: ImportOptions
 ) -> tuple[pl.DataFrame, str]:
     """Return the rows, and the unit of their open times."""
     skipped = int(layout.has_header)
     cells = table.cells[skipped:]
     _refuse_cut_number(table, layout)
     taken = {c: cells.to_series(place).alias(c) for c, place in layout.places.items()}
-    opens, found = read_times(table, taken["open_time"], skipped=skipped, unit=unit)
+    opens, found = read_times(
+        table,
+        taken["open_time"],
+        skipped=skipped,
+        unit=options.unit,
+        time_zone=options.time_zone,
+    )
     if "close_time" in taken:
         closes, _ = read_times(table, taken["close_time"], skipped=skipped, unit=None)
         check_lengths(table, opens, closes, timeframe=timeframe, skipped=skipped)
     check_spacing(table, opens, timeframe)
-    given = {n: opens if n == "open_time" else taken[n] for n in COLUMN_NAMES if n in taken}
+    given = {
+        n: opens if n == "open_time" else _with_point(table, taken[n], options.decimal, skipped)
+        for n in COLUMN_NAMES
+        if n in taken
+    }
     absent = [pl.lit(None, pl.String).alias(n) for n in COLUMN_NAMES if n not in taken]
     return pl.DataFrame(given).with_columns(absent).select(COLUMN_NAMES), found
 
 
+def _with_point(table: CsvTable, numbers: pl.Series, decimal: str, skipped: int) -> pl.Series:
+    """Return numbers with a point before the fraction. Raises BadInput for thousands separators."""
+    if decimal == ".":
+        return numbers
+    wrong = numbers.str.contains(".", literal=True).arg_true()
+    if len(wrong):
+        raise table.error_at(
+            skipped + wrong[0],
+            f"{numbers.name} {numbers[wrong[0]]!r} has a point though --decimal is ','; write the "
+            "numbers without thousands separators",
+        )
+    return numbers.str.replace(",", ".", literal=True)
+
+
 def _refuse_cut_number(table: CsvTable, layout: Layout) -> None:
     """Raise BadInput where the file may end in the middle of a number that is read."""
-    last = table.cells.width - 1
+    last = table.width - 1
     is_read = any(place == last and c in COLUMN_NAMES for c, place in layout.places.items())
     if is_read and not table.ends_with_line_break:
         raise table.error_at(

@@ -10,6 +10,7 @@ import polars as pl
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.sources.archive.csv_table import CsvTable
+from marketdata_assets.sources.archive.written_times import read_written_times
 
 UNITS = ("s", "ms", "us", "ns")
 """Units of times that are numbers since 1970."""
@@ -19,22 +20,34 @@ _UNIT_LIMITS = (10**11, 10**14, 10**17)
 """From each number on, a time is in the next finer unit: 10**11 s is the year 5138."""
 _PER_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 1_000_000)}
 """Times the first number, divided by the second, a time is in milliseconds."""
+_COMPACT_DATE = (
+    r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"
+    r"(([01]\d|2[0-3])[0-5]\d([0-5]\d)?)?$"
+)
+"""20240301, 202403011200 and 20240301120000: as a number each would be decades off."""
 _MIN_STEPS = 9
 """Fewer steps between bars than this say nothing about their timeframe."""
 
 
 def read_times(
-    table: CsvTable, texts: pl.Series, *, skipped: int, unit: str | None
+    table: CsvTable,
+    texts: pl.Series,
+    *,
+    skipped: int,
+    unit: str | None,
+    time_zone: str = "UTC",
 ) -> tuple[pl.Series, str]:
     """Return a column of times as milliseconds since 1970, and their unit, by their size.
 
-    `skipped` lines precede the column. Raises BadInput where a text is no time, where the units
-    differ, and where they are not in `unit`, if one is given.
+    Numbers such as 20240101 or 20240101000000 are dates, unless `unit` says otherwise. `time_zone`
+    is that of written times that name none. `skipped` lines precede the column. Raises BadInput
+    where a text is no time, where the units differ, and where they are not in `unit`, if given.
     """
-    column, numbers = texts.name, texts.cast(pl.Int64, strict=False)
+    column, numbers = texts.name, _whole_numbers(texts)
     unread = numbers.is_null().arg_true()
-    if len(unread) == len(texts) and unit in (None, ISO):
-        return _read_iso(table, texts, skipped=skipped), ISO
+    is_written = len(unread) == len(texts) or (unit is None and _are_dates(texts))
+    if is_written and unit in (None, ISO):
+        return read_written_times(table, texts, skipped=skipped, time_zone=time_zone), ISO
     if len(unread):
         row = unread[0]
         other = texts[int(row == 0)]
@@ -55,6 +68,17 @@ def read_times(
             f"{column} {texts[row]} lies between two milliseconds: no bar opens there",
         )
     return numbers * times // parts, found
+
+
+def _whole_numbers(texts: pl.Series) -> pl.Series:
+    """Return the whole numbers among texts, also those written like 1704067200.0; else null."""
+    return texts.str.replace(r"\.0*$", "").cast(pl.Int64, strict=False)
+
+
+def _are_dates(texts: pl.Series) -> bool:
+    """Return whether digits are written dates, YYYYMMDD with or without a time behind it."""
+    known = texts.drop_nulls()
+    return known.len() > 0 and bool(known.str.contains(_COMPACT_DATE).all())
 
 
 def check_lengths(
@@ -104,28 +128,3 @@ def _find_unit(table: CsvTable, numbers: pl.Series, *, skipped: int) -> str:
             f"{UNITS[sizes[0]]}",
         )
     return UNITS[sizes[0]]
-
-
-def _read_iso(table: CsvTable, texts: pl.Series, *, skipped: int) -> pl.Series:
-    """Return ISO times in UTC (`2024-03-01`, `2024-03-01 12:00`, `2024-03-01T12:00:00Z`) as ms."""
-    column = texts.name
-    plain = (
-        pl.col(column)
-        .str.strip_chars()
-        .str.replace(" ", "T", literal=True)
-        .str.replace(r"(Z|[+-]00:?00)$", "")
-    )
-    shapes = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
-    parsed = pl.coalesce(
-        plain.str.to_datetime(shape, strict=False, time_unit="us") for shape in shapes
-    )
-    found = texts.to_frame().select(parsed.dt.epoch("us"))[column]
-    wrong = (found.is_null() | (found % 1000 != 0)).arg_true()
-    if len(wrong):
-        row = wrong[0]
-        raise table.error_at(
-            skipped + row,
-            f"{texts[row]!r} is no {column}, which is a number or a time in UTC such as "
-            "2024-03-01T12:00Z",
-        )
-    return found // 1000

@@ -31,7 +31,7 @@ from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.archive import csv_table
+from marketdata_assets.sources.archive import unpacking
 from marketdata_assets.sources.archive.options import ImportOptions, parse_columns
 from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_tests.cli.test_cli import marketdata, text_of
@@ -464,7 +464,7 @@ def test_a_zip_that_is_damaged(
             "one .csv is expected in it, and it holds BTCUSDT-1m-2024-01-02.csv, another.csv",
         )
     else:
-        monkeypatch.setattr(csv_table, "MAX_BYTES", 1000)
+        monkeypatch.setattr(unpacking, "MAX_BYTES", 1000)
         message = "unpacks to more than"
     file.write_bytes(content)
     with pytest.raises(BadInput, match=message):
