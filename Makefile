@@ -11,7 +11,7 @@ demo: $(READY)  ## the main job on the sandbox exchange, then the UI (UI=0: exit
 	$(BIN)/marketdata demo $(if $(filter 0,$(UI)),--no-ui,)
 
 test: $(READY) lint browser  ## all tests
-	$(BIN)/python -m pytest -n 4 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 quick: $(READY) lint  ## lint, types and the tests that start no server
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not server"

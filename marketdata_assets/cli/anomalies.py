@@ -62,6 +62,9 @@ def anomalies(
     end: End = None,
     state: _State = StateFilter.OPEN,
     severity: _Severities = None,
+    fail_if_open: Annotated[
+        bool, typer.Option("--open", help="Exit with 1 where one of those listed is open.")
+    ] = False,
     format: Format = ListFormat.TABLE,
     acknowledge: Annotated[int | None, _number_option("Mark an anomaly as real.")] = None,
     resolve: Annotated[int | None, _number_option("Mark an anomaly as corrected.")] = None,
@@ -95,6 +98,8 @@ def anomalies(
         ]
         rows = _json_rows(context.lake, found) if format == ListFormat.JSON else _rows(found)
     show(rows, format, columns=_COLUMNS, closing=f"{len(rows)} anomalies")
+    if fail_if_open and any(record.state == AnomalyState.OPEN for record in found):
+        raise typer.Exit(1)
 
 
 def _set_state(state: AnomalyState, number: int, note: str | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -19,9 +20,14 @@ from marketdata_assets.model.intervals import fold_neighbors
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.anomaly_rules import RULES
+from marketdata_assets.quality.traded_bars import (
+    AROUND,
+    LONG_AROUND,
+    TradedBars,
+    add_usual,
+    measure,
+)
 
-AROUND, LONG_AROUND = 60, 240
-"""So many traded bars before and after show what prices, and what volume, usually do."""
 REACH = 10
 """Prices may be away for so many bars and still count as come back. The verdict on a bar can depend
 on so many bars after it."""
@@ -29,61 +35,26 @@ CONTEXT = 1440
 """Bars before and after a span that make its verdicts those of the middle of a longer one."""
 MIN_IDENTICAL = 4
 """So many bars that are equal in every column are frozen: of real minutes at most two are."""
+LISTING = 60
+"""So many bars after its first one a market is still finding its price."""
 GAP_TIMES = 5
 """An open may lie so many times as far from the close before it as the large gaps here."""
 
 
-class _TradedBars(NamedTuple):
-    """Bars with their measures (`_measure`) and row numbers in the column `i`."""
-
-    frame: pl.DataFrame
-    timeframe: Timeframe
-
-    def at(self, i: int, column: str) -> str:
-        """Return a value as text; `nothing` beyond both ends."""
-        return format_number(self.frame[column][i]) if 0 <= i < self.frame.height else "nothing"
-
-    def describe(self, first: int, last: int) -> str:
-        """Return the prices before, in and after the bars from row `first` to row `last`."""
-        inside = f"{self.at(first, 'open')} to {self.at(last, 'close')} in it"
-        before, after = self.at(first - 1, "close"), self.at(last + 1, "open")
-        return f"{before} before, {inside}, {after} after"
-
-    def anomaly(
-        self, kind: str, first: int, last: int, *, size: float, limit: float, message: str
-    ) -> Anomaly:
-        """Return the anomaly in the bars from row `first` to row `last`."""
-        first, opens = max(0, first), self.frame["open_time"]
-        return Anomaly(
-            kind,
-            RULES[kind].severity(size),
-            start=opens[first],
-            end=opens[last] + self.timeframe.width,
-            bars=last - first + 1,
-            evidence={"says": message, "size": f"{size:.6g}", "limit": f"{limit:.6g}"},
-        )
-
-    def rows_beyond(self, size: pl.Expr, limit: pl.Expr) -> list[dict[str, Any]]:
-        """Return the bars whose `size` is above their `limit`, with both as columns."""
-        return (
-            self.frame.lazy()
-            .with_columns(size=size, limit=limit)
-            .filter(pl.col("size") > pl.col("limit"))
-            .collect()
-            .to_dicts()
-        )
-
-
-def find_anomalies(bars: pl.DataFrame, timeframe: Timeframe, span: Window) -> list[Anomaly]:
+def find_anomalies(
+    bars: pl.DataFrame, timeframe: Timeframe, span: Window, *, listed: datetime | None = None
+) -> list[Anomaly]:
     """Return the anomalies that begin in `span`, by start.
 
     `bars` (model.bar.BAR_SCHEMA, sorted) may reach CONTEXT bars beyond it on both sides. The last
     bar of all is only judged by rules that do not need the next one. A price belongs to one
-    anomaly: the first of the rules about prices that finds a bar has it.
+    anomaly: the first of the rules about prices that finds a bar has it. In the first LISTING bars
+    after `listed`, the market's first bar ever, prices are still being found: they are no anomaly.
     """
-    traded = _TradedBars(_measure(bars.filter(pl.col("volume") > 0), timeframe), timeframe)
+    begin = listed + LISTING * timeframe.width if listed else span.start
+    traded = TradedBars(measure(bars.filter(pl.col("volume") > 0), timeframe), timeframe)
 
-    def find(finder: Callable[[_TradedBars], Iterator[Anomaly]]) -> list[Anomaly]:
+    def find(finder: Callable[[TradedBars], Iterator[Anomaly]]) -> list[Anomaly]:
         return _join_near(finder(traded), timeframe)
 
     frozen = find(_find_frozen)
@@ -95,7 +66,7 @@ def find_anomalies(bars: pl.DataFrame, timeframe: Timeframe, span: Window) -> li
         (
             one
             for one in (*frozen, *prices, *find(_find_volumes), *untraded)
-            if span.start <= one.start < span.end
+            if max(span.start, begin) <= one.start < span.end
         ),
         key=lambda one: (one.start, one.kind),
     )
@@ -126,54 +97,11 @@ def _join_near(found: Iterable[Anomaly], timeframe: Timeframe) -> list[Anomaly]:
     return fold_neighbors(sorted(found, key=lambda one: (one.kind, one.start)), join)
 
 
-# --------------------------------------------------------------------------------- what is usual
-def _measure(traded: pl.DataFrame, timeframe: Timeframe) -> pl.DataFrame:
-    """Add to bars with volume what the rules compare; prices are logarithms (`o`, `h`, `l`, `c`).
-
-    `step`: bars since the one before. `gap`: from its close to this open; `away`: how far in one
-    bar. What is usual here: `gaps` (the large ones, at least a tick), `ranges` from low to high,
-    `usual` the larger of the two, `middle` volume. `i`: the row.
-    """
-    logs = {name[0]: pl.col(name).cast(pl.Float64).log() for name in PRICES}
-    step = pl.col("open_time").diff() / timeframe.width
-    frame = traded.lazy().with_columns(**logs, v=pl.col("volume").cast(pl.Float64), step=step)
-    frame = frame.with_columns(
-        range=pl.col("h") - pl.col("l"),
-        body=pl.col("c") - pl.col("o"),
-        gap=pl.when(pl.col("step") <= AROUND).then(pl.col("o") - pl.col("c").shift(1)),
-    )
-    tick = pl.col("range").filter(pl.col("range") > 0).min().fill_null(0.0)
-    frame = frame.with_columns(away=(pl.col("gap").abs() / pl.col("step").sqrt()).fill_null(0.0))
-    frame = _add_usual(frame, gaps=("away", 0.9), ranges=("range", 0.5), middle=("v", 0.5))
-    frame = frame.with_columns(gaps=pl.max_horizontal("gaps", tick)).with_columns(
-        usual=pl.max_horizontal("gaps", "ranges")
-    )
-    return frame.with_row_index("i").collect()
-
-
-def _add_usual(
-    frame: pl.LazyFrame, bars: int = AROUND, **wanted: tuple[str, float]
-) -> pl.LazyFrame:
-    """Add quantiles (column, share) of the bars before each, or of those after where larger.
-
-    They are null where there are hardly any bars.
-    """
-    before = {
-        new: pl.col(name).rolling_quantile(
-            share, "nearest", window_size=bars, min_samples=bars // 6
-        )
-        for new, (name, share) in wanted.items()
-    }
-    return frame.with_columns(**before).with_columns(
-        pl.max_horizontal(pl.col(new).shift(1), pl.col(new).shift(-bars)) for new in wanted
-    )
-
-
 _IF_USUAL_IS_KNOWN = pl.when(pl.col("ranges").is_not_null())
 
 
 # --------------------------------------------------------------------------------- the rules
-def _find_swapped(traded: _TradedBars) -> Iterator[Anomaly]:
+def _find_swapped(traded: TradedBars) -> Iterator[Anomaly]:
     before, body, after = pl.col("gap"), pl.col("body"), pl.col("gap").shift(-1)
     is_undone = (before * after > 0) & (before * body < 0)
     smallest = pl.min_horizontal(before.abs(), body.abs(), after.abs())
@@ -199,7 +127,7 @@ class _Excursion(NamedTuple):
     until: int
 
 
-def _find_gaps(traded: _TradedBars) -> Iterator[Anomaly]:
+def _find_gaps(traded: TradedBars) -> Iterator[Anomaly]:
     """`spike` and `jump`: both begin with a gap between two bars."""
     rule = RULES["spike"]
     limit = pl.max_horizontal(
@@ -252,7 +180,7 @@ def _is_undone(there: float, back: float) -> bool:
     return there * back < 0 and abs(there + back) <= max(abs(there), abs(back)) / 2
 
 
-def _find_wicks(traded: _TradedBars) -> Iterator[Anomaly]:
+def _find_wicks(traded: TradedBars) -> Iterator[Anomaly]:
     rule = RULES["wick"]
     neighbors = [pl.col(name).shift(n) for name in ("h", "l") for n in (1, -1)]
     up = pl.col("h") - pl.max_horizontal("o", "c", *neighbors)
@@ -271,7 +199,7 @@ def _find_wicks(traded: _TradedBars) -> Iterator[Anomaly]:
         yield traded.anomaly("wick", i, i, size=row["size"], limit=row["limit"], message=message)
 
 
-def _find_moves(traded: _TradedBars) -> Iterator[Anomaly]:
+def _find_moves(traded: TradedBars) -> Iterator[Anomaly]:
     before = pl.when(pl.col("step") <= AROUND).then(pl.col("c").shift(1))
     moved = pl.max_horizontal("h", before) - pl.min_horizontal("l", before)
     minutes = traded.timeframe.minutes * pl.col("step").fill_null(1).clip(1, AROUND)
@@ -284,7 +212,7 @@ def _find_moves(traded: _TradedBars) -> Iterator[Anomaly]:
         yield traded.anomaly("move", i, i, size=row["size"], limit=row["limit"], message=message)
 
 
-def _find_frozen(traded: _TradedBars) -> Iterator[Anomaly]:
+def _find_frozen(traded: TradedBars) -> Iterator[Anomaly]:
     """Stretches of bars with equal prices, or equal in every column, of which fewer are enough."""
     rule = RULES["frozen"]
     prices = _find_repeats(traded.frame, PRICES)
@@ -313,7 +241,7 @@ def _find_repeats(frame: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     return ends.filter("value").select("bars", "end")
 
 
-def _find_volumes(traded: _TradedBars) -> Iterator[Anomaly]:
+def _find_volumes(traded: TradedBars) -> Iterator[Anomaly]:
     measured = {"volume": pl.col("v")}
     if traded.frame["trades"].null_count() == 0:
         measured["volume per trade"] = pl.col("v") / pl.col("trades").clip(1, None)
@@ -322,7 +250,7 @@ def _find_volumes(traded: _TradedBars) -> Iterator[Anomaly]:
     limit = RULES["volume"].times * tail * pl.col("large") * noticed
     for what, values in measured.items():
         frame = traded.frame.lazy().with_columns(x=values)
-        frame = _add_usual(frame, LONG_AROUND, large=("x", 0.9), middle=("x", 0.5))
+        frame = add_usual(frame, LONG_AROUND, large=("x", 0.9), middle=("x", 0.5))
         for row in traded._replace(frame=frame.collect()).rows_beyond(pl.col("x"), limit):
             size, most = row["size"], row["limit"]
             message = f"{what} {size:.6g}, plausible up to {most:.6g} here"
@@ -336,7 +264,7 @@ def _find_untraded(bars: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly
     closed_elsewhere = is_next & (pl.col("close") != pl.col("close").shift(1))
     moved = still & ((pl.col("high") != pl.col("low")) | closed_elsewhere)
     miscounted = still != (pl.col("trades") == 0)
-    every = _TradedBars(bars.with_row_index("i"), timeframe)
+    every = TradedBars(bars.with_row_index("i"), timeframe)
     for row in every.frame.filter((moved | miscounted).fill_null(False)).to_dicts():
         message = (
             f"volume {format_number(row['volume'])}, trades {row['trades']}, "

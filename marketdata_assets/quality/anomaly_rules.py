@@ -23,6 +23,8 @@ class AnomalyRule:
     times: float
     severities: dict[AnomalySeverity, float]
     """By severity: the least size that has it. A smaller size is LOW."""
+    is_of_price: bool = False
+    """Whether trades, another venue or a coarser bar can show that the price was real."""
 
     def severity(self, size: float) -> AnomalySeverity:
         """Return the worst severity that a size reaches."""
@@ -49,6 +51,7 @@ RULES: dict[str, AnomalyRule] = {
             "none moves more than 0.53 % in between.",
             floor=_GAP_FLOOR,
             times=_GAP_TIMES,
+            is_of_price=True,
             severities=_OF_PRICE,
         ),
         AnomalyRule(
@@ -58,6 +61,7 @@ RULES: dict[str, AnomalyRule] = {
             "begins.",
             floor=_GAP_FLOOR,
             times=_GAP_TIMES,
+            is_of_price=True,
             severities=_OF_PRICE,
         ),
         AnomalyRule(
@@ -76,6 +80,7 @@ RULES: dict[str, AnomalyRule] = {
             reason="Volume grows with the square of how far prices move.",
             floor=0.003,
             times=4,
+            is_of_price=True,
             severities=_OF_PRICE,
         ),
         AnomalyRule(
@@ -85,6 +90,7 @@ RULES: dict[str, AnomalyRule] = {
             reason="Real crashes do this, too: somebody should have looked.",
             floor=math.log(1.1),
             times=0,
+            is_of_price=True,
             severities={AnomalySeverity.HIGH: 0, AnomalySeverity.CRITICAL: math.log(2)},
         ),
         AnomalyRule(

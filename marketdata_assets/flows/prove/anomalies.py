@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 
 import polars as pl
 
@@ -11,19 +13,24 @@ from marketdata_assets.flows.fetch.open_partition import IngestResult
 from marketdata_assets.ledger.anomalies import AnomalyRecord
 from marketdata_assets.ledger.checks import CheckFailure
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.anomaly import AnomalySeverity, AnomalyState
+from marketdata_assets.model.anomaly import Anomaly, AnomalySeverity, AnomalyState
 from marketdata_assets.model.bar import empty_bars
 from marketdata_assets.model.finding import Row
 from marketdata_assets.model.intervals import opens_inside
+from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, adjacent_partition, partitions_of
 from marketdata_assets.model.table import Table, raw_table
 from marketdata_assets.model.window import Window, format_time, month_of
 from marketdata_assets.quality.anomalies import CONTEXT, REACH, find_anomalies
+from marketdata_assets.quality.anomaly_rules import RULES
+from marketdata_assets.quality.traded_bars import corroborate
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.lake import Lake
 
 ANOMALIES = "anomalies"
 """The name of the check."""
+AGREEMENT = Decimal("0.8")
+"""The share of our way from low to high that other bars have to cover as well."""
 
 
 def find_partition_anomalies(
@@ -43,8 +50,69 @@ def find_partition_anomalies(
     after = _read_inside(ledger, lake, table, partition=later, window=window_after)
     judged = Window(month.start - REACH * width if before.height else month.start, month.end)
     bars = pl.concat([before, result.bars, after])
-    found = find_anomalies(bars, result.timeframe, judged)
+    first = ledger.markets.first_bar(partition.market)
+    found = find_anomalies(bars, result.timeframe, judged, listed=first)
+    others = _Witnesses(settings, ledger, lake, table, partition=partition)
+    found = [others.corroborate(one) for one in found]
     return ledger.anomalies.settle(table, partition.market, judged, found=found, now=settings.now())
+
+
+@dataclass(frozen=True, slots=True)
+class _Witnesses:
+    """Bars that show whether a price of one partition was real: the venue's own coarser ones, and
+    those of other venues' markets with the same symbol.
+    """
+
+    settings: Settings
+    ledger: Ledger
+    lake: Lake
+    table: Table
+    partition: Partition
+
+    def corroborate(self, anomaly: Anomaly) -> Anomaly:
+        """Return the anomaly as a warning where another bar reached its prices as well."""
+        is_grave = anomaly.severity > AnomalySeverity.MEDIUM
+        if not is_grave or not RULES[anomaly.kind].is_of_price:
+            return anomaly
+        window = Window(anomaly.start, anomaly.end)
+        ours = self._extremes(self.table, self.partition.market, window)
+        for name, table, market in self._tables():
+            step = table.timeframe.width
+            around = Window(table.timeframe.floor(window.start) - step, window.end)
+            theirs = self._extremes(table, market, around)
+            if ours and theirs and _reaches(theirs, ours):
+                return corroborate(anomaly, f"{name} reached these prices as well")
+        return anomaly
+
+    def _tables(self) -> Iterator[tuple[str, Table, Market]]:
+        market, timeframe = self.partition.market, self.table.timeframe
+        for name, venue in self.settings.venues.items():
+            if name == market.venue:
+                for coarser in venue.reference:
+                    if coarser.width > timeframe.width:
+                        yield f"the venue's own {coarser.name} bar", raw_table(coarser), market
+            elif market.symbol in venue.symbols and timeframe in venue.fetched_timeframes:
+                yield f"{name}:{market.symbol}", self.table, Market(name, market.symbol)
+
+    def _extremes(
+        self, table: Table, market: Market, window: Window
+    ) -> tuple[Decimal, Decimal] | None:
+        """Return the lowest and the highest price of the bars that open in a window."""
+        frames = [
+            _read_inside(self.ledger, self.lake, table, partition=partition, window=window)
+            for partition in partitions_of(market, window)
+        ]
+        bars = pl.concat(frames)
+        if bars.is_empty():
+            return None
+        low, high = bars.select(pl.col("low").min(), pl.col("high").max()).row(0)
+        return low, high
+
+
+def _reaches(theirs: tuple[Decimal, Decimal], ours: tuple[Decimal, Decimal]) -> bool:
+    """Return whether other bars went at least AGREEMENT of the way between our prices."""
+    low, high = max(theirs[0], ours[0]), min(theirs[1], ours[1])
+    return high - low >= AGREEMENT * (ours[1] - ours[0])
 
 
 def needs_attention(record: AnomalyRecord) -> bool:

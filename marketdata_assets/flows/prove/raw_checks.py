@@ -17,7 +17,7 @@ from marketdata_assets.ledger.checks import CheckFailure
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.records import RowAccount
 from marketdata_assets.model.anomaly import AnomalyState
-from marketdata_assets.model.finding import ROWS_SHOWN, Finding, Row
+from marketdata_assets.model.finding import ROWS_SHOWN, Finding, FindingSeverity, Row
 from marketdata_assets.model.gap import UNEXPLAINED, GapReason
 from marketdata_assets.model.intervals import count_bars, find_gaps, subtract_windows
 from marketdata_assets.model.partition import Partition
@@ -100,6 +100,7 @@ class RawAuditor:
             passed=not alarming,
             message=summarize(records),
             numbers={**counts, "alarming": alarming},
+            severity=FindingSeverity.WARNING,
             rows=[as_row(record) for record in records[:ROWS_SHOWN]],
         )
 

@@ -442,6 +442,47 @@ def spike(symbol: str, moments: Sequence[str], factor: str = "1.05") -> Callable
     return tamper
 
 
+@pytest.mark.parametrize(
+    ("volume", "trades", "severity"),
+    [
+        (1, 1, AnomalySeverity.HIGH),
+        (400, 400, AnomalySeverity.MEDIUM),
+        (400, 1, AnomalySeverity.HIGH),
+        (1, 400, AnomalySeverity.HIGH),
+    ],
+)
+def test_a_move_that_was_really_traded_is_a_warning(
+    volume: int, trades: int, severity: AnomalySeverity
+) -> None:
+    """A flash crash of 10 % in a minute that comes back: volume and trades have to rise with it."""
+
+    def flash(rows: Rows) -> None:
+        scale(rows[0], "0.88", "low")
+        for row in rows:
+            scale(row, str(volume), *VOLUMES)
+            row["trades"] *= trades
+
+    bars = generate_bars("BTCUSDT", "1m", DAYS)
+    found = find_anomalies(planted(bars, flash, SPOT), TF, EVER)
+    assert [one.severity for one in found if one.kind != "volume"] == [severity]
+
+
+def test_the_first_bars_of_a_listing_are_no_anomaly() -> None:
+    """A new market looks for its price: 0.5 to 1.6 in its first minutes."""
+    bars = generate_bars("BTCUSDT", "1m", DAYS)
+    wild = bars
+    for row in (0, 5, 20):
+        wild = planted(wild, all_prices("1.6"), row)
+        wild = planted(wild, one_price("low", "0.5"), row + 2)
+    late = planted(wild, all_prices("1.6"), SPOT)
+    listed = bars["open_time"][0]
+    assert find_anomalies(wild, TF, EVER) != []
+    assert find_anomalies(wild, TF, EVER, listed=listed) == []
+    assert [one.start for one in find_anomalies(late, TF, EVER, listed=listed)] == [
+        bars["open_time"][SPOT]
+    ]
+
+
 def test_a_spike_from_the_venue_to_the_person_and_back(
     sandbox: tuple[SandboxExchange, str], universe: Universe
 ) -> None:
@@ -469,6 +510,8 @@ def test_a_spike_from_the_venue_to_the_person_and_back(
         not finding.passed for finding in check(settings)
     )  # now December knows of its last bar, too
 
+    assert command().exit_code == 0
+    assert command("--open").exit_code == 1
     rows = listed()
     assert [(row["market"], row["start"]) for row in rows] == [
         ("binance:BTC-USDT", last),
