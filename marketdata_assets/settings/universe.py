@@ -168,7 +168,15 @@ class Universe(StrictModel):
 
     @model_validator(mode="after")
     def check_places(self) -> Self:
-        """Refuse files of other kinds inside the lake, where they would be taken for its own."""
+        """Refuse files of other kinds inside the lake, where they would be taken for its own, and a
+        folder that Dagster cannot open.
+        """
+        if unusable := set(str(self.state)) & set("?%"):
+            raise fault(
+                f"{self.state} has {' and '.join(sorted(unusable))} in it, and Dagster makes URLs "
+                "of the paths of its databases; name another folder",
+                at=("state",),
+            )
         others = {
             "delta": self.delta and self.delta.location,
             "cold": self.cold and self.cold.lake,

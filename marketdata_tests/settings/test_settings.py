@@ -448,6 +448,16 @@ REFUSED: dict[str, tuple[str, int, str]] = {
         6,
         "/lake/delta is the lake or lies in it; give it a place of its own",
     ),
+    "a state folder with a question mark": (
+        OK + "state: /data/what?/state\n",
+        5,
+        "/data/what?/state has ? in it, and Dagster makes URLs",
+    ),
+    "a state folder with percent": (
+        OK + "state: /data/a%20b\n",
+        5,
+        "has % in it",
+    ),
     "cold in the lake": (
         OK + "lake: s3://a/b\ncold: {after_days: 31, lake: s3://a/b}\n",
         6,
