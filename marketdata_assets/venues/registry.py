@@ -9,7 +9,9 @@ from marketdata_assets.venues import (
     binanceus,
     binanceusdm,
     bitget,
+    bitstamp,
     bybit,
+    cryptocom,
     gate,
     hyperliquid,
     kraken,
@@ -17,14 +19,15 @@ from marketdata_assets.venues import (
     kucoinfutures,
     mexc,
     okx,
+    upbit,
 )
 from marketdata_assets.venues.facts import ArchiveFormat, VenueFacts
 
 VENUES: dict[str, VenueFacts] = {
     module.FACTS.venue: module.FACTS
     for module in (
-        *(binance, binanceus, binanceusdm, bitget, bybit, gate, hyperliquid, kraken, kucoin),
-        *(kucoinfutures, mexc, okx),
+        *(binance, binanceus, binanceusdm, bitget, bitstamp, bybit, cryptocom, gate, hyperliquid),
+        *(kraken, kucoin, kucoinfutures, mexc, okx, upbit),
     )
 }
 """By ccxt's id."""

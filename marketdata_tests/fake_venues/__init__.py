@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from marketdata_tests.fake_venues.binance import Binance, Binanceus
 from marketdata_tests.fake_venues.bitget import Bitget
+from marketdata_tests.fake_venues.bitstamp import Bitstamp
 from marketdata_tests.fake_venues.bybit import Bybit
 from marketdata_tests.fake_venues.coinbase import Coinbase, Coinbaseexchange
+from marketdata_tests.fake_venues.cryptocom import Cryptocom
 from marketdata_tests.fake_venues.frame import FakeVenue
 from marketdata_tests.fake_venues.gate import Gate
 from marketdata_tests.fake_venues.hyperliquid import Hyperliquid
@@ -13,12 +15,13 @@ from marketdata_tests.fake_venues.kraken import Kraken
 from marketdata_tests.fake_venues.kucoin import Kucoin
 from marketdata_tests.fake_venues.mexc import Mexc
 from marketdata_tests.fake_venues.okx import Okx
+from marketdata_tests.fake_venues.upbit import Upbit
 
 VENUES: dict[str, type[FakeVenue]] = {
     venue.name: venue
     for venue in (
-        *(Binance, Binanceus, Bitget, Bybit, Coinbase, Coinbaseexchange, Gate, Hyperliquid),
-        *(Kraken, Kucoin, Mexc, Okx),
+        *(Binance, Binanceus, Bitget, Bitstamp, Bybit, Coinbase, Coinbaseexchange, Cryptocom),
+        *(Gate, Hyperliquid, Kraken, Kucoin, Mexc, Okx, Upbit),
     )
 }
 """By ccxt's id."""

@@ -101,6 +101,8 @@ class FakeVenue:
     """The symbol of its perpetual; None: it has none here."""
     max_page: ClassVar[int]
     """Bars an answer holds at most, by its documentation."""
+    has_start: ClassVar[bool] = True
+    """A request says from when on bars are wanted."""
     counts_rows: ClassVar[bool] = False
     """It counts rows from the start of a request on, without a horizon."""
     too_old: ClassVar[tuple[int, Any]] = (400, {"message": "too long ago"})
@@ -131,6 +133,7 @@ class FakeVenue:
         if self.is_gone:
             raise Refusal(*self.unknown_market)
         first, last = first - self.overlap * width, last + self.overlap * width
+        first = -(-first // width) * width
         serves_from = self.serves_from if width == MINUTE else 0
         if first < serves_from:
             if self.horizon == "refused":

@@ -31,6 +31,7 @@ PAIR = {
 
 class Kraken(FakeVenue):
     name, max_page = "kraken", 720
+    has_start = False
     unknown_market = (200, {"error": ["EQuery:Unknown asset pair"]})
 
     def answer(self, path: str, query: dict[str, Any]) -> Any:
