@@ -19,13 +19,13 @@ import duckdb
 import pandas as pd
 import polars as pl
 
-from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.timeframe import DEFAULT_ROLLUPS, MINUTE, TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.sources.sandbox.bars import generate_bars
 from marketdata_assets.transforms.rollup import roll_up
 
 YEAR = Window(datetime(2022, 1, 1, tzinfo=UTC), datetime(2023, 1, 1, tzinfo=UTC))
-TARGETS = [tf for tf in TIMEFRAMES.values() if tf.parent]
+TARGETS = [tf for tf in DEFAULT_ROLLUPS if tf.name != "1m"]
 SUMS = ["volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume"]
 RULES = {
     "5m": "5min",
@@ -50,11 +50,11 @@ def by_duckdb(bars: pl.DataFrame, hierarchical: bool) -> Callable[[], object]:
     sums = ", ".join(f"sum({name}) AS {name}" for name in SUMS)
 
     def run() -> None:
-        for tf in TARGETS:
-            source = f"ohlcv_{tf.parent if hierarchical else '1m'}"
+        for tf, finer in zip(TARGETS, DEFAULT_ROLLUPS, strict=False):
+            source = f"ohlcv_{finer.name if hierarchical else '1m'}"
             connection.execute(
                 f"CREATE OR REPLACE TEMP TABLE ohlcv_{tf.name} AS"
-                f" SELECT time_bucket(INTERVAL '{tf.minutes} minutes', open_time,"
+                f" SELECT time_bucket(INTERVAL '{tf.width // MINUTE} minutes', open_time,"
                 " TIMESTAMPTZ '1970-01-05 00:00:00+00') AS open_time,"
                 " arg_min(open, open_time) AS open, max(high) AS high, min(low) AS low,"
                 f" arg_max(close, open_time) AS close, {sums} FROM {source} GROUP BY 1 ORDER BY 1"

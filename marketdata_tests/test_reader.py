@@ -209,7 +209,7 @@ def test_months_of_different_digits_are_one_frame(sandbox: Any, universe: Callab
             lambda r: r.bars("binance:BTC-USD", "1m"),
             "market 'binance:BTC-USD' is not in .*did you mean",
         ),
-        (lambda r: r.bars(BTC, "2h"), "timeframe '2h' is not one of"),
+        (lambda r: r.bars(BTC, "2d"), "timeframe '2d' is not one of"),
         (lambda r: r.bars(BTC, "1m", "yesterday"), "'yesterday' is not a date"),
     ],
 )

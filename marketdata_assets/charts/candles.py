@@ -26,6 +26,7 @@ MAX_CANDLES = 124
 DAY = 1440
 CANDLE_MINUTES = {
     "1m": 1,
+    "3m": 3,
     "5m": 5,
     "15m": 15,
     "30m": 30,
@@ -33,8 +34,10 @@ CANDLE_MINUTES = {
     "2h": 120,
     "4h": 240,
     "6h": 360,
+    "8h": 480,
     "12h": 720,
     "1d": DAY,
+    "3d": 3 * DAY,
     "1w": 7 * DAY,
 }
 """What a candle may span: the names are polars' truncations, and 1w is for bars of 1w only."""

@@ -38,7 +38,7 @@ def raw_asset(
     spec = _raw_spec(settings, timeframe)
 
     @dg.multi_asset(
-        name=f"raw_ohlcv_{timeframe.name}",
+        name=f"raw_ohlcv_{timeframe.label}",
         specs=[spec],
         partitions_def=grid,
         backfill_policy=dg.BackfillPolicy.single_run(),

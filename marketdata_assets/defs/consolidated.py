@@ -114,7 +114,7 @@ def _consolidated_asset(
     )
 
     @dg.multi_asset(
-        name=f"consolidated_ohlcv_{timeframe.name}",
+        name=f"consolidated_ohlcv_{timeframe.label}",
         specs=[_consolidated_spec(settings, timeframe)],
         partitions_def=grid,
         backfill_policy=dg.BackfillPolicy.single_run(),
@@ -158,7 +158,7 @@ def _reconciled_description(timeframe: Timeframe) -> str:
         "Where two venues have a bar of the same time, their closes lie less than "
         f"{WARN_BASIS_POINTS} basis points apart (warning), or {FAIL_BASIS_POINTS} (error). "
         "If red: the table names the minutes; "
-        f"`SELECT * FROM reconciled.ohlcv_{timeframe.name}` returns all of them."
+        f"`SELECT * FROM reconciled.ohlcv_{timeframe.label}` returns all of them."
     )
 
 

@@ -35,7 +35,7 @@ MAINTAIN = "maintain_delta"
 
 def delta_key(timeframe: Timeframe) -> dg.AssetKey:
     """Return the key of a published timeframe's asset, such as `delta/ohlcv_1h`."""
-    return dg.AssetKey(["delta", f"ohlcv_{timeframe.name}"])
+    return dg.AssetKey(["delta", f"ohlcv_{timeframe.label}"])
 
 
 def delta_assets(
@@ -72,7 +72,7 @@ def _delta_asset(
     on_progress: ProgressCallback,
 ) -> dg.AssetsDefinition:
     @dg.multi_asset(
-        name=f"delta_ohlcv_{timeframe.name}",
+        name=f"delta_ohlcv_{timeframe.label}",
         specs=[spec],
         partitions_def=grid,
         backfill_policy=dg.BackfillPolicy.single_run(),

@@ -14,7 +14,7 @@ from marketdata_assets.ledger.tables import anomalies
 from marketdata_assets.model.anomaly import Anomaly, AnomalySeverity, AnomalyState
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.table import Table
-from marketdata_assets.model.timeframe import parse_timeframe
+from marketdata_assets.model.timeframe import TIMEFRAME_OF_LABEL
 from marketdata_assets.model.window import Window, month_of
 
 GONE = "no longer found: its bars, or those beside it, have changed"
@@ -136,7 +136,7 @@ def _record(id: int, tbl: str, market: str, state: str, *row: Any) -> AnomalyRec
     layer, _, name = tbl.partition("/ohlcv_")
     return AnomalyRecord(
         id,
-        Table(layer, parse_timeframe(name)),
+        Table(layer, TIMEFRAME_OF_LABEL[name]),
         Market.parse(market),
         Anomaly(kind, AnomalySeverity[severity.upper()], start, end, bars, evidence),
         AnomalyState(state),

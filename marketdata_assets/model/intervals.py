@@ -15,6 +15,9 @@ from marketdata_assets.model.window import Window
 
 T = TypeVar("T")
 
+LAST_MS = 10**14
+"""Milliseconds of the year 5138: later moments are none."""
+
 
 # --------------------------------------------------------------------------------- windows
 def subtract_window(window: Window, cuts: Iterable[Window]) -> list[Window]:
@@ -124,20 +127,18 @@ def find_gaps(opens: pl.Series, timeframe: Timeframe, window: Window) -> list[Wi
         return []
     first, last = timeframe.ceil(window.start), timeframe.ceil(window.end)
     inside = opens.filter((opens >= first) & (opens < last))
-    edges = pl.concat(
-        [
-            pl.Series([first - timeframe.width], dtype=opens.dtype),
-            inside,
-            pl.Series([last], dtype=opens.dtype),
-        ]
-    )
-    wide = edges.diff() > timeframe.width
-    return [
-        Window(edges[i - 1] + timeframe.width, edges[i])
-        for i in wide.fill_null(False).arg_true().to_list()
-    ]
+    before = pl.Series([timeframe.shift(first, -1)], dtype=opens.dtype)
+    closes = timeframe.closes(pl.concat([before, inside]))
+    nexts = pl.concat([inside, pl.Series([last], dtype=opens.dtype)])
+    return [Window(closes[i], nexts[i]) for i in (closes < nexts).arg_true().to_list()]
+
+
+def close_lengths(opens: pl.Series, timeframe: Timeframe) -> pl.Series:
+    """Return the milliseconds that whole bars last which open at these milliseconds since 1970."""
+    moments = opens.clip(0, LAST_MS).cast(pl.Datetime("ms"))
+    return (timeframe.closes(moments) - moments).dt.total_milliseconds()
 
 
 def group_consecutive(opens: Iterable[datetime], timeframe: Timeframe) -> list[Window]:
     """Return the fewest windows that hold just these open times."""
-    return coalesce_windows(Window(moment, moment + timeframe.width) for moment in opens)
+    return coalesce_windows(Window(moment, timeframe.shift(moment, 1)) for moment in opens)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.timeframe import MINUTE, Timeframe
+from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window, month_of, parse_time
 
 _LAST_YEAR = 9998  # the end of a later month exceeds what datetime can hold
@@ -61,15 +61,12 @@ class Partition:
         return cls.parse("|".join(key))
 
     def open_times(self, timeframe: Timeframe) -> Window:
-        """Return the open times of this partition's bars: a bar belongs to the month of its last
-        minute.
+        """Return the open times of this partition's bars: a bar belongs to the month in which its
+        end lies, or that ends with it.
 
         A 1w bar therefore belongs to the month of its Sunday, and may open in the month before.
         """
-        back = timeframe.width - MINUTE
-        return Window(
-            timeframe.ceil(self.month.start - back), timeframe.ceil(self.month.end - back)
-        )
+        return Window(timeframe.floor(self.month.start), timeframe.floor(self.month.end))
 
 
 def partitions_of(market: Market, span: Window) -> list[Partition]:

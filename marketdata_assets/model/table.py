@@ -60,7 +60,7 @@ class Table:
     @property
     def key(self) -> tuple[str, str]:
         """Dagster's asset key, `("raw", "ohlcv_1m")`; in DuckDB the schema and the table."""
-        return self.layer, f"ohlcv_{self.timeframe.name}"
+        return self.layer, f"ohlcv_{self.timeframe.label}"
 
     @property
     def name(self) -> str:

@@ -56,14 +56,13 @@ class Window:
 
     def count(self, timeframe: Timeframe) -> int:
         """Return how many bars of the timeframe open inside."""
-        bars = (timeframe.ceil(self.end) - timeframe.ceil(self.start)) // timeframe.width
-        return max(0, bars)
+        return max(0, timeframe.count(self.start, self.end))
 
     def pages(self, timeframe: Timeframe, size: int) -> Iterator[Window]:
         """Yield consecutive windows of at most `size` bars that cover this one."""
         start = self.start
         while start < self.end:
-            end = min(self.end, start + size * timeframe.width)
+            end = min(self.end, timeframe.shift(start, size))
             yield Window(start, end)
             start = end
 

@@ -17,7 +17,7 @@ import polars as pl
 from marketdata_assets.model.anomaly import Anomaly
 from marketdata_assets.model.bar import COLUMN_NAMES, PRICES, format_number
 from marketdata_assets.model.intervals import fold_neighbors
-from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.timeframe import MINUTE, Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.quality.anomaly_rules import RULES
 from marketdata_assets.quality.traded_bars import (
@@ -51,7 +51,7 @@ def find_anomalies(
     anomaly: the first of the rules about prices that finds a bar has it. In the first LISTING bars
     after `listed`, the market's first bar ever, prices are still being found: they are no anomaly.
     """
-    begin = listed + LISTING * timeframe.width if listed else span.start
+    begin = timeframe.shift(timeframe.floor(listed), LISTING) if listed else span.start
     traded = TradedBars(measure(bars.filter(pl.col("volume") > 0), timeframe), timeframe)
 
     def find(finder: Callable[[TradedBars], Iterator[Anomaly]]) -> list[Anomaly]:
@@ -187,7 +187,7 @@ def _find_wicks(traded: TradedBars) -> Iterator[Anomaly]:
     down = pl.min_horizontal("o", "c", *neighbors) - pl.col("l")
     busy = (pl.col("v") / pl.col("middle")).clip(1, None).sqrt()
     ranges = pl.max_horizontal("usual", pl.col("range").shift(1) / 2, pl.col("range").shift(-1) / 2)
-    floor = pl.lit(rule.floor * math.sqrt(traded.timeframe.minutes))
+    floor = pl.lit(rule.floor * math.sqrt(traded.timeframe.width / MINUTE))
     limit = pl.max_horizontal(floor, rule.times * busy * ranges)
     has_neighbors = pl.col("i").is_between(1, traded.frame.height - 2)
     size = _IF_USUAL_IS_KNOWN.then(pl.when(has_neighbors).then(pl.max_horizontal(up, down)))
@@ -202,7 +202,7 @@ def _find_wicks(traded: TradedBars) -> Iterator[Anomaly]:
 def _find_moves(traded: TradedBars) -> Iterator[Anomaly]:
     before = pl.when(pl.col("step") <= AROUND).then(pl.col("c").shift(1))
     moved = pl.max_horizontal("h", before) - pl.min_horizontal("l", before)
-    minutes = traded.timeframe.minutes * pl.col("step").fill_null(1).clip(1, AROUND)
+    minutes = traded.timeframe.width / MINUTE * pl.col("step").fill_null(1).clip(1, AROUND)
     for row in traded.rows_beyond(moved, RULES["move"].floor * minutes.sqrt()):
         i = row["i"]
         message = (
@@ -260,7 +260,8 @@ def _find_volumes(traded: TradedBars) -> Iterator[Anomaly]:
 
 
 def _find_untraded(bars: pl.DataFrame, timeframe: Timeframe) -> Iterator[Anomaly]:
-    still, is_next = pl.col("volume") == 0, pl.col("open_time").diff() == timeframe.width
+    still, opens = pl.col("volume") == 0, pl.col("open_time")
+    is_next = opens == timeframe.closes(opens.shift(1))
     closed_elsewhere = is_next & (pl.col("close") != pl.col("close").shift(1))
     moved = still & ((pl.col("high") != pl.col("low")) | closed_elsewhere)
     miscounted = still != (pl.col("trades") == 0)

@@ -58,7 +58,7 @@ def clean_bars(rows: pl.DataFrame, timeframe: Timeframe, owned: Window) -> Clean
     broken = split_rows(
         add_request_columns(sent.select(COLUMN_NAMES), -1, owned),
         timeframe,
-        closed_before=owned.end + timeframe.width,
+        closed_before=timeframe.shift(owned.end, 1),
     ).rejected
     rejected = [
         reject_bars(outside, "overlap"),

@@ -38,7 +38,7 @@ class NativeBar(NamedTuple):
     @property
     def window(self) -> Window:
         """The open times that it covers."""
-        return Window(self.open_time, self.open_time + self.timeframe.width)
+        return Window(self.open_time, self.timeframe.shift(self.open_time, 1))
 
     def __str__(self) -> str:
         volumes = (

@@ -135,7 +135,7 @@ def _find_by_finer_gaps(evidence: GapEvidence, window: Window) -> list[GapPart]:
             message=f"no base bar of {gap.window} is there either: {gap.cause}",
         )
         for part, gap in parts
-        if part.end - part.start >= evidence.timeframe.width
+        if part.count(evidence.timeframe)
     ]
 
 

@@ -50,7 +50,7 @@ def compare_pair(venue: pl.DataFrame, other: pl.DataFrame, timeframe: Timeframe)
     both = first.join(second, on="open_time", suffix="_other").sort("open_time")
     ours, theirs = pl.col("close"), pl.col("close_other")
     returns = ours / ours.shift(1) - theirs / theirs.shift(1)
-    is_next = pl.col("open_time").diff() == timeframe.width
+    is_next = pl.col("open_time") == timeframe.closes(pl.col("open_time").shift(1))
     return both.select(
         "open_time",
         _round((ours / theirs - 1) * BASIS_POINTS).alias("close_bp"),

@@ -57,7 +57,7 @@ def build_rules(
         Rule(
             "unclosed",
             "a bar that the venue's clock has not closed",
-            pl.col("open_time") + timeframe.width > closed_before,
+            timeframe.closes(pl.col("open_time")) > closed_before,
         ),
     )
 
@@ -131,6 +131,8 @@ def _taker_above_total() -> pl.Expr:
 
 
 def _off_grid(timeframe: Timeframe) -> pl.Expr:
+    if timeframe.months:
+        return timeframe.floors(pl.col("open_time")) != pl.col("open_time")
     since_origin = (pl.col("open_time") - timeframe.origin).dt.total_microseconds()
     return since_origin % (timeframe.width // timedelta(microseconds=1)) != 0
 

@@ -41,7 +41,7 @@ class _DifferingBar:
 
     def __init__(self, row: Bar, evidence: ParityEvidence, timeframe: Timeframe) -> None:
         self.row, self.evidence, self.timeframe, self.base = row, evidence, timeframe, evidence.base
-        self.window = Window(row["open_time"], row["open_time"] + timeframe.width)
+        self.window = Window(row["open_time"], timeframe.shift(row["open_time"], 1))
         opens = evidence.bars["open_time"]
         first, last = opens.search_sorted(self.window.start), opens.search_sorted(self.window.end)
         self.frame = evidence.bars.slice(first, last - first)
@@ -75,7 +75,7 @@ class _DifferingBar:
             return None
         inside = finer.bars.filter(opens_inside(self.window))
         unequal = inside.filter(pl.col("outcome").is_in(DIFFERENCES)).to_dicts()
-        if not unequal and inside.height * finer.timeframe.width == self.timeframe.width:
+        if not unequal and inside.height == self.window.count(finer.timeframe):
             cause = self._cause_by_base()
             return cause._replace(
                 message=f"the venue's own {finer.timeframe.name} bars equal ours, so its "
@@ -107,7 +107,7 @@ class _DifferingBar:
             return True
         common = {*row["columns"].split()} & {*self.row["columns"].split()}
         common -= {"open"} if row["open_time"] > self.window.start else set()
-        common -= {"close"} if row["open_time"] + finer.width < self.window.end else set()
+        common -= {"close"} if finer.shift(row["open_time"], 1) < self.window.end else set()
         return bool(common)
 
     def _unexplained_by_finer(self, finer: Timeframe, inside: pl.DataFrame) -> list[str]:
@@ -220,7 +220,7 @@ class _DifferingBar:
         if name == "open":
             bar, edge, verb = self.bars[0], self.window.start, "opens"
         else:
-            bar, edge, verb = self.bars[-1], self.window.end - self.base.width, "closes"
+            bar, edge, verb = self.bars[-1], self.base.shift(self.window.end, -1), "closes"
         message = (
             f"{name}: {format_time(bar['open_time'])} {verb} at {format_number(bar[name])}"
             f"{_idle_note(bar)}, the venue's own bar at {format_number(theirs)}"

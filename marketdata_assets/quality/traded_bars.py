@@ -46,7 +46,7 @@ class TradedBars(NamedTuple):
             kind,
             RULES[kind].severity(size),
             start=opens[first],
-            end=opens[last] + self.timeframe.width,
+            end=self.timeframe.shift(opens[last], 1),
             bars=last - first + 1,
             evidence={"says": message, "size": f"{size:.6g}", "limit": f"{limit:.6g}"},
         )

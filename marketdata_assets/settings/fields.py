@@ -231,9 +231,9 @@ def sort_timeframes(timeframes: Iterable[Timeframe]) -> tuple[Timeframe, ...]:
 
 
 TABLES = tuple(
-    f"{layer}/ohlcv_{name}"
+    f"{layer}/ohlcv_{timeframe.label}"
     for layer in ("raw", "rollup", "consolidated", "reconciled")
-    for name in TIMEFRAMES
+    for timeframe in TIMEFRAMES.values()
 )
 """The names of all tables that retention may shorten."""
 

@@ -24,7 +24,7 @@ from pydantic_core import core_schema
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.market import CONSOLIDATED_VENUE, Market
 from marketdata_assets.model.partition import Partition, partitions_of
-from marketdata_assets.model.timeframe import EPOCH, TIMEFRAMES, Timeframe
+from marketdata_assets.model.timeframe import DEFAULT_ROLLUPS, EPOCH, MINUTE, Timeframe
 from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.settings.fields import (
     BrokerUrl,
@@ -98,8 +98,10 @@ class Universe(StrictModel):
         json_schema_extra={"minProperties": 1},
     )
     """The venues by their ccxt ids, such as binance or kraken. At least one."""
-    timeframes: TimeframeNames = tuple(tf for tf in TIMEFRAMES.values() if tf.parent)
-    """The timeframes that are rolled up for every market whose base is finer. Default: all."""
+    timeframes: TimeframeNames = DEFAULT_ROLLUPS
+    """The timeframes that are rolled up for every market whose base is finer. Default:
+    1m 5m 15m 30m 1h 4h 12h 1d 1w.
+    """
     lake: Place = Field(default_factory=lambda: str(Path("data/lake").absolute()))
     """Where the bars are stored: a folder or s3://bucket/prefix. Default: data/lake."""
     rollups: Annotated[RollupStore, name_from(RollupStore, RollupStore)] = RollupStore.DUCKDB
@@ -251,7 +253,7 @@ class Settings(Universe):
         """What counts as late for a timeframe: as written in the universe, else 10 and 60 minutes,
         or 1 and 3 bars where that is more.
         """
-        width = timeframe.minutes
+        width = -(-timeframe.width // MINUTE)
         usual = {"warn": max(10, width), "error": max(60, 3 * width)}
         return self.freshness.get(timeframe) or FreshnessLimits.model_validate(usual)
 
@@ -279,7 +281,7 @@ class Settings(Universe):
         if market in self.consolidate:
             return _hull(map(self.span, self.consolidate[market]))
         venue, whole = self.venues[market.venue], self.history(market)
-        return whole & Window(self.kept_since(f"raw/ohlcv_{venue.base.name}"), whole.end)
+        return whole & Window(self.kept_since(f"raw/ohlcv_{venue.base.label}"), whole.end)
 
     def history(self, market: Market) -> Window:
         """All that was ever wanted of a market. Where retention has removed the base bars, coarser
@@ -309,17 +311,19 @@ class Settings(Universe):
         )
 
     def rollup_timeframes_of(self, market: Market) -> tuple[Timeframe, ...]:
-        """The timeframes that are rolled up for a market: those coarser than its base, finest
-        first.
-        """
+        """The timeframes that are rolled up for a market: those made of its base, finest first."""
         base = self.venues[market.venue].base
-        return tuple(timeframe for timeframe in self.timeframes if timeframe.width > base.width)
+        return tuple(tf for tf in self.timeframes if tf != base and tf.is_made_of(base))
 
     @property
     def rollup_timeframes(self) -> tuple[Timeframe, ...]:
         """Every timeframe that is rolled up for some market, finest first."""
-        finest = min(venue.base.width for venue in self.venues.values())
-        return tuple(timeframe for timeframe in self.timeframes if timeframe.width > finest)
+        bases = {venue.base for venue in self.venues.values()}
+        return tuple(
+            tf
+            for tf in self.timeframes
+            if any(tf != base and tf.is_made_of(base) for base in bases)
+        )
 
     @property
     def consolidated_timeframes(self) -> tuple[Timeframe, ...]:

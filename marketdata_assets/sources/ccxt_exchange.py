@@ -12,6 +12,7 @@ import aiohttp
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.market import Market
+from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import from_ms
 from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.ccxt_transport import (
@@ -19,7 +20,13 @@ from marketdata_assets.sources.ccxt_transport import (
     StrictAnswersAsText,
     replace_host,
 )
-from marketdata_assets.venues.facts import BarsEndpoint, MarketType, VolumeUnit, market_type
+from marketdata_assets.venues.facts import (
+    BarsEndpoint,
+    MarketType,
+    VenueFacts,
+    VolumeUnit,
+    market_type,
+)
 from marketdata_assets.venues.registry import facts_of
 
 
@@ -70,6 +77,18 @@ def find_market(exchange: Any, market: Market) -> dict[str, Any]:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise BadInput(f"{market.venue} has no symbol {market.symbol}{hint}")
     return dict(found)
+
+
+def check_timeframe(exchange: Any, timeframe: Timeframe, facts: VenueFacts) -> None:
+    """Raise BadInput where a venue has no such bars, or bars of that name which are others."""
+    known = [name for name in TIMEFRAMES if name in (exchange.timeframes or TIMEFRAMES)]
+    usable = " ".join(name for name in known if name not in facts.odd_timeframes)
+    if reason := facts.odd_timeframes.get(timeframe.name):
+        raise BadInput(
+            f"{facts.venue}: its {timeframe.name} bars are not fetched: {reason}; it has {usable}"
+        )
+    if timeframe.name not in known:
+        raise BadInput(f"{facts.venue} has no {timeframe.name} bars; it has {usable}")
 
 
 def stated_page_size(exchange: Any, market: Market) -> int | None:

@@ -11,8 +11,8 @@ import polars as pl
 
 from marketdata_assets.errors import Garbled, VenueRefused
 from marketdata_assets.model.bar import COLUMN_NAMES
+from marketdata_assets.model.intervals import LAST_MS, close_lengths
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import to_ms
 
 OHLCV_COLUMNS = ("open_time", "open", "high", "low", "close", "volume")
 """The columns of ccxt's bars."""
@@ -101,6 +101,15 @@ def read_ohlcv(
     )
 
 
+def check_distances(bars: pl.DataFrame, timeframe: Timeframe) -> None:
+    """Refuse bars most of which lie nearer to each other than the timeframe. Raises Garbled."""
+    steps = bars["open_time"].drop_nulls().unique().sort().diff().drop_nulls()
+    shortest = timeframe.shortest // timedelta(milliseconds=1)
+    if (steps < shortest).sum() * 2 > steps.len():
+        usual = timedelta(milliseconds=steps.mode().min())  # type: ignore[arg-type]
+        raise Garbled(f"the bars are not {timeframe.name} bars: they are {usual} apart")
+
+
 def check_volume_unit(bars: pl.DataFrame, symbol: str) -> None:
     """Refuse bars whose quote volume a volume is not the price: it counts something else.
 
@@ -165,9 +174,10 @@ def _check_lengths(opens: pl.Series, closes: pl.Series, timeframe: Timeframe) ->
 
     A halt may cut a bar short, but no bar is longer than its timeframe, and not all are shorter.
     """
-    width = timeframe.width // timedelta(milliseconds=1)
-    lengths = closes - opens + 1
-    on_grid = ((opens - to_ms(timeframe.origin)) % width == 0) & (opens > _FIRST_MS)
-    judged = lengths.filter(on_grid)
-    if (lengths > width).any() or (len(judged) > 2 and not (judged == width).any()):
+    width, lengths = close_lengths(opens, timeframe), closes - opens + 1
+    moments = opens.clip(0, LAST_MS).cast(pl.Datetime("ms"))
+    is_full = (lengths == width).filter(
+        (timeframe.floors(moments) == moments) & (opens > _FIRST_MS)
+    )
+    if (lengths > width).any() or (len(is_full) > 2 and not is_full.any()):
         raise Garbled(f"the bars are not {timeframe.name} bars, by their close times")

@@ -23,6 +23,7 @@ from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.base import BarsPage, MarketTraits, Request
 from marketdata_assets.sources.ccxt_errors import read_date, translate_errors
 from marketdata_assets.sources.ccxt_exchange import (
+    check_timeframe,
     contract_size,
     create_exchange,
     find_market,
@@ -31,6 +32,7 @@ from marketdata_assets.sources.ccxt_exchange import (
 )
 from marketdata_assets.sources.ccxt_frames import (
     OHLCV_COLUMNS,
+    check_distances,
     check_volume_unit,
     read_klines,
     read_ohlcv,
@@ -111,10 +113,10 @@ class CcxtSource:
                 return from_ms(int(await exchange.fetch_time()))
 
             return (await self._request("time", request))[0]
-        width = self._venue.base.width
-        ours = self._venue.base.floor(datetime.now(UTC))
+        base = self._venue.base
+        ours = base.floor(datetime.now(UTC))
         bars = min(self.traits(market).page_size, NEWEST_BARS)
-        page = await self.fetch(market, self._venue.base, Window(ours - bars * width, ours + width))
+        page = await self.fetch(market, base, Window(base.shift(ours, -bars), base.shift(ours, 1)))
         newest = page.rows["open_time"].max()
         if self._answered_at is None and not isinstance(newest, int):
             raise Garbled(f"{self._venue.name}: the answer has neither a bar nor a Date")
@@ -134,9 +136,10 @@ class CcxtSource:
         listed = listed_at(await self._open_exchange(), market)
         if listed is None:
             return None
-        half = max(1, self.traits(market).page_size // 2 - 1) * timeframe.width
+        half = max(1, self.traits(market).page_size // 2 - 1)
         middle = timeframe.floor(listed)
-        page = await self.fetch(market, timeframe, Window(middle - half, middle + half))
+        around = Window(timeframe.shift(middle, -half), timeframe.shift(middle, half))
+        page = await self.fetch(market, timeframe, around)
         first = page.rows["open_time"].min()
         return from_ms(first) if isinstance(first, int) and from_ms(first) >= middle else None
 
@@ -152,9 +155,11 @@ class CcxtSource:
 
         async def request(exchange: Any) -> pl.DataFrame:
             find_market(exchange, market)
+            check_timeframe(exchange, timeframe, self._facts)
             size = contract_size(exchange, market, endpoint)
             found = await exchange.fetch_ohlcv(market.symbol, timeframe.name, start, limit)
             bars = read_ohlcv(found, endpoint.row_keys, size)
+            check_distances(bars, timeframe)
             check_volume_unit(bars, market.symbol)
             return bars
 
@@ -193,6 +198,7 @@ class CcxtSource:
     ) -> tuple[pl.DataFrame, Request]:
         async def request(exchange: Any) -> pl.DataFrame:
             symbol = find_market(exchange, market)["id"]
+            check_timeframe(exchange, timeframe, self._facts)
             method = getattr(exchange, str(self._facts.endpoint(market.symbol).klines_method))
             rows = await method({"symbol": symbol, "interval": timeframe.name, **params})
             return read_klines(rows, timeframe)

@@ -7,13 +7,14 @@ import threading
 from collections import defaultdict
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, TypeVar
 
 from marketdata_assets.model.events import ProgressCallback, no_progress
+from marketdata_assets.model.intervals import LAST_MS
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
-from marketdata_assets.model.window import Window, to_ms
+from marketdata_assets.model.window import Window, from_ms, to_ms
 from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.base import BarsPage, MarketTraits, Source
 from marketdata_assets.sources.guards import GuardedSource, RetryPolicy, VenueState
@@ -72,11 +73,12 @@ def _cut_at(page: BarsPage, timeframe: Timeframe) -> int | None:
     opens = page.rows["open_time"].drop_nulls().unique().sort()
     if opens.len() < MIN_PAGE:
         return None
-    width = timeframe.width // timedelta(milliseconds=1)
     first, last = opens[0], opens[-1]
+    if first < 0 or last > LAST_MS:
+        return None
     at_start = first == to_ms(page.window.start)
-    at_end = last == to_ms(page.window.end) - width
-    is_whole = last - first == (opens.len() - 1) * width
+    at_end = last == to_ms(timeframe.shift(page.window.end, -1))
+    is_whole = opens.len() == timeframe.count(from_ms(first), from_ms(last)) + 1
     return opens.len() if is_whole and at_start != at_end else None
 
 

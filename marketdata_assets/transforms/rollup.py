@@ -1,6 +1,6 @@
 """Rollups: coarser bars from finer ones, each timeframe from the coarsest that divides it.
 
-All sums are sums of whole numbers, so 1m -> 5m -> ... -> 1w gives digit for digit what 1m -> 1w
+All sums are sums of whole numbers, so 1m -> 5m -> ... -> 1M gives digit for digit what 1m -> 1w
 would. No bar is invented: a time bucket without bars gives no bar.
 
 A month of bars is small, so the number of calls decides the cost: numpy works on whole columns and
@@ -85,7 +85,12 @@ def roll_up(
     columns["open_time"] = pl.Series(buckets.labels).cast(TIME)
     columns["vwap"] = _compute_vwap(columns["quote_volume"], columns["volume"])
     columns["bars_expected"] = pl.Series(
-        np.repeat([tf.width // base.width for tf in ordered], np.diff(buckets.ends))
+        np.concatenate(
+            [
+                _count_expected(buckets.labels[a:b], tf, base)
+                for tf, (a, b) in zip(ordered, pairwise(buckets.ends), strict=True)
+            ]
+        )
     )
     columns["bars_present"] = pl.Series(buckets.last - buckets.first + 1)
     every = pl.DataFrame([columns[name].alias(name) for name in ROLLUP_SCHEMA])
@@ -106,22 +111,40 @@ def _build_levels(opens: pl.Series, timeframes: Sequence[Timeframe]) -> list[_Le
     """Return one level per timeframe; the first is the bars themselves."""
     levels = [_Level(0, opens.to_physical().to_numpy(), starts=None, first=None)]
     for i, tf in enumerate(timeframes[1:], 1):
-        parent = max(j for j in range(i) if not tf.width % timeframes[j].width)
-        width, origin = tf.width // _RESOLUTION, to_us(tf.origin)
-        number = (levels[parent].labels - origin) // width
+        parent = max(j for j in range(i) if tf.is_made_of(timeframes[j]))
+        number = _number_buckets(levels[parent].labels, tf)
         starts = np.flatnonzero(number[1:] != number[:-1]) + 1
         starts = np.concatenate([[0], starts])
-        labels = number[starts] * width + origin
+        labels = _open_buckets(number[starts], tf)
         first = levels[parent].first[starts] if parent else starts
         levels.append(_Level(parent, labels, starts=starts, first=first))
     return levels
 
 
+def _number_buckets(opens: Array, timeframe: Timeframe) -> Array:
+    """Return the numbers of the buckets that hold these microseconds since 1970."""
+    if timeframe.months:
+        return opens.astype("datetime64[us]").astype("datetime64[M]").astype(np.int64)
+    return (opens - to_us(timeframe.origin)) // (timeframe.width // _RESOLUTION)
+
+
+def _open_buckets(numbers: Array, timeframe: Timeframe) -> Array:
+    """Return when buckets of these numbers open, in microseconds since 1970."""
+    if timeframe.months:
+        return numbers.astype("datetime64[M]").astype("datetime64[us]").astype(np.int64)
+    return numbers * (timeframe.width // _RESOLUTION) + to_us(timeframe.origin)
+
+
+def _count_expected(opens: Array, timeframe: Timeframe, base: Timeframe) -> Array:
+    """Return how many bars of `base` each bucket holds where none is missing."""
+    closes = _open_buckets(_number_buckets(opens, timeframe) + 1, timeframe)
+    return (closes - opens) // (base.width // _RESOLUTION)
+
+
 def _wanted_opens(timeframe: Timeframe, whole: Window, owned: Window) -> Window:
     """Return the open times of the bars that lie wholly inside `whole` and open inside `owned`."""
     begin = max(timeframe.ceil(whole.start), owned.start)
-    last = whole.end - timeframe.width
-    return Window(begin, max(begin, min(last + _RESOLUTION, owned.end)))
+    return Window(begin, max(begin, min(timeframe.floor(whole.end), owned.end)))
 
 
 def _select_buckets(

@@ -186,6 +186,8 @@ class VenueFacts:
     """By ccxt's method of a request: what its answer needs before ccxt can read it."""
     archive: Archive | None = None
     """The files in which it publishes bars; None: none that we can read."""
+    odd_timeframes: Mapping[str, str] = field(default_factory=dict)
+    """By timeframe: why the venue's bars of that name are none of ours. They are not fetched."""
     halts: tuple[Halt, ...] = ()
     """Halts of all of its markets, oldest first."""
     tolerances: Mapping[str, Tolerance] = field(default_factory=dict)

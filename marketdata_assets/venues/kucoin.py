@@ -36,6 +36,8 @@ def name_perpetuals(answer: Any) -> Any:
     return answer
 
 
+ODD_TIMEFRAMES = {"1w": "its weeks open on Thursday"}  # github.com/ccxt/ccxt/issues/25046
+
 REPAIRS = {"futuresPublicGetContractsActive": name_perpetuals}
 
 FACTS = VenueFacts(
@@ -43,4 +45,5 @@ FACTS = VenueFacts(
     endpoints={MarketType.SPOT: _SPOT, MarketType.LINEAR: LINEAR_ENDPOINT},
     markets_option=list_types(spot=["spot"], linear=["swap"], inverse=["swap"]),
     repairs=REPAIRS,
+    odd_timeframes=ODD_TIMEFRAMES,
 )

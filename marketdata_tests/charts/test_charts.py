@@ -208,7 +208,8 @@ def test_the_title_shows_the_exact_prices(month: pl.DataFrame) -> None:
     [
         (1, 1, "1m", 1),
         (124, 1, "1m", 124),
-        (125, 1, "5m", 25),
+        (125, 1, "3m", 42),
+        (373, 1, "5m", 75),
         (620, 1, "5m", 124),
         (621, 1, "15m", 42),
         (1440, 1, "15m", 96),
@@ -219,7 +220,7 @@ def test_the_title_shows_the_exact_prices(month: pl.DataFrame) -> None:
         (29 * 1440, 1, "6h", 116),
         (31 * 1440, 1, "6h", 124),
         (744, 60, "6h", 124),
-        (186, 240, "12h", 62),  # 6h would split them unevenly
+        (186, 240, "8h", 93),  # 6h would split them unevenly
         (31, 1440, "1d", 31),
         (5, 7 * 1440, "1w", 5),
     ],

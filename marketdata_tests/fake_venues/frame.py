@@ -41,11 +41,13 @@ class FakeBar(NamedTuple):
 
 
 DAILY = {"1d", "1D", "1Dutc", "1day", "D", "1440", "86400", "ONE_DAY", "1DAY", "24h", "days"}
-"""What venues call the timeframe of a day; every other one is a minute here."""
+"""What venues call the timeframe of a day; all but these and seconds are minutes here."""
 
 
 def width_of(interval: str) -> int:
     """Return the milliseconds of a bar by the venue's name of its timeframe."""
+    if interval in ("1s", "seconds"):
+        return 1000
     return DAY if interval in DAILY else MINUTE
 
 

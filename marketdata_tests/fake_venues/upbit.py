@@ -18,7 +18,7 @@ class Upbit(FakeVenue):
             return [] if self.is_gone else [{"market": "KRW-BTC"}]
         if "/candles/" in path:
             end = int(datetime.fromisoformat(query["to"]).timestamp() * 1000)
-            interval = "days" if "/days" in path else "1m"
+            interval = path.split("/candles/")[1].split("/")[0]
             count = int(query["count"])
             bars = self.bars(self.listed, end - 1, count, keep="newest", interval=interval)
             return [

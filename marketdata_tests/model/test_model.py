@@ -27,6 +27,7 @@ from marketdata_assets.model.bar import (
 )
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, adjacent_partition, partitions_of
+from marketdata_assets.model.table import rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES, parse_timeframe
 from marketdata_assets.model.window import Window, format_time, from_ms, month_of, parse_time, to_ms
 from marketdata_tests.samples import BTC, DECIMALS, MINUTE, at
@@ -173,23 +174,52 @@ MOMENTS = st.datetimes(datetime(1969, 1, 1), datetime(2199, 12, 31), timezones=s
 
 
 def test_the_table_of_timeframes():
-    assert {tf.name: tf.minutes for tf in TIMEFRAMES.values()} == {
+    assert {tf.name: tf.width / MINUTE for tf in TIMEFRAMES.values()} == {
+        "1s": 1 / 60,
         "1m": 1,
+        "3m": 3,
         "5m": 5,
         "15m": 15,
         "30m": 30,
         "1h": 60,
+        "2h": 120,
         "4h": 240,
+        "6h": 360,
+        "8h": 480,
         "12h": 720,
         "1d": 1440,
+        "3d": 4320,
         "1w": 10080,
+        "1M": 31 * 1440,
     }
     for tf in TIMEFRAMES.values():
         assert parse_timeframe(tf.name) is tf
-        assert tf.parent is None or tf.minutes % TIMEFRAMES[tf.parent].minutes == 0
-    for name in ("3m", "1M", "", "1mo"):
-        with pytest.raises(BadInput, match="1m 5m 15m"):
+    for name in ("2m", "1D", "", "1mo"):
+        with pytest.raises(BadInput, match="1s 1m 3m"):
             parse_timeframe(name)
+
+
+def test_names_of_tables_differ_in_more_than_the_case_of_a_letter():
+    """SQL, and some file systems, do not tell 1M from 1m."""
+    labels = {tf.label.lower() for tf in TIMEFRAMES.values()}
+    assert len(labels) == len(TIMEFRAMES)
+    assert rollup_table(TIMEFRAMES["1M"]).name == "rollup/ohlcv_1mo"
+
+
+def test_which_bars_consist_of_which():
+    made_of = {
+        name: [other for other in TIMEFRAMES if TIMEFRAMES[name].is_made_of(TIMEFRAMES[other])]
+        for name in ("1m", "5m", "8h", "3d", "1w", "1M")
+    }
+    days = ["1s", "1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h", "1d"]
+    assert made_of == {
+        "1m": ["1s", "1m"],
+        "5m": ["1s", "1m", "5m"],
+        "8h": ["1s", "1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "8h"],
+        "3d": [*days, "3d"],
+        "1w": [*days, "1w"],
+        "1M": days,
+    }
 
 
 def grid_floor(moment: datetime, name: str) -> datetime:
@@ -197,15 +227,27 @@ def grid_floor(moment: datetime, name: str) -> datetime:
     day = moment.replace(hour=0, minute=0, second=0, microsecond=0)
     if name == "1w":
         return day - timedelta(days=moment.isoweekday() - 1)
-    size = {"m": 1, "h": 60, "d": 1440}[name[-1]] * int(name[:-1])
-    return day + timedelta(minutes=(moment.hour * 60 + moment.minute) // size * size)
+    if name == "1M":
+        return day.replace(day=1)
+    if name == "3d":
+        return day - timedelta(days=day.toordinal() % 3 - EPOCH_DAY % 3) % timedelta(days=3)
+    size = {"s": 1, "m": 60, "h": 3600, "d": 86400}[name[-1]] * int(name[:-1])
+    second = moment.hour * 3600 + moment.minute * 60 + moment.second
+    return day + timedelta(seconds=second // size * size)
+
+
+EPOCH_DAY = datetime(1970, 1, 1, tzinfo=UTC).toordinal()
+SECOND = timedelta(seconds=1)
 
 
 @given(MOMENTS, st.sampled_from(list(TIMEFRAMES)))
 def test_floor_and_ceil_follow_the_calendar(moment: datetime, name: str):
     tf, below = TIMEFRAMES[name], grid_floor(moment, name)
     assert tf.floor(moment) == below
-    assert tf.ceil(moment) == (moment if moment == below else below + tf.width)
+    after = grid_floor(below + tf.width, name)
+    assert tf.ceil(moment) == (moment if moment == below else after)
+    assert (tf.shift(below, 1), tf.shift(after, -1)) == (after, below)
+    assert tf.count(below, after) == 1
     assert tf.floor(below) == tf.ceil(below) == below
 
 
@@ -310,19 +352,23 @@ def test_a_month_equals_the_calendars(moment: datetime):
 
 
 @given(MONTHS, st.sampled_from(list(TIMEFRAMES)))
-def test_a_bar_belongs_to_the_month_of_its_last_minute(span: Window, name: str):
-    tf = TIMEFRAMES[name]
-    opens = Partition(BTC, span).open_times(tf)
-    for moment in (opens.start, opens.end - tf.width):
+def test_a_bar_belongs_to_the_month_of_its_last_second(span: Window, name: str):
+    opens = Partition(BTC, span).open_times(TIMEFRAMES[name])
+    before, last = (grid_floor(t - SECOND, name) for t in (opens.start, opens.end))
+    for moment in (opens.start, last):
         assert grid_floor(moment, name) == moment
-        assert span.start <= moment + tf.width - MINUTE < span.end
-    for moment in (opens.start - tf.width, opens.end):
-        assert not span.start <= moment + tf.width - MINUTE < span.end
+        assert span.start <= last_second(moment, name) < span.end
+    for moment in (before, opens.end):
+        assert not span.start <= last_second(moment, name) < span.end
+
+
+def last_second(opened: datetime, name: str) -> datetime:
+    return grid_floor(opened + TIMEFRAMES[name].width, name) - SECOND
 
 
 @given(MOMENTS, st.sampled_from(list(TIMEFRAMES)))
-def test_every_minute_belongs_to_exactly_one_partition(moment: datetime, name: str):
-    """Of the months around a minute, exactly one owns its bar."""
+def test_every_moment_belongs_to_exactly_one_partition(moment: datetime, name: str):
+    """Of the months around it, exactly one owns its bar."""
     opened = grid_floor(moment, name)
     near = partitions_of(BTC, Window(moment - timedelta(days=40), moment + timedelta(days=40)))
     owners = [
@@ -330,7 +376,7 @@ def test_every_minute_belongs_to_exactly_one_partition(moment: datetime, name: s
         for p in near
         if p.open_times(TIMEFRAMES[name]).start <= opened < p.open_times(TIMEFRAMES[name]).end
     ]
-    last = opened + TIMEFRAMES[name].width - MINUTE
+    last = last_second(opened, name)
     assert [p.month_key for p in owners] == [f"{last.year}-{last.month:02}-01"]
 
 

@@ -110,6 +110,7 @@ def test_what_is_not_written_has_the_documented_default(
     monkeypatch.chdir(tmp_path)
     settings = load(SMALL)
     assert [tf.name for tf in settings.timeframes] == [
+        "1m",
         "5m",
         "15m",
         "30m",
@@ -388,11 +389,12 @@ REFUSED: dict[str, tuple[str, int, str]] = {
     ),
     "key twice": (OK + "lake: a\nlake: b\n", 6, "'lake' is written twice"),
     "key twice in a venue": (venue(SYMBOLS, SINCE, SINCE), 5, "'since' is written twice"),
-    "bad base": (venue(SYMBOLS, SINCE, "base: 3m"), 5, "'3m' is not one of 1m, 5m, 15m"),
+    "bad base": (venue(SYMBOLS, SINCE, "base: 2m"), 5, "'2m' is not one of 1s, 1m, 3m"),
     "a timeframe that is nearly one": (
         venue(SYMBOLS, SINCE, "base: 15min"),
         5,
-        "timeframe '15min' is not one of 1m, 5m, 15m, 30m, 1h, 4h, 12h, 1d, 1w; "
+        "timeframe '15min' is not one of 1s, 1m, 3m, 5m, 15m, 30m, 1h, 2h, "
+        "4h, 6h, 8h, 12h, 1d, 3d, 1w, 1M; "
         "did you mean '15m'?",
     ),
     "base is a list": (venue(SYMBOLS, SINCE, "base: [1m]"), 5, "one value is expected here"),
@@ -512,7 +514,7 @@ REFUSED: dict[str, tuple[str, int, str]] = {
         5,
         "'runs' is written twice; keep one",
     ),
-    "bad reference": (venue(SYMBOLS, SINCE, "reference: [1h, 1M]"), 5, "'1M' is not one of"),
+    "bad reference": (venue(SYMBOLS, SINCE, "reference: [1h, 1D]"), 5, "'1D' is not one of"),
     "reference is the base": (
         venue(SYMBOLS, SINCE, "reference: [1m]"),
         5,
@@ -777,7 +779,7 @@ def test_the_first_of_several_mistakes_is_named(
         (
             "FRESHNESS",
             "{2m: {warn: 1, error: 2}}",
-            "environment MARKETDATA_FRESHNESS line 1: timeframe '2m' is not one of 1m, 5m",
+            "environment MARKETDATA_FRESHNESS line 1: timeframe '2m' is not one of 1s, 1m, 3m, 5m",
         ),
         (
             "FRESHNESS",

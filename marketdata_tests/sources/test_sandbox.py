@@ -21,9 +21,8 @@ from aiohttp import web
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.bar import BAR_COLUMNS, BAR_SCHEMA
-from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
-from marketdata_assets.sources.sandbox.bars import generate_bars, generate_klines
+from marketdata_assets.sources.sandbox.bars import INTERVALS, generate_bars, generate_klines
 from marketdata_assets.sources.sandbox.listings import LISTINGS
 from marketdata_assets.sources.sandbox.server import (
     LOG_SIZE,
@@ -204,17 +203,21 @@ def test_prices_are_continuous_and_move() -> None:
     assert max(weekly) > Decimal("1.5") * min(weekly)
 
 
-@pytest.mark.parametrize("interval", [name for name in TIMEFRAMES if name != "1m"])
+@pytest.mark.parametrize("interval", [name for name in INTERVALS if name not in ("1m", "3d")])
 @pytest.mark.parametrize("symbol", ["ADAUSDT", "SHIBUSDT"])
 def test_coarse_bars_are_the_sum_of_their_minutes(symbol: str, interval: str) -> None:
     """Against plain Python over two weeks with a halt; and no bar where no minute is."""
-    start, width = MONDAY, TIMEFRAMES[interval].minutes * MINUTE
+    start, width = MONDAY, INTERVALS[interval] * MINUTE
     grouped = groupby(two_weeks(symbol), key=lambda row: start + (row[0] - start) // width * width)
     expected = [merge_rows(list(rows), time, width) for time, rows in grouped]
     assert pages(symbol, start, start + 14 * DAY, interval) == expected
-    assert len(expected) == 14 * DAY // width - {"5m": 16, "15m": 5, "30m": 2, "1h": 1}.get(
-        interval, 0
-    )
+    assert len(expected) == 14 * DAY // width - {
+        "3m": 26,
+        "5m": 16,
+        "15m": 5,
+        "30m": 2,
+        "1h": 1,
+    }.get(interval, 0)
 
 
 def test_weeks_open_on_monday_and_the_first_may_be_short() -> None:
@@ -300,7 +303,7 @@ def test_an_open_bar_grows_into_its_closed_self() -> None:
     ]
 
 
-@pytest.mark.parametrize("interval", TIMEFRAMES)
+@pytest.mark.parametrize("interval", INTERVALS)
 def test_generated_bars_are_what_the_wire_has(interval: str) -> None:
     """In the model's columns, over a window at whose ends no bar opens."""
     window = Window(
@@ -333,8 +336,8 @@ def test_truth_needs_no_clock_and_refuses_strangers() -> None:
     assert generate_bars("BTCUSDT", "1h", Window(soon, long_ago)).is_empty()
     with pytest.raises(BadInput, match="XRPUSDT"):
         generate_bars("XRPUSDT", "1h", Window(long_ago, soon))
-    with pytest.raises(BadInput, match="2h"):
-        generate_bars("BTCUSDT", "2h", Window(long_ago, soon))
+    with pytest.raises(BadInput, match="1s"):
+        generate_bars("BTCUSDT", "1s", Window(long_ago, soon))
 
 
 # ------------------------------------------------------------ the server

@@ -36,7 +36,7 @@ from marketdata_tests.samples import (
 )
 
 M1, H1, W1 = TIMEFRAMES["1m"], TIMEFRAMES["1h"], TIMEFRAMES["1w"]
-COARSER = [tf for tf in TIMEFRAMES.values() if tf.parent]
+COARSER = [tf for tf in TIMEFRAMES.values() if tf != M1 and tf.is_made_of(M1)]
 FOREVER = Window(at("2000-01-01"), at("2100-01-01"))
 VOLUMES = ("volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_quote_volume")
 
@@ -44,10 +44,14 @@ VOLUMES = ("volume", "quote_volume", "trades", "taker_buy_volume", "taker_buy_qu
 # --------------------------------------------------------------------------------- the same by plai
 def bucket(moment: datetime, tf: Timeframe) -> datetime:
     """The open time of the coarse bar, by the calendar's own fields."""
-    day = moment.replace(hour=0, minute=0)
+    day = moment.replace(hour=0, minute=0, second=0)
     if tf.name == "1w":
         return day - timedelta(days=moment.weekday())
-    return day + timedelta(minutes=(moment.hour * 60 + moment.minute) // tf.minutes * tf.minutes)
+    if tf.name == "1M":
+        return day.replace(day=1)
+    if tf.name == "3d":
+        return day - (day - at("1970-01-01")) % timedelta(days=3)
+    return day + (moment - day) // tf.width * tf.width
 
 
 def aggregate(
@@ -57,7 +61,8 @@ def aggregate(
     found = []
     for opened, group in groupby(rows, key=lambda r: bucket(r["open_time"], tf)):
         part = list(group)
-        if opened < whole.start or opened + tf.width > whole.end:
+        closed = bucket(opened + tf.width, tf)
+        if opened < whole.start or closed > whole.end:
             continue
         with localcontext(prec=60):
             sums = {
@@ -70,7 +75,7 @@ def aggregate(
             min(r["low"] for r in part),
             part[-1]["close"],
         )
-        counts = (tf.width // base.width, len(part))
+        counts = ((closed - opened) // base.width, len(part))
         found.append(
             (opened, *prices, *sums.values(), vwap(sums["quote_volume"], sums["volume"]), *counts)
         )
@@ -110,7 +115,7 @@ FRAMES = st.builds(
         TIMEFRAMES[name],
     ),
     st.integers(0, 10**6),
-    st.sampled_from(["1m", "1m", "15m", "1h", "4h"]),
+    st.sampled_from(["1s", "1m", "1m", "15m", "1h", "4h", "1d"]),
     st.integers(-400, 400),
     st.integers(0, 400),
     st.sampled_from([0.0, 0.02, 0.5, 0.95]),
@@ -125,7 +130,7 @@ def test_rollups_equal_plain_python(found: tuple[list[Row], Timeframe], edges: t
     rows, base = found
     start = START + edges[0] * base.width + timedelta(seconds=edges[0] % 2)
     whole = Window(start, start + edges[1] * base.width)
-    coarser = [tf for tf in COARSER if tf.width > base.width]
+    coarser = [tf for tf in COARSER if tf != base and tf.is_made_of(base)]
     for window in (FOREVER, whole):
         for tf, found in roll_up(frame(rows), base, coarser, whole=window).items():
             assert found.rows() == aggregate(rows, base, tf, window), tf.name
@@ -135,9 +140,9 @@ def test_rollups_equal_plain_python(found: tuple[list[Row], Timeframe], edges: t
 @settings(max_examples=25)
 @given(FRAMES)
 def test_step_by_step_equals_in_one_go(found: tuple[list[Row], Timeframe]):
-    """1m -> 5m -> ... -> 1w gives what 1m -> 1w alone gives, whatever the order asked for."""
+    """1m -> 3m -> ... -> 1M gives what 1m -> 1M alone gives, whatever the order asked for."""
     rows, base = found
-    coarser = [tf for tf in reversed(COARSER) if tf.width > base.width]
+    coarser = [tf for tf in reversed(COARSER) if tf != base and tf.is_made_of(base)]
     together = roll_up(frame(rows), base, coarser, whole=FOREVER)
     assert list(together) == coarser
     for tf in coarser:
@@ -407,7 +412,7 @@ def test_rollups_equal_the_bars_of_the_api(symbol: str):
     Its last week reaches beyond the minutes we have, so it is no bar of ours.
     """
     span = "2024-01-01_2024-02-29"
-    five, names = list(COLUMN_NAMES[:6]), ["5m", "15m", "1h", "4h", "1d", "1w"]
+    five, names = list(COLUMN_NAMES[:6]), ["5m", "15m", "1h", "4h", "1d", "1w", "1M"]
     found = roll_up_real_bars(symbol, "1m", span, *SPANS[span], names)
     for name in names:
         native = dump("binance_spot_native_ohlcv", symbol, name, span)

@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from marketdata_assets.errors import MarketDataError, VenueDown
+from marketdata_assets.errors import BadInput, MarketDataError, VenueDown
 from marketdata_assets.flows.fetch.answers import FetchResult, FetchSpan
 from marketdata_assets.flows.fetch.collect import collect
 from marketdata_assets.flows.fetch.open_partition import empty_raw_bars
@@ -21,7 +21,7 @@ from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.events import no_progress
 from marketdata_assets.model.gap import GapReason
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, from_ms
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.ccxt_rest import CcxtSource
@@ -79,12 +79,12 @@ class Battery:
         entry = {"symbols": [self.symbol], "since": "2020-01-01", "base_url": self.url}
         return Settings.model_validate({"venues": {self.venue.name: entry}})
 
-    def collect(self, start: int, end: int) -> FetchResult:
+    def collect(self, start: int, end: int, timeframe: Timeframe = ONE_MINUTE) -> FetchResult:
         """Fetch what opens in `[start, end)` through the guarded source, as an ingest does."""
         settings = self.settings()
         span = FetchSpan(
             self.market,
-            ONE_MINUTE,
+            timeframe,
             Window(from_ms(start), from_ms(end)),
             empty_raw_bars(),
             (),
@@ -122,9 +122,16 @@ def battery(tmp_path: Path) -> Iterator[Callable[..., Battery]]:
         yield start
 
 
-def assert_true(bars: pl.DataFrame, start: int, end: int, silent: frozenset[int] = frozenset()):
+def assert_true(
+    bars: pl.DataFrame,
+    start: int,
+    end: int,
+    silent: frozenset[int] = frozenset(),
+    *,
+    width: int = MINUTE,
+) -> None:
     """Every closed bar of the span, exactly as the truth has it, and no other."""
-    expected = [true_bar(t) for t in range(start, end, MINUTE) if t not in silent]
+    expected = [true_bar(t, width=width) for t in range(start, end, width) if t not in silent]
     assert bars["open_time"].to_list() == [from_ms(bar.t) for bar in expected]
     for column, values in {
         "open": [bar.o for bar in expected],
@@ -157,6 +164,35 @@ def test_a_day_of_a_perpetual(battery: Callable[..., Battery], name: str) -> Non
     result = tried.collect(start, end)
     assert_true(result.bars, start, end)
     assert result.gaps == ()
+
+
+@pytest.mark.parametrize("name", ["binance", "upbit"])
+def test_twenty_minutes_of_seconds(battery: Callable[..., Battery], name: str) -> None:
+    tried = battery(name)
+    start = tried.venue.now // DAY * DAY - DAY
+    end = start + 20 * MINUTE
+    result = tried.collect(start, end, TIMEFRAMES["1s"])
+    assert_true(result.bars, start, end, width=1000)
+    assert result.gaps == ()
+
+
+def test_a_timeframe_that_the_venue_lacks_is_refused(battery: Callable[..., Battery]) -> None:
+    tried = battery("gate")
+    start, end = a_day("gate", tried.venue.now)
+    with pytest.raises(BadInput, match="gate has no 3m bars; it has 1m 5m 15m 30m 1h 2h 4h"):
+        tried.collect(start, end, TIMEFRAMES["3m"])
+
+
+def test_bars_of_another_length_under_the_same_name_are_refused(
+    battery: Callable[..., Battery],
+) -> None:
+    """ccxt's 1w of Bitstamp are three days, and a venue may err: minutes for hours."""
+    tried = battery("bitstamp")
+    start, end = a_day("bitstamp", tried.venue.now)
+    with pytest.raises(BadInput, match="1w bars are not fetched: they are three days long"):
+        tried.collect(start - 30 * DAY, end, TIMEFRAMES["1w"])
+    with pytest.raises(VenueDown, match="not 1h bars: they are 0:01:00 apart"):
+        tried.collect(start, end, TIMEFRAMES["1h"])
 
 
 # ------------------------------------------------------------ how answers are cut and ordered

@@ -175,12 +175,13 @@ class Consolidator:
         pairs: pl.DataFrame,
         sources: _Sources,
     ) -> ConsolidationResult:
-        ledger, width = self.ledger.consolidations, table.timeframe.width
+        ledger = self.ledger.consolidations
         before = ledger.states(table).get(partition.stored_key)
         self.lake.write_if_changed(reconciled_table(table.timeframe), partition, pairs)
         stored = self.lake.write(table, partition, series)
         opens, start = series["open_time"], partition.open_times(table.timeframe).start
-        span = Window(opens[0], opens[-1] + width) if series.height else Window(start, start)
+        shift = table.timeframe.shift
+        span = Window(opens[0], shift(opens[-1], 1)) if series.height else Window(start, start)
         record = ConsolidationRecord(
             table,
             partition,

@@ -223,4 +223,4 @@ def requested_window(opens: pl.Series, base: Timeframe, requested: Window) -> Wi
     """
     if opens.is_empty():
         return requested
-    return Window(min(requested.start, opens[0]), max(requested.end, opens[-1] + base.width))
+    return Window(min(requested.start, opens[0]), max(requested.end, base.shift(opens[-1], 1)))

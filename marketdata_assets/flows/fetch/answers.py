@@ -162,7 +162,7 @@ class Answers:
         self._extents.extend((a, b) for _, a, b in extents.sort("answer").iter_rows())
         start, end = self.window.start, self.window.end
         neighbor = ((opens < start) | (opens >= end)) & opens.is_between(
-            start - timeframe.width, end, closed="both"
+            timeframe.shift(start, -1), end, closed="both"
         )
         self._valid.append(valid.filter(~neighbor))
         self._rejected.append(rejected.filter(~neighbor.fill_null(False)))
@@ -269,7 +269,7 @@ class Answers:
     def _rejection_votes(self) -> pl.DataFrame:
         """Return the rejected rows by the bar that they stand for, with the number of answers."""
         rows = pl.concat(self._rejected)
-        grid = pl.col("open_time").dt.truncate(self.span.timeframe.every)
+        grid = self.span.timeframe.floors(pl.col("open_time"))
         votes = pl.col("answer").n_unique().alias("votes")
         return rows.group_by(grid.alias("open_time"), "fields").agg(votes)
 

@@ -62,7 +62,7 @@ async def collect(
     now = settings.now()
     if not span.again and not missing_windows(opens, timeframe, wanted, gaps=span.gaps, now=now):
         return FetchResult(gaps=tuple(span.gaps), through=wanted.end)
-    closed_before = await client.now(span.market, wanted.end + timeframe.width)
+    closed_before = await client.now(span.market, timeframe.shift(wanted.end, 1))
     base = settings.venues[span.market.venue].base
     first_bar = await find_first_bar(ledger, client, span, base=base)
     start = max(wanted.start, first_bar or wanted.start)
@@ -159,8 +159,12 @@ class FetchSession:
         """Return pages over the windows and the stored bars around them."""
         timeframe = self.answers.span.timeframe
         size = max(1, self._traits.page_size - 2)
-        back = (NEIGHBORS - 1) * timeframe.width
-        wide = (Window(w.start - back, w.end + back) & self.answers.window for w in windows)
+        more = NEIGHBORS - 1
+        wide = (
+            Window(timeframe.shift(w.start, -more), timeframe.shift(w.end, more))
+            & self.answers.window
+            for w in windows
+        )
         joined = pack_windows(wide, timeframe, max_bars=size)
         pages = (page for window in joined for page in window.pages(timeframe, size))
         return [self._with_neighbors(page) for page in pages]
@@ -196,18 +200,18 @@ class FetchSession:
 
         The end of the page where it serves none of it.
         """
-        width = self.answers.span.timeframe.width
+        timeframe = self.answers.span.timeframe
         low, high, known = page.start, page.end, self._known_horizon()
         if known and known >= high:
             return high
         if known and low < known and await self._serves(Window(known, high)):
             return known
         while low < high:
-            middle = low + (high - low) // width // 2 * width
+            middle = timeframe.shift(low, timeframe.count(low, high) // 2)
             if await self._serves(Window(middle, page.end)):
                 high = middle
             else:
-                low = middle + width
+                low = timeframe.shift(middle, 1)
         return high
 
     async def _probe(self, window: Window) -> BarsPage | None:
@@ -233,15 +237,15 @@ class FetchSession:
         market, timeframe = self.answers.span.market, self.answers.span.timeframe
         newest = facts_of(market.venue).endpoint(market.symbol).newest_bars_only
         last = timeframe.floor(self.answers.closed_before)
-        return last - (newest - 1) * timeframe.width if newest else None
+        return timeframe.shift(last, 1 - newest) if newest else None
 
     def _with_neighbors(self, window: Window) -> Window:
         """Return the window with one bar more on both sides, as far as the venue's clock allows."""
         timeframe = self.answers.span.timeframe
         last = timeframe.floor(self.answers.closed_before)
         is_first = window.start <= self.answers.window.start
-        start = window.start if is_first else window.start - timeframe.width
-        return Window(start, max(window.end, min(window.end + timeframe.width, last)))
+        start = window.start if is_first else timeframe.shift(window.start, -1)
+        return Window(start, max(window.end, min(timeframe.shift(window.end, 1), last)))
 
     def _join(self, windows: list[Window]) -> list[Window]:
         """Return the windows in as few requests as the venue allows."""
@@ -292,7 +296,7 @@ class FetchSession:
         if refused is None:
             return
         error, last = answers.refused[refused], timeframe.floor(answers.closed_before)
-        first = max(refused.start + timeframe.width, last - NEWEST_BARS * timeframe.width)
+        first = max(timeframe.shift(refused.start, 1), timeframe.shift(last, -NEWEST_BARS))
         newest = await self._probe(Window(first, last)) if first < last else None
         if newest is None or any(page.window.end <= refused.start for page in answers.fetched):
             raise error

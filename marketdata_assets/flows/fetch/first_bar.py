@@ -50,7 +50,7 @@ async def settle_beginning(
     market, timeframe = answers.span.market, answers.span.timeframe
     newest = facts_of(market.venue).endpoint(market.symbol).newest_bars_only
     if newest:
-        oldest = timeframe.floor(answers.closed_before) - newest * timeframe.width
+        oldest = timeframe.shift(timeframe.floor(answers.closed_before), -newest)
         answers.set_served_from(
             min(oldest, first or oldest), f"the venue serves the newest {newest} bars only"
         )

@@ -127,7 +127,7 @@ class PartitionStore:
         if state:
             ends.append(state.through)
         if bars.height:
-            ends.append(bars["open_time"][-1] + table.timeframe.width)
+            ends.append(table.timeframe.shift(bars["open_time"][-1], 1))
         return IngestResult(
             partition,
             table.timeframe,
@@ -283,7 +283,7 @@ def _compare_frame(
     new = subtract_windows(
         find_gaps(opens, timeframe, inside) if inside else [], [gap.window for gap in gaps]
     )
-    broken = rejected["open_time"].drop_nulls().dt.truncate(timeframe.every).to_list()
+    broken = timeframe.floors(rejected["open_time"].drop_nulls()).to_list()
     quarantined = group_consecutive(broken, timeframe)
     for window in new:
         gaps += _gaps_of_sources(

@@ -127,7 +127,7 @@ class BackfillPlanner:
             return None
         newest = facts.endpoint(market.symbol).newest_bars_only
         if newest and archive.overview_url:
-            oldest = timeframe.floor(now) - newest * timeframe.width
+            oldest = timeframe.shift(timeframe.floor(now), -newest)
             wanted = wanted_window(self.settings, timeframe, partition)
             unserved = wanted & Window(partition.month.start, oldest)
             count = min(bars, unserved.count(timeframe))

@@ -16,7 +16,7 @@ from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
-from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
+from marketdata_assets.model.timeframe import TIMEFRAME_OF_LABEL, Timeframe
 from marketdata_assets.model.window import Window, parse_time, to_ms
 from marketdata_assets.quality.split import (
     REJECTED_SCHEMA,
@@ -106,7 +106,7 @@ class QuarantineReplayer:
     def _replay(
         self, place: _Place, rows: list[dict[str, Any]], dry_run: bool
     ) -> Iterator[ReplayedRow]:
-        timeframe = TIMEFRAMES[place.table.rpartition("_")[2]]
+        timeframe = TIMEFRAME_OF_LABEL[place.table.rpartition("_")[2]]
         partition = Partition.parse(f"{place.market}|{place.month}")
         wanted = wanted_window(self.settings, timeframe, partition)
         if not wanted:

@@ -61,7 +61,7 @@ def market_freshness(
             bar, month, size = newest[market.key]
             partition = Partition.parse(f"{market.key}|{month}")
             if lake.size(raw_table(timeframe), partition) == size:
-                through = bar + timeframe.width
+                through = timeframe.shift(bar, 1)
         lag = max(timedelta(0), timeframe.floor(span.end) - (through or span.start))
         found.append(MarketFreshness(market, through, lag, settings.limits(timeframe)))
     return found

@@ -42,13 +42,13 @@ def find_partition_anomalies(
     more about them.
     """
     table, partition = raw_table(result.timeframe), result.partition
-    month, width = partition.month, result.timeframe.width
+    month, shift = partition.month, result.timeframe.shift
     earlier, later = adjacent_partition(partition, -1), adjacent_partition(partition, +1)
-    window_before = Window(month.start - CONTEXT * width, month.start)
-    window_after = Window(month.end, month.end + CONTEXT * width)
+    window_before = Window(shift(month.start, -CONTEXT), month.start)
+    window_after = Window(month.end, shift(month.end, CONTEXT))
     before = _read_inside(ledger, lake, table, partition=earlier, window=window_before)
     after = _read_inside(ledger, lake, table, partition=later, window=window_after)
-    judged = Window(month.start - REACH * width if before.height else month.start, month.end)
+    judged = Window(shift(month.start, -REACH) if before.height else month.start, month.end)
     bars = pl.concat([before, result.bars, after])
     first = ledger.markets.first_bar(partition.market)
     found = find_anomalies(bars, result.timeframe, judged, listed=first)
@@ -77,8 +77,8 @@ class _Witnesses:
         window = Window(anomaly.start, anomaly.end)
         ours = self._extremes(self.table, self.partition.market, window)
         for name, table, market in self._tables():
-            step = table.timeframe.width
-            around = Window(table.timeframe.floor(window.start) - step, window.end)
+            start = table.timeframe.shift(table.timeframe.floor(window.start), -1)
+            around = Window(start, window.end)
             theirs = self._extremes(table, market, around)
             if ours and theirs and _reaches(theirs, ours):
                 return corroborate(anomaly, f"{name} reached these prices as well")

@@ -127,9 +127,9 @@ class GapInvestigation:
         return {name: value for name, value in found.items() if value not in (None, [], {})}
 
     def _neighbors(self, window: Window) -> tuple[Neighbor | None, Neighbor | None]:
-        opens, step = self._bars["open_time"], self._table.timeframe.width
+        opens, last = self._bars["open_time"], self._table.timeframe.shift(window.start, -1)
         at = int(opens.search_sorted(window.start))
-        before = self._neighbor(at - 1, window.start - step) if at else None
+        before = self._neighbor(at - 1, last) if at else None
         after = self._neighbor(at, window.end) if at < opens.len() else None
         return before, after
 
@@ -211,13 +211,16 @@ def _native_bars(
     """
     venue = settings.venues.get(partition.market.venue)
     for timeframe in venue.fetched_timeframes if venue else ():
-        is_coarser = timeframe.width > table.timeframe.width
+        is_coarser = timeframe.width > table.timeframe.width and timeframe.is_made_of(
+            table.timeframe
+        )
         native = lake.read(raw_table(timeframe), partition) if is_coarser else None
         if native is None:
             continue
-        full = timeframe.width // table.timeframe.width
-        bucket = pl.col("open_time").dt.truncate(timeframe.every)
+        bucket, width = timeframe.floors(pl.col("open_time")), table.timeframe.width
         sums = bars.group_by(bucket).agg(pl.col("volume").sum().alias("ours"), pl.len())
+        whole_length = timeframe.closes(pl.col("open_time")) - pl.col("open_time")
+        full = whole_length.dt.total_seconds() // int(width.total_seconds())
         missing = (full - pl.col("len").fill_null(0)).alias("missing")
         both = native.select("open_time", "volume").join(sums, on="open_time", how="left")
         both = both.with_columns(pl.col("ours").fill_null(0), missing)

@@ -92,7 +92,7 @@ class ParityChecker:
         """
         base = self.settings.venues[partition.market.venue].base
         sides = ((ParityOutcome.ONLY_NATIVE, base), (ParityOutcome.ONLY_OURS, timeframe))
-        opens, ends = pl.col("open_time"), pl.col("open_time") + timeframe.width
+        opens, ends = pl.col("open_time"), timeframe.closes(pl.col("open_time"))
         for outcome, other in sides:
             is_alone = pl.col("outcome") == outcome
             if compared.filter(is_alone).is_empty():
@@ -169,9 +169,7 @@ class ParityChecker:
         """Compare the finest of the venue's own timeframes between the base and this one."""
         venue = self.settings.venues[result.partition.market.venue]
         between = [
-            tf
-            for tf in venue.reference
-            if tf.width < timeframe.width and not timeframe.width % tf.width
+            tf for tf in venue.reference if tf.width < timeframe.width and timeframe.is_made_of(tf)
         ]
         if not between:
             return None

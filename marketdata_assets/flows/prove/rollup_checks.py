@@ -150,7 +150,7 @@ def _count_absent_bars(known: _Absences, timeframe: Timeframe) -> pl.DataFrame:
         moment = window.start
         while moment < window.end:
             absent[timeframe.floor(moment)] += 1
-            moment += base.width
+            moment = base.shift(moment, 1)
     columns = {"open_time": list(absent), "absent": list(absent.values())}
     return pl.DataFrame(columns, schema=_ABSENT)
 

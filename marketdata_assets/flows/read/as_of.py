@@ -54,7 +54,7 @@ class AsOfReader:
             )
         base = timeframe if table.layer == "raw" else reader.base_timeframe(market)
         known = self.ledger.partitions.of_market(raw_table(base), market)
-        span = Window(window.start, window.end + timeframe.width)
+        span = Window(window.start, timeframe.shift(window.end, 1))
         months = [p for p in partitions_of(market, span) if p.month_key in known]
         frames = [self.read_partition(table, partition, moment) for partition in months]
         bars = pl.concat(frames) if frames else pl.DataFrame(schema=table.schema)
@@ -125,7 +125,7 @@ class AsOfReader:
         if bars.is_empty():
             return roll_up(bars, base, [timeframe], whole=owned)[timeframe]
         was_complete = state.completed_at is not None and state.completed_at <= moment
-        end = max(bars["open_time"][-1] + base.width, state.through if was_complete else start)
+        end = max(base.shift(bars["open_time"][-1], 1), state.through if was_complete else start)
         requested = Window(min(start, bars["open_time"][0]), end)
         built = roll_up(bars, base, [timeframe], whole=requested)[timeframe]
         return built.filter(opens_inside(owned))

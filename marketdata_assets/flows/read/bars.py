@@ -81,7 +81,7 @@ class BarReader:
         table = self.table_of(market, timeframe)
         if self.storage.in_warehouse(table):
             return self.storage.warehouse.read(table, market, window)
-        wanted = Window(window.start, window.end + timeframe.width)
+        wanted = Window(window.start, timeframe.shift(window.end, 1))
         partitions = partitions_of(market, self._stored_span(market) & wanted)
         lake, empty = self.storage.lake, pl.DataFrame(schema=table.schema)
         read = (lake.read_inside(table, partition, window) for partition in partitions)
@@ -113,7 +113,7 @@ class BarReader:
             if with_market:
                 frames = [with_market_column(f, m) for f, m in zip(frames, markets, strict=True)]
             return pl.concat(frames).lazy()
-        wanted = Window(window.start, window.end + timeframe.width)
+        wanted = Window(window.start, timeframe.shift(window.end, 1))
         partitions = [p for market in markets for p in partitions_of(market, wanted)]
         is_known = False
         if not self.storage.lake.is_local:  # asking the store what is there would take a listing
@@ -183,7 +183,7 @@ class BarReader:
             )
         stored = self.ledger.partitions.stored_span(market)
         base, *references = [tf for tf in TIMEFRAMES.values() if raw_table(tf).name in stored]
-        coarser = [tf for tf in settings.timeframes if tf.width > base.width]
+        coarser = [tf for tf in settings.timeframes if tf != base and tf.is_made_of(base)]
         return StoredTimeframes(base, coarser, references)
 
     def _stored_span(self, market: Market) -> Window:

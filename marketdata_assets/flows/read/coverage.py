@@ -14,7 +14,7 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.partition_status import PartitionStatus, partition_status
 from marketdata_assets.model.table import Table, raw_table
-from marketdata_assets.model.timeframe import Timeframe
+from marketdata_assets.model.timeframe import MINUTE, Timeframe
 from marketdata_assets.model.window import Window, format_time, parse_time
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.lake import Lake
@@ -26,7 +26,7 @@ DAY, MIDNIGHT = timedelta(days=1), time(0)
 class Coverage:
     """What became of every expected bar of a market; the parts sum to `expected`.
 
-    Base bars are counted as the 1m bars that they hold.
+    Base bars are counted as the 1m bars that they hold, and those of less than a minute one by one.
     """
 
     market: str
@@ -40,6 +40,12 @@ class Coverage:
     missing_at_source: int = 0
     unexplained: int = 0
     not_fetched: int = 0
+
+    def add(self, other: Coverage, units: int) -> None:
+        """Add a sum whose bars count for so many units each."""
+        for name, bars in asdict(other).items():
+            if isinstance(bars, int):
+                setattr(self, name, getattr(self, name) + bars * units)
 
     def as_dict(self) -> dict[str, str | int]:
         """Return it in the order of the contract."""
@@ -101,21 +107,20 @@ class CoverageReporter:
         span = self.settings.span(market)
         span = span if window is None else span & window
         states = self.ledger.partitions.of_market(raw_table(base), market)
-        coverage = Coverage(market.key)
+        coverage, unit = Coverage(market.key), min(MINUTE, base.width)
         for partition in partitions_of(market, span):
             wanted = partition.open_times(base) & Window(
                 base.ceil(span.start), base.floor(span.end)
             )
-            coverage.expected += wanted.count(base)
+            month = Coverage(market.key, expected=wanted.count(base))
+            bar = (base.shift(wanted.start, 1) - wanted.start) // unit
             if first_bar:
                 listed = Window(max(wanted.start, base.floor(first_bar)), wanted.end)
-                coverage.not_listed += wanted.count(base) - listed.count(base)
+                month.not_listed += wanted.count(base) - listed.count(base)
                 wanted = listed
             state = states.get(partition.month_key)
-            self._add_partition(coverage, raw_table(base), partition, wanted=wanted, state=state)
-        for name, value in asdict(coverage).items():
-            if isinstance(value, int):
-                setattr(coverage, name, value * base.minutes)
+            self._add_partition(month, raw_table(base), partition, wanted=wanted, state=state)
+            coverage.add(month, bar)
         return coverage
 
     def _add_partition(

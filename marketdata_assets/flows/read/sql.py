@@ -70,7 +70,7 @@ def _tables_in_lake(settings: Settings, storage: BarStorage) -> list[Table]:
 def _files(lake: Lake, table: Table, markets: Sequence[Market], *, window: Window) -> list[str]:
     """Return the wanted objects of a table, from one listing."""
     stored = lake.list_sizes(table)
-    wanted = Window(window.start, window.end + table.timeframe.width)
+    wanted = Window(window.start, table.timeframe.shift(window.end, 1))
     months = [p for market in markets for p in partitions_of(market, wanted)]
     wanted_months = [p for p in months if p.stored_key in stored]
     return [*lake.find_uris(table, wanted_months, all_exist=True).values()]

@@ -168,7 +168,7 @@ class DatasetVerifier:
         venue = self.settings.venues[partition.market.venue]
         base = table.timeframe if table.layer == "raw" else venue.base
         owned = partition.open_times(table.timeframe)
-        end = locked.last + table.timeframe.width if locked and locked.is_open else owned.end
+        end = table.timeframe.shift(locked.last, 1) if locked and locked.is_open else owned.end
         span, found = Window(owned.start, end), list[tuple[datetime, datetime]]()
         for month in partitions_of(partition.market, span):
             frame = self.storage.lake.read(raw_table(base), month, with_provenance=True)
@@ -218,7 +218,7 @@ def _describe(table: Table, bars: pl.DataFrame, locked: LockedPartition | None) 
     inside = bars.filter(pl.col("open_time").is_between(locked.first, locked.last))
     if inside.height < bars.height and _is_equal(inside, locked):
         yield "the locked bars are unchanged, the others lie before or after them"
-    span = Window(locked.first, locked.last + table.timeframe.width)
+    span = Window(locked.first, table.timeframe.shift(locked.last, 1))
     if locked.rows == span.count(table.timeframe) and inside.height < locked.rows:
         missing = find_gaps(inside["open_time"], table.timeframe, span)[0].start
         yield f"the first missing bar opened {format_time(missing)}"

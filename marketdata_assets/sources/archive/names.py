@@ -10,7 +10,7 @@ from pathlib import Path
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.market import Market
-from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
+from marketdata_assets.model.timeframe import MINUTE, TIMEFRAME_OF_LABEL, TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, month_of, parse_time
 from marketdata_assets.sources.archive.options import ImportOptions
 from marketdata_assets.venues.facts import ArchiveFormat, MarketType, market_type
@@ -122,7 +122,7 @@ def month_file_url(
         return None
     return url.format(
         id=archive.symbol_id(market.symbol),
-        timeframe=timeframe.name,
+        timeframe=timeframe.label,
         month=month.start.strftime("%Y-%m"),
     )
 
@@ -168,11 +168,12 @@ def _parse_stem(path: Path, stem: str) -> FileName | None:
 def _timeframe_of(path: Path, found: re.Match[str]) -> Timeframe:
     groups = found.groupdict()
     if "timeframe" in groups:
-        if groups["timeframe"] not in TIMEFRAMES:
-            raise BadInput(f"{path}: {groups['timeframe']} is not one of {' '.join(TIMEFRAMES)}")
-        return TIMEFRAMES[groups["timeframe"]]
+        if groups["timeframe"] not in TIMEFRAME_OF_LABEL:
+            known = " ".join(TIMEFRAME_OF_LABEL)
+            raise BadInput(f"{path}: {groups['timeframe']} is not one of {known}")
+        return TIMEFRAME_OF_LABEL[groups["timeframe"]]
     minutes = int(groups["minutes"])
-    fitting = [tf for tf in TIMEFRAMES.values() if tf.minutes == minutes]
+    fitting = [tf for tf in TIMEFRAMES.values() if tf.width == minutes * MINUTE]
     if not fitting:
         raise BadInput(f"{path}: bars of {minutes} minutes are none of {' '.join(TIMEFRAMES)}")
     return fitting[0]

@@ -175,7 +175,7 @@ def _refuse_cut_number(table: CsvTable, layout: Layout) -> None:
 
 def _window_of(table: CsvTable, opens: pl.Series, timeframe: Timeframe) -> Window:
     first, last = (_moment(table, opens, row) for row in (opens.arg_min(), opens.arg_max()))
-    return Window(first, last + timeframe.width)
+    return Window(first, timeframe.shift(last, 1))
 
 
 def _moment(table: CsvTable, opens: pl.Series, row: int | None) -> datetime:

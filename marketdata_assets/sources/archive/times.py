@@ -8,6 +8,7 @@ from datetime import timedelta
 import polars as pl
 
 from marketdata_assets.errors import BadInput
+from marketdata_assets.model.intervals import close_lengths
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.sources.archive.csv_table import CsvTable
 from marketdata_assets.sources.archive.written_times import read_written_times
@@ -88,7 +89,7 @@ def check_lengths(
 
     A halt may cut a bar short, but no bar is longer than its timeframe, and not all are shorter.
     """
-    width, lengths = timeframe.width // timedelta(milliseconds=1), closes - opens + 1
+    width, lengths = close_lengths(opens, timeframe), closes - opens + 1
     longer = (lengths > width).arg_true()
     all_shorter = len(lengths) > 2 and not (lengths == width).any()
     if len(longer) or all_shorter:
@@ -105,10 +106,12 @@ def check_spacing(table: CsvTable, opens: pl.Series, timeframe: Timeframe) -> No
     steps = opens.unique().sort().diff().drop_nulls()
     if len(steps) < _MIN_STEPS:
         return
-    width, grid = timeframe.width // timedelta(milliseconds=1), math.gcd(*steps.unique())
-    usual = min(steps.mode().to_list())
-    if usual < width or grid > width:
-        distance = timedelta(milliseconds=min(usual, grid) if usual < width else grid)
+    shortest, longest = (
+        w // timedelta(milliseconds=1) for w in (timeframe.shortest, timeframe.width)
+    )
+    usual, grid = min(steps.mode().to_list()), math.gcd(*steps.unique())
+    if usual < shortest or grid > longest:
+        distance = timedelta(milliseconds=min(usual, grid) if usual < shortest else grid)
         raise BadInput(
             f"{table.path}: these are no {timeframe.name} bars, they are {distance} apart; "
             "see --timeframe"

@@ -24,7 +24,7 @@ import polars as pl
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.bar import BAR_SCHEMA, PRICES, empty_bars
-from marketdata_assets.model.timeframe import EPOCH, MINUTE, TIMEFRAMES, Timeframe, parse_timeframe
+from marketdata_assets.model.timeframe import EPOCH, MINUTE, TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, to_ms
 from marketdata_assets.sources.sandbox.listings import LISTINGS, Listing
 
@@ -184,6 +184,12 @@ def _generate_minutes(listing: Listing, first: int, end: int, *, now: int) -> pl
 
 
 # --------------------------------------------------------------------------------- bars
+INTERVALS = {
+    name: tf.width // MINUTE
+    for name, tf in TIMEFRAMES.items()
+    if tf.width >= MINUTE and not tf.months
+}
+"""The intervals that it serves, with their minutes."""
 _CHUNK = 2**17
 """Minutes that are made at once for coarse bars: memory stays small whatever the page."""
 
@@ -191,12 +197,12 @@ _CHUNK = 2**17
 def _floor(tf: Timeframe, minute: int) -> int:
     """Return the first minute of the bar that holds the minute; it may lie before the listing."""
     origin = (tf.origin - EPOCH) // MINUTE
-    return (minute - origin) // tf.minutes * tf.minutes + origin
+    return (minute - origin) // INTERVALS[tf.name] * INTERVALS[tf.name] + origin
 
 
 def _ceil(tf: Timeframe, moment: int) -> int:
     """Return the first minute of the first bar that opens at or after the moment."""
-    return _floor(tf, -(-moment // MINUTE_MS) + tf.minutes - 1)
+    return _floor(tf, -(-moment // MINUTE_MS) + INTERVALS[tf.name] - 1)
 
 
 def _aggregate(listing: Listing, tf: Timeframe, chunk: range, *, now: int) -> pl.DataFrame:
@@ -204,9 +210,9 @@ def _aggregate(listing: Listing, tf: Timeframe, chunk: range, *, now: int) -> pl
     start = max(chunk.start, listing.first)
     end = max(start, min(chunk.stop, now // MINUTE_MS + 1))
     frame = _generate_minutes(listing, start, end, now=now)
-    if tf.minutes == 1:
+    if INTERVALS[tf.name] == 1:
         return frame
-    label = pl.col("minute") - (pl.col("minute") - chunk.start) % tf.minutes
+    label = pl.col("minute") - (pl.col("minute") - chunk.start) % INTERVALS[tf.name]
     return frame.group_by(label, maintain_order=True).agg(
         pl.col("open").first(),
         pl.col("high").max(),
@@ -218,7 +224,7 @@ def _aggregate(listing: Listing, tf: Timeframe, chunk: range, *, now: int) -> pl
 
 def _cut(tf: Timeframe, first: int, end: int, *, bars: int) -> list[range]:
     """Cut `[first, end)` into chunks of `bars` bars at most, fewer where those are many minutes."""
-    step = min(bars, max(1, _CHUNK // tf.minutes)) * tf.minutes
+    step = min(bars, max(1, _CHUNK // INTERVALS[tf.name])) * INTERVALS[tf.name]
     return [range(start, min(start + step, end)) for start in range(first, end, step)]
 
 
@@ -238,7 +244,7 @@ def _to_klines(bars: pl.DataFrame, listing: Listing, tf: Timeframe) -> pl.DataFr
         open_time.alias("open_time"),
         *(_text(name, listing.tick) for name in PRICES),
         _text("volume", listing.step),
-        (open_time + tf.minutes * MINUTE_MS - 1).alias("close_time"),
+        (open_time + INTERVALS[tf.name] * MINUTE_MS - 1).alias("close_time"),
         _text("quote_volume", listing.tick + listing.step),
         "trades",
         _text("taker_buy_volume", listing.step),
@@ -255,7 +261,9 @@ def generate_bars(symbol: str, interval: str, window: Window) -> pl.DataFrame:
     """
     if symbol not in LISTINGS:
         raise BadInput(f"symbol {symbol!r} is not one of {' '.join(LISTINGS)}")
-    listing, tf = LISTINGS[symbol], parse_timeframe(interval)
+    if interval not in INTERVALS:
+        raise BadInput(f"interval {interval!r} is not one of {' '.join(INTERVALS)}")
+    listing, tf = LISTINGS[symbol], TIMEFRAMES[interval]
     first = max(_ceil(tf, to_ms(window.start)), _floor(tf, listing.first))
     end = _ceil(tf, to_ms(window.end))
     chunks = _cut(tf, first, end, bars=_CHUNK)
@@ -278,8 +286,8 @@ def generate_klines(
     """
     listing, tf = LISTINGS[symbol], TIMEFRAMES[interval]
     first = max(_floor(tf, listing.first), _ceil(tf, start or 0))
-    stop = _floor(tf, min(end, now) // MINUTE_MS) + tf.minutes
-    chunks = _cut(tf, first, stop, bars=limit + 1 + 100 // tf.minutes)
+    stop = _floor(tf, min(end, now) // MINUTE_MS) + INTERVALS[tf.name]
+    chunks = _cut(tf, first, stop, bars=limit + 1 + 100 // INTERVALS[tf.name])
     from_end = start is None
     found: list[pl.DataFrame] = []
     for chunk in reversed(chunks) if from_end else chunks:

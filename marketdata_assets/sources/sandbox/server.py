@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 from aiohttp import web
 
 from marketdata_assets.errors import BadInput
-from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import to_ms
-from marketdata_assets.sources.sandbox.bars import MINUTE_MS, Rows, generate_klines
+from marketdata_assets.sources.sandbox.bars import INTERVALS, MINUTE_MS, Rows, generate_klines
 from marketdata_assets.sources.sandbox.listings import LISTINGS, Listing
 
 Tamper = Callable[[web.Request, Rows], Awaitable[Rows | web.StreamResponse | None]]
@@ -250,7 +249,7 @@ class SandboxExchange:
     async def _answer_klines(self, request: web.Request) -> web.StreamResponse:
         query, now = request.query, self.now()
         listing, interval = self._listing(_required(query, "symbol")), _required(query, "interval")
-        if interval not in TIMEFRAMES:
+        if interval not in INTERVALS:
             raise _bad_request(-1120, "Invalid interval.")
         start, end, limit = (_integer(query, name) for name in ("startTime", "endTime", "limit"))
         if limit == 0:

@@ -399,7 +399,7 @@ BAD: dict[str, tuple[str, Callable[[], list[str]], str]] = {
         lambda: klines(timeframe="5m"),
         "fetches 1m 1h of binance and no 5m",
     ),
-    "a timeframe that is none": ("BTCUSDT-1mo-2024-01.csv", klines, "1mo is not one of"),
+    "a timeframe that is none": ("BTCUSDT-2mo-2024-01.csv", klines, "2mo is not one of"),
     "a name that tells nothing": (
         "bars.csv",
         klines,

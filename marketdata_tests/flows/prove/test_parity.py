@@ -99,6 +99,38 @@ def test_binance_equals_its_own_bars_in_nine_columns(
         )
 
 
+def test_bars_of_other_lengths_equal_binances_own(
+    replay: Replay, universe: Universe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three days, weeks from Monday on and calendar months, each from native hours."""
+    exchange, names = replay("2024-02-29T23:59:59Z"), ("2h", "6h", "8h", "3d", "1w", "1M")
+    monkeypatch.setenv("MARKETDATA_TIMEFRAMES", f"[{', '.join(names)}]")
+    settings = universe(
+        f"{exchange.url}/binance",
+        since="2024-01-01",
+        until="2024-02-29",
+        now="2024-03-02",
+        extra=f"base: 1h\nreference: [{', '.join(names)}]",
+    )
+    for name in ("1h", *names):
+        run_ingest(settings, timeframe=name)
+    found = audit(settings, names)
+    counts = {
+        name: [finding.numbers["compared"] for finding in findings]
+        for name, findings in found.items()
+    }
+    # of January and of February until its 28th
+    assert counts == {
+        "2h": [372, 336],
+        "6h": [124, 112],
+        "8h": [93, 84],
+        "3d": [9, 10],
+        "1w": [4, 4],
+        "1M": [1, 0],
+    }
+    assert all(finding.passed for findings in found.values() for finding in findings)
+
+
 SUMS = "volume quote_volume trades taker_buy_volume taker_buy_quote_volume"
 Plant = tuple[str, dict[str, Any], str, str]
 IN_MINUTES: dict[str, Plant] = {
