@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from marketdata_assets.errors import BadInput, MarketDataError
 from marketdata_assets.model.window import format_time
+from marketdata_assets.network import ca_file
 
 if TYPE_CHECKING:
     from apprise import NotifyBase
@@ -228,6 +229,8 @@ def _open_apprise_channel(url: str, position: int) -> _AppriseChannel:
             f"alert URL {position} ({kind}) is not one that Apprise can use; "
             "write it as https://appriseit.com/services shows"
         )
+    if plugin.verify_certificate and (trusted := ca_file()):
+        plugin.verify_certificate = trusted  # type: ignore[assignment]  # as `requests` takes it
     plugin.socket_connect_timeout = min(DEADLINE, plugin.socket_connect_timeout)
     plugin.socket_read_timeout = min(DEADLINE, plugin.socket_read_timeout)
     return _AppriseChannel(f"{plugin.schema}-{position}", plugin)

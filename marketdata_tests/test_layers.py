@@ -21,7 +21,7 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 
-_LOW = {"errors", "system", "retry", "model"}
+_LOW = {"errors", "system", "retry", "network", "model"}
 _TOOLS = {"quality", "transforms", "storage", "ledger", "notify", "charts"}
 _JOINED = _LOW | {"settings", "venues", "sources"} | _TOOLS | {"context"}
 _DOORS = _JOINED | {"flows", "dagster_ext"}
@@ -29,6 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "system": {"errors"},
     "retry": {"errors"},
+    "network": {"errors"},
     "model": {"errors"},
     "settings": _LOW,
     "venues": {"errors", "model"},
@@ -54,6 +55,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "celery": ("dagster_ext/",),
     "ccxt": ("sources/",),
     "aiohttp": ("sources/",),
+    "aiohttp_socks": ("sources/",),
     "duckdb": ("storage/",),
     "deltalake": ("storage/",),
     "boto3": ("storage/",),

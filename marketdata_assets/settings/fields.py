@@ -279,6 +279,9 @@ BrokerUrl = Annotated[
     SecretStr,
     service_url("redis", "rediss", "amqp", "amqps", example="redis://host:6379/0"),
 ]
+ProxyUrl = Annotated[
+    SecretStr, service_url("http", "https", "socks5", "socks5h", example="socks5://host:1080")
+]
 LocalPath = Annotated[Path, from_text(_read_path)]
 Place = Annotated[str, from_text(_read_place)]
 SecretText = Annotated[SecretStr, from_text(SecretStr)]

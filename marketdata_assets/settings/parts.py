@@ -17,6 +17,7 @@ from marketdata_assets.settings.fields import (
     Minutes,
     Moment,
     Place,
+    ProxyUrl,
     StorageClass,
     Symbols,
     TimeframeName,
@@ -94,6 +95,11 @@ class Venue(StrictModel):
         default=None, examples=["ws://127.0.0.1:18081/ws"]
     )
     """Another URL for streams, without user or query. Default: the venue's own."""
+    proxy: ProxyUrl | None = Field(default=None, examples=["socks5://127.0.0.1:1080"])
+    """The proxy of this venue's requests: an http, https or socks5 URL, with user and password
+    where it wants them. Names are looked up by a SOCKS proxy. Default: HTTP_PROXY, HTTPS_PROXY and
+    NO_PROXY of the environment.
+    """
     requests_per_minute: Annotated[int, WholeNumber("requests per minute")] | None = Field(
         default=None, examples=[3000]
     )

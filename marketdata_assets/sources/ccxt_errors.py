@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 import aiohttp
+from aiohttp_socks import ProxyConnectionError, ProxyError, ProxyTimeoutError
 
 from marketdata_assets.errors import (
     BadInput,
@@ -27,6 +29,9 @@ DEFAULT_PAUSE = 10.0
 """Seconds to wait where an answer demands a wait and names no time."""
 PASSING_REFUSALS = (403, 451)
 """HTTP statuses by which a firewall or a country block refuses requests that need no key."""
+
+
+PROXY_WANTS_PASSWORD = 407
 
 
 @contextmanager
@@ -49,6 +54,9 @@ def translate_errors(venue: str, answer: HttpAnswer) -> Iterator[None]:
         raise _translate_ccxt(venue, error, answer) from None
     except (aiohttp.ClientError, OSError) as error:
         raise Retry(f"{venue}: {_describe(error, answer)}") from None
+    except (ProxyError, ProxyConnectionError, ProxyTimeoutError) as error:
+        reason = "cannot be reached" if isinstance(error, ProxyConnectionError) else "refused"
+        raise Retry(f"{venue}: the proxy {reason}") from None
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise Garbled(
             f"{venue}: the answer does not have the documented form ({type(error).__name__})"
@@ -65,6 +73,8 @@ def _translate_ccxt(venue: str, error: Exception, answer: HttpAnswer) -> MarketD
         return Wait(f"{venue}: HTTP {answer.status}, wait {seconds:g} s", seconds)
     if isinstance(error, ccxt.RequestTimeout):
         return Retry(f"{venue}: no complete answer came within the deadline")
+    if answer.status == PROXY_WANTS_PASSWORD:
+        return Retry(f"{venue}: the proxy answered HTTP 407: it wants a user and a password")
     if answer.status in PASSING_REFUSALS:
         return Retry(
             f"{venue}: HTTP {answer.status}, the venue or a firewall before it refuses requests "
@@ -84,10 +94,24 @@ def _translate_ccxt(venue: str, error: Exception, answer: HttpAnswer) -> MarketD
 def _describe(error: Exception, answer: HttpAnswer) -> str:
     """Return what happened, in a few words and without the URL: a URL may hold a key."""
     if answer.status is None:
-        return "it cannot be reached, or the connection broke"
+        return _describe_connection(error.__cause__ or error)
     text = re.sub(r"https?://\S+", "", str(error))
     message = re.search(r'"(?:msg|message|error)"\s*:\s*\[?"([^"]{1,120})', text)
     return f"HTTP {answer.status}, {message.group(1) if message else type(error).__name__}"
+
+
+def _describe_connection(error: BaseException) -> str:
+    """Return why there is no answer, without the address of a proxy: it may hold a password."""
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return f"the proxy answered HTTP {error.status}"
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return "the proxy cannot be reached"
+    if isinstance(error, aiohttp.ClientConnectorCertificateError | ssl.SSLCertVerificationError):
+        return (
+            "its certificate is not trusted; where a proxy opens TLS, name the proxy's CA file in "
+            "SSL_CERT_FILE"
+        )
+    return "it cannot be reached, or the connection broke"
 
 
 def read_date(header: str) -> datetime | None:

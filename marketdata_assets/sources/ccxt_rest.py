@@ -19,6 +19,7 @@ from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
 from marketdata_assets.model.window import Window, from_ms, to_ms
+from marketdata_assets.settings.fields import reveal_secret
 from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.base import BarsPage, MarketTraits, Request
 from marketdata_assets.sources.ccxt_errors import read_date, translate_errors
@@ -40,7 +41,7 @@ from marketdata_assets.sources.ccxt_frames import (
 from marketdata_assets.sources.ccxt_transport import (
     CURRENT_ANSWER,
     HttpAnswer,
-    LimitedResponse,
+    open_session,
 )
 from marketdata_assets.venues.facts import DEFAULT_PAGE_SIZE
 from marketdata_assets.venues.registry import facts_of
@@ -250,7 +251,7 @@ class CcxtSource:
         async with self._loading:
             if self._exchange is None:
                 if self._session is None:
-                    self._session = aiohttp.ClientSession(response_class=LimitedResponse)
+                    self._session = open_session(reveal_secret(self._venue.proxy))
                 exchange = create_exchange(self._venue, self._session, self._deadline)
                 try:
                     await self._log_request("markets", exchange.load_markets)

@@ -7,14 +7,17 @@ Garbled, and so does an answer that grows too large.
 from __future__ import annotations
 
 import json
+import ssl
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import aiohttp
 
-from marketdata_assets.errors import Garbled
+from marketdata_assets.errors import BadInput, Garbled
+from marketdata_assets.network import ca_file
 
 MAX_BYTES = 32 * 1024 * 1024
 """The longest decoded body of an answer."""
@@ -48,6 +51,35 @@ class LimitedResponse(aiohttp.ClientResponse):
                 parts.append(part)
             self._body = b"".join(parts)
         return self._body
+
+
+def open_session(proxy: str | None) -> aiohttp.ClientSession:
+    """Return a session that goes through a proxy, or through those of the environment.
+
+    It trusts the system's certificates and those of `network.ca_file`. Raises BadInput.
+    """
+    context = ssl.create_default_context()
+    if path := ca_file():
+        context.load_verify_locations(path)
+    if proxy and proxy.startswith("socks"):
+        from aiohttp_socks import ProxyConnector
+
+        url = proxy.replace("socks5h://", "socks5://")
+        return aiohttp.ClientSession(
+            connector=ProxyConnector.from_url(url, rdns=True, ssl=context),
+            response_class=LimitedResponse,
+        )
+    if proxy is None and any(value.startswith("socks") for value in getproxies().values()):
+        raise BadInput(
+            "environment: HTTP_PROXY or HTTPS_PROXY names a SOCKS proxy, which only works as "
+            "`proxy:` of a venue; write it there and unset the variable"
+        )
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=context),
+        response_class=LimitedResponse,
+        proxy=proxy,
+        trust_env=proxy is None,
+    )
 
 
 class StrictAnswers:

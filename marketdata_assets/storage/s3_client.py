@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from marketdata_assets.errors import StoreFailed
+from marketdata_assets.network import ca_file
 from marketdata_assets.retry import retry
 
 MAX_ATTEMPTS = 5
@@ -155,7 +156,9 @@ def create_client() -> Any:
         read_timeout=READ_TIMEOUT_SECONDS,
         retries={"mode": "standard", "max_attempts": MAX_ATTEMPTS},
     )
-    client = _create_session().create_client("s3", region_name=get_region(), config=config)
+    client = _create_session().create_client(
+        "s3", region_name=get_region(), config=config, verify=ca_file("AWS_CA_BUNDLE")
+    )
     client.meta.events.register_last("before-call.s3.HeadBucket", _follow_one_redirect)
     return client
 

@@ -13,6 +13,7 @@ import polars as pl
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.table import Table
+from marketdata_assets.network import ca_file, find_proxy
 from marketdata_assets.storage.s3_client import get_endpoint_url, get_region
 from marketdata_assets.storage.warehouse import Warehouse, duckdb_type, quoted_name
 
@@ -107,4 +108,8 @@ def _s3_filesystem() -> Any:
     if url := get_endpoint_url():
         parts = urlsplit(url)
         options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
-    return ArrowFSWrapper(S3FileSystem(**options))
+    proxy = find_proxy(url or f"https://s3.{options['region']}.amazonaws.com")
+    tls_ca_file_path = ca_file("AWS_CA_BUNDLE")
+    return ArrowFSWrapper(
+        S3FileSystem(**options, proxy_options=proxy, tls_ca_file_path=tls_ca_file_path)
+    )

@@ -169,7 +169,7 @@ def stored(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Settings
         (["bars", "BTC'; DROP TABLE x", "1m"], 2, "not in"),
         (["bars", "", "1m"], 2, "not in"),
         (["bars", "binance:₿-USDT", "1m"], 2, "not in"),
-        (["bars", "binance:BTC-USDT", "7m"], 2, "1m 5m 15m 30m 1h 4h 12h 1d 1w"),
+        (["bars", "binance:BTC-USDT", "7m"], 2, "1s 1m 3m 5m 15m 30m 1h 2h"),
         (["bars", "binance:BTC-USDT", "1m", "--start", "yesterday"], 2, "not a date such as"),
         (
             ["bars", "binance:BTC-USDT", "1m", "--start", "2024-01-02", "--end", "2024-01-01"],

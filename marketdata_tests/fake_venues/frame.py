@@ -8,6 +8,7 @@ and holds for every venue.
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -158,7 +159,7 @@ class FakeVenue:
 
 
 @contextmanager
-def serving_venue(venue: FakeVenue) -> Iterator[str]:
+def serving_venue(venue: FakeVenue, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """Serve a venue on loopback; yield its base URL."""
 
     async def handle(request: web.Request) -> web.Response:
@@ -178,7 +179,7 @@ def serving_venue(venue: FakeVenue) -> Iterator[str]:
         kind = "text/html" if isinstance(body, str) else "application/json"
         return web.Response(text=text, status=status, headers=headers, content_type=kind)
 
-    with serving(handle) as url:
+    with serving(handle, tls) as url:
         yield url
 
 

@@ -73,7 +73,7 @@ def test_every_key_is_described_and_no_other_is_allowed():
     objects = [COMMITTED, *(d for d in COMMITTED["$defs"].values() if d["type"] == "object")]
     assert [one["additionalProperties"] for one in objects] == [False] * 7
     assert "null" not in json.dumps(COMMITTED)
-    assert found["timeframes"]["items"]["enum"][::5] == ["1s", "30m", "12h", "1M"]
+    assert found["timeframes"]["items"]["enum"][::5] == ["1s", "30m", "8h", "1M"]
     assert (found["venues.*.base"]["default"], found["rollups"]["default"]) == ("1m", "duckdb")
     assert found["timeframes"]["default"][::8] == ["1m", "1w"]
 
