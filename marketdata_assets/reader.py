@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from marketdata_assets.context import Context, open_context
+from marketdata_assets.flows.operate.universe import load_universe
 from marketdata_assets.flows.read.as_of import AsOfReader
 from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.flows.read.sql import open_sql_views
 from marketdata_assets.model.timeframe import parse_timeframe
 from marketdata_assets.model.window import Window, parse_time
-from marketdata_assets.settings.load import PREFIX, load_settings
+from marketdata_assets.settings.load import PREFIX
 from marketdata_assets.storage.views import run_query
 
 if TYPE_CHECKING:
@@ -136,5 +137,5 @@ def open_reader(universe: str | Path | None = None) -> Iterator[Reader]:
     Raises BadInput for a mistake in the universe, StoreFailed for a state that cannot be opened.
     """
     environment = {**os.environ, PREFIX + "UNIVERSE": str(universe)} if universe else None
-    with open_context(load_settings(environment), for_reading=True) as context:
+    with open_context(load_universe(environment, for_reading=True), for_reading=True) as context:
         yield Reader(context)

@@ -15,6 +15,7 @@ from marketdata_assets.cli import (
     gaps,
     importing,
     lock,
+    markets,
     operations,
     quarantine,
     repair,
@@ -34,7 +35,7 @@ app = typer.Typer(
     "2 bad input, 3 a venue or a store could not be reached.",
 )
 for family in (
-    *(backfill, importing, bars, gaps, quarantine, anomalies),
+    *(backfill, importing, bars, markets, gaps, quarantine, anomalies),
     *(repair, lock, operations, servers, schema),
 ):
     app.add_typer(family.commands)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import urllib.request
@@ -33,6 +34,19 @@ def check_port_free(port: int) -> None:
 def get_url(url: str) -> None:
     """Raise OSError unless the URL answers."""
     with urllib.request.urlopen(url, timeout=5):  # noqa: S310 - loopback, written here
+        pass
+
+
+def reload_location(url: str, name: str) -> None:
+    """Make a web server load a code location again. Raises OSError."""
+    query = (
+        "mutation($name: String!) "
+        "{reloadRepositoryLocation(repositoryLocationName: $name) {__typename}}"
+    )
+    body = json.dumps({"query": query, "variables": {"name": name}}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/graphql", body, headers)  # noqa: S310 - written here
+    with urllib.request.urlopen(request, timeout=60):  # noqa: S310
         pass
 
 

@@ -26,9 +26,9 @@ def load_context(*, for_reading: bool = False) -> Iterator[Context]:
     Raises BadInput for a mistake in the universe, StoreFailed for a store that cannot be opened.
     """
     from marketdata_assets.context import open_context
-    from marketdata_assets.settings.load import load_settings
+    from marketdata_assets.flows.operate.universe import load_universe
 
-    with open_context(load_settings(), for_reading=for_reading) as context:
+    with open_context(load_universe(for_reading=for_reading), for_reading=for_reading) as context:
         yield context
 
 

@@ -20,6 +20,7 @@ from marketdata_assets.cli.ports import (
     connect,
     find_free_port,
     get_url,
+    reload_location,
     wait_until_ready,
 )
 from marketdata_assets.cli.supervisor import Service, Supervisor, hold_state_folder
@@ -34,6 +35,7 @@ _DAEMON = "marketdata_assets.dagster_ext.daemon"
 _CELERY = ["celery", "-A", "dagster_celery.app"]
 _CODE_SERVER_TTL_SECONDS = 10
 _LOCK_CHECK_SECONDS = 5
+SELECTION_CHECK_SECONDS = 15
 
 
 # --------------------------------------------------------------------------------- one machine
@@ -53,9 +55,47 @@ def serve_ui(settings: Settings, port: int, report: Callable[[str], None]) -> No
                 wait_until_ready(lambda: get_url(f"{url}/server_info"), web_server)
                 supervisor.start(_daemon(workspace))
                 report(f"UI ready at {url}")
-                supervisor.run()
+                supervisor.run(_SelectionWatch(settings, url, report).check)
         except KeyboardInterrupt:
             report("stopped")
+
+
+class _SelectionWatch:
+    """Makes the web server load our code again where patterns mean other markets than before.
+
+    The daemon does so by itself, once a minute.
+    """
+
+    def __init__(self, settings: Settings, url: str, report: Callable[[str], None]) -> None:
+        self._settings, self._url, self._report = settings, url, report
+        self._has_patterns = any(venue.patterns for venue in settings.venues.values())
+        self._seen = self._newest() if self._has_patterns else 0
+        self._next_check = 0.0
+
+    def check(self) -> None:
+        """Look at the ledger, every SELECTION_CHECK_SECONDS."""
+        if not self._has_patterns or time.monotonic() < self._next_check:
+            return
+        self._next_check = time.monotonic() + SELECTION_CHECK_SECONDS
+        if (newest := self._newest()) == self._seen:
+            return
+        try:
+            reload_location(self._url, _LOCATION)
+        except OSError:
+            return  # the web server starts again; the next check tries once more
+        self._seen = newest
+        self._report("patterns of the universe mean other markets now; the code was loaded again")
+
+    def _newest(self) -> int:
+        ledger = Ledger(self._settings.state, reveal_secret(self._settings.database))
+        try:
+            return ledger.instruments.newest_selection()
+        finally:
+            ledger.close()
+
+
+def _nothing() -> None:
+    return None
 
 
 def _write_workspace(home: Path, code_port: int) -> str:
@@ -111,13 +151,17 @@ def serve_role(
     """Serve one role until the process is asked to end; restart it when it dies."""
     environment = _shared_environment(settings)
     service = _role_service(settings, role, options, environment=environment)
-    lock = None
+    lock, check = None, _nothing
     if role == Role.DAEMON:
         lock = _DaemonLock(Ledger(settings.state, reveal_secret(settings.database)))
+        check = lock.check
+    elif role == Role.WEB:
+        host = "127.0.0.1" if options.host == "0.0.0.0" else options.host  # noqa: S104 - not bound
+        check = _SelectionWatch(settings, f"http://{host}:{options.port}", report).check
     with lock or nullcontext(), Supervisor(environment, report) as supervisor:
         supervisor.start(service)
         report(f"{service.name} starts")
-        supervisor.run(lock.check if lock else lambda: None)
+        supervisor.run(check)
 
 
 def is_role_alive(settings: Settings, role: Role, options: RoleOptions) -> bool:

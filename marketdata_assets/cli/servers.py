@@ -34,10 +34,10 @@ def sandbox(port: Port = 18081) -> None:
 def dev(port: Port = 3000) -> None:
     """Serve the Dagster UI on 127.0.0.1 and run its daemon on your universe, until Ctrl-C."""
     from marketdata_assets.cli.serve import serve_ui
+    from marketdata_assets.flows.operate.universe import load_universe
     from marketdata_assets.notify import open_channels
-    from marketdata_assets.settings.load import load_settings
 
-    settings = load_settings()
+    settings = load_universe()
     urls = [url.get_secret_value() for url in settings.alerts]
     open_channels(settings.state, urls)  # finds a wrong URL before an alert needs it
     serve_ui(settings, port, report=print_line)
@@ -64,11 +64,11 @@ def serve(
     It needs `database:` of the universe, and a worker needs `broker:` as well.
     """
     from marketdata_assets.cli.serve import Role, RoleOptions, is_role_alive, serve_role
-    from marketdata_assets.settings.load import load_settings
+    from marketdata_assets.flows.operate.universe import load_universe
 
     if role not in list(Role):
         raise BadInput(f"{role} is not one of {', '.join(Role)}")
-    settings, options = load_settings(), RoleOptions(host, port, processes)
+    settings, options = load_universe(), RoleOptions(host, port, processes)
     if check:
         raise typer.Exit(0 if is_role_alive(settings, Role(role), options) else 1)
     serve_role(settings, Role(role), options, report=print_line)

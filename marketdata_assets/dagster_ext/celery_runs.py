@@ -30,9 +30,9 @@ from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.launcher import CeleryRunLauncher
 
 from marketdata_assets.errors import MarketDataError
+from marketdata_assets.flows.operate.universe import load_universe
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.settings.fields import reveal_secret
-from marketdata_assets.settings.load import load_settings
 
 _DAYS_OF_A_RUN = 7
 
@@ -41,7 +41,7 @@ def celery_config() -> dict[str, Any]:
     """Return the configuration of a Celery worker of this universe."""
     _lock_runs()
     return {
-        "broker_url": reveal_secret(load_settings().broker),
+        "broker_url": reveal_secret(load_universe().broker),
         "broker_connection_retry_on_startup": True,
         # after that time the broker gives a task to a second worker
         "broker_transport_options": {"visibility_timeout": _DAYS_OF_A_RUN * 86400},
@@ -75,7 +75,7 @@ def _lock_runs() -> None:
 @cache
 def _ledger() -> Ledger:
     """Return the ledger of this process; a worker opens it in the child that executes the run."""
-    settings = load_settings()
+    settings = load_universe()
     return Ledger(settings.state, reveal_secret(settings.database))
 
 

@@ -23,6 +23,7 @@ from marketdata_assets.defs.consolidated import CONSOLIDATE
 from marketdata_assets.defs.jobs import INGEST, build_definitions
 from marketdata_assets.defs.partitions import RANGE_END, RANGE_START
 from marketdata_assets.defs.tags import KIND, RunKind
+from marketdata_assets.flows.operate.universe import load_universe
 from marketdata_assets.model.events import (
     END_OF_REQUESTS,
     Event,
@@ -34,7 +35,6 @@ from marketdata_assets.model.events import (
     to_json,
 )
 from marketdata_assets.model.partition import Partition
-from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.system import process_id
 
@@ -44,7 +44,7 @@ def main() -> None:
     lines: queue.Queue[str] = queue.Queue()
     on_progress = _EventWriter()
     threading.Thread(target=_read_lines, args=[lines], daemon=True).start()
-    settings = load_settings()
+    settings = load_universe()
     with open_instance() as instance:
         definitions = build_definitions(settings, on_progress)
         _import_slow_libraries()

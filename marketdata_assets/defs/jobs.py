@@ -19,6 +19,7 @@ from marketdata_assets.defs.consolidated import (
 from marketdata_assets.defs.delta import delta_assets, delta_job
 from marketdata_assets.defs.maintenance import health_job, prune_job, retire_job
 from marketdata_assets.defs.partitions import market_months
+from marketdata_assets.defs.reference import REFERENCE_MARKETS, reference_markets
 from marketdata_assets.defs.repair import repair_job
 from marketdata_assets.defs.schedules import ScheduledJob, refetch_schedules, refresh_open
 from marketdata_assets.defs.sensors import backfill_missed, watch_incidents, watch_markets
@@ -48,9 +49,9 @@ def _build_definitions(settings: Settings, on_progress: ProgressCallback) -> dg.
     grid = market_months(settings)
     consolidated = consolidated_assets(settings, grid, on_progress=on_progress)
     checks = _market_checks(settings)
-    scheduled = _scheduled_jobs(settings)
+    scheduled, reference = _scheduled_jobs(settings), reference_markets(settings)
     return dg.Definitions(
-        assets=[*_build_assets(settings, grid, on_progress), *consolidated],
+        assets=[*_build_assets(settings, grid, on_progress), *consolidated, reference.asset],
         asset_checks=checks,
         jobs=[
             _ingest_job(checks, consolidated),
@@ -67,6 +68,7 @@ def _build_definitions(settings: Settings, on_progress: ProgressCallback) -> dg.
         schedules=[
             refresh_open(settings, INGEST, grid),
             *(each.schedule for each in scheduled),
+            reference.schedule,
             *refetch_schedules(settings),
         ],
         resources={
@@ -114,7 +116,7 @@ def _ingest_job(
     selection = (
         dg.AssetSelection.all()
         - dg.AssetSelection.checks(*market_checks)
-        - dg.AssetSelection.assets(*consolidated)
+        - dg.AssetSelection.assets(*consolidated, REFERENCE_MARKETS)
     )
     description = "Fetches, checks, rolls up and publishes partitions."
     return dg.define_asset_job(INGEST, selection=selection, description=description)

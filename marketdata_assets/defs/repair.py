@@ -31,10 +31,10 @@ from marketdata_assets.flows.operate.repair import (
     RepairResult,
     repair_partitions,
 )
+from marketdata_assets.flows.operate.universe import load_universe
 from marketdata_assets.flows.read.coverage import CoverageReporter
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.window import Window, format_time, parse_time
-from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.system import process_id
 
@@ -161,7 +161,7 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     window = Window(parse_time(request["start"]), parse_time(request["end"]))
     with warnings.catch_warnings(action="ignore"), open_instance() as instance:
-        result = repair_job(load_settings()).execute_in_process(
+        result = repair_job(load_universe()).execute_in_process(
             repair_config(request["markets"], window, again=request["again"]),
             instance=instance,
             tags={PROCESS_TAG: process_id(os.getpid())},

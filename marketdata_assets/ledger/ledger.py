@@ -17,6 +17,7 @@ from marketdata_assets.ledger.fetches import FetchBook
 from marketdata_assets.ledger.gaps import GapBook
 from marketdata_assets.ledger.heartbeats import HeartbeatBook
 from marketdata_assets.ledger.incidents import IncidentBook
+from marketdata_assets.ledger.instruments import InstrumentBook
 from marketdata_assets.ledger.markets import MarketBook
 from marketdata_assets.ledger.opening import open_database
 from marketdata_assets.ledger.partitions import PartitionBook
@@ -37,6 +38,7 @@ class Ledger:
         self.database = database = open_database(state, url, for_reading=for_reading)
         self.partitions = PartitionBook(database)
         self.markets = MarketBook(database)
+        self.instruments = InstrumentBook(database)
         self.gaps = GapBook(database)
         self.quarantine = QuarantineBook(database)
         self.fetches = FetchBook(database)

@@ -16,7 +16,7 @@ from sqlalchemy import Column, Dialect, Integer, Text
 
 from marketdata_assets.model.window import format_time, parse_time
 
-VERSION = 4
+VERSION = 5
 
 
 class Moment(sa.TypeDecorator[datetime]):
@@ -281,4 +281,33 @@ receipts = sa.Table(
     _moment("at"),
     _text("says", key="message"),
     Column("body", JsonText, nullable=False),
+)
+
+instruments = sa.Table(
+    "instruments",
+    metadata,
+    _text("venue", **_KEY),
+    _text("symbol", **_KEY),
+    _moment("since", **_KEY),
+    Column("until", Moment),
+    Column("body", JsonText, nullable=False),
+)
+
+snapshots = sa.Table(
+    "snapshots",
+    metadata,
+    _text("venue", **_KEY),
+    _text("day", **_KEY),
+    _moment("at"),
+    _count("markets"),
+)
+
+selections = sa.Table(
+    "selections",
+    metadata,
+    _id(),
+    _text("venue"),
+    _text("patterns"),
+    _moment("resolved_at"),
+    Column("symbols", JsonText, nullable=False),
 )

@@ -65,3 +65,11 @@ class Market:
 
     def __str__(self) -> str:
         return self.key
+
+
+def find_market(venue: str, symbol: str) -> Market | None:
+    """Return the market of a venue's list; None for a symbol that cannot be a key of ours."""
+    try:
+        return Market(venue, symbol)
+    except BadInput:
+        return None

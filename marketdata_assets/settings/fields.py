@@ -214,15 +214,22 @@ def _read_symbol(text: str) -> str:
     return Market(CONSOLIDATED_VENUE, text).symbol
 
 
-def _check_symbols(symbols: tuple[str, ...]) -> tuple[str, ...]:
-    if not symbols:
+def check_different(entries: tuple[T, ...]) -> tuple[T, ...]:
+    """Refuse an empty list of symbols, and one that is written twice."""
+    if not entries:
         raise fault("at least one symbol such as BTC/USDT is expected here")
-    seen: set[str] = set()
-    for index, symbol in enumerate(symbols):
-        if symbol in seen:
-            raise fault(f"{symbol} is written twice; keep one", at=(index,))
-        seen.add(symbol)
-    return symbols
+    seen: list[T] = []
+    for index, entry in enumerate(entries):
+        if entry in seen:
+            raise fault(f"{entry} is written twice; keep one", at=(index,))
+        seen.append(entry)
+    return entries
+
+
+def _read_glob(text: str) -> str:
+    """A unified symbol in which `*` stands for any text, one part of it at the least."""
+    Market(CONSOLIDATED_VENUE, text.replace("*", "ANY"))
+    return text
 
 
 def sort_timeframes(timeframes: Iterable[Timeframe]) -> tuple[Timeframe, ...]:
@@ -256,7 +263,7 @@ TimeframeName = Annotated[
 TimeframeNames = Annotated[Listed[TimeframeName], AfterValidator(sort_timeframes)]
 VenueId = Annotated[str, from_text(_read_venue)]
 Symbol = Annotated[str, from_text(_read_symbol)]
-Symbols = Annotated[Listed[Symbol], AfterValidator(_check_symbols)]
+SymbolGlob = Annotated[str, from_text(_read_glob)]
 TableName = Annotated[
     str,
     name_from(str, TABLES, what="table "),

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from enum import StrEnum
 from functools import lru_cache
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import format_time
 from marketdata_assets.settings.fields import (
+    Listed,
     Minutes,
     Moment,
     Place,
     ProxyUrl,
     StorageClass,
-    Symbols,
+    Symbol,
+    SymbolGlob,
+    Text,
     TimeframeName,
     TimeframeNames,
     WholeNumber,
+    check_different,
     days,
     fault,
     name_from,
@@ -50,7 +64,7 @@ class StrictModel(BaseModel):
         """Refuse an unknown key with the nearest name, and a missing one with an example."""
         if not isinstance(value, Mapping):
             return value
-        fields = cls.model_fields
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
         for key in value:
             if key not in fields:
                 hint = suggest_name(str(key), fields) or f"; known keys: {', '.join(fields)}"
@@ -68,14 +82,53 @@ def markets_of(venue: str, symbols: tuple[str, ...]) -> dict[str, Market]:
     return {market.key: market for market in (Market(venue, symbol) for symbol in symbols)}
 
 
+class ContractType(StrEnum):
+    """What a symbol trades."""
+
+    SPOT = "spot"
+    LINEAR = "linear"
+    INVERSE = "inverse"
+
+
+class SymbolPattern(StrictModel):
+    """Markets of a venue by what they have in common. What that means is looked up in the venue's
+    list of markets, and kept: see `marketdata markets`.
+    """
+
+    quote: Text = Field(examples=["USDT"])
+    """The quote currency."""
+    type: Annotated[ContractType, name_from(ContractType, ContractType)] = ContractType.SPOT
+    """spot, linear (a contract settled in its quote currency) or inverse. Default: spot."""
+    top: Annotated[int, WholeNumber("markets", most=10_000)] | None = Field(
+        default=None, examples=[50]
+    )
+    """Only so many, those with the largest volume of the last 24 hours. Default: all."""
+
+
+def _entry_kind(value: Any) -> str:
+    if isinstance(value, Mapping | SymbolPattern):
+        return "pattern"
+    return "glob" if isinstance(value, str) and "*" in value else "symbol"
+
+
+_SymbolEntry = Annotated[
+    Annotated[Symbol, Tag("symbol"), WithJsonSchema({"type": "string", "pattern": r"^[^*]+$"})]
+    | Annotated[SymbolGlob, Tag("glob"), WithJsonSchema({"type": "string", "pattern": r"\*"})]
+    | Annotated[SymbolPattern, Tag("pattern")],
+    Discriminator(_entry_kind),
+]
+
+
 class Venue(StrictModel):
     """What is wanted of one venue."""
 
-    symbols: Symbols = Field(
-        examples=[["BTC/USDT"]], json_schema_extra={"minItems": 1, "uniqueItems": True}
+    entries: Annotated[Listed[_SymbolEntry], AfterValidator(check_different)] = Field(
+        alias="symbols",
+        examples=[["BTC/USDT"]],
+        json_schema_extra={"minItems": 1, "uniqueItems": True},
     )
     """The venue's markets, as ccxt's unified symbols: BTC/USDT; a perpetual is BTC/USDT:USDT. At
-    least one, each once.
+    least one, each once. `*/USDT` and `{quote: USDT, top: 50}` stand for many.
     """
     since: Moment = Field(examples=["2024-01-01"])
     """First day or moment that is wanted, UTC, inclusive; not in the future."""
@@ -107,6 +160,7 @@ class Venue(StrictModel):
     no limit for other venues.
     """
     _name: str
+    _resolved: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -114,8 +168,25 @@ class Venue(StrictModel):
         return self._name
 
     @property
+    def patterns(self) -> tuple[str | SymbolPattern, ...]:
+        """Those of `symbols:` that stand for many; a text has `*` in it."""
+        return tuple(e for e in self.entries if isinstance(e, SymbolPattern) or "*" in e)
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The symbols that are written, in that order, then those that the patterns mean."""
+        written = [e for e in self.entries if isinstance(e, str) and "*" not in e]
+        return tuple(dict.fromkeys([*written, *(self._resolved or ())]))
+
+    def resolve(self, symbols: Iterable[str]) -> Venue:
+        """Return this venue with what its patterns mean."""
+        resolved = self.model_copy()
+        resolved._resolved = tuple(symbols)
+        return resolved
+
+    @property
     def markets(self) -> tuple[Market, ...]:
-        """Its markets, in the order written."""
+        """Its markets, in the order of `symbols`."""
         return tuple(markets_of(self.name, self.symbols).values())
 
     @property

@@ -29,7 +29,8 @@ class UniverseSchema(GenerateJsonSchema):
         found = super().model_schema(schema)
         found["description"] = _unwrap(found["description"])
         for name, text in _read_docstrings(schema["cls"]).items():
-            found["properties"][name]["description"] = _unwrap(text)
+            key = schema["cls"].model_fields[name].alias or name
+            found["properties"][key]["description"] = _unwrap(text)
         return found
 
     def nullable_schema(self, schema: NullableSchema) -> JsonSchemaValue:

@@ -213,7 +213,7 @@ class Universe(StrictModel):
             )
         if part in before:
             return f"{venue.name} is written twice; keep one"
-        if part.symbol not in venue.symbols:
+        if part.symbol not in venue.symbols and not venue.patterns:
             return (
                 f"{venue.name} has no {part.symbol} but {', '.join(venue.symbols)}; "
                 f"add it there, or leave {venue.name} out"

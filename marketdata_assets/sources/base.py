@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime
+from decimal import Decimal
 from typing import NamedTuple, Protocol
 
 import polars as pl
 
+from marketdata_assets.model.instrument import Instrument
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
+from marketdata_assets.venues.facts import MarketType
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,18 @@ class Source(Protocol):
 
     async def is_listed(self, market: Market) -> bool:
         """Return whether the venue lists the market as active; requests the list each time."""
+        ...
+
+    async def instruments(self, types: Collection[MarketType]) -> list[Instrument]:
+        """Return the venue's whole list of markets of these types; others may be among them."""
+        ...
+
+    async def traded_volumes(self, kind: MarketType) -> dict[str, Decimal]:
+        """Return what was traded in the last 24 hours, in quote currency, by symbol.
+
+        Markets of which the venue does not say it are absent. Raises BadInput where it says it of
+        none in one request.
+        """
         ...
 
     async def close(self) -> None:

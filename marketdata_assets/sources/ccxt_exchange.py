@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 from marketdata_assets.errors import BadInput
+from marketdata_assets.model.instrument import Instrument
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import from_ms
@@ -30,11 +31,20 @@ from marketdata_assets.venues.facts import (
 from marketdata_assets.venues.registry import facts_of
 
 
-def create_exchange(venue: Venue, session: aiohttp.ClientSession, deadline: float) -> Any:
-    """Return ccxt's asynchronous client for the symbols of a venue; `deadline` is in seconds."""
+def create_exchange(
+    venue: Venue,
+    session: aiohttp.ClientSession,
+    deadline: float,
+    types: Collection[MarketType] = (),
+) -> Any:
+    """Return ccxt's asynchronous client for the symbols of a venue; `deadline` is in seconds.
+
+    It lists the markets of these types, by default of those that the symbols have.
+    """
     import ccxt.async_support as ccxt  # costs seconds: only a process that fetches pays
 
-    facts, types = facts_of(venue.name), {market_type(symbol) for symbol in venue.symbols}
+    facts = facts_of(venue.name)
+    types = types or {market_type(symbol) for symbol in venue.symbols}
     has_klines = all(facts.endpoint(symbol).klines_method for symbol in venue.symbols)
     strict = StrictAnswers if has_klines else StrictAnswersAsText
     exchange_class = type(f"Strict{venue.name}", (strict, getattr(ccxt, venue.name)), {})
@@ -101,8 +111,58 @@ def stated_page_size(exchange: Any, market: Market) -> int | None:
 
 def listed_at(exchange: Any, market: Market) -> datetime | None:
     """Return since when the venue says that it lists a market; None where it does not say."""
-    created = find_market(exchange, market).get("created")
-    return from_ms(int(created)) if created and int(created) > 0 else None
+    return _moment(find_market(exchange, market).get("created"))
+
+
+def read_instrument(found: Mapping[str, Any], precision_mode: int) -> Instrument:
+    """Return one of ccxt's descriptions of a market."""
+    created, expiry = (_moment(found.get(name)) for name in ("created", "expiry"))
+    precision = found.get("precision") or {}
+    size = found.get("contractSize")
+    return Instrument(
+        symbol=found["symbol"],
+        id=str(found["id"]),
+        type=market_type(found["symbol"]).value,
+        base=found["base"],
+        quote=found["quote"],
+        settle=found.get("settle"),
+        contract_size=None if size is None else str(size),
+        tick=_step(precision.get("price"), precision_mode),
+        lot=_step(precision.get("amount"), precision_mode),
+        created=created,
+        expiry=expiry,
+        active=found.get("active"),
+    )
+
+
+def read_volumes(tickers: Mapping[str, Any]) -> dict[str, Decimal]:
+    """Return the quote volumes of ccxt's tickers, by symbol; the price times the base volume where
+    that is all there is.
+    """
+    volumes: dict[str, Decimal] = {}
+    for symbol, ticker in tickers.items():
+        quote, base = ticker.get("quoteVolume"), ticker.get("baseVolume")
+        price = ticker.get("vwap") or ticker.get("last") or ticker.get("close")
+        if quote is not None:
+            volumes[symbol] = Decimal(str(quote))
+        elif base is not None and price is not None:
+            volumes[symbol] = Decimal(str(base)) * Decimal(str(price))
+    return volumes
+
+
+def _moment(ms: Any) -> datetime | None:
+    return from_ms(int(ms)) if ms and int(ms) > 0 else None
+
+
+def _step(precision: Any, mode: int) -> str | None:
+    """Return the step of a number; None where the venue counts significant digits."""
+    from ccxt.base.decimal_to_precision import DECIMAL_PLACES, TICK_SIZE
+
+    if precision is None or mode not in (TICK_SIZE, DECIMAL_PLACES):
+        return None
+    number = Decimal(str(precision))
+    step = number if mode == TICK_SIZE else Decimal(1).scaleb(-int(number))
+    return format(step.normalize(), "f")
 
 
 def contract_size(exchange: Any, market: Market, endpoint: BarsEndpoint) -> Decimal:

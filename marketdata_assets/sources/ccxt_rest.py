@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import aiohttp
 import polars as pl
 
-from marketdata_assets.errors import Garbled, MarketDataError
+from marketdata_assets.errors import BadInput, Garbled, MarketDataError
 from marketdata_assets.model.bar import COLUMN_NAMES
+from marketdata_assets.model.instrument import Instrument
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
 from marketdata_assets.model.window import Window, from_ms, to_ms
@@ -29,6 +31,8 @@ from marketdata_assets.sources.ccxt_exchange import (
     create_exchange,
     find_market,
     listed_at,
+    read_instrument,
+    read_volumes,
     stated_page_size,
 )
 from marketdata_assets.sources.ccxt_frames import (
@@ -43,7 +47,7 @@ from marketdata_assets.sources.ccxt_transport import (
     HttpAnswer,
     open_session,
 )
-from marketdata_assets.venues.facts import DEFAULT_PAGE_SIZE
+from marketdata_assets.venues.facts import DEFAULT_PAGE_SIZE, MarketType
 from marketdata_assets.venues.registry import facts_of
 
 T = TypeVar("T")
@@ -181,6 +185,41 @@ class CcxtSource:
             return found is not None and found.get("active") is not False
 
         return (await self._request("markets", request))[0]
+
+    async def instruments(self, types: Collection[MarketType]) -> list[Instrument]:
+        """Return the venue's whole list of markets of these types; others may be among them."""
+
+        async def request(exchange: Any) -> list[Instrument]:
+            found = (await exchange.load_markets(True)).values()
+            return [read_instrument(each, exchange.precisionMode) for each in found]
+
+        return await self._ask_of_types(types, request)
+
+    async def traded_volumes(self, kind: MarketType) -> dict[str, Decimal]:
+        """Return what was traded in the last 24 hours, in quote currency, by symbol."""
+
+        async def request(exchange: Any) -> dict[str, Decimal]:
+            if not exchange.has["fetchTickers"]:
+                raise BadInput(
+                    f"{self._venue.name} does not tell the volumes of all markets, which `top:` "
+                    "needs; write the symbols"
+                )
+            is_spot = kind is MarketType.SPOT
+            words = {"type": "spot"} if is_spot else {"type": "swap", "subType": kind.value}
+            return read_volumes(await exchange.fetch_tickers(None, words))
+
+        return await self._ask_of_types([kind], request)
+
+    async def _ask_of_types(
+        self, types: Collection[MarketType], operation: Callable[[Any], Awaitable[T]]
+    ) -> T:
+        """Request something of an exchange that lists the markets of these types."""
+        async with open_session(reveal_secret(self._venue.proxy)) as session:
+            exchange = create_exchange(self._venue, session, self._deadline, types)
+            try:
+                return (await self._log_request("markets", lambda: operation(exchange)))[0]
+            finally:
+                exchange.session = None  # it is ours: ccxt would warn that it is not closed
 
     async def close(self) -> None:
         """Close the connections; the source can be used again afterwards."""

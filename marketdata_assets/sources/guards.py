@@ -9,18 +9,21 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from decimal import Decimal
 from typing import Protocol, TypeVar
 
 from marketdata_assets.errors import MarketDataError, Retry, VenueDown, Wait
+from marketdata_assets.model.instrument import Instrument
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.venue_health import VenueHealth
 from marketdata_assets.model.window import Window, format_time, from_ms
 from marketdata_assets.retry import Backoff
 from marketdata_assets.sources.base import BarsPage, MarketTraits, Request, Source
+from marketdata_assets.venues.facts import MarketType
 
 T = TypeVar("T")
 
@@ -147,6 +150,14 @@ class GuardedSource:
     async def is_listed(self, market: Market) -> bool:
         """Return whether the venue lists the market as active; requests the list each time."""
         return await self._call(lambda: self._source.is_listed(market), _CallLog())
+
+    async def instruments(self, types: Collection[MarketType]) -> list[Instrument]:
+        """Return the venue's whole list of markets of these types; others may be among them."""
+        return await self._call(lambda: self._source.instruments(types), _CallLog())
+
+    async def traded_volumes(self, kind: MarketType) -> dict[str, Decimal]:
+        """Return what was traded in the last 24 hours, in quote currency, by symbol."""
+        return await self._call(lambda: self._source.traded_volumes(kind), _CallLog())
 
     async def close(self) -> None:
         """Close all connections."""

@@ -102,6 +102,7 @@ def test_all_sensors_and_schedules_are_on_by_default(settings: Settings) -> None
         "prune_every_night",
         "ask_again_every_night",
         "ask_again_every_month",
+        "take_markets_every_day",
     )
     assert schedules == dict.fromkeys(expected, dg.DefaultScheduleStatus.RUNNING)
     assert all(sensor.description for sensor in definitions.sensors or ())

@@ -249,7 +249,7 @@ def test_a_change_is_a_copy_and_its_markets_are_new(load: Any):
     with pytest.raises(ValidationError, match="frozen"):
         settings.lake = "/elsewhere"
     venues = {
-        name: venue.model_copy(update={"symbols": ("ETH/USDT",)})
+        name: venue.model_copy(update={"entries": ("ETH/USDT",)})
         for name, venue in settings.venues.items()
     }
     changed = settings.model_copy(update={"venues": venues})
