@@ -117,6 +117,8 @@ def listed_at(exchange: Any, market: Market) -> datetime | None:
 def read_instrument(found: Mapping[str, Any], precision_mode: int) -> Instrument:
     """Return one of ccxt's descriptions of a market."""
     created, expiry = (_moment(found.get(name)) for name in ("created", "expiry"))
+    if found.get("swap"):
+        expiry = None  # Deribit's perpetuals end in the year 3000
     precision = found.get("precision") or {}
     size = found.get("contractSize")
     return Instrument(

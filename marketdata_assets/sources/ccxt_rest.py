@@ -156,13 +156,14 @@ class CcxtSource:
             params = {"startTime": start, "endTime": end - 1, "limit": endpoint.page_size or 0}
             rows, sent = await self._request_klines(market, timeframe, params)
             return BarsPage(rows, window, requests=(sent,))
-        limit = window.count(timeframe)
+        until = {"until": end - 1} if endpoint.takes_until else {}
 
         async def request(exchange: Any) -> pl.DataFrame:
             find_market(exchange, market)
             check_timeframe(exchange, timeframe, self._facts)
             size = contract_size(exchange, market, endpoint)
-            found = await exchange.fetch_ohlcv(market.symbol, timeframe.name, start, limit)
+            limit = endpoint.limit(window.count(timeframe), self.traits(market).page_size)
+            found = await exchange.fetch_ohlcv(market.symbol, timeframe.name, start, limit, until)
             bars = read_ohlcv(found, endpoint.row_keys, size)
             check_distances(bars, timeframe)
             check_volume_unit(bars, market.symbol)

@@ -63,12 +63,28 @@ class BarsEndpoint:
     """Request weight that the venue allows in a minute; None: it counts no weights."""
     newest_bars_only: int | None = None
     """The API returns only so many of the newest bars, whatever is requested; None: all bars."""
+    has_start: bool = True
+    """False: ccxt sends no start, and every answer holds the newest bars."""
+    takes_until: bool = False
+    """A request also says until when bars are wanted, by ccxt's parameter `until`."""
+    limits: tuple[int, ...] | None = None
+    """The only numbers of bars that a request may name, in order; none of them: it may name none;
+    None: any.
+    """
     volume_unit: VolumeUnit | None = VolumeUnit.BASE
     """What ccxt's volume counts, or that of `row_keys`; None: not known, so nothing is fetched."""
     row_keys: Mapping[str, int | str] = field(default_factory=dict)
     """By column of a bar: its key in the venue's own row, where that says more than ccxt's bar.
     `closed` is the venue's flag of a closed bar, true for 1, "1", True and "true".
     """
+
+    def limit(self, bars: int, page_size: int) -> int | None:
+        """Return the number of bars that a request names to get `bars`; None: it names none."""
+        if not self.has_start:
+            return page_size
+        if self.limits is None:
+            return bars
+        return next((limit for limit in self.limits if limit >= bars), None)
 
 
 @dataclass(frozen=True, slots=True)

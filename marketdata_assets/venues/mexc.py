@@ -1,8 +1,8 @@
-"""MEXC: spot."""
+"""MEXC: spot, and perpetuals whose volume counts contracts."""
 
 from __future__ import annotations
 
-from marketdata_assets.venues.facts import BarsEndpoint, MarketType, VenueFacts
+from marketdata_assets.venues.facts import BarsEndpoint, MarketType, VenueFacts, VolumeUnit
 
 FACTS = VenueFacts(
     venue="mexc",
@@ -10,7 +10,14 @@ FACTS = VenueFacts(
     endpoints={
         MarketType.SPOT: BarsEndpoint(
             page_size=500, requests_per_minute=600, row_keys={"quote_volume": 7}
-        )
+        ),
+        # mexc.com/api-docs, Contract K-line (2026-11): 2000 bars; without an end it goes on to now
+        MarketType.LINEAR: BarsEndpoint(
+            page_size=2000,
+            requests_per_minute=600,
+            takes_until=True,
+            volume_unit=VolumeUnit.CONTRACTS,
+        ),
     },
     market_lists={
         MarketType.SPOT: "fetch_spot_markets",

@@ -8,26 +8,35 @@ from marketdata_assets.venues import (
     binance,
     binanceus,
     binanceusdm,
+    bitfinex,
     bitget,
+    bithumb,
     bitstamp,
     bybit,
     cryptocom,
+    deribit,
     gate,
+    gemini,
+    htx,
     hyperliquid,
     kraken,
+    krakenfutures,
     kucoin,
     kucoinfutures,
     mexc,
     okx,
+    phemex,
     upbit,
 )
 from marketdata_assets.venues.facts import ArchiveFormat, VenueFacts
+from marketdata_assets.venues.others import OTHERS
 
 VENUES: dict[str, VenueFacts] = {
     module.FACTS.venue: module.FACTS
     for module in (
-        *(binance, binanceus, binanceusdm, bitget, bitstamp, bybit, cryptocom, gate, hyperliquid),
-        *(kraken, kucoin, kucoinfutures, mexc, okx, upbit),
+        *(binance, binanceus, binanceusdm, bitfinex, bitget, bithumb, bitstamp, bybit, cryptocom),
+        *(deribit, gate, gemini, htx, hyperliquid, kraken, krakenfutures, kucoin, kucoinfutures),
+        *(mexc, okx, phemex, upbit),
     )
 }
 """By ccxt's id."""
@@ -47,4 +56,4 @@ def facts_of(venue: str) -> VenueFacts:
     """Return what is known of a venue (ccxt's id); the defaults for one without a file."""
     if venue in SAME_API:
         return replace(VENUES[SAME_API[venue]], venue=venue)
-    return VENUES.get(venue) or VenueFacts(venue=venue)
+    return VENUES.get(venue) or OTHERS.get(venue) or VenueFacts(venue=venue)

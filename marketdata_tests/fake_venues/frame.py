@@ -41,6 +41,7 @@ class FakeBar(NamedTuple):
     width: int
 
 
+HOUR = 60 * MINUTE
 DAILY = {"1d", "1D", "1Dutc", "1day", "D", "1440", "86400", "ONE_DAY", "1DAY", "24h", "days"}
 """What venues call the timeframe of a day; all but these and seconds are minutes here."""
 
@@ -49,6 +50,8 @@ def width_of(interval: str) -> int:
     """Return the milliseconds of a bar by the venue's name of its timeframe."""
     if interval in ("1s", "seconds"):
         return 1000
+    if interval == "4hour":
+        return 4 * HOUR
     return DAY if interval in DAILY else MINUTE
 
 

@@ -25,8 +25,20 @@ SPOT = {
 }
 
 
+PERPETUAL = {
+    "symbol": "BTC_USDT",
+    "baseCoin": "BTC",
+    "quoteCoin": "USDT",
+    "settleCoin": "USDT",
+    "contractSize": 0.0001,
+    "priceUnit": 0.1,
+    "volUnit": 1,
+    "state": 0,
+}
+
+
 class Mexc(FakeVenue):
-    name, max_page = "mexc", 500
+    name, linear, max_page = "mexc", "BTC/USDT:USDT", 2000
     unknown_market = (400, {"code": -1121, "msg": "Invalid symbol."})
 
     def answer(self, path: str, query: dict[str, Any]) -> Any:
@@ -34,9 +46,13 @@ class Mexc(FakeVenue):
             return {"serverTime": self.now}
         if path.endswith("/api/v3/exchangeInfo"):
             return {"serverTime": self.now, "symbols": [] if self.is_gone else [SPOT]}
+        if path.endswith("/contract/detail"):
+            return {"success": True, "code": 0, "data": [] if self.is_gone else [PERPETUAL]}
+        if "/contract/kline/" in path:
+            return {"success": True, "code": 0, "data": self._columns(query)}
         if path.endswith("/api/v3/klines"):
             start, end = int(query["startTime"]), int(query.get("endTime", self.now))
-            limit = int(query.get("limit", 500))
+            limit = min(500, int(query.get("limit", 500)))
             bars = self.rows(self.bars(start, end - 1, limit, interval=query["interval"]))
             return [
                 [
@@ -46,3 +62,16 @@ class Mexc(FakeVenue):
                 for bar in bars
             ]
         return None
+
+    def _columns(self, query: dict[str, Any]) -> dict[str, Any]:
+        first, last = int(query["start"]) * 1000, int(query.get("end", self.now // 1000)) * 1000
+        bars = self.rows(self.bars(first, last, 2000, keep="newest", interval=query["interval"]))
+        return {
+            "time": [bar.t // 1000 for bar in bars],
+            "open": [float(bar.o) for bar in bars],
+            "close": [float(bar.c) for bar in bars],
+            "high": [float(bar.h) for bar in bars],
+            "low": [float(bar.l) for bar in bars],
+            "vol": [float(bar.v * 10_000) for bar in bars],
+            "amount": [float(bar.quote) for bar in bars],
+        }

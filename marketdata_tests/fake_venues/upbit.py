@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from marketdata_tests.fake_venues.frame import FakeVenue
+from marketdata_tests.fake_venues.frame import FakeBar, FakeVenue
 
 
 class Upbit(FakeVenue):
@@ -21,19 +21,21 @@ class Upbit(FakeVenue):
             interval = path.split("/candles/")[1].split("/")[0]
             count = int(query["count"])
             bars = self.bars(self.listed, end - 1, count, keep="newest", interval=interval)
-            return [
-                {
-                    "market": "KRW-BTC",
-                    "candle_date_time_utc": f"{datetime.fromtimestamp(bar.t / 1000, UTC):%FT%T}",
-                    "opening_price": float(bar.o),
-                    "high_price": float(bar.h),
-                    "low_price": float(bar.l),
-                    "trade_price": float(bar.c),
-                    "candle_acc_trade_price": float(bar.quote),
-                    "candle_acc_trade_volume": float(bar.v),
-                    "timestamp": bar.t,
-                    "unit": 1,
-                }
-                for bar in self.rows(bars, newest_first=True)
-            ]
+            return [candle(bar) for bar in self.rows(bars, newest_first=True)]
         return None
+
+
+def candle(bar: FakeBar) -> dict[str, Any]:
+    """Return a bar as Upbit, and Bithumb after it, writes it."""
+    return {
+        "market": "KRW-BTC",
+        "candle_date_time_utc": f"{datetime.fromtimestamp(bar.t / 1000, UTC):%FT%T}",
+        "opening_price": float(bar.o),
+        "high_price": float(bar.h),
+        "low_price": float(bar.l),
+        "trade_price": float(bar.c),
+        "candle_acc_trade_price": float(bar.quote),
+        "candle_acc_trade_volume": float(bar.v),
+        "timestamp": bar.t,
+        "unit": 1,
+    }

@@ -41,8 +41,11 @@ from marketdata_tests.steps import SkippingClock
 pytestmark = pytest.mark.server
 
 ONE_MINUTE = TIMEFRAMES["1m"]
-NEWEST_ONLY = {"kraken": 720, "hyperliquid": 5000}
+NEWEST_ONLY = {"kraken": 720, "hyperliquid": 5000, "phemex": 1000, "bithumb": 200, "gemini": 1440}
 """Venues that serve only so many bars: their day is the last one, as far as that goes."""
+SERVED = {"kraken": 200, "phemex": 200, "gemini": 200, "bithumb": 70}
+"""Minutes that such a venue serves where it has lost its older ones; 500 elsewhere."""
+MAIN = list(VENUES)
 SPOT = [name for name, venue in VENUES.items() if venue.spot]
 LINEAR = [name for name, venue in VENUES.items() if venue.linear]
 
@@ -108,13 +111,13 @@ class Battery:
 
 @pytest.fixture
 def battery(tmp_path: Path) -> Iterator[Callable[..., Battery]]:
-    """Yield `start(name, symbol="spot", **truth)`, which serves a venue on loopback."""
+    """Yield `start(name, symbol="main", **truth)`, which serves a venue on loopback."""
     with ExitStack() as servers:
 
-        def start(name: str, symbol: str = "spot", skew: int = 0, **truth: Any) -> Battery:
+        def start(name: str, symbol: str = "main", skew: int = 0, **truth: Any) -> Battery:
             venue = VENUES[name](now=real_now() + skew, **truth)
             url = servers.enter_context(serving_venue(venue))
-            wanted = venue.spot if symbol == "spot" else venue.linear
+            wanted = venue.linear if symbol == "linear" else venue.spot or venue.linear
             assert wanted
             ledger = Ledger(tmp_path)
             return Battery(venue, wanted, ledger, url, SkippingClock())
@@ -198,21 +201,21 @@ def test_bars_of_another_length_under_the_same_name_are_refused(
 # ------------------------------------------------------------ how answers are cut and ordered
 
 
-@pytest.mark.parametrize("name", SPOT)
+@pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("truth", [{"reverse": True}, {"page": 97}, {"overlap": 1}])
 def test_order_length_and_borders_of_a_page_do_not_matter(
     battery: Callable[..., Battery], name: str, truth: dict[str, Any]
 ) -> None:
     tried = battery(name, **truth)
     start, end = a_day(name, tried.venue.now)
-    if name == "kraken":
+    if name in SERVED:
         start = end - 60 * MINUTE  # the newest page is all that it ever sends
     result = tried.collect(start, end)
     assert_true(result.bars, start, end)
     assert result.gaps == ()
 
 
-@pytest.mark.parametrize("name", SPOT)
+@pytest.mark.parametrize("name", MAIN)
 def test_minutes_without_trades_are_gaps_that_two_answers_confirm(
     battery: Callable[..., Battery], name: str
 ) -> None:
@@ -231,7 +234,7 @@ def test_minutes_without_trades_are_gaps_that_two_answers_confirm(
 # ------------------------------------------------------------ where a market begins and ends
 
 
-@pytest.mark.parametrize("name", SPOT)
+@pytest.mark.parametrize("name", MAIN)
 def test_what_lies_before_the_listing_is_not_listed(
     battery: Callable[..., Battery], name: str
 ) -> None:
@@ -246,7 +249,7 @@ def test_what_lies_before_the_listing_is_not_listed(
 
 
 @pytest.mark.parametrize("horizon", ["empty", "later", "refused"])
-@pytest.mark.parametrize("name", [name for name in SPOT if not VENUES[name].counts_rows])
+@pytest.mark.parametrize("name", [name for name in MAIN if not VENUES[name].counts_rows])
 def test_what_lies_beyond_the_horizon_is_not_served(
     battery: Callable[..., Battery], name: str, horizon: str
 ) -> None:
@@ -255,7 +258,7 @@ def test_what_lies_beyond_the_horizon_is_not_served(
         pytest.skip("it does not know from when on bars are wanted")
     now = real_now()
     start, end = a_day(name, now)
-    oldest = end - (200 if name == "kraken" else 500) * MINUTE
+    oldest = end - SERVED.get(name, 500) * MINUTE
     tried = battery(name, serves_from=oldest, horizon=horizon)
     result = tried.collect(start, end)
     assert_true(result.bars, oldest, end)
@@ -265,7 +268,7 @@ def test_what_lies_beyond_the_horizon_is_not_served(
     assert tried.ledger.markets.first_bar(tried.market) is None
 
 
-@pytest.mark.parametrize("name", SPOT)
+@pytest.mark.parametrize("name", MAIN)
 def test_a_market_that_is_gone_leaves_what_is_missing_unanswered(
     battery: Callable[..., Battery], name: str
 ) -> None:
@@ -281,7 +284,7 @@ def test_a_market_that_is_gone_leaves_what_is_missing_unanswered(
 
 
 @pytest.mark.parametrize("skew", [-300_000, 0, 300_000])
-@pytest.mark.parametrize("name", SPOT)
+@pytest.mark.parametrize("name", MAIN)
 def test_only_bars_that_the_venues_clock_closed_are_stored(
     battery: Callable[..., Battery], name: str, skew: int
 ) -> None:
@@ -308,7 +311,7 @@ def test_only_bars_that_the_venues_clock_closed_are_stored(
         (503, "<html><body>Just a moment... Cloudflare</body></html>", "HTTP 503"),
     ],
 )
-@pytest.mark.parametrize("name", SPOT)
+@pytest.mark.parametrize("name", MAIN)
 def test_a_refusal_that_passes_is_no_final_one(
     battery: Callable[..., Battery], name: str, status: int, body: Any, reason: str
 ) -> None:
@@ -322,7 +325,7 @@ def test_a_refusal_that_passes_is_no_final_one(
 
 
 @pytest.mark.parametrize("headers", [{}, {"Retry-After": "7"}])
-@pytest.mark.parametrize("name", SPOT)
+@pytest.mark.parametrize("name", MAIN)
 def test_a_limit_is_waited_for(
     battery: Callable[..., Battery], name: str, headers: dict[str, str]
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from marketdata_assets.errors import MarketDataError, VenueRefused
+from marketdata_assets.errors import BadInput, MarketDataError, VenueRefused
 from marketdata_assets.flows.fetch.answers import Answers, FetchSpan
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.table import raw_table
@@ -14,6 +14,7 @@ from marketdata_assets.sources.clients import VenueClient
 from marketdata_assets.venues.registry import facts_of
 
 DAILY = TIMEFRAMES["1d"]
+COARSE = (DAILY, TIMEFRAMES["4h"], TIMEFRAMES["1h"])
 DAYS_BEFORE = 30
 """How many daily bars before a market's first known bar are requested."""
 
@@ -43,7 +44,7 @@ async def settle_beginning(
 
     What lies before the newest bars that the venue is known to serve is not served. For bars of the
     base: two answers that hold nothing before the market's first bar show that it was not listed
-    then; daily bars from before it show that the venue only does not serve finer ones any more.
+    then; coarser bars from before it show that the venue only does not serve finer ones any more.
     Nothing is decided where bars are stored before, or the answers do not suffice.
     """
     first = answers.first_delivered()
@@ -60,15 +61,15 @@ async def settle_beginning(
         return
     if _is_stored_before(ledger, answers, first) or answers.count_empty_before(first) < 2:
         return
-    earlier = [await _has_daily_bars_before(client, answers, first) for _ in range(2)]
+    earlier = [await _has_coarse_bars_before(client, answers, first) for _ in range(2)]
     if earlier == [False, False]:
-        evidence = "two answers hold no bar before it, and two no daily bar"
+        evidence = "two answers hold no bar before it, and two no coarser bar"
         ledger.markets.set_first_bar(market, first, evidence)
         answers.start_at(first)
     elif earlier == [True, True]:
         answers.set_served_from(
             first,
-            f"the venue has daily bars before {format_time(first)}, and none of {timeframe.name}",
+            f"the venue has coarser bars before {format_time(first)}, and none of {timeframe.name}",
         )
 
 
@@ -81,16 +82,23 @@ def _is_stored_before(ledger: Ledger, answers: Answers, first: datetime) -> bool
     return any(state.rows and month < f"{first:%Y-%m}" for month, state in months.items())
 
 
-async def _has_daily_bars_before(
+async def _has_coarse_bars_before(
     client: VenueClient, answers: Answers, first: datetime
 ) -> bool | None:
-    """Return whether a daily bar lies before the day of the first bar; None when unknown."""
+    """Return whether a coarse bar lies before the day of the first bar; None when unknown.
+
+    It is the coarsest of COARSE that the venue has.
+    """
     day = DAILY.floor(first)
     window = Window(day - timedelta(days=DAYS_BEFORE), day)
-    try:
-        page = await client.source.fetch(answers.span.market, DAILY, window)
-    except VenueRefused:
-        return False
-    except MarketDataError:
-        return None
-    return page.rows.height > 0
+    for timeframe in COARSE:
+        try:
+            page = await client.source.fetch(answers.span.market, timeframe, window)
+        except BadInput:
+            continue  # the venue has no such bars
+        except VenueRefused:
+            return False
+        except MarketDataError:
+            return None
+        return page.rows.height > 0
+    return None
