@@ -14,7 +14,7 @@ OTHERS: dict[str, VenueFacts] = {
     name: VenueFacts(venue=name, endpoints={MarketType.SPOT: endpoint})
     for name, endpoint in (
         *((name, _NO_START) for name in ("bitrue", "bitteam", "bittrade", "p2b", "weex")),
-        *((name, _WITH_END) for name in ("deepcoin", "zebpay")),
+        *((name, _WITH_END) for name in ("deepcoin", "extended", "zebpay")),
     )
 }
 """By ccxt's id."""

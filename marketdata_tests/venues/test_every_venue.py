@@ -30,8 +30,6 @@ NEEDS_MORE = {
     "luno": "a key",
     "modetrade": "a key",
     "woofipro": "a key",
-    "nado": "a numeric id of the market",
-    "polymarket": "no spot",
 }
 """Venues that answer no request for bars which only names market, timeframe and span."""
 DAYS = {"bitbank"}
@@ -58,6 +56,8 @@ MARKET: dict[str, Any] = {
     "info": {},
     "numericId": 1,
 }
+IDS = {"nado": {"id": "1"}}
+"""Where a market's id has another form."""
 LINEAR: dict[str, Any] = MARKET | {
     "symbol": "BTC/USDT:USDT",
     "settle": "USDT",
@@ -101,7 +101,7 @@ def request_of(name: str) -> str:
         source = CcxtSource(venue(name, symbol))
         async with aiohttp.ClientSession() as session:
             exchange = create_exchange(venue(name, symbol), session, 1)
-            exchange.set_markets([MARKET, LINEAR])
+            exchange.set_markets([MARKET | IDS.get(name, {}), LINEAR])
             exchange.fetch = fetch
             source._exchange = exchange
             window = Window(START, TIMEFRAMES["1m"].shift(START, BARS))

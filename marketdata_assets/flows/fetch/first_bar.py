@@ -16,7 +16,7 @@ from marketdata_assets.venues.registry import facts_of
 DAILY = TIMEFRAMES["1d"]
 COARSE = (DAILY, TIMEFRAMES["4h"], TIMEFRAMES["1h"])
 DAYS_BEFORE = 30
-"""How many daily bars before a market's first known bar are requested."""
+"""How many days before a market's first known bar are requested in coarse bars."""
 
 
 async def find_first_bar(
