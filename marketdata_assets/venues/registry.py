@@ -28,8 +28,12 @@ from marketdata_assets.venues import (
     phemex,
     upbit,
 )
-from marketdata_assets.venues.facts import ArchiveFormat, VenueFacts
-from marketdata_assets.venues.others import OTHERS
+from marketdata_assets.venues.facts import (
+    ArchiveFormat,
+    BarsEndpoint,
+    MarketType,
+    VenueFacts,
+)
 
 VENUES: dict[str, VenueFacts] = {
     module.FACTS.venue: module.FACTS
@@ -40,6 +44,17 @@ VENUES: dict[str, VenueFacts] = {
     )
 }
 """By ccxt's id."""
+_NO_START, _WITH_END = BarsEndpoint(has_start=False), BarsEndpoint(takes_until=True)
+OTHERS: dict[str, VenueFacts] = {
+    name: VenueFacts(venue=name, endpoints={MarketType.SPOT: endpoint})
+    for name, endpoint in (
+        *((name, _NO_START) for name in ("bitrue", "bitteam", "bittrade", "p2b", "weex")),
+        *((name, _WITH_END) for name in ("deepcoin", "extended", "nado", "zebpay")),
+    )
+}
+"""By ccxt's id: venues of which no more is known than how ccxt 4.5.90 requests their bars, measured
+by `marketdata_tests/venues/test_every_venue.py`.
+"""
 SAME_API = {
     **dict.fromkeys(("myokx", "okxus"), "okx"),
     **dict.fromkeys(("bybiteu", "bybitid"), "bybit"),
@@ -50,6 +65,19 @@ ARCHIVE_FORMATS: tuple[ArchiveFormat, ...] = tuple(
     dict.fromkeys(facts.archive.format for facts in VENUES.values() if facts.archive)
 )
 """Every kind of file that a venue publishes, once each."""
+
+
+RENAMED_ASSETS = {
+    "POL": "MATIC",  # polygon.technology/blog, migration from 2024-09-04
+    "RENDER": "RNDR",  # know.rendernetwork.com, RNP-006, venues in 2024-07
+    "S": "FTM",  # soniclabs.com, upgrade portal, venues in 2025-01
+    "A": "EOS",  # vaulta.com, token swap, venues in 2025-05
+    "XNO": "NANO",  # blog.nano.org, ticker change of 2021-11
+    "FIRO": "XZC",  # firo.org, rebranding of 2020-10
+}
+"""By new name: the name before, of assets that got another one, one new unit for one old one. Venues
+list the new one as another market, with another id.
+"""
 
 
 def facts_of(venue: str) -> VenueFacts:

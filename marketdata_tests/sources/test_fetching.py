@@ -683,6 +683,7 @@ def test_requests_carry_no_key(
     for name, word in CANARIES.items():
         monkeypatch.setenv(name, word)
     monkeypatch.setenv("HTTP_PROXY", "http://user:canary-proxy@127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     seen: list[str] = []
     ill = [False]
 

@@ -20,7 +20,7 @@ from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.parts import SymbolPattern, Venue
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.venues.facts import MarketType, market_type
-from marketdata_assets.venues.renames import RENAMED_ASSETS
+from marketdata_assets.venues.registry import RENAMED_ASSETS
 
 if TYPE_CHECKING:
     from marketdata_assets.sources.clients import VenueClients
