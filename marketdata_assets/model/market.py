@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 from marketdata_assets.errors import BadInput
 
@@ -16,6 +17,7 @@ _BASE = rf"{_ASSET}(?:-{_ASSET})*"
 _SYMBOL = re.compile(rf"{_BASE}/{_ASSET}(:{_ASSET}(-[A-Za-z0-9.-]+)?)?")
 MAX_CHARACTERS, MAX_BYTES = 64, 70
 """The longest symbol, in UTF-8 as well: a folder's name holds three characters for a byte."""
+_EXPIRY = re.compile(r":[^-]+-(\d{6})(?:-|$)")
 _VENUE = re.compile(r"[a-z][a-z0-9]*")
 CONSOLIDATED_VENUE = "consolidated"
 """Takes the venue's place in a market whose bars come from several venues."""
@@ -42,6 +44,16 @@ class Market:
             raise BadInput(
                 f"symbol {symbol[:100]!r} is not a unified symbol such as BTC/USDT or BTC/USDT:USDT"
             )
+
+    @property
+    def expires(self) -> datetime | None:
+        """The end of the day (UTC) on which a dated contract ends; None for all others."""
+        if not (found := _EXPIRY.search(self.symbol)):
+            return None
+        try:
+            return datetime.strptime(found[1], "%y%m%d").replace(tzinfo=UTC) + timedelta(days=1)
+        except ValueError:
+            return None
 
     @property
     def key(self) -> str:

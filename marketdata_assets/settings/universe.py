@@ -284,13 +284,14 @@ class Settings(Universe):
         return whole & Window(self.kept_since(f"raw/ohlcv_{venue.base.label}"), whole.end)
 
     def history(self, market: Market) -> Window:
-        """All that was ever wanted of a market. Where retention has removed the base bars, coarser
-        bars are still there.
+        """All that was ever wanted of a market, until a dated contract ends. Where retention has
+        removed the base bars, coarser bars are still there.
         """
         if market in self.consolidate:
             return _hull(map(self.history, self.consolidate[market]))
         venue = self.venues[market.venue]
-        return Window(venue.since, min(venue.until or self.now(), self.now()))
+        ends = (venue.until, market.expires, self.now())
+        return Window(venue.since, min(end for end in ends if end))
 
     def kept_since(self, table: str) -> datetime:
         """The start of the first month of a table that retention keeps: the oldest month that ended

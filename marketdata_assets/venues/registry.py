@@ -75,8 +75,8 @@ RENAMED_ASSETS = {
     "XNO": "NANO",  # blog.nano.org, ticker change of 2021-11
     "FIRO": "XZC",  # firo.org, rebranding of 2020-10
 }
-"""By new name: the name before, of assets that got another one, one new unit for one old one. Venues
-list the new one as another market, with another id.
+"""By new name: the name before, of assets that got another one, one new unit for one old one.
+Venues list the new one as another market, with another id.
 """
 
 

@@ -97,8 +97,13 @@ class FakeVenue:
     """The market is no longer listed, and requests for it are refused."""
     fault: Callable[[int], Refusal | None] = lambda _: None
     """By the number of the request for bars: what comes instead."""
+    strangers: frozenset[int] = frozenset()
+    """The numbers of the requests for bars that are answered with another market's."""
+    is_stuck: bool = False
+    """Every request for bars is answered as the first one was."""
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     bar_requests: int = 0
+    first_answer: list[FakeBar] | None = None
 
     name: ClassVar[str]
     """ccxt's id."""
@@ -154,11 +159,25 @@ class FakeVenue:
             times = reversed(range(start, end + 1, width))
         traded = (t for t in times if t not in self.silent)
         found = [true_bar(t, now=self.now, width=width) for t in islice(traded, size)]
-        return found if keep == "oldest" else found[::-1]
+        return self._mislead(found if keep == "oldest" else found[::-1], number)
+
+    def _mislead(self, bars: list[FakeBar], number: int) -> list[FakeBar]:
+        """Return what is sent instead of these bars."""
+        if number in self.strangers:
+            bars = [_times(bar, 3) for bar in bars]
+        if self.is_stuck:
+            self.first_answer = bars = self.first_answer or bars
+        return bars
 
     def rows(self, bars: list[FakeBar], *, newest_first: bool = False) -> list[FakeBar]:
         """Return bars in the order in which the venue sends them."""
         return bars[::-1] if newest_first != self.reverse else bars
+
+
+def _times(bar: FakeBar, factor: int) -> FakeBar:
+    """Return a bar of another market, whose prices are so many times higher."""
+    prices = {name: getattr(bar, name) * factor for name in ("o", "h", "l", "c", "quote")}
+    return bar._replace(**prices)
 
 
 @contextmanager

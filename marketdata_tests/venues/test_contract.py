@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from marketdata_assets.errors import BadInput, MarketDataError, VenueDown
+from marketdata_assets.errors import BadInput, MarketDataError, VenueDown, VenueRefused
 from marketdata_assets.flows.fetch.answers import FetchResult, FetchSpan
 from marketdata_assets.flows.fetch.collect import collect
 from marketdata_assets.flows.fetch.open_partition import empty_raw_bars
@@ -22,12 +22,12 @@ from marketdata_assets.model.events import no_progress
 from marketdata_assets.model.gap import GapReason
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
-from marketdata_assets.model.window import Window, from_ms
+from marketdata_assets.model.window import Window, from_ms, to_ms
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.ccxt_rest import CcxtSource
 from marketdata_assets.sources.clients import VenueClient
 from marketdata_assets.sources.guards import GuardedSource
-from marketdata_tests.fake_venues import VENUES
+from marketdata_tests.fake_venues import VENUES, bybit, gate, okx
 from marketdata_tests.fake_venues.frame import (
     DAY,
     MINUTE,
@@ -335,3 +335,80 @@ def test_a_limit_is_waited_for(
     began = tried.clock.now
     assert_true(tried.collect(start, end).bars, start, end)
     assert tried.clock.now - began >= (7 if headers else 1)
+
+
+# ------------------------------------------------------------ answers that are odd
+ODD = ["bybit", "okx", "kucoin", "gate", "htx", "bitget"]
+"""Venues of different pages, orders and units; the code that is tried is the same for all."""
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_page_that_becomes_shorter_on_the_way(battery: Callable[..., Battery], name: str) -> None:
+    tried = battery(name)
+
+    def shorten(number: int) -> None:
+        tried.venue.page = 61 if number > 1 else None
+
+    tried.venue.fault = shorten
+    start, end = a_day(name, tried.venue.now)
+    result = tried.collect(start - DAY, end)
+    assert_true(result.bars, start - DAY, end)
+    assert result.gaps == ()
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_one_answer_about_another_market_is_outvoted(
+    battery: Callable[..., Battery], name: str
+) -> None:
+    """Right in every shape and rule; its neighbors contradict it."""
+    tried = battery(name, strangers=frozenset([1]))
+    start, end = a_day(name, tried.venue.now)
+    result = tried.collect(start - 2 * DAY, end)
+    assert_true(result.bars, start - 2 * DAY, end)
+    assert result.rejected.height > 0
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_venue_that_sends_one_page_for_ever_is_not_believed(
+    battery: Callable[..., Battery], name: str
+) -> None:
+    """What it sends is stored, and nothing is said of the rest."""
+    tried = battery(name, is_stuck=True)
+    start, end = a_day(name, tried.venue.now)
+    result = tried.collect(start - DAY, end)
+    stored = result.bars.height
+    assert stored < 2 * DAY // MINUTE
+    opens = {
+        to_ms(opened): close for opened, close in result.bars.select("open_time", "close").rows()
+    }
+    assert all(true_bar(t).c == close for t, close in opens.items())
+    reasons = {gap.reason for gap in result.gaps}
+    assert GapReason.NO_BARS not in reasons
+    assert len(tried.venue.requests) < 150
+
+
+def test_a_contract_size_that_changes_is_noticed(
+    battery: Callable[..., Battery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The price proves it, as Gate sends quote volumes as well; nothing of it is stored."""
+    tried = battery("gate", "linear")
+    start, end = a_day("gate", tried.venue.now)
+    assert_true(tried.collect(start, end).bars, start, end)
+    monkeypatch.setitem(gate.CONTRACT, "quanto_multiplier", "0.001")
+    with pytest.raises(VenueRefused, match="do not count its base currency"):
+        tried.collect(start, end)
+
+
+@pytest.mark.parametrize("name", ["bybit", "okx"])
+def test_a_listing_moment_in_the_future_hides_no_bar(
+    battery: Callable[..., Battery], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was delivered counts, whatever the venue's list says."""
+    later = str(real_now() + 40 * DAY)
+    monkeypatch.setitem(okx.SPOT, "listTime", later)
+    monkeypatch.setitem(bybit.LINEAR, "launchTime", later)
+    tried = battery(name, "main" if name == "okx" else "linear")
+    start, end = a_day(name, tried.venue.now)
+    result = tried.collect(start, end)
+    assert_true(result.bars, start, end)
+    assert result.gaps == ()

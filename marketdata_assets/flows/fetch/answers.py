@@ -6,8 +6,7 @@ nothing between them. Everything here is a pure decision on answers that have co
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import cast
@@ -15,15 +14,14 @@ from typing import cast
 import polars as pl
 
 from marketdata_assets.errors import VenueRefused
+from marketdata_assets.flows.fetch.known_gaps import clip_gaps, missing_windows, remaining_gaps
 from marketdata_assets.ledger.fetches import to_log
 from marketdata_assets.ledger.records import LoggedFetch, RowAccount
 from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, empty_bars
 from marketdata_assets.model.gap import PROMPT_ATTEMPTS, Gap, GapReason, GapStatus
 from marketdata_assets.model.intervals import (
-    find_gaps,
     group_consecutive,
     subtract_window,
-    subtract_windows,
 )
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
@@ -80,36 +78,6 @@ class FetchResult:
     seconds_waited: float = 0.0
     through: datetime = EPOCH
     corrected: int = 0
-
-
-def remaining_gaps(gaps: Iterable[Gap], opens: pl.Series, timeframe: Timeframe) -> list[Gap]:
-    """Return the gaps without the bars that exist now; `opens` are their open times, sorted."""
-    known, remaining = list(gaps), []
-    moments = opens.to_list() if known else []
-    for gap in known:
-        first, end = (bisect_left(moments, t) for t in (gap.window.start, gap.window.end))
-        if first == end:
-            remaining.append(gap)
-            continue
-        for window in find_gaps(opens, timeframe, gap.window):
-            remaining.append(replace(gap, window=window, bars=window.count(timeframe)))
-    return remaining
-
-
-def clip_gaps(gaps: Iterable[Gap], start: datetime, timeframe: Timeframe) -> list[Gap]:
-    """Return the gaps without what opens before `start`."""
-    kept = ((gap, gap.window & Window(start, gap.window.end)) for gap in gaps)
-    return [replace(gap, window=w, bars=w.count(timeframe)) for gap, w in kept if w]
-
-
-def missing_windows(
-    opens: pl.Series, timeframe: Timeframe, window: Window, *, gaps: Iterable[Gap], now: datetime
-) -> list[Window]:
-    """Return the windows without a bar among `opens` that no gap keeps waiting at `now` (our
-    clock).
-    """
-    waiting = [gap.window for gap in gaps if not gap.is_due(now)]
-    return subtract_windows(find_gaps(opens, timeframe, window), waiting)
 
 
 @dataclass(slots=True)

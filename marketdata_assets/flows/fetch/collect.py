@@ -17,10 +17,9 @@ from marketdata_assets.flows.fetch.answers import (
     Answers,
     FetchResult,
     FetchSpan,
-    clip_gaps,
-    missing_windows,
 )
 from marketdata_assets.flows.fetch.first_bar import find_first_bar, settle_beginning
+from marketdata_assets.flows.fetch.known_gaps import clip_gaps, missing_windows
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.events import BarsReceived
 from marketdata_assets.model.intervals import (

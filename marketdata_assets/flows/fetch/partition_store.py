@@ -11,7 +11,8 @@ from datetime import datetime
 import polars as pl
 
 from marketdata_assets.errors import Damaged, MarketDataError, Unreachable
-from marketdata_assets.flows.fetch.answers import FetchResult, remaining_gaps
+from marketdata_assets.flows.fetch.answers import FetchResult
+from marketdata_assets.flows.fetch.known_gaps import remaining_gaps
 from marketdata_assets.flows.fetch.open_partition import (
     IngestResult,
     OpenPartition,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
-from marketdata_assets.flows.fetch.answers import missing_windows
+from marketdata_assets.flows.fetch.known_gaps import missing_windows
 from marketdata_assets.flows.fetch.open_partition import wanted_window
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.ledger.records import PartitionState

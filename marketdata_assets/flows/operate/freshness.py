@@ -63,5 +63,7 @@ def market_freshness(
             if lake.size(raw_table(timeframe), partition) == size:
                 through = timeframe.shift(bar, 1)
         lag = max(timedelta(0), timeframe.floor(span.end) - (through or span.start))
+        if market.expires and market.expires <= settings.now():
+            lag = timedelta(0)  # it ended at some hour of its last day
         found.append(MarketFreshness(market, through, lag, settings.limits(timeframe)))
     return found
