@@ -72,6 +72,14 @@ def pack_windows(windows: Iterable[Window], timeframe: Timeframe, *, max_bars: i
     return fold_neighbors(sorted(windows), join)
 
 
+def count_covers(window: Window, covers: Iterable[Window]) -> int:
+    """Return how many of the `covers` hold each moment of a window, at the least."""
+    inside = [part for cover in covers if (part := cover & window)]
+    edges = sorted({window.start, *(part.start for part in inside), *(part.end for part in inside)})
+    moments = [edge for edge in edges if edge < window.end]
+    return min(sum(part.start <= moment < part.end for part in inside) for moment in moments)
+
+
 def enclosing_window(windows: Iterable[Window]) -> Window:
     """Return the smallest window that holds all of these. Raises ValueError for none."""
     found = list(windows)

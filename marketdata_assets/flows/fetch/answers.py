@@ -20,6 +20,7 @@ from marketdata_assets.ledger.records import LoggedFetch, RowAccount
 from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, empty_bars
 from marketdata_assets.model.gap import PROMPT_ATTEMPTS, Gap, GapReason, GapStatus
 from marketdata_assets.model.intervals import (
+    count_covers,
     group_consecutive,
     subtract_window,
 )
@@ -93,6 +94,8 @@ class Answers:
     closed_before: datetime
     now: datetime
     columns: tuple[str, ...]
+    page_size: int
+    """Bars that one answer can hold."""
     fetched: list[BarsPage] = field(default_factory=list)
     refused: dict[Window, VenueRefused] = field(default_factory=dict)
     """What the venue refused to answer because of its window."""
@@ -111,9 +114,10 @@ class Answers:
         default_factory=lambda: [pl.DataFrame(schema=REJECTED_SCHEMA)]
     )
     _extents: list[tuple[datetime, datetime]] = field(default_factory=list)
+    _empty: list[Window] = field(default_factory=list)
 
     def add(self, fetched: Sequence[BarsPage]) -> None:
-        """Apply the rules to new answers; neighbors beyond the window are used, but not counted."""
+        """Apply the rules to new answers; bars beyond the window are used, but not counted."""
         if not fetched:
             return
         first = len(self.fetched)
@@ -129,11 +133,11 @@ class Answers:
         extents = valid.group_by("answer").agg(opens.min().alias("a"), opens.max().alias("b"))
         self._extents.extend((a, b) for _, a, b in extents.sort("answer").iter_rows())
         start, end = self.window.start, self.window.end
-        neighbor = ((opens < start) | (opens >= end)) & opens.is_between(
-            timeframe.shift(start, -1), end, closed="both"
-        )
-        self._valid.append(valid.filter(~neighbor))
+        is_outside = (opens < start) | (opens >= end)
+        neighbor = is_outside & opens.is_between(timeframe.shift(start, -1), end, closed="both")
+        self._valid.append(valid.filter(~is_outside))
         self._rejected.append(rejected.filter(~neighbor.fill_null(False)))
+        self._empty.extend(page.window for page in fetched if page.rows.is_empty())
         self.received += self._valid[-1].height + self._rejected[-1].height
 
     def resolve(self) -> ResolvedAnswers:
@@ -157,8 +161,31 @@ class Answers:
         return group_consecutive(repeated["open_time"].drop_nulls().to_list(), self.span.timeframe)
 
     def count_confirmations(self, window: Window) -> int:
-        """Return how many answers delivered both neighbors of a window and nothing between them."""
+        """Return how many answers say that the venue has nothing in a window.
+
+        An answer delivered bars on both sides and nothing between them. Where no page reaches so
+        far, or the window lies at an end of the span, empty answers cover all of it, and others
+        delivered bars on both sides: what lies beyond the venue's horizon is empty, too.
+        """
+        spanning = self.count_spanning(window)
+        is_inside = self.window.start < window.start and window.end < self.window.end
+        is_short = window.count(self.span.timeframe) + 2 <= self.page_size
+        if spanning or (is_short and is_inside):
+            return spanning
+        is_between = self.has_bars_before(window.start) and self.has_bars_after(window.end)
+        return count_covers(window, self._empty) if is_between else 0
+
+    def count_spanning(self, window: Window) -> int:
+        """Return how many answers delivered bars on both sides of a window, and none between."""
         return sum(a < window.start and b >= window.end for a, b in self._extents)
+
+    def has_bars_before(self, moment: datetime) -> bool:
+        """Return whether a bar was delivered that opens before a moment."""
+        return any(first < moment for first, _ in self._extents)
+
+    def has_bars_after(self, moment: datetime) -> bool:
+        """Return whether a bar was delivered that opens at a moment or after it."""
+        return any(last >= moment for _, last in self._extents)
 
     def first_delivered(self) -> datetime | None:
         """Return the open time of the first bar that was delivered and keeps every rule."""

@@ -18,7 +18,7 @@ from marketdata_assets.flows.fetch.answers import (
     FetchResult,
     FetchSpan,
 )
-from marketdata_assets.flows.fetch.first_bar import find_first_bar, settle_beginning
+from marketdata_assets.flows.fetch.first_bar import find_first_bar, has_older_bars, settle_beginning
 from marketdata_assets.flows.fetch.known_gaps import clip_gaps, missing_windows
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.events import BarsReceived
@@ -73,8 +73,8 @@ async def collect(
     if not windows:
         return FetchResult(gaps=tuple(clip_gaps(span.gaps, start, timeframe)), through=end)
     traits = client.traits(span.market)
-    answers = Answers(span, window, closed_before, now, traits.columns)
-    session = FetchSession(client, answers)
+    answers = Answers(span, window, closed_before, now, traits.columns, traits.page_size)
+    session = FetchSession(client, answers, has_older_bars(ledger, span))
     recent = session.last_stored(missing, settings.corrections.run_minutes)
     try:
         resolved = await session.run([*windows, *recent])
@@ -102,8 +102,11 @@ class FetchSession:
 
     client: VenueClient
     answers: Answers
+    has_older_bars: bool = False
+    """Bars of an earlier month are stored."""
     requests: Counter[Window] = field(default_factory=Counter)
     """How often each window was requested."""
+    rounds: int = 0
 
     async def run(self, windows: list[Window]) -> ResolvedAnswers:
         """Request the windows until their answers agree, at most ROUNDS times."""
@@ -115,6 +118,7 @@ class FetchSession:
             queue = self.windows_to_refetch(resolved)
             if not queue:
                 break
+            self.rounds += 1
         return resolved
 
     @property
@@ -144,12 +148,15 @@ class FetchSession:
             Window(self.answers.window.start, self.answers.silent_until),
         ]
         unconfirmed = [
-            self._with_neighbors(part)
+            part
             for window in self.answers.missing(resolved)
             for part in subtract_window(window, explained)
             if self.answers.count_confirmations(part) < 2
         ]
-        again = [w for w in self._join(unconfirmed) if self.requests[w] < REQUESTS_MISSING]
+        spanned = [part for part in unconfirmed if self._can_be_spanned(part)]
+        around = self._join([self._reach_around(part) for part in spanned])
+        around += [w for part in unconfirmed if part not in spanned for w in self._pieces(part)]
+        again = [w for w in around if self.requests[w] < REQUESTS_MISSING]
         if not self.answers.received:
             again = again[-1:]  # an empty span is not requested page by page once more
         return sorted({w for w in pages if self.requests[w] < REQUESTS_DISPUTED} | set(again))
@@ -245,6 +252,54 @@ class FetchSession:
         is_first = window.start <= self.answers.window.start
         start = window.start if is_first else timeframe.shift(window.start, -1)
         return Window(start, max(window.end, min(timeframe.shift(window.end, 1), last)))
+
+    def _can_be_spanned(self, part: Window) -> bool:
+        """Return whether one request may deliver bars on both sides of a window.
+
+        It may not where the window is longer than a page, or where the first such request found
+        that the market is silent beyond the end of the span as well.
+        """
+        bars = part.count(self.answers.span.timeframe)
+        is_short = self._traits.skips_gaps or bars + 2 <= self._traits.page_size
+        is_silent_beyond = self.rounds and not self.answers.count_spanning(part)
+        return is_short and not (is_silent_beyond and any(self._ends_beyond(part)))
+
+    def _ends_beyond(self, part: Window) -> tuple[bool, bool]:
+        """Return whether bars before the span, and after it, may say more about a window."""
+        span, timeframe = self.answers.window, self.answers.span.timeframe
+        is_first = part.start == span.start and self.has_older_bars
+        is_last = part.end == span.end < timeframe.floor(self.answers.closed_before)
+        return is_first, is_last
+
+    def _reach_around(self, part: Window) -> Window:
+        """Return a window with one bar more on both sides, and with half of what a page has left
+        beyond an end of the span.
+        """
+        timeframe = self.answers.span.timeframe
+        more = max(1, (self._traits.page_size - part.count(timeframe)) // 2)
+        is_first, (_, last) = part.start == self.answers.window.start, self._ends_beyond(part)
+        start = timeframe.shift(part.start, -more if is_first else -1)
+        latest = max(part.end, timeframe.floor(self.answers.closed_before))
+        return Window(start, min(timeframe.shift(part.end, more if last else 1), latest))
+
+    def _pieces(self, part: Window) -> list[Window]:
+        """Return pages that hold nothing but a window, and one beyond each end of the span: the
+        next one in each round.
+        """
+        timeframe, size = self.answers.span.timeframe, self._traits.page_size
+        pieces, (first, last) = list(part.pages(timeframe, size)), self._ends_beyond(part)
+        far, near = size * (self.rounds + 1), size * self.rounds
+        if first and not self.answers.has_bars_before(part.start):
+            pieces.append(
+                Window(timeframe.shift(part.start, -far), timeframe.shift(part.start, -near))
+            )
+        latest = timeframe.floor(self.answers.closed_before)
+        beyond = Window(
+            timeframe.shift(part.end, near), min(timeframe.shift(part.end, far), latest)
+        )
+        if last and beyond and not self.answers.has_bars_after(part.end):
+            pieces.append(beyond)
+        return pieces
 
     def _join(self, windows: list[Window]) -> list[Window]:
         """Return the windows in as few requests as the venue allows."""

@@ -9,11 +9,13 @@ from marketdata_assets.flows.fetch.answers import Answers, FetchSpan
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
-from marketdata_assets.model.window import Window, format_time
+from marketdata_assets.model.window import Window, format_time, from_ms
 from marketdata_assets.sources.clients import VenueClient
 from marketdata_assets.venues.registry import facts_of
 
 DAILY = TIMEFRAMES["1d"]
+DAYS_TRIED = 2
+"""Of how many days with coarse bars finer ones are requested, to show that they are not served."""
 COARSE = (DAILY, TIMEFRAMES["4h"], TIMEFRAMES["1h"])
 DAYS_BEFORE = 30
 """How many days before a market's first known bar are requested in coarse bars."""
@@ -66,28 +68,65 @@ async def settle_beginning(
         evidence = "two answers hold no bar before it, and two no coarser bar"
         ledger.markets.set_first_bar(market, first, evidence)
         answers.start_at(first)
-    elif earlier == [True, True]:
+    elif earlier == [True, True] and not await _serves_before(client, answers, first):
         answers.set_served_from(
             first,
             f"the venue has coarser bars before {format_time(first)}, and none of {timeframe.name}",
         )
 
 
+async def _serves_before(client: VenueClient, answers: Answers, first: datetime) -> bool:
+    """Return whether the venue sends bars from before the first one that it delivered: of the last
+    days with coarse bars, one page each.
+    """
+    market, timeframe = answers.span.market, answers.span.timeframe
+    size = client.traits(market).page_size
+    for opened in await _coarse_opens_before(client, answers, first):
+        window = Window(timeframe.ceil(opened), timeframe.shift(timeframe.ceil(opened), size))
+        try:
+            page = await client.source.fetch(market, timeframe, window & Window(opened, first))
+        except MarketDataError:
+            continue
+        if page.rows.height:
+            return True
+    return False
+
+
 def _is_stored_before(ledger: Ledger, answers: Answers, first: datetime) -> bool:
     opens = answers.span.stored["open_time"]
     if opens.len() and opens[0] < first:
         return True
-    table = raw_table(answers.span.timeframe)
-    months = ledger.partitions.of_market(table, answers.span.market)
-    return any(state.rows and month < f"{first:%Y-%m}" for month, state in months.items())
+    return _has_month_before(ledger, answers.span, first)
+
+
+def has_older_bars(ledger: Ledger, span: FetchSpan) -> bool:
+    """Return whether bars of an earlier month than a span's are stored."""
+    return _has_month_before(ledger, span, span.wanted.start)
+
+
+def _has_month_before(ledger: Ledger, span: FetchSpan, moment: datetime) -> bool:
+    months = ledger.partitions.of_market(raw_table(span.timeframe), span.market)
+    return any(state.rows and month < f"{moment:%Y-%m}" for month, state in months.items())
 
 
 async def _has_coarse_bars_before(
     client: VenueClient, answers: Answers, first: datetime
 ) -> bool | None:
-    """Return whether a coarse bar lies before the day of the first bar; None when unknown.
+    """Return whether a coarse bar lies before the day of the first bar; None when unknown."""
+    try:
+        return bool(await _coarse_opens_before(client, answers, first))
+    except VenueRefused:
+        return False
+    except MarketDataError:
+        return None
 
-    It is the coarsest of COARSE that the venue has.
+
+async def _coarse_opens_before(
+    client: VenueClient, answers: Answers, first: datetime
+) -> list[datetime]:
+    """Return the last open times of coarse bars before the day of the first bar, latest first.
+
+    They are of the coarsest of COARSE that the venue has. Raises MarketDataError.
     """
     day = DAILY.floor(first)
     window = Window(day - timedelta(days=DAYS_BEFORE), day)
@@ -96,9 +135,6 @@ async def _has_coarse_bars_before(
             page = await client.source.fetch(answers.span.market, timeframe, window)
         except BadInput:
             continue  # the venue has no such bars
-        except VenueRefused:
-            return False
-        except MarketDataError:
-            return None
-        return page.rows.height > 0
-    return None
+        opens = page.rows["open_time"].drop_nulls().sort(descending=True)
+        return [from_ms(ms) for ms in opens[:DAYS_TRIED].to_list()]
+    raise BadInput(f"{answers.span.market.venue} has no coarse bars")
