@@ -169,6 +169,20 @@ def test_any_text_is_a_key_exactly_or_refused(text: str):
         assert Market.parse(text).key == text
 
 
+@pytest.mark.parametrize(
+    ("symbol", "expires"),
+    [
+        ("BTC/USDT", None),
+        ("BTC/USDT:USDT", None),
+        ("BTC/USDT:USDT-240329", "2024-03-30"),
+        ("BTC/USD:BTC-241231-60000-C", "2025-01-01"),
+        ("BTC/USDT:USDT-999999", None),
+    ],
+)
+def test_a_dated_contract_ends_with_its_day(symbol: str, expires: str | None):
+    assert Market("okx", symbol).expires == (at(expires) if expires else None)
+
+
 # ---------------------------------------------------------------- moments and timeframes
 MOMENTS = st.datetimes(datetime(1969, 1, 1), datetime(2199, 12, 31), timezones=st.just(UTC))
 

@@ -243,6 +243,13 @@ def test_an_alias_repeats_a_value(load: Any):
     ]
 
 
+def test_nothing_is_wanted_of_a_contract_that_has_ended(load: Any, monkeypatch: pytest.MonkeyPatch):
+    settings = load(venue("symbols: ['BTC/USDT:USDT-240329', 'BTC/USDT']", SINCE), NOW="2024-06-01")
+    dated, spot = settings.markets
+    assert settings.span(dated).end == at("2024-03-30")
+    assert settings.span(spot).end == at("2024-06-01")
+
+
 def test_a_change_is_a_copy_and_its_markets_are_new(load: Any):
     settings = load(SMALL)
     assert settings.markets == (BTC,)
