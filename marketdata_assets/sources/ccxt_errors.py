@@ -67,10 +67,6 @@ def _translate_ccxt(venue: str, error: Exception, answer: HttpAnswer) -> MarketD
     """Return the error of our tree that a ccxt error means; Retry for all that may pass."""
     from ccxt.base import errors as ccxt
 
-    is_limit = isinstance(error, ccxt.DDoSProtection | ccxt.RateLimitExceeded)
-    if is_limit or answer.status in (418, 429):
-        seconds = _retry_after(answer)
-        return Wait(f"{venue}: HTTP {answer.status}, wait {seconds:g} s", seconds)
     if isinstance(error, ccxt.RequestTimeout):
         return Retry(f"{venue}: no complete answer came within the deadline")
     if answer.status == PROXY_WANTS_PASSWORD:
@@ -80,6 +76,10 @@ def _translate_ccxt(venue: str, error: Exception, answer: HttpAnswer) -> MarketD
             f"{venue}: HTTP {answer.status}, the venue or a firewall before it refuses requests "
             "from this address: a country block, too many requests, or a wrong base_url"
         )
+    is_limit = isinstance(error, ccxt.DDoSProtection | ccxt.RateLimitExceeded)
+    if is_limit or answer.status in (418, 429):
+        seconds = _retry_after(answer)
+        return Wait(f"{venue}: HTTP {answer.status}, wait {seconds:g} s", seconds)
     if isinstance(error, ccxt.OperationFailed) and answer.status in (404, 405):
         return VenueRefused(
             f"{venue}: HTTP {answer.status}, the address does not serve this API; check base_url"
