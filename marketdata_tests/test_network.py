@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 from aiohttp import web
 
-from marketdata_assets.errors import BadInput, Retry
+from marketdata_assets.errors import BadInput, Retry, VenueRefused
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -201,3 +201,23 @@ def test_alerts_through_a_proxy_and_with_a_ca_file(
         monkeypatch.setenv("SSL_CERT_FILE", str(file))
         send(url.replace("https", "jsons") + "/hook")
     assert len(received) == 2
+
+
+# ------------------------------------------------------------ redirects
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_refused_and_named(venue_url: str, status: int) -> None:
+    """No request follows it, to another host or to another path."""
+    seen = []
+
+    async def redirect(request: web.Request) -> web.Response:
+        seen.append(request.path)
+        where = venue_url.replace("127.0.0.1", "localhost") + str(request.rel_url)
+        return web.Response(status=status, headers={"Location": where})
+
+    with serving(redirect) as url, pytest.raises(VenueRefused) as refused:
+        fetch(url)
+    assert str(refused.value) == (
+        f"bybit: HTTP {status}, it redirects to localhost, which is not followed; write the right "
+        "address in base_url"
+    )
+    assert len(seen) == 1

@@ -44,7 +44,7 @@ def translate_errors(venue: str, answer: HttpAnswer) -> Iterator[None]:
 
     try:
         yield
-    except (RequestFailed, BadInput) as error:
+    except (RequestFailed, VenueRefused, BadInput) as error:
         if not str(error).startswith(venue):
             error.args = (f"{venue}: {error}",)
         raise

@@ -16,7 +16,7 @@ from urllib.request import getproxies
 
 import aiohttp
 
-from marketdata_assets.errors import BadInput, Garbled
+from marketdata_assets.errors import BadInput, Garbled, VenueRefused
 from marketdata_assets.network import ca_file
 
 MAX_BYTES = 32 * 1024 * 1024
@@ -53,12 +53,24 @@ class LimitedResponse(aiohttp.ClientResponse):
         return self._body
 
 
+async def _refuse_redirect(
+    _: aiohttp.ClientSession, __: Any, parameters: aiohttp.TraceRequestRedirectParams
+) -> None:
+    """Stop before a request goes where nobody pointed it. Raises VenueRefused."""
+    there = urlsplit(parameters.response.headers.get("Location", "")).hostname
+    raise VenueRefused(
+        f"HTTP {parameters.response.status}, it redirects to {there or 'another path'}, which is "
+        "not followed; write the right address in base_url"
+    )
+
+
 def open_session(proxy: str | None) -> aiohttp.ClientSession:
     """Return a session that goes through a proxy, or through those of the environment.
 
     It trusts the system's certificates and those of `network.ca_file`. Raises BadInput.
     """
-    context = ssl.create_default_context()
+    context, trace = ssl.create_default_context(), aiohttp.TraceConfig()
+    trace.on_request_redirect.append(_refuse_redirect)
     if path := ca_file():
         context.load_verify_locations(path)
     if proxy and proxy.startswith("socks"):
@@ -68,6 +80,7 @@ def open_session(proxy: str | None) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
             connector=ProxyConnector.from_url(url, rdns=True, ssl=context),
             response_class=LimitedResponse,
+            trace_configs=[trace],
         )
     if proxy is None and any(value.startswith("socks") for value in getproxies().values()):
         raise BadInput(
@@ -77,6 +90,7 @@ def open_session(proxy: str | None) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(ssl=context),
         response_class=LimitedResponse,
+        trace_configs=[trace],
         proxy=proxy,
         trust_env=proxy is None,
     )

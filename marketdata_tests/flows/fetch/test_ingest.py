@@ -500,7 +500,7 @@ def test_an_unanswered_gap_is_fetched_in_three_runs(universe: Universe) -> None:
                 generate_bars("BTCUSDT", "1m", window("2024-01-05", "2024-01-05T20:00")),
             )
         assert found == [[(240, "unanswered", n, n == 3)] for n in (1, 2, 3, 3, 3)]
-        assert all(1 <= n <= 4 for n in request_counts[:3])
+        assert all(1 <= n <= 10 for n in request_counts[:3])  # and beyond the span for a neighbor
         assert request_counts[3:] == [0, 0]
         (one,) = report_coverage(settings)
         assert (one.present, one.unexplained, one.not_fetched) == (1200, 240, 0)
@@ -555,10 +555,9 @@ def test_a_gap_that_the_second_answer_fills_is_no_gap(universe: Universe) -> Non
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_an_empty_answer_for_a_whole_span_is_not_final(universe: Universe, times: int) -> None:
-    """An empty page is fetched once more in the same run, and again in the next run."""
+    """An empty page is fetched twice more in the same run: bars beyond the span show the rest."""
     with exchange_at(tamper=remove_bars("2024-01-05", "2024-01-06", [times])) as (_, url):
         settings = universe(url, since="2024-01-05", until="2024-01-05T12:00")
-        assert run_ingest(settings)[0].complete is (times == 1)
         assert run_ingest(settings)[0].complete
         assert_bars(
             stored_bars(settings),
@@ -838,7 +837,7 @@ def test_months_can_be_ingested_in_any_order(universe: Universe) -> None:
 
 def test_a_late_bar_changes_the_week_of_the_next_month(universe: Universe) -> None:
     """The last hours of January are still missing when February's first week is built."""
-    with exchange_at(tamper=remove_bars("2024-01-31T20:00", "2024-02-01T01:00", [10**6])) as (
+    with exchange_at(tamper=remove_bars("2024-01-31T20:00", "2024-03-01", [10**6])) as (
         exchange,
         url,
     ):
