@@ -19,7 +19,16 @@ one line, and never holds a secret.
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+
+def without_controls(text: str) -> str:
+    """Return a text with `?` for each control character: others' words may hold escape codes."""
+    return _CONTROLS.sub("?", text)
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class MarketDataError(Exception):

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from marketdata_assets.cli.options import BarFormat, ListFormat
-from marketdata_assets.errors import BadInput, StoreFailed
+from marketdata_assets.errors import BadInput, StoreFailed, without_controls
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +60,7 @@ def _print_table(
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         texts = ("" if row[name] is None else cells.get(name, str)(row[name]) for name in columns)
-        table.add_row(*map(Text, texts))
+        table.add_row(*(Text(without_controls(text)) for text in texts))
     console = out if out.is_terminal else Console(width=max(80, COLUMN_WIDTH * len(columns)))
     console.print(table)
 
@@ -72,12 +72,12 @@ def print_json(value: Any) -> None:
 
 def print_line(text: str, console: Console = out) -> None:
     """Print text as it is: nothing is colored, and no line is broken."""
-    console.print(Text(text), soft_wrap=True)
+    console.print(Text(without_controls(text)), soft_wrap=True)
 
 
 def print_problem(label: str, message: str, *, style: str = "red") -> None:
     """Print one line about a problem on standard error, with a colored label."""
-    err.print(Text.assemble((label, style), " ", message), soft_wrap=True)
+    err.print(Text.assemble((label, style), " ", without_controls(message)), soft_wrap=True)
 
 
 @contextmanager

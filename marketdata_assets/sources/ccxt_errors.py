@@ -22,6 +22,7 @@ from marketdata_assets.errors import (
     Retry,
     VenueRefused,
     Wait,
+    without_controls,
 )
 from marketdata_assets.sources.ccxt_transport import HttpAnswer
 
@@ -97,7 +98,8 @@ def _describe(error: Exception, answer: HttpAnswer) -> str:
         return _describe_connection(error.__cause__ or error)
     text = re.sub(r"https?://\S+", "", str(error))
     message = re.search(r'"(?:msg|message|error)"\s*:\s*\[?"([^"]{1,120})', text)
-    return f"HTTP {answer.status}, {message.group(1) if message else type(error).__name__}"
+    words = without_controls(message.group(1)) if message else type(error).__name__
+    return f"HTTP {answer.status}, {words}"
 
 
 def _describe_connection(error: BaseException) -> str:

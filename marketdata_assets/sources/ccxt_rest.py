@@ -20,7 +20,7 @@ from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.instrument import Instrument
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
-from marketdata_assets.model.window import Window, from_ms, to_ms
+from marketdata_assets.model.window import Window, format_time, from_ms, to_ms
 from marketdata_assets.settings.fields import reveal_secret
 from marketdata_assets.settings.parts import Venue
 from marketdata_assets.sources.base import BarsPage, MarketTraits, Request
@@ -56,6 +56,10 @@ DEADLINE = 15.0
 """Seconds within which the whole answer of one request must come."""
 DATE_MARGIN = timedelta(minutes=10)
 """How far a venue without a clock may lag behind the Date of its answers."""
+FIRST_BLOCK = datetime(2009, 1, 3, tzinfo=UTC)
+"""No venue's clock says less."""
+CLOCK_AHEAD = timedelta(days=1)
+"""How far a venue's clock may be ahead of the machine's."""
 END_OF_TIME = to_ms(datetime.max.replace(tzinfo=UTC))
 """The last moment that can be one."""
 NEWEST_BARS = 60
@@ -115,7 +119,7 @@ class CcxtSource:
         if (await self._open_exchange()).has["fetchTime"] is True:
 
             async def request(exchange: Any) -> datetime:
-                return from_ms(int(await exchange.fetch_time()))
+                return _read_clock(await exchange.fetch_time())
 
             return (await self._request("time", request))[0]
         base = self._venue.base
@@ -300,3 +304,14 @@ class CcxtSource:
                     raise
                 self._exchange = exchange
         return self._exchange
+
+
+def _read_clock(ms: Any) -> datetime:
+    """Return a venue's server time. Raises Garbled for what no clock says."""
+    try:
+        now = from_ms(int(ms))
+    except (TypeError, ValueError, OverflowError):
+        raise Garbled("its clock tells no moment") from None
+    if not FIRST_BLOCK <= now <= datetime.now(UTC) + CLOCK_AHEAD:
+        raise Garbled(f"its clock says {format_time(now)}")
+    return now

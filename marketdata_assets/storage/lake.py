@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from marketdata_assets.errors import StoreFailed
+from marketdata_assets.errors import Damaged, StoreFailed
 from marketdata_assets.model.bar import PROVENANCE_COLUMNS
 from marketdata_assets.model.intervals import opens_inside, slice_inside
 from marketdata_assets.model.market import Market
@@ -125,14 +125,17 @@ class Lake:
         content = self._read(path)
         if content is None:
             return None
-        return decode(
+        name = f"{self.location}/{path}"
+        frame = decode(
             content,
             table,
-            name=f"{self.location}/{path}",
+            name=name,
             inside=inside,
             columns=columns,
             with_provenance=with_provenance,
         )
+        _raise_if_foreign(frame, partition.open_times(table.timeframe), name)
+        return frame
 
     def _read(self, path: str) -> bytes | None:
         contents = (store.read(path) for store in self._stores)
@@ -321,3 +324,15 @@ def with_market_column(bars: pl.DataFrame, market: Market) -> pl.DataFrame:
     return bars.clone().insert_column(
         0, pl.Series("market", [market.key]).new_from_index(0, bars.height)
     )
+
+
+def _raise_if_foreign(frame: pl.DataFrame, owned: Window, name: str) -> None:
+    """Raise Damaged for an object with rows that open in another month than its own."""
+    if "open_time" not in frame.columns or frame.is_empty():
+        return
+    opens = frame["open_time"]
+    if opens.null_count() or not opens.is_between(owned.start, owned.end, closed="left").all():
+        raise Damaged(
+            f"{name} holds rows of another month; `marketdata repair` sets it aside and fetches "
+            "the month again"
+        )

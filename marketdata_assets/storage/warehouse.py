@@ -70,6 +70,7 @@ class Warehouse:
         Returns how many rows changed, by the timeframe's name.
         """
         changed: dict[str, int] = {}
+        self._make_folder()
         with self._translate_errors(), self._connect() as connection:
             try:
                 connection.execute("BEGIN")
@@ -167,7 +168,7 @@ class Warehouse:
     def _open(self, *, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
         import duckdb
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         connection = self._wait_for_file(
             lambda: duckdb.connect(str(self.path), read_only=read_only, config={"threads": "1"})
         )
@@ -175,6 +176,15 @@ class Warehouse:
             yield connection
         finally:
             connection.close()
+
+    def _make_folder(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreFailed(
+                f"{self.path.parent} cannot be made: {error.strerror}; mend it or set another "
+                "`duckdb:`"
+            ) from None
 
     def _wait_for_file(self, open_file: Callable[[], T]) -> T:
         """Open the file, again and again while it is in use."""

@@ -48,3 +48,16 @@ def test_lines_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     print_line(text)
     print_problem("failed", text)
     assert capsys.readouterr() == (text + "\n", f"failed {text}\n")
+
+
+def test_escape_codes_in_others_words_are_shown_and_not_obeyed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A venue's error or a symbol could rewrite the terminal."""
+    evil = "no such\x1b]0;title\x07\x1b[2J symbol\x9b31m\r"
+    print_line(evil)
+    print_problem("error:", evil)
+    show([{"market": evil}], ListFormat.TABLE)
+    printed = "".join(capsys.readouterr())
+    assert not set(printed) & {chr(n) for n in (*range(10), *range(11, 32), *range(127, 160))}
+    assert printed.count("no such?]0;title??[2J symbol?31m?") == 3

@@ -185,7 +185,8 @@ def test_a_write_replaces_the_whole_object_and_no_other(place: Place):
         Partition(Market("binance", "ETH/USDT"), JANUARY.month),
         rollup_table(TIMEFRAMES["1h"]),
     )
-    place.lake.write(TABLE, FEBRUARY, bars(2))
+    later = bars(2).with_columns(pl.col("open_time").dt.offset_by("1mo"))
+    place.lake.write(TABLE, FEBRUARY, later)
     place.lake.write(TABLE, other, bars(3))
     place.lake.write(TABLE, JANUARY, bars(4, 500))
     place.lake.write(TABLE, JANUARY, bars(5, 3))
@@ -194,7 +195,7 @@ def test_a_write_replaces_the_whole_object_and_no_other(place: Place):
     ]
     place.lake.write(hourly, JANUARY, rolled_up)
     assert place.lake.read(TABLE, JANUARY).equals(bars(5, 3))
-    assert place.lake.read(TABLE, FEBRUARY).equals(bars(2))
+    assert place.lake.read(TABLE, FEBRUARY).equals(later)
     assert place.lake.read(TABLE, other).equals(bars(3))
     assert place.lake.read(hourly, JANUARY).equals(rolled_up)
     assert len(place.names()) == 4
@@ -596,3 +597,14 @@ def test_an_answer_that_breaks_off_is_reported(s3: str, monkeypatch: pytest.Monk
         ):
             Lake("s3://bucket/prefix").read(TABLE, JANUARY)
         thread.join()
+
+
+def test_rows_of_another_month_are_not_returned(place: Place):
+    """Somebody copied January's object below February."""
+    place.lake.write(TABLE, FEBRUARY, bars(2))
+    for read in (
+        lambda: place.lake.read(TABLE, FEBRUARY),
+        lambda: place.lake.read_inside(TABLE, FEBRUARY, JANUARY.month),
+    ):
+        with pytest.raises(Damaged, match="holds rows of another month; `marketdata repair`"):
+            read()

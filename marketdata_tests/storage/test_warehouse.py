@@ -480,3 +480,11 @@ def test_the_tables_have_the_columns_of_the_registry(warehouse: Warehouse):
         "BIGINT",
         "BIGINT",
     )
+
+
+def test_the_folder_of_the_file_is_made_for_a_connection_of_others(tmp_path: Path):
+    """Dagster's own DuckDB resource makes no folder."""
+    path = tmp_path / "not/there/market.duckdb"
+    warehouse = Warehouse(path, connect=lambda: duckdb.connect(str(path)))
+    assert warehouse.replace(BTC, {}, {}) == {}
+    assert path.exists()
