@@ -18,7 +18,7 @@ THIS_MONTH = REAL.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
 NEXT_MONTH = (THIS_MONTH + timedelta(days=32)).replace(day=1)
 TOMORROW = REAL + timedelta(days=1)
 SECOND = timedelta(seconds=1)
-FAR = datetime(2090, 3, 15, tzinfo=UTC)
+FAR = datetime(2035, 3, 15, tzinfo=UTC)
 """Decades ahead of the machine."""
 
 
@@ -44,8 +44,8 @@ def first_of(moment: datetime) -> str:
         (None, THIS_MONTH, first_of(THIS_MONTH - SECOND)),
         (None, NEXT_MONTH + SECOND, first_of(NEXT_MONTH)),
         (None, datetime(2024, 2, 10, tzinfo=UTC), "2024-02-01"),
-        (None, FAR, "2090-03-01"),
-        (datetime(2095, 1, 1, tzinfo=UTC), FAR, "2090-03-01"),
+        (None, FAR, "2035-03-01"),
+        (datetime(2095, 1, 1, tzinfo=UTC), FAR, "2035-03-01"),
         (datetime(2024, 2, 10, tzinfo=UTC), FAR, "2024-02-01"),
     ],
 )

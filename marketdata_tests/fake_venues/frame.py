@@ -150,7 +150,7 @@ class FakeVenue:
             if self.horizon == "refused":
                 raise Refusal(*self.too_old)
             if self.horizon == "later":
-                first, last = serves_from, max(last, self.now)
+                first, last, keep = serves_from, max(last, self.now), "oldest"
         start = -(-max(first, serves_from, self.listed // width * width) // width) * width
         end = min(last, self.now) // width * width
         size = min(limit, self.max_page, self.page or self.max_page) + 2 * self.overlap

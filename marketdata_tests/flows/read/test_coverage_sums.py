@@ -23,7 +23,7 @@ pytestmark = pytest.mark.server
 SYMBOLS = {"BTC/USDT": "BTCUSDT", "ETH/USDT": "ETHUSDT", "SHIB/USDT": "SHIBUSDT"}
 LISTED = at("2021-05-10T11:30")
 """SHIB's first minute: spans lie around it, and around the end of a month."""
-UNIVERSES, EDITS = 20, 3
+UNIVERSES, EDITS = 8, 3
 
 
 def edit(dice: random.Random) -> dict[str, str]:
