@@ -136,10 +136,16 @@ def random_bars(seed: int = 1, count: int = 100) -> pl.DataFrame:
     return frame(random_rows(seed, minutes(count), digits=10, scale=8, nulls=0.2))
 
 
-def raw_object(bars: pl.DataFrame) -> bytes:
+def moved_to(bars: pl.DataFrame, partition: Partition) -> pl.DataFrame:
+    """Return bars of January as those of another month, as far as that goes."""
+    return bars.with_columns(pl.col("open_time") + (partition.month.start - START))
+
+
+def raw_object(bars: pl.DataFrame, partition: Partition | None = None) -> bytes:
     """Return the object of raw bars in a table whose columns were never widened."""
     whole = with_absent(bars, raw_table(TIMEFRAMES["1m"]).stored_columns)
-    return encode(to_arrow(whole, {}))
+    table = raw_table(TIMEFRAMES["1m"])
+    return encode(to_arrow(whole, {}), table.identity(partition or JANUARY))
 
 
 def earlier_object(content: bytes) -> bytes:

@@ -37,6 +37,10 @@ _GET = sa.select(*_STATE).where(_IS_IT)
 _GET_ACCOUNT = sa.select(_c.account).where(_IS_IT)
 
 
+DAMAGED = -1
+"""The size of an object that somebody found damaged: none has it."""
+
+
 class PartitionBook(Book):
     """The table `partitions`, and with it what an ingest writes into others. Raises StoreFailed."""
 
@@ -174,6 +178,13 @@ class PartitionBook(Book):
     def set_size(self, table: Table, partition: Partition, size: int) -> None:
         """Remember the size in bytes of an object that was written again with the same rows."""
         self._update(_IS_IT & _c.bytes.is_not(None), about(table, partition) | {"bytes": size})
+
+    def note_damage(self, table: Table, partition: Partition) -> None:
+        """Remember that the object cannot be read as what it should be: it counts as lost, so that
+        the next backfill fetches it again. A ledger that cannot be written stays as it is.
+        """
+        if not self._database.is_read_only:
+            self.set_size(table, partition, DAMAGED)
 
     def mark_retired(self, table: Table, partition: Partition) -> None:
         """Remember that retention has removed the object; all else about the partition stays."""

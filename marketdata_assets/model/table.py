@@ -89,6 +89,10 @@ class Table:
         """
         return [pl.col(name).cast(dtype) for name, dtype in self.schema.items()]
 
+    def identity(self, partition: Partition) -> str:
+        """What the object of a partition calls itself, wherever it lies."""
+        return f"{self.name} {partition.market.key} {partition.month_key[:7]}"
+
     def path(self, partition: Partition) -> str:
         """The object of a partition, in Hive folders that DuckDB, Polars and pandas understand."""
         month = partition.month_key[:7]

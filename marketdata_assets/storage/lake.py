@@ -38,7 +38,8 @@ class Lake:
 
     New objects are written to the hot location. Older ones may be in a second, cold location; an
     object in the hot location is the newer one. `on_resized` receives an object that was written
-    again with the same rows, and its size in bytes.
+    again with the same rows, and its size in bytes; `on_damaged` one that cannot be read as what it
+    should be.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Lake:
         location: str,
         cold_location: str | None = None,
         on_resized: Callable[[Table, Partition, int], None] = lambda *resized: None,
+        on_damaged: Callable[[Table, Partition], None] = lambda *damaged: None,
     ) -> None:
         self.location, self.cold_location = location, cold_location
         self._hot = open_object_store(location)
         self._cold = open_object_store(cold_location) if cold_location else None
         self._stores = [self._hot, self._cold] if self._cold else [self._hot]
         self._types = TableTypes(location, self._stores, on_resized)
+        self._on_damaged = on_damaged
         self._locations = [place for place in (location, cold_location) if place]
         self._cache = FrameCache()
 
@@ -93,7 +96,7 @@ class Lake:
             if not types.hold_everywhere(needed):
                 self._types.rewrite(table, needed)
                 continue
-            content = encode(arranged)
+            content = encode(arranged, table.identity(partition))
             if content == stored:
                 return 0
             if self._hot.write_while({types_path(table): types.content}, path, content):
@@ -126,15 +129,20 @@ class Lake:
         if content is None:
             return None
         name = f"{self.location}/{path}"
-        frame = decode(
-            content,
-            table,
-            name=name,
-            inside=inside,
-            columns=columns,
-            with_provenance=with_provenance,
-        )
-        _raise_if_foreign(frame, partition.open_times(table.timeframe), name)
+        try:
+            frame = decode(
+                content,
+                table,
+                name=name,
+                identity=table.identity(partition),
+                inside=inside,
+                columns=columns,
+                with_provenance=with_provenance,
+            )
+            _raise_if_foreign(frame, partition.open_times(table.timeframe), name)
+        except Damaged:
+            self._on_damaged(table, partition)
+            raise
         return frame
 
     def _read(self, path: str) -> bytes | None:
@@ -333,6 +341,6 @@ def _raise_if_foreign(frame: pl.DataFrame, owned: Window, name: str) -> None:
     opens = frame["open_time"]
     if opens.null_count() or not opens.is_between(owned.start, owned.end, closed="left").all():
         raise Damaged(
-            f"{name} holds rows of another month; `marketdata repair` sets it aside and fetches "
-            "the month again"
+            f"{name} holds rows of another month; `marketdata backfill` sets it aside and "
+            "fetches the month again"
         )

@@ -22,8 +22,11 @@ OBJECT_VERSION, VERSION_KEY = 4, "marketdata_version"
 those without the key are of version 1, and raw ones of version 2 hold no provenance. Every version
 is read.
 """
+IDENTITY_KEY = "marketdata_object"
+"""An object without it, of an earlier release, is taken for what its path says."""
 ROWS_PER_GROUP = 10_080
 """A week of minutes: reading one day reads a fourth of a month, for 2 % more bytes."""
+_REMEDY = "`marketdata backfill` fetches it again"
 _UNIT = "timeUnit=microseconds"
 _SLOWLY_CHANGING = ("open_time", "open", "high", "low", "close", "known_at", "replaced_at")
 
@@ -63,8 +66,10 @@ def decimal_types(schema: pa.Schema) -> dict[str, DecimalType]:
     }
 
 
-def encode(table: pa.Table) -> bytes:
+def encode(table: pa.Table, identity: str | None = None) -> bytes:
     """Write a frame of `to_arrow` as Parquet: a row group for each week of minutes, zstd.
+
+    An object of the lake holds its `Table.identity`.
 
     Times and prices change little from row to row, so their differences are packed. The bytes of
     other numbers are grouped by significance, so that zstd finds the high ones alike. Decimals of
@@ -95,7 +100,8 @@ def encode(table: pa.Table) -> bytes:
         store_schema=False,
     ) as writer:
         writer.write_table(table, ROWS_PER_GROUP)
-        writer.add_key_value_metadata({VERSION_KEY: str(OBJECT_VERSION)})
+        keys = {VERSION_KEY: str(OBJECT_VERSION)}
+        writer.add_key_value_metadata(keys | ({IDENTITY_KEY: identity} if identity else {}))
     return sink.getvalue()
 
 
@@ -122,12 +128,14 @@ def decode(
     table: Table,
     *,
     name: str,
+    identity: str | None = None,
     inside: Window | None = None,
     columns: Collection[str] | None = None,
     with_provenance: bool = False,
 ) -> pl.DataFrame:
     """Return the frame of an object, with checksums verified, columns bound by name and cast to the
-    table's types. Raises Damaged, which calls the object `name`.
+    table's types. Raises Damaged, which calls the object `name`, also where the object says that
+    it is another one than `identity`.
 
     `inside`: only row groups with bars that open in this window are read, each completely. With
     `columns`, only these of the table's. With provenance, its columns are null where the object
@@ -138,6 +146,7 @@ def decode(
 
     try:
         file = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True)
+        _check_identity(file, identity, name)
         wanted = [c for c in table.columns if columns is None or c.name in columns]
         wanted += PROVENANCE_COLUMNS if with_provenance else ()
         stored = [column.name for column in wanted if column.name in file.schema_arrow.names]
@@ -152,9 +161,13 @@ def decode(
         OSError,
         ValueError,
     ) as error:
-        raise Damaged(
-            f"{name} is damaged ({type(error).__name__}); `marketdata backfill` fetches it again"
-        ) from None
+        raise Damaged(f"{name} is damaged ({type(error).__name__}); {_REMEDY}") from None
+
+
+def _check_identity(file: Any, identity: str | None, name: str) -> None:
+    found = (file.metadata.metadata or {}).get(IDENTITY_KEY.encode())
+    if identity and found not in (None, identity.encode()):
+        raise Damaged(f"{name} holds {found.decode(errors='replace')}; {_REMEDY}")
 
 
 def _groups(file: Any, window: Window) -> list[int]:

@@ -99,7 +99,8 @@ class TableTypes:
             arranged = to_arrow(bars, types.written)
             if (needed := decimal_types(arranged.schema)) != expected:
                 raise _BeginAgainError(needed)
-            is_written = store.write_while({path: content, **recorded}, path, encode(arranged))
+            new = encode(arranged, table.identity(partition))
+            is_written = store.write_while({path: content, **recorded}, path, new)
             if self.read(table) != types:
                 raise _BeginAgainError
             if is_written:

@@ -70,8 +70,9 @@ class Warehouse:
         Returns how many rows changed, by the timeframe's name.
         """
         changed: dict[str, int] = {}
-        self._make_folder()
-        with self._translate_errors(), self._connect() as connection:
+        with self._translate_errors(), ExitStack() as stack:
+            self._make_folder()
+            connection = stack.enter_context(self._connect())
             try:
                 connection.execute("BEGIN")
                 for timeframe, frame in frames.items():
@@ -178,13 +179,7 @@ class Warehouse:
             connection.close()
 
     def _make_folder(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreFailed(
-                f"{self.path.parent} cannot be made: {error.strerror}; mend it or set another "
-                "`duckdb:`"
-            ) from None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def _wait_for_file(self, open_file: Callable[[], T]) -> T:
         """Open the file, again and again while it is in use."""

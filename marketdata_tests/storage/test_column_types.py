@@ -33,6 +33,7 @@ from marketdata_tests.samples import (
     earlier_object,
     frame,
     minutes,
+    moved_to,
     random_bars,
     raw_object,
     row,
@@ -154,7 +155,7 @@ def test_a_wide_value_has_every_object_rewritten_with_the_same_rows(tmp_path: Pa
     lake = Lake(
         str(tmp_path), on_resized=lambda table, partition, size: sizes.update({partition: size})
     )
-    written = {p: random_bars(i) for i, p in enumerate((JANUARY, FEBRUARY))}
+    written = {p: moved_to(random_bars(i), p) for i, p in enumerate((JANUARY, FEBRUARY))}
     digests = {p: lake.write(TABLE, p, bars).digest for p, bars in written.items()}
     assert not (tmp_path / TYPES).exists()
     written[OTHER] = with_volume(OTHER, HUGE)
@@ -289,7 +290,7 @@ def test_objects_of_earlier_releases_are_read_and_rewritten(tmp_path: Path) -> N
         file = tmp_path / place / TABLE.path(partition)
         file.parent.mkdir(parents=True)
         bars = with_volume(partition, volume)
-        file.write_bytes(earlier_object(raw_object(bars)))
+        file.write_bytes(earlier_object(raw_object(bars, partition)))
         found = lake.read(TABLE, partition)
         assert found is not None
         assert found.equals(bars)

@@ -606,5 +606,5 @@ def test_rows_of_another_month_are_not_returned(place: Place):
         lambda: place.lake.read(TABLE, FEBRUARY),
         lambda: place.lake.read_inside(TABLE, FEBRUARY, JANUARY.month),
     ):
-        with pytest.raises(Damaged, match="holds rows of another month; `marketdata repair`"):
+        with pytest.raises(Damaged, match="holds rows of another month; `marketdata backfill`"):
             read()

@@ -64,6 +64,7 @@ from marketdata_tests.samples import (
     frame,
     kill,
     minutes,
+    moved_to,
     raw_object,
     row,
     start_python,
@@ -277,17 +278,18 @@ def test_one_of_two_writers_wins_and_the_other_gets_an_error(store: Store):
     store.lake().write(TABLE, JANUARY, GOOD)
     for partition in (JANUARY, FEBRUARY):
         first, second = store.lake(), store.lake()
+        two, three = (moved_to(bars(seed), partition) for seed in (2, 3))
         first.read(TABLE, partition), second.read(TABLE, partition)
-        first.write(TABLE, partition, bars(2))
+        first.write(TABLE, partition, two)
         for _ in range(2):  # a second attempt does not help
             with pytest.raises(
                 StoreFailed,
                 match=r"^s3://.*/data.parquet was changed by another writer meanwhile; [^\n]*$",
             ):
-                second.write(TABLE, partition, bars(3))
-        assert second.read(TABLE, partition).equals(bars(2))
-        second.write(TABLE, partition, bars(3))
-        assert first.read(TABLE, partition).equals(bars(3))
+                second.write(TABLE, partition, three)
+        assert second.read(TABLE, partition).equals(two)
+        second.write(TABLE, partition, three)
+        assert first.read(TABLE, partition).equals(three)
 
 
 def test_two_writers_of_the_same_bars_are_no_conflict(store: Store):
@@ -416,7 +418,13 @@ def test_a_server_that_is_killed_keeps_what_it_has_acknowledged(
         [bars(seed, 2000) for seed in range(5)],
         threading.Semaphore(0),
     )
-    writers, location = [Writer(partition, frames, done) for partition in (JANUARY, FEBRUARY)], ""
+    writers, location = (
+        [
+            Writer(partition, [moved_to(frame, partition) for frame in frames], done)
+            for partition in (JANUARY, FEBRUARY)
+        ],
+        "",
+    )
     for turn in range(4):
         with ministack(tmp_path / "data") as (url, process):
             location = location or open_store("ministack", url, monkeypatch).location

@@ -19,7 +19,7 @@ import pytest
 from aiohttp import web
 
 from marketdata_assets.context import open_context
-from marketdata_assets.errors import BadInput, VenueDown, VenueRefused
+from marketdata_assets.errors import BadInput, Damaged, VenueDown, VenueRefused
 from marketdata_assets.flows.derive.rollup import RollupBuilder
 from marketdata_assets.flows.fetch.ingest import Ingester
 from marketdata_assets.flows.fetch.plan import BackfillPlanner, PlannedPartition
@@ -946,3 +946,49 @@ def test_the_plan_names_a_reason_for_each_state(universe: Universe) -> None:
         assert [(task.bars, task.reason) for task in plan_tasks(settings)] == [
             (0, "rollups are not up to date")
         ]
+
+
+# --------------------------------------------------------------------------------- swapped objects
+
+
+def test_objects_that_were_swapped_are_not_read_and_are_fetched_again(universe: Universe) -> None:
+    """Each says whose it is. A reader that finds it out is enough for the next backfill."""
+    with exchange_at() as (_, url):
+        settings = universe(
+            url,
+            symbols="[BTC/USDT, ETH/USDT]",
+            since="2024-01-07",
+            until="2024-01-08",
+            now="2024-01-10",
+        )
+        run_ingest(settings)
+        run_derive(settings)
+        good = lake_files(settings)
+        first, second = sorted(Path(settings.lake).glob("raw/ohlcv_1m/*/month=2024-01/*.parquet"))
+        content = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+        with pytest.raises(Damaged, match="holds raw/ohlcv_1m binance:ETH-USDT 2024-01; `marketd"):
+            read(settings, BTC, TIMEFRAMES["1m"], window("2024-01-07", "2024-01-08"))
+        assert [task.bars for task in plan_tasks(settings)] == [1440, 1440]
+        assert all(done.complete for done in run_ingest(settings))
+        assert {
+            name: body for name, body in lake_files(settings).items() if "damaged" not in name
+        } == good
+
+
+def test_a_reader_that_finds_damage_is_enough_for_the_next_backfill(universe: Universe) -> None:
+    """One flipped bit changes no size, so only who reads it can notice."""
+    with exchange_at() as (_, url):
+        settings = universe(url, since="2024-01-07", until="2024-01-08", now="2024-01-10")
+        run_ingest(settings)
+        flip(raw_file(settings))
+        assert all(task.bars == 0 for task in plan_tasks(settings))
+        with pytest.raises(Damaged, match="`marketdata backfill` fetches it again"):
+            read(settings, BTC, TIMEFRAMES["1m"], window("2024-01-07", "2024-01-08"))
+        assert [task.bars for task in plan_tasks(settings)] == [1440]
+        run_ingest(settings)
+        assert_bars(
+            stored_bars(settings),
+            generate_bars("BTCUSDT", "1m", window("2024-01-07", "2024-01-08")),
+        )
