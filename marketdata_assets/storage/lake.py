@@ -117,12 +117,13 @@ class Lake:
         inside: Window | None = None,
         columns: Collection[str] | None = None,
         with_provenance: bool = False,
+        with_foreign: bool = False,
     ) -> pl.DataFrame | None:
         """Return the partition's rows, sorted by open_time; None where there is no object.
 
         `inside`: rows that open outside this window may be left out. `columns`: only these of the
-        table's. `with_provenance`: with the columns of model.bar.PROVENANCE_COLUMNS. Raises
-        Damaged.
+        table's. `with_provenance`: with the columns of model.bar.PROVENANCE_COLUMNS.
+        `with_foreign`: rows of another month as well, for whoever removes them. Raises Damaged.
         """
         path = table.path(partition)
         content = self._read(path)
@@ -139,7 +140,8 @@ class Lake:
                 columns=columns,
                 with_provenance=with_provenance,
             )
-            _raise_if_foreign(frame, partition.open_times(table.timeframe), name)
+            if not with_foreign:
+                _raise_if_foreign(frame, partition.open_times(table.timeframe), name)
         except Damaged:
             self._on_damaged(table, partition)
             raise

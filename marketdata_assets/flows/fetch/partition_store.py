@@ -55,12 +55,19 @@ class PartitionStore:
     ledger: Ledger
     lake: Lake
 
-    def open(self, table: Table, partition: Partition) -> OpenPartition:
-        """Read what is stored of a partition; a damaged object is moved out of the way."""
+    def open(
+        self, table: Table, partition: Partition, *, with_foreign: bool = False
+    ) -> OpenPartition:
+        """Read what is stored of a partition; a damaged object is moved out of the way.
+
+        One with rows of another month is damaged, unless they are wanted `with_foreign`.
+        """
         wanted = wanted_window(self.settings, table.timeframe, partition)
         note = None
         try:
-            stored = self.lake.read(table, partition, with_provenance=True)
+            stored = self.lake.read(
+                table, partition, with_provenance=True, with_foreign=with_foreign
+            )
         except Damaged as damage:
             note = f"{damage}; set aside as {self.lake.quarantine_object(table, partition)}"
             stored = None
@@ -190,7 +197,7 @@ class PartitionStore:
         fetches what is missing then. A damaged object is moved out of the way.
         """
         with self.ledger.lock(partition.key):
-            before = self.open(raw_table(timeframe), partition)
+            before = self.open(raw_table(timeframe), partition, with_foreign=True)
             cleaned = clean_bars(before.stored, timeframe, partition.open_times(timeframe))
             problem = cleaned.message
             if problem:

@@ -133,7 +133,7 @@ class Repairer:
     ) -> tuple[pl.DataFrame | None, str]:
         """Return the rows of an object and what is wrong with them."""
         try:
-            rows = self.storage.lake.read(table, partition, with_provenance=True)
+            rows = self.storage.lake.read(table, partition, with_provenance=True, with_foreign=True)
         except Damaged as damage:
             return None, str(damage).partition(";")[0]
         if rows is None:
