@@ -156,7 +156,12 @@ def universe(
     from marketdata_assets.flows.read.ranking import MarketRanker
 
     with load_context(for_reading=True) as context:
-        moment = at or context.settings.now()
+        now = context.settings.now()
+        if at and at > now:
+            raise BadInput(
+                f"--at {format_time(at)} lies in the future; it is now {format_time(now)}"
+            )
+        moment = at or now
         ranking = context.bind(MarketRanker).rank(moment, days=days, venue=venue, quote=quote)
     rows = [ranked.as_dict(rank) for rank, ranked in enumerate(ranking.markets[:top], 1)]
     show(rows, format, closing=f"{len(ranking.markets)} markets traded in the {days} days before")
