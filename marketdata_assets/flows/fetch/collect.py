@@ -153,10 +153,14 @@ class FetchSession:
             for part in subtract_window(window, explained)
             if self.answers.count_confirmations(part) < 2
         ]
-        spanned = [part for part in unconfirmed if self._can_be_spanned(part)]
-        around = self._join([self._reach_around(part) for part in spanned])
-        around += [w for part in unconfirmed if part not in spanned for w in self._pieces(part)]
-        again = [w for w in around if self.requests[w] < REQUESTS_MISSING]
+        around, pieces = list[Window](), list[Window]()
+        for part in unconfirmed:
+            if self._can_be_spanned(part):
+                around.append(self._reach_around(part))
+            else:
+                pieces += self._pieces(part)
+        wanted = [*self._join(around), *pieces]
+        again = [w for w in wanted if self.requests[w] < REQUESTS_MISSING]
         if not self.answers.received:
             again = again[-1:]  # an empty span is not requested page by page once more
         return sorted({w for w in pages if self.requests[w] < REQUESTS_DISPUTED} | set(again))
@@ -261,8 +265,8 @@ class FetchSession:
         """
         bars = part.count(self.answers.span.timeframe)
         is_short = self._traits.skips_gaps or bars + 2 <= self._traits.page_size
-        is_silent_beyond = self.rounds and not self.answers.count_spanning(part)
-        return is_short and not (is_silent_beyond and any(self._ends_beyond(part)))
+        may_be_silent_beyond = self.rounds and any(self._ends_beyond(part))
+        return is_short and not (may_be_silent_beyond and not self.answers.count_spanning(part))
 
     def _ends_beyond(self, part: Window) -> tuple[bool, bool]:
         """Return whether bars before the span, and after it, may say more about a window."""
