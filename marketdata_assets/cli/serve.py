@@ -94,10 +94,6 @@ class _SelectionWatch:
             ledger.close()
 
 
-def _nothing() -> None:
-    return None
-
-
 def _write_workspace(home: Path, code_port: int) -> str:
     """Write the address of the code server, or web server and daemon would each start one."""
     file = home / "workspace.yaml"
@@ -151,26 +147,30 @@ def serve_role(
     """Serve one role until the process is asked to end; restart it when it dies."""
     environment = _shared_environment(settings)
     service = _role_service(settings, role, options, environment=environment)
-    lock, check = None, _nothing
+    lock, check = None, lambda: None
     if role == Role.DAEMON:
         lock = _DaemonLock(Ledger(settings.state, reveal_secret(settings.database)))
         check = lock.check
     elif role == Role.WEB:
-        host = "127.0.0.1" if options.host == "0.0.0.0" else options.host  # noqa: S104 - not bound
-        check = _SelectionWatch(settings, f"http://{host}:{options.port}", report).check
+        check = _SelectionWatch(settings, _local_url(options), report).check
     with lock or nullcontext(), Supervisor(environment, report) as supervisor:
         supervisor.start(service)
         report(f"{service.name} starts")
         supervisor.run(check)
 
 
+def _local_url(options: RoleOptions) -> str:
+    """Return where this machine reaches the web server that listens there."""
+    host = "127.0.0.1" if options.host == "0.0.0.0" else options.host  # noqa: S104 - not bound
+    return f"http://{host}:{options.port}"
+
+
 def is_role_alive(settings: Settings, role: Role, options: RoleOptions) -> bool:
     """Whether the role that runs on this machine is alive."""
     environment = _shared_environment(settings)
     if role == Role.WEB:
-        host = "127.0.0.1" if options.host == "0.0.0.0" else options.host  # noqa: S104 - not bound
         try:
-            get_url(f"http://{host}:{options.port}/server_info")
+            get_url(f"{_local_url(options)}/server_info")
         except OSError:
             return False
         return True

@@ -2,6 +2,7 @@
 
 # no postponed annotations here: Dagster reads them at definition time
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import dagster as dg
@@ -11,6 +12,7 @@ from marketdata_assets.defs.results import as_dagster_failure
 from marketdata_assets.defs.specs import OWNERS
 from marketdata_assets.errors import MarketDataError
 from marketdata_assets.flows.operate.universe import InstrumentKeeper
+from marketdata_assets.ledger.instruments import ListChanges
 from marketdata_assets.settings.universe import Settings
 
 REFERENCE_MARKETS = dg.AssetKey(["reference", "markets"])
@@ -43,7 +45,7 @@ def reference_markets(settings: Settings) -> ReferenceMarkets:
         ),
     )
     def markets(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
-        rows, failures = [], list[str]()
+        total, rows, failures = 0, [], list[str]()
         with as_dagster_failure(), open_context(settings) as app:
             keeper = app.bind(InstrumentKeeper)
             for name, venue in settings.venues.items():
@@ -53,25 +55,12 @@ def reference_markets(settings: Settings) -> ReferenceMarkets:
                 except MarketDataError as error:
                     failures.append(str(error))
                     continue
-                rows.append(
-                    dg.TableRecord(
-                        {
-                            "venue": name,
-                            "markets": changes.total,
-                            "listed": _shown(changes.listed),
-                            "gone": _shown(changes.gone),
-                            "changed": _shown(changes.changed),
-                            "in the universe": len(wanted),
-                        }
-                    )
-                )
+                total += changes.total
+                rows.append(_table_row(name, changes, wanted))
         if failures:  # what the other venues listed is kept all the same
             raise dg.Failure("; ".join(failures))
         return dg.MaterializeResult(
-            metadata={
-                "markets": sum(int(str(row.data["markets"])) for row in rows),
-                "venues": dg.MetadataValue.table(rows),
-            }
+            metadata={"markets": total, "venues": dg.MetadataValue.table(rows)}
         )
 
     job = dg.define_asset_job(
@@ -87,6 +76,19 @@ def reference_markets(settings: Settings) -> ReferenceMarkets:
         default_status=dg.DefaultScheduleStatus.RUNNING,
     )
     return ReferenceMarkets(markets, schedule)
+
+
+def _table_row(venue: str, changes: ListChanges, wanted: Sequence[str]) -> dg.TableRecord:
+    return dg.TableRecord(
+        {
+            "venue": venue,
+            "markets": changes.total,
+            "listed": _shown(changes.listed),
+            "gone": _shown(changes.gone),
+            "changed": _shown(changes.changed),
+            "in the universe": len(wanted),
+        }
+    )
 
 
 def _shown(symbols: tuple[str, ...]) -> str:

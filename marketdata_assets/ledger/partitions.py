@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, fields
 from datetime import datetime
 from typing import Any
@@ -81,11 +80,11 @@ class PartitionBook(Book):
             for name, first, last in found
         }
 
-    def stored_markets(self, tables: Iterable[str]) -> list[str]:
-        """The keys of all markets of which one of these tables holds something, in their order."""
-        where = sa.and_(_c.tbl.in_([*tables]), _c.bytes.is_not(None))
+    def stored_markets(self) -> list[Market]:
+        """All markets of which a raw table holds something, in the order of their keys."""
+        where = sa.and_(_c.tbl.startswith("raw/"), _c.bytes.is_not(None))
         statement = sa.select(_c.market).where(where).distinct().order_by(_c.market)
-        return [row.market for row in self._database.rows(statement)]
+        return [Market.parse(row.market) for row in self._database.rows(statement)]
 
     def newest(self, table: Table) -> dict[str, NewestBar]:
         """The newest stored bar of each market, by market key."""

@@ -12,9 +12,7 @@ from marketdata_assets.errors import BadInput
 from marketdata_assets.ledger.instruments import ListChanges, Selection
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.instrument import Instrument
-from marketdata_assets.model.market import Market, find_market
-from marketdata_assets.model.table import raw_table
-from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.market import find_market
 from marketdata_assets.settings.fields import reveal_secret
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.parts import SymbolPattern, Venue
@@ -112,10 +110,8 @@ def former_symbols(ledger: Ledger, venue: str) -> dict[str, str]:
     ended, current = ledger.instruments.ended(venue), ledger.instruments.list(venue)
     by_id = {(one.id, one.type): one.symbol for one in ended}
     found = {one.symbol: by_id.get((one.id, one.type), one.symbol) for one in current}
-    stored = ledger.partitions.stored_markets(raw_table(tf).name for tf in TIMEFRAMES.values())
-    old = {one.symbol for one in ended} | {
-        market.symbol for market in map(Market.parse, stored) if market.venue == venue
-    }
+    stored = ledger.partitions.stored_markets()
+    old = {one.symbol for one in ended} | {m.symbol for m in stored if m.venue == venue}
     for one in current:
         if one.base in RENAMED_ASSETS and found[one.symbol] == one.symbol:
             before = RENAMED_ASSETS[one.base] + one.symbol.removeprefix(one.base)

@@ -69,7 +69,7 @@ class MarketRanker:
         Where a venue gives no quote volume, a bar counts as its volume times its close. Raises
         BadInput where markets have several quote currencies and none is named, and Damaged.
         """
-        stored = [m for m in self._stored_markets() if venue in (None, m.venue)]
+        stored = [m for m in self.ledger.partitions.stored_markets() if venue in (None, m.venue)]
         quotes = sorted({_quote(market) for market in stored})
         if quote is None and len(quotes) > 1:
             raise BadInput(
@@ -83,10 +83,6 @@ class MarketRanker:
             sorted(ranked, key=lambda one: (-one.volume, one.market.key)),
             self._unknown(moment, {m.key for m in wanted}, venue=venue, quote=quote),
         )
-
-    def _stored_markets(self) -> list[Market]:
-        tables = {raw_table(timeframe).name for timeframe in TIMEFRAMES.values()}
-        return [Market.parse(key) for key in self.ledger.partitions.stored_markets(tables)]
 
     def _measure(self, market: Market, window: Window) -> RankedMarket | None:
         stored = self.ledger.partitions.stored_span(market)
