@@ -218,11 +218,11 @@ def check_different(entries: tuple[T, ...]) -> tuple[T, ...]:
     """Refuse an empty list of symbols, and one that is written twice."""
     if not entries:
         raise fault("at least one symbol such as BTC/USDT is expected here")
-    seen: list[T] = []
+    seen: set[T] = set()
     for index, entry in enumerate(entries):
         if entry in seen:
             raise fault(f"{entry} is written twice; keep one", at=(index,))
-        seen.append(entry)
+        seen.add(entry)
     return entries
 
 

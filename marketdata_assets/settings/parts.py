@@ -119,6 +119,14 @@ _SymbolEntry = Annotated[
 ]
 
 
+@lru_cache(maxsize=256)
+def _symbols_of(
+    entries: tuple[str | SymbolPattern, ...], resolved: tuple[str, ...]
+) -> tuple[str, ...]:
+    written = [e for e in entries if isinstance(e, str) and "*" not in e]
+    return tuple(dict.fromkeys([*written, *resolved]))
+
+
 class Venue(StrictModel):
     """What is wanted of one venue."""
 
@@ -160,7 +168,7 @@ class Venue(StrictModel):
     no limit for other venues.
     """
     _name: str
-    _resolved: tuple[str, ...] | None = None
+    _resolved: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -175,8 +183,7 @@ class Venue(StrictModel):
     @property
     def symbols(self) -> tuple[str, ...]:
         """The symbols that are written, in that order, then those that the patterns mean."""
-        written = [e for e in self.entries if isinstance(e, str) and "*" not in e]
-        return tuple(dict.fromkeys([*written, *(self._resolved or ())]))
+        return _symbols_of(self.entries, self._resolved)
 
     def resolve(self, symbols: Iterable[str]) -> Venue:
         """Return this venue with what its patterns mean."""
