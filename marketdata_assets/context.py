@@ -63,7 +63,7 @@ def open_context(
     policy = policy or RetryPolicy()
     ledger = Ledger(settings.state, reveal_secret(settings.database), for_reading=for_reading)
     cold = settings.cold.lake if settings.cold else None
-    lake = Lake(settings.lake, cold, ledger.partitions.set_size, ledger.partitions.note_damage)
+    lake = Lake(settings.lake, cold, ledger.objects)
     warehouse = Warehouse(settings.duckdb, connect)
     storage = BarStorage(lake, warehouse, rollups_in_warehouse=settings.rollups == "duckdb")
     venues = VenueClients(settings.venues, ledger.venues, policy, on_progress=on_progress)

@@ -7,6 +7,7 @@
     |   +-- StoreFailed                     a folder not writable, a full disk, a locked file
     |       +-- Damaged                     a stored object cannot be read as what it should be
     +-- VenueRefused                    1   the venue answered, and the answer is a final no
+    +-- BarsMissing                     1   bars that the ledger counts are not where they should be
     +-- CheckFailed                     1   a blocking check of a partition is red: nothing follows
     +-- RequestFailed                   -   one request went wrong; guards decide what follows
         +-- Retry                           passing: network, 5xx, timeout, a garbled answer
@@ -61,6 +62,10 @@ class StoreFailed(Unreachable):
 
 class Damaged(StoreFailed):
     """A stored object is truncated, overwritten or does not have its table's columns."""
+
+
+class BarsMissing(MarketDataError):
+    """Bars that were stored are absent, or older than those that the ledger counts."""
 
 
 class VenueRefused(MarketDataError):

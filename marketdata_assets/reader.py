@@ -95,13 +95,23 @@ class Reader:
         reader = self._context.bind(BarReader)
         return reader.newest(self._context.settings.markets, parse_timeframe(timeframe_))
 
-    def sql(self, query: str) -> pl.DataFrame:
+    def sql(self, query: str, unsafe: bool = False) -> pl.DataFrame:
         """Return DuckDB's answer to a query over `raw.ohlcv_1m`, `rollup.ohlcv_1h` and so on.
 
-        The views have a first column `market`. Raises BadInput for a query that DuckDB refuses.
+        The views have a first column `market`. Unless `unsafe`, the query reads only the lake and
+        writes nothing. Raises BadInput for one that DuckDB refuses.
         """
-        with self.connect() as connection:
-            return run_query(connection, query)
+        settings, window = self._context.settings, self._window(None, None)
+        views = open_sql_views(
+            settings,
+            self._context.ledger,
+            self._context.storage,
+            keys=None,
+            window=window,
+            unsafe=unsafe,
+        )
+        with views as connection:
+            return run_query(connection, query, unsafe=unsafe)
 
     def connect(
         self, markets: Sequence[str] | None = None, start: Moment = None, end: Moment = None

@@ -152,7 +152,8 @@ def earlier_object(content: bytes) -> bytes:
     """Return an object as releases before 0.2 wrote it: each column of decimals has the smallest
     scale that holds its digits, in 18 digits, or 38 digits with twelve behind the point.
     """
-    table, sink = pq.read_table(io.BytesIO(content)), io.BytesIO()
+    sink = io.BytesIO()
+    table = pq.read_table(io.BytesIO(content)).replace_schema_metadata()
     for index, field in enumerate(table.schema):
         if pa.types.is_decimal(field.type):
             kinds = [pa.decimal128(18, scale) for scale in range(13)] + [pa.decimal128(38, 12)]

@@ -318,7 +318,7 @@ def test_everything_killed_and_started_again(stack: Stack) -> None:
     queued, starting = (
         wait_until(lambda: stack.launch(ETH), 60, "a run can be launched") for _ in range(2)
     )
-    stack.kill("cli.main dev", "dagster_webserver", "code-server start", DAEMON, "execute_run")
+    stack.kill("cli.main dev", "dagster_ext.webserver", "code-server start", DAEMON, "execute_run")
     stack.supervisor.wait()
     # The child of the code server lives until it has heard no heartbeat for a while.
     orphans = stack.processes("api grpc")

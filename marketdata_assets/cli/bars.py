@@ -50,6 +50,12 @@ _AsOf = Annotated[
         help="Print the bars as known at this moment (UTC, our clock), or at that of a lock file.",
     ),
 ]
+_Unsafe = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe", help="Allow every statement, such as COPY, and files outside the lake."
+    ),
+]
 _Query = Annotated[
     str,
     typer.Argument(
@@ -92,6 +98,7 @@ def sql(
     market: Markets = None,
     start: Start = None,
     end: End = None,
+    unsafe: _Unsafe = False,
     format: FileFormat = BarFormat.TABLE,
     file: Out = None,
 ) -> None:
@@ -103,10 +110,10 @@ def sql(
     with load_context(for_reading=True) as context:
         settings, window = context.settings, select_window(context.settings, start, end)
         views = open_sql_views(
-            settings, context.ledger, context.storage, keys=market, window=window
+            settings, context.ledger, context.storage, keys=market, window=window, unsafe=unsafe
         )
         with views as connection:
-            frame = run_query(connection, query)
+            frame = run_query(connection, query, unsafe=unsafe)
     write_bars(frame, format, file)
 
 

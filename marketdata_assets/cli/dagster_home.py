@@ -26,6 +26,8 @@ OWN_DAGSTER_YAML = PREFIX + "DAGSTER_YAML"
 """The variable that names a file which replaces our dagster.yaml."""
 POSTGRES, BROKER = PREFIX + "DAGSTER_POSTGRES", PREFIX + "DAGSTER_BROKER"
 """Variables of our processes that hold URLs for dagster.yaml: no file holds their passwords."""
+WEB_GUARD = PREFIX + "WEB_GUARD"
+"""The variable of the web server with the universe's `web:` as JSON."""
 _EXTENSIONS = "marketdata_assets.dagster_ext"
 # Three allocators (glibc, jemalloc in polars, Arrow's) each keep what was freed; giving it back
 # saves 100 MB a process.
@@ -47,12 +49,14 @@ def dagster_environment(settings: Settings) -> dict[str, str]:
         POSTGRES: _with_driver(reveal_secret(settings.database)),
         BROKER: reveal_secret(settings.broker),
     }
+    web = {"hosts": settings.web.hosts, "token": reveal_secret(settings.web.token)}
     return {
         **_ALLOCATORS,
         **os.environ,
         "DAGSTER_HOME": str(home),
         "DAGSTER_DISABLE_TELEMETRY": "yes",
         "PYTHONWARNINGS": "ignore",
+        WEB_GUARD: json.dumps(web),
         **{name: url for name, url in services.items() if url},
     }
 

@@ -142,6 +142,8 @@ def _encode(bars: pl.DataFrame, format: BarFormat) -> bytes:
         return encode(to_arrow(bars, {}))
     texts = format_values(bars)
     if format == BarFormat.CSV:
+        if nested := [name for name, dtype in texts.schema.items() if dtype.is_nested()]:
+            raise BadInput(f"CSV holds no lists: column {nested[0]}; choose --format json")
         return texts.write_csv().encode()
     return (json.dumps(texts.to_dicts()) + "\n").encode()
 

@@ -32,6 +32,7 @@ from marketdata_assets.system import start_module
 
 _LOCATION = "marketdata_assets"
 _DAEMON = "marketdata_assets.dagster_ext.daemon"
+_WEB_SERVER = "marketdata_assets.dagster_ext.webserver"
 _CELERY = ["celery", "-A", "dagster_celery.app"]
 _CODE_SERVER_TTL_SECONDS = 10
 _LOCK_CHECK_SECONDS = 5
@@ -116,7 +117,7 @@ def _code_server(port: int) -> Service:
 
 
 def _web_server(workspace: str, host: str, port: int) -> Service:
-    command = ["dagster_webserver", "-w", workspace, "-h", host, "-p", str(port)]
+    command = [_WEB_SERVER, "-w", workspace, "-h", host, "-p", str(port)]
     return Service("the web server", command)
 
 

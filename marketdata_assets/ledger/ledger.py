@@ -19,6 +19,7 @@ from marketdata_assets.ledger.heartbeats import HeartbeatBook
 from marketdata_assets.ledger.incidents import IncidentBook
 from marketdata_assets.ledger.instruments import InstrumentBook
 from marketdata_assets.ledger.markets import MarketBook
+from marketdata_assets.ledger.objects import ObjectBook
 from marketdata_assets.ledger.opening import open_database
 from marketdata_assets.ledger.partitions import PartitionBook
 from marketdata_assets.ledger.quarantine import QuarantineBook
@@ -37,6 +38,7 @@ class Ledger:
     def __init__(self, state: Path, url: str | None = None, *, for_reading: bool = False) -> None:
         self.database = database = open_database(state, url, for_reading=for_reading)
         self.partitions = PartitionBook(database)
+        self.objects = ObjectBook(database)
         self.markets = MarketBook(database)
         self.instruments = InstrumentBook(database)
         self.gaps = GapBook(database)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, fields
 from datetime import datetime
 from typing import Any
@@ -34,10 +35,6 @@ _STATE = [_c[field.name] for field in fields(PartitionState)]
 _IS_IT = is_about(partitions)
 _GET = sa.select(*_STATE).where(_IS_IT)
 _GET_ACCOUNT = sa.select(_c.account).where(_IS_IT)
-
-
-DAMAGED = -1
-"""The size of an object that somebody found damaged: none has it."""
 
 
 class PartitionBook(Book):
@@ -167,23 +164,29 @@ class PartitionBook(Book):
         """Remember the digest of the raw rows that the rollups of a partition were made of."""
         self._update(_IS_IT, about(table, partition) | {"rollup_source_digest": digest})
 
+    def rollup_sources(
+        self, market_keys: Collection[str] | None = None, months: tuple[str, str] | None = None
+    ) -> dict[PartitionKey, str]:
+        """The digest of the raw rows that the rollups of each partition were made of last, of all
+        partitions or those of these markets and months (the first and the last month key).
+        """
+        where = [_c.rollup_source_digest.is_not(None), _c.tbl.like("raw/%")]
+        if market_keys is not None:
+            where.append(_c.market.in_(market_keys))
+        if months is not None:
+            where.append(_c.month.between(*months))
+        statement = sa.select(_c.market, _c.month, _c.rollup_source_digest).where(*where)
+        return {
+            (market, month): digest
+            for market, month, digest in self._database.plain_rows(statement)
+        }
+
     def clear_rollup_sources(self) -> None:
         """Have all rollups made again, because the warehouse file is gone."""
         self._update(
             _c.rollup_source_digest.is_not(None) & _c.tbl.like("raw/%"),
             {"rollup_source_digest": None},
         )
-
-    def set_size(self, table: Table, partition: Partition, size: int) -> None:
-        """Remember the size in bytes of an object that was written again with the same rows."""
-        self._update(_IS_IT & _c.bytes.is_not(None), about(table, partition) | {"bytes": size})
-
-    def note_damage(self, table: Table, partition: Partition) -> None:
-        """Remember that the object cannot be read as what it should be: it counts as lost, so that
-        the next backfill fetches it again. A ledger that cannot be written stays as it is.
-        """
-        if not self._database.is_read_only:
-            self.set_size(table, partition, DAMAGED)
 
     def mark_retired(self, table: Table, partition: Partition) -> None:
         """Remember that retention has removed the object; all else about the partition stays."""

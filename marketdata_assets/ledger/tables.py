@@ -16,7 +16,7 @@ from sqlalchemy import Column, Dialect, Integer, Text
 
 from marketdata_assets.model.window import format_time, parse_time
 
-VERSION = 5
+VERSION = 6
 
 
 class Moment(sa.TypeDecorator[datetime]):
@@ -139,6 +139,17 @@ partitions = sa.Table(
     Column("account", JsonText),
     _moment("updated_at"),
     Column("whole_at", Moment, key="completed_at"),
+)
+
+objects = sa.Table(
+    "objects",
+    metadata,
+    _text("tbl", **_KEY),
+    _text("market", **_KEY),
+    _text("month", **_KEY),
+    _count("revision"),
+    _text("checksum"),
+    _text("stamp"),
 )
 
 gaps = sa.Table(

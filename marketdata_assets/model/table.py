@@ -44,6 +44,18 @@ class StoredObject(NamedTuple):
     digest: str
 
 
+class ObjectRecord(NamedTuple):
+    """What was stored last of one object.
+
+    `revision` counts the objects of its partition, `checksum` is the SHA-256 of its bytes, and
+    `stamp` a text that changes when something replaces it.
+    """
+
+    revision: int
+    checksum: str
+    stamp: str
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """One layer at one timeframe.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -210,6 +211,12 @@ def _read_venue(text: str) -> str:
     return text
 
 
+def _read_host(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", text.lower()):
+        raise BadInput("a host name such as marketdata.example.com is expected here")
+    return text.lower()
+
+
 def _read_symbol(text: str) -> str:
     return Market(CONSOLIDATED_VENUE, text).symbol
 
@@ -261,6 +268,7 @@ TimeframeName = Annotated[
     WithJsonSchema({"type": "string", "enum": list(TIMEFRAMES)}),
 ]
 TimeframeNames = Annotated[Listed[TimeframeName], AfterValidator(sort_timeframes)]
+HostName = Annotated[str, from_text(_read_host)]
 VenueId = Annotated[str, from_text(_read_venue)]
 Symbol = Annotated[str, from_text(_read_symbol)]
 SymbolGlob = Annotated[str, from_text(_read_glob)]

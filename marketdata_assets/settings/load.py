@@ -30,7 +30,7 @@ MOST_BYTES = 1 << 20
 """Of the universe's file."""
 MOST_VALUES, MOST_NESTED = 200_000, 20
 """Values under one key, and lists and mappings inside each other, all aliases followed."""
-SECRET_KEYS = ("database", "broker", "alerts")
+SECRET_KEYS = ("database", "broker", "alerts", "web")
 """The keys of which an error repeats nothing."""
 _LINES = "`key: value` lines are expected here"
 _SHAPES = {

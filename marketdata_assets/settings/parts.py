@@ -24,11 +24,13 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import format_time
 from marketdata_assets.settings.fields import (
+    HostName,
     Listed,
     Minutes,
     Moment,
     Place,
     ProxyUrl,
+    SecretText,
     StorageClass,
     Symbol,
     SymbolGlob,
@@ -299,6 +301,19 @@ class ColdStorage(StrictModel):
                 "`{after_days: 365, storage_class: STANDARD_IA}` is expected here"
             )
         return self
+
+
+class WebAccess(StrictModel):
+    """Who may use the UI besides a browser on its own machine."""
+
+    hosts: Listed[HostName] = Field(default=(), examples=[["marketdata.example.com"]])
+    """Names under which browsers reach the UI, through a proxy for example; localhost and addresses
+    need none. Default: none.
+    """
+    token: SecretText | None = None
+    """What `/report_asset_materialization` and its like must bear (`Authorization: Bearer ...`).
+    It is a secret: better write it into MARKETDATA_WEB. Default: they are closed.
+    """
 
 
 class Clock(StrictModel):

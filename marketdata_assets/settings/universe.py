@@ -56,6 +56,7 @@ from marketdata_assets.settings.parts import (
     FreshnessLimits,
     StrictModel,
     Venue,
+    WebAccess,
     markets_of,
 )
 
@@ -148,6 +149,8 @@ class Universe(StrictModel):
     """Apprise URLs that get every alert, besides alerts.jsonl. They hold secrets: better write them
     into MARKETDATA_ALERTS. Default: none.
     """
+    web: WebAccess = Field(default_factory=WebAccess)
+    """Who may use the UI besides a browser on its own machine."""
     retention_days: Annotated[int, days()] = 14
     """Days for which run logs, recovered alerts and the fetch log are kept; results and events stay
     for ever. Default: 14.

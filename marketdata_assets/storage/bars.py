@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import polars as pl
 
-from marketdata_assets.model.partition import Partition
+from marketdata_assets.errors import Damaged
+from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.table import Table
 from marketdata_assets.storage.lake import Lake
 from marketdata_assets.storage.warehouse import Warehouse
@@ -26,6 +28,18 @@ class BarStorage:
     def in_warehouse(self, table: Table) -> bool:
         """Return whether the table lies in DuckDB; otherwise it lies in the lake."""
         return table.layer == "rollup" and self.rollups_in_warehouse
+
+    def outdated_rollups(self, expected: Mapping[PartitionKey, str]) -> list[PartitionKey]:
+        """Return the partitions whose rollups in the warehouse were made of other raw rows than the
+        ledger says (`expected`: their digests), because the file is lost, older or damaged.
+        """
+        try:
+            found = self.warehouse.sources()
+        except Damaged:
+            found = {}
+        if found is None:
+            return []
+        return [key for key, source in expected.items() if found.get(key) != source]
 
     def read(self, table: Table, partition: Partition) -> pl.DataFrame:
         """Return the bars of a partition, sorted by open_time; none when nothing is stored.

@@ -14,8 +14,13 @@ from typing import Protocol
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.model.partition import PartitionKey
 from marketdata_assets.model.table import OBJECT_NAME, parse_folders
+from marketdata_assets.storage.object_proof import Listed, StoredContent
 from marketdata_assets.storage.s3 import S3Objects
 from marketdata_assets.system import lock_folder
+
+
+def _listed(status: os.stat_result) -> Listed:
+    return Listed(status.st_size, f"{status.st_size} {status.st_mtime_ns}")
 
 
 class ObjectStore(Protocol):
@@ -27,25 +32,32 @@ class ObjectStore(Protocol):
         """Return the object's content; None where there is no object."""
         ...
 
-    def write(self, path: str, content: bytes) -> None:
-        """Replace the whole object. A store that can detect it refuses to replace an object that
-        another writer has changed since it was read here.
+    def read_stamped(self, path: str) -> StoredContent | None:
+        """Return the object's content with its stamp; None where there is no object."""
+        ...
+
+    def write(self, path: str, content: bytes) -> str:
+        """Replace the whole object; return its stamp. A store that can detect it refuses to replace
+        an object that another writer has changed since it was read here.
         """
         ...
 
-    def write_while(self, held: Mapping[str, bytes | None], path: str, content: bytes) -> bool:
+    def write_while(
+        self, held: Mapping[str, bytes | None], path: str, content: bytes
+    ) -> str | None:
         """Replace the whole object while these objects hold these contents; None: do not exist.
 
-        Return False where one of them was changed, in S3 perhaps while this object was written.
+        Return its stamp; None where one of them was changed, in S3 perhaps while this object was
+        written.
         """
         ...
 
-    def size(self, path: str) -> int | None:
-        """Return the object's size in bytes; None where there is no object."""
+    def find(self, path: str) -> Listed | None:
+        """Return the object's size and stamp; None where there is no object."""
         ...
 
-    def list_sizes(self, prefix: str) -> Iterator[tuple[PartitionKey, int]]:
-        """Yield partition and size in bytes of every object in `<prefix>/<market>/<month>/`."""
+    def list(self, prefix: str) -> Iterator[tuple[PartitionKey, Listed]]:
+        """Yield partition, size and stamp of every object in `<prefix>/<market>/<month>/`."""
         ...
 
     def find_uris(self, paths: Sequence[str], *, all_exist: bool) -> dict[str, str]:
@@ -92,17 +104,24 @@ class _FolderObjects:
         self._root, self._temporary = root, root / ".writing"
 
     def read(self, path: str) -> bytes | None:
+        found = self.read_stamped(path)
+        return found.content if found else None
+
+    def read_stamped(self, path: str) -> StoredContent | None:
         try:
-            return (self._root / path).read_bytes()
+            with (self._root / path).open("rb") as file:
+                return StoredContent(file.read(), _listed(os.fstat(file.fileno())).stamp)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise self._failure("read", path, error) from None
 
-    def write(self, path: str, content: bytes) -> None:
-        self.write_while({}, path, content)
+    def write(self, path: str, content: bytes) -> str:
+        return self.write_while({}, path, content) or ""
 
-    def write_while(self, held: Mapping[str, bytes | None], path: str, content: bytes) -> bool:
+    def write_while(
+        self, held: Mapping[str, bytes | None], path: str, content: bytes
+    ) -> str | None:
         target = self._root / path
         temporary = self._temporary / f"{os.getpid()}-{secrets.token_hex(6)}"
         try:
@@ -112,32 +131,33 @@ class _FolderObjects:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+                stamp = _listed(os.fstat(file.fileno())).stamp
             with lock_folder(self._root):
                 is_held = all(self.read(other) == expected for other, expected in held.items())
                 if is_held:
                     temporary.replace(target)
             if is_held:
                 _sync_folder(target.parent)
-            return is_held
+            return stamp if is_held else None
         except OSError as error:
             raise self._failure("written", path, error) from None
         finally:
             with suppress(OSError):
                 temporary.unlink()
 
-    def size(self, path: str) -> int | None:
+    def find(self, path: str) -> Listed | None:
         try:
-            return (self._root / path).stat().st_size
+            return _listed((self._root / path).stat())
         except OSError:
             return None
 
-    def list_sizes(self, prefix: str) -> Iterator[tuple[PartitionKey, int]]:
+    def list(self, prefix: str) -> Iterator[tuple[PartitionKey, Listed]]:
         for market in _list_folder(self._root / prefix):
             for month in _list_folder(market):
                 with suppress(OSError):
                     # os.stat, because this runs for 48,000 objects at once
-                    size = os.stat(f"{month.path}/{OBJECT_NAME}").st_size  # noqa: PTH116
-                    yield parse_folders(market.name, month.name), size
+                    status = os.stat(f"{month.path}/{OBJECT_NAME}")  # noqa: PTH116
+                    yield parse_folders(market.name, month.name), _listed(status)
 
     def find_uris(self, paths: Sequence[str], *, all_exist: bool) -> dict[str, str]:
         # os.path, because this is on the path of every read

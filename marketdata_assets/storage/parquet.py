@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,12 @@ is read.
 """
 IDENTITY_KEY = "marketdata_object"
 """An object without it, of an earlier release, is taken for what its path says."""
+REVISION_KEY, PAGES_KEY = "marketdata_revision", "marketdata_pages"
+"""How many objects its partition has had, and the SHA-256 of all bytes before the footer, which
+whoever writes the same metadata around other rows does not have.
+"""
 ROWS_PER_GROUP = 10_080
 """A week of minutes: reading one day reads a fourth of a month, for 2 % more bytes."""
-_REMEDY = "`marketdata backfill` fetches it again"
 _UNIT = "timeUnit=microseconds"
 _SLOWLY_CHANGING = ("open_time", "open", "high", "low", "close", "known_at", "replaced_at")
 
@@ -66,10 +70,10 @@ def decimal_types(schema: pa.Schema) -> dict[str, DecimalType]:
     }
 
 
-def encode(table: pa.Table, identity: str | None = None) -> bytes:
+def encode(table: pa.Table, identity: str | None = None, revision: int = 1) -> bytes:
     """Write a frame of `to_arrow` as Parquet: a row group for each week of minutes, zstd.
 
-    An object of the lake holds its `Table.identity`.
+    An object of the lake holds its `Table.identity` and its revision.
 
     Times and prices change little from row to row, so their differences are packed. The bytes of
     other numbers are grouped by significance, so that zstd finds the high ones alike. Decimals of
@@ -101,8 +105,58 @@ def encode(table: pa.Table, identity: str | None = None) -> bytes:
     ) as writer:
         writer.write_table(table, ROWS_PER_GROUP)
         keys = {VERSION_KEY: str(OBJECT_VERSION)}
-        writer.add_key_value_metadata(keys | ({IDENTITY_KEY: identity} if identity else {}))
+        if identity:
+            pages = hashlib.sha256(sink.getbuffer()).hexdigest()
+            keys |= {IDENTITY_KEY: identity, REVISION_KEY: str(revision), PAGES_KEY: pages}
+        writer.add_key_value_metadata(keys)
     return sink.getvalue()
+
+
+def split_pages(content: bytes) -> int:
+    """Return how many bytes of a Parquet file come before its footer."""
+    return len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+
+
+def is_readable(content: bytes) -> bool:
+    """Return whether a footer of Parquet can be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pq.read_metadata(io.BytesIO(content))
+    except (pa.ArrowException, OSError, ValueError):
+        return False
+    return True
+
+
+def intact_revision(content: bytes) -> int | None:
+    """Return the revision of an object, 0 for one of an earlier release; None where it cannot be
+    read, or its pages are not those that were written with it.
+    """
+    import pyarrow.parquet as pq
+
+    if not is_readable(content):
+        return None
+    found = pq.read_metadata(io.BytesIO(content)).metadata or {}
+    pages = hashlib.sha256(memoryview(content)[: split_pages(content)]).hexdigest().encode()
+    if found.get(PAGES_KEY.encode(), pages) != pages:
+        return None
+    return int(found.get(REVISION_KEY.encode(), b"0"))
+
+
+def is_same_but_revision(one: bytes, other: bytes) -> bool:
+    """Return whether two objects hold the same rows in the same columns and types."""
+    import pyarrow.parquet as pq
+
+    end = split_pages(one)
+    if end != split_pages(other) or one[:end] != other[:end]:
+        return False
+    first, second = (pq.read_metadata(io.BytesIO(content)) for content in (one, other))
+    version = VERSION_KEY.encode()
+    return bool(
+        first.schema.equals(second.schema)
+        and (first.metadata or {}).get(version) == (second.metadata or {}).get(version)
+    )
 
 
 def has_columns(content: bytes, names: list[str], types: Mapping[str, DecimalType]) -> bool:
@@ -146,7 +200,7 @@ def decode(
 
     try:
         file = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True)
-        _check_identity(file, identity, name)
+        _check_identity(file, table, identity, name)
         wanted = [c for c in table.columns if columns is None or c.name in columns]
         wanted += PROVENANCE_COLUMNS if with_provenance else ()
         stored = [column.name for column in wanted if column.name in file.schema_arrow.names]
@@ -161,13 +215,30 @@ def decode(
         OSError,
         ValueError,
     ) as error:
-        raise Damaged(f"{name} is damaged ({type(error).__name__}); {_REMEDY}") from None
+        raise Damaged(f"{name} is damaged ({type(error).__name__}); {remedy(table)}") from None
 
 
-def _check_identity(file: Any, identity: str | None, name: str) -> None:
+def check_identity(content: bytes, table: Table, identity: str, name: str) -> None:
+    """Raise Damaged where a readable object says that it is another one."""
+    import pyarrow.parquet as pq
+
+    if is_readable(content):
+        _check_identity(pq.ParquetFile(io.BytesIO(content)), table, identity, name)
+
+
+def remedy(table: Table) -> str:
+    """Return what a person does about an object that cannot be believed."""
+    if table.layer == "raw":
+        return "`marketdata backfill` fetches it again"
+    if table.layer == "history":
+        return "the next correction sets it aside"
+    return "`marketdata backfill` makes it again"
+
+
+def _check_identity(file: Any, table: Table, identity: str | None, name: str) -> None:
     found = (file.metadata.metadata or {}).get(IDENTITY_KEY.encode())
     if identity and found not in (None, identity.encode()):
-        raise Damaged(f"{name} holds {found.decode(errors='replace')}; {_REMEDY}")
+        raise Damaged(f"{name} holds {found.decode(errors='replace')}; {remedy(table)}")
 
 
 def _groups(file: Any, window: Window) -> list[int]:

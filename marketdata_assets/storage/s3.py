@@ -10,6 +10,7 @@ from typing import Any
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.model.partition import PartitionKey
 from marketdata_assets.model.table import OBJECT_NAME, parse_folders
+from marketdata_assets.storage.object_proof import Listed, StoredContent
 from marketdata_assets.storage.s3_client import S3Client, S3RefusedError
 
 ABANDONED_AFTER = timedelta(days=1)
@@ -27,6 +28,11 @@ _CONDITION_REFUSED = (
 """Error codes of a server where the condition does not hold (an object that does not exist has no
 version), or that supports no conditions.
 """
+
+
+def _stamp(answer: Mapping[str, Any]) -> str:
+    """Return the ETag of an answer without its quotes, which not every server sends."""
+    return (answer.get("ETag") or "").strip('"')
 
 
 class _ChangedMeanwhileError(StoreFailed):
@@ -48,23 +54,36 @@ class S3Objects:
 
     def read(self, path: str) -> bytes | None:
         """Return the object's content, None where there is no object, and note its version."""
+        found = self.read_stamped(path)
+        return found.content if found else None
+
+    def read_stamped(self, path: str) -> StoredContent | None:
+        """Return the object's content with its ETag, None where there is no object."""
         answer = self._get(path)
         self._versions[path] = answer.get("ETag")
-        return answer.get("Content")
+        return StoredContent(answer["Content"], _stamp(answer)) if answer else None
 
-    def write(self, path: str, content: bytes) -> None:
-        """Replace the object. Raises StoreFailed where another writer has changed it."""
+    def write(self, path: str, content: bytes) -> str:
+        """Replace the object; return its ETag. Raises StoreFailed where another writer has changed
+        it.
+        """
         self._change("put_object", path, content)
+        return _stamp({"ETag": self._versions.get(path)})
 
-    def write_while(self, held: Mapping[str, bytes | None], path: str, content: bytes) -> bool:
-        """Replace the object; return whether these objects hold these contents afterwards, too."""
+    def write_while(
+        self, held: Mapping[str, bytes | None], path: str, content: bytes
+    ) -> str | None:
+        """Replace the object; return its ETag where these objects hold these contents afterwards,
+        too.
+        """
         try:
-            self.write(path, content)
+            stamp = self.write(path, content)
         except _ChangedMeanwhileError:
             if path not in held:
                 raise
-            return False
-        return all(self.read(other) == held[other] for other in held.keys() - {path})
+            return None
+        is_held = all(self.read(other) == held[other] for other in held.keys() - {path})
+        return stamp if is_held else None
 
     def delete(self, path: str) -> None:
         """Remove the object. Raises StoreFailed where another writer has changed it."""
@@ -117,23 +136,26 @@ class S3Objects:
             return [{"IfMatch": version}, {"IfMatch": version.strip('"')}, {}]
         return [{"IfNoneMatch": "*"}, {}] if creates and path in self._versions else [{}]
 
-    def size(self, path: str) -> int | None:
-        """Return the object's size in bytes; None where there is no object."""
+    def find(self, path: str) -> Listed | None:
+        """Return the object's size and ETag; None where there is no object."""
         try:
             # not a HEAD, because its answer does not say why it is refused
             answer = self._get(path, Range="bytes=0-0")
         except S3RefusedError as refusal:
             if refusal.code != "InvalidRange":
                 raise
-            return 0
-        return int(answer["ContentRange"].rpartition("/")[2]) if answer else None
+            return Listed(0, "")
+        if not answer:
+            return None
+        return Listed(int(answer["ContentRange"].rpartition("/")[2]), _stamp(answer))
 
-    def list_sizes(self, prefix: str) -> Iterator[tuple[PartitionKey, int]]:
-        """Yield the partition and the size in bytes of every object below `<prefix>/`."""
+    def list(self, prefix: str) -> Iterator[tuple[PartitionKey, Listed]]:
+        """Yield partition, size and ETag of every object below `<prefix>/`."""
         for path, entry in self._list_objects(prefix):
             folders = path.removeprefix(prefix + "/").split("/")
             if len(folders) == 3 and folders[-1] == OBJECT_NAME:  # others may store files there too
-                yield parse_folders(folders[0], folders[1]), int(entry["Size"])
+                listed = Listed(int(entry["Size"]), _stamp(entry))
+                yield parse_folders(folders[0], folders[1]), listed
 
     def find_uris(self, paths: Sequence[str], *, all_exist: bool) -> dict[str, str]:
         """Return `s3://bucket/key` by path of each object that exists.

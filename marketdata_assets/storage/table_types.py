@@ -8,12 +8,14 @@ from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import Table
 from marketdata_assets.storage.column_types import NO_TYPES, ColumnTypes, DecimalType
+from marketdata_assets.storage.object_proof import StoredContent
 from marketdata_assets.storage.objects import ObjectStore
 from marketdata_assets.storage.parquet import (
     decimal_types,
     decode,
     encode,
     has_columns,
+    intact_revision,
     to_arrow,
 )
 
@@ -33,16 +35,20 @@ def types_path(table: Table) -> str:
 
 class TableTypes:
     """The types of the tables of a lake, in the first of its stores; an object there is the newer
-    one. `on_resized` receives an object that was written again, and its size in bytes.
+    one. `is_proven` says whether an object may be written again, and `on_rewritten` receives its
+    new revision and content.
     """
 
     def __init__(
         self,
         location: str,
         stores: Sequence[ObjectStore],
-        on_resized: Callable[[Table, Partition, int], None],
+        *,
+        is_proven: Callable[[Table, Partition, StoredContent], bool],
+        on_rewritten: Callable[[Table, Partition, int, StoredContent], None],
     ) -> None:
-        self._location, self._stores, self._on_resized = location, stores, on_resized
+        self._location, self._stores = location, stores
+        self._is_proven, self._on_rewritten = is_proven, on_rewritten
         self._known: dict[Table, ColumnTypes] = {}
 
     def get(self, table: Table) -> ColumnTypes:
@@ -69,7 +75,7 @@ class TableTypes:
         types = self._record(table, lambda recorded: recorded.widened(needed))
         rewritten = 0
         for store in self._stores:  # objects are moved from the first to the second
-            for key in [key for key, _ in store.list_sizes(table.name)]:
+            for key in [key for key, _ in store.list(table.name)]:
                 try:
                     partition = Partition.from_stored_key(key)
                     rewritten += self._rewrite_object(store, table, partition, types)
@@ -92,21 +98,26 @@ class TableTypes:
         path, columns = table.path(partition), table.stored_columns
         recorded = {types_path(table): types.content} if store is self._stores[0] else {}
         expected = types.of(columns)
-        while (content := store.read(path)) is not None and not has_columns(
-            content, [column.name for column in columns], expected
+        names = [column.name for column in columns]
+        while (found := store.read_stamped(path)) and not has_columns(
+            found.content, names, expected
         ):
+            content = found.content
+            if not self._is_proven(table, partition, found):
+                return False
             bars = decode(content, table, name=path, with_provenance=table.layer == "raw")
             arranged = to_arrow(bars, types.written)
             if (needed := decimal_types(arranged.schema)) != expected:
                 raise _BeginAgainError(needed)
-            new = encode(arranged, table.identity(partition))
-            is_written = store.write_while({path: content, **recorded}, path, new)
+            revision = (intact_revision(content) or 0) + 1
+            new = encode(arranged, table.identity(partition), revision)
+            stamp = store.write_while({path: content, **recorded}, path, new)
             if self.read(table) != types:
                 raise _BeginAgainError
-            if is_written:
-                sizes = (place.size(path) for place in self._stores)  # the first one is read
-                if size := next(filter(None, sizes), None):
-                    self._on_resized(table, partition, size)
+            if stamp:
+                if not any(place.find(path) for place in self._stores[: self._stores.index(store)]):
+                    written = StoredContent(new, stamp)
+                    self._on_rewritten(table, partition, revision, written)
                 return True
         return False
 

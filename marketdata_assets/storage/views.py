@@ -4,6 +4,7 @@ over the warehouse.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
     Connection = DuckDBPyConnection
+
+
+_EXPLAIN = re.compile(r"explain\s+(analyze\s+)?", re.IGNORECASE)
+_PIVOT = re.compile(r"(pivot|unpivot|from|with|select)\b", re.IGNORECASE)
 
 
 @contextmanager
@@ -49,20 +54,53 @@ def open_views(
             yield connection
 
 
-def run_query(connection: Connection, query: str) -> pl.DataFrame:
-    """Return the rows of a query. Raises BadInput with the first line of DuckDB's message."""
+def restrict(connection: Connection, locations: Sequence[str]) -> None:
+    """Let queries read no files but those below these locations, and change no setting."""
+    folders = ", ".join(_quote(f"{location.rstrip('/')}/") for location in locations)
+    connection.execute(f"SET allowed_directories = [{folders}]")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+
+
+def run_query(connection: Connection, query: str, *, unsafe: bool = False) -> pl.DataFrame:
+    """Return the rows of a query. Raises BadInput with the first line of DuckDB's message, and
+    unless `unsafe` for a statement that is no query.
+    """
     import duckdb
 
     try:
-        return pl.DataFrame(connection.sql(query).to_arrow_table())
+        if not unsafe:
+            _raise_unless_query(query)
+        found = connection.sql(query)
+        if found is None:
+            raise BadInput("the query returns no rows; write one such as SELECT ...")
+        rows = found.to_arrow_table()
     except duckdb.Error as error:
         raise BadInput(f"the query cannot be answered: {str(error).splitlines()[0]}") from None
+    if twice := sorted({name for name in rows.column_names if rows.column_names.count(name) > 1}):
+        raise BadInput(f"two columns are called {', '.join(twice)}; name one of them with AS")
+    return pl.DataFrame(rows)
+
+
+def _raise_unless_query(query: str) -> None:
+    """Raise BadInput for statements that could write. A PIVOT is several statements to DuckDB."""
+    import duckdb
+
+    for statement in duckdb.extract_statements(query):
+        text = _EXPLAIN.sub("", statement.query.strip())
+        kinds = {part.type for part in duckdb.extract_statements(text)}
+        is_pivot = kinds == {duckdb.StatementType.MULTI} and _PIVOT.match(text)
+        if not is_pivot and kinds != {duckdb.StatementType.SELECT}:
+            raise BadInput(
+                f"{text.split(maxsplit=1)[0].upper()} is no query; `sql` only reads, unless "
+                "--unsafe is given"
+            )
 
 
 def _list_warehouse_tables(connection: Connection) -> list[tuple[str, str]]:
     rows = connection.execute(
         "SELECT table_schema, table_name FROM information_schema.tables "
-        "WHERE table_catalog = 'warehouse' ORDER BY ALL"
+        "WHERE table_catalog = 'warehouse' AND table_schema = 'rollup' ORDER BY ALL"
     ).fetchall()
     return [(schema, name) for schema, name in rows]
 

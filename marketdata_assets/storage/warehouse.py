@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 import polars as pl
 
-from marketdata_assets.errors import StoreFailed
+from marketdata_assets.errors import Damaged, StoreFailed
 from marketdata_assets.model.intervals import slice_inside
 from marketdata_assets.model.market import Market
+from marketdata_assets.model.partition import PartitionKey
 from marketdata_assets.model.table import Table, rollup_table
 from marketdata_assets.model.timeframe import Timeframe
 from marketdata_assets.model.window import Window
 from marketdata_assets.retry import pauses_until, retry
-from marketdata_assets.storage.cache import FrameCache, file_stamp
+from marketdata_assets.storage.cache import FrameCache, Stamp, file_stamp
 
 if TYPE_CHECKING:
     import duckdb
@@ -38,8 +39,17 @@ _FILE_IN_USE = (
 """Parts of DuckDB's messages when another process, or another thread of this one, uses the file."""
 
 
+_DAMAGED = ("not a valid DuckDB database file", "Corrupt", "corrupt", "checksum")
+"""Parts of DuckDB's messages when the file's content is not what DuckDB wrote."""
+_SOURCES = '"marketdata"."sources"'
+
+
 class Warehouse:
     """Rollup tables `rollup.ohlcv_<timeframe>`, keyed by `market` and `open_time`, in one file.
+
+    The table `marketdata.sources` holds, by `market` and `month`, the digest of the raw rows that a
+    partition's rollups were made of: written in the same transaction, so that an older file is
+    recognised.
 
     `connect` opens the connections that write (default: to `path`). `wait_seconds` is how long to
     wait for a file that another process uses. Raises StoreFailed.
@@ -52,6 +62,7 @@ class Warehouse:
         self._connect = connect or self._open
         self._wait_seconds = wait_seconds
         self._cache = FrameCache()
+        self._sources: tuple[Stamp, dict[PartitionKey, str] | None] | None = None
 
     @property
     def exists(self) -> bool:
@@ -63,12 +74,31 @@ class Warehouse:
         market: Market,
         frames: Mapping[Timeframe, pl.DataFrame],
         windows: Mapping[Timeframe, Window],
+        source: tuple[str, str] | None = None,
     ) -> dict[str, int]:
         """Replace a market's bars inside each timeframe's window by the frame's bars, in one
         transaction that touches only rows that differ.
 
-        Returns how many rows changed, by the timeframe's name.
+        `source` is a month key and the digest of the raw rows that all rollups of that month are
+        made of now; None where only some were made. A file that DuckDB cannot read is set aside,
+        and a new one begun. Returns how many rows changed, by the timeframe's name.
         """
+        try:
+            return self._replace(market, frames, windows, source=source)
+        except Damaged:
+            for file in (self.path, self.path.with_name(self.path.name + ".wal")):
+                if file.exists():
+                    file.replace(file.with_name(file.name + ".damaged"))
+            return self._replace(market, frames, windows, source=source)
+
+    def _replace(
+        self,
+        market: Market,
+        frames: Mapping[Timeframe, pl.DataFrame],
+        windows: Mapping[Timeframe, Window],
+        *,
+        source: tuple[str, str] | None,
+    ) -> dict[str, int]:
         changed: dict[str, int] = {}
         with self._translate_errors(), ExitStack() as stack:
             self._make_folder()
@@ -78,12 +108,36 @@ class Warehouse:
                 for timeframe, frame in frames.items():
                     rows = _MarketRows(connection, rollup_table(timeframe), market)
                     changed[timeframe.name] = rows.replace(windows[timeframe], frame)
+                if source is not None:
+                    _write_source(connection, market, *source)
                 connection.execute("COMMIT")
             except BaseException:
                 # a rollback, even where the owner of the connection keeps it after an exception
                 connection.close()
                 raise
         return changed
+
+    def sources(self) -> dict[PartitionKey, str] | None:
+        """Return the digest of the raw rows that each partition's rollups were made of, by market
+        key and month key; None for a file of an earlier release. Raises Damaged.
+        """
+        import duckdb
+
+        if not self.exists:
+            return {}
+        stamp = file_stamp(self.path, f"{self.path}.wal")
+        if self._sources and stamp == self._sources[0]:
+            return self._sources[1]
+        found: dict[PartitionKey, str] | None
+        with self._translate_errors(), self._open(read_only=True) as connection:
+            try:
+                rows = connection.execute(f"SELECT market, month, source FROM {_SOURCES}")
+                found = {(market, month): source for market, month, source in rows.fetchall()}
+            except duckdb.CatalogException:
+                found = None if _has_rollups(connection) else {}
+        if stamp:
+            self._sources = (stamp, found)
+        return found
 
     def read(self, table: Table, market: Market, window: Window) -> pl.DataFrame:
         """Return the bars of a market that open inside the window, sorted; none where the table
@@ -207,6 +261,10 @@ class Warehouse:
             yield
         except (duckdb.Error, OSError) as error:
             reason = str(error).splitlines()[0][:160]
+            if isinstance(error, duckdb.Error) and any(part in reason for part in _DAMAGED):
+                raise Damaged(
+                    f"{self.path} is damaged ({reason}); `marketdata backfill` makes it again"
+                ) from None
             raise StoreFailed(
                 f"{self.path}: {reason}; mend the folder, set another `duckdb:`, "
                 "or move the file away: it is built again"
@@ -279,6 +337,24 @@ class _MarketRows:
         self._connection.execute(
             f"CREATE TABLE IF NOT EXISTS {quoted_name(self._table)} (market VARCHAR, {columns})"
         )
+
+
+def _write_source(
+    connection: duckdb.DuckDBPyConnection, market: Market, month: str, source: str
+) -> None:
+    connection.execute('CREATE SCHEMA IF NOT EXISTS "marketdata"')
+    connection.execute(
+        f"CREATE TABLE IF NOT EXISTS {_SOURCES} "
+        "(market VARCHAR, month VARCHAR, source VARCHAR, PRIMARY KEY (market, month))"
+    )
+    connection.execute(
+        f"INSERT OR REPLACE INTO {_SOURCES} VALUES (?, ?, ?)", [market.key, month, source]
+    )
+
+
+def _has_rollups(connection: duckdb.DuckDBPyConnection) -> bool:
+    sql = "SELECT 1 FROM information_schema.tables WHERE table_schema = 'rollup' LIMIT 1"
+    return bool(connection.execute(sql).fetchall())
 
 
 def _whole_year(year: int) -> Window:

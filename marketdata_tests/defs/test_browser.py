@@ -8,6 +8,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote
 
@@ -32,7 +33,8 @@ SWITCHES = [
     "--disable-sync",
     "--disable-dev-shm-usage",
     "--lang=en-US",  # without it the page stays blank
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # nothing leaves this machine
+    # nothing leaves this machine
+    "--host-resolver-rules=MAP rebound.example 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
 TIMEOUT_MS = 120_000  # ms for one thing to appear, on a loaded machine
 expect.set_options(timeout=TIMEOUT_MS)
@@ -171,7 +173,7 @@ def materialize(page: Page, key: str, market: str, month: str) -> None:
     expect(page.get_by_text("Success", exact=True)).to_be_visible()
 
 
-def test_a_partition_is_materialized_by_clicking(page: Page) -> None:
+def test_a_partition_is_materialized_by_clicking(page: Page, ui: str) -> None:
     materialize(page, RAW, MARKET, MONTH)
     open_partition(page, RAW, PARTITION)
     expect(page.get_by_text("Materialized", exact=True)).to_be_visible()
@@ -190,6 +192,59 @@ def test_a_partition_is_materialized_by_clicking(page: Page) -> None:
         expect(page.get_by_role("img", name=picture)).to_be_visible()
     page.get_by_text("[Show Markdown]").click()
     expect(page.get_by_role("dialog").get_by_role("img", name="candles")).to_be_visible()
+    attack_from_another_page(page, ui)
+    open_partition(page, RAW, PARTITION)
+    expect(page.get_by_text("Materialized", exact=True)).to_be_visible()
+
+
+ATTACKS = """async ([ui, mutation]) => {
+    const url = ui + "/graphql", body = JSON.stringify({query: mutation});
+    const send = (address, options) => fetch(address, options).then(a => a.type, e => e.name);
+    const results = [
+        await send(url, {method: "POST", mode: "no-cors", body}),
+        await send(url, {method: "POST", headers: {"Content-Type": "application/json"}, body}),
+        await send(url + "?query=" + encodeURIComponent(mutation), {mode: "no-cors"}),
+        await send(ui + "/report_asset_materialization/raw/ohlcv_1m?partition=x",
+                   {method: "POST", mode: "no-cors"}),
+        await new Promise(done => {
+            const socket = new WebSocket(url.replace("http", "ws"), "graphql-ws");
+            socket.onopen = () => done("open");
+            socket.onerror = () => done("closed");
+        }),
+    ];
+    const form = document.createElement("form");
+    Object.assign(form, {method: "post", enctype: "text/plain", action: url});
+    form.innerHTML = "<input name='{\\"query\\":\\"" + mutation + "\\", \\"x' value='\\":1}'>";
+    document.body.append(form);
+    form.submit();
+    return results;
+}"""
+WIPE = 'mutation {wipeAssets(assetPartitionRanges: [{assetKey: {path: [\\"raw\\"]}}]) {__typename}}'
+
+
+def attack_from_another_page(page: Page, ui: str) -> None:
+    """Do what a page of another origin, open in the same browser, can do; nothing is answered."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _EmptyPage) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        with page.expect_response(lambda answer: answer.request.is_navigation_request()) as form:
+            results = page.evaluate(ATTACKS, [ui, WIPE])
+        server.shutdown()
+    assert results == ["opaque", "TypeError", "opaque", "opaque", "closed"]
+    assert form.value.status == 403
+    rebound = page.goto(ui.replace("127.0.0.1", "rebound.example"))
+    assert rebound is not None
+    assert rebound.status == 403
+
+
+class _EmptyPage(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<html><body></body></html>")
+
+    def log_message(self, *_: object) -> None: ...
 
 
 def test_a_stale_market_is_red(page: Page) -> None:

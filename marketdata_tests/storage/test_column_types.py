@@ -26,6 +26,7 @@ from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import month_of
 from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lake import Lake
+from marketdata_assets.storage.object_proof import NoBook
 from marketdata_tests.samples import (
     BTC,
     FEBRUARY,
@@ -149,18 +150,26 @@ def test_decimals_are_stored_as_small_integers(tmp_path: Path) -> None:
     assert kinds["vwap"] == "Decimal(precision=38, scale=12)"
 
 
+class Rewritten(NoBook):
+    """Remembers the sizes of objects that were written again."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[Partition, int] = {}
+
+    def note_rewritten(self, table: Table, partition: Partition, size: int) -> None:
+        self.sizes[partition] = size
+
+
 # ---------------------------------------------------------------- widening
 def test_a_wide_value_has_every_object_rewritten_with_the_same_rows(tmp_path: Path) -> None:
-    sizes: dict[Partition, int] = {}
-    lake = Lake(
-        str(tmp_path), on_resized=lambda table, partition, size: sizes.update({partition: size})
-    )
+    book = Rewritten()
+    lake = Lake(str(tmp_path), book=book)
     written = {p: moved_to(random_bars(i), p) for i, p in enumerate((JANUARY, FEBRUARY))}
     digests = {p: lake.write(TABLE, p, bars).digest for p, bars in written.items()}
     assert not (tmp_path / TYPES).exists()
     written[OTHER] = with_volume(OTHER, HUGE)
     lake.write(TABLE, OTHER, written[OTHER])
-    assert sizes == {p: lake.size(TABLE, p) for p in (JANUARY, FEBRUARY)}
+    assert book.sizes == {p: lake.size(TABLE, p) for p in (JANUARY, FEBRUARY)}
     for partition, bars in written.items():
         found = lake.read(TABLE, partition)
         assert found is not None
@@ -187,12 +196,13 @@ def test_a_widening_that_a_wider_one_overtakes_takes_nothing_back(tmp_path: Path
     wider, overtaken = Lake(str(tmp_path)), []
     third = Partition(OTHER.market, FEBRUARY.month)
 
-    def overtake(table: Table, partition: Partition, size: int) -> None:
-        if not overtaken:
-            overtaken.append(partition)
-            wider.write(TABLE, third, with_volume(third, "0.123456789012"))
+    class Overtake(NoBook):
+        def note_rewritten(self, table: Table, partition: Partition, size: int) -> None:
+            if not overtaken:
+                overtaken.append(partition)
+                wider.write(TABLE, third, with_volume(third, "0.123456789012"))
 
-    lake = Lake(str(tmp_path), on_resized=overtake)
+    lake = Lake(str(tmp_path), book=Overtake())
     for partition in (JANUARY, FEBRUARY):
         lake.write(TABLE, partition, with_volume(partition, "1.5"))
     lake.write(TABLE, OTHER, with_volume(OTHER, HUGE))

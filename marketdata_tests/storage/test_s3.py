@@ -257,7 +257,7 @@ def test_a_lake_on_each_server(store: Store):
         assert store.lake().size(TABLE, JANUARY) == written.bytes
     place = open_object_store(store.location)
     place.write("empty", b"")
-    assert (place.read("empty"), place.size("empty")) == (b"", 0)
+    assert (place.read("empty"), place.find("empty")) == (b"", (0, ""))
     lake.write(TABLE, FEBRUARY, GOOD)
     assert set(lake.list_sizes(TABLE)) == {
         ("binance:BTC-USDT", "2024-01-01"),

@@ -108,7 +108,7 @@ class Consolidator:
         for timeframe in self.settings.consolidated_timeframes:
             table, ledger = consolidated_table(timeframe), self.ledger.consolidations
             sources, states = ledger.sources(raw_table(timeframe)), ledger.states(table)
-            sizes = self.lake.list_sizes(table) if search_lake else None
+            sizes = self.lake.list_proven_sizes(table) if search_lake else None
             stored += len(states)
             for partition in self._wanted(table):
                 if partition.key in busy:

@@ -164,10 +164,11 @@ class RollupBuilder:
         owned = {tf: partition.open_times(tf) for tf in timeframes}
         frames = roll_up(joined, base, timeframes, whole=requested, owned=owned)
         is_all = len(timeframes) == len(self._timeframes(partition))
+        source = state.digest if is_all else None
         return _PendingRollup(
             RollupResult(partition, frames, changed={}, requested=requested),
-            writer.submit(self._write, partition, frames, owned),
-            state.digest if is_all else None,
+            writer.submit(self._write, partition, frames, owned, source),
+            source,
         )
 
     def _end_of_month_before(
@@ -192,11 +193,13 @@ class RollupBuilder:
         partition: Partition,
         frames: dict[Timeframe, pl.DataFrame],
         owned: dict[Timeframe, Window],
+        source: str | None,
     ) -> dict[Timeframe, int]:
         """Store the frames; return how many rows each changed."""
         if self.storage.rollups_in_warehouse:
             with self.ledger.lock(WAREHOUSE_LOCK):
-                changed = self.storage.warehouse.replace(partition.market, frames, owned)
+                made_of = (partition.month_key, source) if source else None
+                changed = self.storage.warehouse.replace(partition.market, frames, owned, made_of)
             return {tf: changed[tf.name] for tf in frames}
         lake = self.storage.lake
 

@@ -39,6 +39,7 @@ from marketdata_assets.quality.clean import clean_bars
 from marketdata_assets.quality.contract import check_bars
 from marketdata_assets.quality.split import reject_bars
 from marketdata_assets.settings.universe import Settings
+from marketdata_assets.storage.fingerprint import fingerprint
 from marketdata_assets.storage.lake import Lake
 
 REST = "rest"
@@ -212,11 +213,12 @@ class PartitionStore:
     ) -> tuple[int | None, str | None]:
         """Return size and digest of the object that holds the bars."""
         state = before.state
-        is_stored = state is not None and state.bytes is not None and not before.note
-        if is_stored and bars.equals(before.stored):
-            assert state is not None
-            if state.bytes == self.lake.size(before.table, before.partition):
-                return state.bytes, state.digest
+        if not before.note and bars.equals(before.stored):
+            size = self.lake.proven_size(before.table, before.partition)
+            if state and state.bytes == size:
+                return size, state.digest
+            if size is not None:  # another host's, or written again in other types
+                return size, fingerprint(bars.select(COLUMN_NAMES))
         check_bars(bars.select(COLUMN_NAMES))
         return self.lake.write(before.table, before.partition, bars)
 

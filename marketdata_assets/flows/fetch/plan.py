@@ -103,7 +103,7 @@ class BackfillPlanner:
         if not wanted:
             return 0
         state = self.ledger.partitions.get(table, partition)
-        size = self.storage.lake.size(table, partition) if state else None
+        size = self.storage.lake.proven_size(table, partition) if state else None
         has_due_gap, bounds = partition.stored_key in due[table], (wanted.start, wanted.end)
         status = partition_status(state, size, bounds, has_due_gap=has_due_gap)
         if status == PartitionStatus.WHOLE:
@@ -144,8 +144,8 @@ class BackfillPlanner:
         if source is None or source != state.digest:
             return False
         if self.storage.rollups_in_warehouse:
-            return self.storage.warehouse.exists
-        sizes = (self.storage.lake.size(rollup_table(tf), partition) for tf in timeframes)
+            return not self.storage.outdated_rollups({partition.stored_key: source})
+        sizes = (self.storage.lake.proven_size(rollup_table(tf), partition) for tf in timeframes)
         return all(size is not None for size in sizes)
 
 

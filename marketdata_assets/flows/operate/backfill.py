@@ -180,7 +180,7 @@ class BacklogFinder:
     def _is_lost(self, table: Table, partition: Partition) -> bool:
         with self.ledger.lock(partition.key, wait=False) as is_free:
             state = self.ledger.partitions.get(table, partition)
-            size = self.storage.lake.size(table, partition)
+            size = self.storage.lake.proven_size(table, partition)
             return is_free and state is not None and state.bytes != size
 
     def _find_lost_rollups(self, plan: BackfillPlan, search: bool) -> set[PartitionKey]:
@@ -193,20 +193,31 @@ class BacklogFinder:
                 self.ledger.partitions.clear_rollup_sources()
                 for timeframe in timeframes:
                     plan.lost[rollup_table(timeframe)] = []
-            return set()
+                return set()
+            outdated = self.storage.outdated_rollups(self.ledger.partitions.rollup_sources())
+            for timeframe in timeframes if outdated else ():
+                plan.lost[rollup_table(timeframe)] = [
+                    Partition.from_stored_key(key)
+                    for key in outdated
+                    if self._is_rolled_up(key[0], timeframe)
+                ]
+            return set(outdated)
         if not timeframes or not search:
             return set()
         lake, now = self.storage.lake, self.settings.now().timestamp()
         pace = MINUTE if lake.is_local else SEARCH_INTERVAL
         timeframe = timeframes[int(now // pace.total_seconds()) % len(timeframes)]
         table = rollup_table(timeframe)
-        stored, kept = lake.list_sizes(table), f"{self.settings.kept_since(table.name):%Y-%m-%d}"
+        sizes, kept = (
+            lake.list_proven_sizes(table),
+            f"{self.settings.kept_since(table.name):%Y-%m-%d}",
+        )
         bases = {venue.base for venue in self.settings.venues.values()}
         rolled_up = (
             key
             for base in bases
             for key, summary in self.ledger.partitions.summaries(raw_table(base)).items()
-            if summary.is_rolled_up and key[1] >= kept and key not in stored
+            if summary.is_rolled_up and key[1] >= kept and sizes.get(key) is None
         )
         lost = {key for key in rolled_up if self._is_rolled_up(key[0], timeframe)}
         if lost:

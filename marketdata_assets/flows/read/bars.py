@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from marketdata_assets.errors import BadInput
+from marketdata_assets.errors import BadInput, BarsMissing
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import TIME
 from marketdata_assets.model.intervals import enclosing_window
@@ -17,7 +17,7 @@ from marketdata_assets.model.market import CONSOLIDATED_VENUE, Market
 from marketdata_assets.model.partition import Partition, partitions_of
 from marketdata_assets.model.table import Table, consolidated_table, raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
-from marketdata_assets.model.window import Window
+from marketdata_assets.model.window import Window, month_of
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.storage.lake import with_market_column
@@ -80,11 +80,13 @@ class BarReader:
         """
         table = self.table_of(market, timeframe)
         if self.storage.in_warehouse(table):
+            self.ensure_rolled_up([market], timeframe, window)
             return self.storage.warehouse.read(table, market, window)
         wanted = Window(window.start, timeframe.shift(window.end, 1))
         partitions = partitions_of(market, self._stored_span(market) & wanted)
         lake, empty = self.storage.lake, pl.DataFrame(schema=table.schema)
-        read = (lake.read_inside(table, partition, window) for partition in partitions)
+        known = lake.records(table, partitions)
+        read = (lake.read_stored(table, partition, window, known=known) for partition in partitions)
         return pl.concat([empty, *(frame for frame in read if frame is not None)])
 
     def scan(
@@ -109,20 +111,40 @@ class BarReader:
             return pl.concat(every, how="diagonal" if has_venue else "vertical")
         ((table, _),) = by_table.items()
         if self.storage.in_warehouse(table):
+            self.ensure_rolled_up(markets, timeframe, window)
             frames = self.storage.warehouse.read_markets(table, markets, window)
             if with_market:
                 frames = [with_market_column(f, m) for f, m in zip(frames, markets, strict=True)]
             return pl.concat(frames).lazy()
         wanted = Window(window.start, timeframe.shift(window.end, 1))
         partitions = [p for market in markets for p in partitions_of(market, wanted)]
-        is_known = False
-        if not self.storage.lake.is_local:  # asking the store what is there would take a listing
+        if not self.storage.lake.is_local:  # asking the store for what is not there takes a request
             stored = {market: self._stored_months(table, market) for market in markets}
-            is_known = all(stored.values())
-            partitions = [p for p in partitions if not is_known or p.month_key in stored[p.market]]
-        return self.storage.lake.scan(
-            table, partitions, window, all_exist=is_known, with_market=with_market
+            if all(stored.values()):
+                partitions = [p for p in partitions if p.month_key in stored[p.market]]
+        return self.storage.lake.scan(table, partitions, window, with_market=with_market)
+
+    def ensure_rolled_up(
+        self, markets: Sequence[Market], timeframe: Timeframe, window: Window
+    ) -> None:
+        """Raise BarsMissing where the warehouse does not hold the rollups that the ledger counts:
+        its file is lost, older or damaged.
+        """
+        last = timeframe.shift(window.end, 1)
+        first, last_month = (
+            month_of(moment).start.date().isoformat() for moment in (window.start, last)
         )
+        keys = [market.key for market in markets]
+        expected = self.ledger.partitions.rollup_sources(keys, (first, last_month))
+        outdated = sorted(self.storage.outdated_rollups(expected))
+        if outdated:
+            named = ", ".join(f"{market} {month[:7]}" for market, month in outdated[:3])
+            more = f" and {len(outdated) - 3} more" if len(outdated) > 3 else ""
+            raise BarsMissing(
+                f"{self.storage.warehouse.path} does not hold the rollups of {named}{more} that "
+                "the ledger counts: it is lost, older or damaged; `marketdata backfill` makes them "
+                "again from the lake, without a request"
+            )
 
     def newest(self, markets: Sequence[Market], timeframe: Timeframe) -> pl.DataFrame:
         """Return `market`, `open_time`: the newest stored bar of each market, null for none.

@@ -134,7 +134,7 @@ class CoverageReporter:
     ) -> None:
         """Add one month: what the lake holds, what the ledger explains, and the rest."""
         remaining = wanted.count(table.timeframe)
-        size = self.lake.size(table, partition) if remaining and state else None
+        size = self.lake.proven_size(table, partition) if remaining and state else None
         bounds = (wanted.start, wanted.end)
         status = partition_status(state, size, bounds, has_due_gap=False)
         if remaining and state and status.is_stored:

@@ -22,7 +22,7 @@ from marketdata_assets.model.window import Window
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.bars import BarStorage
 from marketdata_assets.storage.lake import Lake
-from marketdata_assets.storage.views import open_views
+from marketdata_assets.storage.views import open_views, restrict
 
 if TYPE_CHECKING:
     from marketdata_assets.storage.views import Connection
@@ -36,11 +36,13 @@ def open_sql_views(
     *,
     keys: Sequence[str] | None,
     window: Window,
+    unsafe: bool = True,
 ) -> Iterator[Connection]:
     """Open views `raw.ohlcv_<timeframe>`, `rollup.ohlcv_<timeframe>` and so on.
 
     They show the months in the window of the markets with these keys; None means all of them.
-    Raises BadInput, StoreFailed.
+    Unless `unsafe`, queries read no other files.
+    Raises BadInput, Damaged, StoreFailed.
     """
     reader = BarReader(settings, ledger, storage)
     every = [*settings.markets, *settings.consolidate]
@@ -49,8 +51,13 @@ def open_sql_views(
         table: _files(storage.lake, table, markets, window=window)
         for table in _tables_in_lake(settings, storage)
     }
+    if storage.rollups_in_warehouse and settings.rollup_timeframes:
+        reader.ensure_rolled_up(markets, settings.rollup_timeframes[-1], window)
+    cold = storage.lake.cold_location
     uses_warehouse = storage.rollups_in_warehouse and storage.warehouse.exists
     with open_views(files, storage.warehouse if uses_warehouse else None) as connection:
+        if not unsafe:
+            restrict(connection, [place for place in (storage.lake.location, cold) if place])
         yield connection
 
 
@@ -68,9 +75,16 @@ def _tables_in_lake(settings: Settings, storage: BarStorage) -> list[Table]:
 
 
 def _files(lake: Lake, table: Table, markets: Sequence[Market], *, window: Window) -> list[str]:
-    """Return the wanted objects of a table, from one listing."""
-    stored = lake.list_sizes(table)
+    """Return the wanted objects of a table, from one listing. Raises Damaged and
+    BarsMissing.
+    """
+    stored = lake.list_proven_sizes(table)
     wanted = Window(window.start, table.timeframe.shift(window.end, 1))
     months = [p for market in markets for p in partitions_of(market, wanted)]
     wanted_months = [p for p in months if p.stored_key in stored]
+    known = lake.records(table, months)
+    for partition in months:
+        key = partition.stored_key
+        if stored.get(key) is None and (key in stored or known is None or key in known):
+            lake.read_stored(table, partition, wanted, known=known)
     return [*lake.find_uris(table, wanted_months, all_exist=True).values()]

@@ -27,7 +27,7 @@ class TableStatus:
         with_gaps: Container[PartitionKey],
     ) -> None:
         self.summaries = ledger.partitions.summaries(table)
-        self._sizes = lake.list_sizes(table) if search_lake else None
+        self._sizes = lake.list_proven_sizes(table) if search_lake else None
         self._with_gaps = with_gaps
 
     def of(self, key: PartitionKey, wanted: tuple[str, str]) -> PartitionStatus:

@@ -1,0 +1,307 @@
+"""What is changed behind our back: each attack is noticed by whoever reads next, and heals without
+more requests than it takes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import duckdb
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from marketdata_assets.context import open_context
+from marketdata_assets.errors import BadInput, BarsMissing, Damaged, MarketDataError
+from marketdata_assets.flows.fetch.plan import BackfillPlanner, PlannedPartition
+from marketdata_assets.flows.read.bars import BarReader
+from marketdata_assets.flows.read.coverage import CoverageReporter
+from marketdata_assets.model.market import Market
+from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.reader import open_reader
+from marketdata_assets.settings.universe import Settings
+from marketdata_assets.sources.sandbox.bars import generate_bars
+from marketdata_assets.sources.sandbox.server import SandboxExchange
+from marketdata_assets.storage.parquet import intact_revision
+from marketdata_tests.conftest import Universe
+from marketdata_tests.steps import (
+    assert_bars,
+    bar_requests,
+    partitions,
+    raw_file,
+    run_derive,
+    run_ingest,
+    stored_bars,
+    window,
+)
+
+pytestmark = pytest.mark.server
+
+BTC, HOUR = Market("binance", "BTC/USDT"), TIMEFRAMES["1h"]
+DAY = window("2024-01-07", "2024-01-08")
+BARS = 1440
+
+
+class Stored(NamedTuple):
+    """One market-day with its rollups, and the exchange that it came from."""
+
+    settings: Settings
+    exchange: SandboxExchange
+
+
+@pytest.fixture
+def stored(sandbox: tuple[SandboxExchange, str], universe: Universe) -> Stored:
+    settings = universe(
+        sandbox[1], since="2024-01-07", until="2024-01-08", now="2024-01-10", rollups="parquet"
+    )
+    return fill(settings, sandbox[0])
+
+
+def fill(settings: Settings, exchange: SandboxExchange) -> Stored:
+    run_ingest(settings)
+    run_derive(settings)
+    exchange.requests.clear()
+    return Stored(settings, exchange)
+
+
+def read(settings: Settings, timeframe: str) -> pl.DataFrame:
+    with open_context(settings) as context:
+        return context.bind(BarReader).read(BTC, TIMEFRAMES[timeframe], DAY)
+
+
+def plan(settings: Settings) -> list[PlannedPartition]:
+    with open_context(settings) as context:
+        return context.bind(BackfillPlanner).plan(partitions(settings))
+
+
+def present(settings: Settings) -> int:
+    with open_context(settings) as context:
+        return context.bind(CoverageReporter).report([BTC])[0].present
+
+
+def raised(settings: Settings, timeframe: str) -> type[MarketDataError] | None:
+    """Return the error that each way to read these bars raises; it is the same one."""
+    found: set[type[MarketDataError] | None] = set()
+    with open_reader() as reader:
+        ways: list[Callable[[], object]] = [
+            lambda: read(settings, timeframe),
+            lambda: reader.bars(BTC.key, timeframe).collect(),
+            lambda: reader.sql(
+                f"SELECT * FROM {'raw' if timeframe == '1m' else 'rollup'}.ohlcv_{timeframe}"
+            ),
+        ]
+        for way in ways:
+            try:
+                way()
+                found.add(None)
+            except MarketDataError as error:
+                found.add(type(error))
+            except pl.exceptions.ComputeError as error:  # raised while a lazy frame is collected
+                found.add(Damaged if "Damaged" in str(error) else BarsMissing)
+    (only,) = found
+    return only
+
+
+def rollup_file(settings: Settings, timeframe: str = "1h") -> Path:
+    (file,) = Path(settings.lake).glob(f"rollup/ohlcv_{timeframe}/*/month=2024-01/data.parquet")
+    return file
+
+
+def rewrite(file: Path, *, with_metadata: bool) -> None:
+    """Multiply all closes by 1.0003, as another tool would: with or without our metadata."""
+    table = pq.read_table(file)
+    field = table.schema.field("close")
+    closes = pl.Series(table["close"]).cast(pl.Decimal(38, 12)) * pl.Series(["1.0003"]).cast(
+        pl.Decimal(8, 4)
+    )
+    changed = closes.cast(pl.Decimal(38, field.type.scale)).to_arrow().cast(field.type)
+    table = table.set_column(
+        table.schema.get_field_index("close"), field, pa.chunked_array([changed])
+    )
+    pq.write_table(table if with_metadata else table.replace_schema_metadata(), file)
+
+
+# ---------------------------------------------------------------- objects of the lake
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_bars_that_another_tool_rewrote_are_refused_and_fetched_again(
+    stored: Stored, with_metadata: bool
+) -> None:
+    settings, truth = stored.settings, stored_bars(stored.settings)
+    rewrite(raw_file(settings), with_metadata=with_metadata)
+    assert raised(settings, "1m") is Damaged
+    assert present(settings) == 0
+    assert [task.bars for task in plan(settings)] == [BARS]
+    (done,) = run_ingest(settings)
+    assert done.complete
+    assert "changed from outside" in (done.note or "")
+    assert_bars(stored_bars(settings), truth)
+    assert present(settings) == BARS
+
+
+def test_an_object_from_before_a_correction_that_is_put_back_undoes_nothing(
+    stored: Stored,
+) -> None:
+    settings, file = stored.settings, raw_file(stored.settings)
+    shutil.copy2(file, file.with_name("backup"))
+    rewrite(file, with_metadata=True)
+    run_ingest(settings)
+    shutil.copy2(file.with_name("backup"), file)  # its time and size are the earlier ones
+    assert raised(settings, "1m") is Damaged
+    assert [task.bars for task in plan(settings)] == [BARS]
+
+
+def test_a_lost_object_is_no_empty_answer(stored: Stored) -> None:
+    raw_file(stored.settings).unlink()
+    assert raised(stored.settings, "1m") is BarsMissing
+    with pytest.raises(BarsMissing, match="not there any more; `marketdata backfill`"):
+        read(stored.settings, "1m")
+    assert present(stored.settings) == 0
+
+
+def test_a_lake_that_was_copied_is_proven_by_its_content(stored: Stored) -> None:
+    """Other times, inodes and order: everything is read once, and nothing is fetched."""
+    for file in Path(stored.settings.lake).rglob("data.parquet"):
+        content = file.read_bytes()
+        file.unlink()
+        file.write_bytes(content)
+        os.utime(file, (1, 1))
+    assert plan(stored.settings) == []
+    assert present(stored.settings) == BARS
+    assert [raised(stored.settings, timeframe) for timeframe in ("1m", "1h")] == [None, None]
+    assert bar_requests(stored.exchange) == []
+
+
+def test_what_another_host_of_ours_wrote_is_adopted(stored: Stored, tmp_path: Path) -> None:
+    """Two hosts with ledgers of their own on one lake: the one that is behind believes the bars."""
+    mine = stored.settings
+    other = mine.model_copy(update={"state": tmp_path / "other"})
+    assert run_ingest(other)[0].complete
+    assert read(other, "1m").height == BARS
+    file, revision = raw_file(mine), intact_revision(raw_file(mine).read_bytes())
+    shutil.copy(file, tmp_path / "first")
+    rewrite(file, with_metadata=True)
+    run_ingest(other)
+    assert intact_revision(file.read_bytes()) == (revision or 0) + 1
+    assert read(mine, "1m").height == BARS
+    before = len(bar_requests(stored.exchange))
+    (done,) = run_ingest(mine)
+    assert (done.complete, done.note) == (True, None)
+    assert len(bar_requests(stored.exchange)) == before
+    assert_bars(stored_bars(mine), generate_bars("BTCUSDT", "1m", DAY))
+    shutil.copy(tmp_path / "first", file)
+    assert raised(mine, "1m") is Damaged
+
+
+def test_an_older_ledger_beside_a_newer_lake_adopts_it_and_the_reverse_is_refused(
+    stored: Stored, tmp_path: Path
+) -> None:
+    settings, lake = stored.settings, Path(stored.settings.lake)
+    shutil.copytree(settings.state, tmp_path / "old-state")
+    shutil.copytree(lake, tmp_path / "old-lake")
+    rewrite(raw_file(settings), with_metadata=True)
+    run_ingest(settings)  # a newer object: the same bars, one revision later
+    older = settings.model_copy(update={"state": tmp_path / "old-state"})
+    assert read(older, "1m").height == BARS
+    shutil.rmtree(lake)
+    shutil.copytree(tmp_path / "old-lake", lake)
+    assert raised(settings, "1m") is Damaged
+    run_ingest(settings)
+    assert raised(settings, "1m") is None
+
+
+# ---------------------------------------------------------------- rollups
+@pytest.mark.parametrize("attack", ["rewritten", "wiped", "other month"])
+def test_rollups_in_the_lake_that_were_changed_are_made_again_without_a_request(
+    stored: Stored, attack: str
+) -> None:
+    settings, truth = stored.settings, read(stored.settings, "1h")
+    file = rollup_file(settings)
+    if attack == "rewritten":
+        rewrite(file, with_metadata=True)
+    elif attack == "wiped":
+        file.unlink()
+    else:
+        shutil.copy(rollup_file(settings, "4h"), file)
+    assert raised(settings, "1h") in (Damaged, BarsMissing)
+    with pytest.raises((Damaged, BarsMissing), match="`marketdata backfill` makes it again"):
+        read(settings, "1h")
+    assert [(task.bars, task.reason) for task in plan(settings)] == [
+        (0, "rollups are not up to date")
+    ]
+    run_derive(settings)
+    assert_bars(read(settings, "1h"), truth)
+    assert (plan(settings), bar_requests(stored.exchange)) == ([], [])
+
+
+@pytest.mark.parametrize("attack", ["older", "wiped", "no database", "damaged"])
+def test_a_warehouse_that_is_not_the_ledgers_is_made_again_without_a_request(
+    sandbox: tuple[SandboxExchange, str], universe: Universe, attack: str
+) -> None:
+    settings = universe(sandbox[1], since="2024-01-07", until="2024-01-08", now="2024-01-10")
+    run_ingest(settings.model_copy(update={"timeframes": settings.timeframes[:2]}))
+    run_derive(settings)
+    stored, file = fill(settings, sandbox[0]), settings.duckdb
+    truth = read(settings, "1h")
+    if attack == "older":
+        with duckdb.connect(str(file)) as connection:
+            connection.execute("DELETE FROM rollup.ohlcv_1h WHERE open_time > '2024-01-07 09:30Z'")
+            connection.execute("UPDATE marketdata.sources SET source = 'of last week'")
+    elif attack == "wiped":
+        file.unlink()
+    elif attack == "no database":
+        file.write_text("no database")
+    else:
+        content = bytearray(file.read_bytes())
+        content[8192:] = bytes(len(content) - 8192)
+        file.write_bytes(bytes(content))
+    assert raised(settings, "1h") is BarsMissing
+    assert [task.bars for task in plan(settings)] == [0]
+    run_derive(settings)
+    assert_bars(read(settings, "1h"), truth)
+    assert (plan(settings), bar_requests(stored.exchange)) == ([], [])
+
+
+# ---------------------------------------------------------------- SQL
+NO_QUERIES = (
+    "",
+    "COPY (SELECT 1) TO '{lake}/x.parquet'",
+    "COPY (PIVOT raw.ohlcv_1m ON market USING count(*)) TO '{lake}/x.csv'",
+    "EXPLAIN ANALYZE COPY (SELECT 1) TO '{lake}/x.parquet'",
+    "SELECT 1; COPY (SELECT 1) TO '{lake}/x.parquet'",
+    "ATTACH '{lake}/x.duckdb'",
+    "EXPORT DATABASE '{lake}/x'",
+    "SELECT * FROM read_text('/etc/passwd')",
+    "SELECT * FROM read_text('{lake}/../universe.yaml')",
+    "SET enable_external_access = true",
+    "CREATE TABLE x AS SELECT 1",
+    "INSTALL httpfs",
+    "SELECT 1 AS a, 2 AS a",
+    "no SQL",
+)
+
+
+def test_sql_reads_the_lake_and_nothing_else(stored: Stored) -> None:
+    lake = stored.settings.lake
+    before = sorted(Path(lake).rglob("*"))
+    with open_reader() as reader:
+        for query in NO_QUERIES:
+            with pytest.raises(BadInput):
+                reader.sql(query.format(lake=lake))
+            assert sorted(Path(lake).rglob("*")) == before
+        assert reader.sql("SELECT count(*) FROM raw.ohlcv_1m").item() == BARS
+        assert reader.sql("EXPLAIN SELECT count(*) FROM raw.ohlcv_1m").height == 1
+        highs = "(SELECT market, high FROM raw.ohlcv_1m)"
+        pivoted = reader.sql(f"PIVOT {highs} ON market USING max(high)")
+        assert pivoted.columns == [BTC.key]
+
+
+def test_sql_does_everything_where_that_is_asked_for(stored: Stored, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    with open_reader() as reader:
+        reader.sql(f"COPY (SELECT * FROM raw.ohlcv_1m) TO '{out}'", unsafe=True)
+    assert pl.read_parquet(out).height == BARS
