@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import polars as pl
@@ -9,6 +10,8 @@ import polars as pl
 from marketdata_assets.model.bar import BAR_COLUMNS, COLUMN_NAMES
 
 _VALUES = COLUMN_NAMES[1:]
+MAJORITY = 4
+"""How many times as many requests have to say otherwise, for an answer to be false as a whole."""
 _OPTIONAL = frozenset(column.name for column in BAR_COLUMNS if column.optional)
 
 
@@ -59,6 +62,95 @@ def resolve_answers(rows: pl.DataFrame) -> ResolvedAnswers:
         outvoted=decided.filter(~pl.col("won") & pl.col("resolved")).select(rows.columns),
         unresolved=decided.filter(~pl.col("resolved")).select(rows.columns),
     )
+
+
+class Judgement(NamedTuple):
+    """What `judge_answers` thinks of whole answers, by their numbers.
+
+    `false` answers are contradicted in most of their bars by many that agree with each other. Of
+    the `disputed` ones nobody knows yet which are false; `contradicted` are those of them that
+    others contradict directly.
+    """
+
+    false: frozenset[int]
+    disputed: frozenset[int]
+    contradicted: frozenset[int]
+
+
+NO_DOUBT = Judgement(frozenset(), frozenset(), frozenset())
+
+
+def judge_answers(rows: pl.DataFrame, cuts: Mapping[int, object], stored: int) -> Judgement:
+    """Find answers that are false as a whole: scaled, shifted, or of another market.
+
+    `rows` has the columns `answer` and `model.bar.BAR_SCHEMA`; `cuts` names the request of each
+    answer, because two equal answers to the same request are one witness. Answers that agree about
+    most of the bars that both hold form a group. A group is false when another one has
+    MAJORITY times as many requests, and contradicts most bars of each of its answers. The stored
+    bars are an answer as well, number `stored`, which is never false.
+    """
+    several = rows.filter(rows["open_time"].is_duplicated())
+    if several.select("open_time").n_unique() == several.select(COLUMN_NAMES).n_unique():
+        return NO_DOUBT
+    values = several.select("answer", "open_time", pl.struct(_VALUES).hash().alias("value"))
+    both = values.join(values, on="open_time", suffix="_b").filter(
+        pl.col("answer") < pl.col("answer_b")
+    )
+    is_equal = pl.col("value") == pl.col("value_b")
+    pairs = both.group_by("answer", "answer_b").agg(
+        (2 * is_equal.sum() >= pl.len()).alias("agree"), is_equal.all().alias("equal")
+    )
+    groups = _group({*rows["answer"].unique()}, pairs.filter("agree").select("answer", "answer_b"))
+    apart = [
+        (a, b)
+        for a, b in pairs.filter(~pl.col("agree")).select("answer", "answer_b").iter_rows()
+        if groups[a] is not groups[b]
+    ]
+    bars = dict(rows.group_by("answer").len().iter_rows())
+    false: set[int] = set()
+    disputed: set[int] = set()
+    contradicted: set[int] = set()
+    for a, b in apart:
+        one, other = sorted((groups[a], groups[b]), key=lambda group: len(_cuts(group, cuts)))
+        if one == {stored} and len(_cuts(other, cuts)) > 1:
+            continue  # a venue that corrects what is stored; each bar is judged by itself
+        refuted = _count_refuted(values, one, other)
+        has_majority = len(_cuts(other, cuts)) >= MAJORITY * len(_cuts(one, cuts))
+        if has_majority and all(2 * refuted.get(each, 0) >= bars[each] for each in one - {stored}):
+            false |= one - {stored}
+        else:
+            disputed |= one | other
+            contradicted |= {a, b}
+    return Judgement(
+        frozenset(false), frozenset(disputed - false - {stored}), frozenset(contradicted - false)
+    )
+
+
+def _group(answers: set[int], agreeing: pl.DataFrame) -> dict[int, set[int]]:
+    """Return the group of each answer: those that are connected by agreeing pairs."""
+    groups = {answer: {answer} for answer in answers}
+    for a, b in agreeing.iter_rows():
+        if groups[a] is not groups[b]:
+            small, large = sorted((groups[a], groups[b]), key=len)
+            large |= small
+            for answer in small:
+                groups[answer] = large
+    return groups
+
+
+def _cuts(group: set[int], cuts: Mapping[int, object]) -> set[object]:
+    return {cuts[answer] for answer in group}
+
+
+def _count_refuted(values: pl.DataFrame, one: set[int], other: set[int]) -> dict[int, int]:
+    """Return how many bars of each answer of one group the other group contradicts."""
+    mine = values.filter(pl.col("answer").is_in(one))
+    theirs = values.filter(pl.col("answer").is_in(other))
+    apart = mine.join(theirs, on="open_time", suffix="_b").filter(
+        pl.col("value") != pl.col("value_b")
+    )
+    counts = apart.group_by("answer").agg(pl.col("open_time").n_unique())
+    return dict(counts.iter_rows())
 
 
 def coalesce_optional(rows: pl.DataFrame, by: pl.DataFrame) -> pl.DataFrame:

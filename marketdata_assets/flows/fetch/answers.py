@@ -28,8 +28,11 @@ from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
 from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.agreement import (
+    NO_DOUBT,
+    Judgement,
     ResolvedAnswers,
     coalesce_optional,
+    judge_answers,
     resolve_answers,
 )
 from marketdata_assets.quality.gap_causes import next_request_at
@@ -107,13 +110,15 @@ class Answers:
     silent_until: datetime = EPOCH
     """The venue answered with bars from then on for whatever was requested before."""
     received: int = 0
+    judgement: Judgement = NO_DOUBT
+    """What `resolve` thought of whole answers last."""
     _valid: list[pl.DataFrame] = field(
         default_factory=lambda: [pl.DataFrame(schema={"answer": pl.Int64(), **BAR_SCHEMA})]
     )
     _rejected: list[pl.DataFrame] = field(
         default_factory=lambda: [pl.DataFrame(schema=REJECTED_SCHEMA)]
     )
-    _extents: list[tuple[datetime, datetime]] = field(default_factory=list)
+    _extents: list[tuple[int, tuple[datetime, datetime]]] = field(default_factory=list)
     _empty: list[Window] = field(default_factory=list)
 
     def add(self, fetched: Sequence[BarsPage]) -> None:
@@ -131,7 +136,9 @@ class Answers:
         )
         opens = pl.col("open_time")
         extents = valid.group_by("answer").agg(opens.min().alias("a"), opens.max().alias("b"))
-        self._extents.extend((a, b) for _, a, b in extents.sort("answer").iter_rows())
+        self._extents.extend(
+            (answer, (a, b)) for answer, a, b in extents.sort("answer").iter_rows()
+        )
         start, end = self.window.start, self.window.end
         is_outside = (opens < start) | (opens >= end)
         neighbor = is_outside & opens.is_between(timeframe.shift(start, -1), end, closed="both")
@@ -141,14 +148,37 @@ class Answers:
         self.received += self._valid[-1].height + self._rejected[-1].height
 
     def resolve(self) -> ResolvedAnswers:
-        """Return what the answers, together with the stored bars that they repeat, agree on."""
-        new, stored = self._delivered(), self.span.stored
+        """Return what the answers, together with the stored bars that they repeat, agree on.
+
+        Answers that others contradict as a whole have no say (`judgement`).
+        """
+        rows = self._with_stored(self._delivered())
+        cuts: dict[int, object] = {STORED: STORED}
+        cuts |= {index: page.window for index, page in enumerate(self.fetched)}
+        self.judgement = judge_answers(rows, cuts, STORED)
+        doubted = self.judgement.false | self.judgement.disputed
+        return resolve_answers(rows.filter(~pl.col("answer").is_in(doubted)) if doubted else rows)
+
+    def doubted_bars(self) -> list[datetime]:
+        """Return the open times of bars that only disputed answers hold."""
+        if not self.judgement.disputed:
+            return []
+        rows = pl.concat(self._valid)
+        is_disputed = pl.col("answer").is_in(self.judgement.disputed)
+        believed = rows.filter(~is_disputed & ~pl.col("answer").is_in(self.judgement.false))
+        opens = rows.filter(is_disputed)["open_time"].unique()
+        known = pl.concat([believed["open_time"], self.span.stored["open_time"]])
+        return opens.filter(~opens.is_in(known.implode())).sort().to_list()
+
+    def _with_stored(self, new: pl.DataFrame) -> pl.DataFrame:
+        """Return delivered rows together with the stored bars that they repeat."""
+        stored = self.span.stored
         old = stored.join(new.select("open_time").unique(), on="open_time", how="semi")
         old = coalesce_optional(
             old.select(pl.lit(STORED, pl.Int64).alias("answer"), *COLUMN_NAMES),
             new.unique("open_time", keep="first"),
         )
-        return resolve_answers(pl.concat([new, old]))
+        return pl.concat([new, old])
 
     def missing(self, resolved: ResolvedAnswers) -> list[Window]:
         """Return the windows that are neither stored, nor resolved, nor a gap that waits."""
@@ -177,19 +207,23 @@ class Answers:
 
     def count_spanning(self, window: Window) -> int:
         """Return how many answers delivered bars on both sides of a window, and none between."""
-        return sum(a < window.start and b >= window.end for a, b in self._extents)
+        return sum(
+            a < window.start and b >= window.end
+            for answer, (a, b) in self._extents
+            if answer not in self.judgement.false
+        )
 
     def has_bars_before(self, moment: datetime) -> bool:
         """Return whether a bar was delivered that opens before a moment."""
-        return any(first < moment for first, _ in self._extents)
+        return any(first < moment for _, (first, _) in self._extents)
 
     def has_bars_after(self, moment: datetime) -> bool:
         """Return whether a bar was delivered that opens at a moment or after it."""
-        return any(last >= moment for _, last in self._extents)
+        return any(last >= moment for _, (_, last) in self._extents)
 
     def first_delivered(self) -> datetime | None:
         """Return the open time of the first bar that was delivered and keeps every rule."""
-        return min((first for first, _ in self._extents), default=None)
+        return min((first for _, (first, _) in self._extents), default=None)
 
     def first_delivered_in(self, window: Window) -> datetime | None:
         """Return the open time of the first such bar in the window; None where it holds none."""
@@ -220,7 +254,10 @@ class Answers:
         """Return what to store. Raises VenueRefused when most stored bars are contradicted."""
         is_stored = pl.col("answer") == STORED
         lost = pl.concat([resolved.outvoted, resolved.unresolved]).filter(~is_stored)
-        rejected = pl.concat([*self._rejected, reject_bars(lost, "conflict")])
+        doubted = self._doubted_rows(resolved)
+        rejected = pl.concat(
+            [*self._rejected, reject_bars(lost, "conflict"), reject_bars(doubted, "doubted")]
+        )
         corrected = resolved.outvoted.filter(is_stored)["open_time"]
         self._raise_if_contradicted(corrected)
         bars = resolved.bars.join(self.span.stored, on=COLUMN_NAMES, how="anti", nulls_equal=True)
@@ -252,6 +289,12 @@ class Answers:
             fetches=tuple(to_log(requests, self.window)),
             through=self.window.end,
         )
+
+    def _doubted_rows(self, resolved: ResolvedAnswers) -> pl.DataFrame:
+        """Return the rows of doubted answers that no believed one confirms."""
+        doubted = self.judgement.false | self.judgement.disputed
+        rows = self._delivered().filter(pl.col("answer").is_in(doubted))
+        return rows.join(resolved.bars, on=COLUMN_NAMES, how="anti", nulls_equal=True)
 
     def _delivered(self) -> pl.DataFrame:
         """Return the rows that keep every rule, completed from the stored bars."""
@@ -291,6 +334,7 @@ class Answers:
         broken = [
             *self._rejection_votes()["open_time"].drop_nulls().to_list(),
             *resolved.unresolved["open_time"].to_list(),
+            *self.doubted_bars(),
         ]
         quarantined = group_consecutive(broken, self.span.timeframe)
         gaps = self._waiting_gaps(self._open_times(resolved))

@@ -41,6 +41,10 @@ REQUESTS_DISPUTED, REQUESTS_MISSING = 4, 2
 """How often one window is requested while answers contradict each other, and while bars are
 missing.
 """
+FEWEST_CUT = 8
+"""A page of fewer bars is requested again as it is."""
+CUTS = (0.5, 0.3, 0.7, 0.4, 0.6, 0.2, 0.8)
+"""Where a page is cut that is requested again, by round."""
 NEWEST_BARS = 10
 """Bars that show whether a venue refuses only old ones."""
 NEIGHBORS = 3
@@ -140,10 +144,18 @@ class FetchSession:
         """Return the pages with a contradiction and the surroundings of unconfirmed gaps."""
         timeframe = self.answers.span.timeframe
         disputed = resolved.unresolved["open_time"].unique().to_list()
+        doubted = self.answers.doubted_bars()
+        contradicted = {
+            self.answers.fetched[answer].window
+            for answer in self.answers.judgement.contradicted
+            if answer >= 0
+        }
         pages = {w for w in self.requests for moment in disputed if w.start <= moment < w.end}
+        pages = {cut for page in pages | contradicted for cut in self._other_cuts(page)}
         explained = [
             *self.answers.confirmed_rejections(),
             *group_consecutive(disputed, timeframe),
+            *group_consecutive(doubted, timeframe),
             Window(self.answers.window.start, self.answers.served_from),
             Window(self.answers.window.start, self.answers.silent_until),
         ]
@@ -164,6 +176,29 @@ class FetchSession:
         if not self.answers.received:
             again = again[-1:]  # an empty span is not requested page by page once more
         return sorted({w for w in pages if self.requests[w] < REQUESTS_DISPUTED} | set(again))
+
+    def _other_cuts(self, page: Window) -> list[Window]:
+        """Return requests for the bars of a page that begin and end elsewhere: what lies about one
+        request may not lie about another. Each round cuts in another place.
+        """
+        timeframe, size = self.answers.span.timeframe, self._traits.page_size
+        bars = page.count(timeframe)
+        more = (self.rounds + 1) * max(NEIGHBORS, bars // 4)
+        wide = Window(timeframe.shift(page.start, -more), timeframe.shift(page.end, more))
+        wide = wide & self.answers.window
+        if wide != page and wide.count(timeframe) <= size - 2:
+            return [wide]
+        if bars < FEWEST_CUT:
+            return [page]
+        middle = timeframe.shift(page.start, int(bars * CUTS[self.rounds % len(CUTS)]))
+        half = max(1, size // 2)
+        parts = (
+            Window(timeframe.shift(middle, -half), timeframe.shift(middle, 1)),
+            Window(timeframe.shift(middle, -1), timeframe.shift(middle, half)),
+        )
+        every = [part & self.answers.window for part in parts]
+        rest = subtract_window(page & self.answers.window, every)
+        return [self._with_neighbors(part) for part in [*every, *rest] if part]
 
     def _pages(self, windows: list[Window]) -> list[Window]:
         """Return pages over the windows and the stored bars around them."""

@@ -809,8 +809,8 @@ def test_always_harmless(stage: Stage, fault: Fault) -> None:
 
 
 def test_always_contradicting_rows(stage: Stage) -> None:
-    """Bars of which every answer gives two variants are not stored; both variants are in
-    quarantine.
+    """Bars of which every answer gives two variants are stored where answers to other requests
+    agree; the other variants are in quarantine.
     """
     done, _, old = always(stage, BELIEVABLE[0])
     bars, good = stored_bars(stage.settings), generate_bars("BTCUSDT", "1m", WANTED)
@@ -819,10 +819,10 @@ def test_always_contradicting_rows(stage: Stage) -> None:
     assert old_bars(stage.settings).equals(old)
     assert bars.join(good, on=good.columns, how="anti").is_empty()
     disputed = good.join(bars, on="open_time", how="anti")
-    assert 1 <= disputed.height <= 12
+    assert disputed.height <= 12
     rows = quarantined(stage.settings)
     assert {row["reasons"] for row in rows} == {"conflict"}
-    assert {row["open_time"][:16] for row in rows} == {
+    assert {row["open_time"][:16] for row in rows} >= {
         moment.strftime("%Y-%m-%dT%H:%M") for moment in disputed["open_time"]
     }
     assert stage.requests <= 16
