@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import polars as pl
@@ -97,15 +97,14 @@ def judge_answers(rows: pl.DataFrame, cuts: Mapping[int, object], stored: int) -
         pl.col("answer") < pl.col("answer_b")
     )
     is_equal = pl.col("value") == pl.col("value_b")
-    pairs = both.group_by("answer", "answer_b").agg(
-        (2 * is_equal.sum() >= pl.len()).alias("agree"), is_equal.all().alias("equal")
-    )
-    groups = _group({*rows["answer"].unique()}, pairs.filter("agree").select("answer", "answer_b"))
-    apart = [
-        (a, b)
-        for a, b in pairs.filter(~pl.col("agree")).select("answer", "answer_b").iter_rows()
-        if groups[a] is not groups[b]
+    pairs = [
+        *both.group_by("answer", "answer_b")
+        .agg(pl.len().alias("shared"), (2 * is_equal.sum() > pl.len()).alias("agree"))
+        .sort("shared", "answer", "answer_b", descending=[True, False, False])
+        .iter_rows()
     ]
+    groups = _group({*rows["answer"].unique()}, pairs)
+    apart = [(a, b) for a, b, _, agree in pairs if not agree and groups[a] is not groups[b]]
     bars = dict(rows.group_by("answer").len().iter_rows())
     false: set[int] = set()
     disputed: set[int] = set()
@@ -126,15 +125,23 @@ def judge_answers(rows: pl.DataFrame, cuts: Mapping[int, object], stored: int) -
     )
 
 
-def _group(answers: set[int], agreeing: pl.DataFrame) -> dict[int, set[int]]:
-    """Return the group of each answer: those that are connected by agreeing pairs."""
+def _group(answers: set[int], pairs: Sequence[tuple[int, int, int, bool]]) -> dict[int, set[int]]:
+    """Return the group of each answer: those that are connected by agreeing pairs.
+
+    A pair that shares fewer bars than a contradicting one connects nothing that this one parts.
+    """
     groups = {answer: {answer} for answer in answers}
-    for a, b in agreeing.iter_rows():
-        if groups[a] is not groups[b]:
-            small, large = sorted((groups[a], groups[b]), key=len)
-            large |= small
-            for answer in small:
-                groups[answer] = large
+    enemies = [(a, b, shared) for a, b, shared, agree in pairs if not agree]
+    for a, b, shared, agree in pairs:
+        one, other = groups[a], groups[b]
+        if not agree or one is other:
+            continue
+        if any(more > shared and ({c, d} & one and {c, d} & other) for c, d, more in enemies):
+            continue
+        small, large = sorted((one, other), key=len)
+        large |= small
+        for answer in small:
+            groups[answer] = large
     return groups
 
 

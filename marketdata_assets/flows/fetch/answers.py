@@ -47,6 +47,9 @@ from marketdata_assets.sources.base import BarsPage, Request
 STORED = -1
 """Stands for the stored bars among the numbers of the answers."""
 
+FEWEST_BROKEN, BROKEN_SHARE = 5, 0.1
+"""So many broken rows, and so many for each valid one, make a whole answer doubtful."""
+
 
 @dataclass(frozen=True, slots=True)
 class FetchSpan:
@@ -155,9 +158,24 @@ class Answers:
         rows = self._with_stored(self._delivered())
         cuts: dict[int, object] = {STORED: STORED}
         cuts |= {index: page.window for index, page in enumerate(self.fetched)}
-        self.judgement = judge_answers(rows, cuts, STORED)
+        judged = judge_answers(rows, cuts, STORED)
+        broken = self._broken_answers() - judged.false
+        self.judgement = judged._replace(disputed=judged.disputed | broken)
         doubted = self.judgement.false | self.judgement.disputed
         return resolve_answers(rows.filter(~pl.col("answer").is_in(doubted)) if doubted else rows)
+
+    def _broken_answers(self) -> frozenset[int]:
+        """Return the answers of which so many rows break a rule that the others are doubted, too:
+        scaled prices, for example, are rounded below their own low.
+        """
+        broken = pl.concat(self._rejected).group_by("answer").agg(pl.len().alias("broken"))
+        if broken.is_empty():
+            return frozenset()
+        valid = pl.concat(self._valid).group_by("answer").agg(pl.len().alias("valid"))
+        both = broken.filter(pl.col("broken") >= FEWEST_BROKEN).join(valid, on="answer")
+        return frozenset(
+            both.filter(pl.col("broken") > BROKEN_SHARE * pl.col("valid"))["answer"].to_list()
+        )
 
     def doubted_bars(self) -> list[datetime]:
         """Return the open times of bars that only disputed answers hold."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -23,6 +23,7 @@ from marketdata_assets.flows.fetch.known_gaps import clip_gaps, missing_windows
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.events import BarsReceived
 from marketdata_assets.model.intervals import (
+    coalesce_windows,
     group_consecutive,
     pack_windows,
     subtract_window,
@@ -151,7 +152,7 @@ class FetchSession:
             if answer >= 0
         }
         pages = {w for w in self.requests for moment in disputed if w.start <= moment < w.end}
-        pages = {cut for page in pages | contradicted for cut in self._other_cuts(page)}
+        pages = {*self._other_cuts(pages | contradicted)}
         explained = [
             *self.answers.confirmed_rejections(),
             *group_consecutive(disputed, timeframe),
@@ -177,28 +178,25 @@ class FetchSession:
             again = again[-1:]  # an empty span is not requested page by page once more
         return sorted({w for w in pages if self.requests[w] < REQUESTS_DISPUTED} | set(again))
 
-    def _other_cuts(self, page: Window) -> list[Window]:
-        """Return requests for the bars of a page that begin and end elsewhere: what lies about one
-        request may not lie about another. Each round cuts in another place.
+    def _other_cuts(self, pages: Iterable[Window]) -> list[Window]:
+        """Return requests for the bars of these pages that begin and end elsewhere: what lies about
+        one request may not lie about another. Each round cuts in another place.
         """
-        timeframe, size = self.answers.span.timeframe, self._traits.page_size
-        bars = page.count(timeframe)
-        more = (self.rounds + 1) * max(NEIGHBORS, bars // 4)
-        wide = Window(timeframe.shift(page.start, -more), timeframe.shift(page.end, more))
-        wide = wide & self.answers.window
-        if wide != page and wide.count(timeframe) <= size - 2:
-            return [wide]
-        if bars < FEWEST_CUT:
-            return [page]
-        middle = timeframe.shift(page.start, int(bars * CUTS[self.rounds % len(CUTS)]))
-        half = max(1, size // 2)
-        parts = (
-            Window(timeframe.shift(middle, -half), timeframe.shift(middle, 1)),
-            Window(timeframe.shift(middle, -1), timeframe.shift(middle, half)),
-        )
-        every = [part & self.answers.window for part in parts]
-        rest = subtract_window(page & self.answers.window, every)
-        return [self._with_neighbors(part) for part in [*every, *rest] if part]
+        timeframe, size = self.answers.span.timeframe, max(1, self._traits.page_size - 4)
+        found = []
+        for span in coalesce_windows(pages):
+            bars = span.count(timeframe)
+            more = (self.rounds + 1) * max(NEIGHBORS, bars // 4)
+            wide = Window(timeframe.shift(span.start, -more), timeframe.shift(span.end, more))
+            wide = wide & self.answers.window
+            if wide.count(timeframe) <= size and (wide != span or bars < FEWEST_CUT):
+                found.append(wide)
+                continue
+            length = min(bars, size)
+            start = timeframe.shift(span.start, -int(length * CUTS[self.rounds % len(CUTS)]))
+            every = Window(start, span.end).pages(timeframe, length)
+            found += [part & self.answers.window for part in every]
+        return [self._with_neighbors(part) for part in found if part]
 
     def _pages(self, windows: list[Window]) -> list[Window]:
         """Return pages over the windows and the stored bars around them."""
