@@ -71,7 +71,7 @@ def test_every_key_is_described_and_no_other_is_allowed():
     assert len(found) > 35
     assert [path for path, value in found.items() if len(value.get("description", "")) < 15] == []
     objects = [COMMITTED, *(d for d in COMMITTED["$defs"].values() if d["type"] == "object")]
-    assert [one["additionalProperties"] for one in objects] == [False] * 8
+    assert [one["additionalProperties"] for one in objects] == [False] * 9
     assert "null" not in json.dumps(COMMITTED)
     assert found["timeframes"]["items"]["enum"][::5] == ["1s", "30m", "8h", "1M"]
     assert (found["venues.*.base"]["default"], found["rollups"]["default"]) == ("1m", "duckdb")
