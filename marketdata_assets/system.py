@@ -40,6 +40,13 @@ _CLOCK_STEP = 60.0
 _PARENT_CHECK_SECONDS = 0.5
 
 
+def make_private_folder(folder: Path) -> None:
+    """Create a folder that nobody but its owner may enter; one that exists stays as it is."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
 # --------------------------------------------------------------------------------- locks
 @contextmanager
 def lock_file(path: Path, *, wait: bool = True) -> Iterator[bool]:

@@ -18,7 +18,14 @@ import pytest
 
 from marketdata_assets import system
 from marketdata_assets.errors import StoreFailed
-from marketdata_assets.system import is_alive, lock_file, process_id, start_module, stop
+from marketdata_assets.system import (
+    is_alive,
+    lock_file,
+    make_private_folder,
+    process_id,
+    start_module,
+    stop,
+)
 from marketdata_tests.processes import is_running, kill, processes_with, wait_until
 
 pytestmark = pytest.mark.server
@@ -292,3 +299,11 @@ def test_an_orphan_outlives_its_service_and_ends_with_the_supervisor(
     supervised.read_until("ended")
     assert not is_running(second_run), "an orphan"
     assert not is_running(third_run), "a child of a service"
+
+
+def test_a_private_folder_is_made_for_its_owner_and_an_existing_one_stays(tmp_path: Path) -> None:
+    make_private_folder(tmp_path / "a" / "state")
+    assert (tmp_path / "a" / "state").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "shared").mkdir(mode=0o755)
+    make_private_folder(tmp_path / "shared")
+    assert (tmp_path / "shared").stat().st_mode & 0o777 == 0o755

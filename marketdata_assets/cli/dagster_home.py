@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ from marketdata_assets.settings.fields import reveal_secret
 from marketdata_assets.settings.load import PREFIX
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.storage.s3_client import get_endpoint_url
-from marketdata_assets.system import start_module
+from marketdata_assets.system import make_private_folder, start_module
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN_DAGSTER_YAML = PREFIX + "DAGSTER_YAML"
@@ -44,6 +45,8 @@ def dagster_environment(settings: Settings) -> dict[str, str]:
     Raises StoreFailed where the folder cannot be written.
     """
     home = settings.state / "dagster"
+    with suppress(OSError):  # the next line says what is wrong
+        make_private_folder(settings.state)
     write_file(home / "dagster.yaml", _dagster_yaml(settings))
     services = {
         POSTGRES: _with_driver(reveal_secret(settings.database)),

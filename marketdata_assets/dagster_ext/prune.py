@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -33,6 +34,7 @@ from marketdata_assets.dagster_ext.prune_sqlite import prune_files
 
 _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _RUNS_PER_QUERY = 500
+_TICK_LOGS = (".err", ".out", ".complete")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class PruneSummary:
     log_bytes: int = 0
     logs_kept_open: int = 0
     logs_kept_unproven: int = 0
+    tick_logs: int = 0
+    tick_log_bytes: int = 0
     outputs: int = 0
     output_bytes: int = 0
     plans: int = 0
@@ -75,7 +79,21 @@ def prune_runs(
         counts = prune_files(storage, outputs, finished, dry_run=dry_run)
     else:
         counts = prune_tables(storage, finished, dry_run=dry_run)
+    counts += _prune_tick_logs(Path(instance.storage_directory()), before, dry_run)
     return PruneSummary(dry_run, **counts)
+
+
+def _prune_tick_logs(outputs: Path, before: datetime, dry_run: bool) -> Counter[str]:
+    """Delete what ticks of sensors and schedules logged, `<repository>/<name>/<tick>.<kind>`."""
+    old = [
+        (file, status.st_size)
+        for file in outputs.glob("*/*/*")
+        if file.stem.isdigit() and file.suffix in _TICK_LOGS and file.is_file()
+        if (status := file.stat()).st_mtime < before.timestamp()
+    ]
+    for file, _ in [] if dry_run else old:
+        file.unlink(missing_ok=True)
+    return Counter(tick_logs=len(old), tick_log_bytes=sum(size for _, size in old))
 
 
 def _finished_runs(

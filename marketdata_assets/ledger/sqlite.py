@@ -19,7 +19,7 @@ from sqlalchemy.dialects import sqlite
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.ledger.database import Database, Sent, Values
 from marketdata_assets.retry import pauses_until, retry
-from marketdata_assets.system import lock_file
+from marketdata_assets.system import lock_file, make_private_folder
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
@@ -51,6 +51,7 @@ class SqliteDatabase(Database):
         sa.event.listen(engine, "connect", _set_pragmas)
         super().__init__(name or str(state / FILE), engine)
         try:
+            make_private_folder(state)
             self._locks.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self.failure("opened", error) from None

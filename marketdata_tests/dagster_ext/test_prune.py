@@ -669,3 +669,20 @@ def test_as_a_process_it_prints_one_object(home: Home) -> None:
     assert summary == asdict(prune(home, dry_run=True))
     assert summary["dry_run"] is True
     assert summary["logs"] == 6
+
+
+def test_what_ticks_logged_is_pruned_by_its_age(home: Home) -> None:
+    """A day of `backfill_missed` leaves 2,880 files; what others keep beside them stays."""
+    _, instance = home
+    outputs = Path(instance.storage_directory())
+    ticks, asset = outputs / "__repository__" / "backfill_missed", outputs / "raw" / "mine"
+    for folder, name in ((ticks, "1.err"), (ticks, "2.complete"), (ticks, "3.err"), (asset, "7")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("text")
+        if name != "3.err":
+            os.utime(folder / name, (1, 1))
+    assert prune_runs(instance, 14, dry_run=True).tick_logs == 2
+    summary = prune_runs(instance, 14)
+    assert (summary.tick_logs, summary.tick_log_bytes) == (2, 8)
+    assert [file.name for file in ticks.iterdir()] == ["3.err"]
+    assert (asset / "7").exists()

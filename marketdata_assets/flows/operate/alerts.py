@@ -30,6 +30,8 @@ from marketdata_assets.storage.lake import Lake
 ALERTS_FILE = "alerts.jsonl"
 EVALUATIONS = 3
 """A check of the open month that does not block is a problem after so many failures in a row."""
+FAILURES_A_CALL = 2
+"""So many messages may fail at one channel before the others wait for the next call."""
 BLOCKING_TRIES = 20
 """A notification that failed so often no longer holds back those behind it; it is still tried."""
 RUN = "run"
@@ -83,13 +85,20 @@ class AlertCenter:
         return len(opened), len(recovered)
 
     def _deliver(self, channel: Channel) -> None:
-        """Send a channel's notifications in order, until one fails."""
-        for notification in self.ledger.incidents.pending(channel.name):
+        """Send a channel's notifications in order, until one fails. Those that have failed often
+        come last, so that a message that is never accepted keeps no other one waiting.
+
+        A channel that answers nothing costs FAILURES_A_CALL times the deadline of one message.
+        """
+        pending = self.ledger.incidents.pending(channel.name)
+        failures = 0
+        for notification in sorted(pending, key=lambda each: max(0, each.tries - BLOCKING_TRIES)):
             try:
                 channel.send(_message(notification))
             except NotSent as error:
                 self.ledger.incidents.mark_failed(notification, str(error))
-                if notification.tries < BLOCKING_TRIES:
+                failures += 1
+                if notification.tries < BLOCKING_TRIES or failures == FAILURES_A_CALL:
                     return
                 continue
             self.ledger.incidents.mark_sent(notification, self.settings.now())

@@ -11,6 +11,7 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from marketdata_assets.context import open_context
+from marketdata_assets.flows.operate import alerts
 from marketdata_assets.flows.operate.alerts import AlertCenter, run_problem, unknown_runs
 from marketdata_assets.flows.operate.health import HealthInspector
 from marketdata_assets.flows.operate.prune import delete_old_records
@@ -21,6 +22,7 @@ from marketdata_assets.ledger.records import IngestFailure
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.notify import Message, NotSent
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
@@ -137,6 +139,34 @@ def test_a_channel_that_is_down_gets_alerts_later_and_delays_no_other(settings: 
     with open_context(hooked) as context:
         assert context.ledger.incidents.backlogs() == {}
     assert len(alert_lines(settings)) == 2
+
+
+def test_a_channel_that_never_accepts_costs_two_messages_a_call(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are due and however often they have failed; a new one is not kept behind."""
+    tried: list[str] = []
+
+    class Dead:
+        name = "dead"
+
+        def send(self, message: Message) -> None:
+            tried.append(message.incident)
+            raise NotSent("dead does not answer")
+
+    monkeypatch.setattr(alerts, "open_channels", lambda file, urls: [Dead()])
+    problems = [Problem(f"stale|{i}", "error", "stale", "") for i in range(4)]
+    new = Problem("stale|new", "error", "stale", "")
+    with open_context(settings) as context:
+        center = context.bind(AlertCenter)
+        center.update_incidents(problems, lambda key: False)
+        for _ in range(6 * alerts.BLOCKING_TRIES):
+            tried.clear()
+            center.update_incidents([*problems, new], lambda key: False)
+            assert 1 <= len(tried) <= alerts.FAILURES_A_CALL
+            if new.key in tried:
+                return
+    pytest.fail("a new message was never tried")
 
 
 def test_old_incidents_are_removed_and_open_ones_stay(settings: Settings) -> None:
