@@ -165,7 +165,7 @@ def test_reading_lists_no_bucket(
         assert reader.bars(BTC, "1m", "2023-12-31", "2024-01-01").collect().height == 1440
         assert reader.bars(BTC, "1h", "2023-12-31", "2024-01-01").collect().height == 24
         assert reader.newest("1m")["open_time"].to_list() == [at("2024-01-01T23:59")]
-    assert calls == []
+    assert not any("list" in verb for verb in calls)
 
 
 def test_a_lake_is_read_where_there_is_no_ledger(

@@ -110,10 +110,14 @@ def judge_answers(rows: pl.DataFrame, cuts: Mapping[int, object], stored: int) -
     disputed: set[int] = set()
     contradicted: set[int] = set()
     for a, b in apart:
+        if stored in (a, b):
+            answer = b if a == stored else a
+            if len(_cuts(groups[answer], cuts)) == 1:  # else the venue corrects what is stored,
+                disputed |= groups[answer]  # and each bar is judged by itself
+                contradicted.add(answer)
+            continue
         one, other = sorted((groups[a], groups[b]), key=lambda group: len(_cuts(group, cuts)))
-        if one == {stored} and len(_cuts(other, cuts)) > 1:
-            continue  # a venue that corrects what is stored; each bar is judged by itself
-        refuted = _count_refuted(values, one, other)
+        refuted = _count_refuted(values, one, other - {stored})
         has_majority = len(_cuts(other, cuts)) >= MAJORITY * len(_cuts(one, cuts))
         if has_majority and all(2 * refuted.get(each, 0) >= bars[each] for each in one - {stored}):
             false |= one - {stored}

@@ -74,6 +74,10 @@ class Lake:
         self._locations = [place for place in (location, cold_location) if place]
         self._cache = FrameCache()
 
+    def without_records(self) -> Lake:
+        """Return the lake for a reader that proves the rows by other means."""
+        return Lake(self.location, self.cold_location)
+
     @property
     def is_local(self) -> bool:
         """Whether both locations are on disks, where a listing costs little and a write needs no
@@ -191,8 +195,8 @@ class Lake:
             if found.stamp == refused:  # not a newer one that was stored meanwhile
                 check_identity(found.content, table, table.identity(partition), name)
                 raise Damaged(
-                    f"{name} is damaged, changed from outside, or older than what was stored last; "
-                    f"{remedy(table)}"
+                    f"{name} is damaged or changed from outside, or older than what was stored "
+                    f"last; {remedy(table)}"
                 )
             refused = found.stamp
         return None

@@ -39,7 +39,7 @@ _FILE_IN_USE = (
 """Parts of DuckDB's messages when another process, or another thread of this one, uses the file."""
 
 
-_DAMAGED = ("not a valid DuckDB database file", "Corrupt", "corrupt", "checksum")
+_DAMAGED = ("not a valid DuckDB", "Corrupt", "corrupt", "checksum", "Could not read enough")
 """Parts of DuckDB's messages when the file's content is not what DuckDB wrote."""
 _SOURCES = '"marketdata"."sources"'
 
@@ -86,6 +86,8 @@ class Warehouse:
         try:
             return self._replace(market, frames, windows, source=source)
         except Damaged:
+            if not self.path.is_file():
+                raise
             for file in (self.path, self.path.with_name(self.path.name + ".wal")):
                 if file.exists():
                     file.replace(file.with_name(file.name + ".damaged"))
@@ -261,9 +263,10 @@ class Warehouse:
             yield
         except (duckdb.Error, OSError) as error:
             reason = str(error).splitlines()[0][:160]
-            if isinstance(error, duckdb.Error) and any(part in reason for part in _DAMAGED):
+            if isinstance(error, duckdb.Error) and any(part in str(error) for part in _DAMAGED):
                 raise Damaged(
-                    f"{self.path} is damaged ({reason}); `marketdata backfill` makes it again"
+                    f"{self.path}: it is damaged ({reason}); `marketdata backfill` makes it again, "
+                    "or move the file away: it is built again"
                 ) from None
             raise StoreFailed(
                 f"{self.path}: {reason}; mend the folder, set another `duckdb:`, "

@@ -473,7 +473,7 @@ def test_every_command_imports_only_what_it_needs(stored: Settings) -> None:
         "gaps": _ALWAYS,
         "health": _ALWAYS,
         "alerts": _ALWAYS,
-        "plan": _ALWAYS,
+        "plan": _ALWAYS | {"duckdb"},  # it asks what the warehouse holds
         "quarantine list": _ALWAYS,
         "bars binance:BTC-USDT 1m": _READING,
         "bars binance:BTC-USDT 1h": _READING | {"duckdb"},

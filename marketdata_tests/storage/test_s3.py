@@ -258,7 +258,7 @@ def test_a_lake_on_each_server(store: Store):
     place = open_object_store(store.location)
     place.write("empty", b"")
     assert (place.read("empty"), place.find("empty")) == (b"", (0, ""))
-    lake.write(TABLE, FEBRUARY, GOOD)
+    lake.write(TABLE, FEBRUARY, moved_to(GOOD, FEBRUARY))
     assert set(lake.list_sizes(TABLE)) == {
         ("binance:BTC-USDT", "2024-01-01"),
         ("binance:BTC-USDT", "2024-02-01"),

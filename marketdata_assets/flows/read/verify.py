@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -110,6 +110,11 @@ class DatasetVerifier:
         from history where possible. Raises BadInput when the universe does not want all that was
         locked.
         """
+        by_rows = replace(self.storage, lake=self.storage.lake.without_records())
+        return replace(self, storage=by_rows)._verify(lock, on_progress)
+
+    def _verify(self, lock: LockFile, on_progress: ProgressCallback) -> Verification:
+        """Compare rows, whatever bytes hold them."""
         _raise_if_not_wanted(self.settings, lock)
         tables = {t.name: t for market in lock.markets for t in tables_of(self.settings, market)}
         locked = {StoredPlace(tables[p.table], p.partition): p for p in lock.partitions}
