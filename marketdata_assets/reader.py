@@ -101,16 +101,7 @@ class Reader:
         The views have a first column `market`. Unless `unsafe`, the query reads only the lake and
         writes nothing. Raises BadInput for one that DuckDB refuses.
         """
-        settings, window = self._context.settings, self._window(None, None)
-        views = open_sql_views(
-            settings,
-            self._context.ledger,
-            self._context.storage,
-            keys=None,
-            window=window,
-            unsafe=unsafe,
-        )
-        with views as connection:
+        with self._open_views(None, self._window(None, None), unsafe=unsafe) as connection:
             return run_query(connection, query, unsafe=unsafe)
 
     def connect(
@@ -122,13 +113,19 @@ class Reader:
         fewer, the fewer files are opened. While rollups lie in the warehouse and the connection is
         open, no process can write them: close it soon.
         """
+        return self._open_views(markets, self._window(start, end), unsafe=True)
+
+    def _open_views(
+        self, keys: Sequence[str] | None, window: Window, *, unsafe: bool
+    ) -> AbstractContextManager[Connection]:
         context = self._context
         return open_sql_views(
             context.settings,
             context.ledger,
             context.storage,
-            keys=markets,
-            window=self._window(start, end),
+            keys=keys,
+            window=window,
+            unsafe=unsafe,
         )
 
     def _window(self, start: Moment, end: Moment) -> Window:

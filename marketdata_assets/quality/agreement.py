@@ -76,6 +76,11 @@ class Judgement(NamedTuple):
     disputed: frozenset[int]
     contradicted: frozenset[int]
 
+    @property
+    def doubted(self) -> frozenset[int]:
+        """The answers that have no say."""
+        return self.false | self.disputed
+
 
 NO_DOUBT = Judgement(frozenset(), frozenset(), frozenset())
 
@@ -93,16 +98,7 @@ def judge_answers(rows: pl.DataFrame, cuts: Mapping[int, object], stored: int) -
     if several.select("open_time").n_unique() == several.select(COLUMN_NAMES).n_unique():
         return NO_DOUBT
     values = several.select("answer", "open_time", pl.struct(_VALUES).hash().alias("value"))
-    both = values.join(values, on="open_time", suffix="_b").filter(
-        pl.col("answer") < pl.col("answer_b")
-    )
-    is_equal = pl.col("value") == pl.col("value_b")
-    pairs = [
-        *both.group_by("answer", "answer_b")
-        .agg(pl.len().alias("shared"), (2 * is_equal.sum() > pl.len()).alias("agree"))
-        .sort("shared", "answer", "answer_b", descending=[True, False, False])
-        .iter_rows()
-    ]
+    pairs = _pairs(values)
     groups = _group({*rows["answer"].unique()}, pairs)
     apart = [(a, b) for a, b, _, agree in pairs if not agree and groups[a] is not groups[b]]
     bars = dict(rows.group_by("answer").len().iter_rows())
@@ -127,6 +123,20 @@ def judge_answers(rows: pl.DataFrame, cuts: Mapping[int, object], stored: int) -
     return Judgement(
         frozenset(false), frozenset(disputed - false - {stored}), frozenset(contradicted - false)
     )
+
+
+def _pairs(values: pl.DataFrame) -> list[tuple[int, int, int, bool]]:
+    """Return two answers, how many bars both hold, and whether they agree about most of these; the
+    pairs that share the most bars first.
+    """
+    both = values.join(values, on="open_time", suffix="_b").filter(
+        pl.col("answer") < pl.col("answer_b")
+    )
+    is_equal = pl.col("value") == pl.col("value_b")
+    pairs = both.group_by("answer", "answer_b").agg(
+        pl.len().alias("shared"), (2 * is_equal.sum() > pl.len()).alias("agree")
+    )
+    return pairs.sort("shared", "answer", "answer_b", descending=[True, False, False]).rows()
 
 
 def _group(answers: set[int], pairs: Sequence[tuple[int, int, int, bool]]) -> dict[int, set[int]]:

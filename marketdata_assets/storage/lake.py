@@ -86,8 +86,8 @@ class Lake:
         return not any(location.startswith("s3://") for location in self._locations)
 
     def write(self, table: Table, partition: Partition, frame: pl.DataFrame) -> StoredObject:
-        """Replace a partition's object. Equal rows become equal bytes while the table's types stay
-        as they are.
+        """Replace a partition's object. Equal rows become equal bytes, up to the revision in the
+        footer, while the table's types stay as they are.
         """
         size = self._write(table, partition, frame, None)
         provenance = [column.name for column in PROVENANCE_COLUMNS]
@@ -364,8 +364,10 @@ class Lake:
         """
         assert self._cold is not None, "the lake has a cold location"
         path, types = table.path(partition), self._types.read(table)
+        if self._hot.find(path) is None:
+            return 0
         content = self._read_proven(table, partition, f"{self.location}/{path}")
-        if content is None or self._hot.find(path) is None:
+        if content is None:
             return 0
         self._cold.read(path)
         self._cold.write(path, content)

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.table import ObjectRecord, Table
-from marketdata_assets.storage.parquet import intact_revision, is_readable
+from marketdata_assets.storage.parquet import intact_revision, read_footer
 
 _REMEMBERED = 65_536
 """How many proven objects a process remembers."""
@@ -123,7 +123,7 @@ class ObjectProof:
         if record is None or record.stamp != found.stamp:
             record = self._book.get(table, partition)
         if record is None or record.stamp != found.stamp:
-            if record is None and not is_readable(found.content):
+            if record is None and read_footer(found.content) is None:
                 return True
             record = self._prove(found, record)
             if record is None:

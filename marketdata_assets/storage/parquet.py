@@ -17,6 +17,7 @@ from marketdata_assets.storage.column_types import NARROW, DecimalType, type_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 OBJECT_VERSION, VERSION_KEY = 4, "marketdata_version"
 """The version of new objects. Those of versions 1 to 3 each have the decimal scale of their digits;
@@ -117,27 +118,25 @@ def split_pages(content: bytes) -> int:
     return len(content) - 8 - int.from_bytes(content[-8:-4], "little")
 
 
-def is_readable(content: bytes) -> bool:
-    """Return whether a footer of Parquet can be read."""
+def read_footer(content: bytes) -> pq.FileMetaData | None:
+    """Return the footer of a Parquet file; None where it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        pq.read_metadata(io.BytesIO(content))
+        return pq.read_metadata(io.BytesIO(content))
     except (pa.ArrowException, OSError, ValueError):
-        return False
-    return True
+        return None
 
 
 def intact_revision(content: bytes) -> int | None:
     """Return the revision of an object, 0 for one of an earlier release; None where it cannot be
     read, or its pages are not those that were written with it.
     """
-    import pyarrow.parquet as pq
-
-    if not is_readable(content):
+    footer = read_footer(content)
+    if footer is None:
         return None
-    found = pq.read_metadata(io.BytesIO(content)).metadata or {}
+    found = footer.metadata or {}
     pages = hashlib.sha256(memoryview(content)[: split_pages(content)]).hexdigest().encode()
     if found.get(PAGES_KEY.encode(), pages) != pages:
         return None
@@ -146,15 +145,15 @@ def intact_revision(content: bytes) -> int | None:
 
 def is_same_but_revision(one: bytes, other: bytes) -> bool:
     """Return whether two objects hold the same rows in the same columns and types."""
-    import pyarrow.parquet as pq
-
     end = split_pages(one)
     if end != split_pages(other) or one[:end] != other[:end]:
         return False
-    first, second = (pq.read_metadata(io.BytesIO(content)) for content in (one, other))
+    first, second = read_footer(one), read_footer(other)
     version = VERSION_KEY.encode()
     return bool(
-        first.schema.equals(second.schema)
+        first
+        and second
+        and first.schema.equals(second.schema)
         and (first.metadata or {}).get(version) == (second.metadata or {}).get(version)
     )
 
@@ -200,7 +199,7 @@ def decode(
 
     try:
         file = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True)
-        _check_identity(file, table, identity, name)
+        _check_identity(file.metadata, table, identity, name)
         wanted = [c for c in table.columns if columns is None or c.name in columns]
         wanted += PROVENANCE_COLUMNS if with_provenance else ()
         stored = [column.name for column in wanted if column.name in file.schema_arrow.names]
@@ -220,10 +219,8 @@ def decode(
 
 def check_identity(content: bytes, table: Table, identity: str, name: str) -> None:
     """Raise Damaged where a readable object says that it is another one."""
-    import pyarrow.parquet as pq
-
-    if is_readable(content):
-        _check_identity(pq.ParquetFile(io.BytesIO(content)), table, identity, name)
+    if footer := read_footer(content):
+        _check_identity(footer, table, identity, name)
 
 
 def remedy(table: Table) -> str:
@@ -235,8 +232,8 @@ def remedy(table: Table) -> str:
     return "`marketdata backfill` makes it again"
 
 
-def _check_identity(file: Any, table: Table, identity: str | None, name: str) -> None:
-    found = (file.metadata.metadata or {}).get(IDENTITY_KEY.encode())
+def _check_identity(footer: pq.FileMetaData, table: Table, identity: str | None, name: str) -> None:
+    found = (footer.metadata or {}).get(IDENTITY_KEY.encode())
     if identity and found not in (None, identity.encode()):
         raise Damaged(f"{name} holds {found.decode(errors='replace')}; {remedy(table)}")
 

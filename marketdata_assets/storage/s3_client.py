@@ -202,15 +202,6 @@ def get_endpoint_url() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
-def polars_storage_options() -> dict[str, str]:
-    """Return region and endpoint for Polars' own S3 client, which finds the credentials itself."""
-    options = {"aws_region": get_region() or "us-east-1"}
-    if url := get_endpoint_url():
-        options["aws_endpoint_url"] = url
-        options["aws_allow_http"] = str(url.startswith("http://")).lower()
-    return options
-
-
 def _incomplete_answers() -> tuple[type[Exception], ...]:
     """Return what botocore raises for an answer that ends too early, that differs from what was
     stored, or that does not come from S3.

@@ -243,8 +243,6 @@ def test_a_warehouse_that_is_not_the_ledgers_is_made_again_without_a_request(
     sandbox: tuple[SandboxExchange, str], universe: Universe, attack: str
 ) -> None:
     settings = universe(sandbox[1], since="2024-01-07", until="2024-01-08", now="2024-01-10")
-    run_ingest(settings.model_copy(update={"timeframes": settings.timeframes[:2]}))
-    run_derive(settings)
     stored, file = fill(settings, sandbox[0]), settings.duckdb
     truth = read(settings, "1h")
     if attack == "older":

@@ -121,7 +121,7 @@ class Answers:
     _rejected: list[pl.DataFrame] = field(
         default_factory=lambda: [pl.DataFrame(schema=REJECTED_SCHEMA)]
     )
-    _extents: list[tuple[int, tuple[datetime, datetime]]] = field(default_factory=list)
+    _extents: dict[int, tuple[datetime, datetime]] = field(default_factory=dict)
     _empty: list[Window] = field(default_factory=list)
 
     def add(self, fetched: Sequence[BarsPage]) -> None:
@@ -139,9 +139,7 @@ class Answers:
         )
         opens = pl.col("open_time")
         extents = valid.group_by("answer").agg(opens.min().alias("a"), opens.max().alias("b"))
-        self._extents.extend(
-            (answer, (a, b)) for answer, a, b in extents.sort("answer").iter_rows()
-        )
+        self._extents.update((answer, (a, b)) for answer, a, b in extents.iter_rows())
         start, end = self.window.start, self.window.end
         is_outside = (opens < start) | (opens >= end)
         neighbor = is_outside & opens.is_between(timeframe.shift(start, -1), end, closed="both")
@@ -161,7 +159,7 @@ class Answers:
         judged = judge_answers(rows, cuts, STORED)
         broken = self._broken_answers() - judged.false
         self.judgement = judged._replace(disputed=judged.disputed | broken)
-        doubted = self.judgement.false | self.judgement.disputed
+        doubted = self.judgement.doubted
         return resolve_answers(rows.filter(~pl.col("answer").is_in(doubted)) if doubted else rows)
 
     def _broken_answers(self) -> frozenset[int]:
@@ -183,7 +181,7 @@ class Answers:
             return []
         rows = pl.concat(self._valid)
         is_disputed = pl.col("answer").is_in(self.judgement.disputed)
-        believed = rows.filter(~is_disputed & ~pl.col("answer").is_in(self.judgement.false))
+        believed = rows.filter(~pl.col("answer").is_in(self.judgement.doubted))
         opens = rows.filter(is_disputed)["open_time"].unique()
         known = pl.concat([believed["open_time"], self.span.stored["open_time"]])
         return opens.filter(~opens.is_in(known.implode())).sort().to_list()
@@ -227,21 +225,21 @@ class Answers:
         """Return how many answers delivered bars on both sides of a window, and none between."""
         return sum(
             a < window.start and b >= window.end
-            for answer, (a, b) in self._extents
+            for answer, (a, b) in self._extents.items()
             if answer not in self.judgement.false
         )
 
     def has_bars_before(self, moment: datetime) -> bool:
         """Return whether a bar was delivered that opens before a moment."""
-        return any(first < moment for _, (first, _) in self._extents)
+        return any(first < moment for first, _ in self._extents.values())
 
     def has_bars_after(self, moment: datetime) -> bool:
         """Return whether a bar was delivered that opens at a moment or after it."""
-        return any(last >= moment for _, (_, last) in self._extents)
+        return any(last >= moment for _, last in self._extents.values())
 
     def first_delivered(self) -> datetime | None:
         """Return the open time of the first bar that was delivered and keeps every rule."""
-        return min((first for _, (first, _) in self._extents), default=None)
+        return min((first for first, _ in self._extents.values()), default=None)
 
     def first_delivered_in(self, window: Window) -> datetime | None:
         """Return the open time of the first such bar in the window; None where it holds none."""
@@ -272,14 +270,14 @@ class Answers:
         """Return what to store. Raises VenueRefused when most stored bars are contradicted."""
         is_stored = pl.col("answer") == STORED
         lost = pl.concat([resolved.outvoted, resolved.unresolved]).filter(~is_stored)
-        doubted = self._doubted_rows(resolved)
+        delivered = self._delivered()
+        doubted = self._doubted_rows(delivered, resolved)
         rejected = pl.concat(
             [*self._rejected, reject_bars(lost, "conflict"), reject_bars(doubted, "doubted")]
         )
         corrected = resolved.outvoted.filter(is_stored)["open_time"]
         self._raise_if_contradicted(corrected)
         bars = resolved.bars.join(self.span.stored, on=COLUMN_NAMES, how="anti", nulls_equal=True)
-        delivered = self._delivered()
         repeated = delivered.join(
             resolved.bars, on=COLUMN_NAMES, how="semi", nulls_equal=True
         ).height
@@ -308,10 +306,12 @@ class Answers:
             through=self.window.end,
         )
 
-    def _doubted_rows(self, resolved: ResolvedAnswers) -> pl.DataFrame:
+    def _doubted_rows(self, delivered: pl.DataFrame, resolved: ResolvedAnswers) -> pl.DataFrame:
         """Return the rows of doubted answers that no believed one confirms."""
-        doubted = self.judgement.false | self.judgement.disputed
-        rows = self._delivered().filter(pl.col("answer").is_in(doubted))
+        doubted = self.judgement.doubted
+        if not doubted:
+            return delivered.clear()
+        rows = delivered.filter(pl.col("answer").is_in(doubted))
         return rows.join(resolved.bars, on=COLUMN_NAMES, how="anti", nulls_equal=True)
 
     def _delivered(self) -> pl.DataFrame:

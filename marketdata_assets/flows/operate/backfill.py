@@ -195,12 +195,10 @@ class BacklogFinder:
                     plan.lost[rollup_table(timeframe)] = []
                 return set()
             outdated = self.storage.outdated_rollups(self.ledger.partitions.rollup_sources())
-            for timeframe in timeframes if outdated else ():
-                plan.lost[rollup_table(timeframe)] = [
-                    Partition.from_stored_key(key)
-                    for key in outdated
-                    if self._is_rolled_up(key[0], timeframe)
-                ]
+            for timeframe in timeframes:
+                lost = {key for key in outdated if self._is_rolled_up(key[0], timeframe)}
+                if lost:
+                    plan.lost[rollup_table(timeframe)] = [*map(Partition.from_stored_key, lost)]
             return set(outdated)
         if not timeframes or not search:
             return set()
@@ -208,10 +206,8 @@ class BacklogFinder:
         pace = MINUTE if lake.is_local else SEARCH_INTERVAL
         timeframe = timeframes[int(now // pace.total_seconds()) % len(timeframes)]
         table = rollup_table(timeframe)
-        sizes, kept = (
-            lake.list_proven_sizes(table),
-            f"{self.settings.kept_since(table.name):%Y-%m-%d}",
-        )
+        kept = f"{self.settings.kept_since(table.name):%Y-%m-%d}"
+        sizes = lake.list_proven_sizes(table)
         bases = {venue.base for venue in self.settings.venues.values()}
         rolled_up = (
             key

@@ -130,12 +130,10 @@ class BarReader:
         """Raise BarsMissing where the warehouse does not hold the rollups that the ledger counts:
         its file is lost, older or damaged.
         """
-        last = timeframe.shift(window.end, 1)
-        first, last_month = (
-            month_of(moment).start.date().isoformat() for moment in (window.start, last)
-        )
+        ends = (window.start, timeframe.shift(window.end, 1))
+        first, last = (Partition(markets[0], month_of(moment)).month_key for moment in ends)
         keys = [market.key for market in markets]
-        expected = self.ledger.partitions.rollup_sources(keys, (first, last_month))
+        expected = self.ledger.partitions.rollup_sources(keys, (first, last))
         outdated = sorted(self.storage.outdated_rollups(expected))
         if outdated:
             named = ", ".join(f"{market} {month[:7]}" for market, month in outdated[:3])
