@@ -13,6 +13,8 @@ from marketdata_assets.ledger.book import Book, about, is_about, key_of
 from marketdata_assets.ledger.database import Database
 from marketdata_assets.ledger.tables import gaps
 from marketdata_assets.model.gap import (
+    ANSWERED,
+    EXPLAIN_THEMSELVES,
     PROMPT_ATTEMPTS,
     Gap,
     GapCause,
@@ -30,7 +32,6 @@ _GAP = (
     *(_c.cause, _c.status, _c.proof, _c.first_requested, _c.last_requested, _c.next_request),
 )
 _NO_CAUSE = ""
-_ANSWERED = (GapReason.NO_BARS, GapReason.NOT_SERVED)
 """Stored where no cause is known."""
 _IS_ABOUT = is_about(gaps)
 _OF = sa.select(*_GAP).where(_IS_ABOUT).order_by(_c.start)
@@ -62,13 +63,19 @@ class GapBook(Book):
         statement = sa.select(*_GAP).where(where).order_by(_c.start)
         return [_gap(*row) for row in self._database.rows(statement)]
 
+    def last_before(self, table: Table, market: Market, moment: datetime) -> Gap | None:
+        """The last gap of a market that begins before a moment."""
+        where = sa.and_(_c.tbl == table.name, _c.market == market.key, _c.start < moment)
+        statement = sa.select(*_GAP).where(where).order_by(_c.start.desc()).limit(1)
+        return next((_gap(*row) for row in self._database.rows(statement)), None)
+
     def unexamined(self, table: Table) -> list[Partition]:
         """The partitions with a gap whose cause was never looked for."""
         where = sa.and_(
             _c.tbl == table.name,
             _c.status == GapStatus.OPEN,
             _c.proof == {},
-            _c.reason != GapReason.QUARANTINED,
+            _c.reason.not_in(EXPLAIN_THEMSELVES),
         )
         found = self._database.rows(sa.select(_c.market, _c.month).where(where).distinct())
         return [Partition.parse(f"{market}|{month}") for market, month in found]
@@ -82,7 +89,7 @@ class GapBook(Book):
 
     def unsettled(self, table: Table) -> dict[PartitionKey, list[Window]]:
         """The windows of the gaps that are not settled, by market key and month key."""
-        where = sa.and_(_c.tbl == table.name, _c.reason.not_in(_ANSWERED), _is_unsettled())
+        where = sa.and_(_c.tbl == table.name, _c.reason.not_in(ANSWERED), _is_unsettled())
         found: dict[PartitionKey, list[Window]] = defaultdict(list)
         for market, month, start, end in self._database.rows(
             sa.select(_c.market, _c.month, _c.start, _c.end).where(where)
@@ -99,15 +106,21 @@ class GapBook(Book):
 
     def reopen(self, table: Table, market: Market, gap: Gap, *, now: datetime) -> None:
         """Discard a gap's cause and have the next run request it. `now` is our clock."""
-        update = sa.update(gaps).values(
-            status=GapStatus.REOPENED,
-            cause=_NO_CAUSE,
-            proof={"reopened": format_time(now)},
-            next_request=now.replace(microsecond=0),
-        )
-        is_it = sa.and_(_c.tbl == table.name, _c.market == market.key, _c.start == gap.window.start)
+        is_inside = sa.and_(_c.start >= gap.window.start, _c.end <= gap.window.end)
+        is_it = sa.and_(_c.tbl == table.name, _c.market == market.key, is_inside)
         with self._database.transaction() as connection:
-            connection.execute(update.where(is_it))
+            connection.execute(_discard(GapStatus.REOPENED, "reopened", now).where(is_it))
+
+    def withdraw(
+        self, tables: Iterable[Table], market: Market, cause: GapCause, *, now: datetime
+    ) -> None:
+        """Discard this cause of all gaps of a market, which bars contradict, and have the next runs
+        request them. `now` is our clock.
+        """
+        names = [table.name for table in tables]
+        is_it = sa.and_(_c.tbl.in_(names), _c.market == market.key, _c.cause == cause)
+        with self._database.transaction() as connection:
+            connection.execute(_discard(GapStatus.OPEN, "withdrawn", now).where(is_it))
 
     def rewrite(
         self, table: Table, partition: Partition, *, old: Iterable[Gap], new: Sequence[Gap]
@@ -119,6 +132,15 @@ class GapBook(Book):
             if rows:
                 connection.execute(_DELETE.where(is_old), rows)
             write_gaps(self._database, connection, key_of(table, partition), new=new)
+
+
+def _discard(status: GapStatus, word: str, now: datetime) -> sa.Update:
+    return sa.update(gaps).values(
+        status=status,
+        cause=_NO_CAUSE,
+        proof={word: format_time(now)},
+        next_request=now.replace(microsecond=0),
+    )
 
 
 def delete_gaps(connection: sa.Connection, values: Mapping[str, str]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
 from marketdata_assets.model.window import Window
 
+APART = timedelta(minutes=30)
+"""Equal answers that came closer together than this may share one fault of the venue."""
 PROMPT_ATTEMPTS = 3
 """An unanswered gap is requested in this many runs without a pause between them."""
 
@@ -22,8 +24,16 @@ class GapReason(StrEnum):
     """The venue delivered rows that break a rule."""
     NOT_SERVED = "not_served"
     """The venue serves bars only from a later moment on, as an answer showed."""
+    NOT_LISTED = "not_listed"
+    """It lies before the market's first bar, as answers of several kinds showed."""
     UNANSWERED = "unanswered"
     """No answer has settled yet whether bars exist."""
+
+
+ANSWERED = (GapReason.NO_BARS, GapReason.NOT_SERVED)
+"""Reasons that answers of the venue have settled."""
+EXPLAIN_THEMSELVES = (GapReason.QUARANTINED, GapReason.NOT_LISTED)
+"""Reasons that need no further evidence: rejected rows, and the search for the first bar."""
 
 
 class GapCause(StrEnum):
@@ -31,6 +41,7 @@ class GapCause(StrEnum):
 
     NO_TRADE = "no_trade"
     HALTED = "halted"
+    NOT_LISTED = "not_listed"
     DELISTED = "delisted"
     MISSING_AT_SOURCE = "missing_at_source"
 
@@ -41,9 +52,11 @@ class GapStatus(StrEnum):
     OPEN = "open"
     """No cause is known."""
     EXPLAINED = "explained"
-    """A cause is known by one kind of evidence; the gap is still requested at growing distance."""
+    """A cause is known; the gap is still requested at growing distance."""
     FINAL = "final"
-    """Two kinds of evidence agree on the cause; the gap is never requested again."""
+    """Two kinds of evidence agree on the cause, and answers of two moments that lie APART: the gap
+    is never requested again.
+    """
     REOPENED = "reopened"
     """A person discarded the cause; no cause is looked for until the next run has requested it."""
 
@@ -78,14 +91,19 @@ class Gap:
     @property
     def is_settled(self) -> bool:
         """Whether its meaning is known, or it was requested often enough to wait now."""
-        is_answered = self.reason in (GapReason.NO_BARS, GapReason.NOT_SERVED)
-        return is_answered or self.cause is not None or self.answers >= PROMPT_ATTEMPTS
+        return self.reason in ANSWERED or self.cause is not None or self.answers >= PROMPT_ATTEMPTS
+
+    @property
+    def is_asked_apart(self) -> bool:
+        """Whether the answers about it came at two moments that lie APART."""
+        first, last = self.first_requested, self.last_requested
+        return first is not None and last is not None and last - first >= APART
 
     @property
     def needs_cause(self) -> bool:
-        """Whether a cause is to be looked for. Rejected rows explain themselves."""
+        """Whether a cause is to be looked for."""
         searched = self.status in (GapStatus.OPEN, GapStatus.EXPLAINED)
-        return searched and self.reason != GapReason.QUARANTINED
+        return searched and self.reason not in EXPLAIN_THEMSELVES
 
     @property
     def explanation(self) -> str:

@@ -6,27 +6,34 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from aiohttp import web
 
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import BadInput, BarsMissing, Damaged, MarketDataError
+from marketdata_assets.flows.fetch.partition_store import PartitionStore
 from marketdata_assets.flows.fetch.plan import BackfillPlanner, PlannedPartition
+from marketdata_assets.flows.prove.gaps import GapExplainer
 from marketdata_assets.flows.read.bars import BarReader
-from marketdata_assets.flows.read.coverage import CoverageReporter
+from marketdata_assets.flows.read.coverage import Coverage, CoverageReporter
+from marketdata_assets.model.gap import Gap
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.window import to_ms
+from marketdata_assets.quality.split import REJECTED_SCHEMA
 from marketdata_assets.reader import open_reader
 from marketdata_assets.settings.universe import Settings
-from marketdata_assets.sources.sandbox.bars import generate_bars
-from marketdata_assets.sources.sandbox.server import SandboxExchange
+from marketdata_assets.sources.sandbox.bars import generate_bars, generate_klines
+from marketdata_assets.sources.sandbox.server import SandboxExchange, serve_in_thread
 from marketdata_assets.storage.parquet import intact_revision
 from marketdata_tests.conftest import Universe
 from marketdata_tests.steps import (
@@ -303,3 +310,121 @@ def test_sql_does_everything_where_that_is_asked_for(stored: Stored, tmp_path: P
     with open_reader() as reader:
         reader.sql(f"COPY (SELECT * FROM raw.ohlcv_1m) TO '{out}'", unsafe=True)
     assert pl.read_parquet(out).height == BARS
+
+
+# ---------------------------------------------------------------- claims that bars are not there
+DAYS = window("2023-12-31", "2024-01-03")
+CLAIMED = window("2024-01-02", "2024-01-03").start
+
+
+class Claim:
+    """An exchange that hides all bars before CLAIMED from some of its answers."""
+
+    def __init__(self, universe: Universe, url: str) -> None:
+        self.settings = universe(url, since="2023-12-31", until="2024-01-03", now="2024-01-10")
+        self.lies: Callable[[Mapping[str, str]], bool] = lambda query: True
+        """Whether the answer to a query is one of them."""
+
+    async def tamper(self, request: web.Request, rows: list[list[Any]]) -> Any:
+        if not self.lies(request.query):
+            return None
+        if request.query["startTime"] == "0":
+            first = to_ms(CLAIMED)
+            return generate_klines("BTCUSDT", "1m", first, end=first + 1, limit=1, now=first * 2)
+        return [row for row in rows if row[0] >= to_ms(CLAIMED)]
+
+    def run(self, hours: int = 0) -> None:
+        """Ingest twice: what one partition shows about another one is looked at then."""
+        for _ in range(2):
+            run_ingest(self.later(hours))
+
+    def later(self, hours: int) -> Settings:
+        clock = self.settings.clock
+        assert clock
+        start = clock.start + timedelta(hours=hours)
+        return self.settings.model_copy(update={"clock": clock.model_copy(update={"start": start})})
+
+    @property
+    def coverage(self) -> Coverage:
+        with open_context(self.settings) as context:
+            return context.bind(CoverageReporter).report([BTC])[0]
+
+    @property
+    def gaps(self) -> list[Gap]:
+        with open_context(self.settings) as context:
+            return [one.gap for one in context.bind(GapExplainer).list_gaps([BTC], DAYS)]
+
+
+@pytest.fixture
+def claim(universe: Universe) -> Iterator[Claim]:
+    exchange = SandboxExchange(now=lambda: to_ms(CLAIMED) + 10 * 86_400_000, weight_limit=10**9)
+    with serve_in_thread(exchange) as url:
+        found = Claim(universe, url)
+        exchange.tamper = found.tamper
+        yield found
+
+
+def is_whole(claim: Claim) -> bool:
+    return claim.coverage.present == claim.coverage.expected == 3 * BARS and claim.gaps == []
+
+
+def test_one_wrong_answer_makes_no_listing(claim: Claim) -> None:
+    """The oldest bar is told wrong, however often it is asked for: pages before it say more."""
+    claim.lies = lambda query: query["startTime"] == "0"
+    claim.run()
+    assert is_whole(claim)
+
+
+@pytest.mark.parametrize("interval", ["1m", "1d"])
+def test_each_kind_of_witness_is_heard(claim: Claim, interval: str) -> None:
+    claim.lies = lambda query: query["startTime"] == "0" or query["interval"] != interval
+    claim.run()
+    assert claim.coverage.not_listed == 0
+
+
+def test_a_listing_that_every_witness_claimed_is_asked_about_again(claim: Claim) -> None:
+    claim.run()
+    assert (claim.coverage.not_listed, claim.coverage.present) == (2 * BARS, BARS)
+    (gap,) = claim.gaps
+    assert (gap.kind, gap.window.end, gap.bars) == ("not_listed", CLAIMED, 2 * BARS)
+    assert gap.next_request == claim.settings.now() + timedelta(hours=1)
+    claim.run(hours=1)
+    (gap,) = claim.gaps
+    assert gap.next_request == claim.settings.now() + timedelta(hours=4)
+    claim.lies = lambda query: False
+    claim.run(hours=3)
+    assert claim.coverage.not_listed == 2 * BARS
+    claim.run(hours=4)
+    assert is_whole(claim)
+
+
+def test_a_claim_of_the_venue_is_reopened_by_hand(claim: Claim) -> None:
+    claim.run()
+    claim.lies = lambda query: query["startTime"] == "0"
+    with open_context(claim.settings) as context:
+        (listed,) = context.bind(GapExplainer).reopen(BTC, DAYS.start)
+        assert listed.gap.bars == 2 * BARS
+    claim.run()
+    assert is_whole(claim)
+
+
+def test_stored_bars_win_over_a_claim(claim: Claim) -> None:
+    """An hour from elsewhere: what lies before it and after it is open, and requested again."""
+    claim.run()
+    hour = window("2024-01-01T12:00", "2024-01-01T13:00")
+    with open_context(claim.settings) as context:
+        partition = partitions(claim.settings)[1]
+        PartitionStore(claim.settings, context.ledger, context.storage.lake).ingest_frame(
+            TIMEFRAMES["1m"],
+            partition,
+            generate_bars("BTCUSDT", "1m", hour),
+            rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
+            sources=["a file"],
+        )
+    found = claim.coverage
+    assert (found.present, found.not_listed, found.unexplained) == (BARS + 60, 0, 2 * BARS - 60)
+    claim.run()  # the venue still hides them: only what lies before the hour can be not listed
+    assert (claim.coverage.present, claim.coverage.not_listed) == (BARS + 60, BARS + 12 * 60)
+    claim.lies = lambda query: False
+    claim.run(hours=5)
+    assert is_whole(claim)

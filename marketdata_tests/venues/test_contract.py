@@ -19,7 +19,7 @@ from marketdata_assets.flows.fetch.collect import collect
 from marketdata_assets.flows.fetch.open_partition import empty_raw_bars
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.events import no_progress
-from marketdata_assets.model.gap import GapReason
+from marketdata_assets.model.gap import GapCause, GapReason
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 from marketdata_assets.model.window import Window, from_ms, to_ms
@@ -244,7 +244,9 @@ def test_what_lies_before_the_listing_is_not_listed(
     tried = battery(name, listed=listed)
     result = tried.collect(start, end)
     assert_true(result.bars, listed, end)
-    assert result.gaps == ()
+    assert [(gap.window, gap.kind, bool(gap.next_request)) for gap in result.gaps] == [
+        (Window(from_ms(start), from_ms(listed)), GapCause.NOT_LISTED, True)
+    ]
     assert tried.ledger.markets.first_bar(tried.market) == from_ms(listed)
 
 

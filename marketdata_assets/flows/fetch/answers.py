@@ -18,7 +18,7 @@ from marketdata_assets.flows.fetch.known_gaps import clip_gaps, missing_windows,
 from marketdata_assets.ledger.fetches import to_log
 from marketdata_assets.ledger.records import LoggedFetch, RowAccount
 from marketdata_assets.model.bar import BAR_SCHEMA, COLUMN_NAMES, empty_bars
-from marketdata_assets.model.gap import PROMPT_ATTEMPTS, Gap, GapReason, GapStatus
+from marketdata_assets.model.gap import ANSWERED, PROMPT_ATTEMPTS, Gap, GapReason, GapStatus
 from marketdata_assets.model.intervals import (
     count_covers,
     group_consecutive,
@@ -398,8 +398,7 @@ class Answers:
         now = self.now.replace(microsecond=0)
         first = min((gap.first_requested for gap in before if gap.first_requested), default=now)
         is_same = (g for g in before if g.window == window and g.status != GapStatus.REOPENED)
-        is_answered = reason in (GapReason.NO_BARS, GapReason.NOT_SERVED)
-        prompt = not is_answered and answers < PROMPT_ATTEMPTS
+        prompt = reason not in ANSWERED and answers < PROMPT_ATTEMPTS
         return Gap(
             window,
             window.count(self.span.timeframe),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from marketdata_assets.errors import BadInput, MarketDataError, VenueRefused
@@ -18,8 +18,9 @@ from marketdata_assets.flows.fetch.answers import (
     FetchResult,
     FetchSpan,
 )
-from marketdata_assets.flows.fetch.first_bar import find_first_bar, has_older_bars, settle_beginning
+from marketdata_assets.flows.fetch.first_bar import Listing, has_older_bars, settle_beginning
 from marketdata_assets.flows.fetch.known_gaps import clip_gaps, missing_windows
+from marketdata_assets.ledger.fetches import to_log
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.events import BarsReceived
 from marketdata_assets.model.intervals import (
@@ -67,18 +68,21 @@ async def collect(
     if not span.again and not missing_windows(opens, timeframe, wanted, gaps=span.gaps, now=now):
         return FetchResult(gaps=tuple(span.gaps), through=wanted.end)
     closed_before = await client.now(span.market, timeframe.shift(wanted.end, 1))
-    base = settings.venues[span.market.venue].base
-    first_bar = await find_first_bar(ledger, client, span, base=base)
-    start = max(wanted.start, first_bar or wanted.start)
+    listing = Listing(settings, ledger, client, span)
+    await listing.find()
+    start = wanted.start if listing.is_reopened else listing.start
     end = max(wanted.start, min(wanted.end, timeframe.floor(closed_before)))
     window = Window(start, end)
     missing = missing_windows(opens, timeframe, window, gaps=span.gaps, now=now)
     again = span.again & window if span.again else None
     windows = [*missing, *([again] if again else [])]
     if not windows:
-        return FetchResult(gaps=tuple(clip_gaps(span.gaps, start, timeframe)), through=end)
+        gaps = (*listing.gaps_before(start), *clip_gaps(span.gaps, start, timeframe))
+        fetches = (entry for page in listing.probes for entry in to_log(page.requests, page.window))
+        return FetchResult(gaps=gaps, fetches=tuple(fetches), through=end)
     traits = client.traits(span.market)
     answers = Answers(span, window, closed_before, now, traits.columns, traits.page_size)
+    answers.probes += listing.probes
     session = FetchSession(client, answers, has_older_bars(ledger, span))
     recent = session.last_stored(missing, settings.corrections.run_minutes)
     try:
@@ -88,8 +92,11 @@ async def collect(
             raise
         return answers.build_unanswered(error.requests)
     if not traits.skips_gaps:
-        await settle_beginning(ledger, client, answers, base=base)
-    return answers.build_result(resolved)
+        await settle_beginning(listing, answers)
+    if answers.first_delivered_in(Window(start, listing.start)) is None:
+        answers.start_at(listing.start)
+    result = answers.build_result(resolved)
+    return replace(result, gaps=(*listing.gaps_before(answers.window.start), *result.gaps))
 
 
 async def _is_delisted(ledger: Ledger, client: VenueClient, span: FetchSpan) -> bool:

@@ -12,6 +12,7 @@ import polars as pl
 
 from marketdata_assets.errors import Damaged, MarketDataError, Unreachable
 from marketdata_assets.flows.fetch.answers import FetchResult
+from marketdata_assets.flows.fetch.first_bar import withdraw_contradicted
 from marketdata_assets.flows.fetch.known_gaps import remaining_gaps
 from marketdata_assets.flows.fetch.open_partition import (
     IngestResult,
@@ -114,6 +115,10 @@ class PartitionStore:
                 sources=sources,
             )
         )
+        if new.height:
+            withdraw_contradicted(
+                self.settings, self.ledger, partition.market, bars["open_time"], table.timeframe
+            )
         start = before.wanted.start
         return replace(
             before.as_result(bars, fetched.gaps, bytes=size or 0),

@@ -13,7 +13,7 @@ from marketdata_assets.errors import BadInput, Damaged
 from marketdata_assets.flows.prove.gap_evidence import GapInvestigation
 from marketdata_assets.flows.prove.venue_month import VenueMonth
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.model.gap import Gap, GapCause, GapStatus
+from marketdata_assets.model.gap import Gap, GapCause, GapReason, GapStatus
 from marketdata_assets.model.intervals import fold_neighbors
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
@@ -126,13 +126,17 @@ class GapExplainer:
                 hint = f"; the nearest is --start {format_time(nearest.gap.window.start)}"
             raise BadInput(f"no gap of {market.key} begins at {format_time(start)}{hint}")
         for listed in found:
+            if listed.gap.reason == GapReason.NOT_LISTED:
+                self.ledger.markets.withdraw_first_bar(market)
             self.ledger.gaps.reopen(listed.table, market, listed.gap, now=self.settings.now())
         return found
 
     def _between(self, market: Market, window: Window) -> Iterator[ListedGap]:
+        """Yield the gaps by table and time; the months before a listing are one gap."""
         for timeframe in self.settings.raw_timeframes:
             table = raw_table(timeframe)
-            for gap in self.ledger.gaps.between(table, market, window):
+            gaps = self.ledger.gaps.between(table, market, window)
+            for gap in _join_neighbors(gaps, GapCause.NOT_LISTED):
                 yield ListedGap(table, market, gap)
 
     def _explain(
@@ -167,22 +171,25 @@ class GapExplainer:
             # the longest first: what turns out to be a halt is left out of the rates of others
             for gap in sorted((g for g in old if g.needs_cause), key=lambda g: -g.bars):
                 new += _explain_gap(investigation, gap, self.settings.now())
-            new = _join_delisted(new)
+            new = _join_neighbors(sorted(new, key=lambda gap: gap.window), GapCause.DELISTED)
             if new != old:
                 self.ledger.gaps.rewrite(month.table, partition, old=old, new=new)
         return [(gap.window, gap.cause) for gap in new] != [(gap.window, gap.cause) for gap in old]
 
 
 def _explain_gap(investigation: GapInvestigation, gap: Gap, now: datetime) -> Iterator[Gap]:
-    """Yield the gap cut by causes. A final cause ends its requests; the rest keeps its next one."""
+    """Yield the gap cut by causes. A final cause ends its requests; the rest keeps its next one.
+
+    No cause is final before answers of two moments agree: equal ones of the same minute are one.
+    """
     evidence = investigation.gather(gap)
     for part in classify_gap(evidence):
         if part.cause == GapCause.HALTED:
             investigation.month.exclude_halt(part.window)
         following = gap.next_request or next_request_at(gap.first_requested or now, now)
-        status = GapStatus.OPEN
+        is_final, status = part.is_final and gap.is_asked_apart, GapStatus.OPEN
         if part.cause:
-            status = GapStatus.FINAL if part.is_final else GapStatus.EXPLAINED
+            status = GapStatus.FINAL if is_final else GapStatus.EXPLAINED
         yield replace(
             gap,
             window=part.window,
@@ -190,18 +197,20 @@ def _explain_gap(investigation: GapInvestigation, gap: Gap, now: datetime) -> It
             cause=part.cause,
             status=status,
             proof=investigation.prove(gap, evidence, part),
-            next_request=None if part.is_final else following,
+            next_request=None if is_final else following,
         )
 
 
-def _join_delisted(gaps: Iterable[Gap]) -> list[Gap]:
-    """Return the gaps sorted, with a delisted market's silence as one gap."""
+def _join_neighbors(gaps: Iterable[Gap], cause: GapCause) -> list[Gap]:
+    """Return the gaps, in order, with those of this cause that follow each other as one gap."""
 
     def join(last: Gap, gap: Gap) -> Gap | None:
-        is_delisted = last.cause == gap.cause == GapCause.DELISTED
-        if not is_delisted or last.window.end != gap.window.start:
+        is_of_cause = last.cause == gap.cause == cause
+        if not is_of_cause or last.window.end != gap.window.start:
             return None
-        following = last.next_request and gap.next_request
+        following = gap.next_request
+        if cause == GapCause.DELISTED:  # what was final before stays it as the silence goes on
+            following = last.next_request and gap.next_request
         return replace(
             gap,
             window=Window(last.window.start, gap.window.end),
@@ -212,4 +221,4 @@ def _join_delisted(gaps: Iterable[Gap]) -> list[Gap]:
             next_request=following,
         )
 
-    return fold_neighbors(sorted(gaps, key=lambda gap: gap.window), join)
+    return fold_neighbors(gaps, join)

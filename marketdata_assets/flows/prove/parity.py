@@ -41,10 +41,12 @@ _ABSENCE_REASONS = {
     GapCause.MISSING_AT_SOURCE: _MISSING,
     GapCause.NO_TRADE: "no trade",
     GapCause.HALTED: "the venue was halted",
+    GapCause.NOT_LISTED: "not listed yet",
     GapCause.DELISTED: "the market had ended",
     GapReason.NO_BARS: _MISSING,
     GapReason.NOT_SERVED: "the venue does not serve bars from then any more",
     GapReason.UNANSWERED: "not answered yet",
+    GapReason.NOT_LISTED: "not answered yet",
 }
 """By a gap's cause; by the reason where no cause is known yet."""
 

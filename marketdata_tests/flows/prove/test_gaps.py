@@ -216,8 +216,9 @@ def test_a_halt_of_a_venue_is_found_in_both_markets(
     assert all(
         request["outcome"] == "answered" and request["rows"] for request in proof["requests"]
     )
+    soon = settings.now() + timedelta(hours=1)
     assert all(
-        one.gap.next_request is None and one.gap.first_requested == settings.now() for one in found
+        one.gap.next_request == soon and one.gap.first_requested == settings.now() for one in found
     )
     assert check_days(settings) == 6
     with open_context(settings) as context:
@@ -233,7 +234,14 @@ def test_a_halt_of_a_venue_is_found_in_both_markets(
             == "rollups are not up to date"
         )
     exchange.log()
-    # a year later the gap is still explained
+    # answers of another moment make the cause final: a year later no request is sent
+    later = at_time(settings, "2023-03-26T01:00:00Z")
+    run_ingest(later, timeframe="15m")
+    run_ingest(later)
+    assert len([entry for entry in exchange.log() if "klines" in entry["path"]]) <= 8
+    assert {(one.gap.kind, one.gap.next_request) for one in explain(later)} == {
+        (GapCause.HALTED, None)
+    }
     assert all(one.complete for one in run_ingest(at_time(settings, "2024-03-26T00:00:00Z")))
     assert exchange.log() == []
 
@@ -353,13 +361,16 @@ def test_a_minute_that_the_native_bars_hold_is_missing_at_source(
         run_ingest(settings, timeframe=timeframe)
     (lost,) = explain(settings)
     assert summarize([lost]) == [("SOL/USDT", "1m", "16:39", 1, GapCause.MISSING_AT_SOURCE)]
-    assert lost.gap.next_request is None
+    assert lost.gap.next_request == settings.now() + timedelta(hours=1)
     quarter, hour = lost.as_dict()["proof"]["native"]
     assert quarter == (
         "the venue's 15m bar of 2023-02-14T16:30:00Z has volume 94072.85, "
         "ours in it 89305.35, 1 bars are missing"
     )
     assert hour.startswith("the venue's 1h bar of 2023-02-14T16:00:00Z has volume ")
+    later = at_time(settings, "2023-02-15T01:00:00Z")
+    run_ingest(later)
+    assert [one.gap.next_request for one in explain(later)] == [None]
     exchange.log()
     run_ingest(at_time(settings, "2023-06-01T00:00:00Z"))
     assert exchange.log() == []
@@ -455,7 +466,7 @@ def test_a_market_that_leaves_its_venue_is_delisted(
 ) -> None:
     """ETH leaves the list: the bars from then on are one gap, and the other market continues.
 
-    The cause is final when two answers confirm it.
+    The cause is final when answers of two moments confirm it.
     """
     exchange = replay("2024-02-02T00:00:30Z")
     settings = universe(
@@ -466,7 +477,7 @@ def test_a_market_that_leaves_its_venue_is_delisted(
     )
     run_ingest(settings)
     exchange.admin(op="delist", venue="binance", symbol="ETHUSDT")
-    for day, kinds in ((4, ["not final"]), (4, ["final"]), (5, ["final"])):
+    for day, kinds in ((3, ["not final"]), (4, ["final"]), (5, ["final"])):
         exchange.admin(op="now", now=f"2024-02-0{day}T00:00:30Z")
         later = at_time(settings, f"2024-02-0{day}T00:00:00Z")
         assert all(done.error is None for done in run_ingest(later))
@@ -522,7 +533,7 @@ def test_the_command_lists_and_reopens_gaps(replay: Callable[..., Any], universe
     ]
     assert (rows[0]["asked"], rows[0]["next_ask"], rows[0]["proof"]["venue"]) == (
         2,
-        None,
+        "2023-03-26T01:00:00Z",
         {"binance:ETH-USDT": 0},
     )
     assert (
