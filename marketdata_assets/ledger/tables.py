@@ -16,7 +16,7 @@ from sqlalchemy import Column, Dialect, Integer, Text
 
 from marketdata_assets.model.window import format_time, parse_time
 
-VERSION = 6
+VERSION = 7
 
 
 class Moment(sa.TypeDecorator[datetime]):

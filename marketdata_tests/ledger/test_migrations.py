@@ -22,6 +22,7 @@ from marketdata_assets.ledger.records import IngestRecord, RowAccount
 from marketdata_assets.ledger.tables import VERSION, metadata
 from marketdata_assets.model.bar import COLUMN_NAMES
 from marketdata_assets.model.gap import GapStatus
+from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table, rollup_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
@@ -272,6 +273,20 @@ def test_a_rejected_row_of_an_earlier_version_is_known_when_it_comes_again(
 
 
 # --------------------------------------------------------------------------------- migrations
+def test_what_was_not_listed_for_an_earlier_version_is_a_gap_that_is_due(old: Path):
+    with sqlite3.connect(old / "ledger.db") as db:
+        db.execute("UPDATE markets SET listed = '2024-01-08T01:38:00Z' WHERE market LIKE '%us:%'")
+    db.close()
+    ledger, markets = Ledger(old), contents(old / "ledger.db")["markets"]
+    if not any(row["listed"].startswith("2024-01-08") for row in markets):
+        pytest.skip("this one has no such market")
+    partition = Partition.parse("binanceus:BTC-USDT|2024-01-01")
+    minutes = raw_table(TIMEFRAMES["1m"])
+    (gap,) = [g for g in ledger.gaps.of(minutes, partition) if g.kind == "not_listed"]
+    assert (gap.window.end, gap.bars) == (at("2024-01-08T01:38"), 10)
+    assert gap.is_due(at("2024-01-10"))
+
+
 def break_upgrade(connection: sa.Connection, found: int) -> None:
     """All that a migration does, and then a statement that fails."""
     upgrade(connection, found)
