@@ -11,11 +11,13 @@ does what `python -m MODULE ARGUMENTS...` does, and kills itself when the proces
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import runpy
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -23,11 +25,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
-from marketdata_assets.errors import StoreFailed
+from marketdata_assets.errors import BadInput, StoreFailed
 
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 """Linux's name of the current boot; other systems have no such file."""
@@ -217,3 +219,28 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+# --------------------------------------------------------------------------------- files
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read it. Raises OSError, also for a folder, and for a device or a pipe, which
+    would hang or never end.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    raise OSError(errno.EINVAL, "it is a device or a pipe and no file")
+
+
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """Return the bytes of a file that somebody named. Raises OSError, and BadInput where they are
+    more than `most_bytes`.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size <= most_bytes:
+            return file.read()
+    raise BadInput(f"{path}: it has more than {most_bytes} bytes; name a smaller file")

@@ -23,6 +23,7 @@ from marketdata_assets.model.window import format_time, parse_time
 from marketdata_assets.settings.fields import FAULT
 from marketdata_assets.settings.parts import Clock
 from marketdata_assets.settings.universe import Settings, Universe
+from marketdata_assets.system import read_bounded
 
 DEFAULT_FILE = "data/universe.yaml"
 PREFIX = "MARKETDATA_"
@@ -156,11 +157,7 @@ def _read_clock(text: str | None) -> Clock | None:
 def _read_file(path: Path) -> dict[str, UniverseEntry]:
     place = str(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise BadInput(f"{place}: it has more than {MOST_BYTES} bytes, which no universe needs")
-        node = _compose(content.decode(), place)
+        node = _compose(read_bounded(path, MOST_BYTES).decode(), place)
     except FileNotFoundError:
         raise BadInput(
             f"{place}: there is no universe file; write one or name it in {PREFIX}UNIVERSE"

@@ -18,10 +18,16 @@ from typing import Any, NamedTuple
 from marketdata_assets.errors import BadInput, StoreFailed
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition
+from marketdata_assets.model.table import every_table
 from marketdata_assets.model.window import Window, format_time, parse_time
+from marketdata_assets.system import read_bounded
 
 FORMAT, VERSION = "marketdata-lock", 1
+MOST_BYTES = 1 << 28
+"""Of a lock file: a million partitions."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_TIMEFRAMES = {table.name: table.timeframe for table in every_table()}
 
 
 class LockedPartition(NamedTuple):
@@ -54,8 +60,8 @@ class LockedPartition(NamedTuple):
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> LockedPartition:
-        """Return the partition of an entry. Raises KeyError, TypeError or BadInput."""
-        return cls(
+        """Return the partition of an entry. Raises KeyError, TypeError, ValueError or BadInput."""
+        found = cls(
             table=entry["table"],
             partition=Partition.parse(f"{entry['market']}|{entry['month']}-01"),
             rows=entry["rows"],
@@ -64,6 +70,13 @@ class LockedPartition(NamedTuple):
             fingerprint=entry["fingerprint"],
             is_open=entry.get("open", False),
         )
+        timeframe = _TIMEFRAMES[found.table]
+        possible = Window(found.first, timeframe.shift(found.last, 1)).count(timeframe)
+        if type(found.rows) is not int or not 0 < found.rows <= possible:
+            raise ValueError(f"{possible} bars at the most lie between the first and the last")
+        if type(found.is_open) is not bool or not _DIGEST.fullmatch(found.fingerprint):
+            raise ValueError("no lock has such an entry")
+        return found
 
 
 class WantedVenue(NamedTuple):
@@ -91,11 +104,11 @@ class WantedVenue(NamedTuple):
     def from_dict(cls, entry: dict[str, Any]) -> WantedVenue:
         """Return the venue of an entry. Raises KeyError, TypeError or BadInput."""
         return cls(
-            symbols=tuple(entry["symbols"]),
+            symbols=_texts(entry["symbols"]),
             since=parse_time(entry["since"]),
             until=parse_time(entry["until"]) if entry["until"] is not None else None,
             base=entry["base"],
-            reference=tuple(entry["reference"]),
+            reference=_texts(entry["reference"]),
         )
 
 
@@ -177,10 +190,16 @@ class LockFile:
             as_of=parse_time(content["as_of"]),
             span=Window(parse_time(content["start"]), parse_time(content["end"])),
             venues={name: WantedVenue.from_dict(e) for name, e in content["venues"].items()},
-            timeframes=tuple(content["timeframes"]),
-            tables=tuple(content["tables"]),
+            timeframes=_texts(content["timeframes"]),
+            tables=_texts(content["tables"]),
             partitions=tuple(map(LockedPartition.from_dict, content["partitions"])),
         )
+
+
+def _texts(values: list[Any]) -> tuple[str, ...]:
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError("a text is expected")
+    return tuple(values)
 
 
 def check_name(name: str) -> str:
@@ -222,7 +241,7 @@ def read_lock(path: Path) -> LockFile:
     try:
         lock = LockFile.from_dict(content)
         is_intact = lock.as_dict() == content and _is_consistent(lock)
-    except (KeyError, TypeError, ValueError, AttributeError, BadInput):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, BadInput):
         is_intact = False
     if not is_intact:
         raise BadInput(
@@ -234,7 +253,7 @@ def read_lock(path: Path) -> LockFile:
 
 def _read_content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(path, MOST_BYTES).decode())
     except FileNotFoundError:
         raise BadInput(f"{path}: there is no such file; `marketdata lock` writes one") from None
     except OSError as error:

@@ -16,7 +16,7 @@ from marketdata_assets.model.partition import PartitionKey
 from marketdata_assets.model.table import OBJECT_NAME, parse_folders
 from marketdata_assets.storage.object_proof import Listed, StoredContent
 from marketdata_assets.storage.s3 import S3Objects
-from marketdata_assets.system import lock_folder
+from marketdata_assets.system import lock_folder, open_regular
 
 
 def _listed(status: os.stat_result) -> Listed:
@@ -109,7 +109,7 @@ class _FolderObjects:
 
     def read_stamped(self, path: str) -> StoredContent | None:
         try:
-            with (self._root / path).open("rb") as file:
+            with open_regular(self._root / path) as file:
                 return StoredContent(file.read(), _listed(os.fstat(file.fileno())).stamp)
         except FileNotFoundError:
             return None

@@ -13,7 +13,7 @@ from typing import cast
 
 import polars as pl
 
-from marketdata_assets.errors import VenueRefused
+from marketdata_assets.errors import MarketDataError, VenueRefused
 from marketdata_assets.flows.fetch.known_gaps import clip_gaps, missing_windows, remaining_gaps
 from marketdata_assets.ledger.fetches import to_log
 from marketdata_assets.ledger.records import LoggedFetch, RowAccount
@@ -73,6 +73,7 @@ class FetchResult:
 
     `bars` are new or replace stored ones (`corrected` of them). Everything before `through` has
     been requested. `answers[i]` is the index in `fetches` of the request that brought answer i.
+    `error`: why the rest was not requested.
     """
 
     bars: pl.DataFrame = field(default_factory=empty_bars)
@@ -85,6 +86,7 @@ class FetchResult:
     seconds_waited: float = 0.0
     through: datetime = EPOCH
     corrected: int = 0
+    error: MarketDataError | None = None
 
 
 @dataclass(slots=True)

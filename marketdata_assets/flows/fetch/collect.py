@@ -10,9 +10,9 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from marketdata_assets.errors import BadInput, MarketDataError, VenueRefused
+from marketdata_assets.errors import BadInput, MarketDataError, VenueDown, VenueRefused
 from marketdata_assets.flows.fetch.answers import (
     Answers,
     FetchResult,
@@ -30,7 +30,7 @@ from marketdata_assets.model.intervals import (
     subtract_window,
 )
 from marketdata_assets.model.timeframe import MINUTE
-from marketdata_assets.model.window import Window
+from marketdata_assets.model.window import Window, format_time
 from marketdata_assets.quality.agreement import ResolvedAnswers
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.base import BarsPage, MarketTraits, Request
@@ -49,6 +49,8 @@ CUTS = (0.5, 0.3, 0.7, 0.4, 0.6, 0.2, 0.8)
 """Where a page is cut that is requested again, by round."""
 NEWEST_BARS = 10
 """Bars that show whether a venue refuses only old ones."""
+CLOCK_BEHIND = timedelta(hours=6)
+"""A clock of a venue that is further behind ours than this is an error, or ours is."""
 NEIGHBORS = 3
 """How many stored bars on each side of a new span are requested again at least: an answer that
 contradicts most of them is rejected.
@@ -79,7 +81,8 @@ async def collect(
     if not windows:
         gaps = (*listing.gaps_before(start), *clip_gaps(span.gaps, start, timeframe))
         fetches = (entry for page in listing.probes for entry in to_log(page.requests, page.window))
-        return FetchResult(gaps=gaps, fetches=tuple(fetches), through=end)
+        result = FetchResult(gaps=gaps, fetches=tuple(fetches), through=end)
+        return replace(result, error=_late_clock(span, closed_before, now))
     traits = client.traits(span.market)
     answers = Answers(span, window, closed_before, now, traits.columns, traits.page_size)
     answers.probes += listing.probes
@@ -96,7 +99,18 @@ async def collect(
     if answers.first_delivered_in(Window(start, listing.start)) is None:
         answers.start_at(listing.start)
     result = answers.build_result(resolved)
-    return replace(result, gaps=(*listing.gaps_before(answers.window.start), *result.gaps))
+    gaps = (*listing.gaps_before(answers.window.start), *result.gaps)
+    return replace(result, gaps=gaps, error=_late_clock(span, closed_before, now))
+
+
+def _late_clock(span: FetchSpan, closed_before: datetime, now: datetime) -> VenueDown | None:
+    """Return why bars at the end of the span are not there, where the clocks are far apart."""
+    if span.wanted.end - closed_before <= CLOCK_BEHIND:
+        return None
+    return VenueDown(
+        f"{span.market.venue}: its clock says {format_time(closed_before)} and ours "
+        f"{format_time(now)}; one of them is wrong, and bars after the first are not fetched"
+    )
 
 
 async def _is_delisted(ledger: Ledger, client: VenueClient, span: FetchSpan) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from marketdata_assets.errors import MarketDataError
@@ -96,6 +96,10 @@ class Ingester:
 
     def _finish(self, started: _Started) -> IngestResult:
         try:
-            return self.store.save(started.partition, started.answer.result())
+            fetched = started.answer.result()
+            result = self.store.save(started.partition, fetched)
         except MarketDataError as error:
             return self.store.record_failure(started.partition, error)
+        if fetched.error:
+            self.store.record_failure(started.partition, fetched.error)
+        return replace(result, error=fetched.error)

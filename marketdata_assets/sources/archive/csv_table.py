@@ -75,8 +75,8 @@ class CsvTable:
             row = self._content.count(b"\n", 0, error.start)
             raise self.error_at(row, "it is not text in UTF-8") from None
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter)
-        width = _width(text, self._delimiter)
         try:
+            width = len(next(reader, []))
             wrong = next((len(cells) for cells in reader if len(cells) != width), width)
         except csv.Error as error:
             raise self.error_at(reader.line_num - 1, str(error)) from None
@@ -87,7 +87,3 @@ class CsvTable:
                 reader.line_num - 1,
                 f"it has {wrong} columns, and the first line has {width}{cut}",
             )
-
-
-def _width(text: str, delimiter: str) -> int:
-    return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []))

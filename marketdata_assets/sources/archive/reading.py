@@ -20,7 +20,13 @@ from marketdata_assets.sources.archive.csv_table import CsvTable
 from marketdata_assets.sources.archive.names import find_market, find_timeframe, parse_file_name
 from marketdata_assets.sources.archive.options import ImportOptions
 from marketdata_assets.sources.archive.times import check_lengths, check_spacing, read_times
-from marketdata_assets.sources.archive.unpacking import SUFFIXES, unpack, verify_checksum
+from marketdata_assets.sources.archive.unpacking import (
+    MAX_BYTES,
+    SUFFIXES,
+    unpack,
+    verify_checksum,
+)
+from marketdata_assets.system import read_bounded
 from marketdata_assets.venues.registry import facts_of
 
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -81,7 +87,7 @@ def read_file(
     Raises BadInput that names the file, the line and the way out.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_bounded(path, MAX_BYTES)
     except OSError as error:
         raise BadInput(f"{path}: it cannot be read ({error.strerror})") from None
     sha256 = hashlib.sha256(raw).hexdigest()

@@ -7,11 +7,15 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Protocol
 
 from marketdata_assets.errors import BadInput
+from marketdata_assets.system import read_bounded
 
-MAX_BYTES = 1 << 30
-"""Of one file's text: what unpacks to more is not unpacked."""
+MAX_BYTES = 1 << 29
+"""Of one file, and of its text: what unpacks to more is not unpacked. Its rows take four times as
+much memory.
+"""
 MAX_RATIO = 200
 """How many times its size a file may unpack to; rows of bars are packed to a fifth or a tenth."""
 _BLOCK = 1 << 22
@@ -22,14 +26,22 @@ SUFFIXES = (".zip", ".csv", ".gz", ".bz2", ".zst")
 """Of the files that are looked for in folders."""
 
 
+class Readable(Protocol):
+    """A stream of bytes."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return at most `size` bytes; none at the end."""
+        ...
+
+
 def verify_checksum(path: Path, sha256: str) -> None:
     """Compare a file with `<file>.CHECKSUM` in its folder, where there is one. Raises BadInput."""
     checksum = path.with_name(path.name + ".CHECKSUM")
     if not checksum.exists():
         return
     try:
-        words = checksum.read_text(encoding="ascii").split()
-    except (OSError, UnicodeDecodeError):
+        words = read_bounded(checksum, _BLOCK).decode("ascii").split()
+    except (OSError, UnicodeDecodeError, BadInput):
         words = []
     if len(words) != 2 or not re.fullmatch(r"[0-9a-fA-F]{64}", words[0]):
         raise BadInput(f"{checksum}: it is not `sha256  name`; download it again, or remove it")
@@ -62,22 +74,26 @@ def _decompress(path: Path, raw: bytes, codec: str) -> bytes:
     """Return what a stream holds, whose own checksum has to agree. Raises BadInput."""
     import pyarrow as pa
 
-    parts, size = list[bytes](), 0
     try:
         with pa.CompressedInputStream(pa.BufferReader(raw), codec) as stream:
-            while part := stream.read(_BLOCK):
-                parts.append(part)
-                size += len(part)
-                if size > min(MAX_BYTES, max(_BLOCK, MAX_RATIO * len(raw))):
-                    raise BadInput(
-                        f"{path}: it unpacks to more than {size >> 20} MiB, which no file of bars "
-                        "does; unpack it yourself if it is one"
-                    )
+            return _read_bounded(path, stream, len(raw))
     except OSError as error:
         raise BadInput(
             f"{path}: it is damaged or cut short ({codec}: {error}); download it again"
         ) from None
-    return b"".join(parts)
+
+
+def _read_bounded(path: Path, stream: Readable, packed: int) -> bytes:
+    """Return what a stream of so many packed bytes holds. Raises BadInput where it is too much."""
+    content, most = bytearray(), min(MAX_BYTES, max(_BLOCK, MAX_RATIO * packed))
+    while part := stream.read(_BLOCK):
+        content += part
+        if len(content) > most:
+            raise BadInput(
+                f"{path}: it unpacks to more than {most >> 20} MiB, which no file of bars does; "
+                "unpack it yourself, and split it, if it is one"
+            )
+    return bytes(content)
 
 
 def _unzip(path: Path, raw: bytes) -> tuple[bytes, str]:
@@ -87,8 +103,7 @@ def _unzip(path: Path, raw: bytes) -> tuple[bytes, str]:
             member = _only_csv(path, archive)
             with archive.open(member) as packed:
                 # the declared size ends the read, and the CRC is checked there
-                content = packed.read(MAX_BYTES + 1)
-            return content, member.filename
+                return _read_bounded(path, packed, len(raw)), member.filename
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -110,6 +125,4 @@ def _only_csv(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
             f"{path}: one .csv is expected in it, and it holds {', '.join(names) or 'nothing'}; "
             "unpack it and import the .csv"
         )
-    if members[0].file_size > MAX_BYTES:
-        raise BadInput(f"{path}: it unpacks to more than {MAX_BYTES >> 20} MiB; split it")
     return members[0]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -470,6 +472,52 @@ def test_a_zip_that_is_damaged(
     with pytest.raises(BadInput, match=message):
         imported(settings, file)
     assert lake_files(settings) == {}
+
+
+@pytest.mark.parametrize("line", [b"\0" * 64, b"1704153600000,1,2,0.5,1,10,803\n"])
+def test_a_zip_of_one_thing_for_ever_is_not_unpacked(
+    settings: Settings, tmp_path: Path, line: bytes
+) -> None:
+    """64 MiB of zeros or of one row; the memory taken stays far below that."""
+    file = tmp_path / "BTCUSDT-1m-2024-01-02.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("BTCUSDT-1m-2024-01-02.csv", line * (2**26 // len(line)))
+    tracemalloc.start()
+    with pytest.raises(BadInput, match="which no file of bars does"):
+        imported(settings, file)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**26
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "link to nothing", "folder"])
+def test_what_is_no_file_is_refused_and_waits_for_nothing(
+    settings: Settings, tmp_path: Path, kind: str
+) -> None:
+    path, words = tmp_path / "BTCUSDT-1m-2024-01-02.csv", "it cannot be read"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+        words = "there is no file below this folder"
+    else:
+        path.symlink_to("/dev/zero" if kind == "link to a device" else tmp_path / "none")
+    with pytest.raises(BadInput, match=words):
+        imported(settings, path)
+    (tmp_path / "folder").mkdir()
+    if kind != "folder":
+        path.rename(tmp_path / "folder" / path.name)
+        with pytest.raises(BadInput, match="there is no file below this folder"):
+            imported(settings, tmp_path / "folder")
+
+
+@pytest.mark.parametrize("place", [0, 1, 700])
+def test_a_quote_that_is_never_closed(settings: Settings, tmp_path: Path, place: int) -> None:
+    lines = klines()
+    lines[place] = '"' + lines[place]
+    for name in ("BTCUSDT-1m-2024-01-02.csv", "x.csv"):
+        with pytest.raises(BadInput, match=name):
+            imported(settings, written(tmp_path / name, lines * 20))
 
 
 def test_a_last_number_that_may_be_cut_is_not_believed(kraken: Settings, tmp_path: Path) -> None:

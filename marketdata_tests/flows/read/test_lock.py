@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -575,6 +576,7 @@ def remove_partition(text: str, number: int) -> str:
         (lambda text: text[: len(text) // 2], "or only a part of one"),
         (lambda text: text[:-3], "or only a part of one"),
         (lambda text: "", "or only a part of one"),
+        (lambda text: text.replace('"rows":', f'"rows":{"7" * 5000}', 1), "or only a part of one"),
         (lambda text: "[" * 100_000, "or only a part of one"),
         (lambda text: text + text, "or only a part of one"),
         (lambda text: "[]", "is no lock file; `marketdata lock` writes one"),
@@ -612,10 +614,36 @@ def test_a_file_that_is_no_lock_is_refused(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rows", "31"),
+        ("rows", True),
+        ("rows", 0),
+        ("rows", 31.0),
+        ("rows", float("inf")),
+        ("rows", 10**9),
+        ("rows", 10**400),
+        ("fingerprint", 7),
+        ("fingerprint", "0" * 63),
+        ("last", datetime(9999, 12, 31, tzinfo=UTC)),
+    ],
+)
+def test_an_entry_that_no_lock_has_is_refused_though_its_hash_is_right(
+    locked: LockFile, tmp_path: Path, field: str, value: object
+):
+    changed = locked.partitions[0]._replace(**{field: value})  # type: ignore[arg-type]
+    file = tmp_path / "bars.lock.json"
+    file.write_text(replace(locked, partitions=(changed, *locked.partitions[1:])).as_text())
+    with pytest.raises(BadInput, match="is not as `marketdata lock` wrote it"):
+        read_lock(file)
+
+
 def test_files_that_cannot_be_read_or_written_are_refused(locked: LockFile, tmp_path: Path):
     for wrong, words in (
         (tmp_path / "none", "there is no such file"),
         (tmp_path, "cannot be read: Is a directory"),
+        (Path("/dev/zero"), "cannot be read: it is a device or a pipe"),
     ):
         with pytest.raises(BadInput, match=words):
             read_lock(wrong)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic.operations import Operations
 
-from marketdata_assets.model.timeframe import TIMEFRAMES
+from marketdata_assets.model.timeframe import TIMEFRAME_OF_LABEL
 from marketdata_assets.model.window import Window, format_time, parse_time
 
 revision = "7"
@@ -29,7 +29,7 @@ def upgrade(op: Operations) -> None:
         " ON CONFLICT DO NOTHING"
     )
     for row in connection.execute(claims).mappings().all():
-        timeframe = TIMEFRAMES[row["tbl"].rpartition("_")[2]]
+        timeframe = TIMEFRAME_OF_LABEL[row["tbl"].rpartition("_")[2]]
         start, through = parse_time(row["start"]), parse_time(row["through"])
         first = timeframe.floor(parse_time(row["listed"]))
         window = Window(start, min(first, through))
