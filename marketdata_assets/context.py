@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
+from marketdata_assets.errors import MarketDataError
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.events import ProgressCallback, no_progress
 from marketdata_assets.settings.fields import reveal_secret
@@ -18,6 +19,8 @@ from marketdata_assets.storage.lake import Lake
 from marketdata_assets.storage.warehouse import ConnectionFactory, Warehouse
 
 T = TypeVar("T")
+SAVED_AT_ONCE = 500
+"""Of so many market-months each process saves the ledger's rows when it ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,26 @@ def open_context(
     venues = VenueClients(settings.venues, ledger.venues, policy, on_progress=on_progress)
     try:
         yield Context(settings, ledger, storage, venues, policy.clock)
+        if not for_reading:
+            with suppress(MarketDataError):  # the next process does it
+                save_ledger_rows(ledger, lake, most=SAVED_AT_ONCE)
     finally:
         venues.close()
         ledger.close()
+
+
+def save_ledger_rows(ledger: Ledger, lake: Lake, *, most: int | None = None) -> int:
+    """Write what the ledger alone knows about the market-months that changed beside their objects,
+    at most so many; return how many. Nothing, where another process does so.
+
+    It is what brings coverage and proofs back from a lake whose ledger is lost.
+    """
+    waiting, saved = ledger.copies.unsaved(most), 0
+    if not waiting:
+        return 0
+    with ledger.lock("ledger-files", wait=False) as is_free:
+        for key, version in waiting.items() if is_free else ():
+            lake.ledger_files.write(key, ledger.copies.rows(key))
+            ledger.copies.note_saved(key, version)
+            saved += 1
+    return saved

@@ -29,6 +29,7 @@ from marketdata_assets.model.window import Window, parse_time
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.guards import RetryPolicy
 from marketdata_assets.sources.sandbox.server import ReceivedRequest, SandboxExchange
+from marketdata_assets.storage.ledger_files import NAME as LEDGER_ROWS
 from marketdata_tests.samples import outcomes, run_sql
 
 
@@ -97,12 +98,14 @@ def run_derive(settings: Settings) -> list[RollupResult]:
 
 
 def lake_files(settings: Settings) -> dict[str, bytes]:
-    """Return the bytes of every object of the lake by its relative path."""
+    """Return the bytes of every object of the lake by its relative path, without the copies of the
+    ledger's rows, which hold the moments of requests.
+    """
     root = Path(settings.lake)
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != LEDGER_ROWS
     }
 
 

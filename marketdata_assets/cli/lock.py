@@ -88,6 +88,32 @@ def verify(
     raise typer.Exit(1 if rows else 0)
 
 
+@commands.command()
+def scrub(
+    *,
+    days: Annotated[
+        float, typer.Option(min=0, help="Read what was not read whole for so many days; 0: all.")
+    ] = 7,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so many minutes. Default: no limit.")
+    ] = None,
+    format: Format = ListFormat.TABLE,
+) -> None:
+    """Read everything that is stored, and list what decayed, was changed from outside or is lost.
+
+    The next backfill fetches it or makes it again. Exits with 1 when something is wrong.
+    """
+    from marketdata_assets.flows.operate.scrub import Scrubber
+
+    with load_context() as context, _show_progress("scrub") as on_progress:
+        found = context.bind(Scrubber).scrub(days=days, minutes=minutes, on_progress=on_progress)
+    left = f", {found.left} are left for the next time" if found.left else ""
+    closing = f"{found.objects} objects with {found.rows} rows are as they were stored{left}"
+    rows = [problem.as_dict() for problem in found.problems]
+    show(rows, format, document=found.as_dict(), closing=closing)
+    raise typer.Exit(int(bool(rows)))
+
+
 def _summarize(found: Verification) -> str:
     """Return what was proved, and the dataset's number when all of it was."""
     lock, count = found.lock, len(found.differences)

@@ -11,6 +11,7 @@ import typer
 from marketdata_assets.cli import (
     anomalies,
     backfill,
+    backup,
     bars,
     gaps,
     importing,
@@ -36,7 +37,7 @@ app = typer.Typer(
 )
 for family in (
     *(backfill, importing, bars, markets, gaps, quarantine, anomalies),
-    *(repair, lock, operations, servers, schema),
+    *(repair, lock, operations, backup, servers, schema),
 ):
     app.add_typer(family.commands)
 

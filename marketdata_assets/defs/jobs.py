@@ -17,7 +17,7 @@ from marketdata_assets.defs.consolidated import (
     keep_consolidated,
 )
 from marketdata_assets.defs.delta import delta_assets, delta_job
-from marketdata_assets.defs.maintenance import health_job, prune_job, retire_job
+from marketdata_assets.defs.maintenance import health_job, prune_job, retire_job, scrub_job
 from marketdata_assets.defs.partitions import market_months
 from marketdata_assets.defs.reference import REFERENCE_MARKETS, reference_markets
 from marketdata_assets.defs.repair import repair_job
@@ -103,7 +103,7 @@ def _market_checks(settings: Settings) -> list[dg.AssetChecksDefinition]:
 
 
 def _scheduled_jobs(settings: Settings) -> list[ScheduledJob]:
-    jobs = [health_job(settings), prune_job(settings)]
+    jobs = [health_job(settings), prune_job(settings), scrub_job(settings)]
     jobs += [delta_job(settings)] if settings.delta else []
     jobs += [retire_job(settings)] if settings.retention or settings.cold else []
     return jobs

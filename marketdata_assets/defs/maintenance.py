@@ -9,7 +9,7 @@ from dataclasses import asdict
 import dagster as dg
 from pydantic import Field
 
-from marketdata_assets.context import open_context
+from marketdata_assets.context import open_context, save_ledger_rows
 from marketdata_assets.dagster_ext.prune import prune_runs
 from marketdata_assets.defs.results import as_dagster_failure
 from marketdata_assets.defs.schedules import ScheduledJob, schedule_job
@@ -17,9 +17,12 @@ from marketdata_assets.defs.specs import asset_key
 from marketdata_assets.flows.operate.health import Health, HealthInspector, HealthStatus
 from marketdata_assets.flows.operate.prune import delete_old_records
 from marketdata_assets.flows.operate.retire import Retirement, RetirementAction, Retirer
+from marketdata_assets.flows.operate.scrub import Scrubber
 from marketdata_assets.model.table import Table
 from marketdata_assets.settings.universe import Settings
 
+SCRUB_MINUTES = 60.0
+"""For so long the nightly job `scrub` reads at the most; the next night goes on."""
 MONTHS_SHOWN = 1000
 """How many months the table of the job `retire` has."""
 
@@ -93,6 +96,43 @@ def prune_job(settings: Settings) -> ScheduledJob:
         delete_old()
 
     return schedule_job("prune_every_night", job, "30 3 * * *")
+
+
+def scrub_job(settings: Settings) -> ScheduledJob:
+    """Return the job that does what `marketdata scrub` does, every night for SCRUB_MINUTES at the
+    most, and saves what the ledger alone knows beside the lake.
+    """
+
+    @dg.op(
+        name="read_all",
+        description=(
+            "Reads the objects of the lake that were not read whole for a week, and compares them "
+            "with what was stored."
+        ),
+    )
+    def read_all(context: dg.OpExecutionContext) -> None:
+        with as_dagster_failure(), open_context(settings) as app:
+            found = app.bind(Scrubber).scrub(minutes=SCRUB_MINUTES)
+            saved = save_ledger_rows(app.ledger, app.lake)
+        rows = [dg.TableRecord(problem.as_dict()) for problem in found.problems]
+        context.add_output_metadata(
+            {
+                **found.counts(),
+                "market_months_saved": saved,
+                "problems": dg.MetadataValue.table(rows) if rows else "none",
+            }
+        )
+        for problem in found.problems:
+            context.log.error(f"{problem.table} {problem.partition}: {problem.message}")
+
+    @dg.job(
+        name="scrub",
+        description="Reads everything that is stored once a week, and finds what decayed.",
+    )
+    def job() -> None:
+        read_all()
+
+    return schedule_job("scrub_every_night", job, "30 4 * * *")
 
 
 class RetireConfig(dg.Config):

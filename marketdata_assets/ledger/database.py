@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from marketdata_assets.errors import StoreFailed
+from marketdata_assets.errors import BadInput, StoreFailed
 
 if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
@@ -35,6 +35,8 @@ class Database(ABC):
 
     begin: sa.Executable
     """The statement that begins a transaction."""
+    begin_reading: sa.Executable
+    """The statement that begins reading everything as it is at one moment."""
     remedy: str
     """What a person does when the database fails."""
 
@@ -53,6 +55,10 @@ class Database(ABC):
     @abstractmethod
     def insert(self, table: sa.Table) -> Insert:
         """An INSERT that may have an ON CONFLICT clause."""
+
+    @abstractmethod
+    def restart_numbers(self, connection: sa.Connection) -> None:
+        """Have the database give numbers after those that were inserted with rows."""
 
     @abstractmethod
     def lock(self, name: str, wait: bool = True) -> AbstractContextManager[bool]:
@@ -75,10 +81,23 @@ class Database(ABC):
                     connection.exec_driver_sql("ROLLBACK")
                 raise
 
+    @contextmanager
+    def snapshot(self) -> Iterator[sa.Connection]:
+        """A connection that reads everything as it is at one moment."""
+        with self.translate_errors("read"), self.send(self.begin_reading) as (connection, _):
+            try:
+                yield connection
+            finally:
+                with suppress(sa.exc.SQLAlchemyError):
+                    connection.exec_driver_sql("ROLLBACK")
+
     def rows(self, statement: sa.Executable, values: Values = None) -> Rows:
         """What a query with these parameters finds."""
         with self.translate_errors("read"), self.send(statement, values) as (_, result):
-            return result.all()
+            try:
+                return result.all()
+            except (ValueError, BadInput):  # no value of ours is written so
+                raise self.failure("read", ValueError("a value in it is damaged")) from None
 
     def plain_rows(self, statement: sa.Executable) -> list[tuple[Any, ...]]:
         """What a query finds, with values as they are stored; for tens of thousands of rows."""
@@ -108,6 +127,8 @@ class Database(ABC):
             yield
         except sa.exc.DBAPIError as error:
             raise self.failure(verb, error.orig or error) from None
+        except UnicodeDecodeError:  # SQLite's own words about a damaged file
+            raise self.failure(verb, ValueError("it is damaged")) from None
 
     def failure(self, verb: str, error: BaseException) -> StoreFailed:
         """One line of an error, which never holds a statement or a secret."""

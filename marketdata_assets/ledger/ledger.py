@@ -13,6 +13,7 @@ from marketdata_assets.ledger.anomalies import AnomalyBook
 from marketdata_assets.ledger.attempts import AttemptBook
 from marketdata_assets.ledger.checks import CheckBook
 from marketdata_assets.ledger.consolidations import ConsolidationBook
+from marketdata_assets.ledger.copies import CopyBook
 from marketdata_assets.ledger.fetches import FetchBook
 from marketdata_assets.ledger.gaps import GapBook
 from marketdata_assets.ledger.heartbeats import HeartbeatBook
@@ -52,6 +53,7 @@ class Ledger:
         self.anomalies = AnomalyBook(database)
         self.receipts = ReceiptBook(database)
         self.consolidations = ConsolidationBook(database)
+        self.copies = CopyBook(database)
 
     @property
     def is_read_only(self) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 
 import sqlalchemy as sa
 
 from marketdata_assets.ledger.book import Book, about, is_about, key_of
-from marketdata_assets.ledger.tables import objects, partitions
+from marketdata_assets.ledger.tables import objects, partitions, scrubs
 from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.table import ObjectRecord, Table
 
@@ -54,6 +55,26 @@ class ObjectBook(Book):
         """Forget an object."""
         self._execute(sa.delete(objects).where(is_about(objects)), about(table, partition))
 
+    def scrubbed(self, table: Table) -> dict[PartitionKey, datetime]:
+        """When each object of a table was read whole last, by market key and month key."""
+        columns = (scrubs.c.market, scrubs.c.month, scrubs.c["at"])
+        found = self._database.rows(sa.select(*columns).where(scrubs.c.tbl == table.name))
+        return {(market, month): moment for market, month, moment in found}
+
+    def note_scrubbed(self, table: Table, partition: Partition, now: datetime) -> None:
+        """Remember that an object was read whole, and was what it should be."""
+        self._execute(
+            self._database.upsert(scrubs, ("at",)), key_of(table, partition) | {"at": now}
+        )
+
+    def damaged(self) -> list[tuple[str, Partition]]:
+        """The objects that somebody found damaged and nobody has replaced yet, by table name."""
+        statement = sa.select(_p.tbl, _p.market, _p.month).where(_p.bytes == DAMAGED)
+        return [
+            (name, Partition.from_stored_key((market, month)))
+            for name, market, month in self._database.rows(statement)
+        ]
+
     def note_rewritten(self, table: Table, partition: Partition, size: int) -> None:
         """Remember the size in bytes of an object that was written again with the same rows."""
         update = sa.update(partitions).where(_HOLDS_BYTES)
@@ -61,8 +82,11 @@ class ObjectBook(Book):
 
     def note_damage(self, table: Table, partition: Partition) -> None:
         """Remember that an object is not what it should be: it counts as lost, or its rollups as
-        outdated, so that the next backfill fetches or makes it again.
+        outdated, so that the next backfill fetches or makes it again. Until then each reader
+        compares its content.
         """
+        forget_stamp = sa.update(objects).where(is_about(objects))
+        self._execute(forget_stamp, about(table, partition) | {"stamp": ""})
         if table.layer == "rollup":
             update = sa.update(partitions).where(_IS_SOURCE)
             self._execute(update, about(table, partition) | {"rollup_source_digest": None})

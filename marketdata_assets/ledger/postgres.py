@@ -27,6 +27,7 @@ from sqlalchemy.dialects import postgresql
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.ledger.database import Database, Sent, Values
+from marketdata_assets.ledger.tables import metadata
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Session
@@ -50,6 +51,7 @@ class PostgresDatabase(Database):
     """
 
     begin = sa.text("BEGIN")
+    begin_reading = sa.text("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
     remedy = "see to the server, or set another `database:`"
 
     def __init__(self, url: str) -> None:
@@ -79,6 +81,15 @@ class PostgresDatabase(Database):
     def insert(self, table: sa.Table) -> postgresql.Insert:
         """PostgreSQL's INSERT."""
         return postgresql.insert(table)
+
+    def restart_numbers(self, connection: sa.Connection) -> None:
+        """Set each sequence behind the highest number."""
+        for table in metadata.sorted_tables:
+            if "id" in table.c:
+                connection.exec_driver_sql(
+                    f"SELECT setval(pg_get_serial_sequence('{table.name}', 'id'),"
+                    f" (SELECT coalesce(max(id), 0) + 1 FROM {table.name}), false)"
+                )
 
     # ----------------------------------------------------------------------------- sessions
     @contextmanager

@@ -37,7 +37,7 @@ class SqliteDatabase(Database):
     where it is a copy.
     """
 
-    begin = sa.text("BEGIN IMMEDIATE")
+    begin, begin_reading = sa.text("BEGIN IMMEDIATE"), sa.text("BEGIN")
     remedy = "mend the folder or set another `state:`"
 
     def __init__(self, state: Path, name: str | None = None) -> None:
@@ -71,6 +71,9 @@ class SqliteDatabase(Database):
     def insert(self, table: sa.Table) -> sqlite.Insert:
         """SQLite's INSERT."""
         return sqlite.insert(table)
+
+    def restart_numbers(self, connection: sa.Connection) -> None:
+        """SQLite gives the number after the highest one."""
 
     def lock(self, name: str, wait: bool = True) -> AbstractContextManager[bool]:
         """Hold the file of this name."""

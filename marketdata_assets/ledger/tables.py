@@ -16,7 +16,7 @@ from sqlalchemy import Column, Dialect, Integer, Text
 
 from marketdata_assets.model.window import format_time, parse_time
 
-VERSION = 7
+VERSION = 8
 
 
 class Moment(sa.TypeDecorator[datetime]):
@@ -88,6 +88,42 @@ def _id() -> Column[int]:
     """A number that the database gives."""
     number = sa.BigInteger().with_variant(Integer(), "sqlite")
     return Column("id", number, sa.Identity(always=False), primary_key=True)
+
+
+def trigger_statements(dialect: str, table: str) -> list[str]:
+    """The SQL by which each change of a row about a market-month is noted in `unsaved`."""
+    month = "month" if table != "receipts" else "'all-01'"
+    market = "market" if table != "receipts" else "'receipts'"
+    note = (
+        "INSERT INTO unsaved (market, month, version) {values}"
+        " ON CONFLICT (market, month) DO UPDATE SET version = unsaved.version + 1"
+    )
+    found = []
+    for event, rows in (("INSERT", "NEW"), ("UPDATE", "NEW"), ("DELETE", "OLD")):
+        trigger = f"CREATE TRIGGER {table}_{event.lower()} AFTER {event} ON {table} "
+        if dialect == "sqlite":
+            columns = ", ".join(n if n.startswith("'") else f"{rows}.{n}" for n in (market, month))
+            found.append(f"{trigger}BEGIN {note.format(values=f'VALUES ({columns}, 1)')}; END")
+            continue
+        function = f"note_{table}_{event.lower()}"
+        select = note.format(values=f"SELECT DISTINCT {market}, {month}, 1 FROM changed")
+        found += [
+            f"CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN {select}; RETURN NULL; END $$",
+            f"{trigger}REFERENCING {rows} TABLE AS changed FOR EACH STATEMENT"
+            f" EXECUTE FUNCTION {function}()",
+        ]
+    return found
+
+
+def _watch(table: sa.Table) -> None:
+    """Have changes of the table noted in `unsaved`."""
+
+    def create(target: sa.Table, connection: sa.Connection, **options: Any) -> None:
+        for statement in trigger_statements(connection.dialect.name, table.name):
+            connection.exec_driver_sql(statement)
+
+    sa.event.listen(table, "after_create", create)
 
 
 def _create_index(table: sa.Table, statement: str) -> None:
@@ -322,3 +358,21 @@ selections = sa.Table(
     _moment("resolved_at"),
     Column("symbols", JsonText, nullable=False),
 )
+
+scrubs = sa.Table(
+    "scrubs",
+    metadata,
+    _text("tbl", **_KEY),
+    _text("market", **_KEY),
+    _text("month", **_KEY),
+    _moment("at"),
+)
+
+unsaved = sa.Table(
+    "unsaved", metadata, _text("market", **_KEY), _text("month", **_KEY), _count("version")
+)
+
+KEPT = (partitions, objects, gaps, quarantine, anomalies, failed_checks, backfill_attempts)
+"""The tables whose rows about a market-month are also written beside the lake."""
+for _table in (*KEPT, receipts):
+    _watch(_table)

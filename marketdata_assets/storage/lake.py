@@ -20,6 +20,7 @@ from marketdata_assets.model.table import ObjectRecord, StoredObject, Table
 from marketdata_assets.model.window import Window
 from marketdata_assets.storage.cache import FrameCache, Stamp, file_stamp
 from marketdata_assets.storage.fingerprint import fingerprint
+from marketdata_assets.storage.ledger_files import LedgerFiles
 from marketdata_assets.storage.object_proof import (
     LakeBook,
     Listed,
@@ -84,6 +85,11 @@ class Lake:
         network.
         """
         return not any(location.startswith("s3://") for location in self._locations)
+
+    @property
+    def ledger_files(self) -> LedgerFiles:
+        """The copies of the ledger's rows beside the objects."""
+        return LedgerFiles(self._hot)
 
     def write(self, table: Table, partition: Partition, frame: pl.DataFrame) -> StoredObject:
         """Replace a partition's object. Equal rows become equal bytes, up to the revision in the
@@ -175,6 +181,30 @@ class Lake:
             self._book.note_damage(table, partition)
             raise
         return frame
+
+    def prove(self, table: Table, partition: Partition, digest: str | None = None) -> int | None:
+        """Read an object whole, whatever is known of it: compare its content with what was stored
+        last, decode every page, and return its number of rows; None where there is no object.
+
+        `digest`: of the rows that an object without a record should hold. Raises Damaged.
+        """
+        path = table.path(partition)
+        name, found = f"{self.location}/{path}", self._read(path)
+        if found is None:
+            return None
+        try:
+            is_known = self._book.get(table, partition) is not None
+            if not self._proof.accepts(table, partition, found, again=True):
+                raise Damaged(f"{name} is damaged or changed from outside; {remedy(table)}")
+            identity = table.identity(partition)
+            frame = decode(found.content, table, name=name, identity=identity)
+            _raise_if_foreign(frame, partition.open_times(table.timeframe), name)
+            if not is_known and digest and fingerprint(frame) != digest:
+                raise Damaged(f"{name} holds other rows than the ledger counts; {remedy(table)}")
+        except Damaged:
+            self._book.note_damage(table, partition)
+            raise
+        return frame.height
 
     def _read(self, path: str) -> StoredContent | None:
         return next(filter(None, (store.read_stamped(path) for store in self._stores)), None)

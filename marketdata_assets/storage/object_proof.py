@@ -109,26 +109,32 @@ class ObjectProof:
         partition: Partition,
         found: StoredContent,
         known: Mapping[PartitionKey, ObjectRecord] | None = None,
+        *,
+        again: bool = False,
     ) -> bool:
         """Return whether an object is what was stored last, or was written later by this software.
 
-        `known`: records that were read a moment ago. An object without a record, of another host or
+        `known`: records that were read a moment ago. `again`: its content is compared although its
+        stamp is known. An object without a record, of another host or
         an earlier release, is believed where it does not contradict itself, and left to whoever
         decodes it where it cannot be read.
         """
         path = table.path(partition)
-        if self.is_proven(path, found.stamp):
+        if again:
+            self._proven.pop(path, None)
+        elif self.is_proven(path, found.stamp):
             return True
         record = known.get(partition.stored_key) if known else None
         if record is None or record.stamp != found.stamp:
             record = self._book.get(table, partition)
-        if record is None or record.stamp != found.stamp:
+        if again or record is None or record.stamp != found.stamp:
             if record is None and read_footer(found.content) is None:
                 return True
-            record = self._prove(found, record)
-            if record is None:
+            proven = self._prove(found, record)
+            if proven is None:
                 return False
-            self._book.put(table, partition, record)
+            if proven != record:
+                self._book.put(table, partition, proven)
         self._remember(path, found.stamp)
         return True
 

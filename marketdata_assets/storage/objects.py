@@ -56,8 +56,10 @@ class ObjectStore(Protocol):
         """Return the object's size and stamp; None where there is no object."""
         ...
 
-    def list(self, prefix: str) -> Iterator[tuple[PartitionKey, Listed]]:
-        """Yield partition, size and stamp of every object in `<prefix>/<market>/<month>/`."""
+    def list(self, prefix: str, name: str = OBJECT_NAME) -> Iterator[tuple[PartitionKey, Listed]]:
+        """Yield partition, size and stamp of every object of this name in
+        `<prefix>/<market>/<month>/`.
+        """
         ...
 
     def find_uris(self, paths: Sequence[str], *, all_exist: bool) -> dict[str, str]:
@@ -151,12 +153,12 @@ class _FolderObjects:
         except OSError:
             return None
 
-    def list(self, prefix: str) -> Iterator[tuple[PartitionKey, Listed]]:
+    def list(self, prefix: str, name: str = OBJECT_NAME) -> Iterator[tuple[PartitionKey, Listed]]:
         for market in _list_folder(self._root / prefix):
             for month in _list_folder(market):
                 with suppress(OSError):
                     # os.stat, because this runs for 48,000 objects at once
-                    status = os.stat(f"{month.path}/{OBJECT_NAME}")  # noqa: PTH116
+                    status = os.stat(f"{month.path}/{name}")  # noqa: PTH116
                     yield parse_folders(market.name, month.name), _listed(status)
 
     def find_uris(self, paths: Sequence[str], *, all_exist: bool) -> dict[str, str]:

@@ -149,11 +149,11 @@ class S3Objects:
             return None
         return Listed(int(answer["ContentRange"].rpartition("/")[2]), _stamp(answer))
 
-    def list(self, prefix: str) -> Iterator[tuple[PartitionKey, Listed]]:
-        """Yield partition, size and ETag of every object below `<prefix>/`."""
+    def list(self, prefix: str, name: str = OBJECT_NAME) -> Iterator[tuple[PartitionKey, Listed]]:
+        """Yield partition, size and ETag of every object of this name below `<prefix>/`."""
         for path, entry in self._list_objects(prefix):
             folders = path.removeprefix(prefix + "/").split("/")
-            if len(folders) == 3 and folders[-1] == OBJECT_NAME:  # others may store files there too
+            if len(folders) == 3 and folders[-1] == name:  # others may store files there too
                 listed = Listed(int(entry["Size"]), _stamp(entry))
                 yield parse_folders(folders[0], folders[1]), listed
 

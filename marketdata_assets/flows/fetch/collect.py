@@ -18,7 +18,7 @@ from marketdata_assets.flows.fetch.answers import (
     FetchResult,
     FetchSpan,
 )
-from marketdata_assets.flows.fetch.first_bar import Listing, has_older_bars, settle_beginning
+from marketdata_assets.flows.fetch.first_bar import FirstBarSearch, has_older_bars, settle_beginning
 from marketdata_assets.flows.fetch.known_gaps import clip_gaps, missing_windows
 from marketdata_assets.ledger.fetches import to_log
 from marketdata_assets.ledger.ledger import Ledger
@@ -70,7 +70,7 @@ async def collect(
     if not span.again and not missing_windows(opens, timeframe, wanted, gaps=span.gaps, now=now):
         return FetchResult(gaps=tuple(span.gaps), through=wanted.end)
     closed_before = await client.now(span.market, timeframe.shift(wanted.end, 1))
-    listing = Listing(settings, ledger, client, span)
+    listing = FirstBarSearch(settings, ledger, client, span)
     await listing.find()
     start = wanted.start if listing.is_reopened else listing.start
     end = max(wanted.start, min(wanted.end, timeframe.floor(closed_before)))

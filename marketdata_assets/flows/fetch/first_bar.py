@@ -30,7 +30,7 @@ DAYS_BEFORE = 30
 
 
 @dataclass(slots=True)
-class Listing:
+class FirstBarSearch:
     """Where a market begins, as far as its venue shows it.
 
     That a market was not listed is a claim about bars that nobody has seen. It needs witnesses of
@@ -195,7 +195,7 @@ class Listing:
         return [gap for gap in self.span.gaps if gap.reason == GapReason.NOT_LISTED]
 
 
-async def settle_beginning(listing: Listing, answers: Answers) -> None:
+async def settle_beginning(listing: FirstBarSearch, answers: Answers) -> None:
     """Decide what the silence before the first delivered bar means.
 
     What lies before the newest bars that the venue is known to serve is not served. For bars of the
@@ -228,7 +228,7 @@ async def settle_beginning(listing: Listing, answers: Answers) -> None:
         )
 
 
-async def _serves_before(listing: Listing, answers: Answers, first: datetime) -> bool:
+async def _serves_before(listing: FirstBarSearch, answers: Answers, first: datetime) -> bool:
     """Return whether the venue sends bars from before the first one that it delivered: of the last
     days with coarse bars, one page each.
     """

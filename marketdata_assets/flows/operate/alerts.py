@@ -46,13 +46,16 @@ class AlertCenter:
     lake: Lake
 
     def find_problems(self) -> list[Problem]:
-        """Return open breakers, stale markets, failures, parked partitions and failed checks."""
+        """Return open breakers, stale markets, failures, parked partitions, failed checks and
+        damaged objects.
+        """
         return [
             *self._open_breakers(),
             *self._stale_markets(),
             *self._failures_in_a_row(),
             *self._parked_partitions(),
             *self._failed_checks(),
+            *self._damaged_objects(),
         ]
 
     def update_incidents(
@@ -164,6 +167,15 @@ class AlertCenter:
                 title = f"{check.table} {check.name} is red for {key}"
                 name = f"check|{check.table}|{check.name}|{key}"
                 yield Problem(name, severity, title, check.message)
+
+    def _damaged_objects(self) -> Iterator[Problem]:
+        for name, partition in self.ledger.objects.damaged():
+            body = (
+                "Its object in the lake is damaged or was changed from outside. `backfill_missed` "
+                "sets it aside and fetches it again; look at the disk, and at who may write there."
+            )
+            title = f"{name} {partition.key} is damaged"
+            yield Problem(f"damaged|{name}|{partition.key}", AlertSeverity.ERROR, title, body)
 
 
 def run_problem(job: str, venue: str, message: str) -> Problem:
