@@ -100,6 +100,7 @@ def test_all_sensors_and_schedules_are_on_by_default(settings: Settings) -> None
         "refresh_open",
         "health_every_six_hours",
         "prune_every_night",
+        "scrub_every_night",
         "ask_again_every_night",
         "ask_again_every_month",
         "take_markets_every_day",
