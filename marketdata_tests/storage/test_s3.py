@@ -901,9 +901,8 @@ def test_a_server_that_goes_down_in_the_middle(
     put: int,
     applied: bool,
 ):
-    """During fetching, or during the rollups (after four copies of ledger rows): stored objects stay,
-    the rest fails with a message,
-    and no stored bar is fetched again.
+    """During fetching, or during the rollups, which come after four copies of ledger rows: stored
+    objects stay, the rest fails with a message, and no stored bar is fetched again.
     """
     exchange, url = sandbox
     settings = make(tmp_path, monkeypatch, url, fast.location)
