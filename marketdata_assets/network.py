@@ -1,11 +1,9 @@
-"""The way out of a company's network: the proxy of the environment, and a CA file of its own."""
+"""The way out of a company's network: a CA file of its own."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from marketdata_assets.errors import BadInput
 
@@ -24,11 +22,3 @@ def ca_file(*first: str) -> str | None:
                 raise BadInput(f"environment {name}: there is no file {path}; name a PEM file")
             return path
     return None
-
-
-def find_proxy(url: str) -> str | None:
-    """Return the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name for a URL, with its secrets;
-    None to connect directly.
-    """
-    parts = urlsplit(url)
-    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)

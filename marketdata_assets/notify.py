@@ -142,7 +142,7 @@ class _FileChannel:
 
 def _append(file: Path, line: bytes) -> None:
     """Append the whole line or nothing of it, in one write. Raises OSError."""
-    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         written = os.write(handle, line)
         if written == len(line):

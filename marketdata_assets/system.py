@@ -58,7 +58,7 @@ def lock_file(path: Path, *, wait: bool = True) -> Iterator[bool]:
     and what it holds in place. Raises StoreFailed where it cannot be opened or locked.
     """
     try:
-        handle = path.open("a")
+        handle = os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a")
     except OSError as error:
         raise _not_lockable(path, error) from None
     with handle:

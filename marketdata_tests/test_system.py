@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,8 @@ import pytest
 
 from marketdata_assets import system
 from marketdata_assets.errors import StoreFailed
+from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.notify import AlertEvent, AlertSeverity, Message, open_channels
 from marketdata_assets.system import (
     is_alive,
     lock_file,
@@ -307,3 +310,25 @@ def test_a_private_folder_is_made_for_its_owner_and_an_existing_one_stays(tmp_pa
     (tmp_path / "shared").mkdir(mode=0o755)
     make_private_folder(tmp_path / "shared")
     assert (tmp_path / "shared").stat().st_mode & 0o777 == 0o755
+
+
+def test_the_files_of_a_state_folder_are_its_owners_alone(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.receipts.add("repair", datetime(2024, 1, 1, tzinfo=UTC), message="x", body={})
+    with ledger.lock("a name"):
+        (channel,) = open_channels(tmp_path / "alerts.jsonl", ())
+        at = datetime(2024, 1, 1, tzinfo=UTC)
+        message = Message(
+            incident="x",
+            event=AlertEvent.OPENED,
+            severity=AlertSeverity.ERROR,
+            title="x",
+            body="y",
+            at=at,
+        )
+        channel.send(message)
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        modes = {path.name: path.stat().st_mode & 0o777 for path in files}
+    ledger.close()
+    assert {"ledger.db", "ledger.db-wal", "a name", "alerts.jsonl"} <= modes.keys()
+    assert set(modes.values()) == {0o600}

@@ -53,6 +53,8 @@ class SqliteDatabase(Database):
         try:
             make_private_folder(state)
             self._locks.mkdir(parents=True, exist_ok=True)
+            if not (state / FILE).exists():  # SQLite gives the files beside it the same mode
+                (state / FILE).touch(mode=0o600)
         except OSError as error:
             raise self.failure("opened", error) from None
 

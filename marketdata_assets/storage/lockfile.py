@@ -71,6 +71,9 @@ class LockedPartition(NamedTuple):
             is_open=entry.get("open", False),
         )
         timeframe = _TIMEFRAMES[found.table]
+        opens = found.partition.open_times(timeframe)
+        if not opens.start <= found.first <= found.last < opens.end:
+            raise ValueError("its bars do not lie in its month")
         possible = Window(found.first, timeframe.shift(found.last, 1)).count(timeframe)
         if type(found.rows) is not int or not 0 < found.rows <= possible:
             raise ValueError(f"{possible} bars at the most lie between the first and the last")

@@ -21,6 +21,7 @@ _KEYS = (
 )
 _EXPIRED = "the credentials have expired; get new ones"
 _REGION = "the bucket lies elsewhere; set AWS_REGION, or mend AWS_ENDPOINT_URL"
+_ELSEWHERE = "the server points elsewhere, where nothing is sent; mend AWS_ENDPOINT_URL"
 _SILENT = "the server does not answer; check AWS_ENDPOINT_URL and the network"
 _BROKEN = "the server's answers break off; check AWS_ENDPOINT_URL and the network"
 _FOREIGN = "that is no answer of S3; check AWS_ENDPOINT_URL"
@@ -36,6 +37,10 @@ _ADVICE = {
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
     "PermanentRedirect": _REGION,
     "301": _REGION,
+    "TemporaryRedirect": _ELSEWHERE,
+    "302": _ELSEWHERE,
+    "307": _ELSEWHERE,
+    "308": _ELSEWHERE,
     "AuthorizationHeaderMalformed": _REGION,
     "IllegalLocationConstraintException": _REGION,
     "SlowDown": "the server refuses so many requests; the next run continues",

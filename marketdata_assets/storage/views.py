@@ -6,16 +6,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import polars as pl
 
 from marketdata_assets.errors import BadInput
 from marketdata_assets.model.table import Table
-from marketdata_assets.network import ca_file, find_proxy
-from marketdata_assets.storage.s3_client import get_endpoint_url, get_region
 from marketdata_assets.storage.warehouse import Warehouse, duckdb_type, quoted_name
 
 if TYPE_CHECKING:
@@ -37,21 +34,36 @@ def open_views(
     """
     import duckdb
 
-    with duckdb.connect() as connection:
+    with duckdb.connect() as connection, ExitStack() as attached:
         connection.execute("SET TimeZone = 'UTC'")
         if any(uri.startswith("s3://") for uris in files.values() for uri in uris):
-            connection.register_filesystem(_s3_filesystem())
+            attached.enter_context(_s3_files(connection))
         for table, uris in files.items():
             _create_view(connection, table, uris)
-        if warehouse is None:
-            yield connection
-            return
-        with warehouse.attach(connection, "warehouse"):
+        if warehouse is not None:
+            attached.enter_context(warehouse.attach(connection, "warehouse"))
             for schema, name in _list_warehouse_tables(connection):
                 view = f'"{schema}"."{name}"'
                 connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{schema}"')
                 connection.execute(f"CREATE VIEW {view} AS SELECT * FROM warehouse.{view}")
-            yield connection
+        yield connection
+
+
+@contextmanager
+def _s3_files(connection: Connection) -> Iterator[None]:
+    """Let DuckDB read S3 through our client. Raises StoreFailed where that is why a query fails."""
+    import duckdb
+
+    from marketdata_assets.storage.s3_files import S3Files
+
+    files = S3Files()
+    connection.register_filesystem(files)
+    try:
+        yield
+    except (duckdb.Error, BadInput):
+        if files.failure:
+            raise files.failure from None
+        raise
 
 
 def restrict(connection: Connection, locations: Sequence[str]) -> None:
@@ -128,26 +140,3 @@ def _create_view(connection: Connection, table: Table, uris: Sequence[str]) -> N
 
 def _quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def _s3_filesystem() -> Any:
-    """Return S3 through Arrow's client, because DuckDB's own needs a download."""
-    import boto3
-    from fsspec.implementations.arrow import ArrowFSWrapper
-    from pyarrow.fs import S3FileSystem
-
-    credentials = boto3.Session().get_credentials()
-    options: dict[str, Any] = {"region": get_region() or "us-east-1"}
-    if credentials is not None:
-        keys = credentials.get_frozen_credentials()
-        options["access_key"] = keys.access_key
-        options["secret_key"] = keys.secret_key
-        options["session_token"] = keys.token
-    if url := get_endpoint_url():
-        parts = urlsplit(url)
-        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
-    proxy = find_proxy(url or f"https://s3.{options['region']}.amazonaws.com")
-    tls_ca_file_path = ca_file("AWS_CA_BUNDLE")
-    return ArrowFSWrapper(
-        S3FileSystem(**options, proxy_options=proxy, tls_ca_file_path=tls_ca_file_path)
-    )

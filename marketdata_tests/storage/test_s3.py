@@ -21,13 +21,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
+from aiohttp import web
 
 from marketdata_assets.context import open_context
 from marketdata_assets.errors import StoreFailed
@@ -47,6 +48,7 @@ from marketdata_assets.storage.lake import Lake
 from marketdata_assets.storage.ledger_files import NAME as LEDGER_ROWS
 from marketdata_assets.storage.objects import open_object_store
 from marketdata_assets.storage.s3_client import MAX_ATTEMPTS
+from marketdata_assets.storage.views import open_views, run_query
 from marketdata_tests.conftest import SANDBOX_NOW, universe
 from marketdata_tests.flows.fetch.test_ingest import everything_is_true, exchange_at
 from marketdata_tests.s3_proxy import (
@@ -80,6 +82,7 @@ from marketdata_tests.steps import (
     partitions,
     run_derive,
     run_ingest,
+    serving,
     window,
 )
 
@@ -654,6 +657,90 @@ def test_lasting_faults_are_one_line_and_change_nothing(
             if fault.is_applied
             else (raw_object(GOOD),)
         )
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_named_and_followed_by_no_reader(fast: Store, proxy: Proxy, status: int):
+    """Nothing, and no credential, reaches the host that the answer names."""
+    fast.put(PATH, raw_object(GOOD))
+    lake = fast.lake()
+    uris = list(lake.find_uris(TABLE, [JANUARY], all_exist=True).values())
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.setblocking(False)
+        location = f"Location: http://127.0.0.1:{elsewhere.getsockname()[1]}/CANARY"
+        proxy.always(Fault(is_applied=False, answer=answer(status, b"", location)))
+        ways = [
+            lambda: lake.read(TABLE, JANUARY),
+            lambda: lake.size(TABLE, JANUARY),
+            lambda: list(lake.list_sizes(TABLE)),
+            lambda: lake.write(TABLE, JANUARY, GOOD),
+            lambda: sql_over(uris, "SELECT * FROM raw.ohlcv_1m"),
+        ]
+        for way in ways:
+            message = message_of(way)
+            assert message
+            assert re.match(rf"s3://{fast.bucket}/lake/[^ ]*: \w+; [^\n]*$", message)
+            assert "elsewhere" in message
+            assert "CANARY" not in message
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
+
+
+class Role:
+    """An address that gives credentials for 60 seconds, as machines with a role have one."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+        self.expired: set[str] = set()
+
+    def expire(self) -> None:
+        """The minute is over for all that were given."""
+        self.expired.update(self.given)
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.given.append(f"CANARY{len(self.given)}")
+        end = datetime.now(UTC) + timedelta(seconds=60)
+        found = {"AccessKeyId": self.given[-1], "SecretAccessKey": "CANARYSECRET"}
+        return web.json_response(found | {"Token": "CANARY", "Expiration": end.isoformat()})
+
+    def refuse(self, request: ProxyRequest) -> Fault | None:
+        """S3 knows no credential that has expired."""
+        key = request.headers["authorization"].partition("Credential=")[2].partition("/")[0]
+        is_valid = key in self.given and key not in self.expired
+        return None if is_valid else Fault(is_applied=False, answer=refusal(400, "ExpiredToken"))
+
+
+def test_credentials_of_a_minute_are_renewed_by_every_reader(
+    fast: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+):
+    """For ten minutes: a lake and a DuckDB connection that stay open all the time."""
+    role = Role()
+    fast.put(PATH, raw_object(GOOD))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with serving(role.answer) as url:
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{url}/role")
+        proxy.fault = role.refuse
+        lake = fast.lake()
+        uris = list(lake.find_uris(TABLE, [JANUARY], all_exist=True).values())
+        with open_views({TABLE: uris}, None) as connection:
+            for minute in range(10):
+                role.expire()
+                assert lake.read(TABLE, JANUARY) is not None
+                lake.write(TABLE, FEBRUARY, bars(2).head(minute + 1))
+                assert fast.lake().size(TABLE, FEBRUARY)
+                scanned = fast.lake().scan(TABLE, [JANUARY], JANUARY.month)
+                role.expire()
+                assert scanned.collect().height == GOOD.height
+                role.expire()
+                found = run_query(connection, "SELECT count(*) AS n FROM raw.ohlcv_1m")
+                assert found["n"].to_list() == [GOOD.height]
+    assert len(role.given) >= 40
+
+
+def sql_over(uris: list[str], query: str) -> pl.DataFrame:
+    with open_views({TABLE: uris}, None) as connection:
+        return run_query(connection, query)
 
 
 # ---------------------------------------------------------------- stores without conditions

@@ -4,10 +4,14 @@ channels.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Thread
+from urllib.parse import quote
 
+from marketdata_assets.errors import StoreFailed
 from marketdata_assets.flows.operate.freshness import market_freshness
 from marketdata_assets.flows.operate.health import FAILURES_IN_A_ROW
 from marketdata_assets.ledger.incidents import IncidentEvent, Notification, Problem
@@ -34,6 +38,8 @@ FAILURES_A_CALL = 2
 """So many messages may fail at one channel before the others wait for the next call."""
 BLOCKING_TRIES = 20
 """A notification that failed so often no longer holds back those behind it; it is still tried."""
+SEND_SECONDS = 5.0
+"""For so long a call waits for its messages to be sent."""
 RUN = "run"
 
 
@@ -65,7 +71,7 @@ class AlertCenter:
 
         `problems` is everything that is wrong now, except for open incidents whose key `is_unknown`
         says was not looked at. A channel that fails keeps its notifications for the next call.
-        Returns how many incidents were opened and recovered.
+        Returns how many incidents were opened and recovered. Raises StoreFailed.
         """
         urls = tuple(url.get_secret_value() for url in self.settings.alerts)
         channels = open_channels(self.settings.state / ALERTS_FILE, urls)
@@ -83,9 +89,32 @@ class AlertCenter:
                 self.ledger.incidents.settle(
                     opened, recovered, channels=names, now=self.settings.now()
                 )
-            for channel in channels:
-                self._deliver(channel)
+        self._send_beside(channels)
         return len(opened), len(recovered)
+
+    def _send_beside(self, channels: Sequence[Channel]) -> None:
+        """Send by a thread for each channel, and wait SEND_SECONDS for all of them: a channel that
+        answers slowly goes on beside whatever comes next. Raises StoreFailed.
+        """
+        failures: list[StoreFailed] = []
+
+        def send(channel: Channel) -> None:
+            name = f"alerts-{quote(channel.name, safe='')}"
+            try:
+                with self.ledger.lock(name, wait=False) as is_free:
+                    if is_free:
+                        self._deliver(channel)
+            except StoreFailed as error:
+                failures.append(error)
+
+        threads = [Thread(target=send, args=(channel,), daemon=True) for channel in channels]
+        end = time.monotonic() + SEND_SECONDS
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        if failures:
+            raise failures[0]
 
     def _deliver(self, channel: Channel) -> None:
         """Send a channel's notifications in order, until one fails. Those that have failed often

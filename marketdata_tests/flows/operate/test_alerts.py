@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from marketdata_assets.notify import Message, NotSent
 from marketdata_assets.settings.universe import Settings
 from marketdata_assets.sources.sandbox.server import SandboxExchange
 from marketdata_tests.conftest import Universe
+from marketdata_tests.processes import wait_until
 from marketdata_tests.steps import at, run_derive, run_ingest, serving
 
 RAW = raw_table(TIMEFRAMES["1m"])
@@ -167,6 +169,40 @@ def test_a_channel_that_never_accepts_costs_two_messages_a_call(
             if new.key in tried:
                 return
     pytest.fail("a new message was never tried")
+
+
+def test_a_channel_that_hangs_holds_no_call_and_no_other_channel(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 alerts are due on it. It is sent to beside the calls, by one thread at a time."""
+    answer, hanging, sent = threading.Event(), threading.Semaphore(0), list[str]()
+
+    class Hanging:
+        name = "hangs"
+
+        def send(self, message: Message) -> None:
+            hanging.release()
+            answer.wait(60)
+            sent.append(message.incident)
+
+    class Quick:
+        name = "quick"
+
+        def send(self, message: Message) -> None:
+            sent.append(f"quick {message.incident}")
+
+    monkeypatch.setattr(alerts, "open_channels", lambda file, urls: [Hanging(), Quick()])
+    monkeypatch.setattr(alerts, "SEND_SECONDS", 0.2)
+    problems = [Problem(f"stale|{i}", "error", "stale", "") for i in range(40)]
+    with open_context(settings) as context:
+        center = context.bind(AlertCenter)
+        for _ in range(3):
+            center.update_incidents(problems, lambda key: False)
+    assert hanging.acquire(timeout=10)
+    assert not hanging.acquire(blocking=False), "two threads send to one channel"
+    assert all(name.startswith("quick") for name in sent)
+    answer.set()
+    wait_until(lambda: len(sent) == 80, 20, "all are sent")
 
 
 def test_old_incidents_are_removed_and_open_ones_stay(settings: Settings) -> None:
