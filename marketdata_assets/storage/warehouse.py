@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -188,11 +188,11 @@ class Warehouse:
     @contextmanager
     def keep_open(self) -> Iterator[None]:
         """Keep an existing file open, so that each of many reads takes a fourth of the time; no
-        process can write meanwhile.
+        process can write meanwhile. Each read says by itself that the file is damaged.
         """
         with ExitStack() as stack:
             if self.exists:
-                with self._translate_errors():
+                with suppress(Damaged), self._translate_errors():
                     stack.enter_context(self._open(read_only=True))
             yield
 

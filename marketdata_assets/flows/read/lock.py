@@ -13,8 +13,9 @@ from typing import NamedTuple, TypeVar
 
 import polars as pl
 
-from marketdata_assets.errors import BadInput, Damaged
+from marketdata_assets.errors import BadInput, BarsMissing
 from marketdata_assets.flows.read.as_of import AsOfReader
+from marketdata_assets.flows.read.bars import BarReader
 from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.events import PartitionsRead, ProgressCallback, no_progress
 from marketdata_assets.model.market import Market
@@ -132,8 +133,8 @@ class DatasetLocker:
         """Return what the partitions of these markets hold whose months touch the window.
 
         Of these tables, or of all. Partitions without bars are left out. Raises BadInput when
-        nothing is stored, Damaged for an object that cannot be read, or that the ledger has and the
-        lake has not.
+        nothing is stored, Damaged for an object that cannot be read, BarsMissing for what the
+        ledger counts and the lake or the warehouse has not.
         """
         check_name(name)
         settings, began = self.settings, self.settings.now()
@@ -144,6 +145,10 @@ class DatasetLocker:
         def lock_place(place: StoredPlace) -> LockedPartition | None:
             return self._lock_place(reader, place, began)
 
+        rolled_up = [t for t in settings.rollup_timeframes if rollup_table(t).name in names]
+        if self.storage.rollups_in_warehouse and rolled_up:
+            bars = BarReader(settings, self.ledger, self.storage)
+            bars.ensure_rolled_up(markets, rolled_up[-1], span)
         places = reader.list_places(markets, span, names)
         results = reader.map(lock_place, places, on_progress)
         locked = tuple(partition for partition in results if partition)
@@ -170,7 +175,7 @@ class DatasetLocker:
             is_lost = self.storage.lake.size(*place) is None
             if is_lost and not self.storage.in_warehouse(place.table):
                 path = place.table.path(place.partition)
-                raise Damaged(
+                raise BarsMissing(
                     f"{self.settings.lake}/{path} is gone; `marketdata backfill` fetches it again"
                 )
             return None

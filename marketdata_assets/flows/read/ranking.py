@@ -67,7 +67,8 @@ class MarketRanker:
         `days` before a moment (UTC, exclusive).
 
         Where a venue gives no quote volume, a bar counts as its volume times its close. Raises
-        BadInput where markets have several quote currencies and none is named, and Damaged.
+        BadInput where markets have several quote currencies and none is named, Damaged and
+        BarsMissing.
         """
         stored = [m for m in self.ledger.partitions.stored_markets() if venue in (None, m.venue)]
         quotes = sorted({_quote(market) for market in stored})
@@ -100,7 +101,7 @@ class MarketRanker:
         self, table: Table, market: Market, window: Window, timeframe: Timeframe
     ) -> pl.DataFrame:
         read = (
-            self.lake.read_inside(table, partition, window, columns=_COLUMNS)
+            self.lake.read_stored(table, partition, window, columns=_COLUMNS)
             for partition in partitions_of(market, window)
         )
         empty = pl.DataFrame(schema=table.schema).select(_COLUMNS)

@@ -20,7 +20,7 @@ import polars as pl
 import pytest
 
 from marketdata_assets.context import open_context
-from marketdata_assets.errors import BadInput, Damaged, StoreFailed
+from marketdata_assets.errors import BadInput, BarsMissing, Damaged, StoreFailed
 from marketdata_assets.flows.read.lock import DatasetLocker, locked_moment
 from marketdata_assets.flows.read.verify import DatasetVerifier, Verification
 from marketdata_assets.model.bar import TIME
@@ -236,7 +236,7 @@ def test_a_lake_with_a_lost_or_damaged_object_is_not_locked(copy: Copy):
         lock_dataset(settings)
     stored(settings).unlink()
     with pytest.raises(
-        Damaged,
+        BarsMissing,
         match=r"month=2023-12/data.parquet is gone; `marketdata backfill` fetches it again",
     ):
         lock_dataset(settings)
