@@ -50,7 +50,6 @@ def backfill_missed(
     settings: Settings, job: str, grid: dg.MultiPartitionsDefinition
 ) -> dg.SensorDefinition:
     """Return the sensor that launches runs for closed months with missing bars."""
-    bases = {raw_table(venue.base) for venue in settings.venues.values()}
 
     @dg.sensor(
         name="backfill_missed",
@@ -71,10 +70,11 @@ def backfill_missed(
             app.lake.remove_abandoned_uploads()
             runs = get_unfinished_runs(context.instance)
             launched = sum(run.tags.get(KIND) == RunKind.MISSED for run in runs)
-            plan = app.bind(BacklogFinder).plan_backfill(
+            finder = app.bind(BacklogFinder)
+            plan = finder.plan_backfill(
                 max(0, settings.automation.runs - launched),
                 find_busy_partitions(runs, grid),
-                find_materialized_partitions(context.instance, bases),
+                find_materialized_partitions(context.instance, finder.shown_tables),
             )
             wipe_lost_partitions(context.instance, plan.lost)
         context.log.info(plan.message)

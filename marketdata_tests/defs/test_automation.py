@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,22 @@ def test_a_partition_without_an_event_is_requested(
     instance.wipe_asset_partitions(RAW, [DEC])
     (request,) = tick(settings, instance, "backfill_missed").run_requests
     assert request.tags[REASON] == "1 Dagster does not show it"
+
+
+def test_wiped_rollups_are_noticed_within_minutes_and_made_again(
+    settings: Settings, instance: dg.DagsterInstance
+) -> None:
+    """Each rolled-up table is looked at in its minute; no bar is requested."""
+    fill_lake(settings, instance)
+    instance.wipe_assets([HOUR])
+    first, reasons = at("2024-01-09T12:00"), list[str]()
+    for minute in range(len(settings.rollup_timeframes)):
+        later = at_time(settings, (first + minute * timedelta(minutes=1)).isoformat())
+        for request in tick(later, instance, "backfill_missed").run_requests or ():
+            reasons.append(request.tags[REASON])
+            run_requests(later, instance, [request])
+    assert reasons == ["1 Dagster does not show its rollups"]
+    assert DEC in instance.get_materialized_partitions(HOUR)
 
 
 def test_a_partition_of_an_unfinished_run_is_not_requested_again(

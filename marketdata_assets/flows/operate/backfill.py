@@ -17,6 +17,7 @@ from marketdata_assets.flows.operate.blocks import Block, count_reasons, plan_bl
 from marketdata_assets.flows.read.table_status import TableStatus
 from marketdata_assets.ledger.attempts import BackfillAttempt
 from marketdata_assets.ledger.ledger import Ledger
+from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, PartitionKey, partitions_of
 from marketdata_assets.model.partition_status import (
     LOST_REASON,
@@ -42,6 +43,7 @@ SEARCH_INTERVAL = timedelta(minutes=10)
 """How often S3 is listed to find lost objects."""
 PARKED = "are parked after too many attempts (`marketdata parked`)"
 ROLLUPS_OUTDATED = "its rollups are not up to date"
+ROLLUPS_HIDDEN = "Dagster does not show its rollups"
 
 
 @dataclass(slots=True)
@@ -117,6 +119,7 @@ class BacklogFinder:
         """Yield everything that needs work, with the reason."""
         due = is_search_due(self.ledger, self.storage, now)
         lost_rollups = self._find_lost_rollups(plan, due)
+        hidden_rollups = self._find_hidden_rollups(shown)
         for venue in self.settings.venues.values():
             tables = [
                 self._read_table(raw_table(timeframe), shown, due, now=now)
@@ -137,6 +140,8 @@ class BacklogFinder:
                         is_rolled_up = tables[0].summaries[key].is_rolled_up
                         if not is_rolled_up or key in lost_rollups:
                             reason = ROLLUPS_OUTDATED
+                        elif hidden_rollups(market, key):
+                            reason = ROLLUPS_HIDDEN
                     if reason is not None:
                         yield key, reason
 
@@ -202,10 +207,8 @@ class BacklogFinder:
             return set(outdated)
         if not timeframes or not search:
             return set()
-        lake, now = self.storage.lake, self.settings.now().timestamp()
-        pace = MINUTE if lake.is_local else SEARCH_INTERVAL
-        timeframe = timeframes[int(now // pace.total_seconds()) % len(timeframes)]
-        table = rollup_table(timeframe)
+        lake = self.storage.lake
+        table = self._rollup_in_turn(MINUTE if lake.is_local else SEARCH_INTERVAL)
         kept = f"{self.settings.kept_since(table.name):%Y-%m-%d}"
         sizes = lake.list_proven_sizes(table)
         bases = {venue.base for venue in self.settings.venues.values()}
@@ -215,10 +218,42 @@ class BacklogFinder:
             for key, summary in self.ledger.partitions.summaries(raw_table(base)).items()
             if summary.is_rolled_up and key[1] >= kept and sizes.get(key) is None
         )
-        lost = {key for key in rolled_up if self._is_rolled_up(key[0], timeframe)}
+        lost = {key for key in rolled_up if self._is_rolled_up(key[0], table.timeframe)}
         if lost:
             plan.lost[table] = [Partition.from_stored_key(key) for key in lost]
         return lost
+
+    @property
+    def shown_tables(self) -> set[Table]:
+        """The tables whose materializations are looked at now: what rollups are made of, and one
+        rolled-up table in each minute.
+        """
+        shown = {raw_table(venue.base) for venue in self.settings.venues.values()}
+        if self.settings.rollup_timeframes:
+            shown.add(self._rollup_in_turn(MINUTE))
+        return shown
+
+    def _rollup_in_turn(self, pace: timedelta) -> Table:
+        """Return one rolled-up table after the other, each for this time."""
+        timeframes, turn = self.settings.rollup_timeframes, self.settings.now().timestamp()
+        return rollup_table(timeframes[int(turn // pace.total_seconds()) % len(timeframes)])
+
+    def _find_hidden_rollups(
+        self, shown: Mapping[Table, Collection[str]]
+    ) -> Callable[[Market, PartitionKey], bool]:
+        """Return whether Dagster does not show a partition of the rolled-up table that `shown` has:
+        someone wiped it.
+        """
+        table = next((table for table in shown if table.layer == "rollup"), None)
+        if table is None:
+            return lambda market, key: False
+        keys, kept = shown[table], f"{self.settings.kept_since(table.name):%Y-%m-%d}"
+
+        def is_hidden(market: Market, key: PartitionKey) -> bool:
+            is_made = table.timeframe in self.settings.rollup_timeframes_of(market)
+            return is_made and key[1] >= kept and "|".join(key) not in keys
+
+        return is_hidden
 
     def _is_rolled_up(self, market_key: str, timeframe: Timeframe) -> bool:
         market = next((m for m in self.settings.markets if m.key == market_key), None)
