@@ -15,6 +15,7 @@ from marketdata_assets.ledger.tables import gaps
 from marketdata_assets.model.gap import (
     ANSWERED,
     EXPLAIN_THEMSELVES,
+    LONGEST_PAUSE,
     PROMPT_ATTEMPTS,
     Gap,
     GapCause,
@@ -82,8 +83,9 @@ class GapBook(Book):
 
     def due(self, table: Table, now: datetime) -> set[PartitionKey]:
         """Market key and month key of the partitions with a gap that is to be requested again."""
-        is_due = _c.next_request <= now.replace(microsecond=0)
-        where = sa.and_(_c.tbl == table.name, _c.next_request.is_not(None), is_due)
+        moment = now.replace(microsecond=0)
+        waits = sa.and_(_c.next_request > moment, _c.next_request <= moment + LONGEST_PAUSE)
+        where = sa.and_(_c.tbl == table.name, _c.next_request.is_not(None), ~waits)
         statement = sa.select(_c.market, _c.month).where(where).distinct()
         return {(market, month) for market, month in self._database.plain_rows(statement)}
 

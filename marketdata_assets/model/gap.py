@@ -11,6 +11,8 @@ from marketdata_assets.model.window import Window
 
 APART = timedelta(minutes=30)
 """Equal answers that came closer together than this may share one fault of the venue."""
+LONGEST_PAUSE = timedelta(days=30)
+"""Between two requests of a gap. A longer one was written while our clock was wrong."""
 PROMPT_ATTEMPTS = 3
 """An unanswered gap is requested in this many runs without a pause between them."""
 
@@ -122,5 +124,5 @@ class Gap:
     def is_due(self, now: datetime) -> bool:
         """Whether a run requests it at `now` (our clock)."""
         if self.next_request is not None:
-            return self.next_request <= now
+            return not now < self.next_request <= now + LONGEST_PAUSE
         return not self.is_settled

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from marketdata_assets.model.gap import GapCause
+from marketdata_assets.model.gap import LONGEST_PAUSE, GapCause
 from marketdata_assets.model.intervals import (
     align_inside,
     coalesce_windows,
@@ -32,7 +32,7 @@ MIN_EMPTY_BARS = 3
 """So many other open times without a bar show that the venue sends no bar without trades."""
 MAX_MESSAGE = 200
 """Characters after which no message of a further part is added."""
-FIRST_PAUSE, LONGEST_PAUSE = timedelta(hours=1), timedelta(days=30)
+FIRST_PAUSE = timedelta(hours=1)
 
 
 def next_request_at(first_requested: datetime, now: datetime) -> datetime:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import duckdb
 import polars as pl
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -222,6 +223,38 @@ def test_an_older_ledger_beside_a_newer_lake_adopts_it_and_the_reverse_is_refuse
 
 
 # ---------------------------------------------------------------- rollups
+def test_a_link_in_the_lake_is_what_it_leads_to(stored: Stored, tmp_path: Path) -> None:
+    """To the object itself, on another disk: it is read. To another market's: it is refused."""
+    settings, file = stored.settings, raw_file(stored.settings)
+    truth, moved = read(settings, "1m"), tmp_path / "elsewhere.parquet"
+    shutil.move(file, moved)
+    file.symlink_to(moved)
+    assert_bars(read(settings, "1m"), truth)
+    file.unlink()
+    file.symlink_to(rollup_file(settings, "1h"))
+    assert raised(settings, "1m") == Damaged
+    assert present(settings) == 0
+    run_ingest(settings)
+    assert_bars(read(settings, "1m"), truth)
+    assert not file.is_symlink()
+
+
+def test_contexts_leave_no_file_open(stored: Stored) -> None:
+    """Many ticks in one process: what each opens it closes, whatever it read."""
+
+    def work() -> None:
+        with open_context(stored.settings) as context:
+            context.bind(BarReader).read(BTC, TIMEFRAMES["1m"], DAY)
+            context.bind(CoverageReporter).report([BTC])
+        raised(stored.settings, "1h")
+
+    work()
+    before = psutil.Process().num_fds()
+    for _ in range(20):
+        work()
+    assert psutil.Process().num_fds() <= before
+
+
 @pytest.mark.parametrize("attack", ["rewritten", "wiped", "other month"])
 def test_rollups_in_the_lake_that_were_changed_are_made_again_without_a_request(
     stored: Stored, attack: str

@@ -538,6 +538,8 @@ def test_a_gap_is_settled_by_evidence_or_by_asking_often_enough(
     assert gap.is_due(NOW) is not settled  # as long as no time is set
     assert replace(gap, next_request=NOW).is_due(NOW)
     assert not replace(gap, next_request=NOW + timedelta(seconds=1)).is_due(NOW)
+    # written while our clock was wrong by a year
+    assert replace(gap, next_request=NOW + timedelta(days=365)).is_due(NOW)
 
 
 def test_requests_become_rows_of_the_fetch_log():

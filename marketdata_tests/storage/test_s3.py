@@ -31,11 +31,12 @@ import pytest
 from aiohttp import web
 
 from marketdata_assets.context import open_context
-from marketdata_assets.errors import StoreFailed
+from marketdata_assets.errors import Damaged, StoreFailed
 from marketdata_assets.flows.fetch.open_partition import IngestResult
 from marketdata_assets.flows.fetch.plan import BackfillPlanner
 from marketdata_assets.flows.operate.backfill import BacklogFinder
 from marketdata_assets.flows.read.coverage import Coverage, CoverageReporter
+from marketdata_assets.ledger.ledger import Ledger
 from marketdata_assets.model.bar import BAR_SCHEMA
 from marketdata_assets.model.partition import Partition
 from marketdata_assets.model.table import raw_table
@@ -684,6 +685,21 @@ def test_a_redirect_is_named_and_followed_by_no_reader(fast: Store, proxy: Proxy
             assert "CANARY" not in message
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
+
+
+def test_a_bucket_that_is_rolled_back_to_earlier_versions_is_noticed(fast: Store, tmp_path: Path):
+    """An object of before, with another ETag, is no newer one; the ledger knows its revision."""
+    ledger = Ledger(tmp_path)
+    lake = Lake(fast.location, book=ledger.objects)
+    lake.write(TABLE, JANUARY, GOOD)
+    earlier = fast.contents()[PATH]
+    lake.write(TABLE, JANUARY, bars(2))
+    fast.put(PATH, earlier)
+    for reader in (lake, Lake(fast.location, book=ledger.objects)):
+        with pytest.raises(Damaged, match="or older than what was stored last"):
+            reader.read(TABLE, JANUARY)
+        assert reader.list_proven_sizes(TABLE) == {JANUARY.stored_key: None}
+    ledger.close()
 
 
 class Role:

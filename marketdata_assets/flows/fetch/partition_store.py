@@ -265,9 +265,15 @@ class PartitionStore:
         return self.settings.now() if through >= last else None
 
     def _append_history(self, table: Table, partition: Partition, replaced: pl.DataFrame) -> None:
-        """Add revisions; one that a crashed run has added already is the same revision."""
+        """Add revisions; one that a crashed run has added already is the same revision. A damaged
+        object is moved out of the way.
+        """
         place = history_table(table.timeframe)
-        stored = self.lake.read(place, partition)
+        try:
+            stored = self.lake.read(place, partition)
+        except Damaged:
+            self.lake.quarantine_object(place, partition)
+            stored = None
         every = replaced if stored is None else pl.concat([stored, replaced])
         last = every.unique([*COLUMN_NAMES, "known_at"], keep="last", maintain_order=True)
         ordered = last.sort("open_time", "replaced_at").select(c.name for c in HISTORY_COLUMNS)

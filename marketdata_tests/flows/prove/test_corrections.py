@@ -352,6 +352,22 @@ def test_a_run_that_dies_between_history_and_bars_loses_and_doubles_nothing(
         assert_reads(context, stage.current, stage.span)
 
 
+def test_a_damaged_history_holds_no_correction_back(stage: Stage) -> None:
+    """It is set aside, and keeps the revisions of before."""
+    opens = [stage.span.start + i * MINUTE.width for i in range(3)]
+    stage.correct(opens)
+    stage.ingest("2024-01-06", again=stage.span)
+    (history,) = Path(stage.settings.lake).glob("history/ohlcv_1m/*/month=2023-12/data.parquet")
+    content = history.read_bytes()
+    history.write_bytes(content[: len(content) // 2])
+    stage.correct(opens, "1.5")
+    assert all(done.error is None for done in stage.ingest("2024-01-07", again=stage.span))
+    with open_context(stage.at("2024-01-07")) as context:
+        assert_reads(context, stage.current, stage.span)
+        assert len(corrections(context, stage.span)) == 3
+    assert history.with_name("data.parquet.damaged").stat().st_size == len(content) // 2
+
+
 def test_bars_of_a_file_are_ingested_next_to_those_of_the_venue(
     universe: Universe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
