@@ -2,11 +2,13 @@
 the wrong bars that are stored.
 
     python bench/lying.py [--seeds 5] [--kinds scaled,shifted,other,repeated]
-        [--shares 0.01,0.1,0.3] [--modes request,random,old]
+        [--shares 0.01,0.1,0.3] [--modes request,random,old] [--reference]
 
 Modes: `request` lies about the same requests every time, `random` about any, `old` about all pages
-that begin in the first part of the span. Every run ends with no wrong bar, or with the market in
-quarantine. The sandbox exchange answers, and its generator is the truth.
+that begin in the first part of the span, `all` about every page of 1m bars. With `--reference` the
+venue's own 1h bars are fetched as well (`reference: [1h]`). Every run ends with no wrong bar, or
+with a red check; only `all` without a reference cannot be noticed by anybody. The sandbox exchange
+answers, and its generator is the truth.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from marketdata_assets.context import open_context
-from marketdata_assets.flows.fetch.ingest import Ingester
+from marketdata_assets.flows.operate.pipeline import AuditedIngest, Pipeline
+from marketdata_assets.model.finding import Finding
 from marketdata_assets.model.partition import partitions_of
 from marketdata_assets.model.table import raw_table
 from marketdata_assets.model.timeframe import TIMEFRAMES
@@ -71,14 +74,18 @@ class Trial(NamedTuple):
     kind: str
     share: float
     seed: int
+    has_reference: bool = False
 
 
 class RunResult(NamedTuple):
-    """What is stored after a run: wrong bars, all bars, and those that should be there."""
+    """What is stored after a run: wrong bars, all bars, and those that should be there; whether a
+    check is red.
+    """
 
     wrong: int
     stored: int
     expected: int
+    is_red: bool
 
 
 def run_trial(trial: Trial) -> tuple[list[RunResult], int]:
@@ -89,7 +96,9 @@ def run_trial(trial: Trial) -> tuple[list[RunResult], int]:
     async def answer(request: Any, rows: Rows) -> Rows:
         if len(rows) < 5:
             return rows
-        if trial.mode == "old":
+        if trial.mode == "all":
+            lies = request.query["interval"] == "1m"
+        elif trial.mode == "old":
             lies = rows[0][0] < until
         else:
             lies = chance.random() < trial.share
@@ -104,15 +113,15 @@ def run_trial(trial: Trial) -> tuple[list[RunResult], int]:
         tamper=answer,
     )
     with serve_in_thread(exchange) as url, tempfile.TemporaryDirectory() as folder:
-        _write_universe(Path(folder), url)
+        _write_universe(Path(folder), url, trial.has_reference)
         return [_run(day) for day in range(FIRST_RUN, FIRST_RUN + RUNS)], len(exchange.requests)
 
 
-def _write_universe(folder: Path, url: str) -> None:
+def _write_universe(folder: Path, url: str, has_reference: bool) -> None:
     file = folder / "universe.yaml"
     file.write_text(
         f"venues: {{binance: {{symbols: [BTC/USDT], since: {SPAN.start:%Y-%m-%d}, "
-        f"until: {SPAN.end:%Y-%m-%d}, base_url: '{url}'}}}}\n"
+        f"until: {SPAN.end:%Y-%m-%d}, base_url: '{url}'{', reference: [1h]' * has_reference}}}}}\n"
         f"lake: {folder}/lake\nrollups: parquet\nstate: {folder}/state\n"
     )
     os.environ["MARKETDATA_UNIVERSE"] = str(file)
@@ -124,13 +133,18 @@ def _run(day: int) -> RunResult:
     truth = generate_bars("BTCUSDT", "1m", SPAN)
     (partition,) = partitions_of(settings.markets[0], SPAN)
     with open_context(settings) as context:
-        for _ in context.bind(Ingester).ingest(timeframe, [partition]):
-            pass
+        pipeline, findings = context.bind(Pipeline), list[Finding]()
+        for fetched in settings.raw_timeframes:
+            for audit in pipeline.fetch(fetched, [partition]):
+                findings += audit.findings if isinstance(audit, AuditedIngest) else [audit.finding]
+        for rolled_up in pipeline.roll_up([partition]):
+            findings += [each for found in rolled_up.findings.values() for each in found]
+        is_red = any(not finding.passed for finding in findings)
         bars = context.lake.read(raw_table(timeframe), partition)
     if bars is None:
-        return RunResult(0, 0, truth.height)
+        return RunResult(0, 0, truth.height, is_red)
     wrong = bars.join(truth, on=truth.columns, how="anti", nulls_equal=True)
-    return RunResult(wrong.height, bars.height, truth.height)
+    return RunResult(wrong.height, bars.height, truth.height, is_red)
 
 
 def main() -> None:
@@ -140,15 +154,20 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--shares", default="0.01,0.1,0.3")
     parser.add_argument("--modes", default="request,random,old")
+    parser.add_argument("--reference", action="store_true")
     arguments = parser.parse_args()
-    wrong = 0
+    wrong = unseen = 0
     for mode in arguments.modes.split(","):
         for kind in arguments.kinds.split(","):
             for share in map(float, arguments.shares.split(",")):
-                trials = [Trial(mode, kind, share, seed) for seed in range(arguments.seeds)]
-                runs = [run_trial(trial) for trial in trials]
+                runs = [
+                    run_trial(Trial(mode, kind, share, seed, arguments.reference))
+                    for seed in range(arguments.seeds)
+                ]
                 found = [[result[index] for result, _ in runs] for index in range(RUNS)]
                 wrong += sum(run.wrong for results in found for run in results)
+                unseen += sum(run.wrong for run in found[-1] if not run.is_red)
+                red = sum(run.is_red for run in found[-1])
                 stored = " ".join(
                     f"{sum(r.stored for r in results) / sum(r.expected for r in results):6.1%}"
                     for results in found
@@ -157,10 +176,10 @@ def main() -> None:
                 worst = max(run.wrong for results in found for run in results)
                 print(
                     f"{mode:8} {kind:9} {share:5.0%}  wrong {worst:5}  stored {stored}  "
-                    f"requests {requests}",
+                    f"requests {requests}  red {red} of {len(runs)}",
                     flush=True,
                 )
-    print(f"{wrong} wrong bars")
+    print(f"{wrong} wrong bars, {unseen} of them at the end with no red check")
 
 
 if __name__ == "__main__":

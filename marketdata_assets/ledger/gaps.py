@@ -32,6 +32,7 @@ _GAP = (
     *(_c.start, _c.end, _c.bars, _c.reason, _c.answers, _c.evidence),
     *(_c.cause, _c.status, _c.proof, _c.first_requested, _c.last_requested, _c.next_request),
 )
+_OPEN = (GapReason.UNANSWERED, GapReason.DOUBTED)
 _NO_CAUSE = ""
 """Stored where no cause is known."""
 _IS_ABOUT = is_about(gaps)
@@ -101,7 +102,7 @@ class GapBook(Book):
 
     def open_bars(self) -> dict[str, int]:
         """How many bars no answer has settled yet, by market key."""
-        where = sa.and_(_c.reason == GapReason.UNANSWERED, _is_unsettled())
+        where = sa.and_(_c.reason.in_(_OPEN), _is_unsettled())
         bars = sa.func.sum(_c.bars)
         statement = sa.select(_c.market, bars).where(where).group_by(_c.market)
         return {market: int(count) for market, count in self._database.rows(statement)}
@@ -161,8 +162,11 @@ def write_gaps(
 
 
 def _is_unsettled() -> sa.ColumnElement[bool]:
-    """No cause is known, and it was requested in too few runs to wait between requests."""
-    return sa.and_(_c.cause == _NO_CAUSE, _c.answers < PROMPT_ATTEMPTS)
+    """No cause is known, and it is doubted, or was requested in too few runs to wait between
+    requests.
+    """
+    is_open = sa.or_(_c.answers < PROMPT_ATTEMPTS, _c.reason == GapReason.DOUBTED)
+    return sa.and_(_c.cause == _NO_CAUSE, is_open)
 
 
 def _gap(start: datetime, end: datetime, *row: Any) -> Gap:

@@ -24,6 +24,8 @@ class GapReason(StrEnum):
     """Two answers delivered both neighbors and nothing between them."""
     QUARANTINED = "quarantined"
     """The venue delivered rows that break a rule."""
+    DOUBTED = "doubted"
+    """The venue delivered rows that contradict each other, bar by bar or as whole answers."""
     NOT_SERVED = "not_served"
     """The venue serves bars only from a later moment on, as an answer showed."""
     NOT_LISTED = "not_listed"
@@ -34,7 +36,7 @@ class GapReason(StrEnum):
 
 ANSWERED = (GapReason.NO_BARS, GapReason.NOT_SERVED)
 """Reasons that answers of the venue have settled."""
-EXPLAIN_THEMSELVES = (GapReason.QUARANTINED, GapReason.NOT_LISTED)
+EXPLAIN_THEMSELVES = (GapReason.QUARANTINED, GapReason.DOUBTED, GapReason.NOT_LISTED)
 """Reasons that need no further evidence: rejected rows, and the search for the first bar."""
 
 
@@ -93,7 +95,14 @@ class Gap:
     @property
     def is_settled(self) -> bool:
         """Whether its meaning is known, or it was requested often enough to wait now."""
+        if self.reason == GapReason.DOUBTED:
+            return False
         return self.reason in ANSWERED or self.cause is not None or self.answers >= PROMPT_ATTEMPTS
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether the venue delivered rows for it, which lie in quarantine."""
+        return self.reason in (GapReason.QUARANTINED, GapReason.DOUBTED)
 
     @property
     def is_asked_apart(self) -> bool:
@@ -117,7 +126,7 @@ class Gap:
         """The part of the coverage that counts its bars, and what people filter by:
         `quarantined`, a cause, or `unexplained`.
         """
-        if self.reason == GapReason.QUARANTINED:
+        if self.is_rejected:
             return GapReason.QUARANTINED
         return self.cause or UNEXPLAINED
 

@@ -23,6 +23,7 @@ from marketdata_assets.model.intervals import (
     count_covers,
     group_consecutive,
     subtract_window,
+    subtract_windows,
 )
 from marketdata_assets.model.market import Market
 from marketdata_assets.model.timeframe import EPOCH, Timeframe
@@ -162,7 +163,38 @@ class Answers:
         broken = self._broken_answers() - judged.false
         self.judgement = judged._replace(disputed=judged.disputed | broken)
         doubted = self.judgement.doubted
-        return resolve_answers(rows.filter(~pl.col("answer").is_in(doubted)) if doubted else rows)
+        believed = rows.filter(~pl.col("answer").is_in(doubted)) if doubted else rows
+        resolved = resolve_answers(believed)
+        lonely = self._lonely_bars(believed)
+        if lonely.is_empty():
+            return resolved
+        is_lonely = pl.col("open_time").is_in(lonely.implode())
+        more = believed.filter(is_lonely).select(resolved.unresolved.columns)
+        return resolved._replace(
+            bars=resolved.bars.filter(~is_lonely),
+            unresolved=pl.concat([resolved.unresolved, more]),
+        )
+
+    def _lonely_bars(self, rows: pl.DataFrame) -> pl.Series:
+        """Return the open times of bars that one answer alone delivered, while another answer has
+        bars on both sides and not them: one of both is wrong.
+        """
+        answers = rows.group_by("open_time").agg(pl.col("answer").unique())
+        single = answers.filter(pl.col("answer").list.len() == 1).explode("answer")
+        single = single.filter(pl.col("answer") != STORED).sort("open_time")
+        counts = dict(single.group_by("answer").len().iter_rows())
+        opens, lonely = single["open_time"], single["open_time"].clear()
+        for answer, (first, last) in self._extents.items():
+            begin = opens.search_sorted(first, side="right")
+            inside = opens[begin : opens.search_sorted(last, side="left")]
+            if answer in self.judgement.doubted or inside.len() <= counts.get(answer, 0):
+                continue
+            rejected = pl.concat(self._rejected).filter(pl.col("answer") == answer)
+            delivered = rows.filter(pl.col("answer") == answer)["open_time"]
+            grid = rejected.select(self.span.timeframe.floors(pl.col("open_time")))["open_time"]
+            known = pl.concat([delivered, grid.cast(delivered.dtype)]).implode()
+            lonely = pl.concat([lonely, inside.filter(~inside.is_in(known))])
+        return lonely.unique()
 
     def _broken_answers(self) -> frozenset[int]:
         """Return the answers of which so many rows break a rule that the others are doubted, too:
@@ -351,19 +383,23 @@ class Answers:
             raise error
 
     def _gaps(self, resolved: ResolvedAnswers) -> list[Gap]:
-        broken = [
-            *self._rejection_votes()["open_time"].drop_nulls().to_list(),
-            *resolved.unresolved["open_time"].to_list(),
-            *self.doubted_bars(),
-        ]
-        quarantined = group_consecutive(broken, self.span.timeframe)
+        timeframe, missing = self.span.timeframe, self.missing(resolved)
+        rows = pl.concat(self._rejected).drop_nulls("open_time")
+        opens = timeframe.floors(pl.col("open_time"))
+        is_doubted = pl.col("answer").is_in(self.judgement.doubted)
+        broken = rows.filter(~is_doubted).select(opens)["open_time"].to_list()
+        doubted = rows.filter(is_doubted).select(opens)["open_time"].to_list()
+        unresolved = resolved.unresolved["open_time"].to_list()
+        found: dict[GapReason, list[Window]] = {}
+        for reason, moments in (
+            (GapReason.QUARANTINED, broken),
+            (GapReason.DOUBTED, [*doubted, *self.doubted_bars(), *unresolved]),
+        ):
+            rest = subtract_windows(missing, group_consecutive(moments, timeframe))
+            found[reason], missing = subtract_windows(missing, rest), rest
         gaps = self._waiting_gaps(self._open_times(resolved))
-        for window in self.missing(resolved):
-            absent = subtract_window(window, quarantined)
-            gaps += [
-                self._gap(w, GapReason.QUARANTINED, 1) for w in subtract_window(window, absent)
-            ]
-            gaps += [gap for w in absent for gap in self._absent_gaps(w)]
+        gaps += [self._gap(w, reason, 1) for reason, windows in found.items() for w in windows]
+        gaps += [gap for window in missing for gap in self._absent_gaps(window)]
         return sorted(gaps, key=lambda gap: gap.window)
 
     def _waiting_gaps(self, opens: pl.Series) -> list[Gap]:

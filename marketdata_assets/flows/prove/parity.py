@@ -192,7 +192,7 @@ class ParityChecker:
                 yield Absence(gap.window, self._absence_reason(table, partition, gap))
 
     def _absence_reason(self, table: Table, partition: Partition, gap: Gap) -> str:
-        if gap.reason != GapReason.QUARANTINED:
+        if not gap.is_rejected:
             return _ABSENCE_REASONS[gap.cause or gap.reason].format(table.timeframe.name)
         rows = self.ledger.quarantine.rows(partition.market, gap.window)
         reasons = sorted({str(row["reasons"]) for row in rows if row["table"] == table.name})

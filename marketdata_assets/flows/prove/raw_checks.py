@@ -176,19 +176,11 @@ def _check_gaps(result: IngestResult) -> Finding:
 
 
 def _unexplained_windows(result: IngestResult) -> list[Window]:
-    """Return the missing windows that no gap explains.
-
-    Before the first bar of a complete partition, the market was not listed.
-    """
-    if result.bars.is_empty() and result.complete:
-        return []
-    start, opens = result.wanted.start, result.bars["open_time"]
-    if result.complete:
-        start = max(start, opens[0])
+    """Return the missing windows that no gap explains; a doubt explains nothing."""
     explained = [
         gap.window for gap in result.gaps if gap.is_settled or gap.reason == GapReason.QUARANTINED
     ]
-    missing = find_gaps(opens, result.timeframe, Window(start, result.wanted.end))
+    missing = find_gaps(result.bars["open_time"], result.timeframe, result.wanted)
     return subtract_windows(missing, explained)
 
 

@@ -105,11 +105,11 @@ class MarketMonth:
         absent = [gap.window for gap in gaps if is_confirmed_absent(gap, state)]
         self._absent = coalesce_windows(absent)
         self._starts = [window.start for window in self._absent]
-        self._rejected = [gap.window for gap in gaps if gap.reason == GapReason.QUARANTINED]
+        self._rejected = [gap.window for gap in gaps if gap.is_rejected]
         self._unknown = [
             gap.window
             for gap in gaps
-            if gap.reason != GapReason.QUARANTINED and not is_confirmed_absent(gap, state)
+            if not gap.is_rejected and not is_confirmed_absent(gap, state)
         ]
         self._usual = self._absent
         self.exclude_halts(halts)
