@@ -6,6 +6,7 @@ nothing between them. Everything here is a pure decision on answers that have co
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -47,6 +48,9 @@ from marketdata_assets.sources.base import BarsPage, Request
 
 STORED = -1
 """Stands for the stored bars among the numbers of the answers."""
+
+_FOUND_MISSING = (GapReason.NO_BARS, GapReason.QUARANTINED, GapReason.DOUBTED)
+"""Reasons of gaps in which a bar needs two answers."""
 
 FEWEST_BROKEN, BROKEN_SHARE = 5, 0.1
 """So many broken rows, and so many for each valid one, make a whole answer doubtful."""
@@ -165,36 +169,48 @@ class Answers:
         doubted = self.judgement.doubted
         believed = rows.filter(~pl.col("answer").is_in(doubted)) if doubted else rows
         resolved = resolve_answers(believed)
-        lonely = self._lonely_bars(believed)
-        if lonely.is_empty():
+        contested = self._contested_bars(believed)
+        if contested.is_empty():
             return resolved
-        is_lonely = pl.col("open_time").is_in(lonely.implode())
-        more = believed.filter(is_lonely).select(resolved.unresolved.columns)
+        is_contested = pl.col("open_time").is_in(contested.implode())
+        is_new = ~pl.col("open_time").is_in(resolved.unresolved["open_time"].implode())
+        more = believed.filter(is_contested & is_new).select(resolved.unresolved.columns)
         return resolved._replace(
-            bars=resolved.bars.filter(~is_lonely),
+            bars=resolved.bars.filter(~is_contested),
+            outvoted=resolved.outvoted.filter(~is_contested),
             unresolved=pl.concat([resolved.unresolved, more]),
         )
 
-    def _lonely_bars(self, rows: pl.DataFrame) -> pl.Series:
-        """Return the open times of bars that one answer alone delivered, while another answer has
-        bars on both sides and not them: one of both is wrong.
+    def _contested_bars(self, rows: pl.DataFrame) -> pl.Series:
+        """Return the open times of bars that no more answers delivered than answers with bars on
+        both sides lack: some of them are wrong. What an earlier run found missing there counts as
+        one more. Stored bars are not among them.
         """
-        answers = rows.group_by("open_time").agg(pl.col("answer").unique())
-        single = answers.filter(pl.col("answer").list.len() == 1).explode("answer")
-        single = single.filter(pl.col("answer") != STORED).sort("open_time")
-        counts = dict(single.group_by("answer").len().iter_rows())
-        opens, lonely = single["open_time"], single["open_time"].clear()
+        rejected = pl.concat(self._rejected).drop_nulls("open_time")
+        grid = self.span.timeframe.floors(pl.col("open_time"))
+        delivered = rows.select("answer", "open_time").unique()
+        known = pl.concat([delivered, rejected.select("answer", grid)]).unique()
+        counts, opens = dict(known.group_by("answer").len().iter_rows()), delivered["open_time"]
+        opens, lacking = opens.unique().sort(), list[pl.Series]()
         for answer, (first, last) in self._extents.items():
             begin = opens.search_sorted(first, side="right")
             inside = opens[begin : opens.search_sorted(last, side="left")]
-            if answer in self.judgement.doubted or inside.len() <= counts.get(answer, 0):
+            if answer in self.judgement.doubted or inside.len() <= counts.get(answer, 0) - 2:
                 continue
-            rejected = pl.concat(self._rejected).filter(pl.col("answer") == answer)
-            delivered = rows.filter(pl.col("answer") == answer)["open_time"]
-            grid = rejected.select(self.span.timeframe.floors(pl.col("open_time")))["open_time"]
-            known = pl.concat([delivered, grid.cast(delivered.dtype)]).implode()
-            lonely = pl.concat([lonely, inside.filter(~inside.is_in(known))])
-        return lonely.unique()
+            own = known.filter(pl.col("answer") == answer)["open_time"]
+            lacking.append(inside.filter(~inside.is_in(own.implode())))
+        moments = opens.to_list() if self.span.gaps else []
+        for gap in self.span.gaps:
+            begin, end = (bisect_left(moments, t) for t in (gap.window.start, gap.window.end))
+            if begin < end and gap.reason in _FOUND_MISSING:
+                lacking.append(opens[begin:end])
+        if not any(series.len() for series in lacking):
+            return opens.clear()
+        lacks = pl.concat(lacking).alias("open_time").value_counts(name="lacks")
+        found = lacks.join(delivered, on="open_time").group_by("open_time", "lacks").agg("answer")
+        is_stored = pl.col("answer").list.contains(STORED)
+        is_contested = pl.col("answer").list.len() <= pl.col("lacks")
+        return found.filter(is_contested & ~is_stored)["open_time"]
 
     def _broken_answers(self) -> frozenset[int]:
         """Return the answers of which so many rows break a rule that the others are doubted, too:
