@@ -27,7 +27,7 @@ from marketdata_assets.model.timeframe import TIMEFRAMES
 from marketdata_assets.model.window import Window
 from marketdata_assets.settings.load import load_settings
 from marketdata_assets.settings.universe import Settings
-from marketdata_tests.steps import at, partitions, run_derive, run_ingest
+from marketdata_tests.steps import at, mark_gaps_final, partitions, run_derive, run_ingest
 
 MARKET = "binance:BTC-USDT"
 MINUTES, HOURS, WEEKS = (TIMEFRAMES[name] for name in ("1m", "1h", "1w"))
@@ -171,6 +171,7 @@ def test_old_months_move_to_cold_storage_and_read_as_before(stored: Stored, tmp_
     assert retire_months(settings) == []
     with open_context(settings) as context:
         assert context.bind(BacklogFinder).plan_backfill(4, set(), {}).lost == {}
+    mark_gaps_final(settings)
     done = run_ingest(settings)
     assert sum(d.requests for d in done) == 0
 
