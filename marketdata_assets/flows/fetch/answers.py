@@ -191,14 +191,18 @@ class Answers:
         on both sides did not: some of them are wrong. What an earlier run found missing there
         counts as one more. Stored bars are not among them.
         """
-        opens = pl.concat([resolved.bars["open_time"], resolved.unresolved["open_time"]])
+        if not self._extents:
+            return rows["open_time"].clear()
+        opens = resolved.bars["open_time"]
         if resolved.unresolved.height:
-            opens = opens.unique().sort()
-        absent = list[pl.Series]()
-        for answer, (first, last) in self._extents.items():
-            begin = opens.search_sorted(first, side="right")
-            inside = opens[begin : opens.search_sorted(last, side="left")]
-            if answer not in self.judgement.doubted and inside.len() > self._counts[answer] - 2:
+            opens = pl.concat([opens, resolved.unresolved["open_time"]]).unique().sort()
+        absent, extents = list[pl.Series](), list(self._extents.values())
+        firsts, lasts = (pl.Series(ends, dtype=opens.dtype) for ends in zip(*extents, strict=True))
+        begins = opens.search_sorted(firsts, side="right").to_list()
+        ends = opens.search_sorted(lasts, side="left").to_list()
+        for answer, begin, end in zip(self._extents, begins, ends, strict=True):
+            if answer not in self.judgement.doubted and end - begin > self._counts[answer] - 2:
+                inside = opens[begin:end]
                 absent.append(inside.filter(~inside.is_in(self._moments(answer).implode())))
         moments = opens.to_list() if self.span.gaps else []
         for gap in self.span.gaps:
