@@ -129,8 +129,6 @@ class Answers:
         default_factory=lambda: [pl.DataFrame(schema=REJECTED_SCHEMA)]
     )
     _extents: dict[int, tuple[datetime, datetime]] = field(default_factory=dict)
-    _counts: dict[int, int] = field(default_factory=dict)
-    """Of each answer: how many bars of the window it has."""
     _empty: list[Window] = field(default_factory=list)
 
     def add(self, fetched: Sequence[BarsPage]) -> None:
@@ -152,10 +150,7 @@ class Answers:
         start, end = self.window.start, self.window.end
         is_outside = (opens < start) | (opens >= end)
         neighbor = is_outside & opens.is_between(timeframe.shift(start, -1), end, closed="both")
-        inside = valid.filter(~is_outside)
-        self._counts.update(dict.fromkeys(range(first, first + len(fetched)), 0))
-        self._counts.update(inside.group_by("answer").agg(opens.n_unique()).iter_rows())
-        self._valid.append(inside)
+        self._valid.append(valid.filter(~is_outside))
         self._rejected.append(rejected.filter(~neighbor.fill_null(False)))
         self._empty.extend(page.window for page in fetched if page.rows.is_empty())
         self.received += self._valid[-1].height + self._rejected[-1].height
@@ -174,7 +169,7 @@ class Answers:
         doubted = self.judgement.doubted
         believed = rows.filter(~pl.col("answer").is_in(doubted)) if doubted else rows
         resolved = resolve_answers(believed)
-        contested = self._contested_bars(believed, resolved)
+        contested = self._contested_bars(believed)
         if contested.is_empty():
             return resolved
         is_contested = pl.col("open_time").is_in(contested.implode())
@@ -186,24 +181,24 @@ class Answers:
             unresolved=pl.concat([resolved.unresolved, more]),
         )
 
-    def _contested_bars(self, rows: pl.DataFrame, resolved: ResolvedAnswers) -> pl.Series:
-        """Return the open times of bars that some answers delivered, and as many answers with bars
-        on both sides did not: some of them are wrong. What an earlier run found missing there
-        counts as one more. Stored bars are not among them.
+    def _contested_bars(self, rows: pl.DataFrame) -> pl.Series:
+        """Return the open times of bars that no more answers delivered than answers with bars on
+        both sides lack: some of them are wrong. What an earlier run found missing there counts as
+        one more. Stored bars are not among them.
         """
-        if not self._extents:
-            return rows["open_time"].clear()
-        opens = resolved.bars["open_time"]
-        if resolved.unresolved.height:
-            opens = pl.concat([opens, resolved.unresolved["open_time"]]).unique().sort()
-        absent, extents = list[pl.Series](), list(self._extents.values())
-        firsts, lasts = (pl.Series(ends, dtype=opens.dtype) for ends in zip(*extents, strict=True))
-        begins = opens.search_sorted(firsts, side="right").to_list()
-        ends = opens.search_sorted(lasts, side="left").to_list()
-        for answer, begin, end in zip(self._extents, begins, ends, strict=True):
-            if answer not in self.judgement.doubted and end - begin > self._counts[answer] - 2:
-                inside = opens[begin:end]
-                absent.append(inside.filter(~inside.is_in(self._moments(answer).implode())))
+        rejected = pl.concat(self._rejected).drop_nulls("open_time")
+        grid = self.span.timeframe.floors(pl.col("open_time"))
+        delivered = rows.select("answer", "open_time").unique()
+        known = pl.concat([delivered, rejected.select("answer", grid)]).unique()
+        counts, opens = dict(known.group_by("answer").len().iter_rows()), delivered["open_time"]
+        opens, absent = opens.unique().sort(), list[pl.Series]()
+        for answer, (first, last) in self._extents.items():
+            begin = opens.search_sorted(first, side="right")
+            inside = opens[begin : opens.search_sorted(last, side="left")]
+            if answer in self.judgement.doubted or inside.len() <= counts.get(answer, 0) - 2:
+                continue
+            own = known.filter(pl.col("answer") == answer)["open_time"]
+            absent.append(inside.filter(~inside.is_in(own.implode())))
         moments = opens.to_list() if self.span.gaps else []
         for gap in self.span.gaps:
             begin, end = (bisect_left(moments, t) for t in (gap.window.start, gap.window.end))
@@ -211,21 +206,11 @@ class Answers:
                 absent.append(opens[begin:end])
         if not any(series.len() for series in absent):
             return opens.clear()
-        counted = pl.concat(absent).alias("open_time").value_counts(name="absent")
-        delivered = rows.group_by("open_time").agg(pl.col("answer").unique())
-        found = counted.join(delivered, on="open_time")
+        lacks = pl.concat(absent).alias("open_time").value_counts(name="lacks")
+        found = lacks.join(delivered, on="open_time").group_by("open_time", "lacks").agg("answer")
         is_stored = pl.col("answer").list.contains(STORED)
-        is_contested = pl.col("answer").list.len() <= pl.col("absent")
+        is_contested = pl.col("answer").list.len() <= pl.col("lacks")
         return found.filter(is_contested & ~is_stored)["open_time"]
-
-    def _moments(self, answer: int) -> pl.Series:
-        """Return the open times for which an answer delivered a row, valid or not."""
-        grid = self.span.timeframe.floors(pl.col("open_time")).cast(BAR_SCHEMA["open_time"])
-        found = [
-            pl.concat(rows).filter(pl.col("answer") == answer).select(grid)["open_time"]
-            for rows in (self._valid, self._rejected)
-        ]
-        return pl.concat(found)
 
     def _broken_answers(self) -> frozenset[int]:
         """Return the answers of which so many rows break a rule that the others are doubted, too:
