@@ -20,7 +20,7 @@ import pytest
 from marketdata_assets import system
 from marketdata_assets.errors import StoreFailed
 from marketdata_assets.ledger.ledger import Ledger
-from marketdata_assets.notify import AlertEvent, AlertSeverity, Message, open_channels
+from marketdata_assets.notify import open_channels
 from marketdata_assets.system import (
     is_alive,
     lock_file,
@@ -30,6 +30,7 @@ from marketdata_assets.system import (
     stop,
 )
 from marketdata_tests.processes import is_running, kill, processes_with, wait_until
+from marketdata_tests.test_notify import STALE
 
 pytestmark = pytest.mark.server
 
@@ -317,16 +318,7 @@ def test_the_files_of_a_state_folder_are_its_owners_alone(tmp_path: Path) -> Non
     ledger.receipts.add("repair", datetime(2024, 1, 1, tzinfo=UTC), message="x", body={})
     with ledger.lock("a name"):
         (channel,) = open_channels(tmp_path / "alerts.jsonl", ())
-        at = datetime(2024, 1, 1, tzinfo=UTC)
-        message = Message(
-            incident="x",
-            event=AlertEvent.OPENED,
-            severity=AlertSeverity.ERROR,
-            title="x",
-            body="y",
-            at=at,
-        )
-        channel.send(message)
+        channel.send(STALE)
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
         modes = {path.name: path.stat().st_mode & 0o777 for path in files}
     ledger.close()

@@ -6,6 +6,7 @@ that changes it; whoever has written its rows beside the lake removes the note.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -114,8 +115,7 @@ class CopyBook(Book):
         with tempfile.TemporaryDirectory(prefix="marketdata-restore-") as folder:
             try:
                 with open_regular(file) as source, Path(folder, FILE).open("wb") as copy:
-                    while block := source.read(1 << 20):
-                        copy.write(block)
+                    shutil.copyfileobj(source, copy)
             except OSError as error:
                 raise BadInput(f"{file} cannot be read ({error.strerror})") from None
             try:

@@ -19,7 +19,6 @@ from marketdata_assets.model.bar import (
     ROLLUP_COLUMNS,
     Column,
 )
-from marketdata_assets.model.market import Market
 from marketdata_assets.model.partition import Partition, PartitionKey
 from marketdata_assets.model.timeframe import TIMEFRAMES, Timeframe
 
@@ -108,7 +107,7 @@ class Table:
     def path(self, partition: Partition) -> str:
         """The object of a partition, in Hive folders that DuckDB, Polars and pandas understand."""
         month = partition.month_key[:7]
-        return f"{self.name}/{market_folder(partition.market)}/month={month}/{OBJECT_NAME}"
+        return f"{self.name}/{market_folder(partition.market.key)}/month={month}/{OBJECT_NAME}"
 
 
 def every_table() -> list[Table]:
@@ -146,11 +145,11 @@ def reconciled_table(timeframe: Timeframe) -> Table:
     return Table("reconciled", timeframe)
 
 
-def market_folder(market: Market) -> str:
-    """Return the Hive folder of a market, percent-escaped (`%3A` for `:`), because S3, Windows and
-    every reader accept that.
+def market_folder(market_key: str) -> str:
+    """Return the Hive folder of a market's key, percent-escaped (`%3A` for `:`), because S3,
+    Windows and every reader accept that.
     """
-    return "market=" + quote(market.key, safe="")
+    return "market=" + quote(market_key, safe="")
 
 
 def parse_folders(market_folder: str, month_folder: str) -> PartitionKey:

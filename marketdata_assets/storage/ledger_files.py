@@ -9,10 +9,10 @@ import json
 import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from marketdata_assets.errors import Damaged
 from marketdata_assets.model.partition import PartitionKey
+from marketdata_assets.model.table import market_folder
 
 if TYPE_CHECKING:
     from marketdata_assets.storage.objects import ObjectStore
@@ -53,4 +53,4 @@ class LedgerFiles:
 
 def _path(key: PartitionKey) -> str:
     market, month = key
-    return f"{FOLDER}/market={quote(market, safe='')}/month={month.removesuffix('-01')}/{NAME}"
+    return f"{FOLDER}/{market_folder(market)}/month={month.removesuffix('-01')}/{NAME}"

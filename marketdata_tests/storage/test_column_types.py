@@ -291,7 +291,7 @@ def test_objects_of_earlier_releases_are_read_and_rewritten(tmp_path: Path) -> N
     """Wherever they lie, and whatever digits they need; what is damaged stays where it is."""
     lake = Lake(str(tmp_path / "hot"), str(tmp_path / "cold"))
     damaged = tmp_path / "hot" / TABLE.path(Partition(BTC, month_of(FEBRUARY.month.end)))
-    foreign = tmp_path / "hot" / TABLE.name / market_folder(BTC) / "month=none/data.parquet"
+    foreign = tmp_path / "hot" / TABLE.name / market_folder(BTC.key) / "month=none/data.parquet"
     for place, partition, volume in (
         ("hot", JANUARY, "1.25"),
         ("hot", OTHER, "12345678901234567.5"),

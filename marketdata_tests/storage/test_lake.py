@@ -349,9 +349,9 @@ def test_columns_are_bound_by_name(place: Place):
 
 # ---------------------------------------------------------------- objects
 def test_the_folder_of_a_market():
-    assert market_folder(BTC) == "market=binance%3ABTC-USDT"
+    assert market_folder(BTC.key) == "market=binance%3ABTC-USDT"
     assert (
-        market_folder(Market("binance", "A.$/B$.:C-250328"))
+        market_folder(Market("binance", "A.$/B$.:C-250328").key)
         == "market=binance%3AA.%24-B%24._C-250328"
     )
     assert TABLE.path(JANUARY) == PATH

@@ -111,7 +111,9 @@ class RollupAuditor:
         base = self.settings.venues[partition.market.venue].base
         months = (adjacent_partition(partition, -1), partition)
         gaps = [gap for month in months for gap in self.ledger.gaps.of(raw_table(base), month)]
-        windows = [g.window for g in gaps if g.cause or g.reason == GapReason.NO_BARS]
+        # what is not listed yet is counted once, up to the first bar
+        known = [g for g in gaps if g.reason != GapReason.NOT_LISTED]
+        windows = [g.window for g in known if g.cause or g.reason == GapReason.NO_BARS]
         return _Absences(base, windows, self.ledger.markets.first_bar(partition.market))
 
     def _check_matches_native(self, result: RollupResult, timeframe: Timeframe) -> Finding:
